@@ -217,7 +217,7 @@ def main() -> None:
         )
 
         stage = NearStage(max_share=1)
-        banding = stage.search().banding
+        banding = stage.choose_banding()
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []
         for _ in range(5):

@@ -28,7 +28,6 @@ from pathlib import Path
 from maxlm.corpus.extraction import Extractor
 
 WORD = re.compile(r"\w+")
-GROUP = 16  # Pages that go to the child process at a time, about as many as the stage sends.
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Ours:
 
         self._extractor = Extractor(quality, markdown, seconds=30)
         before = set(psutil.Process().children())
-        self._extractor.read([(b"<p>warm", None)])
+        self._extractor.read(b"<p>warm", None)
         [self._child] = set(psutil.Process().children()) - before
 
     def clock(self) -> float:
@@ -108,10 +107,7 @@ class Ours:
         return time.process_time() + times.user + times.system
 
     def __call__(self, pages: Sequence[bytes]) -> list[str | None]:
-        found = []
-        for start in range(0, len(pages), GROUP):
-            found += self._extractor.read([(page, None) for page in pages[start : start + GROUP]])
-        return [page.text for page in found]
+        return [self._extractor.read(page, None).text for page in pages]
 
 
 class Theirs:

@@ -25,8 +25,8 @@ from typing import TypeVar
 import numpy as np
 
 from maxlm.corpus.kneser_ney import KneserNeyConfig, estimate_kneser_ney
-from maxlm.corpus.perplexity import PerplexityConfig, open_model, train_perplexity
-from maxlm.corpus.words import WordsConfig, open_lines
+from maxlm.corpus.stages.perplexity import PerplexityConfig, open_model, train_perplexity
+from maxlm.corpus.text import WordsConfig, open_lines
 from maxlm.data.documents import SourceConfig, read_documents
 
 Result = TypeVar("Result")

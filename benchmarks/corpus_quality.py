@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from maxlm.corpus.classifier import ClassifierConfig, train_classifier
+from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
 from maxlm.data.documents import SourceConfig, is_heldout, read_documents
 
 Result = TypeVar("Result")

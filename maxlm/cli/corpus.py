@@ -180,7 +180,7 @@ def train_perplexity(
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
     from maxlm.config import load_config
-    from maxlm.corpus import perplexity
+    from maxlm.corpus.stages import perplexity
     from maxlm.data.documents import SourceConfig, read_documents
 
     def texts(documents: list[str]) -> Any:
@@ -207,7 +207,7 @@ def train_quality(
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load_config
-    from maxlm.corpus.classifier import ClassifierConfig, train_classifier
+    from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
     from maxlm.data.documents import SourceConfig, read_documents
 
     config = load_config(ClassifierConfig, None, settings or ()).value

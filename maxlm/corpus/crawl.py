@@ -59,19 +59,11 @@ class _Damaged(_PassOver):
 def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
     """The documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
-    A .gz that is one member for the whole file is read as well, but after a broken place in it
-    nothing is found again.
-
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
     `conversion` records, and resources that are HTML or text. The others are counted:
     by record type ("request", "revisit", ...), or as "status" (not 2xx), "not_html", "empty",
     "too_large" (record or decoded page longer than `max_bytes`) and "broken" (also: each place
-    where no record could be read).
-
-    Memory: a few times `max_bytes`.
-
-    Raises:
-        MaxlmError: the file cannot be read at all.
+    where no record could be read; in a .gz that is one member nothing is found after it).
     """
     try:
         with open(path, "rb") as file:

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,16 +33,6 @@ _FILE_BYTES = 256 << 20  # Of text.
 _JOB_BYTES = 128 << 20  # Of the shards' files, which are compressed.
 _GROUP_BYTES, _GROUP_ROWS = 16 << 20, 4096
 _TYPES = {"text": pa.large_string()}
-
-
-@dataclass(frozen=True)
-class _Job:
-    shards: tuple[StageShardView, ...]
-    rules: Rules
-    columns: tuple[str, ...]
-    path: Path
-    """Where the names of its files begin."""
-    format: ExportFormat
 
 
 def export_corpus(
@@ -84,11 +74,12 @@ def export_corpus(
         ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
         parts = groupby(zip(ends, shards, strict=True), lambda each: each[0] // _JOB_BYTES)
         jobs = [
-            _Job(tuple(s for _, s in part), rules, columns, new / f"{number:06d}", format)
+            (str(new / f"{number:06d}"), [shard for _, shard in part])
             for number, (_, part) in enumerate(parts)
         ]
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
-        for each in JobRunner("export", engine, progress)(_export_shards, jobs):
+        write = partial(_export_shards, rules, columns, format)
+        for each in JobRunner("export", engine, progress)(write, jobs):
             counts.update(each)
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
@@ -111,19 +102,25 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise MaxlmError("there is an export here", where=str(out), fix=fix)
 
 
-def _export_shards(job: _Job) -> Counter[str]:
+def _export_shards(
+    rules: Rules,
+    columns: Sequence[str],
+    format: ExportFormat,
+    part: tuple[str, list[StageShardView]],
+) -> Counter[str]:
+    """Write the documents of some shards to files whose names begin with the given path."""
+    start, shards = part
     counts: Counter[str] = Counter()
     file, size = None, 0
     with ExitStack() as open_files:
-        for rows, length in _groups(job, counts):
+        for rows, length in _read_groups(rules, columns, shards, counts):
             if file is None:
-                path, size = f"{job.path}-{counts['files']:03d}.{job.format}", 0
+                path, size = f"{start}-{counts['files']:03d}.{format}", 0
                 counts["files"] += 1
-                if job.format == "parquet":
+                if format == "parquet":
                     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in rows[0]])
-                    file = open_files.enter_context(
-                        pq.ParquetWriter(path, schema, compression="zstd")
-                    )
+                    new = pq.ParquetWriter(path, schema, compression="zstd")
+                    file = open_files.enter_context(new)
                 else:
                     file = open_files.enter_context(gzip.open(f"{path}.gz", "wt", 6, "utf-8"))
             if isinstance(file, pq.ParquetWriter):
@@ -137,21 +134,20 @@ def _export_shards(job: _Job) -> Counter[str]:
     return counts
 
 
-def _groups(job: _Job, counts: Counter[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+def _read_groups(
+    rules: Rules, columns: Sequence[str], shards: Sequence[StageShardView], counts: Counter[str]
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Some documents at a time, and the bytes of their texts; adds up `counts` on the way."""
-    names = [name if "." not in name else "language" for name in job.columns]
+    names = [name if "." not in name else "language" for name in columns]
     rows, size = [], 0
-    for shard in job.shards:
-        for values, text in read_kept(shard, job.rules, job.columns):
-            if not text:
-                counts["dropped" if text is None else "empty"] += 1
-                continue
+    kept = chain.from_iterable(read_kept(shard, rules, columns) for shard in shards)
+    for values, text in chain(kept, [((), None)]):
+        if rows and (not values or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
+            counts.update(documents=len(rows), text_bytes=size)
+            yield rows, size
+            rows, size = [], 0
+        if text:
             rows.append(dict(zip(names, values, strict=True)) | {"text": text})
             size += len(text.encode())
-            if size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS:
-                counts.update(documents=len(rows), text_bytes=size)
-                yield rows, size
-                rows, size = [], 0
-    if rows:
-        counts.update(documents=len(rows), text_bytes=size)
-        yield rows, size
+        elif values:
+            counts["dropped" if text is None else "empty"] += 1

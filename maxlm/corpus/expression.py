@@ -61,12 +61,6 @@ class Expression:
     def _tree(self) -> ast.expr:
         return _parse(self.text)
 
-    def __getstate__(self):
-        return {"text": self.text}
-
-    def __setstate__(self, state):
-        object.__setattr__(self, "text", state["text"])
-
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The labels it looks at, each once."""
@@ -89,16 +83,10 @@ class Expression:
 
 
 def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expression:
-    """Check an expression against the labels there are.
+    """Check an expression against the types of the labels that it may name.
 
     Args:
-        text: the expression.
-        labels: the type of each label that may be named.
         where: the config key it comes from, for errors.
-
-    Raises:
-        MaxlmError: bad syntax, a label that does not exist (names near ones), or types that do not
-            go together, such as a string compared with a number.
     """
     try:
         tree = _parse(text)
@@ -128,8 +116,6 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
 
 
 def _parse(text: str) -> ast.expr:
-    if not text.strip():
-        raise SyntaxError("it is empty")
     # In brackets it may have several lines, with comments.
     return ast.parse(f"(\n{text}\n)", mode="eval").body
 

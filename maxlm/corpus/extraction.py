@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.pages import Page, load_parsers, read_page
@@ -37,40 +38,29 @@ class Extractor:
         self._child: tuple[subprocess.Popen, Connection] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def read(self, pages: Sequence[tuple[bytes, str | None]]) -> list[Page]:
-        """Read pages, given as (HTML, charset of the HTTP header). What takes too long or fails in
-        one way is tried in the next.
-
-        Raises:
-            MaxlmError: the child process does not start.
-        """
-        found = self._ask(pages, *self._ways[0])
-        for way in self._ways[1:]:
-            failed = [i for i, page in enumerate(found) if page.status in ("timeout", "broken")]
-            for i, page in zip(failed, self._ask([pages[i] for i in failed], *way), strict=True):
-                if page.status not in ("timeout", "broken"):
-                    found[i] = page
-        return found
+    def read(self, data: bytes, charset: str | None) -> Page:
+        """Read a page of HTML, with the charset of its HTTP header. What takes too long or fails in
+        one way is tried in the next."""
+        for way in self._ways:
+            page = self._ask(data, charset, *way)
+            if page.status not in ("timeout", "broken"):
+                break
+        return page
 
     def close(self) -> None:
         """End the child process."""
         self._end()
         self._child = None
 
-    def _ask(self, pages: Sequence[tuple[bytes, str | None]], *way: bool) -> list[Page]:
-        found: list[Page] = []
-        while len(found) < len(pages):
-            process, connection = self._child or self._start()
-            try:
-                connection.send((pages[len(found) :], *way))
-                while len(found) < len(pages):
-                    found.append(connection.recv())
-            except (EOFError, OSError):
-                # It answers page by page: the next one was its end.
-                stopped = process.wait() == -signal.SIGPROF
-                found.append(Page("timeout" if stopped else "broken"))
-                self.close()
-        return found
+    def _ask(self, *question: Any) -> Page:
+        process, connection = self._child or self._start()
+        try:
+            connection.send(question)
+            return connection.recv()
+        except (EOFError, OSError):  # The page was its end.
+            stopped = process.wait() == -signal.SIGPROF
+            self.close()
+            return Page("timeout" if stopped else "broken")
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
@@ -109,14 +99,13 @@ def serve(fd: int, seconds: float, quality: bool) -> None:
     connection.send(os.getpid())
     try:
         while True:
-            pages, *way = connection.recv()
-            for page in pages:
-                signal.setitimer(signal.ITIMER_PROF, seconds)
-                try:
-                    found = read_page(*page, *way)
-                except Exception:  # The parsers raise what they like; the label says so.
-                    found = Page("broken")
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                connection.send(found)
+            question = connection.recv()
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            try:
+                page = read_page(*question)
+            except Exception:  # The parsers raise what they like; the label says so.
+                page = Page("broken")
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send(page)
     except (EOFError, ConnectionError):
         pass

@@ -171,10 +171,8 @@ def _adjust_counts(orders: list[_Ngrams]) -> None:
 def _estimate_discounts(
     order: int, counts: np.ndarray, fallback: tuple[float, ...] | None
 ) -> list[float]:
-    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams.
-
-    Chen and Goodman 1999, equation 26.
-    """
+    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams (Chen and
+    Goodman 1999, equation 26)."""
     n = np.bincount(np.minimum(counts, 5), minlength=6).tolist()
     if all(n[1:4]):
         y = n[1] / (n[1] + 2 * n[2])

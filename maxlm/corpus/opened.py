@@ -37,11 +37,7 @@ def get_manifest_path(home: Path) -> Path:
 
 
 def read_recipe(folder: Path) -> RecipeConfig:
-    """The recipe that a corpus was made by.
-
-    Raises:
-        MaxlmError: there is no corpus, or it is of another version.
-    """
+    """The recipe that a corpus was made by."""
     try:
         return RecipeConfig.model_validate_json(
             strip_digest(get_recipe_path(folder).read_text("utf-8"))
@@ -73,14 +69,13 @@ class OpenCorpus:
             MaxlmError: there is none, it is of another version, or its stages are not all done.
         """
         corpus = cls(Path(folder), read_recipe(Path(folder)))
-        corpus.manifest(DOCUMENTS)
-        for number, stage in enumerate(corpus.recipe.stages):
+        for number, title in enumerate(corpus.list_stages()):
             try:
-                corpus.manifest(stage.title)
+                corpus.manifest(title)
             except MaxlmError:
-                if not unfinished:
+                if not unfinished or title == DOCUMENTS:
                     raise
-                return cls(corpus.folder, _first_stages(corpus.recipe, number))
+                return cls(corpus.folder, _take_first_stages(corpus.recipe, number - 1))
         return corpus
 
     def manifest(self, title: str) -> dict[str, Any]:
@@ -91,6 +86,10 @@ class OpenCorpus:
         except (OSError, ValueError) as error:
             what = f"the stage {title} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
+
+    def list_stages(self) -> list[str]:
+        """The names of its stages, the reading of sources first."""
+        return [DOCUMENTS, *(stage.title for stage in self.recipe.stages)]
 
     @cached_property
     def labels(self) -> dict[str, pa.DataType]:
@@ -112,7 +111,7 @@ class OpenCorpus:
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
 
 
-def _first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
+def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
     first = recipe.model_copy(update={"stages": recipe.stages[:number], "cut": ()})
     keep = {}
     for name, text in recipe.keep.items():
@@ -143,13 +142,15 @@ def read_kept(
     """
     for table in shard.groups(list(dict.fromkeys([*columns, "text", *rules.names, *rules.cut]))):
         keep = mark_kept(table, rules)
-        texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
-        spans = [table.column(label).to_pylist() for label in rules.cut]
+        texts = cut_texts(table.filter(pa.array(keep)), rules)
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-        for i, (row, keeps) in enumerate(zip(values, keep, strict=True)):
-            if not keeps:
-                yield row, None
-                continue
-            cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
-            text = next(texts)
-            yield row, cut(text, cuts) if cuts else text
+        for row, keeps in zip(values, keep, strict=True):
+            yield row, next(texts) if keeps else None
+
+
+def cut_texts(table: pa.RecordBatch, rules: Rules) -> Iterator[str]:
+    """Yields the texts of documents without the spans of all the labels in `rules.cut`."""
+    spans = [table.column(label).to_pylist() for label in rules.cut]
+    for i, text in enumerate(table.column("text").to_pylist()):
+        cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
+        yield cut(text, cuts) if cuts else text

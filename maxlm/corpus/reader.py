@@ -37,25 +37,16 @@ class CorpusReader:
     """Reads a corpus as a source of text: the documents that its labels' rules keep."""
 
     def list_files(self, folder: Path, source: FilesConfig) -> list[SourceFile]:
-        """Lists the shards of the corpus in `folder`, as files.
-
-        Raises:
-            MaxlmError: the corpus is not finished, or a rule is wrong.
-        """
+        """Lists the shards of the corpus in `folder`, as files."""
         corpus = OpenCorpus.open(folder)
         chosen = source if isinstance(source, SourceConfig) else None
         rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
-        labels = [*rules.names, *rules.cut]
-        files, digests = [], {}
+        texts, files = get_text_stages(corpus.recipe), []
+        digests = {s: corpus.manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()}
         for shard in settle_duplicates(corpus, rules):
+            labels = [*rules.names, *rules.cut]
             stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}
-            stages = [
-                DOCUMENTS,
-                *sorted((stages | set(get_text_stages(corpus.recipe))) - {DOCUMENTS}),
-            ]
-            for stage in stages:
-                if stage != shard.settled_folder and stage not in digests:
-                    digests[stage] = corpus.manifest(stage).get("shards_sha256", {})
+            stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
             known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
             path = shard.path(DOCUMENTS)
             files.append(
@@ -72,11 +63,7 @@ class CorpusReader:
         return files
 
     def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
-        """Reads the documents of a shard.
-
-        Raises:
-            MaxlmError: one of its files is missing or damaged, or has changed since it was written.
-        """
+        """Reads the documents of a shard."""
         kept: KeptShard = part.file.details
         for path in (part.file.path, *part.file.extra_paths):
             with open_stream(path, "none"):
@@ -105,10 +92,7 @@ class CrawlReader:
     """Refuses crawls: their pages are texts only after a corpus is made of them."""
 
     def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
-        """
-        Raises:
-            MaxlmError: always.
-        """
+        """Raises a MaxlmError that says so."""
         fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
         raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
 
@@ -117,11 +101,7 @@ CORPUS_READER, CRAWL_READER = CorpusReader(), CrawlReader()
 
 
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Finds a document: its newest text, columns and labels by name, and what each rule says.
-
-    Raises:
-        MaxlmError: there is no such document.
-    """
+    """Finds a document: its newest text, columns and labels by name, and what each rule says."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
     for shard in settle_duplicates(corpus, corpus.rules()):
         for group, ids in enumerate(shard.groups(["id"])):

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,72 +58,60 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
 
     A shard's name is made from what is in it (paths, sizes and times of files, and how they are
     read): a shard of the same name holds the same documents, and new files make new shards.
-
-    Raises:
-        MaxlmError: anything `find_files` refuses.
     """
-    jobs = []
-    num_binary = 0
+    jobs, num_binary = [], 0
     for source in sources:
-        slices: list[tuple[FileSlice, int]] = []
-        size = 0
+        slices, size = [], 0
         listing = find_files(source)
         num_binary += listing.num_binary
         for file in listing.files:
             if FORMATS[file.format].folder_entries:
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError(f"this is a {file.format} already", where=file.name, fix=fix)
-            mtime, parts = _slices(file, shard_bytes)
-            for each in parts:
-                slices.append((each, mtime))
-                size += each.size
+            for each in _date_slices(file, shard_bytes):
+                slices.append(each)
+                size += each[0].size
                 if size >= shard_bytes:
-                    jobs.append(_job(folder, source, slices))
+                    jobs.append(_make_job(folder, source, slices))
                     slices, size = [], 0
         if slices:
-            jobs.append(_job(folder, source, slices))
+            jobs.append(_make_job(folder, source, slices))
     return ReadPlan(jobs, num_binary)
 
 
-def _slices(file: SourceFile, shard_bytes: int) -> tuple[int, tuple[FileSlice, ...]]:
-    """When a file was changed last, and its slices."""
+def _date_slices(file: SourceFile, shard_bytes: int) -> list[tuple[FileSlice, int]]:
+    """A file's slices, each with the time when the file was changed last."""
     mtime = file.path.stat().st_mtime_ns
     try:
         scan = scan_file(file, shard_bytes, digest=False)
-    except DamagedFile:
-        return mtime, (make_whole_slice(file),)  # Damaged, which the reader will count.
-    return scan.mtime_ns, scan.slices
+    except DamagedFile:  # Which the reader will count.
+        return [(make_whole_slice(file), mtime)]
+    return [(each, scan.mtime_ns) for each in scan.slices]
 
 
-def _job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice, int]]) -> ReadJob:
+def _make_job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice, int]]) -> ReadJob:
     slices, mtimes = zip(*dated, strict=True)
-    parts: list[Any] = [source.model_dump(exclude={"documents"})]
-    for each, mtime in dated:
-        # By its path: two names that are not Unicode may have become one.
-        path = str(each.file.path)
-        parts.append([path, each.file.size, mtime, each.start, each.stop])
+    # A file by its path: two names that are not Unicode may have become one.
+    parts: list[Any] = [source.model_dump(exclude={"documents"})] + [
+        [str(each.file.path), each.file.size, mtime, each.start, each.stop] for each, mtime in dated
+    ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
 
 
 def read_shard(job: ReadJob) -> None:
-    """Write a shard's documents.
-
-    Raises:
-        MaxlmError: a source file changed since the shards were planned.
-    """
+    """Write a shard's documents."""
     _check_unchanged(job)
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows: list[dict[str, bytes | None]] = []
         size = 0
-        for row in _rows(job, writer.count):
-            rows.append(row)
-            size += sum(len(value) for value in row.values() if value is not None)
-            if size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS:
+        for row in chain(_make_rows(job, writer.count), [None]):
+            if rows and (row is None or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
                 writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
                 rows, size = [], 0
-        if rows:
-            writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+            if row is not None:
+                rows.append(row)
+                size += sum(len(value) for value in row.values() if value is not None)
         _check_unchanged(job)
 
 
@@ -131,7 +120,7 @@ def _check_unchanged(job: ReadJob) -> None:
         check_unchanged(part.file, mtime, "corpus")
 
 
-def _rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:
+def _make_rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:
     """Yields rows of `DOCUMENT_SCHEMA`."""
     for part in job.slices:
         try:

@@ -88,12 +88,7 @@ class Rules:
 
 
 def resolve(recipe: RecipeConfig) -> list[BoundStage]:
-    """The stages in their places.
-
-    Raises:
-        MaxlmError: an expression is wrong, or names a label that no earlier stage gives; a stage
-            reads a label that is not there.
-    """
+    """The stages in their places."""
     labels = dict(_DOCUMENT_LABELS)
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
     wholes: set[str] = set()
@@ -168,10 +163,6 @@ def resolve_rules(
 
     Args:
         where: what comes before a rule's key in errors, such as the corpus's folder.
-
-    Raises:
-        MaxlmError: a wrong expression, an unknown label (names near ones), a cut label without
-            spans, or with spans of a text that a later stage has changed.
     """
     labels, parsed = get_label_types(recipe), {}
     for name, text in keep.items():
@@ -221,10 +212,6 @@ def find_comparing_stages(
 def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     """Which of several documents keeps a text is settled when rules are applied; so nothing else
     that they, or a stage that is settled, look at may depend on it before.
-
-    Raises:
-        MaxlmError: a label that does; a `where` needs the verdict of a stage that is settled later;
-            two stages drop documents for others that they are only like.
     """
     stages, labels = find_comparing_stages(recipe, rules), get_label_types(recipe)
     wheres = {name for _, expression in stages if expression for name in expression.names}

@@ -14,9 +14,8 @@ keep a text for others only if every rule keeps it, and no later stage drops it:
    from the fourth time on with all that are alike, so that it ends soon.
 
 The settled labels lie beside the others, in settled/KEY, a file for each shard, and are made once
-for the same rules. This process holds some 20 bytes for each document while it makes them, and
-what the stages found: 50 bytes for each document that has copies, 200 for each pair that is alike,
-100 for each repeated passage.
+for the same rules. Memory: some 20 bytes for each document, 50 more for each that has copies, 200
+for each pair that is alike, 100 for each repeated passage.
 """
 
 import hashlib
@@ -33,17 +32,17 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.columns import concatenate, open_columns
+from maxlm.corpus.dedup.columns import concatenate, read_columns
 from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
 from maxlm.corpus.dedup.members import count_documents, rank_documents
-from maxlm.corpus.dedup.substrings import REPEATS
 from maxlm.corpus.dedup.windows import find_first_copies
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import Rules, find_comparing_stages
-from maxlm.corpus.shards import DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.shards import ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.near import NearStage
+from maxlm.corpus.stages.substring import REPEATS
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _VERSION = 1
@@ -57,16 +56,11 @@ Compared = Sequence[tuple[CorpusStage, Expression | None]]
 def settle_duplicates(
     corpus: OpenCorpus, rules: Rules, progress: Progress = ignore_progress
 ) -> list[StageShardView]:
-    """The corpus's shards, with verdicts as they are among the documents that `rules` keep.
-
-    Raises:
-        MaxlmError: another version of maxlm made the labels, or the disk is full.
-    """
+    """The corpus's shards, with verdicts as they are among the documents that `rules` keep."""
     stages = find_comparing_stages(corpus.recipe, rules)
     if not stages:
         return corpus.shards
-    titles = [DOCUMENTS, *(stage.title for stage in corpus.recipe.stages)]
-    manifests = [corpus.manifest(title) for title in titles]
+    manifests = [corpus.manifest(title) for title in corpus.list_stages()]
     parts = [_VERSION, [(each["key"], each.get("shards_sha256")) for each in manifests]]
     parts.append(list(rules.cut))
     parts.append({name: rule.text for name, rule in rules.keep.items()})
@@ -92,10 +86,9 @@ def add_verdict_columns(
     verdicts: Mapping[str, np.ndarray] | None = None,
     documents: slice = slice(0),
 ) -> pa.Table:
-    """Some documents with the verdicts of stages among their labels.
+    """Adds the verdicts of stages to the labels that rules and `where` name of some documents.
 
     Args:
-        table: the labels that rules and `where` name, but for verdicts.
         verdicts: by label, a value for each document of the corpus; a label that is not there is
             as of a document that is like no other.
         documents: which of the corpus's documents they are.
@@ -156,11 +149,9 @@ class _Settling:
     def _add_copies(self, failed: np.ndarray, and_alike: bool) -> None:
         """Add to the documents that failed (bool [documents]) those with the same text, which would
         be tried and fail one after the other."""
+        names = [("copy", "best"), ("low", "high")][: 1 + and_alike]
         for found in self._found.values():
-            if "copy" not in found:
-                continue
-            ends = [(found["copy"], found["best"])]
-            ends += [(found["low"], found["high"])] if and_alike else []
+            ends = [(found[one], found[other]) for one, other in names if one in found]
             for one, other in 2 * ends:  # Copies are linked by the best of them.
                 both = failed[one] | failed[other]
                 failed[one[both]] = failed[other[both]] = True
@@ -204,7 +195,7 @@ class _Settling:
             copy, best = np.concatenate(parts, 1)
             self._copies.append(np.stack([copy, best]))
             none = np.empty(0, np.int64)
-            found = {"low": none, "high": none, "jaccard": none, "copy": copy, "best": best}
+            found = vars(SimilarPairs(none, none, none, copy, best))
         return found | {"rank": rank}
 
     def _link_copies(self, found: dict[str, np.ndarray]) -> None:
@@ -324,9 +315,8 @@ def _unite(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_pairs(folder: Path) -> dict[str, np.ndarray]:
-    with open_columns(folder / "pairs.arrow") as columns:
-        found = {name: columns[name] for name in ("low", "high", "jaccard")}
+    columns = read_columns(folder / "pairs.arrow")
+    found = {name: columns[name] for name in ("low", "high", "jaccard")}
     if (path := folder / "copies.arrow").exists():  # Of versions that kept copies apart.
-        with open_columns(path) as columns:
-            return found | {name: columns[name] for name in ("copy", "best")}
+        return found | {name: read_columns(path)[name] for name in ("copy", "best")}
     return found | dict.fromkeys(("copy", "best"), np.empty(0, np.int64))

@@ -81,22 +81,17 @@ class StageShardView:
         return self.folder / stage / f"{self.name}.parquet"
 
     def num_documents(self) -> int:
-        """How many documents it has, of whatever `where`."""
+        """Counts its documents, whatever `where` says."""
         with open_parquet(self.path(DOCUMENTS)) as parquet:
             return parquet.metadata.num_rows
 
     def rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
-        """The documents to label, a row group at a time.
-
-        With "text" among the columns, documents without a text are left out; without it they are
-        kept.
+        """The documents to label, a row group at a time; those without a text only if "text" is not
+        among the columns.
 
         Args:
             columns: columns of `DOCUMENT_SCHEMA` or labels as "stage.label". "text" is the newest
                 version a document has.
-
-        Raises:
-            MaxlmError: a file is missing or damaged.
         """
         needed = dict.fromkeys([*columns, *(self.where.names if self.where else ())])
         first = 0
@@ -115,11 +110,12 @@ class StageShardView:
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Every row of the given columns, a row group at a time, whatever `where` says."""
-        stages = {stage for name in columns for stage, _ in self.find_label_files(name)} | {
-            DOCUMENTS
-        }
+        stages = {stage for name in columns for stage, _ in self.find_label_files(name)}
         with ExitStack() as stack:
-            files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(stages)}
+            files = {
+                stage: stack.enter_context(open_parquet(self.path(stage)))
+                for stage in sorted(stages | {DOCUMENTS})
+            }
             for group in range(files[DOCUMENTS].num_row_groups):
                 size = files[DOCUMENTS].metadata.row_group(group).num_rows
                 arrays = [self._read(files, group, column, size) for column in columns]
@@ -141,7 +137,8 @@ class StageShardView:
                     where=str(self.path(stage)),
                     fix="delete the file and run the recipe again",
                 )
-            arrays.append(pa.concat_arrays(table.column(name).chunks or [_nulls(table, name)]))
+            nothing = pa.nulls(0, table.schema.field(name).type)
+            arrays.append(pa.concat_arrays(table.column(name).chunks or [nothing]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
 
     def find_label_files(self, column: str) -> list[tuple[str, str]]:
@@ -158,10 +155,6 @@ class StageShardView:
         return ShardWriter(self.path(self.out), schema)
 
 
-def _nulls(table: pa.Table, name: str) -> pa.Array:
-    return pa.nulls(0, table.schema.field(name).type)
-
-
 class ShardWriter:
     """Writes a Parquet file that appears when complete, with counts of its labels. A context."""
 
@@ -170,7 +163,6 @@ class ShardWriter:
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
         self._counts: Counter[str] = Counter()
         self._values: dict[str, Counter[str]] = {}
-        self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "ShardWriter":
         with convert_write_errors(self._path):
@@ -192,7 +184,6 @@ class ShardWriter:
 
     def add(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
         """One row group."""
-        assert self._writer is not None, "outside its context"
         self._counts["rows"] += batch.num_rows
         self._counts["labelled"] += batch.num_rows if labelled is None else labelled
         self._count_values(batch)
@@ -214,7 +205,6 @@ class ShardWriter:
         self._counts[reason] += number
 
     def __exit__(self, kind, value, trace) -> None:
-        assert self._writer is not None
         try:
             with convert_write_errors(self._path):
                 for name, values in self._values.items():
@@ -238,10 +228,8 @@ def read_counts(path: Path) -> Counter[str]:
 
 
 def add_counts(shards: Iterable[Counter[str]]) -> dict[str, int]:
-    """The counts of several shards together.
-
-    Without the values of labels that have too many in one of them: of the others they are no sum.
-    """
+    """The counts of several shards together, without the values of labels that have too many in one
+    of them: of the others they are no sum."""
     total: Counter[str] = Counter()
     for each in shards:  # By `update`, as a sum of Counters drops what is 0.
         total.update(each)

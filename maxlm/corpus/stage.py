@@ -106,13 +106,12 @@ class LabelStage(Stage):
     """A stage that labels each document by itself. Models are loaded when it is opened, once in
     each process (on Ray: for each shard)."""
 
+    @abstractmethod
     def open_row(self) -> Callable[..., Mapping[str, Any]]:
-        """A function from a row's values of `reads` to its labels by name."""
-        raise NotImplementedError
+        """A function from a row's values of `reads` to its labels by name; others are null."""
 
     def open(self) -> Label:
-        """The labelling function: that of `open_row`, for a stage that looks at many rows at once
-        another."""
+        """The labelling function of a batch."""
         label, schema = self.open_row(), self.schema()
 
         def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -169,11 +168,7 @@ class ShardLabeller:
         self._label: Label | None = None
 
     def __call__(self, shard: StageShardView) -> None:
-        """Label one shard.
-
-        Raises:
-            MaxlmError: whatever the stage refuses, with the shard's name.
-        """
+        """Label one shard."""
         stage, schema = self._stage, self._stage.schema()
         try:
             self._label = self._label or stage.open()
@@ -190,11 +185,7 @@ class ShardLabeller:
 
 
 def check_packages(packages: Sequence[str], user: str) -> None:
-    """Checks that packages of the extra `corpus` are installed.
-
-    Raises:
-        MaxlmError: one is not; names it and `user`, which needs it.
-    """
+    """Checks that packages of the extra `corpus` are installed."""
     for package in packages:
         try:
             version(package)

@@ -12,12 +12,17 @@ Words and symbols are found by a simplification of UAX #29:
   follow, and are nothing after a space.
 """
 
+import re
 import unicodedata
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import regex
+
+from maxlm.config import Config
 
 SPACE, ALONE, EXTEND = (1 << i for i in range(3))
 """Bits of a character's class: white space (`str.isspace`); a letter of a script without spaces,
@@ -28,12 +33,10 @@ UNICODE = f"Unicode {unicodedata.unidata_version}"
 
 _ASSIGNED = 0x34000  # No letters or marks above, but for the variation selectors at E0000.
 ALONE_RANGES = (
-    "E00-EFF 1000-109F 1780-17FF 3005-3007 3040-309F 3400-4DBF 4E00-9FFF F900-FAFF 20000-3FFFF"
-)
-"""Scripts without spaces: code points, inclusive."""
-_ALONE_ENDS = [
-    (int(a, 16), int(b, 16)) for a, b in (each.split("-") for each in ALONE_RANGES.split())
-]
+    (0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x309F),
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)  # fmt: skip
+"""Scripts without spaces: first and last code points."""
 
 
 @cache
@@ -47,14 +50,14 @@ def get_character_classes() -> np.ndarray:
             classes[code] = SPACE
         elif kind[0] == "M" or kind == "Cf":
             classes[code] = EXTEND
-    for first, last in _ALONE_ENDS:
+    for first, last in ALONE_RANGES:
         for code in range(first, last + 1):
             if unicodedata.category(chr(code))[0] == "L":
                 classes[code] = ALONE
     return classes
 
 
-_ALONE = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in _ALONE_ENDS)
+_ALONE = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in ALONE_RANGES)
 _LETTER = rf"[\p{{L}}\p{{N}}--[\p{{L}}&&[{_ALONE}]]]"
 _REST = rf"[\p{{L}}\p{{N}}\p{{M}}\p{{Cf}}--[\p{{L}}&&[{_ALONE}]]]"
 _MARKS = r"[\p{M}\p{Cf}]*+"
@@ -98,3 +101,74 @@ def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
     if not text.isascii():
         text = _LONG_RUN.sub(rf"\g<0>{_JOINER}", text)
     return unicodedata.normalize(form, text)
+
+
+# Scripts written without spaces, here with Katakana: each character is a word.
+_SOLID = "".join(f"{chr(first)}-{chr(last)}" for first, last in (*ALONE_RANGES, (0x30A0, 0x30FF)))
+# Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no letters.
+_LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0f00-\u0fff"
+WORD_PATTERN = rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]"
+"""A word, a character of a script without spaces, or a symbol."""
+_WORD = re.compile(WORD_PATTERN)
+_ACCENT = re.compile("[\u0300-\u036f]")
+_DIGIT = re.compile(r"\d")
+# None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other line.
+_PUNCTUATION = str.maketrans(
+    {
+        **dict.fromkeys("“”„‟«»「」『』《》〈〉", '"'),
+        **dict.fromkeys("‘’‚‛‹›′ʼ", "'"),
+        **dict.fromkeys("‐‑‒–—―−─━", "-"),
+        **dict.fromkeys("。।॥۔｡", "."),
+        **dict.fromkeys("、،､", ","),
+        **dict.fromkeys("•·●▪■◆※", "*"),
+        "؟": "?",
+        "؛": ";",
+        "【": "[",
+        "】": "]",
+    }
+)
+
+
+class WordsConfig(Config):
+    """How a text becomes lines of words: in training and in use the same."""
+
+    lower: bool = True
+    """Letters are lowered."""
+    accents: bool = True
+    """Accents of Latin, Greek and Cyrillic letters are taken off."""
+    digits: bool = True
+    """Every digit becomes 0."""
+    tokenizer: str | None = None
+    """A folder with a tokenizer of maxlm, whose tokens are the words; null: runs of letters and
+    digits, other characters one by one, as are those of scripts that put no spaces."""
+
+
+Lines = Callable[[str], Iterator[str]]
+"""From a text to its lines, of words separated by spaces; none without words."""
+
+
+def open_lines(config: WordsConfig) -> Lines:
+    """A function that turns texts into lines of words. Punctuation is unified as in CCNet."""
+    split = _WORD.findall
+    if config.tokenizer is not None:
+        from maxlm.data.tokenizer import load_tokenizer
+
+        encode = load_tokenizer(Path(config.tokenizer)).encode
+        split = lambda line: list(map(str, encode(line)))  # noqa: E731
+
+    def lines(text: str) -> Iterator[str]:
+        for line in _normalize(text, config).split("\n"):
+            if words := split(line):
+                yield " ".join(words)
+
+    return lines
+
+
+def _normalize(text: str, config: WordsConfig) -> str:
+    if not text.isascii():
+        if config.accents:
+            text = _ACCENT.sub("", normalize("NFKD", text))
+        text = normalize("NFKC", text).translate(_PUNCTUATION)
+    if config.lower:  # After NFKC, which has capital letters for some signs.
+        text = text.lower()
+    return _DIGIT.sub("0", text) if config.digits else text

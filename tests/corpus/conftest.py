@@ -9,19 +9,8 @@ from maxlm.corpus.run import run_recipe
 from tests.corpus.recipes import recipe
 
 WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "house",
-    "river",
-    "stone",
-    "walks",
-    "over",
-    "under",
-    "green",
-)
+    "the", "of", "and", "to", "in", "house", "river", "stone", "walks", "over", "under", "green",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

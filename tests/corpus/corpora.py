@@ -80,3 +80,10 @@ def labels(
         tables.append(pa.Table.from_batches(batches) if batches else None)
     table = pa.concat_tables(each for each in tables if each is not None)
     return table.rename_columns([name.rpartition(".")[2] for name in names])
+
+
+def label_texts(stage: LabelStage, *texts: str | None) -> list[dict]:
+    """The labels of texts."""
+    batch = stage.open()(pa.record_batch({"text": pa.array(texts, pa.large_string())}))
+    assert batch.schema == stage.schema()
+    return batch.to_pylist()

@@ -14,7 +14,6 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import RawDocument, read_warc
 
 HTML = b"<html><p>Boats come back early.</p></html>"
@@ -102,17 +101,6 @@ def test_common_crawl_layout_is_read_as_by_warcio(tmp_path):
     assert second.meta["charset"] == "koi8-r"
 
 
-@pytest.mark.timeout(120)
-def test_a_long_content_type_takes_time_in_proportion(tmp_path):
-    media = b"text/html; charset=" + b" " * 200_000
-    block = b"HTTP/1.1 200 OK\r\nX: y\r\nContent-Type: %b;\r\n\r\n%b" % (media, HTML)
-    documents, _ = read(tmp_path / "a.warc", record(1, block))
-    assert [document.html for document in documents] == [HTML]
-    quoted = block.replace(media, b"text/html; Charset = ' koi8-r'")
-    [document] = read(tmp_path / "b.warc", record(1, quoted))[0]
-    assert document.meta["charset"] == "koi8-r"
-
-
 def test_extracted_texts_and_resources(tmp_path):
     wet = record(1, "Wörter\0 und mehr".encode(), "conversion")
     resource = record(2, HTML, "resource")
@@ -133,14 +121,12 @@ def chunked(body: bytes) -> bytes:
 RAW_DEFLATE = zlib.compress(HTML)[2:-4]
 CODED = {
     "gzip": packed(b"gzip", gzip.compress(HTML)),
-    "x-gzip": packed(b"X-GZIP", gzip.compress(HTML)),
     "zlib": packed(b"deflate", zlib.compress(HTML)),
     "raw deflate": packed(b"deflate", RAW_DEFLATE),
     "zstd": packed(b"zstd", zstandard.compress(HTML)),
     "twice": packed(b"deflate, gzip", gzip.compress(zlib.compress(HTML))),
     "decoded before": packed(b"gzip", HTML),
     "unknown": packed(b"whatever", HTML),
-    "identity": packed(b"identity", HTML),
     "chunked": HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(HTML),
     "chunked gzip": HEAD[:-2]
     + b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n"
@@ -176,17 +162,12 @@ BROKEN = {  # name: data, the documents that are left
     "garbage between": (A + b"garbage \0" * 30 + C, "13"),
     "zeros between": (A + bytes(600) + C, "13"),
     "length too large": (A + gzip.compress(page(2, length=500)) + C, "13"),
-    "length negative": (A + gzip.compress(page(2, length=-3)) + C, "13"),
     "length no number": (A + gzip.compress(page(2, length="many")) + C, "13"),
-    "header too long": (A + gzip.compress(b"WARC/1.0\r\nA: " + b"a" * 100_000) + C, "13"),
-    "no header": (A + gzip.compress(b"nothing " * 9) + C, "13"),
     "plain, length too large": (page(1) + page(2, length=500) + page(3) + page(4), "134"),
     "plain, length of two": (
         page(1) + page(2, length=len(HEAD + HTML) + 1 + len(page(3))) + page(3) + page(4),
         "134",
     ),
-    "plain, length no number": (page(1) + page(2, length="") + page(3), "13"),
-    "plain, garbage": (page(1) + b"garbage \0\r\n" * 30 + page(3), "13"),
     "zstd, cut amid": (
         zstandard.compress(page(1))
         + zstandard.compress(page(2))[:-30]
@@ -223,12 +204,6 @@ def test_damage_in_one_member_costs_no_other(tmp_path_factory, number, data):
         assert found[str(i)] == b"<p>%d" % i * 50
 
 
-def test_many_records_in_one_member(tmp_path):
-    documents, counts = read(tmp_path / "a.warc.gz", gzip.compress(page(1) + page(2) + page(3)))
-    assert ids(documents) == ["1", "2", "3"]
-    assert not counts
-
-
 def bomb(start: bytes, megabytes: int) -> bytes:
     pack = zlib.compressobj(9, wbits=31)
     zeros = bytes(1 << 20)
@@ -251,16 +226,3 @@ def test_bombs_do_not_go_off(tmp_path):
     documents, counts = read(tmp_path / "a.warc.gz", data, max_bytes=limit)
     assert [(d.id, d.html) for d in documents] == [("1", HTML + b"1")]
     assert counts == {"too_large": 3}
-
-
-def test_the_limit_is_on_what_is_decoded(tmp_path):
-    body = b"<p>" + b"a" * 2000
-    data = page(1, body) + page(2) + record(3, packed(b"gzip", gzip.compress(body)))
-    documents, counts = read(tmp_path / "a.warc", data, max_bytes=1000)
-    assert ids(documents) == ["2"]
-    assert counts == {"too_large": 2}
-
-
-def test_unreadable_file(tmp_path):
-    with pytest.raises(MaxlmError, match="cannot read"):
-        list(read_warc(tmp_path / "none.warc.gz", print))

@@ -83,13 +83,3 @@ def test_what_is_visible_and_not_in_a_span_remains_and_words_stay_apart(text, sp
             assert joined
         elif joined:
             assert not (text[here] in "ab" and text[after] in "ab")
-
-
-@given(TEXTS, SPANS)
-def test_breaks_are_as_wide_as_the_widest_that_was_there(text, spans):
-    left = cut(text, spans)
-    lines = [run.count("\n") for run in re.findall(r"\s+", text)]
-    assert all(run.count("\n") <= max(lines, default=0) for run in re.findall(r"\s+", left))
-    assert cut(left, []) == left
-    if left:
-        assert left[len(left.rstrip()) :] in (text[len(text.rstrip()) :], "")

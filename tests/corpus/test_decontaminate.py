@@ -112,16 +112,6 @@ def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings)
     return labels(made, stage)["contaminated"].to_pylist()
 
 
-def test_equal_items_count_once(tmp_path: Path) -> None:
-    passage, other = (" ".join(sentence(20)) for _ in range(2))
-    items = [passage] * 30 + [passage.upper() + "!", other]
-    assert contaminated(tmp_path, items, [passage, other, "none"]) == [True, True, False]
-    made = make_corpus(tmp_path / "corpus", [passage])
-    stage = DecontaminateStage(sets={"q": SourceConfig(documents=(f"{tmp_path}/q.jsonl",))})
-    run_stage(stage, made, tmp_path / "scratch")
-    assert labels(made, stage)["item"].to_pylist() == [f"{tmp_path}/q.jsonl:1"]
-
-
 def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not(
     tmp_path: Path,
 ) -> None:
@@ -145,31 +135,11 @@ def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not
     assert found == [False, False, True, True, True]
 
 
-def test_a_short_phrase_of_some_items_is_of_a_template(tmp_path: Path) -> None:
-    phrases = [sentence(25), sentence(26)]
-    items = [[*phrase, *sentence(20)] for phrase in phrases for _ in range(12)]
-    items += [sentence(20) for _ in range(5)]
-    texts = list(map(" ".join, phrases))
-    assert contaminated(tmp_path, list(map(" ".join, items)), texts) == [False, True]
-
-
-def test_a_share_is_exact(tmp_path: Path) -> None:
-    item = sentence(12)
-    stage = DecontaminateStage(
-        sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])}, ngram=3
-    )
-    made = make_corpus(tmp_path / "corpus", [" ".join(item[:9])])
-    run_stage(stage, made, tmp_path / "scratch")
-    assert labels(made, stage)["overlap"].to_pylist() == [0.7]
-
-
 @pytest.mark.parametrize(
     "item",
     [
         "다람쥐 헌 쳇바퀴에 타고파 한국어 문서는 여러 낱말로 되어 있다",
         "がぎぐげご、ガギグゲゴとパピプペポ",
-        "ऩ ऱ ऴ \u0958 \u0959 \u095a \u095b \u095c",
-        "কোন বোন মোট দোষ যৌথ মৌন ভোর জোর",
         "آب أحمد إلى مؤمن سائل آخر أمس إن",
     ],
 )
@@ -182,31 +152,11 @@ def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) 
     assert contaminated(tmp_path, [forms[1]], [changed]) == [False]
 
 
-def test_other_contents_are_another_key(tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
-    stage = DecontaminateStage(sets={"q": write_set(path, ["a b c d e f g h"])})
-    before = stage.key()
-    assert stage.key() == before
-    write_set(path, ["a b c d e f g i"])
-    assert stage.key() != before
-
-
 def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
-    short = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", ["too short"])})
-    with pytest.raises(MaxlmError, match="no text of 8 words"):
-        short.open()
-    common = DecontaminateStage(
-        sets={"q": write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])},
-        ngram=1,
-        shortest=1,
-        max_items=1,
-    )
+    for items, message in ((["too short"], "no text of 8 words"), ([], "no text of 8 words")):
+        with pytest.raises(MaxlmError, match=message):
+            DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)}).open()
+    items = write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])
+    common = DecontaminateStage(sets={"q": items}, ngram=1, shortest=1, max_items=1)
     with pytest.raises(MaxlmError, match="common to more than 1 items"):
         common.open()
-    empty = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [])})
-    with pytest.raises(MaxlmError, match="no text of 8 words"):
-        empty.open()
-    with pytest.raises(MaxlmError):
-        DecontaminateStage(
-            sets={"q": SourceConfig(documents=(str(tmp_path / "missing.jsonl"),))}
-        ).open()

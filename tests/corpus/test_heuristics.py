@@ -1,7 +1,5 @@
 """The heuristics stage: every label is what its definition says, on any text."""
 
-import builtins
-import inspect
 import math
 from itertools import product
 
@@ -69,13 +67,6 @@ def test_c4_takes_its_rules_in_their_order():
             check(f"It says {middle}{end}\nThe next line is one. And two.\n")
 
 
-def test_running_text():
-    docs = [inspect.getdoc(each) for each in vars(builtins).values()]
-    docs = [doc for doc in docs if doc]
-    for text in [*docs[::4], "\n\n".join(docs[:40])]:
-        check(text)
-
-
 def test_words_and_symbols():
     text = "It's 1,000.5 e.g. snake_case (well-known)... l’homme 日本の hi!!? می\u200cخواهم ❤️ __a"
     assert naive.tokens(text) == [
@@ -116,37 +107,11 @@ def test_a_document_of_each_kind():
     }
 
 
-def test_a_ratio_at_a_threshold_is_equal_to_it():
-    # 3 of 10 lines were there before: not more than 0.3.
-    found = label("\n".join("abcdefgaba"))[0]
-    assert found["duplicate_lines"] == 0.3
-
-
-def test_slices_nulls_and_both_kinds_of_strings():
-    texts = ["first text here", None, "日本語。", "", "the last one"]
-    wanted = [naive.measures(text or "") for text in texts]
-    for kind in (pa.string(), pa.large_string()):
-        batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, kind)})
-        assert LABEL(batch).schema == HeuristicsStage().schema()
-        assert [row["words"] for row in LABEL(batch).to_pylist()] == [w["words"] for w in wanted]
-        sliced = LABEL(batch.slice(2, 2)).to_pylist()
-        assert [row["characters"] for row in sliced] == [4, 0]
-    assert LABEL(batch.slice(0, 0)).num_rows == 0
-
-
 def test_a_long_text_is_measured_up_to_a_whole_character():
     batch = pa.RecordBatch.from_pydict({"text": ["ab é" + "z" * 50]})
     for longest, characters in ((4, 3), (5, 4), (6, 5)):
         found = HeuristicsStage(longest=longest).open()(batch).to_pylist()[0]
         assert found["characters"] == characters
-
-
-def test_one_line_of_a_megabyte_beside_short_texts():
-    line = "word " * 200_000
-    short, long, last = label("a b", line, "a b")
-    assert short == last
-    assert (long["words"], long["characters"]) == (200_000, len(line))
-    assert long["duplicate_10grams"] > 0.79
 
 
 def test_stop_words_are_a_setting():

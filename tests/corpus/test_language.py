@@ -105,29 +105,6 @@ def test_a_spans_score_is_the_mean_over_its_paragraphs(library, label):
     assert [s["end"] for s in row["spans"]] == [sum(weights), sum(weights) + len(lines[3])]
 
 
-def test_a_page_that_is_half_translated_shows_it(label):
-    menu, body = "Datei\nBearbeiten\nAnsicht\nHilfe\n", (TEXTS["en"] + "\n") * 6
-    untranslated, half = rows(label, [menu + body, (TEXTS["de"] + "\n") * 5 + body])
-    assert untranslated["name"] == "en"
-    assert untranslated["share"] > 0.9
-    assert [span["name"] for span in half["spans"]] == ["de", "en"]
-    assert half["share"] == pytest.approx(6 * len(TEXTS["en"]) / (11 * 90), abs=0.05)
-
-
-def test_short_lines_are_told_together_and_a_short_rest_goes_with_the_paragraph_before():
-    words = TEXTS["fr"].replace(" ", "\n")
-    (row,) = rows(LanguageStage(paragraph_characters=60).open(), [words + "\n\nThe end"])
-    assert [(s["start"], s["end"], s["name"]) for s in row["spans"]] == [(0, len(words) + 9, "fr")]
-
-
-def test_any_batch_gives_the_same_rows(label):
-    texts = [*TEXTS.values(), "", "x", "\n".join(TEXTS.values()), "漢" * 70_000]
-    alone = [rows(label, [text])[0] for text in texts]
-    assert rows(label, texts) == alone
-    sliced = pa.record_batch({"text": pa.array(["drop", *texts], pa.large_string())}).slice(1)
-    assert label(sliced).to_pylist() == alone
-
-
 def test_confident_means_the_languages_own_threshold():
     text = TEXTS["de"]
     score = rows(LanguageStage().open(), [text])[0]["score"]
@@ -142,7 +119,7 @@ def test_confident_means_the_languages_own_threshold():
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(MaxlmError, match=r'"eng".*did you mean'):
+    with pytest.raises(MaxlmError, match="no language eng"):
         LanguageStage(thresholds={"eng": 0.5}).open()
     with pytest.raises(MaxlmError, match="No such file"):
         LanguageStage(model=str(tmp_path / "no.ftz")).open()
@@ -151,11 +128,3 @@ def test_mistakes_are_named(tmp_path):
         damaged.write_bytes(content)
         with pytest.raises(MaxlmError, match="no fastText model"):
             LanguageStage(model=str(damaged)).open()
-
-
-def test_another_model_file_gives_another_key(tmp_path):
-    path, keys = tmp_path / "a.ftz", set()
-    for content in (b"1", b"2"):
-        path.write_bytes(content)
-        keys.add(LanguageStage(model=str(path)).key())
-    assert len(keys | {LanguageStage().key()}) == 3

@@ -24,12 +24,9 @@ from maxlm.corpus.dedup.candidates import (
 from maxlm.corpus.dedup.columns import write_columns
 from maxlm.corpus.dedup.members import Members, get_member_path
 from maxlm.corpus.dedup.minhash import (
-    Banding,
     choose_banding,
-    compute_band_keys,
     make_shingle_set,
 )
-from maxlm.corpus.dedup.search import compute_jaccard
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.near import NearStage
 from maxlm.runtime.pool import WorkerPool
@@ -184,15 +181,6 @@ def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_p
     assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59
 
 
-def test_short_texts_count_as_one_gram(tmp_path: Path) -> None:
-    texts = ["Yes.", "yes", "no", "yes no", "日本", "日 本", "...", "...", "a b c d e", "a b c d"]
-    made = make_corpus(tmp_path / "corpus", texts)
-    stage = NearStage(max_share=1)
-    run_stage(stage, made, tmp_path / "scratch")
-    of = labels(made, stage)["of"].to_pylist()
-    assert of == [None, "d0", None, None, None, "d4", None, None, None, None]
-
-
 @given(
     st.text(
         st.sampled_from(
@@ -213,36 +201,6 @@ def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> N
         assert make_shingle_set(each, n).tolist() == found
 
 
-def test_a_long_text_is_looked_at_in_pieces_without_a_seam() -> None:
-    # The same set of n-grams in a short text and in long ones, where some of them stand around the
-    # words at which the hashing goes on to the next piece (2^12 and a few).
-    short = ["a"] * 9 + ["b", "c", "d"] + ["a"] * 9
-    longs = [["a"] * (place - 3) + short[9:12] + ["a"] * 9 for place in range(4_092, 4_108, 3)]
-    texts = [" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]
-    sets = [make_shingle_set(text, 5) for text in texts]
-    keys = compute_band_keys(sets, Banding(bands=60, rows=1))
-    for i in range(1, len(longs) + 1):
-        assert keys[:, i].tolist() == keys[:, 0].tolist()
-
-
-def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
-    # 300 pairs of sets, 200 functions each: the share of agreements has a deviation of ~0.0015.
-    random_ = random.Random(5)
-    banding = Banding(bands=200, rows=1)
-    for edits in (2, 8, 25):
-        pairs = []
-        for _ in range(300):
-            one = [str(random_.random()) for _ in range(120)]
-            two = list(one)
-            for i in random_.sample(range(120), edits):
-                two[i] = "other"
-            pairs += [" ".join(one), " ".join(two)]
-        keys = compute_band_keys([make_shingle_set(text, 5) for text in pairs], banding)
-        agree = (keys[:, 0::2] == keys[:, 1::2]).mean()
-        alike = np.mean([jaccard(pairs[i], pairs[i + 1]) for i in range(0, 600, 2)])
-        assert agree == pytest.approx(alike, abs=0.008)
-
-
 @given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
 def test_bandings_keep_their_promise(similarity: float, recall: float, most: int) -> None:
     banding = choose_banding(similarity, recall, most)
@@ -252,12 +210,6 @@ def test_bandings_keep_their_promise(similarity: float, recall: float, most: int
         more = banding.rows + 1
         needed = np.log(1 - recall) / np.log(1 - similarity**more)
         assert np.ceil(needed - 1e-6) * more > most or needed * more > most
-
-
-@given(st.sets(st.integers(0, 15), min_size=1), st.sets(st.integers(0, 15), min_size=1))
-def test_jaccard_is_that_of_pythons_sets(one: set[int], other: set[int]) -> None:
-    found = compute_jaccard(*(np.array(sorted(each), np.uint64) for each in (one, other)))
-    assert found == len(one & other) / len(one | other)
 
 
 @pytest.mark.parametrize("documents", [[], [None], ["", "!"]])

@@ -1,27 +1,23 @@
 """Perplexities of documents: KenLM's own figures, cutoffs and buckets, and the stage's labels."""
 
-import json
 from pydoc_data.topics import topics
 
 import kenlm
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig
-from maxlm.corpus.perplexity import (
+from maxlm.corpus.stages.perplexity import (
     PerplexityConfig,
+    PerplexityStage,
     choose_bucket,
     open_model,
     read_cutoffs,
     train_perplexity,
 )
-from maxlm.corpus.stages.perplexity import PerplexityStage
-from maxlm.corpus.words import WordsConfig, open_lines
+from maxlm.corpus.text import WordsConfig, open_lines
 
 # The reference manual of the running Python: half a megabyte of English.
 PARAGRAPHS = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 300]
@@ -46,46 +42,16 @@ def trained(tmp_path_factory):
         ("  two\n\n \r\nlines\t here ", ["two", "lines here"]),
         ("Déjà—vu… «Ωμέγα» Йод", ['deja - vu . . . " ωμεγα " иод']),
         ("ﬁne１２：Ａ\u00a0b", ["fine00 : a b"]),
-        ("℡ 𝐀 İ", ["tel a i"]),
         ("我爱北京。ひらカタ\u3000x", ["我 爱 北 京 . ひ ら カ タ x"]),
         ("कि नमस्ते। مَرْحَبا، ٣", ["कि नमस्ते . مَرْحَبا , 0"]),
         ("สวัสดี", ["ส ว ั ส ด ี"]),
         ("e\u0301 🙂🙂 a_b <s>", ["e 🙂 🙂 a_b < s >"]),
         ("a\x00b\x07 \x85 \u2028c", ["a b c"]),
-        ("", []),
         (" \n\t\x00\n", []),
     ],
 )
 def test_texts_become_lines_of_plain_words(text, expected):
     assert lines(text) == expected
-
-
-@given(st.lists(st.text("aZ9`'\"-.~^|é´`“—。 ", max_size=8), max_size=4))
-def test_a_lines_words_hang_on_no_other_line(texts):
-    alone = [line for text in texts for line in lines(text)]
-    assert lines("\n".join(texts)) == alone
-    assert lines("\n".join([*texts, "ü"])) == [*alone, "u"]
-
-
-def test_each_part_of_the_normalisation_can_be_left_out():
-    assert lines("Éa 7", lower=False) == ["Ea 0"]
-    assert lines("Éa 7", accents=False) == ["éa 0"]
-    assert lines("Éa 7", digits=False) == ["ea 7"]
-
-
-def test_tokens_of_a_tokenizer_can_be_the_words(tmp_path):
-    from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-
-    texts = [p.encode() for p in PARAGRAPHS[:20]]
-    train_tokenizer(TokenizerConfig(vocab_size=300), texts).save(tmp_path / "bpe")
-    tokenizer = load_tokenizer(tmp_path / "bpe")
-    ids = " ".join(map(str, tokenizer.encode("the cafe 00")))
-    assert lines("The café 12\n\n", tokenizer=str(tmp_path / "bpe")) == [ids]
-    config = CONFIG.model_copy(update={"words": WordsConfig(tokenizer=str(tmp_path / "bpe"))})
-    train_perplexity(PARAGRAPHS[:200], tmp_path / "model", config)
-    words = tokenizer.encode(PARAGRAPHS[0].lower())
-    assert len(words) > 1
-    assert all(str(word) in kenlm.Model(str(tmp_path / "model/model.arpa")) for word in words[:5])
 
 
 def test_a_perplexity_is_that_of_kenlm_over_all_lines(trained):
@@ -132,15 +98,6 @@ def test_too_few_documents_are_an_error_and_no_model(tmp_path):
         read_cutoffs(tmp_path)
 
 
-def test_a_failed_training_takes_the_model_it_was_to_replace_out_of_use(tmp_path):
-    train_perplexity(PARAGRAPHS[:200], tmp_path, CONFIG)
-    read_cutoffs(tmp_path)
-    with pytest.raises(MaxlmError):
-        train_perplexity([], tmp_path, CONFIG)
-    with pytest.raises(MaxlmError, match="no perplexity model"):
-        read_cutoffs(tmp_path)
-
-
 def label(stage, texts, languages=None):
     columns = {"text": pa.array(texts, pa.large_string())}
     if stage.language is not None:
@@ -166,23 +123,6 @@ def test_a_stage_labels_by_language(trained, tmp_path):
     assert labels[5]["bucket"] == "tail"
 
 
-def test_one_model_can_be_for_all_other_languages(trained):
-    stage = PerplexityStage(models={"*": trained[0]}, language=None)
-    [one] = label(stage, [PARAGRAPHS[4]])
-    stage = PerplexityStage(models={"*": trained[0]}, language="language.name")
-    assert label(stage, [PARAGRAPHS[4]] * 2, ["fr", None]) == [one, one]
-
-
-@pytest.mark.parametrize(
-    "text", ["\x00", "🙂" * 1000, "a " * 500_000, "x" * 1_000_000, "عربي", "漢字"]
-)
-def test_odd_texts_get_a_number_or_null(text, trained):
-    stage = PerplexityStage(models={"*": trained[0]}, language=None)
-    [one] = label(stage, [text])
-    assert (one["value"] is None) == (text == "\x00")
-    assert one["value"] is None or 1 < one["value"] < 1e12
-
-
 def test_a_missing_or_damaged_model_names_the_command_that_trains_one(trained, tmp_path):
     stage = PerplexityStage(models={"en": tmp_path / "none"})
     for call in (stage.open, stage.key):
@@ -195,18 +135,6 @@ def test_a_missing_or_damaged_model_names_the_command_that_trains_one(trained, t
     (tmp_path / "model.arpa").write_text("nothing")
     with pytest.raises(MaxlmError, match="train it again"):
         label(PerplexityStage(models={"en": tmp_path}), ["x"], ["en"])
-
-
-def test_the_key_follows_the_model(tmp_path):
-    train_perplexity(PARAGRAPHS[:200], tmp_path, CONFIG)
-    stage = PerplexityStage(models={"en": tmp_path})
-    first = stage.key()
-    train_perplexity(PARAGRAPHS[:200], tmp_path, CONFIG)
-    assert stage.key() == first
-    train_perplexity(PARAGRAPHS[:201], tmp_path, CONFIG)
-    assert stage.key() != first
-    kept = json.loads((tmp_path / "cutoffs.json").read_text())
-    assert kept["report"]["model"]["tokens"] > 1000
 
 
 def test_the_key_refuses_a_model_of_other_cutoffs_and_follows_its_tokenizer(trained, tmp_path):
@@ -227,17 +155,3 @@ def test_the_key_refuses_a_model_of_other_cutoffs_and_follows_its_tokenizer(trai
         file.write(b"x")
     with pytest.raises(MaxlmError, match="not the one"):
         stage.key()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"models": {}},
-        {"models": {"en": "x"}, "cutoffs": {"en": (1, 2, 3)}},
-        {"models": {"en": "x"}, "language": None},
-        {"models": {"en": "x"}, "cutoffs": {"de": (1, 2)}},
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings):
-    with pytest.raises(ValidationError):
-        PerplexityStage(**settings)

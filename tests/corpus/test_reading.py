@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +12,6 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.config import CrawlSource
 from maxlm.corpus.reading import plan_shards, read_shard
 from maxlm.corpus.shards import DOCUMENTS, read_counts
-from maxlm.data.documents import reader
 
 
 def read(folder, shard_bytes=1 << 20, **settings):
@@ -98,91 +95,6 @@ def test_text_and_html_files(tmp_path):
     assert counts == {"too_large": 1, "empty": 1}
 
 
-def test_a_long_line_is_passed_over_alone(tmp_path):
-    lines = ["a" * 40, "b" * 300, "c" * 40, "d" * 40]
-    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
-    settings = {"piece_bytes": 30, "max_document_bytes": 100}
-    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
-    assert [row["text"][0] for row in rows] == ["a", "c", "d"]
-    assert counts == {"too_large": 1}
-
-
-def no_utf8(*values, type_=pa.string()):
-    return pa.Array.from_buffers(type_, len(values), pa.array(values).buffers())
-
-
-@pytest.mark.parametrize("index", [None, pa.int8(), pa.int32()])
-def test_a_bad_byte_costs_its_own_text_alone(tmp_path, index):
-    texts = no_utf8(b"a", b"b\xff", b"c")
-    if index:
-        places = pa.array([0, 1, 2, None, 0], index)
-        texts = pa.DictionaryArray.from_arrays(places, texts)
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
-    assert [row["text"] for row in rows] == ["a", "b\ufffd", "c"] + ["a"] * bool(index)
-    assert counts == ({"empty": 1} if index else {})
-
-
-def test_what_python_cannot_hold_costs_itself_alone(tmp_path):
-    nested = pa.ListArray.from_arrays([0, 1, 2], no_utf8(b"x", b"\xff"))
-    columns = {
-        "text": ["a", "b"],
-        "took": pa.array([1, 2**62], pa.duration("s")),
-        "when": pa.array([1, 2], pa.timestamp("us", tz="Nowhere/City")),
-        "day": pa.array([2**40, 0], pa.timestamp("s")),
-        "words": nested,
-    }
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
-    assert [(row["text"], json.loads(row["meta"])) for row in rows] == [
-        ("a", {"took": "0:00:01", "words": ["x"]}),
-        ("b", {"day": "1970-01-01 00:00:00"}),
-    ]
-    assert counts == {}
-
-
-def test_columns_whose_names_are_no_text_are_a_damaged_file(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a"], "other": ["b"]}), path, store_schema=False)
-    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xffr"))
-    rows, counts = read(tmp_path, documents=(str(path),))
-    assert not rows
-    assert counts == {"broken": 1}
-
-
-def test_limits_are_bytes_of_utf8(tmp_path):
-    texts = ["é" * 50, "é" * 51, "😀" * 25, "😀" * 26, "x" * 100, "x" * 101]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    lines = (json.dumps({"text": text}) + "\n" for text in texts)
-    (tmp_path / "b.jsonl").write_text("".join(lines))
-    for name in ("a.parquet", "b.jsonl"):
-        documents = (str(tmp_path / name),)
-        rows, counts = read(tmp_path / name[0], documents=documents, max_document_bytes=100)
-        assert [row["text"] for row in rows] == texts[::2]
-        assert counts == {"too_large": 3}
-
-
-def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
-    large = "x" * 900
-    columns = {
-        "text": ["a", large, "c", "d", "e"],
-        "raw": pa.array([b"", b"", large.encode(), b"", b"y" * 700]),
-        "list": [[], [], [], [large], ["y" * 700]],
-        "kind": pa.array(["k", "k", "k", "k", large]).dictionary_encode(),
-    }
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    seen = []
-    from_row = reader._from_row
-    monkeypatch.setattr(
-        reader, "_from_row", lambda *args: (seen.append(args[1]), from_row(*args))[1]
-    )
-    path = tmp_path / "a.parquet"
-    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=100)
-    assert seen == [f"{path}:0"]
-    assert [row["text"] for row in rows] == ["a"]
-    assert counts == {"too_large": 4}
-
-
 def test_files_that_are_no_text_are_counted(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
@@ -198,20 +110,6 @@ def test_files_that_are_no_text_are_counted(tmp_path):
         "<p>page</p>",
     ]
     assert counts == {"broken": 1}
-
-
-def test_files_whose_names_are_no_unicode(tmp_path):
-    root = tmp_path / "in"
-    root.mkdir()
-    for name in (b"caf\xe8", b"caf\xe9"):
-        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
-        path.write_bytes(name[-1:])
-        os.utime(path, ns=(0, 0))
-    rows, _ = read(tmp_path, shard_bytes=1, documents=(str(root),))
-    assert [row["id"] for row in rows] == [f"{root}/caf\ufffd"] * 2
-    source = CrawlSource(name="web", documents=(str(root),))
-    jobs = plan_shards(tmp_path / "c", [source], 1).jobs
-    assert len({job.shard.name for job in jobs}) == 2
 
 
 def test_large_fields_bound_a_row_group_too(tmp_path):
@@ -245,19 +143,6 @@ def test_a_compressed_file_that_was_cut_short(tmp_path, kept):
     assert counts["broken"] == 1
     assert [row["text"] for row in rows] == [f"document {i} " * 50 for i in range(len(rows))]
     assert rows or kept < 2000
-
-
-def test_damaged_files_in_a_folder_are_counted(tmp_path):
-    root = tmp_path / "in"
-    root.mkdir()
-    (root / "a.txt.gz").write_bytes(gzip.compress(b"text" * 500)[:12])
-    (root / "b.jsonl.gz").write_bytes(b"no gzip at all")
-    (root / "c.parquet").write_bytes(b"PAR1 nothing more")
-    (root / "d.warc.gz").write_bytes(b"")
-    (root / "e.txt").write_text("good")
-    rows, counts = read(tmp_path, documents=(str(root),))
-    assert [row["text"] for row in rows] == ["good"]
-    assert counts == {"broken": 4}
 
 
 def test_a_bomb_is_passed_over(tmp_path):
@@ -308,11 +193,3 @@ def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
             f"{path}: the file changed while the corpus was being built; run the build again"
         )
         assert not job.shard.path(DOCUMENTS).exists()
-
-
-def test_a_corpus_is_no_source(tmp_path):
-    (tmp_path / "corpus.json").write_text("{}")
-    (tmp_path / "documents").mkdir()
-    source = CrawlSource(name="web", documents=(str(tmp_path),))
-    with pytest.raises(MaxlmError):
-        plan_shards(tmp_path / "c", [source], 1)

@@ -44,16 +44,6 @@ def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     }
 
 
-def test_rows_that_are_not_asked_for_are_left_out(tmp_path):
-    (shard,) = make_corpus(tmp_path, ["x", None, "y", "z"], shards=1, rows_per_group=2)
-    add_labels([shard], "earlier", score=pa.array([1.0, 5.0, None, 7.0]))
-    where = parse("earlier.score > 3", {"earlier.score": pa.float64()}, "where")
-    view = StageShardView(tmp_path, shard.name, where=where)
-    assert [r.index.tolist() for r in view.rows(["text"])] == [[], [1]]
-    assert [r.index.tolist() for r in view.rows(["id"])] == [[1], [1]]  # the one without text too
-    assert [(r.first, r.size) for r in view.rows(["id"])] == [(0, 2), (2, 2)]
-
-
 def test_the_newest_version_of_each_text_is_read(tmp_path):
     (shard,) = make_corpus(tmp_path, ["raw 0", "raw 1", None, None], shards=1)
     add_labels([shard], "extract", text=pa.array([None, None, "new 2", "new 3"], pa.large_string()))
@@ -80,11 +70,3 @@ def test_labels_of_other_documents_are_refused(tmp_path):
     (tmp_path / "other" / "made").rename(tmp_path / "made")
     with pytest.raises(MaxlmError, match="2 labels for 3 documents"):
         list(shard.groups(["made.words"]))
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    (shard,) = make_corpus(tmp_path, ["a", "b", "c"], shards=1)
-    path = shard.path("documents")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(MaxlmError, match=r"00000\.parquet: cannot read as Parquet"):
-        list(shard.groups(["id"]))

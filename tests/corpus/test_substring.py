@@ -9,16 +9,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import cut
-from maxlm.corpus.dedup import substrings
 from maxlm.corpus.expression import parse
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage
@@ -179,22 +175,6 @@ def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memo
         ]
 
 
-def test_white_space_is_part_of_a_passage(tmp_path):
-    lines = A.replace("a7 a8", "a7\na8")
-    cuts, _ = run(tmp_path, [A, lines, f"{lines}\n\nend"])
-    assert cuts == [[], [], [(0, len(A))]]
-
-
-def test_periodic_text_keeps_its_first_period_and_window(tmp_path):
-    docs = ["ha " * 300, "ab cd ef " * 100, "ha " * 60, "ho " * 99]
-    cuts, shares = run(tmp_path, docs)
-    assert cut(docs[0], cuts[0]).split() == ["ha"] * 50
-    assert cut(docs[1], cuts[1]).split() == ["ab", "cd", "ef"] * 17
-    assert cuts[2] == [(0, 179)]
-    assert shares[2] == pytest.approx(179 / 180)
-    assert cuts[3] == []  # No two copies of 50 words are apart.
-
-
 def jumble(seed: int) -> list[str]:
     """Up to 7 texts of few words, many of which come again in the same order."""
     random_ = random.Random(seed)
@@ -251,16 +231,6 @@ def docstrings(limit: int) -> list[str]:
     return list(found.values())[:limit]
 
 
-def test_labels_do_not_depend_on_workers_shards_or_memory(tmp_path):
-    texts = docstrings(150)
-    expected, _ = run(tmp_path / "0", texts)
-    assert any(expected)
-    for i, (workers, shards, memory) in enumerate([(2, 4, 1 << 20), (1, 20, 1 << 17)]):
-        stage = SubstringStage(memory=memory)
-        assert run(tmp_path / f"{i + 1}", texts, stage, shards, workers)[0] == expected
-        assert stage.key() == SubstringStage().key()
-
-
 def test_documents_that_where_leaves_out_are_no_sources(tmp_path):
     stage = SubstringStage()
     made = make_corpus(tmp_path, [A, f"{A} x", f"y {A}", A])
@@ -282,25 +252,6 @@ def test_the_copy_of_the_best_document_is_kept(tmp_path, shards):
     worst = SubstringStage(keep_by="-made.score")
     cuts, _ = run(tmp_path / "b", docs, worst, shards, made=scores)
     assert [bool(spans) for spans in cuts] == [True, False, True, True]
-
-
-@pytest.mark.parametrize("hashes", [1, 2, 7])
-def test_windows_that_share_a_hash_are_not_cut_for_it(tmp_path, monkeypatch, hashes):
-    true = substrings.hash_windows
-
-    def colliding(*arguments):
-        values, begins = true(*arguments)
-        return values % np.uint64(hashes), begins
-
-    monkeypatch.setattr(substrings, "hash_windows", colliding)
-    found = 0
-    for seed in range(8):
-        texts = [" ".join(random.Random(seed + i).choices("ab", k=40)) for i in range(4)]
-        cuts, _ = run(tmp_path / str(seed), texts, SubstringStage(min_tokens=4), shards=2)
-        for spans, right in zip(cuts, naive_cuts(texts, 4), strict=True):
-            assert all(any(a <= start and end <= b for a, b in right) for start, end in spans)
-            found += len(spans)
-    assert found
 
 
 class Dying:
@@ -333,23 +284,3 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     assert read(made, stage)[0] == expected
     assert all(path.stat().st_mtime_ns == time for path, time in left.items())
     assert not list((tmp_path / "scratch").rglob(".*"))
-
-
-def test_empty_corpora_and_very_long_lines(tmp_path):
-    (shard,) = make_corpus(tmp_path / "0", [], shards=1)
-    run_stage(SubstringStage(), [shard], tmp_path / "scratch")
-    assert pq.read_table(shard.path("substring")).schema == SubstringStage().schema()
-    assert run(tmp_path / "1", ["", None, " "]) == ([[], None, []], [0, None, 0])
-    line = " ".join(str(i) for i in range(160_000))
-    assert len(line) > 1_000_000
-    glued = "x" * 1_000_000
-    cuts, shares = run(tmp_path / "2", [line, glued, glued, f"{line} end"], rows_per_group=1)
-    assert cuts == [[], [], [], [(0, len(line))]]
-    assert shares[3] == pytest.approx(len(line) / (len(line) + 4))
-
-
-def test_a_document_that_spans_cannot_measure_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(substrings, "_LONGEST", 1000)
-    with pytest.raises(MaxlmError, match="document of 1001 characters") as error:
-        run(tmp_path, ["a", "b" * 1001, "c"], shards=1)
-    assert "row 1" in str(error.value)

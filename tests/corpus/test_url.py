@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.stages.url import UrlStage
 
 
@@ -46,10 +45,6 @@ def test_hosts_and_registered_domains():
     rows = look(UrlStage(), list(HOSTS))
     assert {u: (row["host"], row["domain"]) for u, row in zip(HOSTS, rows, strict=True)} == HOSTS
     assert not any(row["blocked"] for row in rows)
-
-
-def test_no_address_has_no_labels():
-    assert look(UrlStage(), [None]) == [dict.fromkeys(("host", "domain", "blocked", "rule"))]
 
 
 @pytest.fixture
@@ -101,17 +96,6 @@ def test_rules(lists):
     assert all(row["blocked"] == (row["rule"] is not None) for row in rows)
 
 
-def test_words_of_internationalised_names_are_read(lists):
-    name = "казино-онлайн.рф".encode("idna").decode()
-    assert [row["rule"] for row in look(lists, [f"http://{name}/"])] == ["word"]
-
-
-def test_soft_count(lists):
-    stage = lists.model_copy(update={"soft_count": 3})
-    urls = ["http://a.com/poker-bonus", "http://a.com/poker-bonus-slots"]
-    assert [row["rule"] for row in look(stage, urls)] == [None, "soft_words"]
-
-
 NSFW = {
     "http://example.com/free-porn/1": True,
     "http://example.com/hot-sexy-babes": True,
@@ -134,18 +118,6 @@ def test_shipped_lists():
 @pytest.mark.parametrize("host", ["." * 200_000, "a." * 200_000, "a" + "\u0301\u0323" * 200_000])
 def test_a_long_host_takes_time_in_proportion(lists, host):
     assert look(lists, [f"http://x{host}x/"])[0]["host"] is None
-
-
-def test_another_list_is_another_stage(lists, tmp_path):
-    before = lists.key()
-    assert before == lists.model_copy().key()
-    (tmp_path / "words").write_text("bingo\n")
-    assert lists.key() != before
-
-
-def test_missing_list():
-    with pytest.raises(MaxlmError, match="cannot read"):
-        UrlStage(domains=("nowhere.txt",)).open()
 
 
 LABEL = UrlStage().open()

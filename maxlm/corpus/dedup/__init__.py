@@ -3,10 +3,6 @@
 The parts of a corpus are compared by files: each shard writes what it knows sorted by a hash, jobs
 each take a range of that hash over all shards, and their results are read back shard by shard. So
 a job's memory depends on the size of a shard and on how many ranges there are, not on the corpus,
-with two exceptions, both of near-duplicates:
-
-- One value of a hash is in one range, whatever the number of members that share it: a template that
-  is all over a corpus takes about 80 bytes for each of its pages (`candidates.find_pairs`).
-- What was found is gathered in the main process, which decides what is kept: each pair that is
-  alike takes 24 bytes, and about 200 with all that is worked out of it (`components.resolve`).
+but for near-duplicates: a template that is all over a corpus takes about 80 bytes for each of its
+pages (`candidates.find_pairs`), and each pair that is alike about 200 in the main process.
 """

@@ -14,7 +14,7 @@ from maxlm.corpus.dedup.columns import (
     find_range,
     hash_range_starts,
     mark_run_starts,
-    open_columns,
+    read_columns,
     write_columns,
 )
 from maxlm.corpus.dedup.members import Members
@@ -65,10 +65,10 @@ def find_pairs(
     """
     keys, found, starts = [], [], hash_range_starts(num_ranges)
     for shard, name in enumerate(members.shards):
-        with open_columns(_band_file(members.folder, name)) as columns:
-            part = find_range(columns[f"key{band}"], starts, range_index)
-            keys.append(columns[f"key{band}"][part])
-            found.append(columns[f"member{band}"][part] + np.int64(members.first[shard]))
+        columns = read_columns(_band_file(members.folder, name))
+        part = find_range(columns[f"key{band}"], starts, range_index)
+        keys.append(columns[f"key{band}"][part])
+        found.append(columns[f"member{band}"][part] + np.int64(members.first[shard]))
     key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
     del keys, found
     order = np.argsort(key, kind="stable")
@@ -104,11 +104,7 @@ def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.
 
 def count_pairs(files: Sequence[Path]) -> int:
     """How many pairs the files have, each counted as often as it is there."""
-    total = 0
-    for path in files:
-        with open_columns(path) as columns:
-            total += len(columns)
-    return total
+    return sum(len(read_columns(path)) for path in files)
 
 
 def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray:
@@ -121,10 +117,9 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
     skip, samples = step // 2, []
     for path in files:
-        with open_columns(path) as columns:
-            sample = columns["pair"][skip::step].copy()
-            skip += len(sample) * step - len(columns)
-        samples.append(sample)
+        pairs = read_columns(path)["pair"]
+        samples.append(pairs[skip::step].copy())
+        skip += len(samples[-1]) * step - len(pairs)
     sample = np.sort(concatenate(samples, np.uint64))
     starts = np.zeros(num_ranges, np.uint64)
     if len(sample):
@@ -136,8 +131,6 @@ def read_pairs_in_range(
     files: Sequence[Path], range_starts: np.ndarray, range_index: int
 ) -> np.ndarray:
     """The pairs, each once, in one of the ranges of `find_pair_range_starts`."""
-    parts = []
-    for path in files:
-        with open_columns(path) as columns:
-            parts.append(columns["pair"][find_range(columns["pair"], range_starts, range_index)])
+    pairs = (read_columns(path)["pair"] for path in files)
+    parts = [each[find_range(each, range_starts, range_index)] for each in pairs]
     return np.unique(concatenate(parts, np.uint64))

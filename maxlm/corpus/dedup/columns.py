@@ -1,7 +1,6 @@
 """Files of columns that jobs pass on: Arrow IPC, memory-mapped, complete or not there at all."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,6 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
 
     Args:
         columns: Arrow arrays, or numpy arrays [rows] of numbers or fixed-length bytes.
-
-    Raises:
-        MaxlmError: the disk is full, or the folder can't be written.
     """
     arrays = [_to_arrow(column) for column in columns.values()]
     batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
@@ -42,11 +38,9 @@ def _to_arrow(column: Column) -> pa.Array:
     return pa.array(column)
 
 
-@contextmanager
-def open_columns(path: Path) -> Iterator["Columns"]:
-    """The columns of a file, read when they are looked at; arrays stay valid after the context."""
-    with pa.memory_map(str(path)) as source:
-        yield Columns(pa.ipc.open_file(source).get_batch(0))
+def read_columns(path: Path) -> "Columns":
+    """The columns of a file, read when they are looked at."""
+    return Columns(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
 
 
 class Columns:

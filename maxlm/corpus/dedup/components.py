@@ -94,8 +94,8 @@ def resolve_duplicates(
 def _neighbours(
     ends: np.ndarray, jaccard: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the graph whose edges are pairs of `number` nodes (int64 [2, pairs]): node i is like
-    neighbours[starts[i]:starts[i + 1]], and how much."""
+    """Returns the graph whose edges are pairs of `number` nodes (int64 [2, pairs]) as starts,
+    neighbours, likeness: node i is like neighbours[starts[i]:starts[i + 1]]."""
     by_source = np.argsort(ends.ravel(), kind="stable")
     starts = np.zeros(number + 1, np.int64)
     np.cumsum(np.bincount(ends.ravel(), minlength=number), out=starts[1:])
@@ -107,12 +107,8 @@ def _neighbours(
 def _keep_best(
     order: np.ndarray, starts: np.ndarray, neighbours: np.ndarray, similarity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses what is kept of nodes of which some are alike, in `order`, the best first.
-
-    Returns:
-        For each node the kept one that it is most like (of equals the better), or -1: it is like
-        no node that was kept before, and kept itself. And how much it is like it.
-    """
+    """Chooses what is kept of nodes in `order`, the best first. Returns for each node the kept one
+    that it is most like (of equals the better), or -1: it is kept; and how much it is like it."""
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))
@@ -128,10 +124,7 @@ def _keep_best(
 
 def _number(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Components numbered as they first appear, and how many of each there are."""
-    order = np.argsort(component, kind="stable")
-    first = order[mark_run_starts(component[order])]
-    number = np.empty(len(first), np.int64)
-    number[np.argsort(first, kind="stable")] = np.arange(len(first))
-    cluster = np.empty(len(component), np.int64)
-    cluster[order] = number[np.cumsum(mark_run_starts(component[order])) - 1] if len(order) else 0
-    return cluster, np.bincount(cluster, minlength=1)[cluster] if len(order) else cluster
+    _, first, which, counts = np.unique(
+        component, return_index=True, return_inverse=True, return_counts=True
+    )
+    return np.argsort(np.argsort(first))[which], counts[which]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
 from maxlm.corpus.shards import RowGroup, StageShardView
 
 
@@ -55,8 +55,8 @@ class Members:
         unique, places = np.unique(members, return_inverse=True)
         parts = []
         for shard, part in self.by_shard(unique):
-            with open_columns(self.file(shard)) as columns:
-                parts.append(columns.array(column).take(pa.array(unique[part] - self.first[shard])))
+            values = read_columns(self.file(shard)).array(column)
+            parts.append(values.take(pa.array(unique[part] - self.first[shard])))
         if not parts:
             kinds = {"rank": pa.float64(), "row": pa.int64()}
             return pa.array([], kinds.get(column, pa.string()))
@@ -98,12 +98,9 @@ class MemberList:
 
 def number_members(folder: Path, shards: Sequence[StageShardView]) -> Members:
     """Number the members of shards whose files have been written."""
-    first = [0]
-    for shard in shards:
-        with open_columns(get_member_path(folder, shard.name)) as columns:
-            first.append(first[-1] + len(columns))
     names = tuple(shard.name for shard in shards)
-    return Members(folder, names, tuple(first), count_documents(shards)[:-1])
+    sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
+    return Members(folder, names, tuple(accumulate(sizes, initial=0)), count_documents(shards)[:-1])
 
 
 def count_documents(shards: Sequence[StageShardView]) -> tuple[int, ...]:

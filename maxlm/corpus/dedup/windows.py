@@ -12,7 +12,8 @@ import numpy as np
 from maxlm.corpus.dedup.minhash import mix_bits
 from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_character_classes
 
-_BASE = 0x9FB21C651E98DF25  # Odd, and so invertible modulo 2^64.
+# Odd, and so invertible modulo 2^64.
+_BASE, CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
 _BLOCK = 4096
 
 
@@ -51,24 +52,27 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def hash_windows(
-    text: np.ndarray, starts: np.ndarray, stops: np.ndarray, first: np.ndarray, size: int
+    text: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    first: np.ndarray,
+    size: int,
+    base: int = _BASE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes each run of `size` words within a document, white space between them included.
+    """Hashes each run of `size` words within a document, white space between them included, from
+    what `find_words` found.
 
     The hash is a polynomial of the characters: the difference of two sums up to its ends, times a
     power that makes up for where it begins.
-
-    Args:
-        starts, stops, first: as from `find_words`.
 
     Returns:
         uint64 [windows], and the word with which each begins, int64 [windows].
     """
     begins = np.flatnonzero(np.arange(len(starts)) + size <= np.repeat(first[1:], np.diff(first)))
-    powers = _list_powers(_BASE, len(text))
+    powers = _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
     np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
-    inverse = _list_powers(pow(_BASE, -1, 2**64), len(text))
+    inverse = _list_powers(pow(base, -1, 2**64), len(text))
     start, stop = starts[begins], stops[begins + size - 1]
     return mix_bits((sums[stop] - sums[start]) * inverse[start]), begins
 
@@ -77,34 +81,6 @@ def _list_powers(base: int, number: int) -> np.ndarray:
     powers = np.full(number, base, np.uint64)
     powers[:1] = 1
     return np.multiply.accumulate(powers)
-
-
-def compare_windows(
-    text: np.ndarray, start: np.ndarray, stop: np.ndarray, other: np.ndarray, places: np.ndarray
-) -> np.ndarray:
-    """Tells which windows are, character for character, what stands at `places` of `other`.
-
-    Args:
-        start, stop: of each window in `text`, rising: int64 [windows].
-        places: characters of `other`, int64 [windows].
-
-    Returns:
-        bool [windows].
-    """
-    equal = np.zeros(len(start), np.bool_)
-    shift = places - start
-
-    def is_same(first: int, last: int) -> bool:
-        """Compares from the beginning of one window to the end of another."""
-        a, b, move = start[first], stop[last], shift[first]
-        return b + move <= len(other) and np.array_equal(text[a:b], other[a + move : b + move])
-
-    # Most go on where the one before does: a run of them is compared at once.
-    joins = (np.diff(shift) == 0) & (start[1:] <= stop[:-1])
-    for run in np.split(np.arange(len(start)), np.flatnonzero(~joins) + 1):
-        if len(run):
-            equal[run] = is_same(run[0], run[-1]) or [is_same(i, i) for i in run]
-    return equal
 
 
 def find_first_copies(runs: np.ndarray, may_keep: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
 from maxlm.corpus.dedup.minhash import make_shingle_set
 from maxlm.corpus.dedup.windows import concatenate_texts, find_words, get_code_points, hash_windows
 from maxlm.corpus.opened import OpenCorpus, mark_kept, read_kept
@@ -146,8 +146,7 @@ def _find_hashes(
     shard: StageShardView,
 ) -> np.ndarray:
     """Which hashes of a file are those of kept texts: bool [hashes]."""
-    with open_columns(file) as columns:
-        wanted = columns["hash"]
+    wanted = read_columns(file)["hash"]
     seen = np.zeros(len(wanted), np.bool_)
     texts = (text for _, text in read_kept(shard, rules) if text)
     while len(wanted) and (batch := list(islice(texts, _BATCH))):

@@ -24,11 +24,7 @@ _WIDTH, _HEIGHT = 440, 120
 def write_report(
     corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
 ) -> None:
-    """Write the page, whole or not at all; `lost` is a sentence about text lost.
-
-    Raises:
-        MaxlmError: it cannot be written.
-    """
+    """Write the page, whole or not at all; `lost` is a sentence about text lost."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")

@@ -8,6 +8,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
 
-from maxlm.corpus.cuts import cut
-from maxlm.corpus.opened import OpenCorpus
+from maxlm.corpus.opened import OpenCorpus, cut_texts
 from maxlm.corpus.recipe import Rules
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import StageShardView
+from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
@@ -82,15 +83,6 @@ class Summary:
         self.values[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
 
 
-@dataclass(frozen=True)
-class _Job:
-    shard: StageShardView
-    rules: Rules
-    numeric: tuple[str, ...]
-    language: str | None
-    tokenizer: Path | None
-
-
 def summarize(
     corpus: OpenCorpus,
     rules: Rules,
@@ -98,21 +90,18 @@ def summarize(
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> Summary:
-    """The figures of a corpus under rules.
-
-    Args:
-        tokenizer: a tokenizer's folder, to count tokens with.
-
-    Raises:
-        MaxlmError: a file of the corpus or the tokenizer is missing or damaged.
-    """
-    numeric = tuple(name for name, type_ in corpus.labels.items() if _is_score(name, type_))
+    """The figures of a corpus under rules; tokens are counted with the tokenizer in a folder."""
+    numeric = [
+        name
+        for name, type_ in corpus.labels.items()
+        if (types.is_integer(type_) or types.is_floating(type_))
+        and not name.endswith(".cluster")  # A number that is a name.
+    ]
     shards = settle_duplicates(corpus, rules, progress)
-    jobs = [_Job(shard, rules, numeric, find_language_label(corpus), tokenizer) for shard in shards]
+    job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     total = Summary()
-    for done, each in enumerate(engine.map(_summarize_shard, jobs), 1):
+    for each in JobRunner("report", engine, progress)(job, shards):
         total.add(each)
-        progress("report", done, len(jobs))
     return total
 
 
@@ -122,21 +111,21 @@ def find_language_label(corpus: OpenCorpus) -> str | None:
     return f"{found[0]}.name" if found else None
 
 
-def _is_score(name: str, type_: pa.DataType) -> bool:
-    if name.endswith(".cluster"):
-        return False  # A number that is a name.
-    return types.is_integer(type_) or types.is_floating(type_)
+def _summarize_shard(
+    rules: Rules,
+    numeric: Sequence[str],
+    language: str | None,
+    tokenizer: Path | None,
+    shard: StageShardView,
+) -> Summary:
+    from maxlm.data.tokenizer import load_tokenizer
 
-
-def _summarize_shard(job: _Job) -> Summary:
     summary = Summary()
-    names = job.rules.names
-    language = [job.language] if job.language else []
-    columns = ["id", "source", "text", *names, *job.numeric, *language, *job.rules.cut]
-    columns = list(dict.fromkeys(columns))
-    seed = int.from_bytes(hashlib.sha256(job.shard.name.encode()).digest()[:8], "big")
-    random, tokenizer = np.random.default_rng(seed), _load(job.tokenizer)
-    for table in job.shard.groups(columns):
+    languages = [language] if language else []
+    columns = ["id", "source", "text", *rules.names, *numeric, *languages, *rules.cut]
+    seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
+    random, codec = np.random.default_rng(seed), tokenizer and load_tokenizer(tokenizer)
+    for table in shard.groups(list(dict.fromkeys(columns))):
         texts = table.column("text")
         sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
         sources = table.column("source")
@@ -144,18 +133,18 @@ def _summarize_shard(job: _Job) -> Summary:
         _count(summary, "", sources, sizes, keep)
         keep = keep & pc.is_valid(texts).to_numpy(zero_copy_only=False)
         _count(summary, "has text", sources, sizes, keep)
-        for name, rule in job.rules.keep.items():
+        for name, rule in rules.keep.items():
             passes = rule.true(table)
             fell = _samples(table, np.flatnonzero(keep & ~passes), rule.names)
             summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
             keep = keep & passes
             _count(summary, name, sources, sizes, keep)
-        kept = _samples(table, np.flatnonzero(keep), names)
+        kept = _samples(table, np.flatnonzero(keep), rules.names)
         summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
-        for label in job.numeric:
+        for label in numeric:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
             summary.add_values(label, np.stack([random.random(len(values)), values]))
-        _count_mixture(summary, job, tokenizer, table.filter(pa.array(keep)))
+        _count_mixture(summary, rules, language, codec, table.filter(pa.array(keep)))
     return summary
 
 
@@ -185,25 +174,20 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
     ]
 
 
-def _load(tokenizer: Path | None) -> "Tokenizer | None":
-    from maxlm.data.tokenizer import load_tokenizer
-
-    return None if tokenizer is None else load_tokenizer(tokenizer)
-
-
 def _count_mixture(
-    summary: Summary, job: _Job, tokenizer: "Tokenizer | None", table: pa.RecordBatch
+    summary: Summary,
+    rules: Rules,
+    language: str | None,
+    tokenizer: "Tokenizer | None",
+    table: pa.RecordBatch,
 ) -> None:
     languages: Sequence[str | None] = [None] * table.num_rows
-    if job.language:
-        languages = table.column(job.language).to_pylist()
-    spans = [table.column(label).to_pylist() for label in job.rules.cut]
+    if language:
+        languages = table.column(language).to_pylist()
     sources = table.column("source").to_pylist()
-    for i, text in enumerate(table.column("text").to_pylist()):
-        cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
-        raw = (cut(text, cuts) if cuts else text).encode()
-        key = (sources[i], languages[i] or "?")
-        figures = summary.mixture.setdefault(key, np.zeros(4, np.int64))
+    for source, name, text in zip(sources, languages, cut_texts(table, rules), strict=True):
+        raw = text.encode()
+        figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
         figures[:2] += (1, len(raw))
         if tokenizer is not None and figures[2] < _TOKENIZED_BYTES:
             figures[2:] += (len(raw), len(tokenizer.encode(raw)))

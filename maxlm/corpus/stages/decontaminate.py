@@ -1,19 +1,193 @@
-"""Decontamination: documents that hold items of evaluation sets."""
+"""Decontamination: documents that hold n-grams of items of evaluation sets."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.overlap import GramIndex, build_gram_index, find_grams, hash_evaluation_sets
+from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
+from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import LabelStage
-from maxlm.corpus.text import UNICODE
+from maxlm.corpus.text import UNICODE, WORD
 from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import list_files
+from maxlm.data.documents.reader import read_documents
+
+
+@dataclass(frozen=True)
+class GramIndex:
+    """Which n-gram belongs to which items of evaluation sets."""
+
+    grams: np.ndarray
+    """Hashes of n-grams, sorted: uint64 [grams]."""
+    starts: np.ndarray
+    """Gram g belongs to the items owners[starts[g]:starts[g + 1]]."""
+    owners: np.ndarray
+    sizes: np.ndarray
+    """Different n-grams of each item: int64 [items]. 0: it is too short, equal to one before it in
+    its set, or all of it is of a template."""
+    ids: tuple[str, ...]
+    sets: tuple[str, ...]
+    """The set of each item."""
+    is_size: np.ndarray
+    """bool [n + 1]: which n there are."""
+
+
+def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
+    """A hash of the files of evaluation sets."""
+    digest = hashlib.sha256()
+    for name, source in sets.items():
+        for file in list_files(source):
+            digest.update(f"{name}\n{file.name}\n{file.size}\n".encode())
+            with file.path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def build_gram_index(
+    sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
+) -> GramIndex:
+    """The n-grams of evaluation sets; made once in a process for the same files and settings.
+
+    Args:
+        n: words in an n-gram. An item of fewer words is looked for as a whole,
+        shortest: if it has this many; else it is left out.
+        max_items: n-grams of more different items of a set are left out, as text of a template, if
+            they are not of a long passage; see `_wanted`.
+    """
+    plain = json.dumps({name: source.model_dump(mode="json") for name, source in sets.items()})
+    return _index(plain, hash_evaluation_sets(sets), n, shortest, max_items)
+
+
+@lru_cache(maxsize=2)
+def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> GramIndex:
+    sets = {name: SourceConfig(**source) for name, source in json.loads(plain).items()}
+    is_size = np.zeros(n + 1, np.bool_)
+    grams, owners, ids, names = [], [], [], []
+    for name, source in sets.items():
+        items = _read_items(source, n, shortest)
+        wanted = _wanted(items, n, max_items)
+        if not wanted.any():
+            what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
+            if items.words.any():
+                what = (
+                    f'all text of evaluation set "{name}" is common to more than {max_items} items'
+                )
+            fix = "check its files and text_field, lower shortest, or raise max_items"
+            raise MaxlmError(what, fix=fix)
+        is_size[np.minimum(items.words[items.words > 0], n)] = True
+        gram, owner = _pairs(items.grams[wanted], items.owners[wanted])
+        grams.append(gram)
+        owners.append(owner + len(ids))
+        ids += items.ids
+        names += [name] * len(items.ids)
+    gram, owner = concatenate(grams, np.uint64), concatenate(owners, np.int64)
+    order = np.lexsort((owner, gram))
+    starts = np.flatnonzero(mark_run_starts(gram[order]))
+    distinct = gram[order][starts]
+    return GramIndex(
+        grams=distinct,
+        starts=np.append(starts, len(gram)),
+        owners=owner[order],
+        sizes=np.bincount(owner, minlength=len(ids)),
+        ids=tuple(ids),
+        sets=tuple(names),
+        is_size=is_size,
+    )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The items of a set."""
+
+    ids: list[str]
+    words: np.ndarray
+    """Words of each item, int64 [items]; 0 if it is too short or equal to one before."""
+    grams: np.ndarray
+    """The n-grams of all items in the order of the text: uint64 [places]."""
+    owners: np.ndarray
+    """The item of each: int64 [places]."""
+
+
+def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
+    ids, words, grams, owners, seen = [], [], [], [], set()
+    for document in read_documents(source):
+        text = hash_words(document.text.decode("utf-8", "replace"))
+        found, count = hash_shingles(text, n), len(text)
+        content = hashlib.sha256(np.unique(found).tobytes()).digest()
+        wanted = count >= shortest and content not in seen
+        if wanted:
+            seen.add(content)
+            grams.append(found)
+            owners.append(np.full(len(found), len(ids)))
+        ids.append(document.id)
+        words.append(count if wanted else 0)
+    return _Items(
+        ids,
+        np.array(words, np.int64),
+        concatenate(grams, np.uint64),
+        concatenate(owners, np.int64),
+    )
+
+
+def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
+    """Which places have n-grams to look for: not those of a template. bool [places].
+
+    An n-gram of more than `max_items` items is of a template, unless it is of a passage that
+    several items quote, such as a text with many questions: 2 n words or more in a row that the
+    same items share, at most half of all. What most items share is how they are asked.
+    """
+    gram, owner = _pairs(items.grams, items.owners)
+    firsts = np.flatnonzero(mark_run_starts(gram))
+    count = np.diff(np.append(firsts, len(gram)))
+    # One number for a set of items. Two sets have the same by chance only.
+    hashes = mix_bits(owner.astype(np.uint64) + np.uint64(1))
+    whose = np.add.reduceat(hashes, firsts) if len(gram) else hashes
+    quoted = 2 * count <= np.count_nonzero(items.words)
+
+    place = np.searchsorted(gram[firsts], items.grams)
+    same = np.empty(len(place), np.bool_)
+    same[:1] = False
+    same[1:] = (whose[place[1:]] == whose[place[:-1]]) & (items.owners[1:] == items.owners[:-1])
+    run = np.cumsum(~same) - 1
+    long = np.bincount(run)[run] + n - 1 >= 2 * n
+    is_passage = np.zeros(len(firsts), np.bool_)
+    is_passage[place[long]] = True
+    return ((count <= max_items) | (is_passage & quoted))[place]
+
+
+def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each n-gram of each item once, sorted by n-gram, then item."""
+    order = np.lexsort((owners, grams))
+    grams, owners = grams[order], owners[order]
+    keep = mark_run_starts(grams) | mark_run_starts(owners)
+    return grams[keep], owners[keep]
+
+
+def find_grams(index: GramIndex, text: str) -> np.ndarray:
+    """Finds every n-gram of the index in a text.
+
+    Returns:
+        int64 [found, 3]: which of `index.grams`, its first character and the one after its last.
+    """
+    words = hash_words(text)
+    spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
+    found = [np.empty((0, 3), np.int64)]
+    for size in np.flatnonzero(index.is_size[: len(words) + 1]).tolist():
+        grams = hash_shingles(words, size)
+        place = np.searchsorted(index.grams, grams) % len(index.grams)
+        at = np.flatnonzero(index.grams[place] == grams)
+        found.append(np.stack([place[at], spans[at, 0], spans[at + size - 1, 1]], 1))
+    return np.concatenate(found)
 
 
 class DecontaminateStage(LabelStage):
@@ -64,11 +238,6 @@ class DecontaminateStage(LabelStage):
         return ("regex",)
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
-        """See `LabelStage`.
-
-        Raises:
-            MaxlmError: an evaluation set can't be read or has nothing to look for.
-        """
         index = build_gram_index(
             self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
         )
@@ -121,9 +290,6 @@ def count_items(stage: DecontaminateStage, shards: Sequence[StageShardView]) -> 
     """Counts the items of evaluation sets that have contaminated documents, most first.
 
     A document counts for the item it has most of.
-
-    Raises:
-        MaxlmError: the stage's labels are missing.
     """
     title, found = stage.title, {}
     columns = [f"{title}.{name}" for name in ("contaminated", "set", "item", "overlap")]

@@ -19,7 +19,7 @@ from maxlm.corpus.dedup.columns import (
     find_range,
     hash_range_starts,
     mark_run_starts,
-    open_columns,
+    read_columns,
     write_columns,
 )
 from maxlm.corpus.dedup.members import (
@@ -91,11 +91,7 @@ class ExactStage(CorpusStage):
         return " ".join(text.split()) if self.spaces else text
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """See `CorpusStage.label`: hash each shard, group each range of hashes, label each shard.
-
-        Raises:
-            MaxlmError: the index is of other settings or damaged, or another run is using it.
-        """
+        """Hash each shard, group each range of hashes, label each shard."""
         folder = Path(self.index).expanduser() if self.index else None
         with lock_folder(folder) if folder else nullcontext():
             earlier, own = (), None
@@ -116,11 +112,7 @@ class ExactStage(CorpusStage):
                         entry.write((out / f"{i}.digests").read_bytes())
 
     def _check_index(self, folder: Path) -> None:
-        """Write down how the index's texts are normalised, or compare with what is there.
-
-        Raises:
-            MaxlmError: it is something else.
-        """
+        """Write down how the index's texts are normalised, or compare with what is there."""
         settings = self.model_dump(include={"unicode", "case", "spaces"})
         settings |= {"version": 2}  # Of `normalise`.
         path = folder / "settings.json"
@@ -177,14 +169,14 @@ def _group_range(
     starts = hash_range_starts(number).astype(">u8").view("S8").astype(_DIGEST)
     digests, best, rank, counts, origin = [], [], [], [], []
     for shard, name in enumerate(members.shards):
-        with open_columns(_digest_file(members.folder, name)) as columns:
-            part = find_range(columns["digest"], starts, which)
-            places = np.flatnonzero(mark_run_starts(columns["digest"][part]))
-            counts.append(np.diff(places, append=part.stop - part.start))
-            digests.append(columns["digest"][part][places])
-            best.append(columns["member"][part][places] + members.first[shard])
-            rank.append(columns["rank"][part][places])
-            origin.append(np.full(len(places), shard, np.int32))
+        columns = read_columns(_digest_file(members.folder, name))
+        part = find_range(columns["digest"], starts, which)
+        places = np.flatnonzero(mark_run_starts(columns["digest"][part]))
+        counts.append(np.diff(places, append=part.stop - part.start))
+        digests.append(columns["digest"][part][places])
+        best.append(columns["member"][part][places] + members.first[shard])
+        rank.append(columns["rank"][part][places])
+        origin.append(np.full(len(places), shard, np.int32))
     digest, member = concatenate(digests, _DIGEST), concatenate(best, np.int64)
     texts, text = np.unique(digest, return_inverse=True)
     order = np.lexsort((member, -concatenate(rank, np.float64), text))
@@ -220,13 +212,13 @@ def _label_shard(
     which, shard = part
     found = {"kept": [], "copies": [], "seen": []}
     for each in range(number):
-        with open_columns(folder / f"{each}.arrow") as columns:
-            start, stop = np.searchsorted(columns["shard"], [which, which + 1])
-            for name, parts in found.items():
-                parts.append(columns[name][start:stop])
-    with open_columns(_digest_file(members.folder, shard.name)) as columns:
-        text = np.empty(len(columns), np.int64)  # Of each member: which of the shard's texts.
-        text[columns["member"]] = np.cumsum(mark_run_starts(columns["digest"])) - 1
+        columns = read_columns(folder / f"{each}.arrow")
+        start, stop = np.searchsorted(columns["shard"], [which, which + 1])
+        for name, parts in found.items():
+            parts.append(columns[name][start:stop])
+    columns = read_columns(_digest_file(members.folder, shard.name))
+    text = np.empty(len(columns), np.int64)  # Of each member: which of the shard's texts.
+    text[columns["member"]] = np.cumsum(mark_run_starts(columns["digest"])) - 1
     kept = concatenate(found["kept"], np.int64)[text]
     duplicate = kept != np.arange(len(text)) + members.first[which]
     ids = members.take("id", kept[duplicate]).cast(pa.large_string())
@@ -239,8 +231,7 @@ def _label_shard(
         "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
         "cluster": pa.array(members.documents(kept), mask=copies == 1),
     }
-    with open_columns(members.file(which)) as columns:
-        write_labels(shard, schema, columns["row"], labels)
+    write_labels(shard, schema, read_columns(members.file(which))["row"], labels)
 
 
 def _digest_file(scratch: Path, shard: str) -> Path:

@@ -1,18 +1,14 @@
 """The text of HTML pages."""
 
 import json
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from maxlm.corpus.extraction import Extractor
-from maxlm.corpus.pages import Page
-from maxlm.corpus.stage import Label, LabelStage
-
-_GROUP_BYTES = 1 << 20
+from maxlm.corpus.stage import LabelStage
 
 
 class ExtractStage(LabelStage):
@@ -66,42 +62,14 @@ class ExtractStage(LabelStage):
             ("trafilatura", "lxml", "resiliparse") if self.mode == "quality" else ("resiliparse",)
         )
 
-    def open(self) -> Label:
+    def open_row(self) -> Callable[..., dict[str, Any]]:
         extractor = Extractor(self.mode == "quality", self.markdown, self.seconds)
-        schema = self.schema()
 
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            html, meta = batch.columns
-            pages: list[Page | None] = [None] * batch.num_rows
-            for rows in _groups(html, self.max_bytes, pages):
-                charsets = [json.loads(meta[row].as_py() or "{}").get("charset") for row in rows]
-                data = [html[row].as_py() for row in rows]
-                found = extractor.read(list(zip(data, charsets, strict=True)))
-                for row, page in zip(rows, found, strict=True):
-                    pages[row] = page
-            columns = [[page and getattr(page, name) for page in pages] for name in schema.names]
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
-            return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        def label(html: bytes | None, meta: str | None) -> dict[str, Any]:
+            if html is None:
+                return {}
+            if len(html) > self.max_bytes:
+                return {"status": "too_large"}
+            return vars(extractor.read(html, json.loads(meta or "{}").get("charset")))
 
         return label
-
-
-def _lengths(html: pa.Array) -> list[int | None]:
-    return pc.call_function("binary_length", [html]).to_pylist()
-
-
-def _groups(html: pa.Array, max_bytes: int, pages: list[Page | None]) -> Iterator[list[int]]:
-    """Rows with HTML to be read together; pages that are too large are marked in `pages`."""
-    rows, size = [], 0
-    for row, length in enumerate(_lengths(html)):
-        if length is None:
-            continue
-        if length > max_bytes:
-            pages[row] = Page("too_large")
-            continue
-        rows.append(row)
-        size += length
-        if size >= _GROUP_BYTES:
-            yield rows
-            rows, size = [], 0
-    yield rows

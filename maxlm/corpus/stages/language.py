@@ -4,7 +4,6 @@ import hashlib
 import re
 import struct
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -91,15 +90,16 @@ class LanguageStage(LabelStage):
         return ("fasttext-predict", *own)
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
-        """See `LabelStage`. Raises: MaxlmError: no model; a threshold for a language it lacks."""
+        """Raises: MaxlmError: no model; a threshold for a language it lacks."""
         import fasttext
 
         path = find_shipped_model() if self.model == _SHIPPED else Path(self.model)
         _check_model_file(path)
         model = fasttext.load_model(str(path))
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
-        for each in self.thresholds:
-            _check_known(each, [label.removeprefix("__label__") for label in labels])
+        if unknown := [each for each in self.thresholds if f"__label__{each}" not in labels]:
+            what = f"the model knows no language {', '.join(unknown)}"
+            raise MaxlmError(what, where="thresholds", fix="use codes such as en, de, zh")
         nothing = model.predict("", k=2)
 
         def score(text: str) -> _Scores:
@@ -133,14 +133,7 @@ class LanguageStage(LabelStage):
 def _find_spans(
     text: str, whole: _Scores, paragraph_characters: int, score: Callable[[str], _Scores]
 ) -> list[dict]:
-    """Return the runs of paragraphs in one language.
-
-    Args:
-        text: the document.
-        whole: its scores.
-        paragraph_characters: lines are joined until they have as many characters.
-        score: of a paragraph.
-    """
+    """Returns the runs of paragraphs in one language; `whole` are the text's scores."""
     spans: list[dict] = []
     if whole is _NOTHING:
         return spans
@@ -175,10 +168,7 @@ def find_shipped_model() -> Path:
 
 
 def _check_model_file(path: Path) -> None:
-    """
-    Raises:
-        MaxlmError: there is no fastText model of version 12, which its library would not say.
-    """
+    """Checks that it is a fastText model of version 12, which its library would not say."""
     fix = "copy it again, or name a file like fastText's lid.176.ftz"
     try:
         with path.open("rb") as file:
@@ -188,11 +178,3 @@ def _check_model_file(path: Path) -> None:
         raise MaxlmError(what, where=str(path), fix=fix) from error
     if start != struct.pack("<2i", 793712314, 12):
         raise MaxlmError("no fastText model", where=str(path), fix=fix)
-
-
-def _check_known(name: str, labels: list[str]) -> None:
-    if name not in labels:
-        near = ", ".join(get_close_matches(name, labels, cutoff=0.5))
-        fix = f"did you mean {near}?" if near else "use codes such as en, de, zh"
-        what = f'the model knows no language "{name}"'
-        raise MaxlmError(what, where="thresholds", fix=fix)

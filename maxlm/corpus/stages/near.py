@@ -1,8 +1,18 @@
-"""Near-duplicates: documents that share most of what they say."""
+"""Near-duplicates: documents that share most of what they say.
+
+The search goes by jobs over shards and over ranges of hashes:
+
+1. Each shard: each member's set of n-grams, and a key for each band of its signature.
+2. Each band and range of its keys: pairs of members with the same key, the candidates.
+3. Each range of pairs: the exact similarity of its candidates.
+
+A job whose files are there is not done again, so a killed run goes on where it stopped.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,14 +22,28 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.dedup.columns import open_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates
-from maxlm.corpus.dedup.members import Members, write_labels
-from maxlm.corpus.dedup.minhash import choose_banding
-from maxlm.corpus.dedup.search import NearSearch, find_alike
+from maxlm.corpus.dedup.candidates import (
+    count_pairs,
+    find_pair_range_starts,
+    find_pairs,
+    read_pairs_in_range,
+    split_pairs,
+    write_bands,
+)
+from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
+from maxlm.corpus.dedup.components import DuplicateMarks, SimilarPairs, resolve_duplicates
+from maxlm.corpus.dedup.members import (
+    MemberList,
+    Members,
+    get_member_path,
+    number_members,
+    write_labels,
+)
+from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner
 from maxlm.corpus.text import UNICODE
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
 
@@ -82,13 +106,9 @@ class NearStage(CorpusStage):
             ]
         )
 
-    def search(self) -> NearSearch:
-        """Makes the search, with the bands and rows that the settings come to."""
-        banding = choose_banding(self.jaccard, self.recall, self.hashes)
-        return NearSearch(
-            self.jaccard, self.ngram, banding, self.max_group,
-            self.reads, self.keep_by, self.memory,
-        )  # fmt: skip
+    def choose_banding(self) -> Banding:
+        """Chooses the bands and rows that the settings come to."""
+        return choose_banding(self.jaccard, self.recall, self.hashes)
 
     def key(self) -> str:
         return f"{super().key()} {UNICODE}"
@@ -97,12 +117,8 @@ class NearStage(CorpusStage):
         return ("regex", "scipy")
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """See `CorpusStage.label`; the steps are those of `dedup.search`.
-
-        Raises:
-            MaxlmError: a source would lose more than it may.
-        """
-        members, alike = find_alike(self.search(), shards, scratch, run)
+        """See `CorpusStage.label`."""
+        members, alike = find_alike(self, shards, scratch, run)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         parts = list(enumerate(shards))
@@ -155,26 +171,23 @@ def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
 
 def _read_marks(members: Members, number: int) -> DuplicateMarks:
     """Reads the marks of a shard's members."""
-    with open_columns(members.folder / "marks.arrow") as columns:
-        part = slice(*np.searchsorted(columns["member"], members.first[number : number + 2]))
-        names = DuplicateMarks.__dataclass_fields__
-        return DuplicateMarks(*(columns[name][part] for name in names))
+    columns = read_columns(members.folder / "marks.arrow")
+    part = slice(*np.searchsorted(columns["member"], members.first[number : number + 2]))
+    return DuplicateMarks(*(columns[name][part] for name in DuplicateMarks.__dataclass_fields__))
 
 
 def _count_sources(members: Members, part: tuple[int, StageShardView]) -> tuple[Counter, Counter]:
     """Documents of each source, and those of them that are marked."""
     marks = _read_marks(members, part[0])
     marked = marks.member[marks.of >= 0] - members.first[part[0]]
-    with open_columns(members.file(part[0])) as columns:
-        sources = columns.array("source")
-        return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
+    sources = read_columns(members.file(part[0])).array("source")
+    return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
 
 
 def _label_shard(members: Members, schema: pa.Schema, part: tuple[int, StageShardView]) -> None:
     number, shard = part
     marks = _read_marks(members, number)
-    with open_columns(members.file(number)) as columns:
-        rows = columns["row"]
+    rows = read_columns(members.file(number))["row"]
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
     mark[marks.member - members.first[number]] = np.arange(len(marks.member))
     clustered = pa.array(mark, mask=mark < 0)
@@ -188,3 +201,128 @@ def _label_shard(members: Members, schema: pa.Schema, part: tuple[int, StageShar
         "cluster_size": pc.fill_null(pa.array(marks.size).take(clustered), 1),
     }
     write_labels(shard, schema, rows, labels)
+
+
+_KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
+_PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
+
+
+def find_alike(
+    stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run: JobRunner
+) -> tuple[Members, SimilarPairs]:
+    """Find the pairs of documents that are as alike as is asked for.
+
+    The memory of this process grows with what is found: 24 bytes for each pair.
+    """
+    run(partial(_sign_shard, stage, scratch), shards, "signatures")
+    members = number_members(scratch, shards)
+    number = max(1, -(-members.total * _KEY_BYTES // stage.memory))
+    folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
+    parts = list(product(range(1, stage.choose_banding().bands + 1), range(number)))
+    run(partial(_write_pairs, stage, members, folder, number), parts, "candidates")
+
+    found = sorted(folder.glob("pairs-*.arrow"))
+    number = max(1, -(-count_pairs(found) * _PAIR_BYTES // stage.memory))
+    starts = find_pair_range_starts(found, number)
+    files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
+    verify = partial(_verify, stage.jaccard, members, found, starts)
+    run(verify, list(enumerate(files)), "verify")
+    verified, jaccard = [], []
+    for file in files:
+        columns = read_columns(file)
+        verified.append(columns["pair"])
+        jaccard.append(columns["jaccard"])
+    low, high = split_pairs(concatenate(verified, np.uint64))
+    return members, SimilarPairs(low, high, concatenate(jaccard, np.float64))
+
+
+def _set_file(scratch: Path, shard: str) -> Path:
+    """The sets of a shard's members, end to end; beside it where each begins (.arrow)."""
+    return scratch / "sets" / f"{shard}.hashes"
+
+
+def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
+    out, file = get_member_path(scratch, shard.name), _set_file(scratch, shard.name)
+    if out.exists() and file.exists():
+        return
+    members, banding = MemberList(stage.keep_by), stage.choose_banding()
+    keys, sizes = [np.empty((banding.bands, 0), np.uint64)], []
+    with convert_write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(file) as new, new.open("wb") as stream:
+        for group in shard.rows((*members.reads, *stage.reads)):
+            texts = group.batch.column("text").to_pylist()
+            sets = [make_shingle_set(text, stage.ngram) for text in texts]
+            concatenate(sets, np.uint64).tofile(stream)
+            sizes += map(len, sets)
+            keys.append(compute_band_keys(sets, banding))
+            members.add(group)
+    write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
+    write_bands(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
+    members.write(out)
+
+
+def _write_pairs(
+    stage: NearStage, members: Members, folder: Path, number: int, part: tuple[int, int]
+) -> None:
+    """Write the candidates of a band and range in files of bounded size, each sorted."""
+    band, which = part
+    done = folder / f"{band}-{which}.done"
+    if done.exists():
+        return
+    found = find_pairs(members, band, number, which, stage.max_group)
+    most = max(1, stage.memory // _PAIR_BYTES)
+    piece, size, written = [], 0, 0
+    for pairs in chain(found, [None]):
+        if piece and (pairs is None or size + len(pairs) > most):
+            path = folder / f"pairs-{band}-{which}-{written}.arrow"
+            write_columns(path, {"pair": np.unique(concatenate(piece, np.uint64))})
+            piece, size, written = [], 0, written + 1
+        if pairs is not None:
+            piece.append(pairs)
+            size += len(pairs)
+    with convert_write_errors(done):
+        folder.mkdir(parents=True, exist_ok=True)
+        done.touch()
+
+
+def _verify(
+    least: float,
+    members: Members,
+    found: Sequence[Path],
+    starts: np.ndarray,
+    part: tuple[int, Path],
+) -> None:
+    """Write the candidates of a range of pairs whose Jaccard similarity is `least` or more."""
+    which, out = part
+    if out.exists():
+        return
+    candidates = read_pairs_in_range(found, starts, which)
+    low, high = split_pairs(candidates)
+    jaccard = np.empty(len(candidates))
+    for shard, here in members.by_shard(low):
+        order = np.argsort(high[here], kind="stable") + here.start
+        for other, there in members.by_shard(high[order]):
+            pairs = order[there]
+            ones, others = (
+                _read_sets(members, number, ends[pairs])
+                for number, ends in ((shard, low), (other, high))
+            )
+            jaccard[pairs] = [compute_jaccard(a, b) for a, b in zip(ones, others, strict=True)]
+    alike = jaccard >= least
+    write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})
+
+
+def _read_sets(members: Members, shard: int, which: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the sets of members of a shard, which have n-grams: no file is empty."""
+    file = _set_file(members.folder, members.shards[shard])
+    hashes = np.memmap(file, np.uint64, "r")
+    start = read_columns(file.with_suffix(".arrow"))["start"]
+    for place in (which - members.first[shard]).tolist():
+        yield hashes[start[place] : start[place + 1]]
+
+
+def compute_jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    """Jaccard similarity of two sets, each without repeats."""
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)

@@ -1,23 +1,215 @@
-"""How surprising a text is to a model of good prose in its language."""
+"""How surprising a text is to an n-gram model of good prose (CCNet, arXiv 1911.00359).
+
+A model is a folder: `model.arpa`, which KenLM reads, and `cutoffs.json` with the settings of
+its words, the perplexities that part head, middle and tail, and what it was trained on.
+"""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from maxlm.corpus.perplexity import (
-    PerplexityModel,
-    choose_bucket,
-    hash_model,
-    open_model,
-    read_cutoffs,
-)
-from maxlm.corpus.stage import LabelStage
-from maxlm.corpus.text import UNICODE
+from maxlm.config import Config, MaxlmError
+from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
+from maxlm.corpus.stage import LabelStage, check_packages
+from maxlm.corpus.text import UNICODE, Lines, WordsConfig, open_lines
+from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
+
+TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
+"""The command that trains a model."""
+MODEL = "model.arpa"
+CUTOFFS = "cutoffs.json"
+Bucket = Literal["head", "middle", "tail"]
+_SHOWN = (5, 10, 25, 50, 75, 90, 95)
+_FEWEST = 20  # Documents whose thirds mean something.
+
+
+class PerplexityConfig(Config):
+    """How to train a model for perplexities."""
+
+    words: WordsConfig = WordsConfig()
+    ngrams: KneserNeyConfig = KneserNeyConfig()
+    percentiles: tuple[float, float] = (100 / 3, 200 / 3)
+    """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
+    code has 30 and 60."""
+    hold_out: int = Field(default=20, ge=2)
+    """Without a reference, every so-many-th document is kept out of training as the reference."""
+    reference_documents: int = Field(default=10_000, ge=_FEWEST)
+    """The most documents in the reference; all others are trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PerplexityConfig":
+        if not 0 <= self.percentiles[0] <= self.percentiles[1] <= 100:
+            raise ValueError("percentiles must rise within 0 and 100")
+        if self.ngrams.order < 2:
+            raise ValueError("KenLM opens no models of order 1")
+        return self
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """Figures of a training."""
+
+    documents: int
+    """That were trained on."""
+    model: KneserNeyReport
+    reference: int
+    """Documents in the reference."""
+    percentiles: dict[int, float]
+    """Percentiles of the reference's perplexities, at 5, 10, 25, 50, 75, 90 and 95."""
+    cutoffs: tuple[float, float]
+    """Perplexities: up to the first is head, beyond the second tail."""
+
+
+@dataclass(frozen=True)
+class PerplexityModel:
+    """A trained model, opened."""
+
+    lines: Lines
+    score: Callable[[str], float]
+    """log10 of a line's probability, its end included."""
+    cutoffs: tuple[float, float] = (0.0, 0.0)
+
+    def perplexity(self, text: str) -> float | None:
+        """10^(-log10 p / n) over a text's n words and line ends, each line a sentence.
+
+        None for a text without words.
+        """
+        total, number = 0.0, 0
+        for line in self.lines(text):
+            total += self.score(line)
+            number += line.count(" ") + 2
+        return 10 ** (-total / number) if number else None
+
+
+def open_model(folder: Path) -> PerplexityModel:
+    """Raises: MaxlmError: see `read_cutoffs`; KenLM cannot read the model."""
+    kept = read_cutoffs(folder)
+    return PerplexityModel(open_lines(kept.words), _load(folder / MODEL), kept.cutoffs)
+
+
+def _load(path: Path) -> Callable[[str], float]:
+    import kenlm
+
+    config = kenlm.Config()
+    config.show_progress = False
+    config.arpa_complain = kenlm.ARPALoadComplain.NONE
+    try:
+        return kenlm.Model(str(path), config).score
+    except OSError as error:
+        raise _unreadable(path, str(error)) from error
+
+
+class Cutoffs(Config):
+    """The content of `cutoffs.json`."""
+
+    cutoffs: tuple[float, float]
+    words: WordsConfig
+    model_sha256: str
+    report: dict[str, Any]
+
+
+def read_cutoffs(folder: Path) -> Cutoffs:
+    """Reads what a model's training recorded."""
+    path = folder / CUTOFFS
+    try:
+        return Cutoffs.model_validate_json(path.read_bytes())
+    except OSError as error:
+        what = f"there is no perplexity model: {error.strerror}"
+        raise MaxlmError(what, where=str(path), fix=f"train one: {TRAIN}") from error
+    except ValidationError as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def hash_model(folder: Path) -> str:
+    """A hash of all that decides a model's perplexities: its files and its tokenizer's."""
+    kept, path = read_cutoffs(folder), folder / MODEL
+    if not path.is_file() or hash_file(path) != kept.model_sha256:
+        raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
+    parts = [kept.model_dump_json()]
+    if kept.words.tokenizer is not None:
+        from maxlm.data.tokenizer import load_tokenizer
+
+        parts.append(load_tokenizer(kept.words.tokenizer).fingerprint)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _unreadable(path: Path, reason: str) -> MaxlmError:
+    what = f"cannot read the perplexity model: {reason}"
+    return MaxlmError(what, where=str(path), fix=f"train it again: {TRAIN}")
+
+
+def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> Bucket:
+    """The third of the reference that a perplexity falls into."""
+    if perplexity <= cutoffs[0]:
+        return "head"
+    return "middle" if perplexity <= cutoffs[1] else "tail"
+
+
+def train_perplexity(
+    texts: Iterable[str],
+    folder: Path,
+    config: PerplexityConfig | None = None,
+    reference: Iterable[str] | None = None,
+) -> PerplexityReport:
+    """Train a model on texts and write it to `folder`.
+
+    Args:
+        texts: documents of good prose in one language, read once, not kept.
+        reference: documents whose perplexities set the cutoffs. CCNet takes the crawl that is to
+            be filtered, so that each bucket gets a third of it. None: documents held out of
+            `texts`, which makes "tail" all that is less likely than two thirds of good prose.
+
+    Raises:
+        MaxlmError: too few documents or words, the disk is full, or a package is missing.
+    """
+    check_packages(("kenlm-ex",), "training a perplexity model")
+    config = config or PerplexityConfig()
+    with convert_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without it, a model that is being replaced is not taken for a whole one.
+        (folder / CUTOFFS).unlink(missing_ok=True)
+    held: list[str] = []
+    lines, most = open_lines(config.words), config.reference_documents
+    documents = 0
+
+    def sentences() -> Iterator[str]:
+        nonlocal documents
+        for i, text in enumerate(texts, 1):
+            if reference is None and i % config.hold_out == 0 and len(held) < most:
+                held.append(text)
+            else:
+                documents += 1
+                yield from lines(text)
+
+    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams)
+    model = PerplexityModel(lines, _load(folder / MODEL))
+    scores = [model.perplexity(text) for text in held or islice(reference or (), most)]
+    perplexities = np.array([score for score in scores if score is not None])
+    if len(perplexities) < _FEWEST:
+        what = f"{len(perplexities)} documents are too few to set cutoffs by"
+        fix = f"give {_FEWEST} or more as reference, or hold_out a larger part of more documents"
+        raise MaxlmError(what, fix=fix)
+    low, high = np.percentile(perplexities, config.percentiles)
+    shown: dict[int, float] = {p: float(np.percentile(perplexities, p)) for p in _SHOWN}
+    whole = PerplexityReport(documents, report, len(perplexities), shown, (float(low), float(high)))
+    kept = Cutoffs(
+        cutoffs=whole.cutoffs,
+        words=config.words,
+        model_sha256=hash_file(folder / MODEL),
+        report=asdict(whole),
+    )
+    with replace_file(folder / CUTOFFS) as new:
+        new.write_text(kept.model_dump_json(indent=2) + "\n")
+    return whole
+
 
 ANY = "*"
 """In place of a language: every one that is not named."""
@@ -66,11 +258,7 @@ class PerplexityStage(LabelStage):
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
     def key(self) -> str:
-        """Also of the models' content.
-
-        Raises:
-            MaxlmError: see `hash_model`.
-        """
+        """Also of the models' content."""
         contents = map(hash_model, self.models.values())
         return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
 
@@ -78,7 +266,7 @@ class PerplexityStage(LabelStage):
         return ("kenlm-ex",)
 
     def open_row(self) -> Callable[..., dict[str, Any]]:
-        """See `LabelStage`. Models are read when the first document in their language comes."""
+        """Models are read when the first document in their language comes."""
         for folder in self.models.values():
             read_cutoffs(folder)
         opened: Callable[[Path], PerplexityModel] = cache(open_model)

@@ -63,7 +63,7 @@ class PiiStage(LabelStage):
         return ("phonenumbers", "tldextract")
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
-        """See `LabelStage`. Raises: MaxlmError: a region has no numbering plan."""
+        """Raises: MaxlmError: a region has no numbering plan."""
         finder = PiiFinder(self.regions)
         placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
 

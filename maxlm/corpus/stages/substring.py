@@ -1,28 +1,319 @@
-"""Substring deduplication: passages that a corpus has more than once."""
+"""Substring deduplication: passages that a corpus has more than once, and which copies to cut.
 
-from collections.abc import Sequence
+A *window* is a run of `size` words of one document, from the first character of its first word to
+the last of its last, white space between included; two windows are equal if their characters are.
+The words of a corpus have a total order: better documents first, those as good in the order of the
+corpus, and within a document from left to right. The rule:
+
+    A word is cut if it lies in a window whose characters occur earlier, without overlap.
+
+Every repeat of at least `size` words is a chain of repeated windows, so what is cut is all but the
+first copy of each repeat. What follows from the rule, whatever is nested, chained or periodic:
+
+- Nothing else is cut: each word cut is part of a run of `size` words that occurs earlier.
+- All of it is cut: of a window that occurs earlier, no word is kept.
+- Nothing is lost: the word at the same place of the earlier window comes earlier in the order, so
+  going from copy to copy ends, at a word that is kept. A window that overlaps each earlier copy of
+  itself is no copy (in "ha ha ha ..." the first windows stay), so a word is never its own source.
+  If no part of the first copy is itself in a repeat that began elsewhere, it stays in one piece.
+
+**Why hashes of windows rather than a suffix array.** Of a suffix array and its common-prefix
+lengths (Lee et al. 2022, arXiv 2107.06499) the rule needs only which suffixes share their first
+`size` words, and in which order they stand. Sorting hashes of 128 bits, one a word, gives the same
+groups as sorting one suffix a character, in a fraction of the time, and hashes of parts are merged
+by ranges without their texts, where merging suffix arrays reads all texts at random places.
+
+Three passes over files in a folder, none of which holds more than a block of text or a range of
+hashes: `write_shard_blocks` sorts the windows of each block; `match_range` finds the first
+occurrence of each window that comes several times, for one range of hashes; `find_cuts` takes the
+union of a document's copies. It also lists where each copied run came first, for which documents
+are kept is not known yet: what is cut of them is settled later (`corpus.settling`).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.members import write_labels
-from maxlm.corpus.dedup.substrings import (
-    REPEATS,
-    find_cuts,
-    list_blocks,
-    match_range,
-    write_shard_blocks,
+from maxlm.corpus.dedup.columns import (
+    concatenate,
+    find_range,
+    hash_range_starts,
+    mark_run_starts,
+    read_columns,
+    write_columns,
+)
+from maxlm.corpus.dedup.members import count_documents, rank_documents, write_labels
+from maxlm.corpus.dedup.windows import (
+    CHECK_BASE,
+    concatenate_texts,
+    find_words,
+    get_code_points,
+    hash_windows,
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner
 from maxlm.corpus.text import UNICODE
+from maxlm.runtime.files import convert_write_errors
+
+_PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
+_LOW = np.uint64(2**32 - 1)
+_LONGEST = 2**31 - 1  # Spans are int32.
+
+_PLACES = ("begin", "end", "last", "of", "at")
+REPEATS = pa.list_(
+    pa.struct([(name, pa.int64() if name == "of" else pa.int32()) for name in _PLACES])
+)
+"""Runs of windows that came first in the document numbered `of`, there from `at` on: where a run
+begins and ends and where its last window begins, in characters of its own document, as `at` is."""
+_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)]
+)
+
+
+def write_shard_blocks(
+    folder: Path, size: int, block_characters: int, keep_by: str | None, shard: StageShardView
+) -> None:
+    """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
+
+    - text, and for each document its row, its rank, and the character of text where it ends
+    - for each window its hashes, sorted, and the character of text where it begins
+    """
+    done = _block_file(folder, shard.name, "windows")
+    if done.exists():
+        return
+    windows = []
+    for number, (texts, rows, rank) in enumerate(_blocks(shard, block_characters, keep_by)):
+        name = f"{shard.name}-{number}"
+        order = np.argsort(-rank, kind="stable")  # The best document first.
+        text, offsets = concatenate_texts([texts[i] for i in order])
+        columns = {"row": rows[order], "rank": rank[order], "end": offsets[1:]}
+        write_columns(_block_file(folder, name, "documents"), columns)
+        write_columns(_block_file(folder, name, "text"), {"text": text})
+        starts, stops, first = find_words(text, offsets)
+        hashes, begins = hash_windows(text, starts, stops, first, size)
+        order = np.argsort(hashes, kind="stable")
+        columns = {"hash": hashes[order], "place": starts[begins[order]].astype(np.uint32)}
+        checks, _ = hash_windows(text, starts, stops, first, size, CHECK_BASE)
+        columns |= {"check": checks[order]}
+        write_columns(_block_file(folder, name, "hashes"), columns)
+        windows.append(len(hashes))
+    write_columns(done, {"windows": np.array(windows, np.int64)})
+
+
+def _blocks(
+    shard: StageShardView, block_characters: int, keep_by: str | None
+) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+    """Yields the texts, rows and ranks of some documents of a shard at a time."""
+    texts, rows, ranks, size = [], [], [], 0
+    columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
+    for group in shard.rows(columns):
+        column = group.batch.column("text")
+        good = rank_documents(group.batch, keep_by)
+        for i, row in enumerate((group.index + group.first).tolist()):
+            text = get_code_points(column[i].as_py())
+            if len(text) > _LONGEST:
+                what = f"document of {len(text)} characters, where {_LONGEST} are the most"
+                where = f"{shard.path('documents')}, row {row}"
+                raise MaxlmError(what, where=where, fix="leave it out, or cut it into several")
+            if texts and size + len(text) > block_characters:
+                yield texts, np.array(rows, np.int64), np.array(ranks)
+                texts, rows, ranks, size = [], [], [], 0
+            texts.append(text)
+            rows.append(row)
+            ranks.append(good[i])
+            size += len(text)
+    if texts:
+        yield texts, np.array(rows, np.int64), np.array(ranks)
+
+
+def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
+    """Write the list of all blocks, in order, for `match_range` and `find_cuts`.
+
+    Returns:
+        How many windows the blocks have.
+    """
+    files = (_block_file(folder, shard.name, "windows") for shard in shards)
+    windows = [read_columns(file)["windows"].tolist() for file in files]
+    blocks = [
+        (shard.name, f"{shard.name}-{i}", first)
+        for shard, first, counts in zip(shards, count_documents(shards), windows, strict=False)
+        for i in range(len(counts))
+    ]
+    path = folder / "blocks.json"
+    with convert_write_errors(path):
+        path.write_text(json.dumps(blocks))
+    return sum(map(sum, windows))
+
+
+def _read_list(folder: Path) -> list[tuple[str, str, int]]:
+    """Each block's shard, its name, and the shard's first document."""
+    return json.loads((folder / "blocks.json").read_text())
+
+
+def match_range(folder: Path, num_ranges: int, ranked: bool, range_index: int) -> None:
+    """Write the positions of windows that occur earlier, rising, and where the first of all is:
+    FOLDER/ranges/NUMBER-WHICH.
+
+    Args:
+        num_ranges, range_index: how many ranges of hashes there are, and which this one is.
+        ranked: whether documents differ in rank.
+    """
+    path = _range_file(folder, num_ranges, range_index)
+    if path.exists():
+        return
+    hashes, checks, positions, good = [], [], [], []
+    starts = hash_range_starts(num_ranges)
+    for block, (_, name, _) in enumerate(_read_list(folder)):
+        columns = read_columns(_block_file(folder, name, "hashes"))
+        part = find_range(columns["hash"], starts, range_index)
+        hashes.append(columns["hash"][part])
+        checks.append(columns["check"][part])
+        place = columns["place"][part].astype(np.uint64)
+        positions.append(np.uint64(block) << _PLACE | place)
+        if ranked:
+            documents = read_columns(_block_file(folder, name, "documents"))
+            which = np.searchsorted(documents["end"], place.astype(np.int64), "right")
+            good.append(documents["rank"][which])
+    keys = [concatenate(checks, np.uint64), concatenate(hashes, np.uint64)]
+    # The sort keeps the order of blocks among equals.
+    order = np.lexsort([-concatenate(good, np.float64), *keys] if ranked else keys)
+    leads = mark_run_starts(keys[0][order]) | mark_run_starts(keys[1][order])
+    positions = concatenate(positions, np.uint64)
+    positions = positions[order]
+    source = positions[leads][np.cumsum(leads) - 1][~leads]
+    positions = positions[~leads]
+    order = np.argsort(positions)
+    write_columns(path, {"position": positions[order], "source": source[order]})
+
+
+def find_cuts(folder: Path, shard: str, num_ranges: int, size: int) -> pa.RecordBatch:
+    """Finds what to cut from the documents of a shard.
+
+    Args:
+        num_ranges: how many ranges of hashes there are.
+
+    Returns:
+        For each document its `row` in the shard, rising, and the columns of the stage.
+    """
+    listed = _read_list(folder)
+    mine = [block for block, (other, _, _) in enumerate(listed) if other == shard]
+    parts = [_cut_block(folder, listed, block, num_ranges, size) for block in mine]
+    table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
+    columns = [pa.concat_arrays([pa.nulls(0, c.type), *c.chunks]) for c in table.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _cut_block(
+    folder: Path, listed: list[tuple[str, str, int]], block: int, num_ranges: int, size: int
+) -> pa.RecordBatch:
+    documents = read_columns(_block_file(folder, listed[block][1], "documents"))
+    rows, ends = documents["row"], documents["end"]
+    text = read_columns(_block_file(folder, listed[block][1], "text"))["text"]
+    offsets = np.concatenate([[0], ends])
+    place, source = _find_sources(folder, block, num_ranges)
+    starts, stops, first = find_words(text, offsets)
+    words = np.searchsorted(starts, place.astype(np.int64))
+    reach = stops[words + size - 1].astype(np.uint64) - place
+    apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
+    words, source = words[apart], source[apart]
+    edges = _unite(words, starts, stops, first, size)
+    document = np.searchsorted(ends, edges[:, 0], "right")
+    spans = (edges - offsets[document, None]).astype(np.int32)
+    counts = np.bincount(document, minlength=len(rows))
+    lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
+    share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
+    pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
+    cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
+    place = starts[words]
+    follows = (np.diff(words) == 1) & (np.diff(source) == np.diff(place).astype(np.uint64))
+    first = np.flatnonzero(np.append(True, ~follows)[: len(words)])
+    last = words[np.append(first[1:], len(words))[: len(first)] - 1]
+    ends = (starts[words[first]], stops[last + size - 1], starts[last])
+    document = np.searchsorted(offsets[1:], ends[0], "right")
+    columns = [(each - offsets[document]).astype(np.int32) for each in ends]
+    repeats = pa.StructArray.from_arrays(
+        [*columns, *_find_documents(folder, listed, source[first])], fields=list(REPEATS.value_type)
+    )
+    counts = np.bincount(document, minlength=len(rows))
+    repeats = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), repeats)
+    return pa.RecordBatch.from_arrays([rows, cuts, share, repeats], schema=_SCHEMA)
+
+
+def _find_documents(
+    folder: Path, listed: list[tuple[str, str, int]], source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the documents in which positions lie, and the characters before each there."""
+    of, at = np.empty(len(source), np.int64), np.empty(len(source), np.int32)
+    for origin, these in _by_block(source):
+        _, name, number = listed[origin]
+        documents = read_columns(_block_file(folder, name, "documents"))
+        there = (source[these] & _LOW).astype(np.int64)
+        offsets = np.concatenate([[0], documents["end"]])
+        document = np.searchsorted(offsets[1:], there, "right")
+        of[these] = documents["row"][document] + number
+        at[these] = there - offsets[document]
+    return of, at
+
+
+def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each block with some of these positions, and which those are, from the first on."""
+    order = np.argsort(source, kind="stable")
+    for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
+        if len(these):
+            yield int(source[these[0]] >> _PLACE), these
+
+
+def _find_sources(folder: Path, block: int, num_ranges: int) -> tuple[np.ndarray, np.ndarray]:
+    """The characters where windows begin that occur earlier, rising, and the positions where
+    first."""
+    places, sources = [], []
+    bounds = np.array([block, block + 1], np.uint64) << _PLACE
+    for range_index in range(num_ranges):
+        columns = read_columns(_range_file(folder, num_ranges, range_index))
+        part = slice(*np.searchsorted(columns["position"], bounds))
+        places.append(columns["position"][part] & _LOW)
+        sources.append(columns["source"][part])
+    place, source = concatenate(places, np.uint64), concatenate(sources, np.uint64)
+    order = np.argsort(place)
+    return place[order], source[order]
+
+
+def _unite(
+    words: np.ndarray, starts: np.ndarray, stops: np.ndarray, first: np.ndarray, size: int
+) -> np.ndarray:
+    """The first byte, and the byte after the last, of each run of words within a document that
+    the windows beginning at `words` cover: int64 [runs, 2]."""
+    covers = np.zeros(len(starts) + 1, np.int32)
+    covers[words] += 1
+    covers[words + size] -= 1
+    gone = np.cumsum(covers[:-1], dtype=np.int32) > 0
+    opens = np.zeros(len(starts) + 1, np.bool_)  # At the first word of a document, and at the end.
+    opens[first] = True
+    begins = gone & (opens[:-1] | ~np.roll(gone, 1))
+    finishes = gone & (opens[1:] | ~np.roll(gone, -1))
+    return np.stack([starts[begins], stops[finishes]], 1).astype(np.int64)
+
+
+def _block_file(folder: Path, name: str, kind: str) -> Path:
+    """A file of a block: its `documents`, `text` or `hashes`; or of a shard: how many `windows`
+    each of its blocks has."""
+    return folder / "blocks" / f"{name}.{kind}"
+
+
+def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
+    return folder / "ranges" / f"{num_ranges}-{range_index}.arrow"
+
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
-_BYTES_OF_WINDOW = 64  # In a range job.
+_BYTES_OF_WINDOW = 80  # In a range job.
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
 
@@ -32,7 +323,7 @@ class SubstringStage(CorpusStage):
 
     A word is what white space separates, and in scripts without spaces each letter with its marks
     (see `maxlm.corpus.text`), so spans begin and end between words; passages are the same if
-    their characters are, white space included. `dedup.substrings` states the rule and its
+    their characters are, white space included. The module states the rule and its
     guarantees. No document is split, so one of more characters than `memory` / 64 takes more.
     What is cut is settled among the documents that the rules keep; `where` saves time by leaving
     out those that they drop.
@@ -56,11 +347,7 @@ class SubstringStage(CorpusStage):
         return ()
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """See `CorpusStage.label`. The scratch files take eight times the text.
-
-        Raises:
-            MaxlmError: a document of 2^31 characters or more.
-        """
+        """See `CorpusStage.label`. The scratch files take ten times the text."""
         folder = scratch / f"windows-{self.memory}"  # A killed run may have had another.
         largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
         index = partial(write_shard_blocks, folder, self.min_tokens, largest, self.keep_by)

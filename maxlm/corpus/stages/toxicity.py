@@ -4,14 +4,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
 from maxlm.corpus.text import UNICODE, is_word, split_tokens
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
@@ -63,45 +62,22 @@ class ToxicityStage(LabelStage):
         content = repr(read_lists(self.lists))
         return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
 
-    def open(self) -> Label:
+    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
         listed = _index_phrases(read_lists(self.lists))
         predict = None
         if self.classifier:
             from profanity_check import predict_prob as predict
 
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            texts = batch.column("text")
-            starts = [(text or "")[: self.longest] for text in texts.to_pylist()]
-            counts = [_count_listed(text, listed) for text in starts]
-            found, words = np.array(counts, np.int64).reshape(-1, 2).T
-            ratio = found / np.maximum(words, 1)
-            columns = [
-                *self._scores(starts, predict),
-                pa.array(found, pa.int32()),
-                pa.array(ratio, mask=words == 0),
-            ]
-            return pa.RecordBatch.from_arrays(columns, schema=self.schema())
+        def label(text: str | None) -> dict[str, Any]:
+            text = (text or "")[: self.longest]
+            found, words = _count_listed(text, listed)
+            labels = {"words": found, "word_ratio": found / words if words else None}
+            if predict is None or not text:
+                return labels
+            scores = predict(list(chunk_text(text, self.chunk)))
+            return labels | {"score": scores.mean(), "max_score": scores.max()}
 
         return label
-
-    def _scores(self, texts: Sequence[str], predict: Callable | None) -> list[pa.Array]:
-        """`score` and `max_score`."""
-        if predict is None:
-            return [pa.nulls(len(texts), pa.float32())] * 2
-        parts, rows = [], []
-        for row, text in enumerate(texts):
-            pieces = list(chunk_text(text, self.chunk))
-            parts += pieces
-            rows += [row] * len(pieces)
-        scores = predict(parts) if parts else np.zeros(0)
-        rows = np.array(rows, np.int64)
-        number = np.bincount(rows, minlength=len(texts))
-        total, highest = np.zeros(len(texts)), np.zeros(len(texts))
-        np.add.at(total, rows, scores)
-        np.maximum.at(highest, rows, scores)
-        mean = total / np.maximum(number, 1)
-        none = number == 0
-        return [pa.array(each.astype(np.float32), mask=none) for each in (mean, highest)]
 
     def packages(self) -> tuple[str, ...]:
         return ("alt-profanity-check", "scikit-learn", "regex") if self.classifier else ("regex",)
@@ -123,11 +99,7 @@ def chunk_text(text: str, size: int) -> Iterator[str]:
 
 
 def read_lists(names: Sequence[str]) -> tuple[str, ...]:
-    """The words and phrases of lists, shipped ones by name or files by path.
-
-    Raises:
-        MaxlmError: there is no such list, or it is not UTF-8.
-    """
+    """The words and phrases of lists, shipped ones by name or files by path."""
     phrases: dict[str, None] = {}
     for name in names:
         path = _SHIPPED / f"{name}.txt" if name.isalpha() else Path(name)

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,9 @@ from pydantic import Field
 from maxlm.corpus.stage import LabelStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
-_SHIPPED = Path(__file__).parents[1] / "lists"
+Paths = Iterable[str]
+_LISTS = Path(__file__).parents[1] / "lists"
+_NSFW_LISTS = [[str(_LISTS / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")]
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
 _LONGEST_AUTHORITY, _LONGEST_HOST = 1024, 253  # DNS has no longer names.
 _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
@@ -67,7 +68,7 @@ class UrlStage(LabelStage):
     def key(self) -> str:
         digest = hashlib.sha256(super().key().encode())
         lists = [self.domains, self.words, self.subwords, self.soft_words]
-        for path in chain(*lists, *(_nsfw_lists() if self.nsfw else ())):
+        for path in chain(*lists, *(_NSFW_LISTS if self.nsfw else ())):
             digest.update(hashlib.sha256(_content(Path(path))).digest())
         return digest.hexdigest()
 
@@ -75,13 +76,13 @@ class UrlStage(LabelStage):
         return ("tldextract",)
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
-        """See `LabelStage`. Raises: MaxlmError: a list cannot be read."""
+        """Raises: MaxlmError: a list cannot be read."""
         from tldextract import TLDExtract
 
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
         names = frozenset(map(_ascii, _entries(self.domains)))
-        words = _Words.read(self.words, self.subwords, self.soft_words, self.soft_count)
-        nsfw = _Words.read(*_nsfw_lists(), self.soft_count) if self.nsfw else None
+        words = _Words(self.words, self.subwords, self.soft_words, self.soft_count)
+        nsfw = _Words(*_NSFW_LISTS, self.soft_count) if self.nsfw else None
 
         def label(url: str | None) -> dict[str, Any]:
             if url is None:
@@ -91,53 +92,32 @@ class UrlStage(LabelStage):
                 return {"blocked": False}
             found = suffixes.extract_str(host)
             domain = f"{found.domain}.{found.suffix}" if found.domain and found.suffix else None
-            rule = _rule(host, domain, names)
-            if rule is None:
-                address = f"{_unicode(host)}/{rest}"
+            labels, address = host.split("."), f"{_unicode(host)}/{rest}"
+            if domain in names:
+                rule = "domain"
+            elif names.intersection(".".join(labels[i:]) for i in range(len(labels))):
+                rule = "subdomain"
+            else:
                 rule = words.rule(address) or ("nsfw" if nsfw and nsfw.rule(address) else None)
             return {"host": host, "domain": domain, "blocked": rule is not None, "rule": rule}
 
         return label
 
 
-def _nsfw_lists() -> tuple[list[str], list[str], list[str]]:
-    """The files of words, subwords and soft words."""
-    words, subwords, soft = (
-        [str(_SHIPPED / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")
-    )
-    return words, subwords, soft
-
-
-@dataclass(frozen=True)
 class _Words:
-    """Lists of words to look for in addresses."""
+    """Words to look for in addresses, from files of words, subwords and soft words."""
 
-    words: frozenset[str]
-    subwords: re.Pattern[str] | None
-    soft: frozenset[str]
-    soft_count: int
-
-    @classmethod
-    def read(
-        cls, words: Iterable[str], subwords: Iterable[str], soft: Iterable[str], soft_count: int
-    ) -> "_Words":
+    def __init__(self, words: Paths, subwords: Paths, soft: Paths, soft_count: int):
+        self._words, self._soft = frozenset(_entries(words)), frozenset(_entries(soft))
         parts = sorted(set(_entries(subwords)))
-        pattern = re.compile("|".join(map(re.escape, parts))) if parts else None
-        return cls(frozenset(_entries(words)), pattern, frozenset(_entries(soft)), soft_count)
+        self._subwords = re.compile("|".join(map(re.escape, parts))) if parts else None
+        self._soft_count = soft_count
 
     def rule(self, address: str) -> str | None:
         found = set(_WORD.findall(address))
-        if found & self.words or (self.subwords and self.subwords.search(address)):
+        if found & self._words or (self._subwords and self._subwords.search(address)):
             return "word"
-        return "soft_words" if len(found & self.soft) >= self.soft_count else None
-
-
-def _rule(host: str, domain: str | None, names: frozenset[str]) -> str | None:
-    if domain in names:
-        return "domain"
-    labels = host.split(".")
-    above = (".".join(labels[i:]) for i in range(len(labels)))
-    return "subdomain" if any(name in names for name in above) else None
+        return "soft_words" if len(found & self._soft) >= self._soft_count else None
 
 
 def _split(url: str) -> tuple[str, str]:
