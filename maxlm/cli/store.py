@@ -52,25 +52,6 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, force=force, join=join, **options)
     show_info(str(out))
-    _print_lost(source)
-
-
-def _print_lost(source: Any) -> None:
-    """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
-    from maxlm.data.documents.files import find_roots
-    from maxlm.data.documents.formats import find_folder_format
-
-    roots = [root for entry in source.documents for root in find_roots(entry)]
-    for root in roots:
-        if find_folder_format(root) != "corpus":
-            continue
-        from maxlm.corpus.opened import OpenCorpus
-        from maxlm.corpus.report import count_lost
-        from maxlm.runtime.executor import open_executor
-
-        corpus = OpenCorpus.open(root)
-        with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
-            print(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
 
 
 def append(

@@ -41,6 +41,7 @@ class Extractor:
     def read(self, data: bytes, charset: str | None) -> Page:
         """Read a page of HTML, with the charset of its HTTP header. What takes too long or fails in
         one way is tried in the next."""
+        page = Page("broken")
         for way in self._ways:
             page = self._ask(data, charset, *way)
             if page.status not in ("timeout", "broken"):

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -48,9 +48,6 @@ from maxlm.runtime.progress import Progress, ignore_progress
 _VERSION = 1
 _NEUTRAL = {"duplicate": False, "jaccard": np.nan, "cut_share": 0.0}
 _TYPES = {"duplicate": pa.bool_(), "cuts": CUTS}
-
-Compared = Sequence[tuple[CorpusStage, Expression | None]]
-"""Stages whose verdicts matter, and which documents each looks at."""
 
 
 def settle_duplicates(
@@ -80,50 +77,24 @@ def settle_duplicates(
     return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
 
 
-def add_verdict_columns(
-    table: pa.RecordBatch,
-    stages: Compared,
-    verdicts: Mapping[str, np.ndarray] | None = None,
-    documents: slice = slice(0),
-) -> pa.Table:
-    """Adds the verdicts of stages to the labels that rules and `where` name of some documents.
-
-    Args:
-        verdicts: by label, a value for each document of the corpus; a label that is not there is
-            as of a document that is like no other.
-        documents: which of the corpus's documents they are.
-    """
-    columns = dict(zip(table.schema.names, table.columns, strict=True))
-    for stage, where in stages:
-        unseen = np.zeros(table.num_rows, np.bool_)
-        if where is not None:
-            unseen = ~where.true(pa.table(columns))
-        for label in _NEUTRAL.keys() & set(stage.verdicts):
-            name = f"{stage.title}.{label}"
-            value = np.full(table.num_rows, _NEUTRAL[label])
-            if verdicts and name in verdicts:
-                value = verdicts[name][documents]
-            none = unseen if label == "duplicate" else unseen | np.isnan(value)
-            columns[name] = pa.array(value, mask=none)
-    return pa.table(columns)
-
-
-def list_rule_input_columns(rules: Rules, stages: Compared) -> list[str]:
-    """List the columns that `add_verdict_columns` and the rules read."""
-    wheres = [name for _, where in stages if where is not None for name in where.names]
-    verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
-    names = dict.fromkeys(["source", *rules.names, *wheres])
-    return [name for name in names if name not in verdicts]
-
-
 class _Settling:
-    def __init__(self, corpus: OpenCorpus, rules: Rules, stages: Compared, progress: Progress):
+    def __init__(
+        self,
+        corpus: OpenCorpus,
+        rules: Rules,
+        stages: Sequence[tuple[CorpusStage, Expression | None]],
+        progress: Progress,
+    ):
         self._corpus, self._rules, self._stages = corpus, rules, stages
         self._progress = progress
+        wheres = [name for _, where in stages if where is not None for name in where.names]
+        verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
+        # What the rules and `where` look at, but for verdicts.
+        self._columns = [n for n in dict.fromkeys([*rules.names, *wheres]) if n not in verdicts]
         self._first = count_documents(corpus.shards)
+        self._verdicts: dict[str, np.ndarray] = {}
         self._copies: list[np.ndarray] = []
         self._found = {stage.title: self._read_found(stage) for stage, _ in stages}
-        self._verdicts: dict[str, np.ndarray] = {}
         self._cuts: dict[str, tuple[np.ndarray, ...]] = {}
         self._settle()
 
@@ -169,12 +140,28 @@ class _Settling:
     def _kept(self) -> np.ndarray:
         """Which documents fulfil the rules by the verdicts so far: bool [documents]."""
         keep = np.ones(self._first[-1], np.bool_)
-        columns = list_rule_input_columns(self._rules, self._stages)
-        for documents, table in self._groups(columns, "rules"):
-            labelled = add_verdict_columns(table, self._stages, self._verdicts, documents)
+        for documents, labelled in self._add_verdicts("rules"):
             for rule in self._rules.keep.values():
                 keep[documents] &= rule.true(labelled)
         return keep
+
+    def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.Table]]:
+        """Each row group's labels with the verdicts so far among them; those of a stage that is not
+        settled yet are as of documents that are like no other."""
+        for documents, table in self._groups(["source", *self._columns], title):
+            columns = dict(zip(table.schema.names, table.columns, strict=True))
+            for stage, where in self._stages:
+                unseen = np.zeros(table.num_rows, np.bool_)
+                if where is not None:
+                    unseen = ~where.true(pa.table(columns))
+                for label in _NEUTRAL.keys() & set(stage.verdicts):
+                    name = f"{stage.title}.{label}"
+                    value = np.full(table.num_rows, _NEUTRAL[label])
+                    if name in self._verdicts:
+                        value = self._verdicts[name][documents]
+                    none = unseen if label == "duplicate" else unseen | np.isnan(value)
+                    columns[name] = pa.array(value, mask=none)
+            yield documents, pa.table(columns)
 
     def _read_found(self, stage: CorpusStage) -> dict[str, np.ndarray]:
         """Reads what a stage found, with documents by their numbers, and each document's rank."""
@@ -281,13 +268,11 @@ class _Settling:
         """Write the settled labels, as files of `folder` below the corpus."""
         types = [(name, _TYPES.get(name.rpartition(".")[2], pa.float64())) for name in names]
         schema = pa.schema(types)
-        groups = self._groups(list_rule_input_columns(self._rules, self._stages), "labels")
-        documents = slice(0)
+        groups, documents = self._add_verdicts("labels"), slice(0)
         for shard, stop in zip(self._corpus.shards, self._first[1:], strict=True):
             with ShardWriter(shard.path(str(folder)), schema) as writer:
                 while documents.stop < stop:
-                    documents, table = next(groups)
-                    labelled = add_verdict_columns(table, self._stages, self._verdicts, documents)
+                    documents, labelled = next(groups)
                     arrays = [
                         self._spans(name, documents)
                         if name in self._cuts

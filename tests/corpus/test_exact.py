@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pytest
@@ -83,17 +82,6 @@ def test_any_text_is_like_itself_and_its_normal_forms_only(
     run_stage(ExactStage(memory=1 << 11), made, folder / "scratch")
     expected = by_dictionary(documents, [0.0] * len(documents))
     assert labels(made, ExactStage()).to_pylist() == expected if documents else True
-
-
-@pytest.mark.parametrize("unicode", ["NFC", "NFKC"])
-def test_case_makes_no_difference_to_any_character(unicode: Literal["NFC", "NFKC"]) -> None:
-    same = ExactStage(unicode=unicode).normalise
-    for code in range(0x3000):
-        text = f"{chr(code)}x"
-        for other in (text.upper(), text.lower(), text.casefold()):
-            # Upper case has one I, where Turkish has two.
-            if text not in ("İx", "ıx"):
-                assert same(other) == same(text), hex(code)
 
 
 def test_an_index_remembers_earlier_corpora_and_no_later_ones(tmp_path: Path) -> None:
@@ -172,14 +160,6 @@ def test_a_killed_run_goes_on_and_enters_the_index_once(tmp_path: Path) -> None:
     assert found["duplicate"].to_pylist() == [False, False, True, False]
     assert found["seen_before"].to_pylist() == [False] * 4
     assert [p.stat().st_size for p in paths[1].glob("*.digests")] == [3 * 32]
-
-
-@pytest.mark.parametrize("documents", [[], [None, None]])
-def test_nothing_to_compare(tmp_path: Path, documents: list) -> None:
-    made = make_corpus(tmp_path / "corpus", documents)
-    run_stage(ExactStage(index=str(tmp_path / "index")), made, tmp_path / "scratch")
-    for shard in made:
-        assert shard.path("exact").exists()
 
 
 @pytest.mark.timeout(120)

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import fasttext
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -91,18 +90,6 @@ def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
     text = f"{TEXTS['en']} </s> {(TEXTS['de'] + ' ') * 5}"
     assert predict(library, text)[0][0] == "en"
     assert rows(label, [text])[0]["name"] == "de"
-
-
-def test_a_spans_score_is_the_mean_over_its_paragraphs(library, label):
-    lines = ["\u2603" * 50, TEXTS["en"], "Whatever it is, it is rather short. " * 5, TEXTS["de"]]
-    (row,) = rows(label, ["\n".join(lines)])
-    scores = [predict(library, line)[0][1] for line in lines]
-    assert [span["name"] for span in row["spans"]] == ["en", "de"]
-    # The first line has nothing to go by: it belongs to the paragraph that the second ends.
-    weights = [len(lines[0]) + len(lines[1]) + 2, len(lines[2]) + 1]
-    mean = np.average(scores[1:3], weights=weights)
-    assert [s["score"] for s in row["spans"]] == pytest.approx([mean, scores[3]], abs=1e-6)
-    assert [s["end"] for s in row["spans"]] == [sum(weights), sum(weights) + len(lines[3])]
 
 
 def test_confident_means_the_languages_own_threshold():

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
-    find_pair_range_starts,
     find_pairs,
-    read_pairs_in_range,
     split_pairs,
     write_bands,
 )
@@ -212,13 +210,6 @@ def test_bandings_keep_their_promise(similarity: float, recall: float, most: int
         assert np.ceil(needed - 1e-6) * more > most or needed * more > most
 
 
-@pytest.mark.parametrize("documents", [[], [None], ["", "!"]])
-def test_nothing_to_compare(tmp_path: Path, documents: list) -> None:
-    made = make_corpus(tmp_path / "corpus", documents)
-    run_stage(NearStage(), made, tmp_path / "scratch")
-    assert all(shard.path("near").exists() for shard in made)
-
-
 @pytest.mark.parametrize(("size", "limit"), [(2, 8), (8, 8), (9, 8), (500, 8), (500, 1000)])
 def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
     rank = np.random.default_rng(size).permutation(size).astype(float)
@@ -235,16 +226,3 @@ def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
         pairs = set(zip(low.tolist(), high.tolist(), strict=True))
         best = int(np.argmax(rank))
         assert all((min(i, best), max(i, best)) in pairs for i in range(size) if i != best)
-
-
-@given(st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9))), st.integers(1, 5))
-def test_every_pair_is_in_one_range(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]], number: int
-) -> None:
-    folder = tmp_path_factory.mktemp("pairs")
-    files = [folder / f"{i}.arrow" for i in range(len(parts))]
-    for path, part in zip(files, parts, strict=True):
-        write_columns(path, {"pair": np.unique(np.array(part, np.uint64))})
-    starts = find_pair_range_starts(files, number)
-    found = [each for i in range(number) for each in read_pairs_in_range(files, starts, i).tolist()]
-    assert found == sorted({each for part in parts for each in part})

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from sklearn import metrics
 
@@ -16,6 +15,7 @@ from maxlm.corpus.stages.quality import (
     train_classifier,
 )
 from maxlm.data.documents import is_heldout
+from tests.corpus.corpora import label_texts
 
 GOOD = "because however which although people history idea reason often never question"
 BAD = "buy click cheap subscribe offer login cookie banner discount menu cart now"
@@ -128,29 +128,18 @@ def test_a_file_that_is_no_model(trained, tmp_path):
 def test_the_stage(trained, tmp_path):
     (model, _), good, bad = trained
     path = tmp_path / "quality.safetensors"
-    model.save(path)
     stage = QualityStage(model=path)
+    for call in (stage.key, stage.open):
+        with pytest.raises(MaxlmError, match="train one: maxlm corpus train-quality"):
+            call()
+    model.save(path)
+    first = stage.key()
+    replace(model, offset=model.offset + 1).save(path)
+    assert stage.key() != first
+    model.save(path)
     strange = ["", " \n", "\x00", "日本語 😀", "x" * 1_500_000]
     rows = [good[0].decode(), bad[0].decode(), *strange]
-    batch = pa.RecordBatch.from_pydict({"text": pa.array(rows, pa.large_string())})
-    labels = stage.open()(batch)
-    assert labels.schema == stage.schema()
-    scores = labels.column("score").to_pylist()
+    scores = [labels["score"] for labels in label_texts(stage, *rows)]
     np.testing.assert_allclose(scores[:2], probability(model, *rows[:2]), rtol=1e-6)
     assert scores[2:5] == [None] * 3
     assert all(0 <= score <= 1 for score in scores[5:])
-
-
-def test_another_model_is_another_key(trained, tmp_path):
-    (model, _), _, _ = trained
-    path = tmp_path / "quality.safetensors"
-    stage = QualityStage(model=path)
-    with pytest.raises(MaxlmError, match="maxlm corpus train-quality"):
-        stage.key()
-    with pytest.raises(MaxlmError, match=r"quality: .*train one: maxlm corpus train-quality"):
-        stage.open()
-    model.save(path)
-    first = stage.key()
-    assert stage.key() == first
-    replace(model, offset=model.offset + 1).save(path)
-    assert stage.key() != first

@@ -95,23 +95,6 @@ def test_text_and_html_files(tmp_path):
     assert counts == {"too_large": 1, "empty": 1}
 
 
-def test_files_that_are_no_text_are_counted(tmp_path):
-    root = tmp_path / "in"
-    root.mkdir()
-    (root / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\0"}\n{"text": "two"}\n')
-    (root / "b.html").write_bytes("<p>page</p>".encode("utf-16"))
-    (root / "c.bin").write_bytes(b"\0")
-    source = CrawlSource(name="web", documents=(str(root),))
-    assert plan_shards(tmp_path / "c", [source, source], 1 << 20).num_binary == 2
-    rows, counts = read(tmp_path, documents=(str(root),))
-    assert [row["text"] or row["html"].decode("utf-16") for row in rows] == [
-        "one",
-        "two",
-        "<p>page</p>",
-    ]
-    assert counts == {"broken": 1}
-
-
 def test_large_fields_bound_a_row_group_too(tmp_path):
     row = json.dumps({"text": "short", "raw": "x" * 2_000_000}) + "\n"
     (tmp_path / "a.jsonl").write_text(row * 20)

@@ -66,18 +66,6 @@ def test_the_labels_are_what_they_say(whole, crawl):
         find_document(corpus, "web-9999")
 
 
-def test_manifests_add_up(whole):
-    corpus = OpenCorpus.open(whole)
-    for title in ("documents", "language", "heuristics", "pii", "exact", "near"):
-        manifest = corpus.manifest(title)
-        assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 240
-    assert corpus.manifest("pii")["counts"]["labelled"] == 40
-    exact = corpus.manifest("exact")["counts"]
-    assert exact["duplicate=true"] == 10
-    assert corpus.manifest("near")["counts"]["labelled"] == 230
-    assert corpus.manifest("near")["stage"]["where"] == "not exact.duplicate"
-
-
 def test_other_thresholds_need_no_pass(whole):
     before = {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
     few = kept(whole, keep={"long": "heuristics.words >= 100"})

@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,16 +11,13 @@ import pytest
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.corpus import settling
-from maxlm.corpus.dedup.components import resolve_duplicates
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
-from maxlm.corpus.report import count_lost
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import load_tokenizer
-from maxlm.runtime.pool import WorkerPool
 
 SIZE = 8  # Words of a passage.
 RULE = 0.7
@@ -127,29 +123,6 @@ def test_no_text_is_lost(tmp_path, seed):
     assert lost(corpus, rows) == ([], [])
 
 
-def test_text_lost_is_measured(tmp_path, monkeypatch):
-    """With the best copies kept, whatever the other rules say, the report finds what is gone."""
-    rows = crawl(0)
-    corpus = make(tmp_path, rows)
-    with WorkerPool(1) as pool:
-        found = count_lost(corpus, corpus.rules(), pool)
-        assert (found.documents, found.passages) == (0, 0)
-        assert found.documents_dropped > 5 < found.passages_cut
-        assert str(found).startswith("text lost: 0 (0 of ")
-        shutil.rmtree(corpus.folder / "settled")
-        settle = settling._Settling._settle_passages
-        monkeypatch.setattr(settling, "resolve_duplicates", lambda *a: resolve_duplicates(*a[:2]))
-        monkeypatch.setattr(
-            settling._Settling,
-            "_settle_passages",
-            lambda self, stage, may_keep, barred: settle(self, stage, barred | True, barred),
-        )
-        monkeypatch.setattr(settling, "_VERSION", 0)
-        found = count_lost(corpus, corpus.rules(), pool)
-    assert found.documents > 2
-    assert found.passages > 2
-
-
 def test_other_rules_settle_anew_without_a_pass(tmp_path):
     rows = crawl(1)
     corpus = make(tmp_path, rows)
@@ -233,7 +206,6 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     assert main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer]) == 0
     capfd.readouterr()
     assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
-    assert f"{corpus}: text lost: 0 (0 of " in capfd.readouterr().out
     export = ["corpus", "export", corpus, "--to", to, "--out", out]
     assert main(export) == 0
     told = capfd.readouterr().out

@@ -3,7 +3,6 @@
 import pyarrow as pa
 import pytest
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.expression import parse
 from maxlm.corpus.shards import StageShardView, read_counts
 from tests.corpus.corpora import add_labels, make_corpus
@@ -61,12 +60,3 @@ def test_a_file_appears_when_complete(tmp_path):
     assert list((tmp_path / "made").iterdir()) == []
     label(view, by_length)
     assert [path.name for path in (tmp_path / "made").iterdir()] == [f"{shard.name}.parquet"]
-
-
-def test_labels_of_other_documents_are_refused(tmp_path):
-    (shard,) = make_corpus(tmp_path, ["a", "b", "c"], shards=1)
-    (other,) = make_corpus(tmp_path / "other", ["a", "b"], shards=1)
-    label(StageShardView(tmp_path / "other", other.name, out="made"), by_length)
-    (tmp_path / "other" / "made").rename(tmp_path / "made")
-    with pytest.raises(MaxlmError, match="2 labels for 3 documents"):
-        list(shard.groups(["made.words"]))

@@ -1,8 +1,6 @@
 """Of a passage that a corpus repeats one copy stays, and all the others are cut, whole."""
 
-import inspect
 import random
-import sys
 import tempfile
 import unicodedata
 from dataclasses import replace
@@ -15,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.corpus.cuts import cut
-from maxlm.corpus.expression import parse
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
@@ -211,37 +208,6 @@ def test_cuts_are_those_of_brute_force(seed, size, memory, shards, scores):
     assert cuts == naive_cuts(texts, size, order)
 
 
-def docstrings(limit: int) -> list[str]:
-    """Texts with natural repeats: those of the loaded modules' functions and classes."""
-    found = {}
-    for name, module in sorted(sys.modules.items()):
-        if name.partition(".")[0] in (
-            "numpy",
-            "asyncio",
-            "argparse",
-            "decimal",
-            "email",
-            "pathlib",
-        ):
-            for key, value in sorted(vars(module).items()):
-                if inspect.isroutine(value) or inspect.isclass(value):
-                    text = getattr(value, "__doc__", None)
-                    if isinstance(text, str):
-                        found[f"{name}.{key}"] = text
-    return list(found.values())[:limit]
-
-
-def test_documents_that_where_leaves_out_are_no_sources(tmp_path):
-    stage = SubstringStage()
-    made = make_corpus(tmp_path, [A, f"{A} x", f"y {A}", A])
-    add_labels(made, "near", duplicate=pa.array([True, False, False, True]))
-    where = parse("not near.duplicate", {"near.duplicate": pa.bool_()}, "where")
-    run_stage(stage, [replace(shard, where=where) for shard in made], tmp_path / "scratch")
-    cuts, shares = read(made, stage)
-    assert cuts == [None, [], [(2, 2 + len(A))], None]
-    assert shares[0] is None
-
-
 @pytest.mark.parametrize("shards", [1, 4])
 def test_the_copy_of_the_best_document_is_kept(tmp_path, shards):
     docs = [f"{A} x", f"y {A}", f"{A} z", A]
@@ -270,9 +236,9 @@ class Dying:
 
 @pytest.mark.parametrize("after", [0, 2, 4, 6, 9])
 def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
-    texts = docstrings(150)
-    expected, _ = run(tmp_path / "whole", texts, shards=4)
-    stage = SubstringStage(memory=1 << 16)
+    texts = [text for seed in range(20) for text in jumble(seed)]
+    expected, _ = run(tmp_path / "whole", texts, SubstringStage(min_tokens=4), shards=4)
+    stage = SubstringStage(min_tokens=4, memory=1 << 12)
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
     views = [replace(shard, out=stage.title) for shard in made]
     with pytest.raises(KeyboardInterrupt):

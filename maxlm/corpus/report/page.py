@@ -21,10 +21,8 @@ _MOST_ITEMS = 100
 _WIDTH, _HEIGHT = 440, 120
 
 
-def write_report(
-    corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
-) -> None:
-    """Write the page, whole or not at all; `lost` is a sentence about text lost."""
+def write_report(corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path) -> None:
+    """Write the page, whole or not at all."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
@@ -40,7 +38,6 @@ def write_report(
         for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
     ]
     page = environment.from_string(template).render(
-        lost=lost,
         name=corpus.folder.resolve().name,
         sources=sources,
         read=corpus.manifest(DOCUMENTS)["counts"],

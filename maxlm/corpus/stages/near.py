@@ -46,6 +46,8 @@ from maxlm.corpus.text import UNICODE
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
+_KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
+_PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
 
 class NearStage(CorpusStage):
@@ -201,10 +203,6 @@ def _label_shard(members: Members, schema: pa.Schema, part: tuple[int, StageShar
         "cluster_size": pc.fill_null(pa.array(marks.size).take(clustered), 1),
     }
     write_labels(shard, schema, rows, labels)
-
-
-_KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
-_PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
 
 def find_alike(

@@ -63,6 +63,9 @@ from maxlm.corpus.stage import CorpusStage, JobRunner
 from maxlm.corpus.text import UNICODE
 from maxlm.runtime.files import convert_write_errors
 
+_BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
+_BYTES_OF_WINDOW = 80  # In a range job.
+_LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
 _LOW = np.uint64(2**32 - 1)
 _LONGEST = 2**31 - 1  # Spans are int32.
@@ -310,11 +313,6 @@ def _block_file(folder: Path, name: str, kind: str) -> Path:
 
 def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
     return folder / "ranges" / f"{num_ranges}-{range_index}.arrow"
-
-
-_BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
-_BYTES_OF_WINDOW = 80  # In a range job.
-_LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
 
 class SubstringStage(CorpusStage):
