@@ -1,4 +1,5 @@
-"""The plan is what happens: its bytes add up, and are those of the arrays a run really makes."""
+"""The plan is what happens: its bytes add up, and are those of the arrays a run really makes; and
+it says in words how a run is parallel."""
 
 import json
 from math import prod
@@ -12,7 +13,7 @@ from maxlm.cli.main import main
 from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
-from maxlm.plan.layout import lay_out_run
+from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.show import format_bytes, format_count
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
@@ -165,3 +166,59 @@ def test_a_mesh_axis_of_minus_one_is_filled(capsys):
     assert main(["plan", "llama3_8b", "--devices", "8", "data.batch_size=8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"] == sizes(fsdp=8)
     assert MeshConfig().fsdp == -1
+
+
+def lay_out(mesh: dict[str, int], links=None, **settings: object) -> RunLayout:
+    run = llama(**{"data.batch_size": 512, **settings})
+    return lay_out_run(run, sizes(**mesh), links)
+
+
+def test_axes_are_named_with_what_they_run_over():
+    links = {"data": "network between slices", "fsdp": "torus of a slice"}
+    assert lay_out({}).notes == ()  # one device needs no words
+    notes = lay_out({"data": 2, "fsdp": 4}, links).notes
+    assert notes == (
+        "devices, from the slowest links to the fastest: data=2 (network between slices) → fsdp=4 "
+        "(torus of a slice)",
+        "ZeRO-3: parameters over fsdp=4, gradients over fsdp=4, optimizer state over fsdp=4, 2 "
+        "replicas over data",
+    )
+
+
+WHOLE, SPLIT = {"embed": "null"}, {"embed": "fsdp"}
+ZERO = {
+    0: {"storage": WHOLE},
+    1: {"storage": WHOLE, "gradients": WHOLE, "optimizer": SPLIT},
+    2: {"storage": WHOLE, "gradients": SPLIT},
+    3: {},
+}
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_zero_splits_what_its_number_says(kind):
+    """Norms alone (4,096 · 65 fp32) are whole in any case."""
+    settings = {
+        f"sharding.{part}.{axis}": value
+        for part, rules in ZERO[kind].items()
+        for axis, value in rules.items()
+    }
+    ways, norms = 8, 4096 * 65 * 4
+    found = lay_out({"fsdp": ways}, **settings, **{"sharding.max_unsharded": 1})
+    whole = 4 * found.parameters
+    split = (whole - norms) // ways + norms
+    assert found.parameter_bytes == (split if kind >= 3 else whole)
+    assert found.gradient_bytes == (split if kind >= 2 else whole)
+    assert found.optimizer_bytes == 2 * (split if kind >= 1 else whole) + 8
+    over = ("parameters over fsdp=8", "gradients over fsdp=8", "optimizer state over fsdp=8")
+    assert found.notes[1:] == ((f"ZeRO-{kind}: {', '.join(over[-kind:])}",) if kind else ())
+
+
+def test_kv_heads_that_are_whole_on_purpose():
+    settings = {"sharding.storage.kv_heads": "null", "sharding.compute.kv_heads": "null"}
+    found = lay_out({"tensor": 16, "fsdp": 2}, **settings)
+    assert found.notes[2] == (
+        "8 kv heads are whole on every device of tensor=16, each of which computes them all and "
+        "reads those of its own query heads"
+    )
+    (key,) = [row for row in found.rows if row.path == "layers.attention.key.kernel"]
+    assert key.replicas == 16
