@@ -2,8 +2,9 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -158,31 +159,30 @@ def _print_funnel(
         print(f"the page: {page}")
 
 
+def _read_texts(documents: list[str]) -> Iterator[bytes]:
+    from maxlm.data.documents import SourceConfig, read_documents
+
+    source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
+    return (document.text for document in read_documents(source))
+
+
 @app.command("train-perplexity")
 def train_perplexity(
     text: TextArgument,
     out: Annotated[Path, Option(help="The model's folder.")],
-    reference: Annotated[
-        list[str] | None,
-        Option(
-            help="Documents whose perplexities set the thirds, such as a sample of the crawl; by "
-            "default some of TEXT that are kept out of training."
-        ),
-    ] = None,
+    reference: Annotated[list[str] | None, Option(help="Documents that set the thirds.")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
+    """Train an n-gram model of good prose in one language, for the stage `perplexity`.
+
+    Without --reference, some of TEXT that are kept out of training set the thirds.
+    """
     from maxlm.config import load_config
     from maxlm.corpus.stages import perplexity
-    from maxlm.data.documents import SourceConfig, read_documents
-
-    def texts(documents: list[str]) -> Any:
-        source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
-        return (document.text.decode() for document in read_documents(source))
 
     config = load_config(perplexity.PerplexityConfig, None, settings or ()).value
-    sample = texts(reference) if reference else None
-    report = perplexity.train_perplexity(texts(text), out, config, sample)
+    sample = map(bytes.decode, _read_texts(reference)) if reference else None
+    report = perplexity.train_perplexity(map(bytes.decode, _read_texts(text)), out, config, sample)
     print(f"{report.documents:,} documents, {report.model.tokens:,} words")
     percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in report.percentiles.items())
     print(f"perplexities of {report.reference:,} reference documents: {percentiles}")
@@ -201,18 +201,9 @@ def train_quality(
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load_config
     from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
-    from maxlm.data.documents import SourceConfig, read_documents
 
     config = load_config(ClassifierConfig, None, settings or ()).value
-    good, bad = (
-        SourceConfig(documents=tuple(paths), on_bad_bytes="replace")
-        for paths in (positive, negative)
-    )
-    model, report = train_classifier(
-        (document.text for document in read_documents(good)),
-        (document.text for document in read_documents(bad)),
-        config,
-    )
+    model, report = train_classifier(_read_texts(positive), _read_texts(negative), config)
     model.save(out)
     print(report)
     print(f"the model: {out}")
