@@ -74,9 +74,7 @@ def attention(
         ValueError: shapes that do not belong together; options of another shape or sense; a
             ``backend`` that does not know these sizes.
     """
-    operands, params = validate_arguments(q, k, v, **options)
-    name = choose_backend(backend, q, k, v, operands, params)
-    call = _Call(params, name, block_sizes, interpret)
+    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
     rest = operands._replace(sinks=None, biases=None)
     o: Any = _attention(q, k, v, operands.sinks, operands.biases, rest, call)
     return o
@@ -100,9 +98,7 @@ def attention_forward(
         its sink included, fp32 [B, S, N], −inf where it has neither key nor sink. A TPU sums the
         weights as it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
     """
-    operands, params = validate_arguments(q, k, v, **options)
-    name = choose_backend(backend, q, k, v, operands, params)
-    call = _Call(params, name, block_sizes, interpret)
+    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
     return call.run("forward", q, k, v, operands, dtype or v.dtype)
 
 
@@ -136,10 +132,8 @@ def attention_backward(
         dQ, dK, dV, shaped as q, k and v; and, where there are ``biases``, theirs, fp32
         [N, 2R + 1].
     """
-    operands, params = validate_arguments(q, k, v, **options)
+    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
     operands = operands._replace(sinks=None)
-    name = choose_backend(backend, q, k, v, operands, params)
-    call = _Call(params, name, block_sizes, interpret)
     return call.run("backward", q, k, v, lse, delta, d_o, operands, dtype)
 
 
@@ -192,6 +186,13 @@ class _Call(NamedTuple):
     backend: str
     block_sizes: Any
     interpret: Any
+
+    @classmethod
+    def of(cls, q, k, v, backend, block_sizes, interpret, options: AttentionOptions):
+        """Returns the arrays among the options, and the call."""
+        operands, params = validate_arguments(q, k, v, **options)
+        name = choose_backend(backend, q, k, v, operands, params)
+        return operands, cls(params, name, block_sizes, interpret)
 
     def run(self, direction: str, *arguments: Any) -> Any:
         """Calls the implementation's function with (*arrays, operands, dtype)."""

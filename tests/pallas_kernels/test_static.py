@@ -180,18 +180,6 @@ def test_a_call_takes_the_values_its_kernel_prefetches():
         call_costs([schedule()], HLO, [other], CHIPS["v5p"], 7)
 
 
-def test_tiled_layouts():
-    values = np.arange(3 * 10 * 130, dtype=np.int8).reshape(3, 10, 130)
-    found = words(values, "{2,1,0:T(8,128)(4,1)}").view(np.int8)
-    at = np.arange(found.size).reshape(3, 2, 2, 2, 128, 4)
-    for index in [(0, 0, 0), (2, 9, 129), (1, 5, 127), (2, 7, 128)]:
-        i, r, c = index
-        assert found[at[i, r // 8, c // 128, r % 8 // 4, c % 128, r % 4]] == values[index]
-    column_major = words(np.arange(6, dtype=np.int32).reshape(2, 3), "{0,1}")
-    assert column_major.tolist() == [0, 3, 1, 4, 2, 5]
-    assert words(np.int32(7), "{}").tolist() == [7]
-
-
 def _kernel(bounds, x, o):
     del bounds
     o[...] = x[...]
