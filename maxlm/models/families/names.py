@@ -102,8 +102,11 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
                 full = name.format(layer=layer, expert=expert)
                 at = (index,) if expert is None else (index, expert)
                 found += _entry(full, rule, specs, ours, at)
-    own = {entry.theirs for entry in found}  # an untied head is no other name of the table
-    return [replace(e, aliases=tuple(a for a in e.aliases if a not in own)) for e in found]
+    own = {entry.theirs for entry in found}
+    for at, entry in enumerate(found):
+        if not own.isdisjoint(entry.aliases):  # an untied head is no other name of the table
+            found[at] = replace(entry, aliases=tuple(a for a in entry.aliases if a not in own))
+    return found
 
 
 def _entry(
