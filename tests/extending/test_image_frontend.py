@@ -1,5 +1,7 @@
 """An image-patch frontend before a decoder, as an external package writes it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,7 @@ def built():
         yield model, init_params(param_specs(model), jax.random.key(0))
 
 
+@partial(jax.jit, static_argnums=0)
 def loss(model, params, patches):
     bound = bind(model, params)
     hidden, _ = bound(IDS, places(TOKENS), patches=patches)
@@ -66,13 +69,13 @@ def test_patches_and_tokens_are_embedded_as_by_hand(built):
     seen = np.asarray(IMAGES) @ flat["patches.kernel"] + flat["patches.bias"]
     wanted = np.concatenate([seen, flat["embedding.table"][np.asarray(IDS)]], axis=1)
     wanted = 3 * wanted + flat["positions.table"][: PATCHES + TOKENS]
-    found = bind(model, params).embed_image(IMAGES, IDS)
+    found = jax.jit(lambda p: bind(model, p).embed_image(IMAGES, IDS))(params)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
     model, params = built
-    grads = flatten_names(jax.grad(lambda p: loss(model, p, IMAGES))(params))
+    grads = flatten_names(jax.jit(jax.grad(lambda p: loss(model, p, IMAGES)))(params))
     for name in ("patches.kernel", "patches.bias", "embedding.table"):
         assert float(jnp.abs(grads[name]).max()) > 1e-6, name
     assert float(loss(model, params, IMAGES)) != float(loss(model, params, IMAGES + 1.0))
