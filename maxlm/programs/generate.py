@@ -27,11 +27,8 @@ def generate_text(
 
     Returns:
         At each step a list with the text that each row's new token completes, often empty; all of
-        a row's pieces joined are its continuation (see :func:`between`). The tokens that
+        a row's pieces joined are its continuation (see :func:`get_separator`). The tokens that
         end a continuation give no text.
-
-    Raises:
-        MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
     """
     whole = isinstance(model, EncoderDecoder)
     steps = generate(

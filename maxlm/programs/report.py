@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,8 +54,7 @@ def _comparison(run: TrainingResult):
     for column in ("source", "bytes", "maxlm", "gzip -9", "xz -9"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for name, result in run.heldout.items():
-        store = run.corpus.heldout[name]
-        text = _beginning(decode_documents(store, run.corpus.tokenizer))
+        text = _read_text(run.corpus.heldout[name], run.corpus.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
         table.add_row(name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
@@ -95,19 +93,14 @@ def _measured(run: TrainingResult):
     return table
 
 
-def _beginning(documents: Iterator[bytes]) -> bytes:
+def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
+    """The beginning of a store's text, byte for byte if the tokenizer is lossless."""
     text = bytearray()
-    for document in documents:
+    for index in range(store.num_documents):
         if len(text) >= COMPARED_BYTES:
             break
-        text += document
+        text += tokenizer.decode_bytes(store.text_tokens(index).tolist())
     return bytes(text)
-
-
-def decode_documents(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The documents of a store, byte for byte if the tokenizer is lossless."""
-    for index in range(store.num_documents):
-        yield tokenizer.decode_bytes(store.text_tokens(index).tolist())
 
 
 def generate_samples(run: TrainingResult) -> str:

@@ -96,16 +96,16 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         latest |= {name: record[name] for name in latest if name in record}
         if record.get("seconds") and record["step"] not in first:
             seconds.append(record["seconds"])
-    plan = _mapping(folder / "plan.json")
+    plan = _read_mapping(folder / "plan.json")
     return RunSummary(
         name=folder.resolve().name,
         state=told.attempts[-1].end if told.attempts else "not begun",
         step=step,
-        steps=_at(_mapping(folder / "config.yaml"), "train", "steps"),
+        steps=_find_in(_read_mapping(folder / "config.yaml"), "train", "steps"),
         history=told,
         step_seconds={p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds},
-        planned_step_seconds=_at(plan, "time", "step"),
-        planned_goodput=_at(plan, "goodput", "configured"),
+        planned_step_seconds=_find_in(plan, "time", "step"),
+        planned_goodput=_find_in(plan, "goodput", "configured"),
         damaged_lines=len(damaged),
         **latest,
     )
@@ -123,7 +123,7 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("events.jsonl", "config.yaml"))
 
 
-def _mapping(path: Path) -> Any:
+def _read_mapping(path: Path) -> Any:
     """Reads a YAML or JSON file; None if it cannot be read."""
     try:
         text = path.read_text()
@@ -132,7 +132,7 @@ def _mapping(path: Path) -> Any:
         return None
 
 
-def _at(value: Any, *keys: str) -> Any:
+def _find_in(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value

@@ -1,8 +1,8 @@
 """One process of several that meet, as the environment says: ``peers_worker.py ACTION``.
 
-ACTION: ``once`` adds up over all processes and ends; ``late`` too, but process 0 stays for long;
-``loop`` does so until it is stopped; ``fault`` is a loop in which process 1 finds a mistake of the
-user's; ``busy`` is one in Python, which lets no other thread run for long.
+ACTION: ``loop`` adds up over all processes until it is stopped; ``late`` does so once and ends, but
+process 0 stays for long; ``fault`` finds a mistake of the user's after a while; ``busy`` is a loop
+in Python, which lets no other thread run for long.
 """
 
 import os
@@ -48,14 +48,14 @@ def add_up(action: str) -> None:
     own = jax.make_array_from_process_local_data(split, np.float32([number + 1]))
     total = jax.jit(jnp.sum, out_shardings=whole)
     print(f"process {number} of {count}: {float(total(own)):g}", flush=True)
-    while action not in ("once", "late"):
-        if action == "fault" and number == 1:
-            raise MaxlmError("no such folder", where="data.folder")
+    while action != "late":
         if action == "busy":
             for _ in range(10_000_000):
                 pass
         else:
             total(own).block_until_ready()
+        if action == "fault":
+            raise MaxlmError("no such folder", where="data.folder")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from maxlm.runtime.peers import describe_lost_peer
 from maxlm.runtime.rendezvous import join_processes
 from tests.ports import free_port
 from tests.programs import tiny
+from tests.programs.jobs import HERE, Process
 
 WORKER = Path(__file__).with_name("peers_worker.py")
-HERE = socket.gethostname()
 
 EXPLICIT = {"MAXLM_COORDINATOR": "a:1", "MAXLM_NUM_PROCESSES": "4", "MAXLM_PROCESS_ID": "3"}
 # As srun of SLURM 24.11 sets them for task 1 of the second of two nodes.
@@ -303,93 +304,67 @@ def test_the_port_of_another():
     assert f"127.0.0.1:{port}: something there does not answer as process 0 would" in other
 
 
-class Worker:
-    """A process of ``peers_worker.py``."""
-
-    def __init__(self, folder: Path, port: int, number: int, action: str, count: int = 2):
-        self.log = folder / f"{number}.log"
-        environ = tiny.environment(folder) | {
-            "http_proxy": "http://127.0.0.1:9",  # clusters have one; this leads nowhere
-            "MAXLM_COORDINATOR": f"127.0.0.1:{port}",
-            "MAXLM_NUM_PROCESSES": str(count),
-            "MAXLM_PROCESS_ID": str(number),
-        }
-        command = [sys.executable, WORKER, action]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def end(self, seconds: float = 300) -> tuple[int, str]:
-        """Its exit code and all that it wrote."""
-        return self.process.wait(seconds), self.text()
-
-    def wait_for(self, words: str, seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while words not in self.text():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
-
-
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Worker]]:
-    """Start workers; none outlives the test."""
-    workers = []
+def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
+    """Start all processes of a cluster, each with what it does, and wait until they have met and
+    added up; none outlives the test."""
+    started: list[Process] = []
 
-    def begin(*arguments, **settings) -> Worker:
-        workers.append(Worker(tmp_path, *arguments, **settings))
-        return workers[-1]
+    def begin(*actions: str) -> list[Process]:
+        port, count = free_port(), len(actions)
+        for number, action in enumerate(actions):
+            environ = tiny.environment(tmp_path) | {
+                "http_proxy": "http://127.0.0.1:9",  # clusters have one; this leads nowhere
+                "MAXLM_COORDINATOR": f"127.0.0.1:{port}",
+                "MAXLM_NUM_PROCESSES": str(count),
+                "MAXLM_PROCESS_ID": str(number),
+            }
+            command = [sys.executable, WORKER, action]
+            started.append(Process(command, tmp_path / str(number), environ))
+        for process in started:
+            process.until(lambda own=process: f"of {count}: " in own.out.read_text())
+        return started
 
     yield begin
-    for worker in workers:
-        worker.process.kill()
-        worker.process.wait()
+    for process in started:
+        process.end()
+
+
+def gone(process: int) -> str:
+    return f"error: process {process} ({HERE}) is gone; the state is that of the last checkpoint"
 
 
 def test_a_killed_process_ends_the_others(start):
-    port = free_port()
-    workers = [start(port, number, "loop", count=3) for number in range(3)]
-    for worker in workers:
-        worker.wait_for("of 3: 6")
-    workers[1].process.kill()
+    processes = start("loop", "loop", "loop")
+    processes[1].send(signal.SIGKILL)
     for number in (0, 2):
-        code, text = workers[number].end()
-        last = f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
-        assert (code, last in text) == (76, True), text
+        code, said, err = processes[number].ended()
+        assert said == [f"process {number} of 3: 6"]
+        assert (code, gone(1) in err) == (76, True), err
 
 
 def test_process_0_that_still_works_notices_that_one_which_is_done_is_killed(start):
     """JAX would abort it."""
-    port = free_port()
-    workers = [start(port, number, "late") for number in range(2)]
-    for worker in workers:
-        worker.wait_for("of 2: 3")
+    processes = start("late", "late")
     with pytest.raises(subprocess.TimeoutExpired):  # it waits for the other
-        workers[1].process.wait(1)
-    workers[1].process.kill()
-    assert workers[0].end()[0] == 76
+        processes[1].ended(1)
+    processes[1].send(signal.SIGKILL)
+    assert processes[0].ended()[0] == 76
 
 
 def test_a_busy_process_still_tells_that_process_0_is_gone(start):
     """JAX, which needs no turn in Python, would abort it without a word."""
-    port = free_port()
-    workers = [start(port, 0, "loop"), start(port, 1, "busy")]
-    for worker in workers:
-        worker.wait_for("of 2: 3")
-    workers[0].process.kill()
-    code, text = workers[1].end()
-    assert (code, f"error: process 0 ({HERE}) is gone; " in text) == (76, True), text
+    processes = start("loop", "busy")
+    processes[0].send(signal.SIGKILL)
+    code, _, err = processes[1].ended()
+    assert (code, gone(0) in err) == (76, True), err
 
 
 def test_a_mistake_found_by_one_process_ends_all_alike(start):
-    port = free_port()
-    workers = [start(port, number, "fault") for number in range(2)]
-    (lead, heard), (own, said) = (worker.end() for worker in workers)
+    (lead, _, heard), (own, said, _) = (process.ended() for process in start("loop", "fault"))
     assert (lead, own) == (2, 2)
-    assert heard.splitlines()[-1] == f"error: process 1 ({HERE}): data.folder: no such folder"
-    assert said.splitlines()[-1] == "data.folder: no such folder"
+    assert heard[-1] == f"error: process 1 ({HERE}): data.folder: no such folder"
+    assert said[-1] == "data.folder: no such folder"
 
 
 def test_errors_of_collectives():
