@@ -41,7 +41,7 @@ def read(name: str) -> RunConfig:
 # One of each kind of layers; `make test-layouts` tries all.
 FEW = ["falcon_7b", "gemma3_4b", "mixtral_8x7b", "deepseek_v2_lite", "bert_large", "t5_v1_1_xxl"]
 SHIPPED = [
-    pytest.param(name, marks=[] if name.rpartition("/")[2] in FEW else pytest.mark.slow)
+    pytest.param(name, marks=[] if name.removeprefix("models/") in FEW else pytest.mark.slow)
     for name in list_shipped_configs()
 ]
 
