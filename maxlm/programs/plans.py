@@ -90,10 +90,7 @@ def compare(plan: RunPlan, step: CompiledStep) -> Figures:
             (held.total - held.allocated) / GB,
             compiled.argument / GB,
         ),
-        "more at the peak, GB": (
-            held.allocated / GB,
-            (compiled.peak - compiled.argument) / GB,
-        ),
+        "more at the peak, GB": (held.allocated / GB, (compiled.peak - compiled.argument) / GB),
         "peak, GB": (held.total / GB, compiled.peak / GB),
         "matrix products, TFLOP": (counted.products(slots) / TERA, cost.matmul_flops / TERA),
         "attention's products, TFLOP": (

@@ -15,12 +15,7 @@ from maxlm.programs.prepare import check_prepared
 from maxlm.programs.resume_checks import check_not_lost, check_same_config, raise_unreadable
 from maxlm.programs.setup import Setup
 from maxlm.train.anomaly import RollbackDecision
-from maxlm.train.checkpoint import (
-    Checkpointer,
-    FoundCheckpoint,
-    SkippedCheckpoint,
-    group_sizes,
-)
+from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint, group_sizes
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
 

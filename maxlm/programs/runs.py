@@ -57,10 +57,7 @@ class RunSummary:
             "mean_time_to_interruption": told.mean_time_to_interruption,
             "steps_per_second": self.steps_per_second,
             "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
-            "planned": {
-                "step_seconds": self.planned_step_seconds,
-                "goodput": self.planned_goodput,
-            },
+            "planned": {"step_seconds": self.planned_step_seconds, "goodput": self.planned_goodput},
             "damaged_lines": self.damaged_lines,
             "attempts": attempts,
             "events": dict(told.counts),

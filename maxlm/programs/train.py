@@ -91,10 +91,7 @@ def train_model(
                         callbacks.EvaluationCallback(evaluator.evaluate_for_record, every_steps),
                         callbacks.CheckpointCallback(saver, metadata, detector),
                         callbacks.StopCallback(
-                            run.signals,
-                            FlagAllReduce(setup.mesh),
-                            saver.is_late,
-                            str(run.folder),
+                            run.signals, FlagAllReduce(setup.mesh), saver.is_late, str(run.folder)
                         ),
                     ],
                     timer,

@@ -147,10 +147,7 @@ def _states(environ: Mapping[str, str]) -> list[str]:
 
 
 def _wait_until(
-    happened: Callable[[], bool],
-    folder: Path,
-    what: str,
-    process: subprocess.Popen | None = None,
+    happened: Callable[[], bool], folder: Path, what: str, process: subprocess.Popen | None = None
 ) -> None:
     deadline = time.monotonic() + 120
     while not happened():

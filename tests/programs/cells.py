@@ -40,12 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
     "gqa_window": _BASE
-    | {
-        "vocab_size": 88,
-        "attention": _HEADS | {"window": 7},
-        "mlp": {"d_ff": 48},
-        "remat": "none",
-    },
+    | {"vocab_size": 88, "attention": _HEADS | {"window": 7}, "mlp": {"d_ff": 48}, "remat": "none"},
     "moe": _BASE
     | {
         "vocab_size": 56,
