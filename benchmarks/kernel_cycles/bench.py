@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         action="store_true",
         help="also jax's splash and flash attention, tokamax's where it is installed; jax's "
-        "megablox; of linear_cross_entropy there are none",
+        "megablox",
     )
     sizes = {
         "attention": [
@@ -143,10 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         "grouped_matmul": [
             ("--rows", 8192, "of all groups; "),
             ("--groups", 8, "of sizes drawn at random, always alike; "),
+            ("--d", 4096, "contracted; "),
             ("--f", 14336, "columns of a group's kernel; "),
         ],
-        "linear_cross_entropy": [("--tokens", 8192, ""), ("--vocab", 128256, "")],
-        "grouped_matmul and linear_cross_entropy": [("--d", 4096, "contracted; ")],
     }
     for title, arguments in sizes.items():
         group = parser.add_argument_group(title)

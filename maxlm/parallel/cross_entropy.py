@@ -1,6 +1,6 @@
 """Cross-entropy over a vocabulary that is never held as [batch, seq, vocab], on a mesh.
 
-The output head, the softmax and the loss are one operation (pallas_kernels/linear_cross_entropy),
+The output head, the softmax and the loss are one operation (pallas_kernels.linear_cross_entropy),
 and the gradient is formed in the same pass. The vocabulary may be split over mesh axes: each device
 holds its share of the head, and three numbers a token (max, sum, target logit) cross the wire;
 then, once, the gradient of the hidden states.
@@ -23,8 +23,7 @@ from maxlm.parallel.local import (
     map_shards,
     reduce,
 )
-from pallas_kernels.linear_cross_entropy import loss_and_gradients
-from pallas_kernels.linear_cross_entropy.parts import apply_soft_cap, reduce_logsumexp
+from pallas_kernels.linear_cross_entropy import apply_soft_cap, loss_and_gradients
 
 
 def fused_cross_entropy_loss(
@@ -163,7 +162,6 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
             z_loss=how.z_loss,
             soft_cap=how.soft_cap,
             chunk=how.chunk,
-            implementation="xla",
         )
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
@@ -206,8 +204,10 @@ def _log_probs(hidden, head, bias, whole, targets, how):
 
         rows = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
         normalizer, own = lax.map(one, rows, batch_size=min(how.chunk, len(rows[1])))
-        own = lax.psum(own, vocab) if vocab else own
-        return (own - reduce_logsumexp(normalizer, vocab)).reshape(targets.shape)
+        if vocab:
+            own, top = lax.psum(own, vocab), lax.pmax(normalizer, vocab)
+            normalizer = top + jnp.log(lax.psum(jnp.exp(normalizer - top), vocab))
+        return (own - normalizer).reshape(targets.shape)
 
     run = map_shards(local, (*specs, rows, make_spec((vocab,))), rows)
     return run(hidden, head, bias, whole, targets, axis_indices(vocab))

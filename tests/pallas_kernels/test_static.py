@@ -104,23 +104,6 @@ def test_a_branch_on_what_is_not_known_is_refused():
         run_counts(schedule(computed), 0, table(*range(8)))
 
 
-def test_what_hangs_on_data_may_count_as_run():
-    """Also where what begins the region, here a count, is predicated and stands before it."""
-    computed = BUNDLES.replace(
-        "%s5_s3 = sld [smem:[#allocation2 + %s6_s2]]", "%s5_s3 = spop %v1_v0"
-    )
-    branch = "%12 = sbr.rel"
-    hoisted = computed.replace(branch, f"%s21_s6 = smov.u32 (!%p2_p1), 8  ;;  {branch}")
-    hoisted = hoisted.replace("%s8_s2, 8 }", "%s8_s2, %s21_s6 }")
-    for text in (computed, hoisted):
-        with pytest.raises(ValueError, match="scalar unit"):
-            run_counts(schedule(text))
-        assert (run_counts(schedule(text), assume_runs=True)[16:18] == 8).all()
-    backward = computed.replace("scmp.ge.s32.totalorder %s8_s2", "scmp.ge.s32.totalorder %s5_s3")
-    with pytest.raises(ValueError, match="scalar unit"):
-        run_counts(schedule(backward), assume_runs=True)
-
-
 WORDS = st.integers(0, 2**32 - 1) | st.integers(0, 40)
 
 

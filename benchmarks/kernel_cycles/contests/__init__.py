@@ -11,12 +11,10 @@ from collections.abc import Callable
 from benchmarks.kernel_cycles.contests.attention import attention
 from benchmarks.kernel_cycles.contests.contest import Benchmark, Contender, Pass
 from benchmarks.kernel_cycles.contests.grouped_matmul import grouped_matmul
-from benchmarks.kernel_cycles.contests.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["BENCHMARKS", "Benchmark", "Contender", "Pass"]
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Benchmark]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
-    "linear_cross_entropy": linear_cross_entropy,
 }

@@ -22,11 +22,9 @@ from benchmarks.kernel_cycles.static.scalar import (
     OPERAND,
     UNKNOWN,
     Unknown,
-    branch_predicate,
     bundle_lines,
     instructions,
     signed,
-    written,
 )
 from benchmarks.kernel_cycles.static.schedule import Schedule
 
@@ -51,8 +49,6 @@ def run_counts(
     schedule: Schedule,
     core: int = 0,
     operands: Mapping[int, np.ndarray] | None = None,
-    *,
-    assume_runs: bool = False,
 ) -> np.ndarray:
     """Times each bundle runs, int64 [bundles].
 
@@ -60,15 +56,12 @@ def run_counts(
         core: of those that share a device, which one.
         operands: inputs that the kernel copies to scalar memory, by index: their bytes, in the
             order of their layout there, as uint32 words.
-        assume_runs: whether a branch forward on a predicate that is not known, made just before,
-            counts as not taken: what it would skip runs each time, an upper bound where it has no
-            alternative (``pl.when``).
 
     Raises:
         ValueError: a branch that hangs on values not given, an unknown branch, an endless loop.
     """
     blocks = _blocks(schedule)
-    source = _program(schedule, blocks, assume_runs)
+    source = _program(schedule, blocks)
     memory: dict[int, Any] = {_CORE_INDEX: core}
     divide, pop = _divider()
     names: dict[str, Any] = {
@@ -122,15 +115,7 @@ def _blocks(schedule: Schedule) -> list[_Block]:
     return [_Block(a, b, branches.get(b)) for a, b in pairwise(cuts) if a < end]
 
 
-def _assumed(schedule: Schedule, block: _Block) -> tuple[str, int] | None:
-    """The predicate of the branch forward that ends a block, and its value where that is not
-    taken. Other instructions hang on it too: what begins the region may stand before the branch."""
-    if block.target is None or block.target < block.stop:
-        return None
-    return branch_predicate(schedule.bundles[block.stop - 1 - schedule.branch_delay])
-
-
-def _program(schedule: Schedule, blocks: list[_Block], assume_runs: bool) -> str:
+def _program(schedule: Schedule, blocks: list[_Block]) -> str:
     """Python that does what the scalar unit does.
 
     Executed rather than interpreted: a grid of 32,768 steps has tens of millions of instructions.
@@ -139,14 +124,8 @@ def _program(schedule: Schedule, blocks: list[_Block], assume_runs: bool) -> str
     registers, body = set(), []
     for i, block in enumerate(blocks):
         lines = [f"n[{i}] += 1"]
-        assumed = _assumed(schedule, block) if assume_runs else None
         for at in range(block.start, block.stop):
             lines += bundle_lines(schedule, at, registers)
-            if assumed and assumed[0] in written(schedule.bundles[at]):
-                lines += [
-                    f"if isinstance({assumed[0]}, Unknown):",
-                    f"    {assumed[0]} = {assumed[1]}",
-                ]
         following = index.get(block.stop, -1)
         if block.target is None:
             lines.append(f"b = {following}")

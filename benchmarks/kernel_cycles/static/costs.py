@@ -117,8 +117,6 @@ def call_costs(
     calls: Sequence[KernelCall],
     chip: TpuChip,
     temp_bytes: int,
-    *,
-    assume_runs: bool = False,
 ) -> CallCosts:
     """Costs of a program.
 
@@ -126,7 +124,6 @@ def call_costs(
         schedules: of its operations.
         hlo: its text, scheduled.
         calls: its kernels, with the values they prefetch.
-        assume_runs: of its Pallas kernels, as :func:`run_counts` takes it.
 
     Raises:
         ValueError: a Pallas kernel whose control flow cannot be followed.
@@ -140,14 +137,7 @@ def call_costs(
         operands = _scalar_operands(schedule, text, hlo, left) if pallas else {}
         backward = "transpose(" in (re.search(r'op_name="([^"]*)"', text) or [""])[0]
         try:
-            costs = kernel_costs(
-                schedule,
-                chip.cores,
-                operands,
-                pallas=pallas,
-                backward=backward,
-                assume_runs=assume_runs and pallas,
-            )
+            costs = kernel_costs(schedule, chip.cores, operands, pallas=pallas, backward=backward)
         except ValueError:
             if pallas:
                 raise
@@ -163,11 +153,10 @@ def kernel_costs(
     *,
     pallas: bool = True,
     backward: bool = False,
-    assume_runs: bool = False,
 ) -> KernelCosts:
     """Costs of one kernel; arguments as of :func:`run_counts`."""
     split = range(cores if knows_core(schedule) else 1)
-    counts = [run_counts(schedule, core, operands, assume_runs=assume_runs) for core in split]
+    counts = [run_counts(schedule, core, operands) for core in split]
     cycles = tuple(int(c.sum()) for c in counts)
     busiest = counts[int(np.argmax(cycles))]
     mxu = _mxu(schedule)

@@ -41,8 +41,6 @@ class Spec:
     arrays where a kernel's grid or loops follow their values (segments, group sizes)."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments, such as JSON can carry."""
-    assume_runs: bool = False
-    """Whether what hangs on data counts as run, see :func:`run_counts`."""
 
 
 def has_compiler() -> bool:
@@ -93,7 +91,6 @@ def measure(spec: Spec, chip: str) -> CallCosts:
             calls,
             CHIPS[chip],
             result["temp_bytes"],
-            assume_runs=spec.assume_runs,
         )
 
 

@@ -108,20 +108,6 @@ def bundle_lines(schedule: Schedule, at: int, registers: set[str]) -> list[str]:
     return [line for line in effects if line] + lines
 
 
-def written(bundle: str) -> set[str]:
-    """Registers that a bundle assigns."""
-    matches = (_REGISTER.fullmatch(f"%{result}") for result, *_ in instructions(bundle) if result)
-    return {match[1] for match in matches if match}
-
-
-def branch_predicate(bundle: str) -> tuple[str, int] | None:
-    """The predicate of the bundle's branch and its value where that is not taken."""
-    for _, operation, rest in instructions(bundle):
-        if operation == "sbr.rel" and (match := _PREDICATE.search(rest)):
-            return match[2], int(bool(match[1]))
-    return None
-
-
 def _names_only(operation: str, rest: str, register: str) -> bool:
     """Whether it gives a register's value another name, perhaps one made in the same bundle."""
     if operation.startswith("int_to_ptr"):

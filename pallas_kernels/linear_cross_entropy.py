@@ -1,0 +1,191 @@
+"""Cross-entropy of a linear head, whose logits [T, V] never exist at once, in plain XLA.
+
+Tokens are taken a chunk at a time, and the gradient in the same pass: three matrix products in all,
+and [chunk, V] logits, which are read and written several times, in memory.
+
+:func:`linear_cross_entropy` is differentiable. :func:`loss_and_gradients` is one device's part of
+it, for a caller that splits the tokens or the vocabulary over devices.
+"""
+
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Sums: TypeAlias = tuple[jax.Array, jax.Array]
+"""The loss with the z term and the cross-entropy without it."""
+
+
+class CrossEntropyGradients(NamedTuple):
+    """Gradients of the first sum, in the arguments' shapes and dtypes."""
+
+    hidden: jax.Array
+    head: jax.Array
+    bias: jax.Array | None
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    chunk: int = 1024,
+) -> Sums:
+    """Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
+    logits = cap(hidden · head + bias) in fp32; the z term is that of Chowdhery et al. 2022, §5.
+
+    Where a gradient is wanted it is formed in the forward pass, since with one scalar loss the
+    cotangent of the logits is known as soon as their sum is.
+
+    Args:
+        hidden: [T, D].
+        head: [D, V], in hidden's dtype. For a table [V, D] pass its transpose: no copy is made.
+        targets: int [T]. One outside 0..V-1 counts as a logit of 0: give it weight 0.
+        weights: fp32 [T]; 0 leaves a token out.
+        bias: fp32 [V] or None.
+        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
+            2024, §2).
+        chunk: tokens whose logits exist at once.
+
+    Returns:
+        (loss with the z term, cross-entropy without it), fp32 scalars, sums over tokens. Only the
+        first is differentiable, in ``hidden``, ``head`` and ``bias``.
+
+    Raises:
+        ValueError: shapes that do not belong together, soft_cap ≤ 0 or chunk < 1.
+    """
+    run = partial(loss_and_gradients, z_loss=z_loss, soft_cap=soft_cap, chunk=chunk)
+    return _differentiable(hidden, head, bias, targets, weights, run)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _differentiable(hidden, head, bias, targets, weights, run):
+    return run(hidden, head, targets, weights, bias=bias, gradient=False)[0]
+
+
+def _forward(hidden, head, bias, targets, weights, run):
+    return run(hidden, head, targets, weights, bias=bias)
+
+
+def _backward(_, gradients, cotangents):
+    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return *scaled, None, None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def loss_and_gradients(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    first: jax.Array | int = 0,
+    axes: tuple[str, ...] = (),
+    gradient: bool = True,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    chunk: int = 1024,
+) -> tuple[Sums, CrossEntropyGradients | None]:
+    """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and their
+    gradients, summed over chunks in fp32; not to be differentiated by JAX.
+
+    Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is then this
+    device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``axes``.
+
+    Args: as there; and
+        first: the index in the vocabulary of the share's first entry.
+        axes: the mesh axes that split the vocabulary.
+
+    Returns:
+        The two sums, alike along ``axes``, not yet summed over devices that hold other tokens; and
+        the gradients of the first, or None. Along ``axes`` that of hidden is a term of a sum that
+        the caller takes.
+    """
+    _check(hidden, head, targets, weights, bias, soft_cap, chunk)
+    options = {"axes": axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}
+    step = partial(_chunk_sums, head=head, bias=bias, **options)
+    chunks = tuple(_split(a, chunk) for a in (hidden, targets - first, weights))
+
+    def body(carry, inputs):
+        d_rows, own = step(*inputs)
+        return jax.tree.map(jnp.add, carry, own), d_rows
+
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.float32)
+
+    # None stays None in a tree.
+    d_head = zeros(*head.shape) if gradient else None
+    d_bias = zeros(*bias.shape) if gradient and bias is not None else None
+    (sums, d_head, d_bias), d_rows = lax.scan(body, ((zeros(), zeros()), d_head, d_bias), chunks)
+    if d_head is None or d_rows is None:
+        return sums, None
+    d_hidden = d_rows.reshape(-1, hidden.shape[1])[: len(hidden)]
+    return sums, CrossEntropyGradients(d_hidden, d_head.astype(head.dtype), d_bias)
+
+
+def _chunk_sums(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradient):
+    """Returns the gradient of rows [c, D], and what is summed over chunks: the sums, and the
+    gradients of head and bias."""
+    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
+    logits = apply_soft_cap(logits if bias is None else logits + bias, soft_cap)
+    top = jnp.max(logits, axis=-1)
+    top = lax.pmax(top, axes) if axes else top
+    exp = jnp.exp(logits - top[:, None])
+    size = logits.shape[1]
+    found = jnp.take_along_axis(logits, jnp.clip(targets, 0, size - 1)[:, None], axis=-1)[:, 0]
+    total = jnp.sum(exp, axis=-1), jnp.where((targets >= 0) & (targets < size), found, 0.0)
+    total, target = lax.psum(total, axes) if axes else total
+    logsumexp = top + jnp.log(total)
+    entropy = jnp.sum(weights * (logsumexp - target))
+    sums = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp)), entropy
+    d_logsumexp = weights * (1.0 + 2.0 * z_loss * logsumexp)
+    if not gradient:
+        return None, (sums, None, None)
+    onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    d_logits = exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
+    d_logits *= 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
+    d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
+    d_logits = d_logits.astype(rows.dtype)
+    d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
+    d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
+    return d_rows.astype(rows.dtype), (sums, d_head, d_bias)
+
+
+def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+    """soft_cap · tanh(logits / soft_cap)."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
+
+
+def _split(a: jax.Array, chunk: int) -> jax.Array:
+    """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros (weight 0)."""
+    count = -(-len(a) // chunk)
+    size = -(-len(a) // count)
+    padding = ((0, count * size - len(a)), *((0, 0),) * (a.ndim - 1))
+    return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
+
+
+def _check(hidden, head, targets, weights, bias, soft_cap, chunk):
+    shapes = f"hidden {hidden.shape}, head {head.shape}"
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
+        raise ValueError(f"hidden is [T, D] and head [D, V]; got {shapes}")
+    if 0 in hidden.shape or head.shape[1] == 0:
+        raise ValueError(f"no size may be 0; got {shapes}")
+    if hidden.dtype != head.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise ValueError(f"hidden, head: want one floating dtype, not {hidden.dtype}, {head.dtype}")
+    if not targets.shape == weights.shape == hidden.shape[:1]:
+        raise ValueError(f"targets {targets.shape}, weights {weights.shape}: want [T], {shapes}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap is above 0; got {soft_cap}")
+    if chunk < 1:
+        raise ValueError(f"chunk is at least 1; got {chunk}")
+    if bias is not None and (bias.shape != head.shape[1:] or bias.dtype != jnp.float32):
+        raise ValueError(f"bias is fp32 [V]; got {bias.dtype} {bias.shape}, {shapes}")
