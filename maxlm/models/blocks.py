@@ -1,6 +1,6 @@
 """How layers are joined into blocks, and blocks into a scanned stack."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple, Protocol
@@ -104,7 +104,7 @@ def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> Non
 
 
 def parse_registered(
-    builders: Mapping[type[Config], Any],
+    registered: Iterable[type[Config]],
     what: str,
     given: Any,
     register: Callable[[Any], object] = lambda found: found(),
@@ -116,7 +116,8 @@ def parse_registered(
     kind = given.get("kind")
     for entry in entry_points(group=f"maxlm.{what}s", name=str(kind)):
         register(entry.load())
-    kinds = {c.model_fields["kind"].default: c for c in builders if "kind" in c.model_fields}
+    with_kind = (config for config in registered if "kind" in config.model_fields)
+    kinds = {config.model_fields["kind"].default: config for config in with_kind}
     if kind not in kinds:
         raise MaxlmError(
             f"no {what} of kind={kind}",

@@ -2,21 +2,12 @@
 
 from typing import Any
 
+from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import map_activation, map_size, require_value
-from maxlm.models.families.forms import copy, map_linear, map_norm, take_row
-from maxlm.models.families.gpt2 import BIASED
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import NameTable, copy, map_linears, map_norm, take_row
 from maxlm.models.families.reader import ConfigReader
 
-
-def _attention(theirs: str, ours: str) -> NameTable:
-    return {
-        **map_linear(f"{theirs}.q_proj", f"{ours}.query"),
-        **map_linear(f"{theirs}.k_proj", f"{ours}.key"),
-        **map_linear(f"{theirs}.v_proj", f"{ours}.value"),
-        **map_linear(f"{theirs}.out_proj", f"{ours}.out"),
-    }
+ATTENTION = {**llama.PROJECTIONS, "out_proj": "out"}
 
 
 def _side(theirs: str, layer: str, trunk: str, block: str) -> NameTable:
@@ -29,17 +20,16 @@ def _side(theirs: str, layer: str, trunk: str, block: str) -> NameTable:
     return {
         f"{theirs}.embed_positions.weight": copy(f"{trunk}positions.table"),
         **map_norm(f"{theirs}.layernorm_embedding", f"{trunk}embedding_norm"),
-        **_attention(f"{at}.self_attn", f"{block}attention"),
+        **map_linears(f"{at}.self_attn", f"{block}attention", **ATTENTION),
         **map_norm(f"{at}.self_attn_layer_norm", f"{block}attention_norm"),
-        **map_linear(f"{at}.fc1", f"{block}mlp.up"),
-        **map_linear(f"{at}.fc2", f"{block}mlp.down"),
+        **map_linears(at, f"{block}mlp", fc1="up", fc2="down"),
         **map_norm(f"{at}.final_layer_norm", f"{block}mlp_norm"),
     }
 
 
 # Published without a head, so without the logits' offsets.
 BARE = "BartModel"
-TABLE: NameTable = {
+TABLE = {
     "model.shared.weight": copy(
         "embedding.table",
         "model.encoder.embed_tokens.weight",
@@ -48,7 +38,7 @@ TABLE: NameTable = {
     ),
     **_side("model.encoder", "encoder_layer", "encoder.", "encoder.layers."),
     **_side("model.decoder", "layer", "", ""),
-    **_attention("model.decoder.layers.{layer}.encoder_attn", "cross"),
+    **map_linears("model.decoder.layers.{layer}.encoder_attn", "cross", **ATTENTION),
     **map_norm("model.decoder.layers.{layer}.encoder_attn_layer_norm", "cross_norm"),
     "final_logits_bias": take_row("head_bias"),
 }
@@ -82,27 +72,27 @@ BART = ModelFamily(
     "bart",
     "BartForConditionalGeneration",
     {
-        "vocab_size": map_size("vocab_size"),
-        "decoder_layers": map_size("num_layers"),
-        "encoder_layers": map_size("encoder_layers", also="num_hidden_layers"),
-        "d_model": map_size("d_model"),
-        "max_position_embeddings": map_size("max_seq_len"),
-        "decoder_attention_heads": map_size("attention.num_heads"),
-        "decoder_ffn_dim": map_size("mlp.d_ff"),
-        "activation_function": map_activation("mlp.activation", "gelu"),
-        "is_encoder_decoder": require_value(True, written=True),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "vocab_size": fields.map_size("vocab_size"),
+        "decoder_layers": fields.map_size("num_layers"),
+        "encoder_layers": fields.map_size("encoder_layers", also="num_hidden_layers"),
+        "d_model": fields.map_size("d_model"),
+        "max_position_embeddings": fields.map_size("max_seq_len"),
+        "decoder_attention_heads": fields.map_size("attention.num_heads"),
+        "decoder_ffn_dim": fields.map_size("mlp.d_ff"),
+        "activation_function": fields.map_activation("mlp.activation", "gelu"),
+        "is_encoder_decoder": fields.require_value(True, written=True),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
         # Of early files, which had other placements besides.
-        "normalize_before": require_value(False),
-        "add_final_layer_norm": require_value(False),
-        "add_bias_logits": require_value(False),
-        "normalize_embedding": require_value(True),
-        "static_position_embeddings": require_value(False),
-        "extra_pos_embeddings": require_value(2),
+        "normalize_before": fields.require_value(False),
+        "add_final_layer_norm": fields.require_value(False),
+        "add_bias_logits": fields.require_value(False),
+        "normalize_embedding": fields.require_value(True),
+        "static_position_embeddings": fields.require_value(False),
+        "extra_pos_embeddings": fields.require_value(2),
     },
     TABLE,
     {
-        **BIASED,
+        **gpt2.BIASED,
         "norm.eps": 1e-5,
         "placement": "post",
         "final_norm": False,

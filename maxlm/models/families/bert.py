@@ -2,23 +2,19 @@
 
 from typing import Any
 
+from maxlm.models.families import fields, gpt2
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import SIZES, map_activation, map_number, map_size, require_value
-from maxlm.models.families.forms import copy, map_linear, map_norm
-from maxlm.models.families.gpt2 import BIASED
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import copy, map_linear, map_linears, map_norm
 from maxlm.models.families.reader import ConfigReader
 
 L = "bert.encoder.layer.{layer}"
 E, HEAD = "bert.embeddings", "cls.predictions"
-TABLE: NameTable = {
+TABLE = {
     f"{E}.word_embeddings.weight": copy("embedding.table", f"{HEAD}.decoder.weight"),
     f"{E}.position_embeddings.weight": copy("positions.table"),
     f"{E}.token_type_embeddings.weight": copy("types.table"),
     **map_norm(f"{E}.LayerNorm", "embedding_norm"),
-    **map_linear(f"{L}.attention.self.query", "attention.query"),
-    **map_linear(f"{L}.attention.self.key", "attention.key"),
-    **map_linear(f"{L}.attention.self.value", "attention.value"),
+    **map_linears(f"{L}.attention.self", "attention", query="query", key="key", value="value"),
     **map_linear(f"{L}.attention.output.dense", "attention.out"),
     **map_norm(f"{L}.attention.output.LayerNorm", "attention_norm"),
     **map_linear(f"{L}.intermediate.dense", "mlp.up"),
@@ -39,19 +35,19 @@ BERT = ModelFamily(
     "bert",
     "BertForMaskedLM",
     {
-        **SIZES,
-        "intermediate_size": map_size("mlp.d_ff"),
-        "hidden_act": map_activation("mlp.activation", "gelu"),
-        "layer_norm_eps": map_number("norm.eps", 1e-12),
-        "type_vocab_size": map_size("token_types", 2),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
-        "position_embedding_type": require_value("absolute"),
-        "add_cross_attention": require_value(False),
-        "is_decoder": require_value(False),  # true: nothing sees what follows
+        **fields.SIZES,
+        "intermediate_size": fields.map_size("mlp.d_ff"),
+        "hidden_act": fields.map_activation("mlp.activation", "gelu"),
+        "layer_norm_eps": fields.map_number("norm.eps", 1e-12),
+        "type_vocab_size": fields.map_size("token_types", 2),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+        "position_embedding_type": fields.require_value("absolute"),
+        "add_cross_attention": fields.require_value(False),
+        "is_decoder": fields.require_value(False),  # true: nothing sees what follows
     },
     TABLE,
     {
-        **BIASED,
+        **gpt2.BIASED,
         "placement": "post",
         "final_norm": False,
         "positions.kind": "learned",

@@ -2,31 +2,29 @@
 
 from typing import Any
 
+from maxlm.models.families import fields, gpt2
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import map_number, map_size, require_value
 from maxlm.models.families.forms import (
     QKV_BIASES,
     QKV_KERNELS,
     copy,
     map_linear,
+    map_linears,
     map_norm,
-    split_grouped_qkv,
+    split_heads,
 )
-from maxlm.models.families.gpt2 import BIASED
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
 H = "transformer.h.{layer}"
-TABLE: NameTable = {
+TABLE = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
     **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
     **map_norm(f"{H}.input_layernorm", "attention_norm"),
-    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*QKV_KERNELS),
-    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*QKV_BIASES),
+    f"{H}.self_attention.query_key_value.weight": split_heads(*QKV_KERNELS),
+    f"{H}.self_attention.query_key_value.bias": split_heads(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
     **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
-    **map_linear(f"{H}.mlp.dense_h_to_4h", "mlp.up"),
-    **map_linear(f"{H}.mlp.dense_4h_to_h", "mlp.down"),
+    **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),
     **map_norm("transformer.ln_f", "final_norm"),
 }
 
@@ -39,18 +37,18 @@ BLOOM = ModelFamily(
     "bloom",
     "BloomForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "n_layer": map_size("num_layers", also="num_hidden_layers"),
-        "hidden_size": map_size("d_model", also="n_embed"),
-        "seq_length": map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
-        "n_head": map_size("attention.num_heads", also="num_attention_heads"),
-        "layer_norm_epsilon": map_number("norm.eps"),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
-        "apply_residual_connection_post_layernorm": require_value(False),
+        "vocab_size": fields.map_size("vocab_size"),
+        "n_layer": fields.map_size("num_layers", also="num_hidden_layers"),
+        "hidden_size": fields.map_size("d_model", also="n_embed"),
+        "seq_length": fields.map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
+        "n_head": fields.map_size("attention.num_heads", also="num_attention_heads"),
+        "layer_norm_epsilon": fields.map_number("norm.eps"),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+        "apply_residual_connection_post_layernorm": fields.require_value(False),
     },
     TABLE,
     {
-        **BIASED,
+        **gpt2.BIASED,
         "mlp.activation": "gelu_tanh",
         "positions.kind": "alibi",
         "embedding_norm": True,

@@ -3,20 +3,13 @@ off at ± 8."""
 
 from typing import Any
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    ConfigField,
-    map_balance_loss,
-    map_number,
-    map_size,
-    require_value,
-)
 from maxlm.models.families.forms import QKV_KERNELS, copy, linear, unstack_experts
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
 B = "transformer.blocks.{layer}"
-TABLE: NameTable = {
+TABLE = {
     "transformer.wte.weight": copy("embedding.table"),
     f"{B}.norm_attn_norm.norm_1.weight": copy("attention_norm.scale"),
     f"{B}.norm_attn_norm.attn.Wqkv.weight": linear(*QKV_KERNELS),
@@ -49,24 +42,24 @@ DBRX = ModelFamily(
     "dbrx",
     "DbrxForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "n_layers": map_size("num_layers"),
-        "d_model": map_size("d_model"),
-        "max_seq_len": map_size("max_seq_len"),
-        "n_heads": map_size("attention.num_heads"),
-        "attn_config.kv_n_heads": map_size("attention.num_kv_heads", 1),
-        "attn_config.clip_qkv": map_number("attention.clip", None),
-        "attn_config.rope_theta": map_number("positions.theta", None),
-        "ffn_config.hidden_size": ConfigField(lambda own, key: None, write=lambda c: c.d_model),
-        "ffn_config.ffn_hidden_size": map_size("moe.d_ff"),
-        "ffn_config.ffn_act_fn.name": require_value("silu", ours="moe.activation"),
-        "ffn_config.moe_num_experts": map_size("moe.num_experts"),
-        "ffn_config.moe_top_k": map_size("moe.experts_per_token"),
-        "ffn_config.moe_normalize_expert_weights": require_value(1.0, 1, written=True),
-        "ffn_config.moe_loss_weight": map_balance_loss(0.01, "moe_top_k"),
-        "ffn_config.moe_jitter_eps": require_value(None, 0, 0.01),  # noise, in training alone
-        "ffn_config.uniform_expert_assignment": require_value(False),
-        "tie_word_embeddings": require_value(False, ours="tie_embeddings"),
+        **fields.map_sizes("n_layers", "d_model", "max_seq_len", "n_heads"),
+        "attn_config.kv_n_heads": fields.map_size("attention.num_kv_heads", 1),
+        "attn_config.clip_qkv": fields.map_number("attention.clip", None),
+        "attn_config.rope_theta": fields.map_number("positions.theta", None),
+        "ffn_config.hidden_size": fields.ConfigField(
+            lambda own, key: None, write=lambda c: c.d_model
+        ),
+        "ffn_config.ffn_hidden_size": fields.map_size("moe.d_ff"),
+        "ffn_config.ffn_act_fn.name": fields.require_value("silu", ours="moe.activation"),
+        "ffn_config.moe_num_experts": fields.map_size("moe.num_experts"),
+        "ffn_config.moe_top_k": fields.map_size("moe.experts_per_token"),
+        "ffn_config.moe_normalize_expert_weights": fields.require_value(1.0, 1, written=True),
+        "ffn_config.moe_loss_weight": fields.map_balance_loss(0.01, "moe_top_k"),
+        "ffn_config.moe_jitter_eps": fields.require_value(
+            None, 0, 0.01
+        ),  # noise, in training alone
+        "ffn_config.uniform_expert_assignment": fields.require_value(False),
+        "tie_word_embeddings": fields.require_value(False, ours="tie_embeddings"),
     },
     TABLE,
     {"norm.kind": "layernorm", "norm.eps": 1e-5},

@@ -4,18 +4,17 @@ experts with shared ones beside them, a dense layer first."""
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.models.families import llama, qwen
+from maxlm.models.families import fields, llama, qwen
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    SIZES,
-    ConfigField,
-    map_flag,
-    map_number,
-    map_size,
-    require_value,
+from maxlm.models.families.forms import (
+    NameTable,
+    copy,
+    linear,
+    map_linear,
+    map_linears,
+    permute_rotary,
+    split_heads,
 )
-from maxlm.models.families.forms import copy, linear, map_linear, permute_rotary, split_heads
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
 A = "model.layers.{layer}.self_attn"
@@ -42,9 +41,7 @@ def _table(config: Any) -> NameTable:
             "attention.key_up.kernel", "attention.value_up.kernel"
         ),
         **map_linear(f"{A}.o_proj", "attention.out"),
-        f"{S}.gate_proj.weight": linear("moe.shared.gate.kernel"),
-        f"{S}.up_proj.weight": linear("moe.shared.up.kernel"),
-        f"{S}.down_proj.weight": linear("moe.shared.down.kernel"),
+        **map_linears(S, "moe.shared", **llama.SWIGLU_NAMES),
     }
 
 
@@ -89,29 +86,29 @@ DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
     {
-        **SIZES,
-        "attention_bias": map_flag("attention.bias", False),
-        "q_lora_rank": map_size("attention.latent.q_rank", nullable=True),
-        "kv_lora_rank": map_size("attention.latent.kv_rank"),
-        "qk_rope_head_dim": map_size("attention.latent.rotary_dim"),
-        "v_head_dim": map_size("attention.latent.value_dim"),
-        "moe_intermediate_size": map_size("moe.d_ff"),
-        "hidden_act": require_value("silu", ours="moe.activation"),
-        "n_routed_experts": map_size("moe.num_experts"),
-        "num_experts_per_tok": map_size("moe.experts_per_token"),
-        "n_shared_experts": ConfigField(
+        **fields.SIZES,
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
+        "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
+        "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
+        "v_head_dim": fields.map_size("attention.latent.value_dim"),
+        "moe_intermediate_size": fields.map_size("moe.d_ff"),
+        "hidden_act": fields.require_value("silu", ours="moe.activation"),
+        "n_routed_experts": fields.map_size("moe.num_experts"),
+        "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
+        "n_shared_experts": fields.ConfigField(
             lambda own, key: own.size(key, 2, nullable=True),
             "moe.shared_experts",
             lambda config: config.moe.shared_experts or None,
         ),
         # Published with all; implementations differ in true.
-        "norm_topk_prob": require_value(False, ours="moe.renormalise"),
-        "routed_scaling_factor": map_number("moe.scale", 1.0),
-        "aux_loss_alpha": map_number("moe.balance_loss", 0.001, least=0),
-        "rms_norm_eps": require_value(1e-6, ours="norm.eps"),
-        "tie_word_embeddings": map_flag("tie_embeddings", False),
-        "scoring_func": require_value("softmax"),
-        "moe_layer_freq": require_value(1),
+        "norm_topk_prob": fields.require_value(False, ours="moe.renormalise"),
+        "routed_scaling_factor": fields.map_number("moe.scale", 1.0),
+        "aux_loss_alpha": fields.map_number("moe.balance_loss", 0.001, least=0),
+        "rms_norm_eps": fields.require_value(1e-6, ours="norm.eps"),
+        "tie_word_embeddings": fields.map_flag("tie_embeddings", False),
+        "scoring_func": fields.require_value("softmax"),
+        "moe_layer_freq": fields.require_value(1),
     },
     _table,
     rope={},

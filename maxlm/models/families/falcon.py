@@ -3,35 +3,28 @@ kv heads. The 1B models with ALiBi scale and round their slopes in a way of thei
 
 from typing import Any
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    SIZES,
-    map_activation,
-    map_flag,
-    map_number,
-    map_size,
-    require_value,
-)
 from maxlm.models.families.forms import (
     QKV_BIASES,
     QKV_KERNELS,
+    NameTable,
     copy,
     linear,
     map_linear,
+    map_linears,
     map_norm,
-    split_grouped_qkv,
+    split_heads,
 )
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
 H = "transformer.h.{layer}"
-TABLE: NameTable = {
+TABLE = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
-    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*QKV_KERNELS),
-    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*QKV_BIASES),
+    f"{H}.self_attention.query_key_value.weight": split_heads(*QKV_KERNELS),
+    f"{H}.self_attention.query_key_value.bias": split_heads(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
-    **map_linear(f"{H}.mlp.dense_h_to_4h", "mlp.up"),
-    **map_linear(f"{H}.mlp.dense_4h_to_h", "mlp.down"),
+    **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),
     **map_norm("transformer.ln_f", "final_norm"),
     "lm_head.weight": linear("head.kernel"),
 }
@@ -74,15 +67,15 @@ FALCON = ModelFamily(
     "falcon",
     "FalconForCausalLM",
     {
-        **SIZES,
-        "max_position_embeddings": map_size("max_seq_len", 2048),
-        "bias": map_flag("attention.bias", False),
-        "ffn_hidden_size": map_size("mlp.d_ff", None),
-        "activation": map_activation("mlp.activation", "gelu"),
-        "layer_norm_epsilon": map_number("norm.eps", 1e-5),
-        "tie_word_embeddings": map_flag("tie_embeddings", True),
-        "alibi": require_value(False, written=True),
-        "apply_residual_connection_post_layernorm": require_value(False),
+        **fields.SIZES,
+        "max_position_embeddings": fields.map_size("max_seq_len", 2048),
+        "bias": fields.map_flag("attention.bias", False),
+        "ffn_hidden_size": fields.map_size("mlp.d_ff", None),
+        "activation": fields.map_activation("mlp.activation", "gelu"),
+        "layer_norm_epsilon": fields.map_number("norm.eps", 1e-5),
+        "tie_word_embeddings": fields.map_flag("tie_embeddings", True),
+        "alibi": fields.require_value(False, written=True),
+        "apply_residual_connection_post_layernorm": fields.require_value(False),
     },
     _table,
     {"mlp.gated": False, "norm.kind": "layernorm", "norm.bias": True},

@@ -76,13 +76,20 @@ def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> 
     )
 
 
-SIZES: ConfigFields = {
-    "vocab_size": map_size("vocab_size"),
-    "num_hidden_layers": map_size("num_layers"),
-    "hidden_size": map_size("d_model"),
-    "max_position_embeddings": map_size("max_seq_len"),
-    "num_attention_heads": map_size("attention.num_heads"),
-}
+def map_sizes(num_layers: str, d_model: str, max_seq_len: str, num_heads: str) -> ConfigFields:
+    """Declares the sizes that every model has, by their keys."""
+    return {
+        "vocab_size": map_size("vocab_size"),
+        num_layers: map_size("num_layers"),
+        d_model: map_size("d_model"),
+        max_seq_len: map_size("max_seq_len"),
+        num_heads: map_size("attention.num_heads"),
+    }
+
+
+SIZES = map_sizes(
+    "num_hidden_layers", "hidden_size", "max_position_embeddings", "num_attention_heads"
+)
 """Under the names that most families have."""
 
 

@@ -15,27 +15,45 @@ QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
 def linear(*ours: str) -> TensorRule:
     """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,
     end to end."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, 1))
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        stops = np.cumsum([piece.rows for piece in pieces])
-        inputs = _inputs(pieces[0])
 
-        def split(whole: Array) -> list[Array]:
-            parts = np.split(whole, stops[:-1])
-            return [_from_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+def split_heads(*ours: str) -> TensorRule:
+    """Several maps of one input, fused by kv head: each one's rows of them together, for queries
+    those of all heads that it serves."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
 
-        def join(parts: Sequence[Array]) -> Array:
-            rows = [_to_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-            return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
-        return TensorForm((int(stops[-1]), *inputs), split, join)
+def _stack_rows(pieces: tuple[ParamPiece, ...], groups: int) -> TensorForm:
+    """Each of ``groups`` equal parts of the rows has all pieces, one above the other."""
+    first = pieces[0]
+    inputs = (prod(first.shape[: first.inputs]),) if first.inputs else ()
+    stops = np.cumsum([piece.rows // groups for piece in pieces])
 
-    return TensorRule(ours, form)
+    def split(whole: Array) -> list[Array]:
+        parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
+        rows = (part.reshape(-1, *inputs) for part in parts)
+        return [own.T.reshape(piece.shape) for own, piece in zip(rows, pieces, strict=True)]
+
+    def join(parts: Sequence[Array]) -> Array:
+        rows = [part.reshape(*inputs, -1).T.reshape(groups, -1, *inputs) for part in parts]
+        joined = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+        return joined.reshape(-1, *inputs)
+
+    return TensorForm((groups * int(stops[-1]), *inputs), split, join)
 
 
 def map_linear(theirs: str, ours: str) -> NameTable:
     """Returns the entries of a linear map with a bias."""
     return {f"{theirs}.weight": linear(f"{ours}.kernel"), f"{theirs}.bias": linear(f"{ours}.bias")}
+
+
+def map_linears(theirs: str, ours: str, **names: str) -> NameTable:
+    """Returns the entries of a module's linear maps, whose names there are keywords."""
+    found: dict[str, TensorRule] = {}
+    for there, here in names.items():
+        found |= map_linear(f"{theirs}.{there}", f"{ours}.{here}")
+    return found
 
 
 def map_norm(theirs: str, ours: str) -> NameTable:
@@ -47,38 +65,10 @@ def transpose(*ours: str) -> TensorRule:
     """Matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        upright = linear().form(pieces)
-        shape = upright.shape[::-1]
-        return TensorForm(shape, lambda x: upright.split(x.T), lambda parts: upright.join(parts).T)
+        shape, split, join = _stack_rows(pieces, 1)
+        return TensorForm(shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T)
 
     return TensorRule(ours, form)
-
-
-def split_grouped_qkv(query: str, key: str, value: str) -> TensorRule:
-    """Queries, keys and values fused by kv head: each one's queries, then its key, its value."""
-
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        q, k, _ = pieces
-        inputs, size = _inputs(q), q.shape[-1]
-        heads = k.shape[-2]
-        group = q.shape[-2] // heads
-
-        def split(whole: Array) -> list[Array]:
-            whole = whole.reshape(heads, group + 2, size, *inputs)
-            parts = whole[:, :group], whole[:, group], whole[:, group + 1]
-            rows = [part.reshape(-1, *inputs) for part in parts]
-            return [_from_rows(part, piece) for part, piece in zip(rows, pieces, strict=True)]
-
-        def join(parts: Sequence[Array]) -> Array:
-            rows = [
-                _to_rows(part, piece).reshape(heads, -1, size, *inputs)
-                for part, piece in zip(parts, pieces, strict=True)
-            ]
-            return np.concatenate(rows, axis=1).reshape(-1, *inputs)
-
-        return TensorForm((heads * (group + 2) * size, *inputs), split, join)
-
-    return TensorRule((query, key, value), form)
 
 
 def copy(ours: str, *aliases: str) -> TensorRule:
@@ -100,20 +90,15 @@ def take_row(ours: str) -> TensorRule:
     return TensorRule((ours,), form)
 
 
-def _pairs(size: int) -> Array:
-    """Where each dimension that RoPE turns comes from: theirs pairs neighbours, ours halves."""
-    return np.arange(size).reshape(-1, 2).T.ravel()
-
-
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
-    """Returns a map's rows with the last ``rotary_dim`` of each head, or of all, in the order
-    that pairs want."""
+    """Returns a map's rows with the last ``rotary_dim`` of each head, or of all, in the order that
+    pairs want: theirs pairs neighbours, ours halves."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         plain, last = rule.form(pieces), pieces[-1].shape[-1]
         size = last if each_head else plain.shape[0]
         order = np.arange(size)
-        order[-rotary_dim:] = size - rotary_dim + _pairs(rotary_dim)
+        order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()
         back = np.argsort(order)
 
         def ordered(rows: Array, order: Array) -> Array:
@@ -126,27 +111,6 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
         )
 
     return TensorRule(rule.ours, form)
-
-
-def split_heads(*ours: str) -> TensorRule:
-    """Several maps of one input, each head's rows of them together."""
-
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        inputs, heads = pieces[0].shape[0], pieces[0].shape[1]
-        sizes = [piece.shape[2] for piece in pieces]
-        stops = np.cumsum(sizes)
-
-        def split(whole: Array) -> list[Array]:
-            parts = np.split(whole.reshape(heads, -1, inputs), stops[:-1], axis=1)
-            return [part.transpose(2, 0, 1) for part in parts]
-
-        def join(parts: Sequence[Array]) -> Array:
-            rows = [part.transpose(1, 2, 0) for part in parts]
-            return np.concatenate(rows, axis=1).reshape(-1, inputs)
-
-        return TensorForm((heads * int(stops[-1]), inputs), split, join)
-
-    return TensorRule(ours, form)
 
 
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
@@ -163,17 +127,3 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
         )
 
     return TensorRule((ours,), form)
-
-
-def _inputs(piece: ParamPiece) -> tuple[int, ...]:
-    return (prod(piece.shape[: piece.inputs]),) if piece.inputs else ()
-
-
-def _from_rows(rows: Array, piece: ParamPiece) -> Array:
-    return (rows.T if piece.inputs else rows).reshape(piece.shape)
-
-
-def _to_rows(part: Array, piece: ParamPiece) -> Array:
-    if not piece.inputs:
-        return part.reshape(-1)
-    return part.reshape(*_inputs(piece), piece.rows).T

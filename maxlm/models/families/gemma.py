@@ -3,27 +3,14 @@ norms that multiply by 1 + scale, gated GELU, embeddings times the root of the w
 
 from typing import Any
 
-from maxlm.models.families import llama, rope
+from maxlm.models.families import fields, llama, rope
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    GLOBAL,
-    LOCAL,
-    ConfigFields,
-    map_flag,
-    map_number,
-    map_size,
-    read_activation,
-    read_pattern,
-    require_value,
-    to_hf_activation,
-    write_pattern,
-)
+from maxlm.models.families.fields import GLOBAL, LOCAL
 from maxlm.models.families.forms import copy
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
 L = "model.layers.{layer}"
-SANDWICH: NameTable = {
+SANDWICH = {
     **llama.TABLE,
     f"{L}.input_layernorm.weight": copy("attention_norm.scale"),
     f"{L}.post_attention_layernorm.weight": copy("attention_post_norm.scale"),
@@ -35,15 +22,15 @@ INERT = ("cache_implementation", "_sliding_window_pattern")
 FIXED = {"norm.zero_centred": True}
 
 
-def _declare_fields(kv_heads: int) -> ConfigFields:
+def _declare_fields(kv_heads: int) -> fields.ConfigFields:
     return {
         **llama.COMMON,
         **llama.map_kv_heads(kv_heads),
-        "head_dim": map_size("attention.head_dim", 256, nullable=True),
-        "attention_bias": map_flag("attention.bias", False),
-        "intermediate_size": map_size("mlp.d_ff"),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
-        "use_bidirectional_attention": require_value(None, False),
+        "head_dim": fields.map_size("attention.head_dim", 256, nullable=True),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "intermediate_size": fields.map_size("mlp.d_ff"),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+        "use_bidirectional_attention": fields.require_value(None, False),
     }
 
 
@@ -56,22 +43,22 @@ def _read(reader: ConfigReader, settings: dict[str, Any], *, local: bool = False
     )
     if not local and reader.values.get(key) == "gelu":
         reader.values[key] = TANH
-    settings["mlp"]["activation"] = read_activation(reader, key, TANH)
+    settings["mlp"]["activation"] = fields.read_activation(reader, key, TANH)
     reader.require(other, None, reader.get(key, TANH))
 
 
 def _write(config: Any) -> dict[str, Any]:
     kind = config.mlp.activation
-    name = TANH if kind == "gelu_tanh" else to_hf_activation(kind)
+    name = TANH if kind == "gelu_tanh" else fields.to_hf_activation(kind)
     return {"hidden_activation": name, "hidden_act": name}
 
 
-def _declare_local_fields(soft_cap: float | None, logit_cap: float | None) -> ConfigFields:
+def _declare_local_fields(soft_cap: float | None, logit_cap: float | None) -> fields.ConfigFields:
     """Declares what Gemma 2 and 3 add; caps are null where the file says so."""
     return {
         **_declare_fields(4),
-        "attn_logit_softcapping": map_number("attention.soft_cap", soft_cap, nullable=True),
-        "final_logit_softcapping": map_number("logit_cap", logit_cap, nullable=True),
+        "attn_logit_softcapping": fields.map_number("attention.soft_cap", soft_cap, nullable=True),
+        "final_logit_softcapping": fields.map_number("logit_cap", logit_cap, nullable=True),
     }
 
 
@@ -81,7 +68,7 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 
 def _write_local(config: Any) -> dict[str, Any]:
-    kinds, window = write_pattern(config)
+    kinds, window = fields.write_pattern(config)
     scale = config.attention.scale or config.attention.head_dim**-0.5
     divisor = round(scale**-2, 6)
     return {
@@ -97,7 +84,7 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     window = reader.size("sliding_window", 4096, nullable=True)
     reader.require("sliding_window_size", window)  # once more
-    settings |= read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
+    settings |= fields.read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
 def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
@@ -123,7 +110,7 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
             "scaling": rope.read_scaling(local, None),
         },
     }
-    settings |= read_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
+    settings |= fields.read_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
 
 
 def _write_gemma3(config: Any) -> dict[str, Any]:
@@ -165,7 +152,7 @@ GEMMA3 = ModelFamily(
     {
         **_declare_local_fields(None, None),
         # The published code does not apply it.
-        "attn_logit_softcapping": require_value(None, ours="attention.soft_cap"),
+        "attn_logit_softcapping": fields.require_value(None, ours="attention.soft_cap"),
     },
     SANDWICH,
     {**FIXED, "placement": "sandwich", "attention.qk_norm": True},

@@ -1,12 +1,11 @@
 """GPT-2 (Radford et al. 2019): learnt positions, LayerNorm, biases everywhere."""
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import map_activation, map_number, map_size, require_value
 from maxlm.models.families.forms import QKV_BIASES, QKV_KERNELS, copy, linear, map_norm, transpose
-from maxlm.models.families.names import NameTable
 
 H = "transformer.h.{layer}"
-TABLE: NameTable = {
+TABLE = {
     "transformer.wte.weight": copy("embedding.table", "lm_head.weight"),
     "transformer.wpe.weight": copy("positions.table"),
     **map_norm(f"{H}.ln_1", "attention_norm"),
@@ -34,18 +33,14 @@ GPT2 = ModelFamily(
     "gpt2",
     "GPT2LMHeadModel",
     {
-        "vocab_size": map_size("vocab_size"),
-        "n_layer": map_size("num_layers"),
-        "n_embd": map_size("d_model"),
-        "n_positions": map_size("max_seq_len"),
-        "n_head": map_size("attention.num_heads"),
-        "n_inner": map_size("mlp.d_ff", None),
-        "activation_function": map_activation("mlp.activation", "gelu_new"),
-        "layer_norm_epsilon": map_number("norm.eps"),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
-        "scale_attn_weights": require_value(True),
-        "scale_attn_by_inverse_layer_idx": require_value(False),
-        "add_cross_attention": require_value(False),
+        **fields.map_sizes("n_layer", "n_embd", "n_positions", "n_head"),
+        "n_inner": fields.map_size("mlp.d_ff", None),
+        "activation_function": fields.map_activation("mlp.activation", "gelu_new"),
+        "layer_norm_epsilon": fields.map_number("norm.eps"),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+        "scale_attn_weights": fields.require_value(True),
+        "scale_attn_by_inverse_layer_idx": fields.require_value(False),
+        "add_cross_attention": fields.require_value(False),
     },
     TABLE,
     {**BIASED, "positions.kind": "learned"},

@@ -3,27 +3,16 @@ experts, two a token, norms before and after each branch, capped scores, scaled 
 
 from typing import Any
 
-from maxlm.models.families import llama
+from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    ConfigField,
-    map_balance_loss,
-    map_number,
-    map_size,
-    require_value,
-)
-from maxlm.models.families.forms import copy, linear
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import copy, linear, map_linears
 
 L = "model.layers.{layer}"
 E = f"{L}.moe_block.experts.{{expert}}"
-TABLE: NameTable = {
+TABLE = {
     "model.embed_tokens.weight": copy("embedding.table", "lm_head.weight"),
     f"{L}.pre_attn_norm.scale": copy("attention_norm.scale"),
-    f"{L}.attn.q_proj.weight": linear("attention.query.kernel"),
-    f"{L}.attn.k_proj.weight": linear("attention.key.kernel"),
-    f"{L}.attn.v_proj.weight": linear("attention.value.kernel"),
-    f"{L}.attn.o_proj.weight": linear("attention.out.kernel"),
+    **map_linears(f"{L}.attn", "attention", **llama.PROJECTIONS, o_proj="out"),
     f"{L}.post_attn_norm.scale": copy("attention_post_norm.scale"),
     f"{L}.pre_moe_norm.scale": copy("mlp_norm.scale"),
     f"{L}.moe_block.gate.weight": linear("moe.router"),
@@ -45,17 +34,17 @@ GROK1 = ModelFamily(
     "Grok1ModelForCausalLM",
     {
         **llama.COMMON,
-        "attn_output_multiplier": ConfigField(
+        "attn_output_multiplier": fields.ConfigField(
             lambda own, key: own.number(key), "attention.scale", write_scale
         ),
-        "max_attn_value": map_number("attention.soft_cap", 30.0),
-        "embedding_multiplier_scale": map_number("embedding_scale"),
-        "output_multiplier_scale": map_number("logit_scale"),
-        "num_experts": map_size("moe.num_experts"),
-        "num_experts_per_tok": map_size("moe.experts_per_token"),
-        "intermediate_size": map_size("moe.d_ff"),
-        "router_aux_loss_coef": map_balance_loss(0.001),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "max_attn_value": fields.map_number("attention.soft_cap", 30.0),
+        "embedding_multiplier_scale": fields.map_number("embedding_scale"),
+        "output_multiplier_scale": fields.map_number("logit_scale"),
+        "num_experts": fields.map_size("moe.num_experts"),
+        "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
+        "intermediate_size": fields.map_size("moe.d_ff"),
+        "router_aux_loss_coef": fields.map_balance_loss(0.001),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
     },
     TABLE,
     {"moe.activation": "gelu_tanh", "moe.renormalise": False, "placement": "sandwich"},

@@ -2,45 +2,31 @@
 SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang et al. 2024, arXiv
 2401.04088; eight experts, two a token): pre-norm, RoPE, grouped queries, SwiGLU."""
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    SIZES,
-    ConfigFields,
-    map_balance_loss,
-    map_flag,
-    map_number,
-    map_size,
-    require_value,
-)
-from maxlm.models.families.forms import copy, linear, map_linear
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import copy, linear, map_linears
 
 L = "model.layers.{layer}"
-OUTER: NameTable = {
+PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+OUTER = {
     "model.embed_tokens.weight": copy("embedding.table", "lm_head.weight"),
     "model.norm.weight": copy("final_norm.scale"),
     "lm_head.weight": linear("head.kernel"),
 }
-NORMS: NameTable = {
+NORMS = {
     f"{L}.input_layernorm.weight": copy("attention_norm.scale"),
     f"{L}.post_attention_layernorm.weight": copy("mlp_norm.scale"),
 }
-ATTENTION: NameTable = {
-    **map_linear(f"{L}.self_attn.q_proj", "attention.query"),
-    **map_linear(f"{L}.self_attn.k_proj", "attention.key"),
-    **map_linear(f"{L}.self_attn.v_proj", "attention.value"),
-    **map_linear(f"{L}.self_attn.o_proj", "attention.out"),
+ATTENTION = {
+    **map_linears(f"{L}.self_attn", "attention", **PROJECTIONS, o_proj="out"),
     f"{L}.self_attn.q_norm.weight": copy("attention.query_norm.scale"),
     f"{L}.self_attn.k_norm.weight": copy("attention.key_norm.scale"),
 }
-MLP: NameTable = {
-    **map_linear(f"{L}.mlp.gate_proj", "mlp.gate"),
-    **map_linear(f"{L}.mlp.up_proj", "mlp.up"),
-    **map_linear(f"{L}.mlp.down_proj", "mlp.down"),
-}
-TABLE: NameTable = {**OUTER, **NORMS, **ATTENTION, **MLP}
+SWIGLU_NAMES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+MLP = map_linears(f"{L}.mlp", "mlp", **SWIGLU_NAMES)
+TABLE = {**OUTER, **NORMS, **ATTENTION, **MLP}
 E = f"{L}.block_sparse_moe.experts.{{expert}}"
-MIXTRAL_TABLE: NameTable = {
+MIXTRAL_TABLE = {
     **OUTER,
     **NORMS,
     **ATTENTION,
@@ -53,29 +39,31 @@ MIXTRAL_TABLE: NameTable = {
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
-def map_kv_heads(default: int | None) -> ConfigFields:
+def map_kv_heads(default: int | None) -> fields.ConfigFields:
     """Declares the kv heads; where the file does not say, ``default``, or as many as heads."""
-    return {"num_key_value_heads": map_size("attention.num_kv_heads", default, nullable=True)}
+    return {
+        "num_key_value_heads": fields.map_size("attention.num_kv_heads", default, nullable=True)
+    }
 
 
 # Of all of Llama's relatives: sizes, heads, RMSNorm, ties; not the FFN.
-COMMON: ConfigFields = {
-    **SIZES,
+COMMON = {
+    **fields.SIZES,
     # The second name is that of early files.
-    "max_position_embeddings": map_size("max_seq_len", also="max_sequence_length"),
+    "max_position_embeddings": fields.map_size("max_seq_len", also="max_sequence_length"),
     **map_kv_heads(None),
-    "head_dim": map_size("attention.head_dim", None, nullable=True),
-    "rms_norm_eps": map_number("norm.eps"),
-    "tie_word_embeddings": map_flag("tie_embeddings", False),
+    "head_dim": fields.map_size("attention.head_dim", None, nullable=True),
+    "rms_norm_eps": fields.map_number("norm.eps"),
+    "tie_word_embeddings": fields.map_flag("tie_embeddings", False),
 }
-SWIGLU: ConfigFields = {
-    "intermediate_size": map_size("mlp.d_ff"),
-    "hidden_act": require_value("silu", ours="mlp.activation"),
+SWIGLU = {
+    "intermediate_size": fields.map_size("mlp.d_ff"),
+    "hidden_act": fields.require_value("silu", ours="mlp.activation"),
 }
-EXPERTS: ConfigFields = {
-    "num_experts_per_tok": map_size("moe.experts_per_token"),
-    "hidden_act": require_value("silu", ours="moe.activation"),
-    "router_aux_loss_coef": map_balance_loss(0.001),
+EXPERTS = {
+    "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
+    "hidden_act": fields.require_value("silu", ours="moe.activation"),
+    "router_aux_loss_coef": fields.map_balance_loss(0.001),
 }
 LLAMA = ModelFamily(
     "llama",
@@ -83,9 +71,9 @@ LLAMA = ModelFamily(
     {
         **COMMON,
         **SWIGLU,
-        "attention_bias": map_flag("attention.bias", False),
-        "mlp_bias": map_flag("mlp.bias", False),
-        "rope_interleaved": require_value(False),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "mlp_bias": fields.map_flag("mlp.bias", False),
+        "rope_interleaved": fields.require_value(False),
     },
     TABLE,
     rope={},
@@ -98,7 +86,7 @@ MISTRAL = ModelFamily(
         **COMMON,
         **map_kv_heads(8),
         **SWIGLU,
-        "sliding_window": map_size("attention.window", 4096, nullable=True),
+        "sliding_window": fields.map_size("attention.window", 4096, nullable=True),
     },
     TABLE,
     rope={},
@@ -111,10 +99,10 @@ MIXTRAL = ModelFamily(
         **COMMON,
         **map_kv_heads(8),
         **EXPERTS,
-        "num_local_experts": map_size("moe.num_experts", also="num_experts"),
-        "intermediate_size": map_size("moe.d_ff"),
-        "sliding_window": map_size("attention.window", None),
-        "router_jitter_noise": require_value(0.0),
+        "num_local_experts": fields.map_size("moe.num_experts", also="num_experts"),
+        "intermediate_size": fields.map_size("moe.d_ff"),
+        "sliding_window": fields.map_size("attention.window", None),
+        "router_jitter_noise": fields.require_value(0.0),
     },
     MIXTRAL_TABLE,
     rope={"theta": 1_000_000.0},

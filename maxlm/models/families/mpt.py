@@ -1,12 +1,11 @@
 """MPT (MosaicML 2023): ALiBi, no biases, LayerNorm without offsets."""
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import map_number, map_size, require_value
 from maxlm.models.families.forms import QKV_KERNELS, copy, linear
-from maxlm.models.families.names import NameTable
 
 B = "transformer.blocks.{layer}"
-TABLE: NameTable = {
+TABLE = {
     "transformer.wte.weight": copy("embedding.table", "lm_head.weight"),
     f"{B}.norm_1.weight": copy("attention_norm.scale"),
     f"{B}.attn.Wqkv.weight": linear(*QKV_KERNELS),
@@ -21,27 +20,23 @@ MPT = ModelFamily(
     "mpt",
     "MptForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "n_layers": map_size("num_layers"),
-        "d_model": map_size("d_model"),
-        "max_seq_len": map_size("max_seq_len"),
-        "n_heads": map_size("attention.num_heads"),
-        "attn_config.clip_qkv": map_number("attention.clip", None),
-        "attn_config.softmax_scale": map_number("attention.scale", None),
-        "attn_config.alibi": require_value(True, written=True),
+        **fields.map_sizes("n_layers", "d_model", "max_seq_len", "n_heads"),
+        "attn_config.clip_qkv": fields.map_number("attention.clip", None),
+        "attn_config.softmax_scale": fields.map_number("attention.scale", None),
+        "attn_config.alibi": fields.require_value(True, written=True),
         # The published code has these two values whatever the file says.
-        "attn_config.alibi_bias_max": require_value(8),
-        "expansion_ratio": require_value(4, written=True),
-        "attn_config.attn_type": require_value("multihead_attention"),
-        "attn_config.qk_ln": require_value(False),
-        "attn_config.prefix_lm": require_value(False),
-        "attn_config.attn_uses_sequence_id": require_value(False),
-        "layer_norm_epsilon": map_number("norm.eps", 1e-5),
-        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
-        "no_bias": require_value(True, written=True),
-        "norm_type": require_value("low_precision_layernorm"),
-        "logit_scale": require_value(None),
-        "embedding_fraction": require_value(1.0),
+        "attn_config.alibi_bias_max": fields.require_value(8),
+        "expansion_ratio": fields.require_value(4, written=True),
+        "attn_config.attn_type": fields.require_value("multihead_attention"),
+        "attn_config.qk_ln": fields.require_value(False),
+        "attn_config.prefix_lm": fields.require_value(False),
+        "attn_config.attn_uses_sequence_id": fields.require_value(False),
+        "layer_norm_epsilon": fields.map_number("norm.eps", 1e-5),
+        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+        "no_bias": fields.require_value(True, written=True),
+        "norm_type": fields.require_value("low_precision_layernorm"),
+        "logit_scale": fields.require_value(None),
+        "embedding_fraction": fields.require_value(1.0),
     },
     TABLE,
     {

@@ -1,38 +1,24 @@
 """Phi-2 (Javaheripi et al. 2023; block of Gunasekar et al. 2023, arXiv 2306.11644) and Phi-3 (Abdin
 et al. 2024, arXiv 2404.14219)."""
 
-from maxlm.models.families import llama
+from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    SIZES,
-    ConfigField,
-    map_activation,
-    map_flag,
-    map_number,
-    map_size,
-    require_value,
-)
-from maxlm.models.families.forms import QKV_KERNELS, copy, linear, map_linear, map_norm
-from maxlm.models.families.gpt2 import BIASED
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import QKV_KERNELS, copy, linear, map_linear, map_linears, map_norm
 
 L = "model.layers.{layer}"
-PHI_TABLE: NameTable = {
-    **map_linear(f"{L}.self_attn.q_proj", "attention.query"),
-    **map_linear(f"{L}.self_attn.k_proj", "attention.key"),
-    **map_linear(f"{L}.self_attn.v_proj", "attention.value"),
+PHI_TABLE = {
+    **map_linears(f"{L}.self_attn", "attention", **llama.PROJECTIONS),
     "model.embed_tokens.weight": copy("embedding.table"),
     **map_norm(f"{L}.input_layernorm", "attention_norm"),
     **map_linear(f"{L}.self_attn.dense", "attention.out"),
     **map_norm(f"{L}.self_attn.q_layernorm", "attention.query_norm"),
     **map_norm(f"{L}.self_attn.k_layernorm", "attention.key_norm"),
-    **map_linear(f"{L}.mlp.fc1", "mlp.up"),
-    **map_linear(f"{L}.mlp.fc2", "mlp.down"),
+    **map_linears(f"{L}.mlp", "mlp", fc1="up", fc2="down"),
     **map_norm("model.final_layernorm", "final_norm"),
     "lm_head.weight": linear("head.kernel"),
     "lm_head.bias": copy("head_bias"),
 }
-PHI3_TABLE: NameTable = {
+PHI3_TABLE = {
     **llama.OUTER,
     **llama.NORMS,
     f"{L}.self_attn.qkv_proj.weight": linear(*QKV_KERNELS),
@@ -45,18 +31,20 @@ PHI = ModelFamily(
     "phi",
     "PhiForCausalLM",
     {
-        **SIZES,
-        "num_key_value_heads": map_size("attention.num_kv_heads", None),
-        "qk_layernorm": map_flag("attention.qk_norm", False),
-        "intermediate_size": map_size("mlp.d_ff"),
-        "hidden_act": map_activation("mlp.activation", "gelu_new"),
-        "layer_norm_eps": map_number("norm.eps", 1e-5),
-        "tie_word_embeddings": require_value(False, ours="tie_embeddings"),
+        **fields.SIZES,
+        "num_key_value_heads": fields.map_size("attention.num_kv_heads", None),
+        "qk_layernorm": fields.map_flag("attention.qk_norm", False),
+        "intermediate_size": fields.map_size("mlp.d_ff"),
+        "hidden_act": fields.map_activation("mlp.activation", "gelu_new"),
+        "layer_norm_eps": fields.map_number("norm.eps", 1e-5),
+        "tie_word_embeddings": fields.require_value(False, ours="tie_embeddings"),
         # Overwritten where fewer dimensions turn.
-        "partial_rotary_factor": ConfigField(lambda own, key: None, write=lambda config: 1.0),
+        "partial_rotary_factor": fields.ConfigField(
+            lambda own, key: None, write=lambda config: 1.0
+        ),
     },
     PHI_TABLE,
-    {**BIASED, "placement": "parallel_shared", "head_bias": True},
+    {**gpt2.BIASED, "placement": "parallel_shared", "head_bias": True},
     rope={"partial": 0.5},
 )
 PHI3 = ModelFamily(
@@ -65,8 +53,8 @@ PHI3 = ModelFamily(
     {
         **llama.COMMON,
         **llama.SWIGLU,
-        "attention_bias": require_value(False),
-        "sliding_window": map_size("attention.window", None),
+        "attention_bias": fields.require_value(False),
+        "sliding_window": fields.map_size("attention.window", None),
     },
     PHI3_TABLE,
     rope={"partial": 1.0},

@@ -4,22 +4,13 @@ queries and keys instead."""
 
 from typing import Any
 
-from maxlm.models.families import llama
+from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    GLOBAL,
-    LOCAL,
-    map_flag,
-    map_size,
-    read_pattern,
-    require_value,
-    write_pattern,
-)
+from maxlm.models.families.fields import GLOBAL, LOCAL
 from maxlm.models.families.forms import linear
-from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
-EXPERTS: NameTable = {
+EXPERTS = {
     "model.layers.{layer}.mlp.gate.weight": linear("moe.router"),
     "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": linear("moe.gate"),
     "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": linear("moe.up"),
@@ -34,11 +25,11 @@ def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     first = reader.size("max_window_layers", 28, least=0)
     kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
     local = {"window": window if used else None}
-    settings |= read_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
+    settings |= fields.read_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
 
 
 def _write_windows(config: Any) -> dict[str, Any]:
-    kinds, window = write_pattern(config)
+    kinds, window = fields.write_pattern(config)
     return {
         "layer_types": kinds,
         "use_sliding_window": window is not None,
@@ -62,7 +53,12 @@ def _write_window(config: Any) -> dict[str, Any]:
 QWEN2 = ModelFamily(
     "qwen2",
     "Qwen2ForCausalLM",
-    {**llama.COMMON, **llama.map_kv_heads(32), **llama.SWIGLU, "use_mrope": require_value(False)},
+    {
+        **llama.COMMON,
+        **llama.map_kv_heads(32),
+        **llama.SWIGLU,
+        "use_mrope": fields.require_value(False),
+    },
     llama.TABLE,
     {"attention.bias": True, "attention.out_bias": False},
     rope={},
@@ -76,8 +72,8 @@ QWEN3 = ModelFamily(
         **llama.COMMON,
         **llama.map_kv_heads(32),
         **llama.SWIGLU,
-        "head_dim": map_size("attention.head_dim", 128, nullable=True),
-        "attention_bias": map_flag("attention.bias", False),
+        "head_dim": fields.map_size("attention.head_dim", 128, nullable=True),
+        "attention_bias": fields.map_flag("attention.bias", False),
     },
     llama.TABLE,
     {"attention.qk_norm": True},
@@ -92,12 +88,12 @@ QWEN3_MOE = ModelFamily(
         **llama.COMMON,
         **llama.map_kv_heads(4),
         **llama.EXPERTS,
-        "num_experts": map_size("moe.num_experts", also="num_local_experts"),
-        "moe_intermediate_size": map_size("moe.d_ff"),
-        "norm_topk_prob": map_flag("moe.renormalise", False),
-        "attention_bias": map_flag("attention.bias", False),
-        "decoder_sparse_step": require_value(1, written=True),
-        "mlp_only_layers": require_value([], None, written=True),
+        "num_experts": fields.map_size("moe.num_experts", also="num_local_experts"),
+        "moe_intermediate_size": fields.map_size("moe.d_ff"),
+        "norm_topk_prob": fields.map_flag("moe.renormalise", False),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "decoder_sparse_step": fields.require_value(1, written=True),
+        "mlp_only_layers": fields.require_value([], None, written=True),
     },
     {**llama.TABLE, **EXPERTS},
     {"attention.qk_norm": True},

@@ -3,36 +3,19 @@
 
 from typing import Any
 
+from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import (
-    ACTIVATIONS,
-    map_number,
-    map_size,
-    require_value,
-    to_hf_activation,
-)
-from maxlm.models.families.forms import copy, linear
-from maxlm.models.families.names import NameTable
+from maxlm.models.families.forms import NameTable, copy, linear, map_linears
 from maxlm.models.families.reader import ConfigReader
 
-SHORT = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
-
-
-def _attention(theirs: str, ours: str) -> NameTable:
-    return {f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel") for x, name in SHORT}
-
-
-def _mlp(theirs: str, ours: str, gated: bool) -> NameTable:
-    names = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
-    return {
-        f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel")
-        for x, name in (names | {"wo": "down"}).items()
-    }
+ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
 def _table(config: Any) -> NameTable:
     """Layers of the encoder are counted by ``{encoder_layer}``."""
-    e, d, gated = "encoder.block.{encoder_layer}", "decoder.block.{layer}", config.mlp.gated
+    e, d = "encoder.block.{encoder_layer}", "decoder.block.{layer}"
+    mlp = {"wi_0": "gate", "wi_1": "up"} if config.mlp.gated else {"wi": "up"}
+    mlp["wo"] = "down"
     bias = "SelfAttention.relative_attention_bias.weight"
     return {
         "shared.weight": copy(
@@ -41,31 +24,31 @@ def _table(config: Any) -> NameTable:
         ),
         f"encoder.block.0.layer.0.{bias}": copy("encoder.relative"),
         f"{e}.layer.0.layer_norm.weight": copy("encoder.layers.attention_norm.scale"),
-        **_attention(f"{e}.layer.0.SelfAttention", "encoder.layers.attention"),
+        **map_linears(f"{e}.layer.0.SelfAttention", "encoder.layers.attention", **ATTENTION),
         f"{e}.layer.1.layer_norm.weight": copy("encoder.layers.mlp_norm.scale"),
-        **_mlp(f"{e}.layer.1.DenseReluDense", "encoder.layers.mlp", gated),
+        **map_linears(f"{e}.layer.1.DenseReluDense", "encoder.layers.mlp", **mlp),
         "encoder.final_layer_norm.weight": copy("encoder.final_norm.scale"),
         f"decoder.block.0.layer.0.{bias}": copy("relative"),
         f"{d}.layer.0.layer_norm.weight": copy("attention_norm.scale"),
-        **_attention(f"{d}.layer.0.SelfAttention", "attention"),
+        **map_linears(f"{d}.layer.0.SelfAttention", "attention", **ATTENTION),
         f"{d}.layer.1.layer_norm.weight": copy("cross_norm.scale"),
-        **_attention(f"{d}.layer.1.EncDecAttention", "cross"),
+        **map_linears(f"{d}.layer.1.EncDecAttention", "cross", **ATTENTION),
         f"{d}.layer.2.layer_norm.weight": copy("mlp_norm.scale"),
-        **_mlp(f"{d}.layer.2.DenseReluDense", "mlp", gated),
+        **map_linears(f"{d}.layer.2.DenseReluDense", "mlp", **mlp),
         "decoder.final_layer_norm.weight": copy("final_norm.scale"),
         "lm_head.weight": linear("head.kernel"),
     }  # fmt: skip
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    kinds = [f"{x}{y}" for x in ("", "gated-") for y in ACTIVATIONS]
+    kinds = [f"{x}{y}" for x in ("", "gated-") for y in fields.ACTIVATIONS]
     how = reader.require("feed_forward_proj", "relu", *kinds)
     gated, name = how.startswith("gated-"), how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
     name = "gelu_new" if how == "gated-gelu" else name
     reader.require("dense_act_fn", None, name)
     reader.require("is_gated_act", None, gated)
-    settings["mlp"] |= {"activation": ACTIVATIONS[name], "gated": gated}
+    settings["mlp"] |= {"activation": fields.ACTIVATIONS[name], "gated": gated}
     settings.setdefault("num_layers", settings["encoder_layers"])
     # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
     # transformers 5 writes true in any case, and tells them apart by another name.
@@ -76,7 +59,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 
 def _write(config: Any) -> dict[str, Any]:
-    name = to_hf_activation(config.mlp.activation)
+    name = fields.to_hf_activation(config.mlp.activation)
     if config.mlp.gated:
         name = "gated-gelu" if name == "gelu_new" else f"gated-{name}"
     return {
@@ -90,19 +73,19 @@ T5 = ModelFamily(
     "t5",
     "T5ForConditionalGeneration",
     {
-        "vocab_size": map_size("vocab_size"),
-        "num_decoder_layers": map_size("num_layers", None),
-        "num_layers": map_size("encoder_layers"),
-        "d_model": map_size("d_model"),
-        "n_positions": map_size("max_seq_len", 512),  # of pretraining; nothing depends on it
-        "num_heads": map_size("attention.num_heads"),
-        "d_kv": map_size("attention.head_dim"),
-        "d_ff": map_size("mlp.d_ff"),
-        "layer_norm_epsilon": map_number("norm.eps", 1e-6),
-        "relative_attention_num_buckets": map_size("positions.buckets", 32),
-        "relative_attention_max_distance": map_size("positions.max_distance", 128),
-        "decoder_start_token_id": map_size("start_id", 0, least=0),
-        "is_encoder_decoder": require_value(True, written=True),
+        "vocab_size": fields.map_size("vocab_size"),
+        "num_decoder_layers": fields.map_size("num_layers", None),
+        "num_layers": fields.map_size("encoder_layers"),
+        "d_model": fields.map_size("d_model"),
+        "n_positions": fields.map_size("max_seq_len", 512),  # of pretraining; nothing depends on it
+        "num_heads": fields.map_size("attention.num_heads"),
+        "d_kv": fields.map_size("attention.head_dim"),
+        "d_ff": fields.map_size("mlp.d_ff"),
+        "layer_norm_epsilon": fields.map_number("norm.eps", 1e-6),
+        "relative_attention_num_buckets": fields.map_size("positions.buckets", 32),
+        "relative_attention_max_distance": fields.map_size("positions.max_distance", 128),
+        "decoder_start_token_id": fields.map_size("start_id", 0, least=0),
+        "is_encoder_decoder": fields.require_value(True, written=True),
     },
     _table,
     {"attention.scale": 1.0, "positions.kind": "relative"},
