@@ -5,8 +5,8 @@
 Builds two synthetic stores in a temporary folder (document lengths like the standard library's
 files, token frequencies by Zipf's law), mixes them 3 to 1 and prints tokens/s for each packing and
 number of workers. The default stores are larger than the 64 MiB that a store caches. "direct" calls
-the function that makes a batch, without reading ahead; "1 of 4 hosts" counts the tokens of that
-host. Grain, if it is installed, packs the same documents out of memory, mixed and shuffled by it,
+the function that makes a batch, without Grain and without reading ahead; "1 of 4 hosts" counts the
+tokens of that host. Grain's packers get the same documents out of memory, mixed and shuffled by it,
 one thread; best fit gets them cut to seq_len. Last comes what a resumed run waits for at step 10^9
 of a mixture of 10 trillion tokens in 10^10 documents, whose offsets are computed and not stored.
 """
@@ -17,14 +17,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
+import grain
 import numpy as np
 
 from maxlm.data.loader import LoaderConfig, Mixing, Phase, load_batches, make_batches
 from maxlm.data.loader.packing import build_index, measure_utilisation
-from maxlm.data.loader.prefetch import SHORT_RUN_STEPS
+from maxlm.data.loader.prefetch import THREAD_STEPS
 from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import create_array, write_array
 from maxlm.data.store.manifest import write_manifest
@@ -33,7 +33,7 @@ from maxlm.data.store.offsets import Offsets
 VOCABULARY = 8192
 WEIGHTS = {"web": 3.0, "code": 1.0}
 # Steps left out of a rate: threads' own, and those the workers made ahead while starting.
-SETTLE_STEPS = SHORT_RUN_STEPS + 16
+SETTLE_STEPS = THREAD_STEPS + 16
 
 
 def main() -> None:
@@ -62,8 +62,7 @@ def main() -> None:
                     packing=packing,
                 )
                 measure(stores, config, arguments.workers, arguments.seconds)
-                if find_spec("grain"):
-                    measure_grain(stores, config, arguments.seconds)
+                measure_grain(stores, config, arguments.seconds)
     measure_resume()
 
 
@@ -96,8 +95,6 @@ def measure(
 
 def measure_grain(stores: dict[str, TokenStore], config: LoaderConfig, seconds: float) -> None:
     """Prints the line of Grain's packer of the same kind."""
-    import grain
-
     length, packing = {"tokens": config.seq_len}, config.packing
     datasets = []
     for store in stores.values():

@@ -13,7 +13,7 @@ import jax
 import maxlm
 from maxlm.runtime.collectives import all_gather_json
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 # What changes how programs are compiled or run, and what a scheduler calls the job: never a
 # variable that may hold a secret.
 VARIABLES = (

@@ -18,7 +18,7 @@ sys.argv = ["maxlm", "plan", "llama3_8b"]
 assert main() == 0 and gc.get_freeze_count() > 100_000
 print([path for path in linecache.cache if "/maxlm/" in path], *sys.modules)
 """
-HEAVY = {"matplotlib", "orbax", "tensorstore", "tokenizers", "sentencepiece", "pyarrow"}
+HEAVY = {"grain", "matplotlib", "orbax", "tensorstore", "tokenizers", "sentencepiece", "pyarrow"}
 HEAVY |= {"jax.experimental.pallas.tpu", "jax.experimental.pallas.triton"}
 FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
 

@@ -1,32 +1,45 @@
-"""Batches made ahead of the train step, in threads or worker processes.
+"""Grain pipelines that make batches ahead of the train step, in threads and worker processes.
 
-Order is exact: threads and workers take steps in turn, and batches are collected in turn.
+The only module that imports Grain. Order is exact whatever the number of workers: Grain deals
+steps to the workers in turn and collects them in turn.
 """
 
+import gc
 import os
+import re
 import signal
 import sys
 import threading
-import traceback
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from multiprocessing import parent_process
+from typing import Self
 
-from maxlm.config.errors import Lost
+import grain
+import numpy as np
+from absl import flags
+
+from maxlm.config.errors import Lost, MaxlmError
 from maxlm.data.loader.batches import Batch
-from maxlm.runtime.signals import block_signals, ignore_signals, start_resource_tracker
+from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
 MakeBatch = Callable[[int], Batch]
 """Returns the batch of a step."""
 
-# Runs of at most so many steps start no workers.
-SHORT_RUN_STEPS = 32
+# Steps that threads make while worker processes start, which takes seconds.
+THREAD_STEPS = 32
+# Stands for "no end". Grain counts steps in Python ints and C ssize_t.
+ENDLESS = 1 << 62
+_CLOSE_SECONDS = 30.0
 _THREADS = 2
-_LIKELY_CAUSES = {signal.SIGKILL: ", probably out of memory"}
+# Grain says in words alone that a worker died; a negative code is the signal that killed it.
+_KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
+_LIKELY_CAUSES: dict[int, str] = {
+    signal.SIGKILL: ", probably out of memory",
+    signal.SIGBUS: ", probably because /dev/shm is full",
+}
 
 
 class Prefetcher(Iterator[Batch]):
@@ -38,7 +51,7 @@ class Prefetcher(Iterator[Batch]):
     Args:
         make: returns the batch of a step; it must pickle if there are workers.
         stop: None: there is no end.
-        workers: processes; 0, or a short run, uses threads of this process.
+        workers: processes, which take over after `THREAD_STEPS` steps; 0: threads make all.
         prefetch: batches made ahead, by each worker.
     """
 
@@ -47,36 +60,40 @@ class Prefetcher(Iterator[Batch]):
     ):
         self.step = start
         """The step of the next batch."""
-        self._stop = stop
-        if stop is not None and stop - start <= SHORT_RUN_STEPS:
-            workers = 0
-        self._prefetch = prefetch * max(workers, 1)
-        processes = [_Worker(make) for _ in range(workers)]
-        self._makers: Sequence[MakeBatch] = processes or [make] * min(_THREADS, prefetch)
-        self._threads = [ThreadPoolExecutor(1, "batches") for _ in self._makers]
-        self._batches: deque[Future[Batch]] = deque()
+        self._stop = ENDLESS if stop is None else stop
+        turn = min(start + THREAD_STEPS, self._stop) if workers else self._stop
+        pipelines = [_open_pipeline(make, start, turn, 0, prefetch)]
+        if turn < self._stop:
+            pipelines.append(_open_pipeline(make, turn, self._stop, workers, prefetch))
+        # Grain starts its workers in one of these threads, and they inherit its signal mask.
+        block_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
+        threads = ThreadPoolExecutor(len(pipelines), "next-batch", initializer=block_signals)
+        self._threads = threads
+        self._pipelines = [(each, [threads.submit(_fetch, each)]) for each in pipelines]
         # Also closes when the prefetcher is dropped, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._threads, self._batches, processes)
-        self._submit()
-
-    def _submit(self) -> None:
-        while len(self._batches) < self._prefetch:
-            step = self.step + len(self._batches)
-            if self._stop is not None and step >= self._stop:
-                return
-            turn = step % len(self._makers)
-            self._batches.append(self._threads[turn].submit(self._makers[turn], step))
+        self._finalizer = weakref.finalize(self, _close, self._pipelines, threads)
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
             raise ValueError("the batch iterator is closed")
-        if not self._batches:
+        if self.step >= self._stop:
             self.close()
             raise StopIteration
-        batch = self._batches[0].result()
-        self._batches.popleft()
+        iterator, next_batch = self._pipelines[0]
+        try:
+            batch = next_batch[0].result()
+        except MaxlmError as error:
+            # The thread's frames hold the iterator, whose shared memory Python would call leaked.
+            raise error.with_traceback(None) from None
+        except RuntimeError as error:
+            if (killed := _KILLED.search(str(error))) is None:
+                raise
+            raise _describe_death(int(killed[1])) from error
+        if batch is None:  # Threads have made their last; workers go on.
+            self._pipelines.pop(0)
+            return next(self)
+        next_batch[0] = self._threads.submit(_fetch, iterator)
         self.step += 1
-        self._submit()
         return batch
 
     def close(self) -> None:
@@ -91,85 +108,68 @@ class Prefetcher(Iterator[Batch]):
 
 
 def _close(
-    threads: Sequence[ThreadPoolExecutor],
-    batches: deque[Future[Batch]],
-    workers: Sequence["_Worker"],
+    pipelines: list[tuple[grain.DatasetIterator, list[Future]]], threads: ThreadPoolExecutor
 ) -> None:
-    for batch in batches:
-        batch.cancel()
-    for worker in workers:
-        worker.process.kill()
-    for thread in threads:
-        thread.shutdown()
-    for worker in workers:
-        worker.process.join()
+    while pipelines:
+        iterator, next_batch = pipelines.pop()
+        # Grain loses workers that it is still starting when closed: let the fetch end first.
+        wait(next_batch, timeout=_CLOSE_SECONDS)
+        next_batch.clear()
+        iterator.close()
+    del iterator
+    threads.shutdown()
+    # Grain's iterators are caught in cycles that hold semaphores and the last batch's shared
+    # memory; left to the interpreter's end, they would fail loudly there.
+    gc.collect()
 
 
-class _Worker:
-    """A process that makes batches. Until it has started they are made here, so that the first
-    step does not wait for it."""
-
-    def __init__(self, make: MakeBatch):
-        start_resource_tracker()
-        context = get_context("spawn")
-        self._make, self._started = make, False
-        self._connection, its_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(make, its_end), daemon=True)
-        with block_signals():
-            self.process.start()
-        its_end.close()  # Else its death would go unseen.
-
-    def __call__(self, step: int) -> Batch:
-        try:
-            if not self._started and self._connection.poll():
-                self._started = self._connection.recv()
-            if not self._started:
-                return self._make(step)
-            self._connection.send(step)
-            batch, error = self._connection.recv()
-        except (EOFError, ConnectionError) as lost:
-            self.process.join()
-            raise _describe_death(self.process.exitcode) from lost
-        if error is not None:
-            raise error
-        return batch
-
-
-def _describe_death(exit_code: int | None) -> Lost:
-    how = f"ended with exit code {exit_code}"
-    if exit_code is not None and exit_code < 0:
-        name, cause = signal.strsignal(-exit_code), _LIKELY_CAUSES.get(-exit_code, "")
-        how = f"was killed by signal {-exit_code} ({name}){cause}"
+def _describe_death(signal_number: int) -> Lost:
+    name, cause = signal.strsignal(signal_number), _LIKELY_CAUSES.get(signal_number, "")
     return Lost(
-        f"a loader worker {how}",
+        f"a loader worker was killed by signal {signal_number} ({name}){cause}",
         where="data.workers",
         fix="run the same command to go on from the last checkpoint, with fewer data.workers or "
         "more memory if it happens again",
     )
 
 
-def _serve(make: MakeBatch, connection: Connection) -> None:
-    """Runs in a worker: makes the batch of each step that it receives."""
+def _fetch(iterator: grain.DatasetIterator) -> Batch | None:
+    """Returns the next batch in this process's own memory, or None at the end.
+
+    Grain's arrays from a worker are views of shared memory: a file that outlives a process which
+    still holds one when it ends, and that JAX on a CPU may alias.
+    """
+    batch = next(iterator, None)
+    return batch and {name: np.array(array) for name, array in batch.items()}
+
+
+def _open_pipeline(
+    make: MakeBatch, start: int, stop: int, workers: int, prefetch: int
+) -> grain.DatasetIterator:
+    options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
+    dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
+    if workers:
+        # Grain reads absl flags, which absl refuses before a command line was parsed; ours never
+        # is.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        start_resource_tracker()
+        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+        dataset = dataset.mp_prefetch(processes, _start_worker)
+    return dataset.__iter__()
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    """Runs in each worker before its first batch."""
+    del worker, workers
     ignore_signals()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if (jax := sys.modules.get("jax")) is not None:  # A task may import it.
+    if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
         jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
-    connection.send(True)
-    while True:
-        try:
-            step = connection.recv()
-        except EOFError:
-            return
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = make(step), None
-        except Exception as error:
-            error.add_note(f"in a loader worker:\n{traceback.format_exc()}")
-            answer = None, error
-        connection.send(answer)
+    # Grain's workers wait for ever on a parent that was killed.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _die_with_parent() -> None:
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import threading
+from multiprocessing import parent_process
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def name_maker(step):
 
 
 def fail_in_a_worker(step):
-    if threading.current_thread() is threading.main_thread():  # Here a thread makes it.
+    if parent_process() is not None:
         raise MaxlmError(f"step {step} is damaged")
     return name_maker(step)
 

@@ -14,7 +14,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Lost
 from maxlm.data.loader import load_batches, make_batches
-from maxlm.data.loader.prefetch import SHORT_RUN_STEPS, Prefetcher
+from maxlm.data.loader.prefetch import THREAD_STEPS, Prefetcher
 from tests.data.loader.memory import (
     MemoryStore,
     assert_equal,
@@ -71,17 +71,16 @@ def test_workers_make_the_same_batches():
     made = config(seq_len=16, batch_size=4, packing="best_fit")
     batches = make_batches(stores, {"a": 1, "b": 2}, made, seed=1)
     with load_batches(batches, [3, 1], start_step=37, workers=1) as loader:
-        wait_until(lambda: loader._makers[0]._connection.poll())
-        for step in range(37, 50):
+        for step in range(37, 37 + THREAD_STEPS + 5):
             assert_equal(next(loader), batches.rows(step, [3, 1]))
     (tokens,) = {batch["tokens"].shape for batch in load_batches(batches, [0], num_steps=3)}
     assert tokens == (1, 16)
 
 
 def test_a_short_run_starts_no_workers():
-    with make_steps(workers=2, stop=5 + SHORT_RUN_STEPS) as loader:
+    with make_steps(workers=2, stop=5 + THREAD_STEPS) as loader:
         assert {int(batch["pid"]) for batch in loader} == {os.getpid()}
-    assert loader.step == 5 + SHORT_RUN_STEPS
+    assert loader.step == 5 + THREAD_STEPS
 
 
 @pytest.mark.parametrize("workers", [0, 1])
