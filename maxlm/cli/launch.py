@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -14,7 +14,9 @@ from maxlm.cli.common import ConfigArgument, SettingsArgument
 
 def command(
     context: typer.Context,
-    scheduler: Annotated[str, Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
+    scheduler: Annotated[
+        Literal["slurm", "jobset", "skypilot", "ray", "tpu-vm"], Argument(help="What starts it.")
+    ],
     config: ConfigArgument,
     settings: SettingsArgument = None,
     *,
@@ -60,16 +62,18 @@ def command(
 
     from maxlm.config import MaxlmError, load_config
     from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
-    from maxlm.launch.options import JobOptions, check_scheduler
+    from maxlm.launch.options import JobOptions
     from maxlm.launch.places import find_placeholders, make_placeholders
-    from maxlm.launch.render import job_file_path, render_job, submit_job, write_job_file
+    from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.run import RunConfig
+    from maxlm.runtime.files import convert_write_errors
 
-    check_scheduler(scheduler)
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
-    given = {field.name: context.params[field.name] for field in fields(JobOptions)}
-    several = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    options = JobOptions(**{k: v for k, v in (given | several).items() if v is not None})
+    given: dict[str, Any] = {}
+    for field in fields(JobOptions):
+        if (value := context.params[field.name]) is not None:
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    options = JobOptions(**given)
     run = load_config(RunConfig, config, settings or ()).value
     placeholders = [] if submitting else make_placeholders(run)
     settings = [*(settings or ()), *placeholders]
@@ -77,19 +81,15 @@ def command(
         run = load_config(RunConfig, config, settings).value
     if submitting and (named := find_placeholders(run)):
         raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
-    own_template = template is not None
-    checks: dict[str, Any] = {
-        "scheduler": scheduler,
-        "on": on,
-        "force": force,
-        "own_template": own_template,
-    }
-    job, plan = make_job(run, config, settings, options=options, **checks)
+    more: dict[str, Any] = {"force": force, "own_template": template is not None}
+    job, plan = make_job(run, config, settings, scheduler=scheduler, on=on, options=options, **more)
     text = render_job(job, template)
     kept = job_file_path(job, run)
     written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
     for path in written:
-        write_job_file(text, path)
+        with convert_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
     print(text, end="")
     if placeholders:
         shown = shlex.join(placeholders)

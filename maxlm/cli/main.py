@@ -10,8 +10,10 @@ raises `MaxlmError`; a run that ends badly raises ``typer.Exit(1)``; ``KeyboardI
 
 import gc
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import wraps
@@ -108,9 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
         if not traceback:
-            from maxlm.cli.orbax_noise import ignore_orbax_complaints
-
-            ignore_orbax_complaints()
+            # Orbax drops all errors but the first of a checkpoint; Python complains of each.
+            sys.unraisablehook = lambda event: None
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            warnings.filterwarnings("ignore", r"coroutine '[\w.<>]*serialize", RuntimeWarning)
     try:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:
@@ -148,11 +151,8 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
 
         # The text that `tokenizer encode` takes is no list of paths.
         lists = [given.get(name) for name in ("text", "positive", "negative", "reference")]
-        paths = [value for value in given.values() if isinstance(value, Path)]
-        for path in [
-            *paths,
-            *(each for value in lists if isinstance(value, list) for each in value),
-        ]:
+        paths = [each for value in lists if isinstance(value, list) for each in value]
+        for path in (*paths, *(value for value in given.values() if isinstance(value, Path))):
             check_local_path(path)
         return command(**given)
 
@@ -197,7 +197,7 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 
 def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
     """Find settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
-    from maxlm.config.fields import iterate_keys
+    from maxlm.config.explain import iterate_keys
     from maxlm.config.keys import join_key
     from maxlm.run import RunConfig
 

@@ -44,13 +44,10 @@ def build(
 
     reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
     source = SourceConfig(documents=tuple(text), text_field=text_field, **reading)
-    options: dict[str, Any] = {
-        "split": split,
-        "heldout_fraction": heldout_fraction,
-        "workers": workers,
-    }
+    options: dict[str, Any] = {"split": split, "heldout_fraction": heldout_fraction}
+    options |= {"workers": workers, "force": force, "join": join}
     with show_progress() as progress:
-        build_store(source, tokenizer, out, progress=progress, force=force, join=join, **options)
+        build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
 
 

@@ -1,12 +1,15 @@
 """pydantic's errors as one line: the key, what is wrong with it, where it stands, what to do."""
 
+import collections.abc
 import re
+import types
+import typing
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import BaseModel, ValidationError
 
-from maxlm.config import fields
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import (
     COMMAND_LINE,
@@ -17,6 +20,9 @@ from maxlm.config.keys import (
     join_key,
 )
 from maxlm.config.layers import SettingsTree
+
+_LISTS = (list, tuple, collections.abc.Sequence)
+_MAPPINGS = (dict, collections.abc.Mapping)
 
 # How pydantic's words for what it would accept begin → ours.
 _WANTED = {
@@ -67,16 +73,16 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     kinds: list[Any] = [cls]
     siblings: list[Any] = []
     for part in item["loc"]:
-        inner = fields.list_child_types(kinds, part)
+        inner = _list_child_types(kinds, part)
         written = isinstance(data, dict) and part in data
         if inner or written or isinstance(part, int):
             key, siblings, kinds = (*key, part), kinds, inner
             data = get_descendant(data, (part,))
         elif part != "[key]":
-            kinds = fields.select_tagged_types(kinds, part)
+            kinds = _select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):
         part = item["ctx"]["discriminator"].strip("'")
-        key, siblings, kinds = (*key, part), kinds, fields.list_child_types(kinds, part)
+        key, siblings, kinds = (*key, part), kinds, _list_child_types(kinds, part)
     return ConfigFault(key, kinds, siblings, [])
 
 
@@ -91,7 +97,7 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
         what, fix = getattr(raised, "what", str(raised)), getattr(raised, "fix", None)
         where = _find_origins(tree, fault.key, f"{what} {fix}") + (f": {name}" if name else "")
         return MaxlmError(what, where=getattr(raised, "where", None) or where, fix=fix)
-    allowed = fields.list_choices(fault.kinds)
+    allowed = _list_choices(fault.kinds)
     choices = ("one of " if len(allowed) > 1 else "") + ", ".join(map(format_value, allowed))
     if kind in ("missing", "union_tag_not_found"):
         fix = f"set it to {choices}" if allowed else f"add it, or pass {name}=..."
@@ -101,14 +107,14 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
     wanted = [choices] if allowed else []
     for item in fault.errors:
         prefix, words = "Input should be ", item["msg"]
-        if item["type"] in ("literal_error", "enum", "union_tag_invalid"):
+        if item["type"] in ("literal_error", "union_tag_invalid"):
             continue
         if not words.startswith(prefix):
             return MaxlmError(f"{name}: {words[0].lower() + words[1:]}", where=where)
         words = words.removeprefix(prefix)
         words = next((ours for theirs, ours in _WANTED.items() if words.startswith(theirs)), words)
-        if item["type"].startswith("model_") and (names := fields.list_field_names(fault.kinds)):
-            words += f" ({_list_names(names)})"
+        if item["type"].startswith("model_") and (names := _list_field_names(fault.kinds)):
+            words += f" ({_join_names(names)})"
         wanted += [] if words in wanted else [words]
     fix = None
     if near := get_close_matches(str(value), [x for x in allowed if isinstance(x, str)], n=1):
@@ -125,8 +131,8 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     """The names most like an unknown key: the same name elsewhere, then its siblings."""
     *parents, last = fault.key
     leaf = str(last)
-    siblings = fields.list_field_names(fault.siblings)
-    everywhere = list(fields.iterate_keys([cls]))
+    siblings = _list_field_names(fault.siblings)
+    everywhere = list(iterate_keys([cls]))
     if not parents and leaf in (renamed := getattr(cls, "renamed", {})):
         return f"did you mean {renamed[leaf]}?"
     if leaf == "include":
@@ -140,7 +146,7 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     # Far from here, only a close match is worth naming.
     far = [anywhere[name] for name in get_close_matches(leaf, anywhere, n=3, cutoff=0.8)]
     found = [name for name in dict.fromkeys([*same, *close, *far]) if name != join_key(fault.key)]
-    valid = f"valid here: {_list_names(siblings)}" if siblings else "no keys are allowed here"
+    valid = f"valid here: {_join_names(siblings)}" if siblings else "no keys are allowed here"
     if not found:
         return valid
     guess = f"did you mean {' or '.join(found[:3])}?"
@@ -160,5 +166,75 @@ def _find_origins(tree: SettingsTree, key: Key, text: str) -> str:
     return ", ".join(str(origin) for origin in found[:3] or [tree.locate(key)])
 
 
-def _list_names(names: list[str], limit: int = 12) -> str:
+def _join_names(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _split_union(annotation: Any) -> list[Any]:
+    """Returns the members of a union, however nested or annotated; else the type itself."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _split_union(typing.get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for member in typing.get_args(annotation) for kind in _split_union(member)]
+    return [annotation]
+
+
+def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
+    """Returns the models among types."""
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
+    """Returns the types allowed at a name or index below values of the given types."""
+    found: list[Any] = []
+    for kind in kinds:
+        arguments = typing.get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if part in kind.model_fields:
+                found += _split_union(kind.model_fields[str(part)].annotation)
+        elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
+            found += _split_union(arguments[1])
+        elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
+            whole = len(arguments) > part and ... not in arguments
+            found += _split_union(arguments[part if whole else 0])
+    return found
+
+
+def _list_field_names(kinds: list[Any]) -> list[str]:
+    """Returns the field names allowed at this level."""
+    names = [name for model in _select_models(kinds) for name in model.model_fields]
+    return list(dict.fromkeys(names))
+
+
+def _list_choices(kinds: list[Any]) -> list[Any]:
+    """Returns the values that Literals allow."""
+    literals = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+    return [value for kind in literals for value in typing.get_args(kind)]
+
+
+def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
+    """Returns the types that pydantic means by a label in an error's location: a class or union
+    tag."""
+    found = []
+    for model in _select_models(kinds):
+        tags = [_list_choices(_split_union(f.annotation)) for f in model.model_fields.values()]
+        if model.__name__ == label or any(label in each for each in tags):
+            found.append(model)
+    return found or kinds
+
+
+def iterate_keys(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
+    """Yields every key of the tree, parents first; an element of a list is shown as its first."""
+    for model in _select_models(kinds):
+        if model in above:
+            continue
+        for name, info in model.model_fields.items():
+            here = (*key, name)
+            yield here
+            inner = _split_union(info.annotation)
+            yield from iterate_keys(inner, here, (*above, model))
+            for kind in inner:
+                part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
+                if elements := _list_child_types([kind], part) if typing.get_origin(kind) else []:
+                    yield from iterate_keys(elements, (*here, part), (*above, model))

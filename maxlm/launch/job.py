@@ -14,7 +14,6 @@ from maxlm.launch.options import (
     JobOptions,
     Mount,
     check_options,
-    check_scheduler,
     parse_env,
     parse_mounts,
     parse_node_selectors,
@@ -87,22 +86,17 @@ def make_job(
     """Check a run for a scheduler and a machine, and describe the job that trains it.
 
     Args:
-        run: the config that `source` and `settings` load.
-        source: as a user names it: a shipped config, or a file.
+        run: the config that `source`, a shipped config or a file, and `settings` load.
         on: the machine, as ``maxlm plan`` takes it.
         force: although it does not fit.
         own_template: the user's, who may mount folders there.
-
-    Raises:
-        MaxlmError: whatever is wrong, nothing is written.
     """
-    check_scheduler(scheduler)
     check_options(options, scheduler)
     machine = Machine.from_name(on)
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
     mounted = parse_mounts(options.mount, scheduler)
-    inside = scheduler in ("jobset", "skypilot") or (scheduler == "slurm" and options.image)
-    check_paths(run, scheduler, mounted, bool(inside), own_template)
+    in_container = scheduler in ("jobset", "skypilot") or bool(options.image)
+    check_paths(run, scheduler, mounted, in_container, own_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
@@ -119,7 +113,11 @@ def make_job(
             fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
         )
     _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
-    config, settings, text = _config(run, source, settings, scheduler, options, name)
+    config, text, path = source, "", Path(source).expanduser()
+    if path.is_file() or not find_shipped_config(source):
+        config = str(path.resolve())
+        if in_container or scheduler != "slurm":  # the job does not see this machine's files
+            config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
     title = f"{run.name} on {on}: {machine.topology.words}"
     if placeholders := find_placeholders(run):
         title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
@@ -171,24 +169,6 @@ def _job_name(name: str) -> str:
             fix=f"give --name: a letter, then letters, digits and dashes, {_LONGEST_NAME} at most",
         )
     return found
-
-
-def _config(
-    run: RunConfig,
-    source: str,
-    settings: Sequence[str],
-    scheduler: str,
-    options: JobOptions,
-    name: str,
-) -> tuple[str, Sequence[str], str]:
-    """Returns the arguments of ``maxlm train``: config, settings, and the config's text where
-    the job does not see this machine's files."""
-    path = Path(source).expanduser()
-    if not path.is_file() and find_shipped_config(source):
-        return source, settings, ""
-    if scheduler == "slurm" and not options.image:
-        return str(path.resolve()), settings, ""
-    return f"/tmp/{name}.yaml", (), to_yaml(run)
 
 
 def _clock(total: int) -> str:

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from maxlm.config import MaxlmError
 from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
 from maxlm.run import RunConfig
-from maxlm.runtime.files import convert_write_errors, replace_file
 
 # scheduler → template under launch/; what follows the last slash, without .j2, is the file's name.
 TEMPLATES = {
@@ -38,20 +36,19 @@ def render_job(job: Job, template: Path | None = None) -> str:
     )
     # JSON's strings and objects of them are Python's too.
     python = partial(json.dumps, ensure_ascii=False)
-    filters = {"shell": _shell, "yaml": _yaml, "python": python, "kubernetes": _kubernetes}
-    environment.filters |= filters
-    parts = (job.options, job)
-    values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+    environment.filters |= {"shell": _shell, "yaml": _yaml, "python": python}
+    environment.filters["kubernetes"] = _kubernetes
+    values = {**vars(job.options), **vars(job), "command": job.command, "script": job.script}
     try:
-        found = environment.from_string(path.read_text())
-        return found.render(**values, command=job.command, script=job.script)
+        return environment.from_string(path.read_text()).render(values)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise MaxlmError(f"cannot be read: {reason}", where=str(path)) from None
     except TemplateError as error:
-        line = f":{line}" if (line := getattr(error, "lineno", None)) else ""
+        line = getattr(error, "lineno", None)
+        where = f"{path}:{line}" if line else str(path)
         fix = f"compare with the shipped launch/{TEMPLATES[job.scheduler]}"
-        raise MaxlmError(f"{error}", where=f"{path}{line}", fix=fix) from None
+        raise MaxlmError(f"{error}", where=where, fix=fix) from None
 
 
 def _yaml(value: str) -> str:
@@ -84,17 +81,8 @@ def job_file_path(job: Job, run: RunConfig) -> Path:
     return Path(folder) / run.name / "launch" / name
 
 
-def write_job_file(text: str, path: Path) -> None:
-    """Write a rendered job."""
-    with convert_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as temporary:
-        temporary.write_text(text)
-
-
 def submit_job(job: Job, path: Path) -> int:
-    """Hand a job's file to the client of its scheduler, which speaks for itself; return the
-    client's exit code."""
+    """Hand a job's file to its scheduler's client; return the client's exit code."""
     for command in list_submit_commands(job, path):
         if shutil.which(command[0]) is None:
             raise MaxlmError(

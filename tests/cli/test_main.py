@@ -1,17 +1,15 @@
 """Promise: the command line starts fast, and a mistake is one line on stderr with exit code 2."""
 
 import errno
-import logging
 import subprocess
 import sys
 from importlib import metadata
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import typer
 
 from maxlm.cli import main as cli
-from maxlm.cli.orbax_noise import is_shown, show_unraisable
 from maxlm.config import MaxlmError
 
 HEAVY = ("jax", "flax", "yaml", "numpy", "tokenizers")
@@ -158,18 +156,6 @@ def test_a_bug_shows_itself_and_a_mistake_where_it_is_asked_for(verb, monkeypatc
     monkeypatch.setenv("MAXLM_TRACEBACK", "1")
     with pytest.raises(MaxlmError):
         cli.main(["train"])
-
-
-def test_what_orbax_drops_of_a_failed_checkpoint_is_not_told_and_all_else_is(monkeypatch):
-    told = []
-    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
-    for file in ("orbax/reading.py", "ours.py"):
-        coroutine = SimpleNamespace(cr_code=SimpleNamespace(co_filename=file))
-        show_unraisable(SimpleNamespace(object=coroutine, exc_value=ValueError(file)))
-    assert [str(event.exc_value) for event in told] == ["ours.py"]
-    for cause, shown in {"orbax: no space": False, "a fault of ours": True}.items():
-        text = f"Task exception was never retrieved: {cause}"
-        assert is_shown(logging.makeLogRecord({"msg": text})) == shown
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,8 @@ def test_buffers_may_be_ignored(tmp_path):
     imported(save(tmp_path / "a", values), tmp_path / "b", ignored=ignored)
     text = refused(tmp_path, values, ignored=("*.inv_freq",))
     assert "hold h.mask, which this model does not use" in text
+    text = refused(tmp_path / "c", tensors() | {"norm": np.ones(D, np.int8)})
+    assert "norm is stored as I8, so quantized" in text
 
 
 def aliased():
