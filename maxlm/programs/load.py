@@ -22,7 +22,7 @@ from maxlm.models.params import Params, replace_base, select_base
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
-from maxlm.train.checkpoint import FolderTier, group_sizes, named_leaves
+from maxlm.train.checkpoint import FolderTier, named_leaves
 from maxlm.train.checkpoint.fingerprint import compute_fingerprints
 from maxlm.train.state import TrainState
 
@@ -58,7 +58,7 @@ def load_run(
     config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
-    with _open_checkpoints(folder, setup.specs) as (tier, _, name):
+    with _open_checkpoints(folder) as (tier, _, name):
         step = tier.latest() if step is None else step
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
@@ -79,7 +79,7 @@ def check_start(setup: Setup) -> dict[str, Any] | None:
     start, wanted = setup.config.train.start_from, setup.abstract_state.params
     if start is None:
         return None
-    with _open_checkpoints(start, setup.specs) as (tier, config, name):
+    with _open_checkpoints(start) as (tier, config, name):
         tier.check_params(None, wanted if _is_adapted(config) else select_base(wanted), name)
         return tier.metadata()
 
@@ -91,7 +91,7 @@ def init_state(setup: Setup) -> TrainState:
     if start is None:
         return state
     abstract = setup.abstract_state.params
-    with _open_checkpoints(start, setup.specs) as (tier, config, name):
+    with _open_checkpoints(start) as (tier, config, name):
         if _is_adapted(config):
             params = tier.restore_params(None, abstract, name)
         else:
@@ -116,8 +116,7 @@ def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[
             # A copy: the step is given the memory of the whole state.
             loaded[model] = jax.tree.map(jnp.copy, init_params())
             continue
-        specs = setup.frozen_models[model].specs
-        with _open_checkpoints(source.folder, specs) as (tier, _, name):
+        with _open_checkpoints(source.folder) as (tier, _, name):
             loaded[model] = tier.restore_params(None, setup.abstract_state.frozen[model], name)
     return loaded
 
@@ -135,12 +134,11 @@ def describe_frozen_models(setup: Setup, loaded: Mapping[str, Params]) -> dict[s
 
 @contextmanager
 def _open_checkpoints(
-    folder: str | Path, specs: Params
+    folder: str | Path,
 ) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
     """Yields a run's checkpoints, the config of the newest, and the name that the parameters to use
     have in them."""
-    home = Path(folder) / "checkpoints"
-    with FolderTier(home, read_only=True, grouped=group_sizes(specs)) as tier:
+    with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
         config = tier.metadata()["config"]
         average = config["train"].get("ema_decay") is not None
         yield tier, config, "ema" if average else "params"

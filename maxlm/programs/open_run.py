@@ -27,7 +27,7 @@ from maxlm.run import RunConfig
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.sharding import describe_links
 from maxlm.train.checkpoint import Checkpointer, group_sizes
-from maxlm.train.metrics import MetricsLog
+from maxlm.train.records import MetricsLog
 from maxlm.train.skips import get_skips, read_skips
 from maxlm.train.watchdog import Watchdog
 

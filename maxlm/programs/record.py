@@ -8,8 +8,8 @@ from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import PreparedText
 from maxlm.programs.setup import Setup
 from maxlm.train.display import ConsoleDisplay
-from maxlm.train.metrics import MetricsLog, measure_memory
-from maxlm.train.trainer import Callback, Trainer
+from maxlm.train.records import MetricsLog
+from maxlm.train.trainer import Callback, Trainer, measure_memory
 
 
 class MetricsCallback(Callback):

@@ -15,7 +15,7 @@ from maxlm.programs.prepare import check_prepared
 from maxlm.programs.resume_checks import check_not_lost, check_same_config, raise_unreadable
 from maxlm.programs.setup import Setup
 from maxlm.train.anomaly import RollbackDecision
-from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint, group_sizes
+from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
 
@@ -76,8 +76,8 @@ def find_resume_source(
         if resume is None:
             check_prepared(setup.config, checkpointer.folder.parent)
             return None
-        home, grouped = Path(resume) / "checkpoints", group_sizes(setup.specs)
-        other = stack.enter_context(Checkpointer(home, "", grouped=grouped, read_only=True))
+        home = Path(resume) / "checkpoints"
+        other = stack.enter_context(Checkpointer(home, "", read_only=True))
         source = ResumeSource(other, False, *other.find())
         if not source.found and source.skipped:
             raise_unreadable(other, source.skipped)
@@ -112,7 +112,8 @@ class StateSource:
         """
         checkpointer = self.checkpointer
         checkpointer.wait()
-        checkpointer.stop_copying()  # of a state that may be bad
+        if checkpointer.remote:
+            checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
         good = [each.step for each in source.found if each.step < decision.first]
         position = None if good else self.restore(skips)

@@ -155,6 +155,6 @@ def _read_events(folder: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:
-    copies = f" and {each}" if (each := checkpointer.remote_place) else ""
+    copies = f" and {remote.place}" if (remote := checkpointer.remote) else ""
     restart = f"to start afresh, move {checkpointer.folder.parent}{copies} away, or set another"
     return MaxlmError(what, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=...")

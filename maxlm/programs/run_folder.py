@@ -14,7 +14,7 @@ from maxlm.programs.environment import describe_environment
 from maxlm.run import RunConfig
 from maxlm.runtime.files import check_not_deleted, convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.signals import SignalHandler
-from maxlm.train.metrics import MetricsLog
+from maxlm.train.records import MetricsLog
 
 
 def run_folder_path(config: RunConfig) -> Path:

@@ -16,9 +16,10 @@ from maxlm.programs.resume_checks import count_rollbacks
 from maxlm.programs.setup import Setup
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
-from maxlm.train import callbacks
 from maxlm.train.anomaly import LossSpikeDetector
+from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
 from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.profile import Profiler
 from maxlm.train.state import TrainState
 from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
 
@@ -62,7 +63,7 @@ def train_model(
     with ExitStack() as stack:
         run = open_run(config, stack, resume=resume, say=say)
         setup, corpus, log, watchdog = run.setup, run.corpus, run.log, run.watchdog
-        profiler = [callbacks.Profiler(run.folder, *profile)] if profile else []
+        profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
             run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
         step_fn = setup.step_function()
@@ -87,10 +88,10 @@ def train_model(
                         watchdog,
                         *profiler,
                         MetricsCallback(setup, corpus, run.plan, log, display),
-                        callbacks.LossSpikeCallback(detector),
-                        callbacks.EvaluationCallback(evaluator.evaluate_for_record, every_steps),
-                        callbacks.CheckpointCallback(saver, metadata, detector),
-                        callbacks.StopCallback(
+                        detector,
+                        EvaluationCallback(evaluator.evaluate_for_record, every_steps),
+                        CheckpointCallback(saver, metadata, detector),
+                        StopCallback(
                             run.signals, FlagAllReduce(setup.mesh), saver.is_late, str(run.folder)
                         ),
                     ],
@@ -148,7 +149,8 @@ def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> Hel
     run.watchdog.pause()
     if missing := run.checkpointer.missing_copy:
         run.say(f"{missing}; the same command copies it")
-    run.checkpointer.clear_local()
+    if run.checkpointer.local:
+        run.checkpointer.local.clear()
     if run.lead:
         # A finished run may be started once more.
         if results and not has_evaluation(run.folder, step):

@@ -14,10 +14,10 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 from maxlm.config import MaxlmError, add_default_tag
 from maxlm.data.batch_source import BatchArray, BatchSource, TransformedSource
 from maxlm.models.architectures import ModelConfig
-from maxlm.tasks.clm import ClmTask
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.task import FrozenModelSource, Models, SourceInputs, Task, Vocabulary
+from maxlm.tasks.text import ClmTask
 
 _Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task
 _TASKS: dict[str, type[Task]] = {

@@ -21,8 +21,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from maxlm.config import MaxlmError
-
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
@@ -32,8 +30,6 @@ class SentinelIds(NamedTuple):
 
     first_sentinel: int
     """Span i's sentinel is ``first_sentinel − i``."""
-    sentinels: int
-    """How many the vocabulary has."""
     eos: int
     start: int = 0
     """The token that a decoder reads first; T5's is its padding."""
@@ -106,15 +102,10 @@ def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int
 
 
 def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
-    """(inputs, targets) of tokens [n], see the module; raises MaxlmError for more spans than
-    sentinels."""
+    """(inputs, targets) of tokens [n], see the module. There are sentinels for all spans: see
+    :meth:`DenoisingTask.check`."""
     opens = noise & ~np.concatenate([[False], noise[:-1]])
     number = np.cumsum(opens) - 1
-    if opens.sum() > special.sentinels:
-        raise MaxlmError(
-            f"{opens.sum()} spans of {tokens.size} tokens and {special.sentinels} sentinels",
-            fix="shorten sequences, lengthen spans, or give the vocabulary more sentinels",
-        )
     inputs = np.where(opens, special.first_sentinel - number, tokens)[opens | ~noise]
     sentinels = special.first_sentinel - number[opens]
     targets = np.insert(tokens[noise], np.flatnonzero(opens[noise]), sentinels)
@@ -126,7 +117,7 @@ def corrupt_tokens(
     tokens: Ids, denoiser: Denoiser, special: SentinelIds, rng: Generator
 ) -> tuple[Ids, Ids]:
     """(inputs, targets) of one document's tokens [n], int32, with the opening, the mode token and
-    their ends; raises as :func:`replace_spans`."""
+    their ends."""
     inputs, targets = replace_spans(tokens, denoiser.draw_noise(tokens.size, rng), special)
     mode = () if denoiser.mode is None else (denoiser.mode,)
     return np.array([*special.opening, *mode, *inputs], np.int32), targets
@@ -158,9 +149,11 @@ def corrupt_row(
     used = {"input_": 0, "": 0}
     sizes = {"input_": encoder_len, "": decoder_len}
     names = ("tokens", "positions", "segment_ids")
-    row = {side + n: np.zeros(sizes[side], np.int32) for side in sizes for n in names}
-    row["targets"] = np.zeros(decoder_len, np.int32)
-    row["weights"] = np.zeros(decoder_len, np.float32)
+    row: dict[str, np.ndarray] = {
+        "targets": np.zeros(decoder_len, np.int32),
+        "weights": np.zeros(decoder_len, np.float32),
+    }
+    row |= {side + n: np.zeros(sizes[side], np.int32) for side in sizes for n in names}
 
     def place(side: str, number: int, size: int, **arrays: np.ndarray | int) -> None:
         own = slice(used[side], used[side] + size)

@@ -18,9 +18,8 @@ from maxlm.tasks.corrupt import (
     corrupt_row,
     make_ul2_denoisers,
 )
-from maxlm.tasks.loss import ENCODER_ARRAYS
 from maxlm.tasks.task import SourceInputs, Vocabulary
-from maxlm.tasks.text import Row, RowTransform, TextTask
+from maxlm.tasks.text import ENCODER_ARRAYS, Row, RowTransform, TextTask
 
 # Sequences are as long as tiles and shards like.
 _MULTIPLE = 8
@@ -67,7 +66,7 @@ class DenoisingTask(TextTask):
         self, vocabulary: Vocabulary, start_id: int, row: Row, rng: np.random.Generator
     ) -> Row:
         first = vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
-        ids = SentinelIds(first, self.sentinels, vocabulary.eos, start_id, vocabulary.opening)
+        ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.opening)
         decoder_len, encoder_len = self.row_lengths(row["tokens"].size)
         text = _remove_marks(row["tokens"], row["segment_ids"], vocabulary)
         lengths = {"encoder_len": encoder_len, "decoder_len": decoder_len}

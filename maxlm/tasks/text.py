@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -9,11 +10,14 @@ from pydantic import Field
 
 from maxlm.data.batch_source import BatchArray, BatchSource, Transform, TransformedSource
 from maxlm.data.loader import make_batches, make_one_pass
-from maxlm.tasks.loss import token_prediction_loss
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
 from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs, Task
 
 Row = dict[str, np.ndarray]
 """One row of a batch, each array without the batch's dimension."""
+ENCODER_ARRAYS = ("input_tokens", "input_positions", "input_segment_ids")
+"""A batch's arrays for an encoder beside a decoder."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,61 @@ class TextTask(Task):
         return token_prediction_loss(
             models.trained, batch, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
         )
+
+
+class ClmTask(TextTask):
+    """Causal language modelling: every token from those before it in its document."""
+
+    predicts_every_token: ClassVar[bool] = True
+
+    kind: Literal["clm"] = "clm"
+
+
+def token_prediction_loss(
+    model: Transformer, batch: DeviceBatch, *, z_loss: float = 0.0, chunk_tokens: int = 1024
+) -> LossResult:
+    """The cross-entropy of a batch's targets: next tokens, masked ones, or what a decoder writes
+    for an encoder's input. Summed over tokens; what layers add (balance of experts) is in it.
+
+    Args:
+        batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S], or
+            [M, B, S] on pipeline stages; of an encoder-decoder also ``ENCODER_ARRAYS``.
+        z_loss, chunk_tokens: see ``fused_cross_entropy_loss``.
+    """
+    inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+    beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
+    hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"], **beside)
+    loss, cross_entropy = fused_cross_entropy_loss(
+        targets=batch["targets"],
+        weights=batch["weights"],
+        z_loss=z_loss,
+        chunk=chunk_tokens,
+        **_head_arguments(model, hidden),
+    )
+    sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+    return loss + aux.loss, sums | aux.sums
+
+
+def compute_log_probs(
+    model: Transformer, hidden: jax.Array, targets: jax.Array, *, chunk_tokens: int = 1024
+) -> jax.Array:
+    """The log-probability of every token's target, fp32 [..., S]; differentiable.
+
+    Args:
+        hidden: [..., S, D], what the model made of a batch.
+        targets: int [..., S].
+    """
+    own = _head_arguments(model, hidden)
+    return compute_fused_log_probs(targets=targets, chunk=chunk_tokens, **own)
+
+
+def _head_arguments(model: Transformer, hidden: jax.Array) -> dict[str, Any]:
+    head = model.head_of(hidden)
+    return {
+        "hidden": head.hidden,
+        "head": head.kernel.value,
+        "used": head.kernel.used,
+        "whole": head.kernel.whole,
+        "bias": head.bias,
+        "soft_cap": head.cap,
+    }

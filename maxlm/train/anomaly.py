@@ -1,7 +1,6 @@
 """Detects updates that are not finite and loss spikes, from a run's scalars alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -15,8 +14,10 @@ _DEVIATIONS_PER_MAD = 1.4826
 _LEAST_DEVIATION = 0.005
 
 
-class LossSpikeDetector:
-    """Judges every step's scalars, in order. Every process decides the same from the same scalars.
+class LossSpikeDetector(Callback):
+    """Reports updates that were skipped because they were not finite, and asks for a rollback after
+    several of them, or several loss spikes, in a row. Every process decides the same from the same
+    scalars.
 
     Args:
         memory: of an earlier detector, as it was saved with a checkpoint, so that a resumed run
@@ -38,6 +39,11 @@ class LossSpikeDetector:
         """Returns the first of the steps up to ``step`` that may turn out to be bad, if any."""
         num_bad = max(self._skipped, self._spikes)
         return step - num_bad + 1 if num_bad else None
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        if metrics.get("skipped"):
+            trainer.event("skip", step, reason="the loss or a gradient is not finite")
+        trainer.rollback = trainer.rollback or self.update(step, metrics)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> RollbackDecision | None:
         """Takes a step's ``loss``, ``skipped`` (1.0: the update was left out) and ``param_norm``.
@@ -74,16 +80,3 @@ class LossSpikeDetector:
         middle = median(self._losses)
         deviation = _DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in self._losses)
         return middle + threshold * max(deviation, _LEAST_DEVIATION * abs(middle))
-
-
-@dataclass
-class LossSpikeCallback(Callback):
-    """Reports updates that were skipped because they were not finite, and asks for a rollback after
-    several of them, or several loss spikes, in a row."""
-
-    detector: LossSpikeDetector
-
-    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        if metrics.get("skipped"):
-            trainer.event("skip", step, reason="the loss or a gradient is not finite")
-        trainer.rollback = trainer.rollback or self.detector.update(step, metrics)

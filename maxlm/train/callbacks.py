@@ -10,22 +10,11 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import SignalHandler, StopRequest
-from maxlm.train.anomaly import LossSpikeCallback, LossSpikeDetector
+from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.profile import Profiler
 from maxlm.train.state import TrainState, remove_frozen
 from maxlm.train.step import Sums
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
-from maxlm.train.watchdog import Watchdog
-
-__all__ = [
-    "CheckpointCallback",
-    "EvaluationCallback",
-    "LossSpikeCallback",
-    "Profiler",
-    "StopCallback",
-    "Watchdog",
-]
 
 
 @dataclass
@@ -91,7 +80,7 @@ class CheckpointCallback(Callback):
             trainer.event("checkpoint", step, tier=tier, seconds=seconds())
 
     def _report_completed(self, trainer: Trainer) -> None:
-        for step in self.checkpointer.pop_completed():
+        for step in self.checkpointer.folder_tier.pop_completed():
             trainer.event("saved", step)
 
 

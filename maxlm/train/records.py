@@ -1,16 +1,17 @@
-"""Files of records: JSON lines, each with an integer ``step``, that a full disk or a kill never
-leaves torn."""
+"""A run's records: JSON lines, each with an integer ``step``, the number of updates made so far. A
+last line that a kill or a full disk cut short is removed before the next one is written."""
 
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from maxlm.runtime.files import check_not_deleted, convert_write_errors, replace_file
-from maxlm.train.reporting import Numbers, Sink
+from maxlm.train.reporting import Numbers, ReportingConfig, Sink, open_sinks
 
 
 def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
@@ -25,57 +26,6 @@ def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dic
                     damaged.append(line)
 
 
-class RecordFile:
-    """A JSONL file that one process appends to: each record as a whole, or not at all. A last line
-    that a kill cut short is removed first. Threads may share it. Where it cannot be written every
-    method raises MaxlmError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with convert_write_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            size = os.fstat(self._descriptor).st_size
-            whole = os.pread(self._descriptor, size, 0).rfind(b"\n") + 1
-            if whole < size:
-                os.ftruncate(self._descriptor, whole)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Writes a record behind the others; it is with the operating system on return."""
-        line = rest = f"{json.dumps(record)}\n".encode()
-        with convert_write_errors(self.path):
-            check_not_deleted(self.path)  # The descriptor would take it none the less.
-            try:
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-            except OSError:  # A full disk may have taken the first part.
-                with suppress(OSError):
-                    size = os.fstat(self._descriptor).st_size
-                    os.ftruncate(self._descriptor, size - (len(line) - len(rest)))
-                raise
-
-    def keep(self, last_step: int) -> int:
-        """Drops every record whose ``step`` is later than ``last_step``, with damaged lines behind
-        the first of them; returns how many damaged lines stay."""
-        damaged, past = 0, last_step < 0
-        with replace_file(self.path) as temporary, temporary.open("wb") as file:
-            for line in self.path.open("rb"):
-                record = _parse(line)
-                stays = not past if record is None else record["step"] <= last_step
-                past |= record is not None and not stays
-                damaged += record is None and stays
-                if stays:
-                    file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self.close()
-        with convert_write_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
-        return damaged
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
 class RecordSink(Sink):
     """``metrics.jsonl`` and ``events.jsonl`` in a run's folder.
 
@@ -84,27 +34,99 @@ class RecordSink(Sink):
     """
 
     def __init__(self, folder: Path, resume_step: int):
-        with convert_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = RecordFile(folder / "metrics.jsonl")
-        self._events = RecordFile(folder / "events.jsonl")
+        self._metrics, self._events = folder / "metrics.jsonl", folder / "events.jsonl"
+        for path in (self._metrics, self._events):
+            with convert_write_errors(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.damaged_lines = 0
         # A run that begins anew has no step 0 in its records.
-        self.damaged_lines = self._metrics.keep(resume_step if resume_step else -1)
+        self.rewind(resume_step if resume_step else -1)
 
     def log(self, step: int, values: Numbers) -> None:
         # JSON has neither NaN nor infinity.
         finite = {n: v if abs(v) < float("inf") else None for n, v in values.items()}
-        self._metrics.append({"step": step, **finite})
+        _append(self._metrics, {"step": step, **finite})
 
     def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
-        self._events.append({"event": kind, "step": step, "time": time.time(), **details})
+        _append(self._events, {"event": kind, "step": step, "time": time.time(), **details})
 
     def rewind(self, step: int) -> None:
-        self._metrics.keep(step)
+        """Drops every metrics record whose ``step`` is later, with damaged lines behind the first
+        of them; the others are counted."""
+        self.damaged_lines, past = 0, step < 0
+        with replace_file(self._metrics) as temporary, temporary.open("wb") as file:
+            for line in self._metrics.open("rb"):
+                record = _parse(line)
+                stays = not past if record is None else record["step"] <= step
+                past |= record is not None and not stays
+                self.damaged_lines += record is None and stays
+                if stays:
+                    file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
+
+class MetricsLog:
+    """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them elsewhere.
+
+    Resuming at a step drops every record after it, so that a run that was killed leaves the same
+    ``metrics.jsonl`` as one that was not, but for times, rates and memory. ``events.jsonl`` only
+    grows: `maxlm.programs.goodput` tells from it where the time of all attempts went.
+
+    Args:
+        folder: the run folder; made if missing.
+        resume_step: keep records up to and including this step; 0 begins anew.
+        write: False on all processes but the first: every method then does nothing.
+
+    Raises MaxlmError where a file cannot be written, here and in every method.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        resume_step: int = 0,
+        *,
+        write: bool = True,
+        reporting: ReportingConfig = ReportingConfig(),
+    ):
+        self.stopped = False
+        """Whether the attempt's end was written down."""
+        self.damaged_lines = 0
+        """How many lines of ``metrics.jsonl`` hold no record."""
+        self._sinks: list[Sink] = []
+        with ExitStack() as stack:
+            if write:
+                records = RecordSink(Path(folder), resume_step)
+                self.damaged_lines = records.damaged_lines
+                for sink in chain([records], open_sinks(reporting, Path(folder), resume_step)):
+                    stack.callback(sink.close)
+                    self._sinks.append(sink)
+            self._open = stack.pop_all()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one record: ``step`` and finite or non-finite numbers (written as null)."""
+        numbers = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
+        for sink in self._sinks:
+            sink.log(step, numbers)
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Appends an event with the wall time in seconds; docs/runs.md lists them."""
+        self.stopped = kind == "stop"
+        for sink in self._sinks:
+            sink.event(kind, step, details)
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after ``step``: training goes on from there once more."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -114,3 +136,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     known = isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if known else None
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record behind the others; it is with the operating system on return."""
+    with convert_write_errors(path):
+        check_not_deleted(path)
+        with path.open("ab") as file:
+            file.write(f"{json.dumps(record)}\n".encode())

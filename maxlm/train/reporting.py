@@ -3,7 +3,6 @@
 A sink is made for one attempt of a run, by process 0.
 """
 
-import errno
 import os
 import re
 import time
@@ -189,12 +188,11 @@ class PrometheusSink(Sink):
         try:
             self._server, self._thread = start_http_server(port, address, self._registry)
         except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
-            which, fix = "address", "name an address of this host, or 0.0.0.0 for all of them"
-            if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
-                which, fix = "port", "name another one, or end what uses it"
-            what = f"cannot listen on {address} port {port}: "
-            what += str(getattr(error, "strerror", None) or error)
-            raise MaxlmError(what, where=f"reporting.prometheus_{which}", fix=fix) from error
+            raise MaxlmError(
+                f"cannot listen on {address} port {port}: {error}",
+                where="reporting.prometheus_port",
+                fix="name a free port, and an address of this host or 0.0.0.0 for all of them",
+            ) from error
 
     def log(self, step: int, values: Numbers) -> None:
         for name, value in {**values, "step": step, "last_step_timestamp": time.time()}.items():

@@ -13,7 +13,6 @@ from jax.sharding import reshard
 from maxlm.models.params import Params, bind, param_specs
 from maxlm.tasks.task import Models
 from maxlm.train.gradients import compute_loss_and_gradients
-from maxlm.train.metrics import divide_by_tokens, global_norm
 from maxlm.train.state import TrainState
 from maxlm.train.trainable import merge_params, split_params
 
@@ -140,3 +139,19 @@ def evaluate_step(
         return sums_of(batch)
 
     return jax.tree.map(lambda x: x.sum(0), lax.map(sums_of, batch))
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, summed in fp32; a scalar. 0 of an empty tree."""
+    leaves = jax.tree.leaves(tree)
+    squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in leaves]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def divide_by_tokens(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A task's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
+    the idlest's load over the mean, and the share of assignments dropped."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
+    loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
+    return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}

@@ -1,5 +1,7 @@
 """The training loop. It takes steps; callbacks record, evaluate, save and watch."""
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +86,16 @@ class StepTimer:
         """Writes the totals as a ``progress`` event."""
         self._reported = time.monotonic()
         self.event("progress", step, **{k: round(v, 6) for k, v in self.spent.items()})
+
+
+def measure_memory() -> dict[str, float]:
+    """Peak memory in bytes: ``device_memory_peak`` of the first local device where the backend
+    counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's and Python's)."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {"device_memory_peak": stats["peak_bytes_in_use"]}
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return {"process_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class Callback:

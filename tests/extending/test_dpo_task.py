@@ -24,7 +24,7 @@ from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import FrozenModelSource, Models, SourceInputs, Task, register_task
-from maxlm.tasks.loss import compute_log_probs
+from maxlm.tasks.text import compute_log_probs
 from maxlm.train.batch import put_batch
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny

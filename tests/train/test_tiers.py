@@ -193,7 +193,7 @@ def test_local_files_of_kills_and_former_process_numbers_are_deleted(tmp_path, h
         tiers.save(2, state_of(here, 2), {})
         tiers.wait()
         assert files(own.parent) == [own / "2.safetensors"]
-        tiers.clear_local()
+        tiers.local.clear()
         assert not own.parent.exists()
 
 
@@ -351,10 +351,10 @@ for number in range(3000):
     (folder / "run" / "1" / str(number)).write_bytes(bytes(1000))
 config = CheckpointConfig(remote_folder=str(folder / "there"))
 with Checkpointer(folder / "run", "run", config) as tiers:
-    tiers._remote.save(1)
+    tiers.remote.save(1)
     while not list((folder / "there").glob("*/1/*")):
         time.sleep(0.001)
-    assert tiers._remote.busy_steps
+    assert tiers.remote.busy_steps
     sys.exit(75)
 """
 
@@ -387,7 +387,7 @@ def test_cancelled_copy_is_made_later(tmp_path, here, slow_copy):
     with Checkpointer(tmp_path / "run", "run", config) as tiers:
         tiers.save(1, state_of(here, 1), {})
         assert started.wait(60)
-        tiers.stop_copying()
+        tiers.remote.close()
         tiers.wait()
         assert copies(tmp_path / "there" / "run") == []
         resume.set()
@@ -406,7 +406,7 @@ def test_checkpoint_stays_until_it_is_copied_and_only_the_newest_waits(tmp_path,
             tiers.save(step, state_of(here, step), {})
         tiers.wait()
         assert {path.name for path in (tmp_path / "run").iterdir()} >= {"1", "5"}
-        assert tiers._remote.busy_steps == {1, 5}
+        assert tiers.remote.busy_steps == {1, 5}
         resume.set()
         assert tiers.missing_copy is None
         assert tiers.save(6, state_of(here, 6), {}) == "folder"
@@ -470,6 +470,6 @@ def test_last_good_checkpoint_stays_while_updates_are_suspect(tmp_path, here):
         for step in range(1, 9):
             tiers.save(step, state_of(here, step), {}, suspect=4 if step >= 4 else None)
             tiers.wait()
-        assert tiers._folder.steps() == [3, 7, 8]
+        assert tiers.folder_tier.steps() == [3, 7, 8]
         tiers.save(9, state_of(here, 9), {})
-        assert tiers._folder.steps() == [8, 9]
+        assert tiers.folder_tier.steps() == [8, 9]

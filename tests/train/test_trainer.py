@@ -18,6 +18,7 @@ from maxlm.train import callbacks, trainer
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.config import FaultsConfig
 from maxlm.train.trainer import Callback, RollbackDecision, StepTimer, Trainer
+from maxlm.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Journal(Callback):
     records: dict[int, dict[str, float]] = field(default_factory=dict)
     taken: int = 0
 
-    def pop_completed(self):
-        return []
+    folder_tier = SimpleNamespace(pop_completed=list)
 
     def is_due(self, step):
         return self.save_every > 0 and step % self.save_every == 0
@@ -92,7 +92,7 @@ class Journal(Callback):
 
 def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
     detector = LossSpikeDetector(FaultsConfig(), {"losses": [1.0] * start})
-    watchdog = callbacks.Watchdog(FaultsConfig(), None)
+    watchdog = Watchdog(FaultsConfig(), None)
     with handle_signals("runs/x") as signals, signals.deferred():
         reduce, late = FlagAllReduce(mesh), journal.is_late
         trainer = Trainer(
@@ -101,7 +101,7 @@ def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
             [
                 watchdog,
                 journal,
-                callbacks.LossSpikeCallback(detector),
+                detector,
                 callbacks.EvaluationCallback(journal.evaluate, eval_every),
                 callbacks.CheckpointCallback(journal, {"meta": 1}, detector),
                 callbacks.StopCallback(signals, reduce, late, "runs/x"),

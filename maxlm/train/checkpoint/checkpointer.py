@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.train.checkpoint.folder import FolderTier
@@ -18,36 +18,9 @@ from maxlm.train.checkpoint.reading import Groups, PyTree, Unreadable
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
 
-
-class CheckpointTier(Protocol):
-    """A place for checkpoints. All processes call every method together."""
-
-    name: str
-    """In events and messages."""
-    place: str
-    """Path or URL, for messages (a local disk's: this process's path)."""
-
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
-        """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one."""
-
-    def steps(self) -> list[int]:
-        """Returns the steps of which there are checkpoints."""
-
-    def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state; raises Unreadable."""
-
-    def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """Returns the state, each array in the sharding of ``abstract``; raises Unreadable, or
-        MaxlmError for one of another model or optimizer."""
-
-    def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
-        """Takes checkpoints (step -> whether it is damaged) out of the way of those to come."""
-
-    def wait(self) -> None:
-        """Waits until nothing is being written."""
-
-    def close(self) -> None:
-        """Ends what is under way."""
+CheckpointTier = LocalTier | FolderTier | RemoteTier
+"""A place for checkpoints, with a name and a place (path or URL) for messages. All processes call
+every method together."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +67,23 @@ class Checkpointer:
     ):
         self._config = config or CheckpointConfig()
         self.folder = Path(folder).absolute()
-        self._local = self._remote = None
+        self.local = self.remote = None
         if disk := self._config.local_folder:
             # Runs of the same name in other folders may use the same disk.
             own_name = f"{name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
-            self._local = LocalTier(disk, own_name, self._config.local_every_steps)
+            self.local = LocalTier(disk, own_name, self._config.local_every_steps)
         if place := self._config.remote_folder:
-            self._remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
+            self.remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
         self._suspect_free: set[int] = set()
-        self._folder = FolderTier(
+        self.folder_tier = FolderTier(
             folder, config, grouped=grouped, read_only=read_only, get_held_steps=self._held_steps
         )
-        tiers = (self._local, self._folder, self._remote)  # by how quickly they are read
+        tiers = (self.local, self.folder_tier, self.remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
 
     def _held_steps(self) -> set[int]:
-        return self._suspect_free | (self._remote.busy_steps if self._remote else set())
-
-    @property
-    def remote_place(self) -> str | None:
-        return self._remote and self._remote.place
+        return self._suspect_free | (self.remote.busy_steps if self.remote else set())
 
     def is_late(self) -> bool:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
@@ -124,7 +93,7 @@ class Checkpointer:
 
     def is_due(self, step: int) -> bool:
         """Whether something is to be written at ``step``, whatever the time."""
-        return self._folder.is_due(step) or bool(self._local and self._local.is_due(step))
+        return self.folder_tier.is_due(step) or bool(self.local and self.local.is_due(step))
 
     def save(
         self,
@@ -145,44 +114,35 @@ class Checkpointer:
         Returns:
             The name of the tier where one was begun; None: nowhere, or the folder has this one.
         """
-        if force or self._folder.is_due(step):
-            good = [each for each in self._folder.begun_steps() if suspect and each < suspect]
+        if force or self.folder_tier.is_due(step):
+            good = [each for each in self.folder_tier.begun_steps() if suspect and each < suspect]
             self._suspect_free = {max(good)} if good else set()
-            if not self._folder.save(step, state, metadata):
+            if not self.folder_tier.save(step, state, metadata):
                 return None
-            if self._remote:
-                self._remote.save(step)
+            if self.remote:
+                self.remote.save(step)
             self._saved_at = time.monotonic()
-            return self._folder.name
-        if self._local and self._local.is_due(step):
-            self._local.save(step, state, metadata)
-            return self._local.name
+            return self.folder_tier.name
+        if self.local and self.local.is_due(step):
+            self.local.save(step, state, metadata)
+            return self.local.name
         return None
-
-    def pop_completed(self) -> list[int]:
-        """Returns the steps that became complete in the folder since the last call."""
-        return self._folder.pop_completed()
 
     def catch_up(self) -> None:
         """Copies the folder's newest checkpoint, if its copy is missing: a process was killed, or
         the remote place could not be reached."""
-        newest = self._folder.latest()
-        if self._remote and newest is not None and newest not in self._remote.steps():
-            self._remote.save(newest)
-
-    def stop_copying(self) -> None:
-        """Cancels copies under way, which ``catch_up`` starts again."""
-        if self._remote:
-            self._remote.close()
+        newest = self.folder_tier.latest()
+        if self.remote and newest is not None and newest not in self.remote.steps():
+            self.remote.save(newest)
 
     @property
     def missing_copy(self) -> str | None:
         """Why the newest checkpoint has no copy, if it should have one; waits for copies."""
-        if not self._remote:
+        if not self.remote:
             return None
-        self._remote.wait()
-        failure = self._remote.failure
-        return failure and f"the last checkpoint is not in {self.remote_place}: {failure}"
+        self.remote.wait()
+        failure = self.remote.failure
+        return failure and f"the last checkpoint is not in {self.remote.place}: {failure}"
 
     def find(self) -> tuple[list[FoundCheckpoint], list[SkippedCheckpoint]]:
         """Returns all checkpoints with readable metadata, newest first, and the others."""
@@ -227,23 +187,14 @@ class Checkpointer:
             steps = {each.step: each.is_damaged for each in skipped if each.tier is tier}
             tier.quarantine(steps, resume_step)
         all_gather_json(None)  # Process 0 is done.
-        self.reload()
-
-    def reload(self) -> None:
-        """Lists the folder again; see :meth:`FolderTier.reload`."""
-        self._folder.reload()
+        self.folder_tier.reload()
 
     def wait(self) -> None:
         """Waits until nothing is being written; copies may still be made. Raises MaxlmError if the
         last checkpoint could not be written."""
-        self._folder.wait()
-        if self._local:
-            self._local.wait()
-
-    def clear_local(self) -> None:
-        """Deletes what is on the hosts' own disks: the run is done, and its end in the folder."""
-        if self._local:
-            self._local.clear()
+        self.folder_tier.wait()
+        if self.local:
+            self.local.wait()
 
     def __enter__(self) -> "Checkpointer":
         return self

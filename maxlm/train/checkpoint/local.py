@@ -64,7 +64,7 @@ class LocalTier:
     def path(self, step: int) -> Path:
         return self.folder / f"{step}{_SUFFIX}"
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
+    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
         """Copies arrays to the host, and writes them while training continues; waits for the file
         before this one. One copy of this process's shards is in its memory meanwhile."""
         self.wait()
@@ -79,7 +79,6 @@ class LocalTier:
                     arrays[key] = np.array(shard.data)
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
         self._thread.start()
-        return True
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
         from safetensors.numpy import save_file

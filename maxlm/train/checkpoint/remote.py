@@ -112,9 +112,7 @@ class RemoteTier:
         """Steps whose folders are being read, or wait to be: they must stay."""
         return {step for step, copy in list(self._copies.items()) if not copy.done()}
 
-    def save(
-        self, step: int, state: PyTree = None, metadata: Mapping[str, Any] | None = None
-    ) -> bool:
+    def save(self, step: int) -> None:
         """Copies a checkpoint from the folder once it is complete there. While one is being copied
         the newest waits, and others are left out."""
         if self._is_lead:
@@ -123,7 +121,6 @@ class RemoteTier:
                 copy.cancel()  # unless it has begun
             self._copies = {step: copy for step, copy in self._copies.items() if not copy.done()}
             self._copies[step] = self._thread.submit(self._try_copy, step)
-        return True
 
     def steps(self) -> list[int]:
         """Returns the steps that were copied completely, oldest first."""
