@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,6 @@ from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Cache, CrossAttentionCache, Transformer
 from maxlm.models.params import Params
 from maxlm.sharding import bind_mesh
-
-Tokens = list[int]
 
 
 def generate(
@@ -81,11 +80,27 @@ def generate(
     seeds[: len(prompts)] = range(len(prompts)) if streams is None else streams
     # Only what shapes the distribution is compiled in.
     shape = sampling.model_copy(update={"max_new_tokens": 1, "seed": 0})
-    params = bind_mesh(mesh, cast_params)(model, params)
-    fixed = {"seeds": seeds, "key": key, "vocab_size": vocab_size}
-    start = partial(bind_mesh(mesh, _start), model, shape, length, params, tokens, lengths, **fixed)
-    advance = partial(bind_mesh(mesh, _advance), model, shape, params, **fixed)
+    settings = _Settings(model, shape, vocab_size)
+    given = _Given(bind_mesh(mesh, cast_params)(model, params), seeds, key)
+    start = partial(bind_mesh(mesh, _start), settings, length, given, tokens, lengths)
+    advance = partial(bind_mesh(mesh, _advance), settings, given)
     return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
+
+
+class _Settings(NamedTuple):
+    """What is compiled into a call's steps."""
+
+    model: Transformer
+    sampling: SamplingConfig
+    vocab_size: int | None
+
+
+class _Given(NamedTuple):
+    """A call's arrays that all steps read."""
+
+    params: Params
+    seeds: jax.Array | np.ndarray
+    key: jax.Array
 
 
 def _stream(start, advance, rows: int, steps: int, eos_id: int | Sequence[int] | None):
@@ -102,63 +117,44 @@ def _stream(start, advance, rows: int, steps: int, eos_id: int | Sequence[int] |
             return
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "cache_length", "vocab_size"))
+@partial(jax.jit, static_argnums=(0, 1))
 def _start(
-    model: Transformer,
-    sampling: SamplingConfig,
-    cache_length: int,
-    params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    seeds: jax.Array,
-    key: jax.Array,
-    vocab_size: int | None,
+    settings: _Settings, cache_length: int, given: _Given, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, Cache, CrossAttentionCache | None]:
-    memory = encode(model, params, tokens, lengths)
+    model = settings.model
+    memory = encode(model, given.params, tokens, lengths)
     if isinstance(model, EncoderDecoder):
         tokens = jnp.full_like(tokens[:, :1], model.config.start_id)
         lengths = jnp.ones_like(lengths)
-    logits, cache = prefill(model, params, tokens, lengths, cache_length, memory)
-    first = _next(model, sampling, logits, lengths, seeds, key, vocab_size)
-    return first, _whole(lengths), cache, memory
+    logits, cache = prefill(model, given.params, tokens, lengths, cache_length, memory)
+    return _draw_next(settings, given, logits, lengths), _whole(lengths), cache, memory
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _advance(
-    model: Transformer,
-    sampling: SamplingConfig,
-    params: Params,
+    settings: _Settings,
+    given: _Given,
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
     memory: CrossAttentionCache | None,
-    seeds: jax.Array,
-    key: jax.Array,
-    vocab_size: int | None,
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    logits, cache = decode(model, params, tokens, positions, cache, memory)
+    logits, cache = decode(settings.model, given.params, tokens, positions, cache, memory)
     positions = positions + 1
-    drawn = _next(model, sampling, logits, positions, seeds, key, vocab_size)
-    return drawn, _whole(positions), cache
+    return _draw_next(settings, given, logits, positions), _whole(positions), cache
 
 
-def _next(
-    model: Transformer,
-    sampling: SamplingConfig,
-    logits: jax.Array,
-    positions: jax.Array,
-    seeds: jax.Array,
-    key: jax.Array,
-    vocab_size: int | None,
+def _draw_next(
+    settings: _Settings, given: _Given, logits: jax.Array, positions: jax.Array
 ) -> jax.Array:
     """The tokens at ``positions``, each drawn with a key of its row's stream and position."""
 
     def row_key(seed, position):
-        return jax.random.fold_in(jax.random.fold_in(key, seed), position)
+        return jax.random.fold_in(jax.random.fold_in(given.key, seed), position)
 
-    rows = model.rules.spec("batch")
-    keys = jax.vmap(row_key)(reshard(seeds, rows), reshard(positions, rows))
-    return _whole(sample(logits[:, :vocab_size], keys, sampling))
+    rows = settings.model.rules.spec("batch")
+    keys = jax.vmap(row_key)(reshard(given.seeds, rows), reshard(positions, rows))
+    return _whole(sample(logits[:, : settings.vocab_size], keys, settings.sampling))
 
 
 def _whole(x: jax.Array) -> jax.Array:

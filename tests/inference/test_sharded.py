@@ -63,10 +63,10 @@ def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
             (3, 1, length, 1, 6)
         }
         seeds = np.zeros(batch, np.uint32)
-        step = generation._advance.lower(
-            sharded.model, GREEDY, sharded.params, lengths, lengths, cache, None, seeds,
-            jax.random.key(0), None,
-        ).compile().as_text()  # fmt: skip
+        given = generation._Given(sharded.params, seeds, jax.random.key(0))
+        settings = generation._Settings(sharded.model, GREEDY, None)
+        step = generation._advance.lower(settings, given, lengths, lengths, cache, None)
+        step = step.compile().as_text()
     collectives = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step)
     assert collectives  # the regular expression finds something: weights, here
     moved = [shape for shape in collectives if re.fullmatch(r"\d+,\d+,\d+,6", shape)]
