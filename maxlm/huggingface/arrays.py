@@ -9,6 +9,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ class ZarrArray:
         """Reads the slice at some leading indices."""
         values = np.empty(self.shape[len(index) :], self.dtype)
         here = self._store[index] if index else self._store
-        with _Explained(self._where):
+        with _explain(self._where):
             parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
             begun = ((box, here[box].read()) for box in parts)
             for box, reading in _few_at_once(begun, values.nbytes):
@@ -55,14 +56,14 @@ class ZarrArray:
 
     def read_box(self, box: Box) -> np.ndarray:
         """Reads any part; decodes all tiles that it touches at once."""
-        with _Explained(self._where):
+        with _explain(self._where):
             return self._store[box].read().result()
 
     def write(self, index: Shape, values: np.ndarray) -> None:
         """Writes the slice at some leading indices, and waits for the disk."""
         assert values.shape == self.shape[len(index) :]
         here = self._store[index] if index else self._store
-        with _Explained(self._where, _WRITING):
+        with _explain(self._where, _WRITING):
             parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
             begun = (here[box].write(values[box]) for box in parts)
             for writing in _few_at_once(begun, values.nbytes):
@@ -94,7 +95,7 @@ def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
     store = {"driver": "file", "path": f"{folder.resolve()}/"}
-    with _Explained(str(folder), _WRITING):
+    with _explain(str(folder), _WRITING):
         return ZarrArray(_open(store, {"metadata": metadata, "create": True}), str(folder))
 
 
@@ -106,7 +107,7 @@ def open_array(folder: Path, name: str) -> ZarrArray:
     else:
         store["path"] += f"{name}/"
     where = str(folder / name)
-    with _Explained(where):
+    with _explain(where):
         return ZarrArray(_open(store, {}), where)
 
 
@@ -150,16 +151,11 @@ def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
     yield from flight
 
 
-class _Explained:
+@contextmanager
+def _explain(where: str, fix: str = "check the disk, or use another checkpoint") -> Iterator[None]:
     """TensorStore fails in many ways: all become one kind of error, without its source lines."""
-
-    def __init__(self, where: str, fix: str = "check the disk, or use another checkpoint"):
-        self._where, self._fix = where, fix
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, OSError, KeyError)):
-            reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][:200]
-            what = f"array error: {reason}"
-            raise MaxlmError(what, where=self._where, fix=self._fix) from error
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][:200]
+        raise MaxlmError(f"array error: {reason}", where=where, fix=fix) from error

@@ -88,7 +88,7 @@ def generate(
 
 
 class _Settings(NamedTuple):
-    """What is compiled into a call's steps."""
+    """Settings that are compiled into a call's steps."""
 
     model: Transformer
     sampling: SamplingConfig

@@ -215,7 +215,9 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
 def param_specs(module: nnx.Module) -> Params:
     """The declarations of all arrays at rest, as a nested dict of :class:`ParamSpec` (or of leaves
     that hold some)."""
-    return _nested(module, lambda param: param.get_metadata().get("rest", get_spec(param)))
+    return nnx.to_pure_dict(
+        nnx.state(module), lambda param: param.get_metadata().get("rest", get_spec(param))
+    )
 
 
 def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
@@ -247,7 +249,7 @@ def replace_base(tree: Params, base: Params) -> Params:
 
 def get_values(module: nnx.Module) -> Params:
     """The parameters of a bound module; the inverse of :func:`bind`."""
-    return _nested(module, lambda param: param.get_value())
+    return nnx.to_pure_dict(nnx.state(module))
 
 
 def bind(module: ModuleT, params: Params) -> ModuleT:
@@ -258,20 +260,10 @@ def bind(module: ModuleT, params: Params) -> ModuleT:
     return _replaced(module, params, lambda param, value: param.get_metadata(), with_values=True)
 
 
-def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:
-    nested: Params = {}
-    for path, param in nnx.to_flat_state(nnx.split(module)[1]):
-        node = nested
-        for name in path[:-1]:
-            node = node.setdefault(str(name), {})
-        node[str(path[-1])] = leaf(param)
-    return nested
-
-
 def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = False) -> ModuleT:
     """The module with parameters made of a tree's leaves, each used once."""
     graphdef, state = nnx.split(module)
-    given = _flat(tree, lambda value: isinstance(value, Mapping))
+    given = flatten_names(tree, lambda held: not isinstance(held, Mapping))
     flat = []
     for path, param in nnx.to_flat_state(state):
         own = given.pop(".".join(map(str, path)))
@@ -281,24 +273,12 @@ def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = 
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def flatten_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_names(
+    tree: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
     """A nested dict flattened to canonical names, ``{"layers.attention.query.kernel": ...}``."""
-    return _flat(tree, lambda value: isinstance(value, Mapping | Leaf))
-
-
-def _flat(tree: Any, inner: Callable[[Any], bool], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    children = tree if isinstance(tree, Mapping) else _arrays(tree)
-    for key in sorted(children):
-        value, name = children[key], f"{prefix}{key}"
-        flat |= _flat(value, inner, f"{name}.") if inner(value) else {name: value}
-    return flat
-
-
-def _arrays(leaf: Leaf) -> dict[str, Any]:
-    """The children of a leaf by field."""
-    children, _ = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda x: x is not leaf)
-    return {join_path(path): child for path, child in children}
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {join_path(path): value for path, value in flat}
 
 
 def join_path(path: tuple[Any, ...]) -> str:

@@ -12,7 +12,7 @@ from jax import lax
 
 from maxlm.config import Config
 from maxlm.inference.decode import decode, prefill
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import register_mixer
 from maxlm.models.caches import CacheArray
 from maxlm.models.costs import LayerCosts, group_matrices

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules

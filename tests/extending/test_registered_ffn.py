@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import register_ffn
 from maxlm.models.layers.linear import Linear

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, param_specs
 from tests.models import building
 

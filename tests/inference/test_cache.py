@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from maxlm.config import MaxlmError
 from maxlm.inference.decode import init_cache
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.caches import kv_cache_spec
 from maxlm.parallel.attention import sharded_attention
 from maxlm.sharding import AxisRules, ShardingConfig

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.inference.decode import cast_params, decode, prefill
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.params import flatten_names
 
 

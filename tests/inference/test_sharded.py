@@ -10,7 +10,7 @@ from maxlm.inference import generate as generation
 from maxlm.inference.decode import init_cache, prefill
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.sharding import AxisRules
 from tests.errors import message
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, flatten_names, param_specs
 from maxlm.sharding import ShardingConfig, resolve_placement
 from tests.models.published import read_models

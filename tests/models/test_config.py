@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.sharding import AxisRules

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.inference.decode import init_cache
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind
 from tests.models import building, reference
 from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS

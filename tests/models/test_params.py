@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
 from tests.models import building

@@ -12,8 +12,8 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs
 from maxlm.programs import report
 from maxlm.programs.generate import generate_text, get_separator

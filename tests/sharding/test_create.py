@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import flatten_names, init_params, param_specs
 from maxlm.sharding import jit_sharded
 from tests.models import building

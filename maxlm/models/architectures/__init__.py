@@ -12,9 +12,9 @@ from typing import Annotated
 from pydantic import Field
 
 from maxlm.config import add_default_tag
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder import Encoder, EncoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 
 ModelConfig = Annotated[
     DecoderConfig | EncoderConfig | EncoderDecoderConfig,

@@ -1,7 +1,7 @@
 """A trunk with a table of tokens and an output head: what maxlm calls a model."""
 
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -208,3 +208,19 @@ class Transformer(Trunk):
         if head.cap is not None:
             logits = head.cap * jnp.tanh(logits / head.cap)
         return reshard(logits, self.rules.spec("batch", "seq", None))
+
+
+class DecoderConfig(TransformerConfig):
+    """A causal decoder (GPT-2, Llama and their like); see configs/models for published sizes."""
+
+    architecture: Literal["decoder"] = "decoder"
+
+    def build(self, **how: Any) -> "Decoder":
+        """Builds the model; ``how`` as of :class:`Transformer`."""
+        return Decoder(self, **how)
+
+
+class Decoder(Transformer):
+    """A transformer that continues its input."""
+
+    config: DecoderConfig

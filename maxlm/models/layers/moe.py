@@ -127,17 +127,6 @@ class MoeAux(NamedTuple):
     """Scalar: assignments that no expert had room for."""
 
 
-def sum_expert_loads(routed: MoeAux) -> dict[str, jax.Array]:
-    """Assignments to the mean, the busiest and the idlest expert, and those dropped by one."""
-    load = routed.load
-    return {
-        "expert_load": load.mean(),
-        "expert_load_max": load.max(),
-        "expert_load_min": load.min(),
-        "expert_dropped": routed.dropped / load.size,
-    }
-
-
 class Moe(nnx.Module):
     """``shared(x) + Σ_j weight_j · expert_j(x)`` over the k experts of each token.
 
@@ -195,7 +184,14 @@ class Moe(nnx.Module):
         if segment_ids is not None:
             counted = reshard(segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2]))
         y, routed = self(x, counted)
-        return y, Aux(routed.loss, sum_expert_loads(routed))
+        load = routed.load
+        sums = {
+            "expert_load": load.mean(),
+            "expert_load_max": load.max(),
+            "expert_load_min": load.min(),
+            "expert_dropped": routed.dropped / load.size,
+        }
+        return y, Aux(routed.loss, sums)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
