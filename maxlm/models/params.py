@@ -132,7 +132,7 @@ class ParamUse:
     def multiply(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
         """x [B, S, *inputs] times each of some matrices, in one program: [B, S, *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
-        return multiply_kernels(x, values, used, self.tokens, wholes)
+        return multiply_kernels(x, values, wholes, used, self.tokens)
 
 
 class Leaf:

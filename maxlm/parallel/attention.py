@@ -10,8 +10,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
+from maxlm.config.requirements import check_requirements
 from maxlm.parallel import blocks, ulysses
-from maxlm.parallel.context import ContextMethod, DistanceBias, SequenceSplit, check_context
+from maxlm.parallel.context import ContextMethod, DistanceBias, SequenceSplit, require_context
 from maxlm.parallel.local import Axes, axis_indices, axis_size, make_spec, map_shards
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
@@ -29,15 +30,12 @@ def write_cache_slots(
         new: [B, S, K, H].
         positions: int [B, S], not negative; those from T on are not written.
     """
-    keys = rules.spec("batch", None, "kv_heads", None)
 
     def local(cache, new, positions):
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
 
-    return map_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
-        cache, new, positions
-    )
+    return _map_cache(local, rules)(cache, new, positions)
 
 
 def read_cache_slots(
@@ -50,15 +48,17 @@ def read_cache_slots(
         new: [B, S, K, H].
         slots: int [B, W].
     """
-    keys = rules.spec("batch", None, "kv_heads", None)
 
     def local(cache, new, slots):
         old = jnp.take_along_axis(cache, slots[:, :, None, None], axis=1)
         return jnp.concatenate([old, new.astype(cache.dtype)], axis=1)
 
-    return map_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
-        cache, new, slots
-    )
+    return _map_cache(local, rules)(cache, new, slots)
+
+
+def _map_cache(local, rules: AxisRules):
+    keys = rules.spec("batch", None, "kv_heads", None)
+    return map_shards(local, (keys, keys, rules.spec("batch", None)), keys)
 
 
 def sharded_attention(
@@ -97,14 +97,15 @@ def sharded_attention(
         [B, S, N, Hv] in v's dtype, laid out as q.
 
     Raises:
-        MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.check_context`).
+        MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.require_context`).
         ValueError: q_positions, or k and v of another length than q, with a split sequence; shapes
             that do not belong together; a window without ``causal``; a cap not above 0.
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     options: dict[str, Any] = {"window": window, "method": method, "balanced": balanced}
-    check_context(q.shape[1], q.shape[2], k.shape[2], rules=rules, sizes=sizes, **options)
+    heads = q.shape[2], k.shape[2]
+    check_requirements(require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **options))
     if axes and (q_positions is not None or q.shape[1] != k.shape[1]):
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
     split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)
@@ -246,6 +247,6 @@ class _Layout(NamedTuple):
 
     def _own(self, numbers: dict[str, jax.Array]) -> tuple[jax.Array, int]:
         """The first kv head that this device reads, and how many. Never a part of a group beside
-        another group's: ``check_context`` sees to it."""
+        another group's: ``require_context`` sees to it."""
         heads = self.num_kv_heads * self.group // axis_size(self.numbered["heads"])
         return numbers["heads"][0] * heads // self.group, max(heads // self.group, 1)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import Requirement, check_requirements, is_divisor
+from maxlm.config.requirements import Requirement, is_divisor
 from maxlm.parallel.local import Axes, axis_size
 from maxlm.sharding import AxisRules
 
@@ -97,7 +97,8 @@ def require_context(
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> Iterator[Requirement]:
-    """Attention can be split over the sequence as asked.
+    """Attention can be split over the sequence as asked: the length divides, Ulysses can share out
+    the heads, no query head's kv head lies on another device, a window is 1 or more.
 
     Args:
         seq_len: tokens in a row of the batch.
@@ -151,18 +152,6 @@ def require_context(
             fix="use ring or all_gather, or fewer devices on these axes",
         ),
     )
-
-
-def check_context(seq_len: int, num_heads: int, num_kv_heads: int, **options: Any) -> None:
-    """Check that attention can be split over the sequence as asked; nothing is compiled.
-
-    Args: as :func:`require_context`.
-
-    Raises:
-        MaxlmError: a length that does not divide; heads that Ulysses cannot share out; heads split
-            so that a query head's kv head would lie on another device; a window below 1.
-    """
-    check_requirements(require_context(seq_len, num_heads, num_kv_heads, **options))
 
 
 def _named(axes: Axes, sizes: Mapping[str, int]) -> str:

@@ -39,10 +39,9 @@ def fused_cross_entropy_loss(
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ weight · (logsumexp(logits) − logits[target]), with logits = cap(hidden · head + bias) in
-    fp32.
+    """:func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
 
-    Args:
+    Args: as there; and
         hidden: [..., D], compute dtype; tokens split over any mesh axes, D over none.
         head: [D, V], compute dtype, in its storage layout.
         targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
@@ -50,18 +49,7 @@ def fused_cross_entropy_loss(
         used: the mesh axes of the head's dimensions in use.
         whole: the head in use, where it need not be gathered; gradients go to ``head``.
         bias: fp32 [V] in any layout, or None.
-        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
-            2024, §2); None leaves them.
-        z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
-            (Chowdhery et al. 2022, §5).
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
-
-    Returns:
-        (loss with the z term, cross-entropy without it), fp32 scalars, sums over counted tokens.
-        Only the first is differentiable, in ``hidden``, ``head`` and ``bias``.
-
-    Raises:
-        ValueError: shapes or dtypes that do not belong together, or soft_cap ≤ 0.
     """
     how = _How(used, soft_cap, z_loss, chunk)
     return _fused(hidden, head, how.place(bias), whole, targets, weights, how)
@@ -129,16 +117,9 @@ def _fused(hidden, head, bias, whole, targets, weights, how):
     return _sharded(hidden, head, bias, whole, targets, weights, how, gradient=False)[0]
 
 
-def _forward(hidden, head, bias, whole, targets, weights, how):
-    return _sharded(hidden, head, bias, whole, targets, weights, how, gradient=True)
-
-
 def _backward(how, gradients, cotangents):
     scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
     return *scaled, None, None, None
-
-
-_fused.defvjp(_forward, _backward)
 
 
 def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
@@ -181,6 +162,9 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         (*specs, rows, rows, make_spec((vocab,))),
         ((scalar, scalar), specs[:3] if gradient else None),
     )(hidden, head, bias, whole, targets, weights, axis_indices(vocab))
+
+
+_fused.defvjp(partial(_sharded, gradient=True), _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -170,7 +170,7 @@ def plan_dropless(
     Args:
         chosen: int32 [b, s, k], a token's distinct experts; ``num_experts`` for nowhere.
         axes: mesh axes that split the experts; they also split the tokens.
-        here: int32 [1], this device's number along them.
+        device_index: int32 [1], this device's number along them.
     """
     k = chosen.shape[-1]
     flat = chosen.reshape(-1)
@@ -192,7 +192,7 @@ def plan_capacity(
     chosen: jax.Array, num_experts: int, expert_capacity: int, axes: Axes
 ) -> CapacityDispatch:
     """Give each sequence's assignments their slots: all first choices in the order of tokens, then
-    all second choices, and so on, until an expert has ``room`` (GShard, algorithm 1).
+    all second choices, and so on, until an expert has its capacity (GShard, algorithm 1).
 
     Args:
         chosen: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere.

@@ -25,24 +25,6 @@ from maxlm.parallel.local import (
 )
 
 
-def embed_tokens(
-    table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike
-):
-    """Returns rows of a table; reverse-mode differentiable in the table.
-
-    Args:
-        table: [V, D], fp32, in its storage layout.
-        ids: int [..., S]; those outside 0..V-1 give NaN.
-        used: the mesh axes of V and D in use; they begin those in storage.
-        out: the mesh axes of the result's dimensions, which begin with those of ``ids``.
-        dtype: of the result; gradients are summed within a device in fp32, between devices in it.
-
-    Returns:
-        [..., S, D].
-    """
-    return _lookup(table, ids, used, out, dtype)
-
-
 class _Layouts(NamedTuple):
     ids: Dims
     table: Dims
@@ -73,7 +55,18 @@ def _own_rows(ids, table, number):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _lookup(table, ids, used, out, dtype):
+def embed_tokens(
+    table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns rows of a table, [..., S, D]; reverse-mode differentiable in the table.
+
+    Args:
+        table: [V, D], fp32, in its storage layout.
+        ids: int [..., S]; those outside 0..V-1 give NaN.
+        used: the mesh axes of V and D in use; they begin those in storage.
+        out: the mesh axes of the result's dimensions, which begin with those of ``ids``.
+        dtype: of the result; gradients are summed within a device in fp32, between devices in it.
+    """
     own, vocab = _layouts(table, ids, used), used[0]
     size = table.shape[0]
 
@@ -96,7 +89,7 @@ def _lookup(table, ids, used, out, dtype):
 
 
 def _forward(table, ids, used, out, dtype):
-    return _lookup(table, ids, used, out, dtype), (table, ids)
+    return embed_tokens(table, ids, used, out, dtype), (table, ids)
 
 
 def _backward(used, out, dtype, saved, d_y):
@@ -122,4 +115,4 @@ def _backward(used, out, dtype, saved, d_y):
     return run(table, ids, axis_indices(vocab), d_y), None
 
 
-_lookup.defvjp(_forward, _backward)
+embed_tokens.defvjp(_forward, _backward)

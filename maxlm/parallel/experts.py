@@ -35,6 +35,7 @@ from maxlm.config import MaxlmError
 from maxlm.parallel.dispatch import DispatchPlan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
     Axes,
+    Dims,
     axis_indices,
     gather,
     get_layout,
@@ -48,7 +49,6 @@ from maxlm.parallel.local import (
 HIDDEN_BYTES = 1 << 30
 
 Kernels = dict[str, jax.Array]
-Dims = tuple[Axes, ...]
 
 
 def apply_experts(
@@ -74,8 +74,8 @@ def apply_experts(
         activation: element-wise; a module-level function, lest each trace compile anew.
         compute: the layout of each kernel in use: E over axes that also split tokens, or none;
             D whole; F over any.
-        room: assignments that each expert serves of each sequence; others are dropped. None: all
-            are served, in buffers for the worst case (``dispatch.DroplessDispatch``).
+        expert_capacity: assignments that each expert serves of each sequence; others are dropped.
+            None: all are served, in buffers for the worst case (``dispatch.DroplessDispatch``).
         ragged: whether devices exchange rows by ragged all-to-all; None: where they can
             (:func:`supports_ragged_all_to_all`).
 
@@ -84,7 +84,7 @@ def apply_experts(
 
     Raises:
         MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
-            devices with ``room``.
+            devices with ``expert_capacity``.
     """
     tokens = get_layout(x)
     used = {name: parse_spec(compute[name], 3) for name in kernels}

@@ -65,21 +65,9 @@ def split_periods(tree: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), tree)
 
 
-def join_periods(tree: Any, length: int) -> Any:
-    """The inverse of :func:`split_periods`."""
-    if length == 1:
-        return tree
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
 def take_layer(tree: Any, layer_index: int, length: int) -> Any:
     """Returns one layer of a period [length, ...]; a period of one has no such axis."""
     return tree if length == 1 else jax.tree.map(lambda x: x[layer_index], tree)
-
-
-def stack_layers(trees: Sequence[Any]) -> Any:
-    """Returns the layers of a period as one; the inverse of :func:`take_layer`."""
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -131,12 +119,15 @@ def _backward(layers, cast, saved, d_carry):
         known = jax.tree.leaves((own, context, shared))
         leaves = [known[i] if i >= 0 else kept[-1 - i] for i in residuals.places]
         d_own, d_carry, terms = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
-        return (d_carry, jax.tree.map(jnp.add, d_shared, terms)), stack_layers(d_own)
+        d_shared = jax.tree.map(jnp.add, d_shared, terms)
+        period = d_own[0] if len(d_own) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *d_own)
+        return (d_carry, d_shared), period
 
     carry = d_carry, jax.tree.map(jnp.zeros_like, shared)
     inputs = split_periods(params, len(layers)), stacked
     (d_carry, d_shared), d_params = lax.scan(body, carry, inputs, reverse=True)
-    d_params = join_periods(d_params, len(layers))
+    if len(layers) > 1:  # [L / P, P, ...] → [L, ...]
+        d_params = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), d_params)
     d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
     return d_params, d_carry, None, d_shared
 

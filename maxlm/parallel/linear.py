@@ -42,28 +42,6 @@ from maxlm.parallel.local import (
 )
 
 
-def project(
-    x: jax.Array,
-    kernels: tuple[jax.Array, ...],
-    used: tuple[Dims, ...],
-    tokens: Dims,
-    wholes: tuple[jax.Array | None, ...] | None = None,
-) -> tuple[jax.Array, ...]:
-    """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
-
-    Args:
-        x: [B, S, *inputs].
-        kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
-        used: the mesh axes of every kernel's dimensions in use; they begin those in storage.
-        tokens: the mesh axes of B and S in the results.
-        wholes: kernels in use, where they need not be gathered; gradients go to ``kernels``.
-
-    Returns:
-        One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
-    """
-    return _project(x, kernels, wholes or (None,) * len(kernels), used, tokens)
-
-
 @dataclass(frozen=True)
 class _Layouts:
     """How everything lies, from the arguments' types."""
@@ -124,7 +102,25 @@ def _layouts(x, kernels, used, tokens) -> _Layouts:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _project(x, kernels, wholes, used, tokens):
+def project(
+    x: jax.Array,
+    kernels: tuple[jax.Array, ...],
+    wholes: tuple[jax.Array | None, ...],
+    used: tuple[Dims, ...],
+    tokens: Dims,
+) -> tuple[jax.Array, ...]:
+    """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
+
+    Args:
+        x: [B, S, *inputs].
+        kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
+        wholes: kernels in use, where they need not be gathered; gradients go to ``kernels``.
+        used: the mesh axes of every kernel's dimensions in use; they begin those in storage.
+        tokens: the mesh axes of B and S in the results.
+
+    Returns:
+        One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
+    """
     own = _layouts(x, kernels, used, tokens)
 
     def local(x, kernels, wholes):
@@ -141,7 +137,7 @@ def _project(x, kernels, wholes, used, tokens):
 
 
 def _forward(x, kernels, wholes, used, tokens):
-    return _project(x, kernels, wholes, used, tokens), (x, kernels, wholes)
+    return project(x, kernels, wholes, used, tokens), (x, kernels, wholes)
 
 
 def _backward(used, tokens, saved, d_ys):
@@ -181,7 +177,7 @@ def _backward(used, tokens, saved, d_ys):
     return (*map_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
 
 
-_project.defvjp(_forward, _backward)
+project.defvjp(_forward, _backward)
 
 
 def _contract(x, kernel, inputs):

@@ -29,20 +29,20 @@ Dims = tuple[Axes, ...]
 """The mesh axes that split each dimension of an array."""
 
 
-def map_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """``function`` over each device's shards, manual over every mesh axis that is not so yet.
+def map_shards(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Axes = ()
+) -> Callable[..., Any]:
+    """``function`` over each device's shards, manual over ``axes``; default: every mesh axis that
+    is not so yet.
 
     Args:
-        in_specs, out_specs: layouts of arguments and results, on axes that are not manual yet. A
-            result that a spec leaves whole over an axis must be equal along it; nothing checks.
+        in_specs, out_specs: layouts of arguments and results, on these axes. A result that a spec
+            leaves whole over an axis must be equal along it; nothing checks.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    manual = set(axes) or set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False
     )
 
 

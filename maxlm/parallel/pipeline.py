@@ -41,34 +41,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from maxlm.parallel.config import Schedule
-from maxlm.parallel.local import axis_indices, axis_size
+from maxlm.parallel.local import axis_indices, axis_size, map_shards
 
 STAGE = "stage"
 StageFn = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 """(one group's parameters, x, one micro-batch's context) -> (x, sums to add up)."""
-
-
-def map_stages(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """``function`` on each stage's part of the arguments; all other axes stay as they are."""
-    return jax.shard_map(
-        function, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False
-    )
-
-
-def schedule_circular(stages: int, micro_batches: int, groups: int = 1) -> np.ndarray:
-    """Returns the forward passes: int [ticks, stages, 2], (micro-batch, group), −1 idle."""
-    ticks = np.arange(micro_batches * groups + stages - 1)[:, None]
-    micro, group, works = _circular(ticks, np.arange(stages)[None], stages, micro_batches, groups)
-    return np.where(works[..., None], np.stack([micro, group], axis=-1), -1)
-
-
-def schedule_1f1b(stages: int, micro_batches: int) -> np.ndarray:
-    """Returns the table of 1F1B: int [ticks, stages, 2], the micro-batch of each stage's forward
-    and backward pass; −1 none."""
-    ticks = np.arange(micro_batches + 2 * (stages - 1))[:, None]
-    own = np.arange(stages)[None]
-    slots = np.stack([ticks - own, _backward_turn(ticks, own, stages)], axis=-1)
-    return np.where((slots >= 0) & (slots < micro_batches), slots, -1)
 
 
 def bubble_ratio(schedule: Schedule, stages: int, micro_batches: int, groups: int = 1) -> float:
@@ -118,8 +95,9 @@ def _add_to_group(total: Any, part: Any, group: jax.Array, groups: int) -> Any:
     return jax.tree.map(lambda t, p: t.at[group].add(p), total, part)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
 def run_circular_pipeline(
-    stage: StageFn, params: Any, x: jax.Array, context: Any, *, micro_batches: int, groups: int = 1
+    stage: StageFn, params: Any, x: jax.Array, context: Any, micro_batches: int, groups: int = 1
 ) -> tuple[jax.Array, Any]:
     """Runs all layers over all micro-batches by the circular schedule (GPipe for one group);
     reverse-mode differentiable in ``params`` and ``x``.
@@ -139,12 +117,7 @@ def run_circular_pipeline(
         x after all layers, laid out as before; and the stages' sums, added up over stages and
         micro-batches.
     """
-    return _pipeline(stage, micro_batches, groups, params, x, context)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _pipeline(stage, micro_batches, groups, params, x, context):
-    return _pipeline_forward(stage, micro_batches, groups, params, x, context)[0]
+    return _pipeline_forward(stage, params, x, context, micro_batches, groups)[0]
 
 
 def _specs(groups: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
@@ -159,7 +132,7 @@ def _store(slots: jax.Array, value: jax.Array, due: jax.Array, slot: jax.Array) 
     return lax.dynamic_update_index_in_dim(slots, value, jnp.where(due, slot, last), 0)
 
 
-def _pipeline_forward(stage, micro_batches, groups, params, x, context):
+def _pipeline_forward(stage, params, x, context, micro_batches, groups):
     stages = axis_size((STAGE,))
     layers, split, whole = _specs(groups)
     rounds = stages * groups  # ticks from one batch of micro-batches to the next
@@ -193,9 +166,9 @@ def _pipeline_forward(stage, micro_batches, groups, params, x, context):
         *_, results, sums = carry
         return results[:-1], lax.psum(sums, STAGE), given[None]
 
-    out, sums, given = map_stages(run, (layers, split, whole, split), (split, whole, split))(
-        params, x, context, axis_indices((STAGE,))
-    )
+    specs = (layers, split, whole, split), (split, whole, split)
+    mapped = map_shards(run, *specs, axes=(STAGE,))
+    out, sums, given = mapped(params, x, context, axis_indices((STAGE,)))
     return (out, sums), (params, context, given)
 
 
@@ -246,13 +219,12 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
         (*_, d_x, d_params), _ = lax.scan(tick, start, (ticks, given), reverse=True)
         return d_params, d_x[:-1]
 
-    d_params, d_x = map_stages(run, (layers, whole, split, split, split, whole), (layers, split))(
-        params, context, given, axis_indices((STAGE,)), d_out, d_sums
-    )
-    return d_params, d_x, None
+    specs = (layers, whole, split, split, split, whole), (layers, split)
+    mapped = map_shards(run, *specs, axes=(STAGE,))
+    return *mapped(params, context, given, axis_indices((STAGE,)), d_out, d_sums), None
 
 
-_pipeline.defvjp(_pipeline_forward, _pipeline_backward)
+run_circular_pipeline.defvjp(_pipeline_forward, _pipeline_backward)
 
 
 def _place(micro: jax.Array, stages: int, micro_batches: int) -> jax.Array:
@@ -375,9 +347,9 @@ def run_1f1b_pipeline(
         totals, parts, d_ends = lax.psum((state["totals"], state["parts"], state["d_ends"]), STAGE)
         return totals, parts, d_ends, state["d_params"]
 
-    totals, parts, d_ends, d_params = map_stages(
-        run, (whole, layers, whole, split), (whole, whole, whole, layers)
-    )(ends, params, batch, axis_indices((STAGE,)))
+    specs = (whole, layers, whole, split), (whole, whole, whole, layers)
+    mapped = map_shards(run, *specs, axes=(STAGE,))
+    totals, parts, d_ends, d_params = mapped(ends, params, batch, axis_indices((STAGE,)))
     return (*totals, parts), (d_ends, d_params)
 
 

@@ -26,7 +26,10 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
-        return _by_host(sizes, devices)
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        hosts = len({device.process_index for device in devices})
+        check_tensor_within_host(sizes, len(devices) // hosts)
+        return np.array(ordered, object).reshape(tuple(sizes.values()))
     outer = split_over_slices(sizes, slices)
     inner = tuple(n // outer[axis] for axis, n in sizes.items())
 
@@ -69,14 +72,6 @@ def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, in
         where="mesh",
         fix=f"set mesh.data to a multiple of {num_slices}: only it or stage may cross slices",
     )
-
-
-def _by_host(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    grid = np.array(ordered, object).reshape(tuple(sizes.values()))
-    hosts = len({device.process_index for device in ordered})
-    check_tensor_within_host(sizes, len(ordered) // hosts)
-    return grid
 
 
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:

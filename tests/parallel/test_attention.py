@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.config.requirements import check_requirements
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.blocks import KeyValueBlock, _Queries
-from maxlm.parallel.context import SequenceSplit, check_context, sequence_order_indices
+from maxlm.parallel.context import SequenceSplit, require_context, sequence_order_indices
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 from tests.pallas_kernels import reference
@@ -332,5 +333,5 @@ def test_sizes_that_do_not_divide_are_refused_with_a_way_out(changes, message):
     options = {"seq_len": 24, "num_heads": 8, "num_kv_heads": 8, "sizes": sizes, **changes}
     rules = ShardingConfig().compute.for_mesh(sizes).model_copy(update=changes.get("rules", {}))
     with pytest.raises(MaxlmError) as error:
-        check_context(**options | {"rules": rules})
+        check_requirements(require_context(**options | {"rules": rules}))
     assert message in str(error.value)

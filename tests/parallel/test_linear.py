@@ -80,7 +80,8 @@ def lowered(case: Case, on: Mesh):
     x, kernels, d_ys = arrays(case.outputs)
 
     def run(x, kernels, d_ys):
-        ys, back = jax.vjp(lambda x, k: project(x, k, case.used, case.tokens), x, kernels)
+        wholes = (None,) * len(kernels)
+        ys, back = jax.vjp(lambda x, k: project(x, k, wholes, case.used, case.tokens), x, kernels)
         d_x, d_kernels = back(d_ys)
         for got, kernel in zip(d_kernels, kernels, strict=True):
             assert get_layout(got) == get_layout(kernel)

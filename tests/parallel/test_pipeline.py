@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.parallel.pipeline import bubble_ratio, schedule_1f1b, schedule_circular
+from maxlm.parallel.pipeline import _backward_turn, _circular, bubble_ratio
 from maxlm.plan.compiled.cost import COLLECTIVES
 from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.programs.setup import set_up
@@ -24,6 +24,20 @@ from tests.models.building import QUICK
 STAGES = st.integers(2, 6)
 ROUNDS = st.integers(1, 5)
 """Micro-batches are as many times the stages."""
+
+
+def schedule_circular(stages: int, micro: int, groups: int = 1) -> np.ndarray:
+    """The program's forward passes: int [ticks, stages, 2], (micro-batch, group), −1 idle."""
+    ticks = np.arange(micro * groups + stages - 1)[:, None]
+    *slots, works = _circular(ticks, np.arange(stages)[None], stages, micro, groups)
+    return np.where(works[..., None], np.stack(slots, axis=-1), -1)
+
+
+def schedule_1f1b(stages: int, micro: int) -> np.ndarray:
+    """int [ticks, stages, 2], the micro-batch of each stage's forward and backward pass."""
+    ticks, own = np.arange(micro + 2 * (stages - 1))[:, None], np.arange(stages)[None]
+    slots = np.stack([ticks - own, _backward_turn(ticks, own, stages)], axis=-1)
+    return np.where((slots >= 0) & (slots < micro), slots, -1)
 
 
 def when(slots: np.ndarray) -> dict[tuple[int, ...], int]:
