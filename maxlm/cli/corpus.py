@@ -68,7 +68,10 @@ def report(
     keep: KeepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
+
+    "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
+    """
     opened = _open_corpus(corpus)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
@@ -128,7 +131,9 @@ def _print_funnel(
     as_json: bool = False,
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
-    from maxlm.corpus.report import summarize, write_report
+    from dataclasses import asdict
+
+    from maxlm.corpus.report import count_lost, summarize, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.executor import open_executor
@@ -138,12 +143,13 @@ def _print_funnel(
     engines = open_executor(corpus.recipe.engine, corpus.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         summary = summarize(corpus, rules, engine, tokenizer, progress)
+        lost = count_lost(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
     rows = compute_funnel(rules, summary, sources)
     if page is not None:
-        write_report(corpus, rules, summary, page)
+        write_report(corpus, rules, summary, page, str(lost))
     if as_json:
-        print_json({"funnel": rows})
+        print_json({"funnel": rows, "text_lost": asdict(lost)})
         return
     table = make_table("rule", ("dropped", "left", "MB", *sources), title=str(corpus.folder))
     for row in rows:
@@ -151,6 +157,7 @@ def _print_funnel(
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
     open_console().print(table)
+    print(lost)
     read = corpus.manifest(DOCUMENTS)["counts"]
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:

@@ -1,5 +1,6 @@
 """The verbs of `maxlm corpus` that build token stores, check them and mix them."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,8 @@ def build(
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.documents import SourceConfig
+    from maxlm.data.documents.files import find_roots
+    from maxlm.data.documents.formats import find_folder_format
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 
@@ -49,6 +52,20 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
+    for root in chain.from_iterable(map(find_roots, text)):
+        if find_folder_format(root) == "corpus":
+            _print_lost(root)
+
+
+def _print_lost(folder: Path) -> None:
+    """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
+    from maxlm.corpus.opened import OpenCorpus
+    from maxlm.corpus.report import count_lost
+    from maxlm.runtime.executor import open_executor
+
+    corpus = OpenCorpus.open(folder)
+    with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
+        print(f"{folder}: {count_lost(corpus, corpus.rules(), engine)}")
 
 
 def append(

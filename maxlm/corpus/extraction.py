@@ -3,10 +3,12 @@
 Parsers of HTML can loop, eat all memory or crash, inside C code that holds the interpreter's lock,
 where neither signal handlers nor threads get a word in. So a child process reads the pages. The
 kernel ends it when a page has used up its processor time, and the page is given up, not the run.
-Processor time, because a limit on wall time would depend on what else the machine does.
+Processor time, because a limit on wall time would depend on what else the machine does; that one
+is far higher, and for a process that hangs without using any.
 """
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -22,6 +24,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.pages import Page, load_parsers, read_page
 
 _MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
+_GRACE = 60  # Seconds on the clock for a page, beside 20 for each of processor time.
 _CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve{arguments!r}"
 
 
@@ -57,9 +60,12 @@ class Extractor:
         process, connection = self._child or self._start()
         try:
             connection.send(question)
+            # A second at a time, so that a suspension of both costs it no more than that.
+            if not any(connection.poll(1) for _ in range(math.ceil(_GRACE + 20 * self._seconds))):
+                process.kill()  # It waits for something, and uses none of its time.
             return connection.recv()
         except (EOFError, OSError):  # The page was its end.
-            stopped = process.wait() == -signal.SIGPROF
+            stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
             self.close()
             return Page("timeout" if stopped else "broken")
 

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -48,6 +48,9 @@ from maxlm.runtime.progress import Progress, ignore_progress
 _VERSION = 1
 _NEUTRAL = {"duplicate": False, "jaccard": np.nan, "cut_share": 0.0}
 _TYPES = {"duplicate": pa.bool_(), "cuts": CUTS}
+
+Compared = Sequence[tuple[CorpusStage, Expression | None]]
+"""Stages whose verdicts matter, and which documents each looks at."""
 
 
 def settle_duplicates(
@@ -77,20 +80,36 @@ def settle_duplicates(
     return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
 
 
+def list_rule_inputs(rules: Rules, stages: Compared) -> list[str]:
+    """Lists the columns that the rules and `where` look at, but for verdicts."""
+    wheres = [name for _, where in stages if where is not None for name in where.names]
+    verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
+    names = dict.fromkeys(["source", *rules.names, *wheres])
+    return [name for name in names if name not in verdicts]
+
+
+def add_verdicts(
+    table: pa.RecordBatch, stages: Compared, verdicts: Mapping[str, np.ndarray]
+) -> pa.RecordBatch:
+    """Adds to documents' labels the verdicts of stages: of a stage that is not in `verdicts`, those
+    on documents that are like no other."""
+    columns = dict(zip(table.schema.names, table.columns, strict=True))
+    for stage, where in stages:
+        unseen = np.zeros(table.num_rows, np.bool_)
+        if where is not None:
+            unseen = ~where.true(pa.RecordBatch.from_pydict(columns))
+        for label in _NEUTRAL.keys() & set(stage.verdicts):
+            name = f"{stage.title}.{label}"
+            value = verdicts.get(name, np.full(table.num_rows, _NEUTRAL[label]))
+            none = unseen if label == "duplicate" else unseen | np.isnan(value)
+            columns[name] = pa.array(value, mask=none)
+    return pa.RecordBatch.from_pydict(columns)
+
+
 class _Settling:
-    def __init__(
-        self,
-        corpus: OpenCorpus,
-        rules: Rules,
-        stages: Sequence[tuple[CorpusStage, Expression | None]],
-        progress: Progress,
-    ):
+    def __init__(self, corpus: OpenCorpus, rules: Rules, stages: Compared, progress: Progress):
         self._corpus, self._rules, self._stages = corpus, rules, stages
         self._progress = progress
-        wheres = [name for _, where in stages if where is not None for name in where.names]
-        verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
-        # What the rules and `where` look at, but for verdicts.
-        self._columns = [n for n in dict.fromkeys([*rules.names, *wheres]) if n not in verdicts]
         self._first = count_documents(corpus.shards)
         self._verdicts: dict[str, np.ndarray] = {}
         self._copies: list[np.ndarray] = []
@@ -145,23 +164,12 @@ class _Settling:
                 keep[documents] &= rule.true(labelled)
         return keep
 
-    def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.Table]]:
-        """Each row group's labels with the verdicts so far among them; those of a stage that is not
-        settled yet are as of documents that are like no other."""
-        for documents, table in self._groups(["source", *self._columns], title):
-            columns = dict(zip(table.schema.names, table.columns, strict=True))
-            for stage, where in self._stages:
-                unseen = np.zeros(table.num_rows, np.bool_)
-                if where is not None:
-                    unseen = ~where.true(pa.table(columns))
-                for label in _NEUTRAL.keys() & set(stage.verdicts):
-                    name = f"{stage.title}.{label}"
-                    value = np.full(table.num_rows, _NEUTRAL[label])
-                    if name in self._verdicts:
-                        value = self._verdicts[name][documents]
-                    none = unseen if label == "duplicate" else unseen | np.isnan(value)
-                    columns[name] = pa.array(value, mask=none)
-            yield documents, pa.table(columns)
+    def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
+        """Each row group's labels with the verdicts so far among them."""
+        columns = list_rule_inputs(self._rules, self._stages)
+        for documents, table in self._groups(columns, title):
+            verdicts = {name: value[documents] for name, value in self._verdicts.items()}
+            yield documents, add_verdicts(table, self._stages, verdicts)
 
     def _read_found(self, stage: CorpusStage) -> dict[str, np.ndarray]:
         """Reads what a stage found, with documents by their numbers, and each document's rank."""
@@ -276,7 +284,7 @@ class _Settling:
                     arrays = [
                         self._spans(name, documents)
                         if name in self._cuts
-                        else labelled.column(name).combine_chunks()
+                        else labelled.column(name)
                         for name in names
                     ]
                     writer.add(pa.RecordBatch.from_arrays(arrays, schema=schema))

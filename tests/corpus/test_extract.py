@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.corpus import extraction
 from maxlm.corpus.encoding import decode
 from maxlm.corpus.extraction import Extractor
 from maxlm.corpus.pages import read_page
@@ -159,15 +160,17 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("quality", [True, False])
-def test_a_crash_costs_one_page_at_most(quality):
+@pytest.mark.parametrize(("fault", "status"), [("SIGSEGV", "broken"), ("SIGSTOP", "timeout")])
+def test_a_crash_or_hang_costs_one_page_at_most(quality, fault, status, monkeypatch):
+    monkeypatch.setattr(extraction, "_GRACE", -398)  # A hang is told after 2 seconds.
     extractor = Extractor(quality, markdown=False, seconds=20)
     before = {child.pid for child in children()}
     extractor.read(PAGE.encode(), None)
     [child] = [child for child in children() if child.pid not in before]
-    child.send_signal(signal.SIGSEGV)
+    child.send_signal(signal.Signals[fault])
     pages = [extractor.read(PAGE.encode(), None) for _ in range(2)]
     # Where there is a second way, the page is not lost.
-    assert [page.status for page in pages] == ["ok" if quality else "broken", "ok"]
+    assert [page.status for page in pages] == ["ok" if quality else status, "ok"]
     extractor.close()
     assert {child.pid for child in children()} <= before
 

@@ -13,11 +13,14 @@ from maxlm.config import MaxlmError
 from maxlm.corpus import settling
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
+from maxlm.corpus.report import count_lost
+from maxlm.corpus.report import lost as lost_text
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import load_tokenizer
+from maxlm.runtime.pool import WorkerPool
 
 SIZE = 8  # Words of a passage.
 RULE = 0.7
@@ -121,6 +124,19 @@ def test_no_text_is_lost(tmp_path, seed):
     rows = crawl(seed)
     corpus = make(tmp_path, rows)
     assert lost(corpus, rows) == ([], [])
+    with WorkerPool(1) as pool:
+        found = count_lost(corpus, corpus.rules(), pool)
+    assert (found.documents, found.passages) == (0, 0)
+    assert found.documents_dropped > 5 < found.passages_cut
+
+
+def test_text_that_is_lost_is_counted(tmp_path, monkeypatch):
+    """With duplicates as the stages label them, whatever the other rules say."""
+    corpus = make(tmp_path, crawl(0))
+    monkeypatch.setattr(lost_text, "settle_duplicates", lambda corpus, *_: corpus.shards)
+    with WorkerPool(1) as pool:
+        found = count_lost(corpus, corpus.rules(), pool)
+    assert found.documents > 2 < found.passages
 
 
 def test_other_rules_settle_anew_without_a_pass(tmp_path):
@@ -206,6 +222,7 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     assert main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer]) == 0
     capfd.readouterr()
     assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
+    assert f"{corpus}: text lost: 0 (0 of " in capfd.readouterr().out
     export = ["corpus", "export", corpus, "--to", to, "--out", out]
     assert main(export) == 0
     told = capfd.readouterr().out

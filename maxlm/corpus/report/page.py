@@ -21,8 +21,10 @@ _MOST_ITEMS = 100
 _WIDTH, _HEIGHT = 440, 120
 
 
-def write_report(corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path) -> None:
-    """Write the page, whole or not at all."""
+def write_report(
+    corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
+) -> None:
+    """Write the page, whole or not at all; `lost` is a sentence about text lost."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
@@ -39,6 +41,7 @@ def write_report(corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path)
     ]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
+        lost=lost,
         sources=sources,
         read=corpus.manifest(DOCUMENTS)["counts"],
         funnel=compute_funnel(rules, summary, sources),

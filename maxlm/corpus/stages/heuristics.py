@@ -202,9 +202,8 @@ GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
 _COUNTS = ("characters", "words", "stop_words", "c4_lines", "c4_sentences")
 _FLAGS = ("curly_bracket", "lorem_ipsum", "c4_curly_bracket", "c4_lorem_ipsum")
-_TYPES = dict.fromkeys(_COUNTS, pa.int32()) | dict.fromkeys(_FLAGS, pa.bool_())
 LABELS: dict[str, pa.DataType] = {
-    name: _TYPES.get(name, pa.float64())
+    name: pa.int32() if name in _COUNTS else pa.bool_() if name in _FLAGS else pa.float64()
     for name in (
         "characters", "words", "mean_word_length", "hash_ratio", "ellipsis_ratio",
         "alphabetic_words", "stop_words", "bullet_lines", "ellipsis_lines",

@@ -14,7 +14,6 @@ from pydantic import Field
 from maxlm.corpus.stage import LabelStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
-Paths = Iterable[str]
 _LISTS = Path(__file__).parents[1] / "lists"
 _NSFW_LISTS = [[str(_LISTS / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")]
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
@@ -81,8 +80,8 @@ class UrlStage(LabelStage):
 
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
         names = frozenset(map(_ascii, _entries(self.domains)))
-        words = _Words(self.words, self.subwords, self.soft_words, self.soft_count)
-        nsfw = _Words(*_NSFW_LISTS, self.soft_count) if self.nsfw else None
+        words = _Words([self.words, self.subwords, self.soft_words], self.soft_count)
+        nsfw = _Words(_NSFW_LISTS, self.soft_count) if self.nsfw else None
 
         def label(url: str | None) -> dict[str, Any]:
             if url is None:
@@ -107,9 +106,9 @@ class UrlStage(LabelStage):
 class _Words:
     """Words to look for in addresses, from files of words, subwords and soft words."""
 
-    def __init__(self, words: Paths, subwords: Paths, soft: Paths, soft_count: int):
-        self._words, self._soft = frozenset(_entries(words)), frozenset(_entries(soft))
-        parts = sorted(set(_entries(subwords)))
+    def __init__(self, lists: Iterable[Iterable[str]], soft_count: int):
+        self._words, subwords, self._soft = (frozenset(_entries(paths)) for paths in lists)
+        parts = sorted(subwords)
         self._subwords = re.compile("|".join(map(re.escape, parts))) if parts else None
         self._soft_count = soft_count
 
