@@ -19,9 +19,8 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.tasks import ClmTask, FrozenModelSource, TaskConfig, check_task
 from maxlm.train.config import CheckpointConfig, FaultsConfig, TrainConfig
-from maxlm.train.optimizer import OptimizerConfig
+from maxlm.train.optimizer import OptimizerConfig, ScheduleConfig
 from maxlm.train.reporting import ReportingConfig
-from maxlm.train.schedule import ScheduleConfig
 
 # A checkpoint can be gone on from only while these are what they were: they decide the parameters'
 # shapes, the batches, or the meaning of the optimizer's state.

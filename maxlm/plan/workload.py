@@ -24,8 +24,7 @@ from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
-from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer
-from maxlm.train.schedule import make_schedule
+from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer, make_schedule
 from maxlm.train.trainable import select_trainable
 
 Number = Any

@@ -23,7 +23,7 @@ from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
 from maxlm.train.checkpoint import FolderTier, named_leaves
-from maxlm.train.checkpoint.fingerprint import compute_fingerprints
+from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.state import TrainState
 
 

@@ -21,8 +21,7 @@ from maxlm.plan.fit import place_frozen_models, place_run
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
-from maxlm.train.optimizer import make_optimizer, shard_update
-from maxlm.train.schedule import make_schedule
+from maxlm.train.optimizer import make_optimizer, make_schedule, shard_update
 from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
 from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
 from maxlm.train.trainable import select_trainable

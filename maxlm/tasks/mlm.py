@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import Transform
-from maxlm.tasks.corrupt import Flags, Ids
+from maxlm.tasks.corrupt import Flags
 from maxlm.tasks.task import SourceInputs, Vocabulary
 from maxlm.tasks.text import Row, RowTransform, TextTask
 
@@ -51,21 +51,41 @@ class MlmTask(TextTask):
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
     def transform(self, inputs: SourceInputs) -> Transform:
-        return RowTransform(partial(self._mask_row, inputs.vocabulary), inputs.seed)
+        return RowTransform(partial(self.mask_row, inputs.vocabulary), inputs.seed)
 
-    def _mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
-        masked = mask_tokens(
-            row["tokens"],
-            row["segment_ids"],
-            rng,
-            mask_id=vocabulary.size - 1 if self.mask_id is None else self.mask_id,
-            special=vocabulary.special,
-            share=self.share,
-            masked=self.masked,
-            random=self.random,
-            starts_word=vocabulary.starts_word if self.whole_words else None,
-        )
-        return row | masked
+    def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
+        """Masks tokens of a row (Devlin et al. 2019, §3.1): ``share`` of those that are neither
+        special nor padding are chosen, rounded and at least one.
+
+        Words, where they are chosen, are so in random order, while they fit what is left of the
+        share: it may stay short of it, by less than the shortest word left. Special tokens and
+        segments' ends end words.
+
+        Returns:
+            The row with int32 [S] ``tokens``, ``targets`` (the token that a chosen place held; 0
+            elsewhere) and fp32 ``weights``, 1 where a place was chosen.
+        """
+        tokens, segment_ids, special = row["tokens"], row["segment_ids"], vocabulary.special
+        candidate = (segment_ids != 0) & ~special[tokens]
+        places = np.flatnonzero(candidate)
+        budget = max(1, round(self.share * places.size)) if places.size else 0
+        if self.whole_words:
+            begins = vocabulary.starts_word[tokens] | ~candidate
+            begins[1:] |= segment_ids[1:] != segment_ids[:-1]
+            chosen = places[_whole_words(np.cumsum(begins)[places], budget, rng)]
+        else:
+            chosen = rng.choice(places, budget, replace=False)
+        chosen = np.sort(chosen)
+
+        out, targets = tokens.copy(), np.zeros_like(tokens)
+        weights = np.zeros(tokens.size, np.float32)
+        targets[chosen], weights[chosen] = tokens[chosen], 1
+        lot = rng.random(chosen.size)
+        mask_id = vocabulary.size - 1 if self.mask_id is None else self.mask_id
+        out[chosen[lot < self.masked]] = mask_id
+        other = chosen[(lot >= self.masked) & (lot < self.masked + self.random)]
+        out[other] = rng.choice(np.flatnonzero(~special), other.size)
+        return row | {"tokens": out, "targets": targets, "weights": weights}
 
     @model_validator(mode="after")
     def _check_parts(self):
@@ -75,54 +95,6 @@ class MlmTask(TextTask):
                 fix="let them add up to at most 1",
             )
         return self
-
-
-def mask_tokens(
-    tokens: Ids,
-    segment_ids: Ids,
-    rng: Generator,
-    *,
-    mask_id: int,
-    special: Flags,
-    share: float = 0.15,
-    masked: float = 0.8,
-    random: float = 0.1,
-    starts_word: Flags | None = None,
-) -> Row:
-    """Masks tokens of a row (Devlin et al. 2019, §3.1): ``share`` of those that are neither special
-    nor padding are chosen, rounded and at least one. Of the chosen, each on its own, a part becomes
-    the mask, a part another id, and the rest stays.
-
-    Args:
-        tokens, segment_ids: int32 [S], as the loader's; 0 is padding.
-        special: bool [V], ids that are never chosen, nor put for another.
-        masked, random: the parts that become ``mask_id``, and any id that is not special.
-        starts_word: bool [V], ids with which a word begins; None chooses tokens. Words are chosen
-            whole, in random order, while they fit what is left of the share: it may stay short of
-            it, by less than the shortest word left. Special tokens and segments' ends end words.
-
-    Returns:
-        int32 [S] ``tokens``, ``targets`` (the token that a chosen place held; 0 elsewhere) and fp32
-        ``weights``, 1 where a place was chosen.
-    """
-    candidate = (segment_ids != 0) & ~special[tokens]
-    places = np.flatnonzero(candidate)
-    budget = max(1, round(share * places.size)) if places.size else 0
-    if starts_word is None:
-        chosen = rng.choice(places, budget, replace=False)
-    else:
-        begins = starts_word[tokens] | ~candidate
-        begins[1:] |= segment_ids[1:] != segment_ids[:-1]
-        chosen = places[_whole_words(np.cumsum(begins)[places], budget, rng)]
-    chosen = np.sort(chosen)
-
-    out, targets, weights = tokens.copy(), np.zeros_like(tokens), np.zeros(tokens.size, np.float32)
-    targets[chosen], weights[chosen] = tokens[chosen], 1
-    lot = rng.random(chosen.size)
-    out[chosen[lot < masked]] = mask_id
-    other = chosen[(lot >= masked) & (lot < masked + random)]
-    out[other] = rng.choice(np.flatnonzero(~special), other.size)
-    return {"tokens": out, "targets": targets, "weights": weights}
 
 
 def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> Flags:

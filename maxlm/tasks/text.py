@@ -72,10 +72,21 @@ class TextTask(Task):
         return source if transform is None else TransformedSource(source, transform)
 
     def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """See :func:`token_prediction_loss`."""
-        return token_prediction_loss(
-            models.trained, batch, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
+        """The cross-entropy of a batch's targets: next tokens, masked ones, or what a decoder
+        writes for the input in ``ENCODER_ARRAYS``; and what layers add (balance of experts)."""
+        inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+        beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
+        model, names = models.trained, ("tokens", "positions", "segment_ids")
+        hidden, aux = model(*(batch[name] for name in names), **beside)
+        loss, cross_entropy = fused_cross_entropy_loss(
+            targets=batch["targets"],
+            weights=batch["weights"],
+            z_loss=self.z_loss,
+            chunk=self.chunk_tokens,
+            **_head_arguments(model, hidden),
         )
+        sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+        return loss + aux.loss, sums | aux.sums
 
 
 class ClmTask(TextTask):
@@ -84,31 +95,6 @@ class ClmTask(TextTask):
     predicts_every_token: ClassVar[bool] = True
 
     kind: Literal["clm"] = "clm"
-
-
-def token_prediction_loss(
-    model: Transformer, batch: DeviceBatch, *, z_loss: float = 0.0, chunk_tokens: int = 1024
-) -> LossResult:
-    """The cross-entropy of a batch's targets: next tokens, masked ones, or what a decoder writes
-    for an encoder's input. Summed over tokens; what layers add (balance of experts) is in it.
-
-    Args:
-        batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S], or
-            [M, B, S] on pipeline stages; of an encoder-decoder also ``ENCODER_ARRAYS``.
-        z_loss, chunk_tokens: see ``fused_cross_entropy_loss``.
-    """
-    inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
-    beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
-    hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"], **beside)
-    loss, cross_entropy = fused_cross_entropy_loss(
-        targets=batch["targets"],
-        weights=batch["weights"],
-        z_loss=z_loss,
-        chunk=chunk_tokens,
-        **_head_arguments(model, hidden),
-    )
-    sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
-    return loss + aux.loss, sums | aux.sums
 
 
 def compute_log_probs(

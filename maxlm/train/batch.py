@@ -1,6 +1,7 @@
 """Batches from the host's rows to the mesh."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -36,17 +37,23 @@ def require_batch_split(
         sizes: devices, by mesh axis.
     """
 
-    def name_split(axes: Sequence[str]) -> str:
-        return "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+    def refuse(
+        what: str, rule: str, axes: Sequence[str], setting: str, multiple: int
+    ) -> MaxlmError:
+        split = "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        name = setting.rpartition(".")[2]
+        return MaxlmError(
+            f"{what} does not divide over {split} (sharding.compute.{rule})",
+            where=setting,
+            fix=f"use a {name} that is a multiple of {multiple}, or a smaller mesh",
+        )
 
-    ways = prod(sizes[axis] for axis in compute.batch)
+    rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
     yield Requirement(
-        is_divisor(micro_batches * ways, batch_size),
-        lambda: MaxlmError(
-            f"a micro-batch of {batch_size // micro_batches} sequences does not divide over "
-            f"{name_split(compute.batch)}",
-            where="data.batch_size",
-            fix=f"use a batch_size that is a multiple of {ways * micro_batches}, or a smaller mesh",
+        is_divisor(rows, batch_size),
+        lambda: refuse(
+            f"a micro-batch of {batch_size // micro_batches} sequences",
+            *("batch", compute.batch, "data.batch_size", rows),
         ),
     )
     for rule in ("seq", "residual"):
@@ -55,15 +62,7 @@ def require_batch_split(
         for setting, length in row_lengths.items():
             yield Requirement(
                 is_divisor(pieces, length),
-                lambda setting=setting, length=length, rule=rule, axes=axes, pieces=pieces: (
-                    MaxlmError(
-                        f"a sequence of {length} tokens does not divide over {name_split(axes)} "
-                        f"(sharding.compute.{rule})",
-                        where=setting,
-                        fix=f"use a {setting.rpartition('.')[2]} that is a multiple of {pieces}, "
-                        "or a smaller mesh",
-                    )
-                ),
+                partial(refuse, f"a sequence of {length} tokens", rule, axes, setting, pieces),
             )
 
 

@@ -1,7 +1,8 @@
-"""Optimizers: gradients in, parameter updates out, as one optax transformation.
+"""Optimizers: gradients in, parameter updates out, as one optax transformation; and schedules of
+their learning rate: a warm-up, then a shape.
 
-Every kind is the same chain: clip by global norm, turn gradients into a direction, add decoupled
-weight decay where it belongs, multiply by the learning rate. Only the direction differs.
+Every kind of optimizer is the same chain: clip by global norm, turn gradients into a direction, add
+decoupled weight decay where it belongs, multiply by the learning rate. Only the direction differs.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.models.params import Params, ParamSpec
 from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
@@ -59,6 +60,61 @@ class OptimizerConfig(Config):
     def brisk_rate(self) -> float:
         """A learning rate that a tiny model bears, and that shows within ten steps."""
         return 1e-3 if self.kind == "lion" else 1e-2
+
+
+class ScheduleConfig(Config):
+    """The learning rate as a function of the step."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """constant: the peak to the end. cosine, linear: down to the final rate over the whole run, so
+    the run's length must be known before it starts. wsd (warm-up, stable, decay): the peak, then
+    down linearly over the last `decay_fraction` of the run; its stable part can be extended, or
+    decayed more than once, without starting over."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """The peak."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps before the first one at the peak; the rate rises linearly, never from exactly zero."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of the run that wsd spends decaying; the other kinds ignore it."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Rate at the end of the run / peak; constant ignores it."""
+
+
+def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate at a 0-based step: ``schedule(step) -> float32 scalar``.
+
+    With peak p, warm-up w and total t: ``p (s + 1) / (w + 1)`` for ``s < w``; ``p`` at ``s = w``;
+    ``p · final_fraction`` at ``s = t`` (one past the last step, so that no step is spent at zero).
+
+    Raises:
+        MaxlmError: the warm-up, or the warm-up and the decay, are longer than the run.
+    """
+    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
+    if warmup > total_steps:
+        what = f"warmup_steps={warmup} is longer than the run of {total_steps} steps"
+        fix = f"set warmup_steps to {total_steps} or less, or train for longer"
+        raise MaxlmError(what, where="schedule", fix=fix)
+    rest = total_steps - warmup
+    if config.kind == "constant":
+        shape = optax.constant_schedule(peak)
+    elif config.kind == "cosine":
+        shape = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=final)
+    elif config.kind == "linear":
+        shape = optax.linear_schedule(peak, peak * final, max(rest, 1))
+    else:
+        decay = max(round(config.decay_fraction * total_steps), 1)
+        if decay > max(rest, 1):
+            raise MaxlmError(
+                f"warmup_steps={warmup} and a decay of {decay} steps are longer than the run of "
+                f"{total_steps} steps",
+                where="schedule",
+                fix="lower warmup_steps or decay_fraction",
+            )
+        shape = optax.linear_schedule(peak, peak * final, decay, transition_begin=rest - decay)
+    if warmup == 0:
+        return shape
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, shape], [warmup])
 
 
 def make_optimizer(

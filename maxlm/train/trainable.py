@@ -46,7 +46,6 @@ def _list_names(tree: Params) -> list[str]:
 
 
 def _keep(tree: Params, names: set[str]) -> Params:
-    def keep(path: tuple, value: object) -> object:
-        return value if join_path(path) in names else None
-
-    return jax.tree_util.tree_map_with_path(keep, tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: value if join_path(path) in names else None, tree
+    )

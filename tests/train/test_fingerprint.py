@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxlm.train.checkpoint.fingerprint import compute_fingerprints
+from maxlm.train.checkpoint.reading import compute_fingerprints
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 6, 2), (0, 3)]
 DTYPES = ["float32", "bfloat16", "int32", "uint32", "int8", "bool"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.train.schedule import ScheduleConfig, make_schedule
+from maxlm.train.optimizer import ScheduleConfig, make_schedule
 from tests.errors import message
 
 PEAK, FINAL, WARMUP, TOTAL = 3e-3, 0.07, 13, 101

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
 from maxlm.runtime.collectives import raise_on_all_hosts
 from maxlm.sharding import bind_mesh, jit_sharded
-from maxlm.train.checkpoint.fingerprint import compute_fingerprints
 
 Result = TypeVar("Result")
 PyTree = Any
@@ -33,6 +34,9 @@ Groups = Mapping[str, tuple[int, ...]]
 
 _RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
 _CHECKSUM = "sha256"
+# Odd constants of a multiplicative hash, one a dimension (Knuth's 2^32/φ and primes near it).
+_FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_393)
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 class Unreadable(MaxlmError):
@@ -61,6 +65,40 @@ def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Lea
     want = {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
     want = {n: _flatten_groups(x) if is_grouped(n, x.shape) else x for n, x in want.items()}
     return _reshape(leaves, want)
+
+
+def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Returns each array's fingerprint by name: a number that tells whether the array is, bit for
+    bit, what it was. It is computed on the devices that hold the array, the same for every layout.
+    All processes call it together; it waits for the arrays.
+
+    Of the array's bits b_i as unsigned integers it is Σ b_i·w_i mod 2^32, w_i being an odd number
+    mixed from the element's place. A changed element always shows (an odd factor loses no bit of
+    the difference); elements that change places, or several changes at once, go unseen once in
+    2^32.
+    """
+    if not arrays:
+        return {}
+    mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)
+    compute = jax.jit(lambda arrays: {name: _fingerprint(array) for name, array in arrays.items()})
+    values = (bind_mesh(mesh, compute) if mesh is not None else compute)(dict(arrays))
+    return {name: int(value) for name, value in jax.device_get(values).items()}
+
+
+def _fingerprint(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool_:
+        bits: Any = array.astype(jnp.uint32)
+    else:
+        bits = lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(jnp.uint32)
+    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    where = sharding if sharding is not None and not sharding.mesh.empty else None
+    place = jnp.zeros_like(bits)
+    for axis in range(array.ndim):
+        along = lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=where)
+        place = place + along * jnp.uint32(_FACTORS[axis % len(_FACTORS)])
+    place = (place ^ (place >> 16)) * jnp.uint32(_FACTORS[1])
+    weight = (place ^ (place >> 13)) | jnp.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 def make_metadata(
