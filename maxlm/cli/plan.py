@@ -89,7 +89,7 @@ def command(
         figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
         out["compiled"] = {"fits": fits, "words": words, "figures": figures}
     if html:
-        from maxlm.plan.html import write_report
+        from maxlm.plan.show import write_report
 
         write_report(out, html)
     if as_json:

@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from maxlm.plan.network import PASSES, Phase, PlannedCollective
+from maxlm.plan.network import PlannedCollective
 from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
 from maxlm.plan.workload import FP32, Number
@@ -26,7 +26,22 @@ def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
         _list_pipeline_collectives(shape),
         _list_update_collectives(shape),
     )
-    return tuple(c for c in found if c.axes and np.any(np.greater(c.whole_bytes, 0)))
+    return tuple(c for c in found if c.axes and np.any(c.whole_bytes * c.count))
+
+
+def _in_passes(
+    what: str,
+    kind: str,
+    axes: tuple[str, ...],
+    size: Number,
+    forward: Number,
+    backward: Number,
+    *,
+    waits: bool = True,
+) -> Iterator[PlannedCollective]:
+    """One collective of ``size`` bytes, in so many runs of each pass."""
+    yield PlannedCollective(what, kind, axes, size, forward, "forward", waits)
+    yield PlannedCollective(what, kind, axes, size, backward, "backward", waits)
 
 
 def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -64,31 +79,27 @@ def _list_matmul_collectives(
     inputs = {a for k in kernels for x in k.axes[: k.inputs] for a in rules.mesh_axes(x)}
     outputs = {a for k in kernels for x in k.axes[k.inputs :] for a in rules.mesh_axes(x)}
 
-    def send(what: str, kind: str, axes: tuple[str, ...], runs: Number, phase: Phase):
-        return PlannedCollective(f"{group.name}: {what}", kind, axes, size, runs, phase, True)
+    def send(what: str, kind: str, axes: tuple[str, ...], ahead: Number, back: Number):
+        return _in_passes(f"{group.name}: {what}", kind, axes, size, ahead, back)
 
     beside = work.beside_attention(group)
     # The compiler gathers the same array once: what both branches read, or all layers.
     shared = beside and work.config.model.placement == "parallel_shared"
     if group.reads == "latent":
-        yield send("its gradient", "all-reduce", tuple(sorted(outputs)), backward, "backward")
+        yield from send("its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward)
     if group.reads == "memory":
-        yield send("input", "all-gather", sequence, shape.slots, "forward")
+        yield from send("input", "all-gather", sequence, shape.slots, 0)
     if group.reads == "residual" and not shared:
-        yield send("input", "all-gather", sequence, forward, "forward")
-        yield send("input", "all-gather", sequence, backward, "backward")
+        yield from send("input", "all-gather", sequence, forward, backward)
     if group.reads in ("residual", "memory"):
-        yield send("its gradient", "reduce-scatter", sequence, backward, "backward")
         rest = tuple(sorted(outputs.difference(sequence)))
-        yield send("its gradient", "all-reduce", rest, backward, "backward")
+        yield from send("its gradient", "reduce-scatter", sequence, 0, backward)
+        yield from send("its gradient", "all-reduce", rest, 0, backward)
     if group.writes == "residual":
-        yield send("output", "reduce-scatter", sequence, forward, "forward")
-        yield send("output", "reduce-scatter", sequence, again, "backward")
-        gathers = 0 if beside else backward
-        yield send("its gradient", "all-gather", sequence, gathers, "backward")
         rest = tuple(sorted(inputs.difference(sequence)))
-        yield send("output", "all-reduce", rest, forward, "forward")
-        yield send("output", "all-reduce", rest, again, "backward")
+        yield from send("output", "reduce-scatter", sequence, forward, again)
+        yield from send("its gradient", "all-gather", sequence, 0, 0 if beside else backward)
+        yield from send("output", "all-reduce", rest, forward, again)
 
 
 def _list_weight_collectives(
@@ -99,14 +110,12 @@ def _list_weight_collectives(
     Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
     and all of a 1F1B pipeline, are gathered from such shares too.
     """
-    split, name = shape.split, kernel.name
-    used = shape.used_bytes(kernel)
+    split, used = shape.split, shape.used_bytes(kernel)
     scattered, here = split.extra(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
-        one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
-        here = np.where(shape.pipelined & one_f_one_b, 1.0, 0.0)
-    for runs, phase in zip((forward, backward), PASSES, strict=True):
-        yield PlannedCollective(name, "all-gather", scattered, used, here * runs, phase, False)
+        here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
+    runs = here * forward, here * backward
+    yield from _in_passes(kernel.name, "all-gather", scattered, used, *runs, waits=False)
     yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
 
 
@@ -140,49 +149,43 @@ def _list_attention_collectives(
     # Each device takes those kv heads that its query heads read.
     read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.ways(rules.heads), 1))
 
-    def send(what: str, kind: str, size: Number, runs: Number, phase: Phase, over=axes):
-        return PlannedCollective(what, kind, over, size, runs, phase, True)
+    def send(what: str, kind: str, size: Number, ahead: Number, back: Number):
+        return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
 
-    both, gradients = "attention: keys and values", "attention: their gradients"
+    both, gradients = "keys and values", "their gradients"
     method = work.config.parallel.context
     if method == "all_gather":
         whole = either * read * ways
-        for runs, phase in zip((forward, backward), PASSES, strict=True):
-            yield send(both, "all-gather", whole * itemsize, 2 * runs, phase)
-        yield send(gradients, "reduce-scatter", whole * FP32, 2 * backward, "backward")
+        yield from send(both, "all-gather", whole * itemsize, 2 * forward, 2 * backward)
+        yield from send(gradients, "reduce-scatter", whole * FP32, 0, 2 * backward)
     elif method == "ring":
-        block, steps = either * read, _count_ring_steps(shape, attention, ways)
-        back = np.where(np.greater(steps, 0), steps + 1, 0)
-        for what, size, runs, phase in (
-            (both, block * itemsize, 2 * steps * forward, "forward"),
-            (both, block * itemsize, 2 * steps * (backward + again), "backward"),
-            (gradients, block * FP32, 2 * back * backward, "backward"),
-        ):
-            yield send(what, "collective-permute", size, runs, phase)
+        kind, block = "collective-permute", either * read
+        steps = 2 * _count_ring_steps(shape, attention, ways)
+        back = np.where(np.greater(steps, 0), steps + 2, 0)
+        yield from send(both, kind, block * itemsize, steps * forward, steps * (backward + again))
+        yield from send(gradients, kind, block * FP32, 0, back * backward)
     else:
         copies = ways / np.gcd(np.asarray(np.maximum(read, 1), int), np.asarray(ways, int))
         keys = either * read * copies
         queries, output = (tokens * n * query_heads * itemsize for n in (heads.head_dim, value))
         wire = np.where(np.greater(copies, 1), FP32, itemsize)
-        for what, size, runs, phase in (
-            ("queries", queries, forward, "forward"),
-            ("keys and values", keys * itemsize, 2 * forward, "forward"),
-            ("queries", queries, backward, "backward"),
-            ("keys and values", keys * itemsize, 2 * backward, "backward"),
-            ("output", output, forward + again, "forward"),
-            ("gradients", (queries + output) / 2, 2 * backward, "backward"),
-            ("gradients of keys and values", keys * wire, 2 * backward, "backward"),
+        for what, size, ahead, back in (
+            ("queries", queries, forward, backward),
+            (both, keys * itemsize, 2 * forward, 2 * backward),
+            ("output", output, forward + again, 0),
+            ("gradients", (queries + output) / 2, 0, 2 * backward),
+            ("gradients of keys and values", keys * wire, 0, 2 * backward),
         ):
-            yield send(f"attention: {what}", "all-to-all", size, runs, phase)
+            yield from send(what, "all-to-all", size, ahead, back)
     if heads.shared_dim:
         what, shared = "attention: shared keys' gradient", tokens * heads.shared_dim * itemsize
-        yield send(what, "all-reduce", shared, backward, "backward", rules.heads)
+        yield PlannedCollective(what, "all-reduce", rules.heads, shared, backward, "backward")
     if rules.heads and not kv_axes:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
         whole = either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
         what = "whole kv heads: gradients"
-        yield send(what, "all-reduce", whole, 2 * backward, "backward", rules.heads)
+        yield PlannedCollective(what, "all-reduce", rules.heads, whole, 2 * backward, "backward")
 
 
 def _count_ring_steps(shape: StepShape, attention: AttentionShape, ways: Number) -> Number:
@@ -206,8 +209,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     for kernel in (kernel for group in groups for kernel in group.kernels):
         yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
     axes, size = split.extra(split.storage, router), router.size * FP32
-    yield PlannedCollective("router", "all-gather", axes, size, forward, "forward", False)
-    yield PlannedCollective("router", "all-gather", axes, size, runs, "backward", False)
+    yield from _in_passes("router", "all-gather", axes, size, forward, runs, waits=False)
     axes, what = (*rules.batch, *rules.residual), "router: gradient"
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
     rows = shape.tokens * experts.experts_per_token
@@ -216,17 +218,13 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     routed = rows * width
     ragged = shape.ragged and experts.capacity_factor is None
     kind = "ragged-all-to-all" if ragged else "all-to-all"
-    exchanges: tuple[tuple[str, Number, Phase], ...] = (
-        ("rows there", forward, "forward"),
-        ("rows back", forward, "forward"),
-        ("rows there", again, "backward"),
-        ("rows back", wanted, "backward"),
-        ("gradients there", runs, "backward"),
-        ("gradients back", runs, "backward"),
-    )
-    for what, count, phase in exchanges:
-        what = f"experts: {what}"
-        yield PlannedCollective(what, kind, rules.expert, routed, count, phase, True)
+    for what, ahead, back in (
+        ("rows there", forward, again),
+        ("rows back", forward, wanted),
+        ("gradients there", 0, runs),
+        ("gradients back", 0, runs),
+    ):
+        yield from _in_passes(f"experts: {what}", kind, rules.expert, routed, ahead, back)
     sequence = split.sequence_parallel
     rest = tuple(axis for axis in rules.mlp if axis not in sequence)
     tokens = shape.tokens * width
@@ -242,8 +240,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         ("input", "all-gather", inputs, forward, runs),
         ("output's gradient", "all-gather", gradients, 0, runs),
     ):
-        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
-        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, back, "backward", True)
+        yield from _in_passes(f"experts: {what}", kind, axes, tokens, ahead, back)
 
 
 def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -276,7 +273,7 @@ def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         ("loss: their gradient", "reduce-scatter", shared),
         ("loss: their gradient", "all-reduce", others),
     ):
-        yield PlannedCollective(what, kind, axes, hidden, runs, "backward", True)
+        yield PlannedCollective(what, kind, axes, hidden, runs, "backward")
 
 
 def _list_lookup_collectives(
@@ -297,22 +294,21 @@ def _list_lookup_collectives(
     rows = shape.end_tokens * rate * work.config.model.d_model * work.dtype_bytes
     what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
     some = rows / split.ways(sequence)
-    yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward", True)
-    yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward", True)
+    yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward")
+    yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward")
     summed = tuple(axis for axis in vocab if axis not in sequence)
-    yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward", True)
+    yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward")
     held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
     rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
     yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
     if first:  # once for all tables: rows of each are added up, and have the same gradient
-        yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward", True)
-        yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward", True)
+        yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward")
+        yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward")
 
 
 def _stages(shape: StepShape) -> tuple[str, ...]:
     """Mesh axes of a pipeline over which tokens lie spread before its layers and after."""
-    one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
-    return () if one_f_one_b else shape.split.compute.layers
+    return () if shape.one_f_one_b else shape.split.compute.layers
 
 
 def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -320,14 +316,12 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     carries inputs and results as well."""
     work, split, axes = shape.work, shape.split, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    one_f_one_b = work.config.parallel.schedule == "1f1b"
-    runs = (1 if one_f_one_b else 3) * shape.ticks
-    for what, phase in zip(("to the next stage", "to the one before"), PASSES, strict=True):
-        what = f"pipeline: {what}"
-        yield PlannedCollective(what, "collective-permute", axes, one, runs, phase, True)
-    if one_f_one_b:
+    runs, kind = (1 if shape.one_f_one_b else 3) * shape.ticks, "collective-permute"
+    yield PlannedCollective("pipeline: to the next stage", kind, axes, one, runs, "forward")
+    yield PlannedCollective("pipeline: to the one before", kind, axes, one, runs, "backward")
+    if shape.one_f_one_b:
         ends = split.held_bytes(split.gradients, work.outer_specs.values())
-        yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once", True)
+        yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once")
 
 
 def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -343,4 +337,4 @@ def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
         whole = split.held_bytes(split.storage, [spec])
         what = f"{name.partition('.kernel')[0]}: update"
-        yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once", True)
+        yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once")

@@ -9,26 +9,14 @@ from rich.text import Text
 from maxlm.plan.show import format_bytes, format_seconds, make_table
 
 _FACTS = (
-    "devices",
-    "parameters",
-    "active_parameters",
-    "tokens_per_step",
-    "tokens_total",
-    "remat",
-    "micro_batches",
-    "fits",
+    *("devices", "parameters", "active_parameters", "tokens_per_step", "tokens_total"),
+    *("remat", "micro_batches", "fits"),
 )
 
 
 def compare_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares two plans: facts, memory, time, communication, and the layout of parameters.
-
-    Args:
-        first, second: plans as ``RunPlan.to_json`` gives them.
-
-    Returns:
-        Each part's entries as [first, second]; None where one has none.
-    """
+    """Compares two plans as ``RunPlan.to_json`` gives them: the differing facts, memory, time,
+    communication and layouts of parameters as [first, second]; None where one has none."""
     one, other = _list_parts(first), _list_parts(second)
     return {
         part: {
@@ -67,21 +55,13 @@ def _layout(row: Mapping[str, Any]) -> str:
 
 def render_diff_tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
     """Renders a comparison for a terminal."""
-    columns = ("what", *names, "")
-    tables = [
-        make_table(
-            part,
-            columns,
-            [
-                (k, _word(part, k, a), _word(part, k, b), _change(a, b))
-                for k, (a, b) in pairs.items()
-            ],
-            right=columns[1:],
-            wrap=columns,
-        )
-        for part, pairs in found.items()
-        if pairs
-    ]
+    columns, tables = ("what", *names, ""), []
+    for part, pairs in found.items():
+        rows = [
+            (k, _word(part, k, a), _word(part, k, b), _change(a, b)) for k, (a, b) in pairs.items()
+        ]
+        if rows:
+            tables.append(make_table(part, columns, rows, right=columns[1:], wrap=columns))
     return Group(*tables) if tables else Group(Text("no difference"))
 
 

@@ -25,20 +25,16 @@ def require_run_fits(
 def _require_batch(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
-    data = config.data
+    data, compute = config.data, config.sharding.compute
     lengths = config.task.name_row_lengths(data.seq_len)
-    compute = config.sharding.compute
     return require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
 
 
 def place_run(
     config: RunConfig, sizes: Mapping[str, int], dtype: Any, *, for_training: bool = True
 ) -> PlacedModel:
-    """Lay a run's model out on a mesh; see ``place_model``.
-
-    Args:
-        for_training: the batch must divide over the mesh; otherwise the model is to generate.
-    """
+    """Lays a run's model out on a mesh (``place_model``): to generate, or ``for_training``, where
+    the batch must divide over the mesh."""
     shape = None
     if for_training:
         micro, samples = config.train.micro_batches, config.samples
@@ -55,11 +51,7 @@ def place_frozen_models(
     sizes: Mapping[str, int],
     dtype: Any,
 ) -> dict[str, PlacedModel]:
-    """Lay out the models that a run's task only reads, by name.
-
-    Raises:
-        MaxlmError: a run that is not there; as :func:`place_run`; a 1f1b pipeline.
-    """
+    """Lays out the models that a run's task only reads, by name."""
     if sources and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
         raise MaxlmError(
             f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run",

@@ -48,12 +48,8 @@ class Goodput:
 def estimate_goodput(
     reliability: Reliability, devices: int, state_bytes: float, step_seconds: float, every: int
 ) -> Goodput:
-    """Estimates the share of a run's time that is progress.
-
-    Args:
-        state_bytes: of a checkpoint, a device's share of it.
-        every: steps between the run's checkpoints; 0: there are none.
-    """
+    """Estimates the share of a run's time that is progress, with a checkpoint of ``state_bytes`` a
+    device after ``every`` steps; 0: none."""
     mean, restart = reliability.device_mtbf_hours * 3600 / devices, reliability.restart_seconds
     write = reliability.checkpoint_seconds
     write = state_bytes / STORAGE_RATE if write is None else write
@@ -70,8 +66,7 @@ def estimate_goodput(
 
 
 def best_interval_seconds(mean: float, write: float) -> float:
-    """Daly's optimum interval, seconds, between failures ``mean`` apart and for checkpoints of
-    ``write`` seconds."""
+    """Daly's optimum interval in seconds, as are the mean between failures and the write."""
     if write >= 2 * mean:
         return mean
     x = write / (2 * mean)

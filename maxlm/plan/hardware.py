@@ -159,8 +159,8 @@ def measure_cpu(devices: int) -> Chip:
 
 
 def measure_fastest_seconds(runs: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Measures the quickest time of each, in seconds, in turns and for longer than others' busy
-    moments last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
+    """Measures the quickest time of each in seconds, in turns: a busy moment of another program
+    (0.3 s were seen) would halve one figure and leave the rest."""
     for run in runs:  # compile
         run()
     best, end = [inf] * len(runs), time.perf_counter() + seconds

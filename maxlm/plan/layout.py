@@ -4,6 +4,7 @@ needed."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -66,19 +67,11 @@ class RunLayout:
 def lay_out_run(
     config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
 ) -> RunLayout:
-    """Place every array of a run on a mesh of given sizes.
-
-    Args:
-        links: what each mesh axis runs over, where devices are at hand.
-
-    Raises:
-        MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
-            divide, too much unsharded.
-    """
+    """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""
     placed = place_run(config, sizes, jnp.float32)
     work, split = RunWorkload.of(config, jnp.float32), MeshSplit(config, sizes)
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
-    rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
+    rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     gradients = split.held_bytes(split.gradients, work.select_trained(work.specs))
     flops = count_training_flops(work)
@@ -121,7 +114,7 @@ def _list_notes(
     config: RunConfig,
     placed: PlacedModel,
     sizes: Mapping[str, int],
-    links: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None,
 ) -> Iterator[str]:
     """Lists notes on how a run is parallel, one line each."""
     rules, parallel, attention = placed.compute, config.parallel, config.model.attention
@@ -134,16 +127,14 @@ def _list_notes(
         named = (f"{ways((a,))} ({links[a]})" if links else ways((a,)) for a in used)
         yield f"devices, from the slowest links to the fastest: {' → '.join(named)}"
     # Parameters, gradients and optimizer state are split that the maths wants whole.
-    at_rest = {
-        "parameters": placed.storage,
-        "gradients": placed.gradients,
-        "optimizer state": placed.optimizer,
-    }
-    split = {
-        name: tuple(axis for axis in rest.embed if axis not in rules.embed)
-        for name, rest in at_rest.items()
-    }
-    kept = [f"{name} over {ways(axes)}" for name, axes in split.items() if axes]
+    kept = []
+    for name, rest in (
+        ("parameters", placed.storage),
+        ("gradients", placed.gradients),
+        ("optimizer state", placed.optimizer),
+    ):
+        if axes := tuple(axis for axis in rest.embed if axis not in rules.embed):
+            kept.append(f"{name} over {ways(axes)}")
     if kept:
         replicas = f", {sizes['data']} replicas over data" if sizes["data"] > 1 else ""
         yield f"ZeRO-{len(kept)}: {', '.join(kept)}{replicas}"
@@ -177,14 +168,12 @@ def _list_notes(
         yield "what Muon's orthogonalisation gathers over devices is not among the bytes sent"
 
 
-@dataclass(frozen=True)
-class TrainingFlops:
-    """Training FLOPs a token (forward and backward), under both conventions for attention."""
+class TrainingFlops(NamedTuple):
+    """Training FLOPs a token (forward and backward), causal attention counted in full as if nothing
+    were masked (Chowdhery et al. 2022, appendix B), and at half, as a kernel computes it."""
 
     full: float
-    """Causal attention counted as if nothing were masked (Chowdhery et al. 2022, appendix B)."""
     causal: float
-    """Causal attention counted at half, as a kernel computes it."""
 
 
 def count_active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:

@@ -61,7 +61,6 @@ class DeviceMemory:
         return list(self.working_sets)[int(self.peak)]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns one plan as plain data."""
         return {
             **{part: float(getattr(self, part)) for part in (*PARTS, "total")},
             "peak_at": self.phase,
@@ -105,11 +104,8 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     added = np.greater(shape.micro, 1) | shape.pipelined
     held = split.held_bytes(split.gradients, work.select_trained(work.specs))
     sums = np.where(added, held, 0.0)
-    kept = list(
-        accumulate(
-            _saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks
-        )
-    )
+    saved = (_saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks)
+    kept = list(accumulate(saved))
     own = [_gradients(shape, stack) for stack in stacks]
     phases = {}
     for i, stack in enumerate(stacks):
@@ -117,9 +113,8 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
         gradients = own[i] + through + sums
         turn = _turn_parameters(shape, stack)
         for phase, parts in list_layer_working_sets(shape, stack).items():
-            parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
-            phases[name] = (gradients, kept[i], parts)
+            phases[name] = (gradients, kept[i], parts | turn)
     outer = split.held_bytes(split.gradients, work.select_trained(work.outer_specs))
     phases["the loss"] = (sums, kept[-1], list_loss_working_set(shape))
     phases["the update"] = (sum(own) + sums + outer, 0.0, list_update_working_set(shape))
@@ -131,15 +126,14 @@ def resting_bytes(shape: StepShape) -> dict[str, Number]:
     work, split, config = shape.work, shape.split, shape.work.config
     parameters = split.held_bytes(split.storage, work.specs.values())
     arrays = config.task.batch_arrays(config.data.seq_len).values()
+    tokens = (*split.compute.batch, *split.compute.seq)
     row = sum(np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in arrays)
     return {
         "parameters": parameters,
         "optimizer": split.held_bytes(split.optimizer, work.optimizer),
         "average": parameters if config.train.ema_decay is not None else 0.0,
         "frozen": split.held_bytes(split.storage, work.frozen),
-        "batch": config.data.batch_size
-        * row
-        / split.ways((*split.compute.batch, *split.compute.seq)),
+        "batch": config.data.batch_size * row / split.ways(tokens),
     }
 
 
@@ -167,10 +161,7 @@ def _scan_inputs(shape: StepShape, stack: Stack) -> Number:
     work, stages, micro = shape.work, shape.stages, shape.micro
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
     layers = shape.per_stage(stack.depth) / shape.groups * stack.rate
-    if work.config.parallel.schedule == "1f1b":
-        inputs = 2 * stages - 1
-    else:
-        inputs = shape.ticks + 3 * micro / stages
+    inputs = 2 * stages - 1 if shape.one_f_one_b else shape.ticks + 3 * micro / stages
     memory = work.rows.encoder_rate if stack.cross_attention else 0.0
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 

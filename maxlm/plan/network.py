@@ -55,7 +55,7 @@ class PlannedCollective:
     count: Number
     """Runs a step."""
     phase: Phase
-    waits: bool
+    waits: bool = True
     """Whether the computation next in line needs it at once: activations do; weights can be
     gathered, and their gradients scattered, beside other layers' work."""
 
@@ -74,9 +74,9 @@ class Network:
     def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see :func:`sent_bytes` for
         ``whole``."""
-        if self.topology.platform == "tpu":
-            return self._on_torus(kind, axes, whole, split)
-        return self._on_hosts(kind, axes, whole, split)
+        ways, inner = split.ways(axes), self._inner(axes, split)
+        run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
+        return run(kind, whole, ways, inner)
 
     def link(self, axes: tuple[str, ...], split: MeshSplit) -> str:
         """Describes the links that mesh axes of one mesh run over."""
@@ -89,10 +89,8 @@ class Network:
 
     def _inner(self, axes: tuple[str, ...], split: MeshSplit) -> Number:
         """Devices of a group within one slice, or within one host."""
-        if self.topology.platform == "tpu":
+        if self.topology.platform != "gpu":
             return split.ways(axes) / self._across(axes, split)
-        if self.topology.platform == "cpu":
-            return split.ways(axes)
         inner, stride = 1.0, 1.0
         domain = min(self.chip.domain, self.topology.shape[-1])
         for axis in reversed(MESH_AXES):
@@ -108,16 +106,11 @@ class Network:
             return 1.0
         first, second = BETWEEN_SLICES
         by_first = np.equal(np.mod(split.sizes[first], slices), 0)
-        return np.where(
-            by_first, slices if first in axes else 1.0, slices if second in axes else 1.0
-        )
+        crossed = np.where(by_first, first in axes, second in axes)
+        return np.where(crossed, slices, 1.0)
 
-    def _on_torus(
-        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit
-    ) -> Number:
-        shape, chip = self.topology.shape, self.chip
-        across = self._across(axes, split)
-        inner = split.ways(axes) / across
+    def _on_torus(self, kind: str, whole: Number, ways: Number, inner: Number) -> Number:
+        shape, chip, across = self.topology.shape, self.chip, ways / inner
         share = np.log(np.maximum(inner, 1)) / log(max(self.topology.slice_devices, 2))
         closed = float(np.mean([1.0 if wraps else 0.5 for wraps in self.topology.wraps]))
         dimensions = sum(n > 1 for n in shape) or 1
@@ -136,12 +129,8 @@ class Network:
         far = sent_bytes(kind, across, whole / inner) / chip.network
         return near + far + hops * chip.latency
 
-    def _on_hosts(
-        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit
-    ) -> Number:
-        chip, ways = self.chip, split.ways(axes)
-        inner = self._inner(axes, split)
-        leaves = np.greater(ways, inner)
+    def _on_hosts(self, kind: str, whole: Number, ways: Number, inner: Number) -> Number:
+        chip, leaves = self.chip, np.greater(ways, inner)
         latency = np.where(np.greater(ways, 1), chip.latency, 0.0)
         if kind == "collective-permute":
             rate = np.where(leaves, chip.network, chip.link)
@@ -156,11 +145,7 @@ class Network:
 def describe_torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
     """For each mesh axis of more than one device, the dimensions of a TPU's torus that neighbours
     along it differ in, as ``x·y``; "" for one that only crosses slices. The layout is that of a
-    run, for devices that are coordinates alone.
-
-    Raises:
-        MaxlmError: a mesh that the layout cannot place.
-    """
+    run, for devices that are coordinates alone."""
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     places = product(*map(range, (topology.slices, *reversed(sides), topology.devices_per_chip)))
     devices = [

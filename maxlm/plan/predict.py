@@ -39,11 +39,7 @@ class Machine:
 
     @classmethod
     def from_name(cls, name: str) -> "Machine":
-        """Return the machine of a name that docs/plan.md explains; a CPU is measured.
-
-        Raises:
-            MaxlmError: no such machine.
-        """
+        """Returns the machine of a name that docs/plan.md explains; a CPU is measured."""
         topology = parse_topology(name)
         is_cpu = topology.platform == "cpu"
         chip = measure_cpu(topology.devices) if is_cpu else CHIPS[topology.kind]
@@ -80,11 +76,7 @@ class Machine:
         return Network(self.topology, self.chip)
 
     def mesh(self, config: RunConfig) -> dict[str, int]:
-        """The config's mesh on this machine.
-
-        Raises:
-            MaxlmError: a mesh of another size, or one that slices or hosts cannot be laid along.
-        """
+        """The config's mesh on this machine; refused where slices or hosts cannot be laid along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
         if self.topology.platform == "tpu":
             split_over_slices(sizes, self.topology.slices)
@@ -93,26 +85,17 @@ class Machine:
         return sizes
 
 
-@dataclass(frozen=True)
-class CollectiveCost:
+@dataclass(frozen=True, kw_only=True)
+class CollectiveCost(PlannedCollective):
     """The cost of a collective of one plan."""
 
-    what: str
-    kind: str
-    axes: tuple[str, ...]
     devices: int
     """In a group."""
     link: str | None
-    count: int
-    """Runs a step."""
-    whole_bytes: float
     sent_bytes: float
     """By each device, a step."""
     seconds: float | None
     """A step."""
-    phase: str
-    waits: bool
-    """Whether computation waits for it; otherwise it can run beside other layers' work."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +121,6 @@ class RunPlan:
 
     @property
     def fits(self) -> bool | None:
-        """None: there is no machine to fit on."""
         return None if self.limit is None else float(self.memory.total) <= self.limit
 
     @property
@@ -224,15 +206,12 @@ def plan_run(
     links: Mapping[str, str] | None = None,
     reliability: Reliability = Reliability(),
 ) -> RunPlan:
-    """Plans a run.
+    """Plans a run; refuses whatever does not fit together, but not too little memory.
 
     Args:
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
-        links: see :func:`~maxlm.plan.layout.lay_out_run`; default: the machine's.
-
-    Raises:
-        MaxlmError: whatever does not fit together; not: too little memory.
+        links: what each mesh axis runs over; default: the machine's.
     """
     platform = machine.topology.platform if machine else "tpu"
     dtype = compute_dtype(config.compute_dtype, platform)
@@ -240,7 +219,7 @@ def plan_run(
         assert machine is not None
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
-    network = machine.network if machine else None
+    network = machine and machine.network
     if links is None and network:
         links = _links(network, MeshSplit(config, sizes))
     layout = lay_out_run(config, sizes, links)
@@ -249,9 +228,9 @@ def plan_run(
     held, sends, time = estimate_costs(shape, machine)
     good = None
     if time:
-        state = float(held.parameters) + float(held.optimizer) + float(held.average)
-        every = config.checkpoint.every_steps
-        good = estimate_goodput(reliability, layout.devices, state, float(time.total), every)
+        state = float(held.parameters + held.optimizer + held.average)
+        own = state, float(time.total), config.checkpoint.every_steps
+        good = estimate_goodput(reliability, layout.devices, *own)
     costs = (_cost(c, shape.split, network) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
     return RunPlan(layout, machine, shape, held, sent, time, good)
@@ -275,8 +254,7 @@ def make_step_shape(
 def estimate_costs(
     shape: StepShape, machine: Machine | None
 ) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
-    """Returns memory, collectives and time of a run, or of each of many; without a machine there
-    is no time."""
+    """Returns memory, collectives and, on a machine, the time of a run, or of each of many."""
     held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
@@ -284,9 +262,8 @@ def estimate_costs(
     # TPUs.
     wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
     dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak)
-    allocated = held.allocated
-    time = estimate_time(shape, machine.network, sends, dtype=dtype, allocated=allocated)
-    return held, sends, time
+    own = shape, machine.network, sends
+    return held, sends, estimate_time(*own, dtype=dtype, allocated=held.allocated)
 
 
 def _links(network: Network, split: MeshSplit) -> dict[str, str]:
@@ -305,13 +282,9 @@ def _cost(c: PlannedCollective, split: MeshSplit, network: Network | None) -> Co
         one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
         seconds = float(c.count * one / EFFICIENCY[network.chip.family].network)
     return CollectiveCost(
-        *(c.what, c.kind, axes),
+        *(c.what, c.kind, axes, float(c.whole_bytes), round(float(c.count)), c.phase, c.waits),
         devices=round(float(split.ways(axes))),
         link=network.link(axes, split) if network else None,
-        count=round(float(c.count)),
-        whole_bytes=float(c.whole_bytes),
         sent_bytes=float(c.sent(split)),
         seconds=seconds,
-        phase=c.phase,
-        waits=c.waits,
     )

@@ -58,13 +58,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search."""
+    """The quickest candidates, quickest first: all fit and pass all of a run's own checks."""
 
     best: tuple[Candidate, ...]
-    """Quickest first; every one fits and passes all of a run's own checks."""
     tried: int
     possible: int
-    """Of those, that divide as they must."""
+    """Candidates that divide as they must."""
     fitting: int
     least: float
     """Bytes at the peak of whichever needs least; infinite where none is possible."""
@@ -169,10 +168,9 @@ def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
     if parts == 1:
         yield (n,)
         return
-    for first in range(1, n + 1):
-        if n % first == 0:
-            for rest in _list_factorisations(n // first, parts - 1):
-                yield (first, *rest)
+    for first in (d for d in range(1, n + 1) if n % d == 0):
+        for rest in _list_factorisations(n // first, parts - 1):
+            yield (first, *rest)
 
 
 def _find_divisible(
@@ -194,11 +192,8 @@ def _find_divisible(
 
 
 def format_run_yaml(run: RunConfig, source: str) -> str:
-    """Formats a run as YAML for ``maxlm train``: a source, and the settings that differ from it.
-
-    Args:
-        source: a config file or the name of a shipped config.
-    """
+    """Formats a run as YAML for ``maxlm train``: a source (a config file or the name of a shipped
+    config), and the settings that differ from it."""
     wanted = run.model_dump(mode="json")
     try:
         known = load_config(RunConfig, source).value.model_dump(mode="json")
@@ -210,12 +205,8 @@ def format_run_yaml(run: RunConfig, source: str) -> str:
 
 def _differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of ``high`` that differs from ``low``."""
-    found = {}
-    for key, value in high.items():
-        known = low.get(key)
-        if isinstance(known, dict) and isinstance(value, dict):
-            if inner := _differing(known, value):
-                found[key] = inner
-        elif key not in low or known != value:
-            found[key] = value
+    found = {key: v for key, v in high.items() if key not in low or low[key] != v}
+    for key, value in found.items():
+        if isinstance(value, dict) and isinstance(low.get(key), dict):
+            found[key] = _differing(low[key], value)
     return found

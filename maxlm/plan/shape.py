@@ -66,8 +66,22 @@ class StepShape:
         return parallel.layer_groups if parallel.schedule == "circular" else 1
 
     @property
+    def one_f_one_b(self) -> bool:
+        return self.work.config.parallel.schedule == "1f1b"
+
+    @property
     def pipelined(self) -> Number:
         return np.greater(self.stages, 1)
+
+    @property
+    def reruns(self) -> Number:
+        """How often the backward pass runs layers as the forward pass did ..."""
+        return np.where(self.pipelined, 1, 0) + (self.remat != "none")
+
+    @property
+    def score_reruns(self) -> Number:
+        """... and makes attention's scores so."""
+        return np.where(self.pipelined, 1, 0) + self.work.attention_recomputed(self.remat)
 
     @property
     def slots(self) -> Number:
@@ -80,7 +94,7 @@ class StepShape:
     def spread(self) -> Number:
         """Whether micro-batches lie spread over a pipeline's stages before layers and after, and
         embedding and loss see all of a device's at once (GPipe, circular)."""
-        return self.pipelined & (self.work.config.parallel.schedule != "1f1b")
+        return self.pipelined & (not self.one_f_one_b)
 
     @property
     def end_tokens(self) -> Number:

@@ -1,7 +1,12 @@
-"""A plan as tables for a terminal."""
+"""A plan as tables for a terminal, and as a page for a browser."""
 
+import json
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -12,6 +17,7 @@ from maxlm.models.architectures.config import strip_stack
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import SearchResult
+from maxlm.runtime.files import replace_file
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
 OPTIMAL = 20
@@ -52,11 +58,7 @@ def _three_digits(value: float) -> str:
 
 
 def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
-    """Renders a plan: facts, parameters, memory, communication and time.
-
-    Args:
-        price: of an accelerator's hour, in whatever currency.
-    """
+    """Renders a plan, with the ``price`` of an accelerator's hour in whatever currency."""
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
         parts += [
@@ -94,7 +96,6 @@ def render_layout_facts(layout: RunLayout) -> Text:
 
 
 def format_prediction(plan: RunPlan) -> str:
-    """Formats a prediction in a line."""
     memory = f"{format_bytes(float(plan.memory.total))} a device"
     if plan.step_seconds is None:
         return f"planned: {memory}"
@@ -137,13 +138,10 @@ def make_table(
 def _parameters(layout: RunLayout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
     where, *sizes = "layout: logical axis = size → mesh axes", "bytes", "a device", "copies"
-    rows = (
-        (
-            *(row.path, _dimensions(row), format_bytes(row.bytes_total)),
-            *(format_bytes(row.bytes_per_device), str(row.replicas)),
-        )
-        for row in layout.rows
-    )
+    rows = []
+    for row in layout.rows:
+        held = format_bytes(row.bytes_total), format_bytes(row.bytes_per_device)
+        rows.append((row.path, _dimensions(row), *held, str(row.replicas)))
     columns = ("parameter", where, *sizes)
     return make_table(f"Parameters ({dtypes})", columns, rows, right=sizes, wrap=(where,))
 
@@ -236,16 +234,13 @@ def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
         if price is not None:
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
         lines.append(words)
-    every = max(1, round(good.best_interval_seconds / step))
+    every, best = max(1, round(good.best_interval_seconds / step)), good.best_interval_seconds
+    own = "none are configured"
+    if plan.checkpoint_every:
+        own = f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
     lines.append(
         f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "
-        f"({format_seconds(good.best_interval_seconds)}), "
-        + (
-            f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
-            if plan.checkpoint_every
-            else "none are configured"
-        )
-        + f"; a failure every {format_seconds(3600 * good.mtbf_hours)}"
+        f"({format_seconds(best)}), {own}; a failure every {format_seconds(3600 * good.mtbf_hours)}"
     )
     return "\n".join(lines)
 
@@ -263,11 +258,8 @@ def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str)
 def render_candidates_table(
     found: SearchResult, limit: float, verified: Mapping[int, float] = {}
 ) -> Group:
-    """Renders a search's best layouts.
-
-    Args:
-        verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
-    """
+    """Renders a search's best layouts, with the compiler's peak in bytes of those ``verified``, by
+    their place; infinite: no room."""
     rows = []
     for place, own in enumerate(found.best):
         mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
@@ -281,3 +273,20 @@ def render_candidates_table(
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
     wrap = ("mesh", "residual")
     return make_table("The quickest that fit", columns, rows, right=right, wrap=wrap)
+
+
+def render_report(plan: Mapping[str, Any]) -> str:
+    """Renders what ``RunPlan.to_json`` returns as one HTML page that needs no network:
+    ``report.html`` with the plan's JSON in it."""
+    # No "<" at all: "</script" would end the element, and "<!--<script" would keep it open.
+    data = json.dumps(plan, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    parts = {"{{title}}": escape(str(plan["name"])), "{{plan}}": data}
+    template = files("maxlm.plan").joinpath("report.html").read_text("utf-8")
+    # In one pass: a name may itself read "{{plan}}".
+    return re.sub(r"\{\{(?:title|plan)\}\}", lambda found: parts[found.group()], template)
+
+
+def write_report(plan: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the page atomically."""
+    with replace_file(Path(path).absolute()) as new:
+        new.write_text(render_report(plan), "utf-8")

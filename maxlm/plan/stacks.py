@@ -40,7 +40,7 @@ class Kernel:
 
 
 def make_kernel(name: str, spec: ParamSpec, needed_raw: bool = False) -> Kernel:
-    """A layer's own part of a stack of matrices."""
+    """Makes a layer's own part of a stack of matrices."""
     shape, axes = spec.shape[spec.lead :], spec.axes[spec.lead :]
     own = strip_stack(name).removesuffix(".kernel")
     return Kernel(own, shape, axes, len(spec.contract), needed_raw)
@@ -95,17 +95,15 @@ class MatmulGroup:
 
 
 class AttentionShape(NamedTuple):
-    """Attention whose scores are of the same pairs of tokens."""
+    """Attention whose scores are of the same pairs of tokens in a row."""
 
     query_len: int
-    """Tokens of a row that look, ..."""
     key_len: int
-    """... and tokens that they look at."""
     causal: bool
     window: int | None
     heads: HeadCosts
     rate: float
-    """Tokens that look for each of the batch."""
+    """Queries for each token of the batch."""
     biased: bool = False
     """Whether scores gain learnt biases by distance."""
 
@@ -143,11 +141,8 @@ class Stack:
 
 
 def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
-    """Lists all stacks, in the order in which they are run.
-
-    Args:
-        encoder_len: tokens in a row of an encoder's, beside ``seq_len`` of its decoder's.
-    """
+    """Lists all stacks, in the order in which they are run, of rows of ``encoder_len`` tokens in an
+    encoder beside ``seq_len`` in its decoder."""
     tree, encoder_rate = param_specs(model), encoder_len / seq_len
     all_specs, base_specs = flatten_names(tree), flatten_names(select_base(tree))
     biased = model.config.positions.kind == "relative"
@@ -195,11 +190,7 @@ def _list_matmuls(
     rate: float,
     encoder_rate: float,
 ) -> tuple[MatmulGroup, ...]:
-    """Joins the groups of matrices of one stack with their declarations.
-
-    Raises:
-        ValueError: costs that leave a matrix out.
-    """
+    """Joins the groups of matrices of one stack with their declarations."""
     groups, missing = [], {name for name, spec in specs.items() if spec.role == "matrix"}
     for branch in branches:
         for group in branch.costs.matrices:

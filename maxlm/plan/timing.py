@@ -44,16 +44,16 @@ _KEPT_BLOCK = 32 * 2**20
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The shares of a chip's figures that programs reach."""
+    """The shares that programs reach ..."""
 
     matmul: float
-    """Share of the peak that large matrix products reach."""
+    """... of the peak in large matrix products, ..."""
     hidden: float
-    """Share of communication that runs beside computation."""
+    """... of communication beside computation, ..."""
     network: float
-    """Share of the links' rates that collectives reach."""
+    """... of the links' rates in collectives, ..."""
     memory: float = 0.8
-    """Share of the memory's bandwidth that element-wise maps reach."""
+    """... and of the memory's bandwidth in element-wise maps."""
 
 
 EFFICIENCY = {
@@ -143,14 +143,9 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
-        attention_backward=gradients + _attention_again(shape) * once,
+        attention_backward=gradients + shape.score_reruns * once,
         loss=2 * shape.losses * loss,
     )
-
-
-def _attention_again(shape: StepShape) -> Number:
-    """How often the backward pass makes attention's scores as the forward pass did."""
-    return np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
 
 
 def count_scores(shape: StepShape, *, fused: bool) -> Number:
@@ -204,9 +199,7 @@ def update_flops(shape: StepShape) -> Number:
     total = 0.0
     for spec in work.select_trained(work.specs):
         if spec.role == "matrix":
-            inputs, outputs = get_matrix_dims(spec)
-            fans = sorted(prod(spec.shape[d] for d in dims) for dims in (inputs, outputs))
-            m, n = fans
+            m, n = sorted(prod(spec.shape[d] for d in dims) for dims in get_matrix_dims(spec))
             one = 4.0 * m * m * n + 2.0 * m**3
             shards = shape.split.shards(shape.split.optimizer, spec.axes)
             total = total + config.ns_steps * one * spec.size / (m * n) / shards
@@ -218,19 +211,14 @@ def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
-    forward = shape.per_stage(
-        sum(stack.depth * _count_elementwise(shape, stack) for stack in work.stacks)
-    )
-    forward *= itemsize
-    again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
+    elements = sum(stack.depth * _count_elementwise(shape, stack) for stack in work.stacks)
+    forward = shape.per_stage(elements) * itemsize
     chunk = model.vocab_size / split.ways(rules.vocab)
     loss = 4 * shape.losses * shape.end_tokens * chunk * FP32
     state = resting_bytes(shape)
-    # Parameters, their average and moments are read and written, and so are gradients, by what
-    # adds them up.
-    update = 2 * (state["parameters"] + state["average"] + state["optimizer"])
-    update += 2 * state["parameters"]
-    return forward, forward * (2 + again), loss, update
+    # Parameters, their average and moments are read and written, and so are gradients.
+    update = 2 * (2 * state["parameters"] + state["average"] + state["optimizer"])
+    return forward, forward * (2 + shape.reruns), loss, update
 
 
 def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
@@ -259,7 +247,7 @@ def score_traffic(shape: StepShape) -> tuple[Number, Number]:
     """The same of attention's scores, forward and backward, where they go through memory."""
     one = count_scores(shape, fused=False) * FP32
     forward = one * _SCORE_PASSES["forward"]
-    return forward, one * _SCORE_PASSES["backward"] + _attention_again(shape) * forward
+    return forward, one * _SCORE_PASSES["backward"] + shape.score_reruns * forward
 
 
 def estimate_time(
@@ -271,12 +259,11 @@ def estimate_time(
     dtype: str = "bf16",
     allocated: Number = 0.0,
 ) -> StepTime:
-    """A step's time.
+    """A step's time, with ``dtype`` in matrix products.
 
     Args:
         sends: :func:`maxlm.plan.communication.list_collectives` of ``shape``.
         efficiency: default: of the chip's family.
-        dtype: of matrix products.
         allocated: bytes that a step takes and gives back.
     """
     chip, slots, micro = network.chip, shape.slots, shape.micro
@@ -287,11 +274,10 @@ def estimate_time(
     attention_rate = chip.peak["bf16" if dtype == "fp8" else dtype] * own.matmul
     kept = count_scores(shape, fused=True) if shape.fused_attention else 0.0
     softmax, softmax_back = (kept * ops / chip.vector for ops in _SCORE_OPS.values())
-    softmax_back += _attention_again(shape) * softmax
+    softmax_back += shape.score_reruns * softmax
     ahead, back, loss_bytes, update = estimate_traffic(shape)
     scores, scores_back = score_traffic(shape)
     other = count_other_flops(shape) / chip.vector
-    again = 2 + np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     # Of matrix products, attention and the rest.
     passes = {
         "forward": (
@@ -302,25 +288,19 @@ def estimate_time(
         "backward": (
             flops.backward / rate,
             flops.attention_backward / attention_rate + softmax_back + scores_back / bandwidth,
-            back / bandwidth + again * other,
+            back / bandwidth + (2 + shape.reruns) * other,
         ),
     }
     loss = flops.loss / rate + loss_bytes / bandwidth, 2 * flops.loss / rate
 
-    def send(phase: Phase) -> Number:
-        taken = (
-            c.count * (network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network)
-            for c in sends
-            if c.phase == phase
-        )
-        return sum(taken, start=0.0)
-
-    exposed = communication = 0.0
+    sent: dict[Phase, Number] = dict.fromkeys((*PASSES, "once"), 0.0)
+    for c in sends:
+        one = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network
+        sent[c.phase] = sent[c.phase] + c.count * one
+    exposed, once = 0.0, sent["once"]
     for phase, end in zip(PASSES, loss, strict=True):
-        sent, busy = send(phase), slots * sum(passes[phase]) + end
-        exposed += sent - np.minimum(sent * own.hidden, busy)
-        communication += sent
-    once = send("once")
+        busy = slots * sum(passes[phase]) + end
+        exposed += sent[phase] - np.minimum(sent[phase] * own.hidden, busy)
     share = (slots - micro) / slots
     parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
@@ -332,6 +312,6 @@ def estimate_time(
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,
         exposed=exposed * (1 - share) + once,
         idle=idle,
-        communication=communication + once,
+        communication=sum(sent.values()),
         forward=micro * sum(passes["forward"]) + loss[0],
     )

@@ -114,8 +114,8 @@ class Topology:
     @property
     def compiler_name(self) -> str:
         """As ``jax.experimental.topologies`` takes it."""
-        shape = _join(self.shape)
-        return f"{self.kind}:{shape}" if self.platform == "tpu" else f"{self.slices}x{shape}"
+        start = f"{self.kind}:" if self.platform == "tpu" else f"{self.slices}x"
+        return start + _join(self.shape)
 
     @property
     def wraps(self) -> tuple[bool, ...]:
@@ -162,11 +162,7 @@ def _join(shape: tuple[int, ...], by: str = "x") -> str:
 def parse_topology(text: str) -> Topology:
     """Parses a machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips), ``2xv5p-512``
     (slices), ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form, ``v5p:4x4x2``,
-    ``h100:8x8``.
-
-    Raises:
-        MaxlmError: unknown, or a size that no machine has.
-    """
+    ``h100:8x8``."""
     found = re.fullmatch(
         r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))", text.lower()
     )
@@ -190,14 +186,11 @@ def parse_topology(text: str) -> Topology:
 
 def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns a shape as given, or the one that the vendor gives out for a count: sides as equal
-    as they can be.
-
-    Raises:
-        MaxlmError: no slice of this shape or count is given out.
-    """
+    as they can be."""
     cores, dimensions, most = _TPUS[kind]
     chips = prod(shape) if shape else count // cores
-    known = [tuple(sorted(s)) for s in (_FLAT if dimensions == 2 else _SMALL)]
+    listed = _FLAT if dimensions == 2 else _SMALL
+    known = [tuple(sorted(sides)) for sides in listed]
     if dimensions == 3 and chips % 64 == 0 and chips <= most:
         sides = [4 * n for n in range(1, chips // 64 + 1) if chips // 64 % n == 0]
         cubes = ((a, b, chips // (a * b)) for a in sides for b in sides)
@@ -206,9 +199,9 @@ def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tup
         return shape
     equal = [sides for sides in known if prod(sides) == chips]
     if shape or not equal or count % cores:
-        listed = (f"{kind}-{cores * prod(s)}" for s in (_FLAT if dimensions == 2 else _SMALL))
+        names = ", ".join(f"{kind}-{cores * prod(sides)}" for sides in listed)
         more = ", or multiples of 4, as in v5p:4x4x8" if dimensions == 3 else ""
-        fix = f"use {', '.join(listed)}{more} ({most} chips at most)"
+        fix = f"use {names}{more} ({most} chips at most)"
         raise MaxlmError(f"no standard slice is {text}", fix=fix)
     sides = min(equal, key=lambda sides: (max(sides), sides))
     # A torus of three dimensions is named with its longest side first, one of two with its last.
@@ -223,7 +216,6 @@ def _split_into_hosts(text: str, count: int) -> tuple[int, int]:
 
 
 def count_torus_dimensions(kind: str) -> int:
-    """Returns the number of dimensions of a TPU's torus."""
     return _TPUS[kind].dimensions
 
 

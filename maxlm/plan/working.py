@@ -1,9 +1,5 @@
 """Bytes that are alive in each phase of a step, beside those that rest and those that are kept for
-the backward pass.
-
-Counted in arrays that are alive together, as XLA's buffer assignments show them
-(``benchmarks/plan_memory.py`` compares).
-"""
+the backward pass (``plan/memory.py``)."""
 
 import numpy as np
 
@@ -60,11 +56,8 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     beside = (m for m in stack.matmuls if m.module == group.module)
     count, tokens = len(group.kernels), shape.tokens * stack.rate
     one = tokens * shape.split.hidden_width(group) / count * itemsize
-    outputs = count + 1
-    if shape.remat == "none":
-        outputs = 0  # all kept
-    elif "mlp_up" in SAVED[shape.remat]:
-        outputs = 1
+    kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
+    outputs = 0 if shape.remat == "none" else kept
     stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
     # Where the sequence is gathered, the stream's width is there five times in both lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)

@@ -40,13 +40,9 @@ class TokensPerRow(NamedTuple):
     inputs: int
     """An encoder's, beside a decoder's own."""
 
-    @classmethod
-    def of(cls, config: RunConfig) -> "TokensPerRow":
-        return cls(*config.task.row_lengths(config.data.seq_len))
-
     @property
     def encoder_rate(self) -> float:
-        """Tokens of an encoder beside the decoder for each of the decoder's."""
+        """Tokens of an encoder for each of the decoder's."""
         return self.inputs / self.own
 
 
@@ -55,6 +51,7 @@ class RunWorkload:
     """A run as costs are counted."""
 
     config: RunConfig
+    rows: TokensPerRow
     dtype_bytes: int
     """Of the compute dtype."""
     specs: Mapping[str, ParamSpec]
@@ -75,16 +72,12 @@ class RunWorkload:
 
     @classmethod
     def of(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
-        """Nothing is allocated.
-
-        Args:
-            dtype: of the maths.
-        """
+        """Reads a run's model, task and optimizer for maths in ``dtype``; allocates nothing."""
 
         def build(run: RunConfig) -> Model:
             return build_adapted_model(run.model, run.adapter, rules=AxisRules(), dtype=dtype)
 
-        model, rows = build(config), TokensPerRow.of(config)
+        model, rows = build(config), TokensPerRow(*config.task.row_lengths(config.data.seq_len))
         tree = param_specs(model)
         rates = {t.prefix: rows.encoder_rate if t.is_encoder else 1.0 for t in config.model.trunks}
         trained = select_trainable(tree, config.train.trainable)
@@ -93,6 +86,7 @@ class RunWorkload:
         frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
         return cls(
             config=config,
+            rows=rows,
             dtype_bytes=jnp.dtype(dtype).itemsize,
             specs=flatten_names(tree),
             base_specs=flatten_names(select_base(tree)),
@@ -107,22 +101,16 @@ class RunWorkload:
             cache_bytes=count_cache_bytes(model, 1, rows.own) if isinstance(model, Decoder) else 0,
         )
 
-    @cached_property
-    def rows(self) -> TokensPerRow:
-        return TokensPerRow.of(self.config)
-
     @property
     def layers(self) -> int:
         return sum(stack.depth for stack in self.stacks)
 
     @property
     def experts(self) -> ExpertCosts | None:
-        """The experts of layers that have some."""
         return next((stack.experts for stack in self.stacks if stack.experts), None)
 
     @property
     def router(self) -> Kernel | None:
-        """A layer's router."""
         return next((stack.router for stack in self.stacks if stack.router), None)
 
     @property
@@ -135,7 +123,6 @@ class RunWorkload:
         return {name: spec for name, spec in self.specs.items() if not spec.lead}
 
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
-        """Return those of some parameters that are trained."""
         return [spec for name, spec in specs.items() if name in self.trained]
 
     @cached_property
@@ -172,13 +159,12 @@ class RunWorkload:
         if remat == "none":
             return False
         kept = SAVED[remat]
-        if kernel.writes == "residual":
-            return self.ends_wanted(group)
-        if kernel.writes == "mlp":
-            return group.has_experts or group.branch != "ffn" or "mlp_up" not in kept
-        if kernel.writes == "latent":
-            return True  # for what is made of it next
-        return "qkv" not in kept or kernel.needed_raw
+        return {
+            "residual": self.ends_wanted(group),
+            "mlp": group.has_experts or group.branch != "ffn" or "mlp_up" not in kept,
+            "latent": True,  # for what is made of it next
+            "heads": "qkv" not in kept or kernel.needed_raw,
+        }[kernel.writes]
 
     def ends_wanted(self, group: MatmulGroup) -> bool:
         """Whether the backward pass wants what a residual branch adds, of which this is the last
@@ -198,11 +184,11 @@ class RunWorkload:
 
 def count_cache_bytes(model: Decoder, batch: int, length: int) -> int:
     """Counts the bytes of all layers' caches, for rows of so many tokens, on all devices."""
-    total = 0
-    for layers, kinds in model.cache_specs(batch, length).values():
-        for array in jax.tree.leaves(kinds):
-            total += layers * prod(array.shape) * jnp.dtype(array.dtype or model.dtype).itemsize
-    return total
+    return sum(
+        layers * prod(array.shape) * jnp.dtype(array.dtype or model.dtype).itemsize
+        for layers, kinds in model.cache_specs(batch, length).values()
+        for array in jax.tree.leaves(kinds)
+    )
 
 
 class HeadSizes(NamedTuple):
@@ -280,9 +266,8 @@ class MeshSplit:
 
     def inner_width(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write within their layer on a device."""
-        outputs = (
-            (k.shape[k.inputs :], k.axes[k.inputs :])
+        return sum(
+            prod(k.shape[k.inputs :]) / self.shards(self.compute, k.axes[k.inputs :])
             for k in group.kernels
             if k.writes != "residual"
         )
-        return sum((prod(n) / self.shards(self.compute, axes) for n, axes in outputs), start=0.0)

@@ -43,7 +43,7 @@ class Report:
 @pytest.fixture
 def open_report(browser: Any, tmp_path) -> Iterator[Callable[..., Report]]:
     """``open_report(plan, width=1200)``: the page of a plan's JSON, loaded."""
-    from maxlm.plan.html import write_report
+    from maxlm.plan.show import write_report
 
     opened = []
 

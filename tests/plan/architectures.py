@@ -3,9 +3,10 @@
 from typing import Any
 
 from maxlm.run import RunConfig
-from tests.programs.cells import CELLS
+from tests.programs import cells
+from tests.programs.cells import CELLS, MICRO, ROWS
 
-SEQ, ROWS = 32, 8
+SEQ = 32
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _PLAIN = {"d_ff": 48, "gated": False, "activation": "gelu"}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "dispatch": "capacity"}
@@ -62,19 +63,18 @@ _TASKS = {
 
 
 def run(model: str, layout: str, **changes: Any) -> RunConfig:
-    """A run of one of these on a layout of the parity matrix.
-
-    Args:
-        changes: of the model.
-    """
-    sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
-    settings = dict(CELLS[layout].settings)
+    """A run of one of these models, or the parity matrix's, on a layout of that."""
+    cell, settings = CELLS[layout], dict(CELLS[layout].settings)
+    micro = MICRO if cell.mesh.get("stage", 1) > 1 else 1
+    sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32}
+    own = MODELS[model] if model in MODELS else cells.MODELS[model]
     return RunConfig.model_validate(
         {
-            "model": {**sizes, **MODELS[model], **changes},
+            "model": {**sizes, **own, "max_seq_len": SEQ, **changes},
             "task": _TASKS.get(model, {"kind": "clm"}),
-            "data": {"seq_len": SEQ, "batch_size": ROWS},
-            "mesh": CELLS[layout].mesh,
+            "data": {"seq_len": SEQ, "batch_size": ROWS * micro},
+            "mesh": cell.mesh,
+            "train": {"micro_batches": micro},
             **settings,
             "sharding": {"max_unsharded": 1.0, **settings.get("sharding", {})},
         }

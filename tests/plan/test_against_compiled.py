@@ -19,9 +19,8 @@ from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan import architectures
-from tests.programs.cells import CAPACITY, CELLS, MICRO, MODELS, ROWS
+from tests.programs.cells import CAPACITY, MODELS
 
-SEQ = 32
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so small, the
 # more with experts, whose routing sends a few numbers a token.
 CASES = (
@@ -52,25 +51,12 @@ OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 
 def run(layout: str, model: str, **changes: Any) -> RunConfig:
     if model in architectures.MODELS:
-        return architectures.run(model, layout, remat="matmuls")
-    cell = CELLS[layout]
-    settings = dict(cell.settings)
-    more: dict[str, Any] = {}
+        changes["remat"] = "matmuls"
     if "circular" in layout:
-        more["num_layers"] = 8  # of a group's only layer a compiler drops what a loop must keep
+        changes["num_layers"] = 8  # of a group's only layer a compiler drops what a loop must keep
     if model == CAPACITY:
-        more["moe"] = MODELS[model]["moe"] | {"capacity_factor": 1.25}
-    micro = MICRO if cell.mesh.get("stage", 1) > 1 else 1
-    return RunConfig.model_validate(
-        {
-            "model": {**MODELS[model], "max_seq_len": SEQ, **more, **changes},
-            "data": {"seq_len": SEQ, "batch_size": ROWS * micro},
-            "mesh": cell.mesh,
-            "train": settings.pop("train", {"micro_batches": micro}),
-            **settings,
-            "sharding": {"max_unsharded": 1.0, **settings.get("sharding", {})},
-        }
-    )
+        changes["moe"] = MODELS[model]["moe"] | {"capacity_factor": 1.25}
+    return architectures.run(model, layout, **changes)
 
 
 def compiled(config: RunConfig):

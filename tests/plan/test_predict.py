@@ -1,8 +1,10 @@
 """A plan as a whole: facts that must hold of any run, and machines that are here."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -11,6 +13,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.plan.diff import compare_plans
 from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.show import render_report
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run import RunConfig
 
@@ -105,55 +108,34 @@ def test_a_mesh_that_the_machine_cannot_have(on, settings, words):
         plan_run(run("llama2_7b", *settings), Machine.from_name(on))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("TPU v5 lite", "v5e"),
-        ("TPU7x", "tpu7x"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA A100-SXM4-40GB", None),
-    ],
-)
-def test_devices_are_recognised(kind, name):
-    """By what JAX calls them."""
-    platform = "tpu" if kind.startswith("TPU") else "gpu"
-    found = find_chip(SimpleNamespace(platform=platform, device_kind=kind))
-    assert (found and found.name) == name
+def tpu(coords, slice_index: int) -> SimpleNamespace:
+    own = {"coords": coords, "slice_index": slice_index, "process_index": coords[0]}
+    return SimpleNamespace(platform="tpu", device_kind="TPU v5", **own)
 
 
-def tpu(coords, slice_index: int = 0):
-    return SimpleNamespace(
-        platform="tpu",
-        device_kind="TPU v5",
-        coords=coords,
-        slice_index=slice_index,
-        process_index=coords[0],
-    )
+def gpu(kind: str, process: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {kind}", process_index=process)
 
 
 def test_the_machine_that_is_here():
     places = [(x, y, z) for x in range(4) for y in range(4) for z in range(2)]
     found = Machine.from_devices([tpu(p, s) for s in range(2) for p in places])
     assert found.topology == Machine.from_name("2xv5p-64").topology
-    kind = "NVIDIA H100 80GB HBM3"
     for a_process in (8, 1):
-        gpus = [
-            SimpleNamespace(platform="gpu", device_kind=kind, process_index=i // a_process)
-            for i in range(16)
-        ]
+        gpus = [gpu("H100 80GB HBM3", i // a_process) for i in range(16)]
         assert Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
     gpus[0].memory_stats = lambda: {"bytes_limit": 7}
     assert Machine.from_devices(gpus).chip.memory == 7
     assert Machine.from_devices(jax.devices()).topology.shape == (8,)
-    assert Machine.from_devices([SimpleNamespace(platform="gpu", device_kind="Tesla T4")]) is None
+    assert Machine.from_devices([gpu("A100-SXM4-40GB")]) is None
+    for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x")):
+        assert find_chip(SimpleNamespace(platform="tpu", device_kind=kind)).name == name
 
 
 def test_a_diff_says_what_changed():
+    settings, machine = ["data.batch_size=128"], Machine.from_name("v5p-64")
     a, b = (
-        plan_run(
-            run("llama2_7b", f"model.remat={remat}", "data.batch_size=128"),
-            Machine.from_name("v5p-64"),
-        ).to_json()
+        plan_run(run("llama2_7b", f"model.remat={remat}", *settings), machine).to_json()
         for remat in ("full", "mlp")
     )
     found = compare_plans(a, b)
@@ -162,3 +144,29 @@ def test_a_diff_says_what_changed():
     assert found["memory"]["activations"][1] > found["memory"]["activations"][0]
     assert set(found["time"]) >= {"products", "step", "mfu"}
     assert not any(compare_plans(a, a).values())
+
+
+def report(name: str = "demo") -> tuple[dict[str, Any], str]:
+    config = run("llama3_8b").model_copy(update={"name": name})
+    plan = plan_run(config, Machine.from_name("h100x64"))
+    plain = json.loads(json.dumps(plan.to_json()))
+    return plain, render_report(plain)
+
+
+def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out():
+    hostile = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
+    (plan, page), (_, usual) = report(hostile), report()
+    (data,) = re.findall(r'<script id="plan" type="application/json">(.*?)</script>', page, re.S)
+    assert json.loads(data) == plan
+    assert plan["name"] == hostile
+    for mark in ("<script", "</script"):
+        assert page.count(mark) == usual.count(mark)
+    title = "a &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt; &lt;!--&lt;script&gt; &amp;"
+    assert f"<title>{title} {{{{plan}}}} {{{{title}}}} ü · plan</title>" in page
+
+
+def test_a_report_fetches_nothing():
+    outside = r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
+    _, page = report()
+    assert not re.search(outside, page)
+    assert "default-src 'none'" in page

@@ -23,17 +23,11 @@ _SAME = ("bitcast", "reshape")
 def memory_traffic_bytes(
     instruction: Instruction, computation: Computation, module: HloModule, on_chip: frozenset[int]
 ) -> int:
-    """Returns bytes between main memory and the chip, for one run of a scheduled instruction.
-
-    Args:
-        on_chip: memory spaces that are not main memory.
-    """
+    """Returns bytes between main memory and the chip, for one run of a scheduled instruction;
+    ``on_chip`` are memory spaces that are not main memory."""
     opcode = instruction.opcode
-    if (
-        opcode in _FREE
-        or opcode.endswith(("-done", "-update"))
-        or instruction.target == "AllocateBuffer"
-    ):
+    free = opcode in _FREE or opcode.endswith(("-done", "-update"))
+    if free or instruction.target == "AllocateBuffer":
         return 0
     operands = [_off_chip(o.shapes, on_chip) for o in computation.operands(instruction)]
     result = _off_chip(instruction.shapes, on_chip)
@@ -45,13 +39,11 @@ def memory_traffic_bytes(
             min(size, _read(body, parameter.name, size, module))
             for parameter, size in zip(body.parameters, operands, strict=False)
         )
+        sizes = (_off_chip((shape,), on_chip) for shape in instruction.shapes)
+        parts = _written(body, len(instruction.shapes))
         writes = sum(
             size if part is None else min(size, part)
-            for size, part in zip(
-                (_off_chip((s,), on_chip) for s in instruction.shapes),
-                _written(body, len(instruction.shapes)),
-                strict=True,
-            )
+            for size, part in zip(sizes, parts, strict=True)
         )
         return reads + writes
     if opcode in _PART:

@@ -18,13 +18,8 @@ from maxlm.plan.compiled.loops import count_trips
 from maxlm.plan.network import sent_bytes
 
 COLLECTIVES = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
 )
 _KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
 # Bookkeeping of the compiler, not kernels.
@@ -131,15 +126,11 @@ def read_compiled_memory(compiled: Any) -> CompiledMemory:
 def read_compiled_cost(
     text: str, sizes: Mapping[str, int], *, on_chip: Iterable[int] = ()
 ) -> CompiledCost:
-    """Read costs out of a compiled program's text.
+    """Reads costs out of a compiled program's text (``compiled.as_text()``).
 
     Args:
-        text: ``compiled.as_text()``.
         sizes: mesh axis → devices, outermost first, of the mesh that it was compiled for.
         on_chip: memory spaces that are not main memory (1 on a TPU: its VMEM).
-
-    Raises:
-        ValueError: text that is not an HLO module's.
     """
     reader = _Reader(parse_hlo(text), sizes, frozenset(on_chip))
     total = reader.cost(reader.module.entry)
@@ -151,7 +142,7 @@ def read_compiled_cost(
         matmul_flops=total.matmul_flops,
         attention_flops=total.attention_flops,
         memory_bytes=total.memory_bytes,
-        collectives=tuple(sorted(total.counted_collectives(), key=lambda c: -c.wire_bytes)),
+        collectives=tuple(total.counted_collectives()),
         custom_calls=tuple(sorted(calls, key=lambda c: -(c.flops or 0))),
         unknown_loops=tuple(sorted(total.unknown_loops)),
     )
@@ -177,7 +168,8 @@ class _Tally:
                 setattr(self, name, own + times * added)
 
     def counted_collectives(self) -> list[CompiledCollective]:
-        return [replace(own, count=count) for own, count in self.collectives.items()]
+        found = (replace(own, count=count) for own, count in self.collectives.items())
+        return sorted(found, key=lambda c: -c.wire_bytes)
 
     def weight(self) -> tuple[float, ...]:
         """To choose the costliest branch by: FLOPs, then the wire, then memory."""
@@ -207,12 +199,11 @@ class _Reader:
         return [self.module.computations[name] for name in instruction.calls(*attributes)]
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
-        total.memory_bytes += memory_traffic_bytes(
-            instruction, computation, self.module, self.on_chip
-        )
+        own = instruction, computation, self.module
+        total.memory_bytes += memory_traffic_bytes(*own, self.on_chip)
         opcode = instruction.opcode
         if opcode == "while":
-            trips = count_trips(instruction, computation, self.module)
+            trips = count_trips(*own)
             if trips is None:
                 total.unknown_loops[instruction.op_name or instruction.name] += 1
             for body in self._called(instruction, "body"):
@@ -236,23 +227,18 @@ class _Reader:
             if instruction.opcode == "fusion":
                 self._add_fusion(total, *self._called(instruction, "calls"))
             else:
-                self._add_alone(total, instruction, body, scattered=sliced)
+                self._add_alone(total, instruction, body, sliced)
 
     def _add_alone(
-        self,
-        total: _Tally,
-        instruction: Instruction,
-        computation: Computation,
-        *,
-        scattered: bool = False,
+        self, total: _Tally, instruction: Instruction, within: Computation, scattered: bool = False
     ) -> None:
         opcode, op_name = instruction.opcode, instruction.op_name
         if opcode in _KINDS:
-            collective = self._collective(instruction, computation, scattered)
-            if collective.group_size > 1 and not computation.goes_on(instruction):
+            collective = self._collective(instruction, within, scattered)
+            if collective.group_size > 1 and not within.goes_on(instruction):
                 total.collectives[collective] += 1
             return
-        flops = matmul_flops(instruction, computation)
+        flops = matmul_flops(instruction, within)
         if flops and _is_attention(self.module.source(instruction)):
             total.attention_flops += flops
         elif flops:
@@ -262,10 +248,10 @@ class _Reader:
             total.custom_calls[CustomCall(instruction.target, op_name, flops)] += 1
 
     def _collective(
-        self, instruction: Instruction, computation: Computation, scattered: bool
+        self, instruction: Instruction, within: Computation, scattered: bool
     ) -> CompiledCollective:
         kind = _KINDS[instruction.opcode]
-        operands = [s for o in computation.operands(instruction) for s in o.shapes]
+        operands = [s for o in within.operands(instruction) for s in o.shapes]
         if kind in ("ragged-all-to-all", "collective-permute") and len(operands) > 2:
             # Behind the data: the buffer it is written into, and offsets.
             operands = operands[:1]

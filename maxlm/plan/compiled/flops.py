@@ -1,6 +1,7 @@
 """Floating-point operations of the matrix products in a compiled program."""
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
@@ -9,7 +10,6 @@ import numpy as np
 from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
 _CONTRACTED = "lhs_contracting_dims"
-_PADDING = re.compile(r"(-?\d+)_(-?\d+)(?:_(-?\d+))?")
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
@@ -61,45 +61,28 @@ def _convolution(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
     left, right, out = labels.groups()
     result = instruction.shapes[0]
     spatial = sorted(c for c in left if c.isdigit())
-    window = _window(instruction.attributes, len(spatial))
-    positions = prod(
-        _positions(
-            lhs.dims[left.index(axis)],
-            rhs.dims[right.index(axis)],
-            result.dims[out.index(axis)],
-            **window[int(axis)],
-        )
-        for axis in spatial
-    )
+    met = 1
+    for axis, window in zip(spatial, _list_windows(instruction, len(spatial)), strict=True):
+        labelled = (lhs, left), (rhs, right), (result, out)
+        met *= _count_positions(*(s.dims[names.index(axis)] for s, names in labelled), *window)
     batch, features = result.dims[out.index("b")], result.dims[out.index("f")]
-    return 2 * rhs.dims[right.index("i")] * features * batch * positions
+    return 2 * rhs.dims[right.index("i")] * features * batch * met
 
 
-def _window(attributes: str, count: int) -> list[dict[str, int]]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    parts = dict(part.split("=") for part in (found[1].split() if found else ()))
-
-    def numbers(name: str) -> list[int]:
-        return [int(n) for n in parts[name].split("x")] if name in parts else [1] * count
-
-    stride, lhs_dilate, rhs_dilate = (numbers(n) for n in ("stride", "lhs_dilate", "rhs_dilate"))
-    pads = _PADDING.findall(parts["pad"]) if "pad" in parts else [("0", "0", "")] * count
-    return [
-        {"stride": s, "lhs_dilate": ld, "rhs_dilate": rd, "low": int(pad[0])}
-        for s, ld, rd, pad in zip(stride, lhs_dilate, rhs_dilate, pads, strict=True)
-    ]
+def _list_windows(instruction: Instruction, count: int) -> Iterator[tuple[int, ...]]:
+    """Stride, dilation of input and of kernel, and padding ahead, of each dimension."""
+    parts = dict(part.split("=") for part in (instruction.attribute("window") or "").split())
+    usual = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
+    columns = (
+        [int(n.split("_")[0]) for n in parts[name].split("x")] if name in parts else [n] * count
+        for name, n in usual.items()
+    )
+    return zip(*columns, strict=True)
 
 
 @lru_cache(maxsize=4096)
-def _positions(
-    inputs: int,
-    kernel: int,
-    outputs: int,
-    *,
-    stride: int,
-    lhs_dilate: int,
-    rhs_dilate: int,
-    low: int,
+def _count_positions(
+    inputs: int, kernel: int, outputs: int, stride: int, lhs_dilate: int, rhs_dilate: int, low: int
 ) -> int:
     """Pairs of output and kernel positions that meet an input element along one dimension."""
     starts, count = np.arange(outputs) * stride - low, 0

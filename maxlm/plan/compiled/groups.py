@@ -35,11 +35,7 @@ class DeviceGroup:
 
 
 def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> DeviceGroup:
-    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first.
-
-    Raises:
-        ValueError: groups in a form that is not known.
-    """
+    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first."""
     text = instruction.attributes
     start = max(text.find("replica_groups="), text.find("source_target_pairs="))
     return _group(text[start:] if start >= 0 else "", tuple(sizes.items()))
@@ -63,9 +59,6 @@ def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     ``mesh['a'=2,'b'=4] {'b'}``, the axes of a mesh (not by their JAX names) that a group spans,
     where ``'b':(2)2`` is a part of one (of b = 2 · 2 the factor 2 that comes after a factor of 2),
     and ``device_ids=(...)`` between the two gives the ids where they do not just count up.
-
-    Raises:
-        ValueError: another form.
     """
     explicit, assigned, mesh = (p.match(text) for p in (_EXPLICIT, _ASSIGNED, _MESH))
     if explicit:

@@ -70,7 +70,6 @@ class Instruction:
 
     @cached_property
     def target(self) -> str:
-        """The target of a custom call; "" for anything else."""
         return (self.attribute("custom_call_target") or "").strip('"')
 
     def attribute(self, name: str) -> str | None:
@@ -98,7 +97,6 @@ class Computation:
         return (self.instructions[name] for name in instruction.operands)
 
     def holds(self, custom_call: str) -> bool:
-        """Whether it has a custom call of this target."""
         return any(i.target == custom_call for i in self.instructions.values())
 
     def goes_on(self, instruction: Instruction) -> bool:
@@ -144,11 +142,7 @@ class HloModule:
 
 
 def parse_hlo(text: str) -> HloModule:
-    """Read a module (of several joined, the first).
-
-    Raises:
-        ValueError: no entry computation.
-    """
+    """Reads a module (of several joined, the first)."""
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     for is_entry, name, body in _COMPUTATION.findall(_CONTINUED.sub(" ", text)):
