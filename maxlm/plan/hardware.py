@@ -6,7 +6,7 @@ A row is one device as JAX counts them. Peaks are dense. What a program reaches 
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import inf
@@ -146,7 +146,16 @@ def measure_cpu(devices: int) -> Chip:
         # The C library hands an array of this size back to the system at once.
         lambda: add(large, large).block_until_ready(),
     )
-    quickest = measure_fastest_seconds(runs, seconds=1.5)
+    for run in runs:  # compile
+        run()
+    # In turns, and for longer than another program's busy moment (0.3 s were seen), which would
+    # halve one figure and leave the rest.
+    quickest, end = [inf] * len(runs), time.perf_counter() + 1.5
+    while time.perf_counter() < end:
+        for i, run in enumerate(runs):
+            began = time.perf_counter()
+            run()
+            quickest[i] = min(quickest[i], time.perf_counter() - began)
     work = (2 * 1024**3, 2 * large.nbytes, large.nbytes)
     peak, bandwidth, pages = (w / q / devices for w, q in zip(work, quickest, strict=True))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -156,17 +165,3 @@ def measure_cpu(devices: int) -> Chip:
         "measured on this machine",
         pages=pages,
     )
-
-
-def measure_fastest_seconds(runs: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Measures the quickest time of each in seconds, in turns: a busy moment of another program
-    (0.3 s were seen) would halve one figure and leave the rest."""
-    for run in runs:  # compile
-        run()
-    best, end = [inf] * len(runs), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for i, run in enumerate(runs):
-            began = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - began)
-    return best

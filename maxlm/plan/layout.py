@@ -1,21 +1,79 @@
-"""How a run's arrays lie on a mesh, parameter by parameter, and its model's FLOPs; no device is
-needed."""
+"""A run on a mesh: every check that it fits, how its models and arrays lie there, parameter by
+parameter, and its FLOPs; no device is needed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from maxlm.config import MaxlmError
+from maxlm.config.requirements import Requirement, check_requirements
+from maxlm.inference.sampling import check_samples
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
-from maxlm.models.placement import PlacedModel
+from maxlm.models.placement import PlacedModel, TrainingShape, place_model, require_trainable
 from maxlm.parallel.pipeline import bubble_ratio
-from maxlm.plan.fit import place_run
 from maxlm.plan.workload import MeshSplit, RunWorkload
-from maxlm.run import RunConfig
+from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import MESH_AXES, Placement
+from maxlm.tasks import FrozenModelSource
+from maxlm.train.batch import require_batch_split
+
+
+def require_run_fits(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    """A run can be trained on a mesh, or on each of many, but for how its parameters divide."""
+    yield from _require_batch(config, sizes, micro_batches)
+    shape = TrainingShape(config.data.seq_len, micro_batches)
+    parts = config.model, config.sharding, config.parallel
+    yield from require_trainable(*parts, sizes, shape, config.sharding.compute)
+
+
+def _require_batch(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    data, compute = config.data, config.sharding.compute
+    lengths = config.task.name_row_lengths(data.seq_len)
+    return require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
+
+
+def place_run(
+    config: RunConfig, sizes: Mapping[str, int], dtype: Any, *, for_training: bool = True
+) -> PlacedModel:
+    """Lays a run's model out on a mesh (``place_model``): to generate, or ``for_training``, where
+    the batch must divide over the mesh."""
+    shape = None
+    if for_training:
+        micro, samples = config.train.micro_batches, config.samples
+        check_requirements(_require_batch(config, sizes, micro))
+        check_samples(samples, config.model, [1] * len(samples.prompts))
+        shape = TrainingShape(config.data.seq_len, micro)
+    parts = config.model, config.sharding, config.parallel
+    return place_model(*parts, sizes, dtype, shape, config.adapter)
+
+
+def place_frozen_models(
+    config: RunConfig,
+    sources: Mapping[str, FrozenModelSource],
+    sizes: Mapping[str, int],
+    dtype: Any,
+) -> dict[str, PlacedModel]:
+    """Lays out the models that a run's task only reads, by name."""
+    if sources and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
+        raise MaxlmError(
+            f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run",
+            where="parallel.schedule",
+            fix="use circular, or mesh.stage=1",
+        )
+    return {
+        name: place_run(
+            config.model_copy(update={"model": own.model, "adapter": own.adapter}), sizes, dtype
+        )
+        for name, own in read_frozen_configs(config, sources).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -48,13 +106,10 @@ class RunLayout:
     """Those that one token meets; fewer with experts."""
     rows: tuple[ParamRow, ...]
     parameter_bytes: int
-    """Per device, like the two below: fp32 master parameters, ..."""
+    """Of fp32 masters on each device, as are the three below between steps."""
     gradient_bytes: int
-    """... their gradients, ..."""
     optimizer_bytes: int
-    """... the optimizer's state, ..."""
     average_bytes: int
-    """... and the parameters' moving average, where one is kept."""
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float

@@ -27,7 +27,7 @@ from maxlm.plan.workload import FP32, Number
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device."""
+    """Bytes on each device: first what rests between steps, then what is there at the peak."""
 
     parameters: Number
     optimizer: Number
@@ -36,13 +36,12 @@ class DeviceMemory:
     """Other models that the task reads."""
     batch: Number
     gradients: Number
-    """At the peak, like what follows."""
     activations: Number
     """What the remat policy keeps of the forward pass, layers' inputs included."""
     working: Number
     """What is alive besides."""
     peak: Number
-    """When that is: an index into ``working_sets``."""
+    """The peak's index in ``working_sets``."""
     working_sets: dict[str, Parts]
     """What is alive besides in each phase of a step, by part."""
 

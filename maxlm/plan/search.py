@@ -19,7 +19,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.config.requirements import filter_candidates, is_divisor
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.fit import require_run_fits
+from maxlm.plan.layout import require_run_fits
 from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
 from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig
@@ -114,10 +114,6 @@ class _Batch:
     """Bytes at the peak and seconds a step, once they are evaluated."""
     seconds: np.ndarray
 
-    @property
-    def residual(self) -> tuple[str, ...]:
-        return self.work.config.sharding.compute.residual
-
     def select(self, which: np.ndarray) -> "_Batch":
         sizes = {axis: n[which] for axis, n in self.sizes.items()}
         arrays = self.micro[which], self.memory[which], self.seconds[which]
@@ -132,10 +128,11 @@ class _Batch:
 
     def rank(self) -> Iterator[Candidate]:
         """Quickest first, one by one: few of very many are ever looked at."""
+        residual = self.work.config.sharding.compute.residual
         for i in np.lexsort((self.memory, self.seconds)).tolist():
             sizes = {axis: int(n[i]) for axis, n in self.sizes.items()}
             costs = float(self.seconds[i]), float(self.memory[i])
-            yield Candidate(sizes, int(self.micro[i]), self.remat, self.residual, *costs)
+            yield Candidate(sizes, int(self.micro[i]), self.remat, residual, *costs)
 
 
 def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _Batch]]:

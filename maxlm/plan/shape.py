@@ -22,11 +22,8 @@ class StepShape:
     """Whether the devices exchange as many rows as there are; otherwise blocks for the worst case
     (``parallel/experts.py: ragged_exchange``)."""
     fused_attention: bool = False
-    """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
-
-    def fused(self, biased: bool) -> bool:
-        """The same of one attention: no kernel has learnt biases."""
-        return self.fused_attention and not biased
+    """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``), but of
+    attention with learnt biases."""
 
     def used_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
         """Bytes of matrices as a device multiplies by them."""
@@ -56,7 +53,6 @@ class StepShape:
         return self.split.ways(self.split.compute.layers)
 
     def per_stage(self, layers: Number) -> Number:
-        """Returns how many of these layers a device holds."""
         return layers / self.stages
 
     @property

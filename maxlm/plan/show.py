@@ -103,7 +103,6 @@ def format_prediction(plan: RunPlan) -> str:
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
-    """Formats in a line whether the run fits."""
     assert plan.limit is not None
     total = float(plan.memory.total)
     need = f"{format_bytes(total)} of {format_bytes(plan.limit)} a device"
@@ -189,11 +188,10 @@ def _communication(plan: RunPlan) -> Group:
         key = (what, s.kind, over, "waits" if s.waits else "can hide it")
         runs, sent, seconds = total.get(key, (0, 0.0, 0.0))
         total[key] = (runs + s.count, sent + s.sent_bytes, seconds + (s.seconds or 0.0))
-    rows = []
+    rows, timed = [], ("time",) if plan.machine else ()
     for (*key, hidden), (runs, sent, seconds) in total.items():
-        taken = (format_seconds(seconds),) if plan.machine else ()
+        taken = (format_seconds(seconds),) * len(timed)
         rows.append((*key, f"{runs:,}", format_bytes(sent), *taken, hidden))
-    timed = ("time",) if plan.machine else ()
     columns = ("what", "kind", "over", "runs", "sent", *timed, "computation")
     title, right = "Communication of each device, in a step", ("runs", "sent", "time")
     return make_table(title, columns, rows, right=right, wrap=("what", "over"))
@@ -217,11 +215,10 @@ def _time(plan: RunPlan) -> Group:
 
 def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
     """Formats rates, the whole run, and the cost of failures."""
-    layout, good = plan.layout, plan.goodput
-    rate, hours = plan.tokens_per_second, plan.run_hours
-    if rate is None or good is None:
-        return ""
-    step = plan.step_seconds or 1.0
+    layout, good, step, hours = plan.layout, plan.goodput, plan.step_seconds, plan.run_hours
+    assert step is not None
+    assert good is not None
+    rate = layout.tokens_per_step / step
     lines = [
         f"{format_seconds(step)} a step · {format_count(rate)} tokens/s, "
         f"{format_count(rate / layout.devices)} a device · "
@@ -246,7 +243,6 @@ def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
 
 
 def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
-    """Renders analytic figures beside the compiler's."""
     cells = (
         (what, f"{ours:,.3f}", f"{theirs:,.3f}", f"{ours / theirs:.3f}" if theirs else "")
         for what, (ours, theirs) in rows.items()

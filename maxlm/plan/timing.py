@@ -100,7 +100,7 @@ class DeviceFlops:
     """Its forward part, for all micro-batches; the backward part is twice that."""
 
     def products(self, slots: Number) -> Number:
-        """Returns a step's FLOPs without attention's, a pipeline's idle turns included."""
+        """A step's FLOPs without attention's, a pipeline's idle turns included."""
         return slots * (self.forward + self.backward) + 3 * self.loss
 
     def attention(self, slots: Number) -> Number:
@@ -154,7 +154,7 @@ def count_scores(shape: StepShape, *, fused: bool) -> Number:
     scores = (
         _scores(shape, own, layers)
         for own, layers in shape.work.attention.items()
-        if shape.fused(own.biased) == fused
+        if (shape.fused_attention and not own.biased) == fused
     )
     return sum(scores, start=0.0)
 
@@ -193,10 +193,9 @@ def update_flops(shape: StepShape) -> Number:
     """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products, three an
     iteration, of each hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were
     split as the moments are."""
-    work, config = shape.work, shape.work.config.optimizer
+    work, config, total = shape.work, shape.work.config.optimizer, 0.0
     if config.kind != "muon":
-        return 0.0
-    total = 0.0
+        return total
     for spec in work.select_trained(work.specs):
         if spec.role == "matrix":
             m, n = sorted(prod(spec.shape[d] for d in dims) for dims in get_matrix_dims(spec))

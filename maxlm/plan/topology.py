@@ -176,7 +176,11 @@ def parse_topology(text: str) -> Topology:
     if kind in _TPUS and found[3] != "x":
         return Topology("tpu", kind, _find_slice(text, kind, count, shape), slices)
     if kind in _GPUS and (found[3] == "x" or len(shape) == 2):
-        return Topology("gpu", kind, shape or _split_into_hosts(text, count), slices)
+        a_host = min(count, _GPUS_PER_HOST)
+        if not shape and (count < 1 or count % a_host):
+            fix = "use 8, 16, 24, ... GPUs"
+            raise MaxlmError(f"{text} is not a whole number of hosts", fix=fix)
+        return Topology("gpu", kind, shape or (count // a_host, a_host), slices)
     if kind == "cpu" and slices == 1 and (len(shape) == 1 or (found[3] == "x" and count)):
         return Topology("cpu", kind, shape or (count,))
     near = get_close_matches(kind, (*_TPUS, *_GPUS, "cpu"), n=1)
@@ -206,13 +210,6 @@ def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tup
     sides = min(equal, key=lambda sides: (max(sides), sides))
     # A torus of three dimensions is named with its longest side first, one of two with its last.
     return sides[::-1] if dimensions == 3 else sides
-
-
-def _split_into_hosts(text: str, count: int) -> tuple[int, int]:
-    if count < 1 or (count > _GPUS_PER_HOST and count % _GPUS_PER_HOST):
-        raise MaxlmError(f"{text} is not a whole number of hosts", fix="use 8, 16, 24, ... GPUs")
-    per_host = min(count, _GPUS_PER_HOST)
-    return count // per_host, per_host
 
 
 def count_torus_dimensions(kind: str) -> int:

@@ -89,7 +89,8 @@ def _attention(
     length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
     scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
-    scores = 0.0 if shape.fused(biased) else 3 * np.minimum(scores, _SCORE_BYTES)
+    fused = shape.fused_attention and not biased
+    scores = 0.0 if fused else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = shape.tokens * seen * split.ways(split.compute.seq)
     narrow = sum(group.latent_width for group in stack.matmuls)
     parts = {

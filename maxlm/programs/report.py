@@ -10,7 +10,7 @@ import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.plan.fit import place_run
+from maxlm.plan.layout import place_run
 from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.programs.evaluation import get_eval_params
 from maxlm.programs.generate import generate_text, get_separator

@@ -17,7 +17,7 @@ from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
 from maxlm.models.placement import PlacedModel
 from maxlm.parallel.context import sequence_order_indices
-from maxlm.plan.fit import place_frozen_models, place_run
+from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource

@@ -9,15 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels import attention as kernel
-from tests.aot.conftest import attention_operands
+from tests.aot.conftest import attention_operands, describe_device
 
-pytestmark = [
-    pytest.mark.skipif(not has_compiler("gpu"), reason="the compiler is not installed"),
-    pytest.mark.timeout(1800),
-]
+pytestmark = pytest.mark.timeout(1800)
 
 BF16, FP32 = jnp.bfloat16, jnp.float32
 B, N = 2, 8
@@ -39,7 +34,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 def compile_passes(kind, static, sizes, names, dtype):
     """The program of output and gradients in ``dtype``, which takes no memory to speak of."""
-    (device,) = get_topology_devices(parse_topology(f"{kind}x1"))
+    device = describe_device(f"{kind}x1")
     S, T, K, H, Hv, own = sizes
     arguments = attention_operands((B, S, T, N, K, H, Hv), own, names, SingleDeviceSharding(device))
 

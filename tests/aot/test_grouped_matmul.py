@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels.chips import find_chip
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
-from tests.aot.conftest import read_vmem
+from tests.aot.conftest import describe_device, read_kernels
 
 MACHINES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100x1", "a100x1")
 # Rows, D, F and groups: several tiles of each, none a power of two.
@@ -27,10 +25,7 @@ OPERANDS = [
 
 @pytest.fixture(scope="module", params=MACHINES)
 def device(request):
-    topology = parse_topology(request.param)
-    if not has_compiler(topology.platform):
-        pytest.skip("the compiler is not installed")
-    return get_topology_devices(topology)[0]
+    return describe_device(request.param)
 
 
 def compiled_text(device, function, *arrays) -> str:
@@ -55,7 +50,7 @@ def check_kernel(device, text: str, name: str, flops: int = 2 * R * D * F) -> No
         assert "triton" in call
         return
     assert f'"flops":"{flops}"' in call
-    assert [own.name for own in read_vmem(find_chip(device).name, text)] == [name]
+    assert read_kernels(find_chip(device).name, text) == [name]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def pipeline(schedule: str, groups: int = 1) -> Strategy:
     )
 
 
+def split_sequence(method: str, *kinds: str) -> Strategy:
+    return Strategy(
+        {"fsdp": -1, "context": 4},
+        FSDP | {(kind, "context") for kind in kinds},
+        EXCHANGE | {("all-reduce", "context"), ("collective-permute", "context")},
+        {"parallel": {"context": method}},
+    )
+
+
 STRATEGIES = {
     "dp": Strategy({"data": -1}, {("all-reduce", "data")}),
     "fsdp": Strategy({"fsdp": -1}, FSDP, EXCHANGE),
@@ -74,24 +83,9 @@ STRATEGIES = {
         EXCHANGE | {("collective-permute", "tensor")},
         {"sharding": {"compute": {"residual": ["context", "tensor"]}}},
     ),
-    "cp all-gather": Strategy(
-        {"fsdp": -1, "context": 4},
-        FSDP | {("all-gather", "context"), ("reduce-scatter", "context")},
-        EXCHANGE | {("all-reduce", "context"), ("collective-permute", "context")},
-        {"parallel": {"context": "all_gather"}},
-    ),
-    "cp ring": Strategy(
-        {"fsdp": -1, "context": 4},
-        FSDP | {("collective-permute", "context")},
-        EXCHANGE | {("all-reduce", "context")},
-        {"parallel": {"context": "ring"}},
-    ),
-    "cp ulysses": Strategy(
-        {"fsdp": -1, "context": 4},
-        FSDP | {("all-to-all", "context")},
-        EXCHANGE | {("all-reduce", "context")},
-        {"parallel": {"context": "ulysses"}},
-    ),
+    "cp all-gather": split_sequence("all_gather", "all-gather", "reduce-scatter"),
+    "cp ring": split_sequence("ring", "collective-permute"),
+    "cp ulysses": split_sequence("ulysses", "all-to-all"),
     # All-reduces over stages are of the embedding's and the head's gradients alone.
     "pp gpipe": pipeline("gpipe"),
     "pp circular": pipeline("circular", 2),
@@ -141,6 +135,10 @@ def test_a_strategy_sends_over_its_own_axes(machine, name):
     assert must <= large, f"missing: {must - large}"
     allowed = must | strategy.may
     assert large <= allowed, f"unexpected: {large - allowed}"
+    if name == "ep" and parse_topology(machine).platform == "tpu":
+        kernels = " ".join(c.op_name for c in cost.custom_calls)
+        assert "grouped_matmul" in kernels
+        assert "grouped_outer" in kernels
 
 
 @pytest.mark.parametrize("name", ["pp gpipe", "pp circular", "pp 1f1b"])

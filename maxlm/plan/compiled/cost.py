@@ -87,11 +87,8 @@ class CompiledCost:
 
     def wire_bytes(self, *, kind: str | None = None, axes: str | None = None) -> int:
         """Bytes that a device sends, of one kind, along given axes, or all."""
-        return sum(
-            c.wire_bytes
-            for c in self.collectives
-            if (kind is None or c.kind == kind) and (axes is None or c.axes == axes)
-        )
+        sizes = self.wire_by_kind_and_axes().items()
+        return sum(n for (k, a), n in sizes if kind in (None, k) and axes in (None, a))
 
     def wire_by_kind_and_axes(self) -> dict[tuple[str, str], int]:
         """(kind, axes) → bytes that a device sends, largest first."""
