@@ -212,12 +212,10 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     yield from _in_passes("router", "all-gather", axes, size, forward, runs, waits=False)
     axes, what = (*rules.batch, *rules.residual), "router: gradient"
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
-    rows = shape.tokens * experts.experts_per_token
-    if experts.capacity_factor is not None or not shape.ragged:
-        rows = shape.received_rows
+    kind, rows = "all-to-all", shape.received_rows
+    if shape.ragged and experts.capacity_factor is None:
+        kind, rows = "ragged-all-to-all", shape.tokens * experts.experts_per_token
     routed = rows * width
-    ragged = shape.ragged and experts.capacity_factor is None
-    kind = "ragged-all-to-all" if ragged else "all-to-all"
     for what, ahead, back in (
         ("rows there", forward, again),
         ("rows back", forward, wanted),
@@ -281,12 +279,8 @@ def _list_lookup_collectives(
 ) -> Iterator[PlannedCollective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
     partial sums, and what splits the residual stream further is scattered
-    (``parallel/embedding.py``).
-
-    Args:
-        rate: tokens that are looked up for each of the batch.
-        first: whether this is the table of tokens.
-    """
+    (``parallel/embedding.py``). ``rate`` tokens are looked up for each of the batch; the ``first``
+    table is that of tokens."""
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
     vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
     tokens = (*rules.batch, *rules.seq)

@@ -46,10 +46,8 @@ def _list_parts(plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _layout(row: Mapping[str, Any]) -> str:
-    sizes = " × ".join(
-        f"{n}→{'+'.join(axes)}" if axes else str(n)
-        for n, axes in zip(row["shape"], row["spec"], strict=True)
-    )
+    places = zip(row["shape"], row["spec"], strict=True)
+    sizes = " × ".join(f"{n}→{'+'.join(axes)}" if axes else str(n) for n, axes in places)
     return f"{sizes}, {format_bytes(row['bytes_per_device'])} a device"
 
 

@@ -42,7 +42,6 @@ class Goodput:
     best: float
     configured_interval_seconds: float
     configured: float
-    """At the run's own interval."""
 
 
 def estimate_goodput(
@@ -76,9 +75,7 @@ def best_interval_seconds(mean: float, write: float) -> float:
 def progress_ratio(interval: float, mean: float, write: float, restart: float) -> float:
     """Returns the seconds of work done in a second of a run that checkpoints every ``interval``
     seconds of work."""
-    if interval <= 0:
-        return 0.0
     exponent = (interval + write) / mean
-    if exponent > 500:  # hardly an interval is ever finished
+    if interval <= 0 or exponent > 500:  # there are no checkpoints, or hardly one is ever reached
         return 0.0
     return interval / (mean * exp(min(restart / mean, 500.0)) * expm1(exponent))

@@ -1,8 +1,5 @@
-"""Figures of accelerators, each with its source.
-
-A row is one device as JAX counts them. Peaks are dense. What a program reaches of them is in
-``plan/timing.py``.
-"""
+"""Figures of accelerators, each with its source: of one device as JAX counts them, with dense peaks.
+What a program reaches of them is in ``plan/timing.py``."""
 
 import os
 import time
@@ -117,7 +114,7 @@ CHIPS = {
 
 
 def find_chip(device: Any) -> Chip | None:
-    """Returns a JAX device's chip; None: not in the table. A CPU is measured, once a process."""
+    """Returns a JAX device's chip; None: not in the table. A CPU is measured."""
     if device.platform == "cpu":
         return measure_cpu(len(device.client.local_devices()))
     return next((c for c in CHIPS.values() if device.device_kind in c.device_kinds), None)

@@ -68,12 +68,11 @@ def place_frozen_models(
             where="parallel.schedule",
             fix="use circular, or mesh.stage=1",
         )
-    return {
-        name: place_run(
-            config.model_copy(update={"model": own.model, "adapter": own.adapter}), sizes, dtype
-        )
-        for name, own in read_frozen_configs(config, sources).items()
-    }
+    placed = {}
+    for name, own in read_frozen_configs(config, sources).items():
+        run = config.model_copy(update={"model": own.model, "adapter": own.adapter})
+        placed[name] = place_run(run, sizes, dtype)
+    return placed
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class ParamRow:
     spec: tuple[tuple[str, ...], ...]
     """Mesh axes of each dimension."""
     rule: str
-    """The rules that matched."""
     bytes_total: int
     bytes_per_device: int
     replicas: int
@@ -116,7 +114,6 @@ class RunLayout:
     """Training, of a token of text, causal attention counted at half; see count_training_flops."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
-    """How the run is parallel, in words."""
 
 
 def lay_out_run(
@@ -211,8 +208,8 @@ def _list_notes(
     stages, micro = sizes["stage"], config.train.micro_batches
     if stages > 1:
         groups = parallel.layer_groups if parallel.schedule == "circular" else 1
-        layers = config.model.num_layers // (stages * groups)
-        held = f"{groups} groups of {layers} layers" if groups > 1 else f"{layers} layers"
+        layers = f"{config.model.num_layers // (stages * groups)} layers"
+        held = f"{groups} groups of {layers}" if groups > 1 else layers
         idle = bubble_ratio(parallel.schedule, stages, micro, groups)
         yield (
             f"pipeline: {parallel.schedule}, {stages} stages of {held}, {micro} micro-batches, "

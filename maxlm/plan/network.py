@@ -31,13 +31,9 @@ _PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.
 
 
 def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
-    """Returns the bytes that each device sends in one run.
-
-    Args:
-        ways: devices in a group.
-        whole: bytes of the whole array of an all-gather, a reduce-scatter or an all-reduce; of
-            what one device holds before an all-to-all; of what it passes on in a permute.
-    """
+    """Returns the bytes that each device of a group of ``ways`` sends in one run; ``whole`` are of
+    the whole array of an all-gather, a reduce-scatter or an all-reduce, of what one device holds
+    before an all-to-all, of what it passes on in a permute."""
     if kind == "collective-permute":
         return np.where(np.greater(ways, 1), whole, 0.0)
     return _PASSES_OVER_ARRAY.get(kind, 1.0) * whole * (ways - 1) / ways
@@ -56,8 +52,8 @@ class PlannedCollective:
     """Runs a step."""
     phase: Phase
     waits: bool = True
-    """Whether the computation next in line needs it at once: activations do; weights can be
-    gathered, and their gradients scattered, beside other layers' work."""
+    """Whether computation needs it at once: activations do; weights are gathered, and their
+    gradients scattered, beside other layers' work."""
 
     def sent(self, split: MeshSplit) -> Number:
         """Bytes that a device sends in a step."""

@@ -12,13 +12,13 @@ from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
-from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
+from maxlm.plan.hardware import CHIPS, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimensions
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
-from maxlm.plan.topology import Topology, count_torus_dimensions, parse_topology
+from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.workload import FP32, MeshSplit, Number, RunWorkload
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
@@ -30,12 +30,10 @@ FILL = 0.95
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Network):
     """The machine that a run is planned for."""
 
     name: str
-    topology: Topology
-    chip: Chip
 
     @classmethod
     def from_name(cls, name: str) -> "Machine":
@@ -43,7 +41,7 @@ class Machine:
         topology = parse_topology(name)
         is_cpu = topology.platform == "cpu"
         chip = measure_cpu(topology.devices) if is_cpu else CHIPS[topology.kind]
-        return cls(name, topology, chip)
+        return cls(topology, chip, name)
 
     @classmethod
     def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
@@ -67,13 +65,9 @@ class Machine:
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
-            shape = sides[: count_torus_dimensions(chip.name)]
+            shape = sides[: TPUS[chip.name].dimensions]
         topology = Topology(first.platform, chip.name, shape, slices)
-        return cls(topology.words, topology, chip)
-
-    @property
-    def network(self) -> Network:
-        return Network(self.topology, self.chip)
+        return cls(topology, chip, topology.words)
 
     def mesh(self, config: RunConfig) -> dict[str, int]:
         """The config's mesh on this machine; refused where slices or hosts cannot be laid along."""
@@ -83,6 +77,19 @@ class Machine:
         if self.topology.platform == "gpu":
             check_tensor_within_host(sizes, self.topology.shape[-1])
         return sizes
+
+    def to_json(self) -> dict[str, Any]:
+        topology, chip = self.topology, self.chip
+        return {
+            "name": self.name,
+            "words": topology.words,
+            "chip": chip.name,
+            "shape": list(topology.shape),
+            "slices": topology.slices,
+            **{part: getattr(chip, part) for part in ("memory", "bandwidth", "sources")},
+            "peak": chip.peak["bf16"],
+            "efficiency": asdict(EFFICIENCY[chip.family]),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +178,7 @@ class RunPlan:
             "checkpoint_every": self.checkpoint_every,
             "fits": self.fits,
             "collectives": [asdict(sent) for sent in self.sends],
-            "machine": machine
-            and {
-                "name": machine.name,
-                "words": machine.topology.words,
-                "chip": machine.chip.name,
-                "shape": list(machine.topology.shape),
-                "slices": machine.topology.slices,
-                "memory": machine.chip.memory,
-                "peak": machine.chip.peak["bf16"],
-                "bandwidth": machine.chip.bandwidth,
-                "sources": machine.chip.sources,
-                "efficiency": asdict(EFFICIENCY[machine.chip.family]),
-            },
+            "machine": machine and machine.to_json(),
             "time": self.time
             and {
                 **{part: float(value) for part, value in asdict(self.time).items()},
@@ -219,9 +214,8 @@ def plan_run(
         assert machine is not None
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
-    network = machine and machine.network
-    if links is None and network:
-        links = _links(network, MeshSplit(config, sizes))
+    if links is None and machine:
+        links = _links(machine, MeshSplit(config, sizes))
     layout = lay_out_run(config, sizes, links)
     work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
@@ -231,7 +225,7 @@ def plan_run(
         state = float(held.parameters + held.optimizer + held.average)
         own = state, float(time.total), config.checkpoint.every_steps
         good = estimate_goodput(reliability, layout.devices, *own)
-    costs = (_cost(c, shape.split, network) for c in sends)
+    costs = (_cost(c, shape.split, machine) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
     return RunPlan(layout, machine, shape, held, sent, time, good)
 
@@ -262,8 +256,8 @@ def estimate_costs(
     # TPUs.
     wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
     dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak)
-    own = shape, machine.network, sends
-    return held, sends, estimate_time(*own, dtype=dtype, allocated=held.allocated)
+    time = estimate_time(shape, machine, sends, dtype=dtype, allocated=held.allocated)
+    return held, sends, time
 
 
 def _links(network: Network, split: MeshSplit) -> dict[str, str]:

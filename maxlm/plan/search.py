@@ -90,14 +90,14 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
     ranked = heapq.merge(*map(_Batch.rank, fitted), key=lambda own: (own.seconds, own.memory))
     spent = time.perf_counter() - began
     best: list[Candidate] = []
-    refusal, refused = None, 0
-    for candidate in ranked:
+    refusal = None
+    for place, candidate in enumerate(ranked, 1):
         try:
             plan_run(candidate.apply(config), machine)
             best.append(candidate)
         except MaxlmError as error:
-            refusal, refused = str(error), refused + 1
-        if len(best) == top or refused == _REFUSALS:
+            refusal = str(error)
+        if len(best) == top or place - len(best) == _REFUSALS:
             break
     return SearchResult(tuple(best), tried, possible, fitting, float(least), spent, refusal)
 

@@ -61,11 +61,9 @@ def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
     """Renders a plan, with the ``price`` of an accelerator's hour in whatever currency."""
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
-        parts += [
-            Text(f"{plan.machine.name}: {plan.machine.topology.words}"),
-            Text(format_fit_verdict(plan), style="bold"),
-            Text(format_run_estimate(plan, price)),
-        ]
+        parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.words}"))
+        parts.append(Text(format_fit_verdict(plan), style="bold"))
+        parts.append(Text(format_run_estimate(plan, price)))
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
         tokens = f"{plan.shape.work.rows.own:,} tokens"
@@ -120,8 +118,7 @@ def make_table(
     title: str,
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
-    *,
-    right: Container[str] = (),
+    right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
     """Makes a table under a title, which may be wider; columns align right and wrap by name."""
@@ -178,8 +175,7 @@ def _memory(plan: RunPlan) -> Group:
 
 def _communication(plan: RunPlan) -> Group:
     """Kernels together, and both passes."""
-    kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows}
-    kernels |= {"head"}
+    kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows} | {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float]] = {}
     for s in plan.sends:
         owner, _, rest = s.what.partition(": ")
@@ -208,8 +204,8 @@ def _time(plan: RunPlan) -> Group:
         "pipeline idle": time.idle,
         "together": time.total,
     }
-    seconds = ((name, float(value)) for name, value in parts.items())
-    rows = [(n, format_seconds(s), f"{s / float(time.total):.1%}") for n, s in seconds if s]
+    total, seconds = float(time.total), ((name, float(value)) for name, value in parts.items())
+    rows = [(name, format_seconds(s), f"{s / total:.1%}") for name, s in seconds if s]
     return make_table("Time of a step", ("what", "time", "share"), rows, right=("time", "share"))
 
 
@@ -247,8 +243,8 @@ def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str)
         (what, f"{ours:,.3f}", f"{theirs:,.3f}", f"{ours / theirs:.3f}" if theirs else "")
         for what, (ours, theirs) in rows.items()
     )
-    what, *right = "what", "plan", "compiler", "plan ÷ compiler"
-    return make_table(title, (what, *right), cells, right=right)
+    right = ("plan", "compiler", "plan ÷ compiler")
+    return make_table(title, ("what", *right), cells, right)
 
 
 def render_candidates_table(
@@ -267,8 +263,7 @@ def render_candidates_table(
         rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
     right = ("step", "memory", "of\nlimit", "by the\ncompiler" if verified else "")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
-    wrap = ("mesh", "residual")
-    return make_table("The quickest that fit", columns, rows, right=right, wrap=wrap)
+    return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
 
 
 def render_report(plan: Mapping[str, Any]) -> str:

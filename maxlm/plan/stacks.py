@@ -67,7 +67,6 @@ class MatmulGroup:
 
     @property
     def has_experts(self) -> bool:
-        """Whether tokens choose among these, which lie in one array."""
         return "expert" in self.kernels[0].axes
 
     @property
@@ -128,11 +127,9 @@ class Stack:
 
     @property
     def cross_attention(self) -> bool:
-        """Whether they look at an encoder's output as well."""
         return any(branch.branch == "cross_attention" for branch in self.branches)
 
     def heads(self, branch: Branch = "mixer") -> HeadCosts | None:
-        """The heads of attention in a branch; None: it has none."""
         return next((own.costs.heads for own in self.branches if own.branch == branch), None)
 
     @property

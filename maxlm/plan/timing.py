@@ -224,16 +224,15 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     """Elements that a layer's element-wise maps read and write in a forward pass: norms the stream
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""
-    work, split = shape.work, shape.split
-    model, sizes = work.config.model, split.head_sizes(stack.heads())
+    work, split, model = shape.work, shape.split, shape.work.config.model
     stream = shape.residual_tokens * stack.rate * model.d_model
-    tokens = shape.tokens * stack.rate
-    keys, narrow, hidden = sizes.keys + sizes.values, 0.0, 0.0
-    each = sizes.queries + sizes.output + keys
-    if crossing := stack.heads("cross_attention"):
-        sizes = split.head_sizes(crossing)
-        keys = sizes.keys + sizes.values
-        each += sizes.queries + sizes.output + keys * work.rows.encoder_rate
+    tokens, each, narrow, hidden = shape.tokens * stack.rate, 0.0, 0.0, 0.0
+    for heads, seen in (
+        (stack.heads(), 1.0),
+        (stack.heads("cross_attention"), work.rows.encoder_rate),
+    ):
+        sizes = split.head_sizes(heads)
+        each += sizes.queries + sizes.output + (sizes.keys + sizes.values) * seen
     for group in stack.matmuls:
         served = shape.expert_rows if group.has_experts else 1.0
         hidden += tokens * served * split.hidden_width(group)
@@ -292,7 +291,7 @@ def estimate_time(
     }
     loss = flops.loss / rate + loss_bytes / bandwidth, 2 * flops.loss / rate
 
-    sent: dict[Phase, Number] = dict.fromkeys((*PASSES, "once"), 0.0)
+    sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
     for c in sends:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network
         sent[c.phase] = sent[c.phase] + c.count * one

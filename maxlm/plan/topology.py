@@ -10,17 +10,15 @@ from maxlm.config import MaxlmError
 
 
 class _Tpu(NamedTuple):
-    """Google Cloud TPU documentation, a page a generation."""
+    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, and the largest
+    slice (Google Cloud TPU documentation, a page a generation)."""
 
     cores: int
-    """Of a chip, as names count them (v4, v5p and 7x: cores)."""
     dimensions: int
-    """Of the torus."""
     most_chips: int
-    """Of the largest slice."""
 
 
-_TPUS = {
+TPUS = {
     "v4": _Tpu(2, 3, 4096),
     "v5p": _Tpu(2, 3, 8960),
     "v5e": _Tpu(1, 2, 256),
@@ -141,7 +139,7 @@ class Topology:
             hosts = _count(self.slices * self.shape[0], "host")
             return f"{chips} {self.kind.upper()} GPUs on {hosts}"
         many = f"{self.slices} slices of " if self.slices > 1 else ""
-        cores = chips * _TPUS[self.kind].cores
+        cores = chips * TPUS[self.kind].cores
         counted = f", {cores} cores" if cores > chips else ""
         counted += f", {self.devices} devices" if self.devices > chips else ""
         own = self.chips_per_host
@@ -173,7 +171,7 @@ def parse_topology(text: str) -> Topology:
     shape = tuple(int(n) for n in found[5].split("x")) if found[5] else ()
     if slices < 1 or 0 in shape:
         raise MaxlmError(f"'{text}' has no devices", fix=_FIX)
-    if kind in _TPUS and found[3] != "x":
+    if kind in TPUS and found[3] != "x":
         return Topology("tpu", kind, _find_slice(text, kind, count, shape), slices)
     if kind in _GPUS and (found[3] == "x" or len(shape) == 2):
         a_host = min(count, _GPUS_PER_HOST)
@@ -183,7 +181,7 @@ def parse_topology(text: str) -> Topology:
         return Topology("gpu", kind, shape or (count // a_host, a_host), slices)
     if kind == "cpu" and slices == 1 and (len(shape) == 1 or (found[3] == "x" and count)):
         return Topology("cpu", kind, shape or (count,))
-    near = get_close_matches(kind, (*_TPUS, *_GPUS, "cpu"), n=1)
+    near = get_close_matches(kind, (*TPUS, *_GPUS, "cpu"), n=1)
     fix = f"did you mean {near[0]}? {_FIX}" if near and near[0] != kind else _FIX
     raise MaxlmError(f"no machine is called '{text}'", fix=fix)
 
@@ -191,7 +189,7 @@ def parse_topology(text: str) -> Topology:
 def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns a shape as given, or the one that the vendor gives out for a count: sides as equal
     as they can be."""
-    cores, dimensions, most = _TPUS[kind]
+    cores, dimensions, most = TPUS[kind]
     chips = prod(shape) if shape else count // cores
     listed = _FLAT if dimensions == 2 else _SMALL
     known = [tuple(sorted(sides)) for sides in listed]
@@ -210,10 +208,6 @@ def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tup
     sides = min(equal, key=lambda sides: (max(sides), sides))
     # A torus of three dimensions is named with its longest side first, one of two with its last.
     return sides[::-1] if dimensions == 3 else sides
-
-
-def count_torus_dimensions(kind: str) -> int:
-    return _TPUS[kind].dimensions
 
 
 def format_gpu_target(kind: str) -> str:

@@ -19,9 +19,9 @@ _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
-    biased = shape.work.config.model.positions.kind == "relative"
     sets = {}
     if heads := stack.heads():
+        biased = shape.work.config.model.positions.kind == "relative"
         sets["a layer's attention"] = _attention(shape, stack, heads, stack.rate, biased)
     else:
         sets["a layer's mixer"] = _mixer(shape, stack)
@@ -126,13 +126,12 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
 def list_loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
-    size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
-    tokens = shape.end_tokens
+    size = work.head.size / split.shards(split.compute, work.head.axes)
+    tokens, states = shape.end_tokens, 5 + 3 * len(work.outer_kernels)
     chunk = np.minimum(work.config.task.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
-    states = 5 + 3 * len(work.outer_kernels)
     return {
-        "head, gathered": size * itemsize,
+        "head, gathered": shape.used_bytes(work.head),
         "its gradient": size * FP32,
         "logits of a chunk": logits * (FP32 + itemsize),
         "hidden states and their gradients": states * tokens * model.d_model * itemsize,
@@ -142,8 +141,7 @@ def list_loss_working_set(shape: StepShape) -> Parts:
 def list_update_working_set(shape: StepShape) -> Parts:
     """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
     two largest parameters' are alive together."""
-    work, split = shape.work, shape.split
-    whole = []
+    work, split, whole = shape.work, shape.split, []
     for spec in work.select_trained(work.specs):
         held = split.held_bytes(split.storage, [spec])
         finer = split.held_bytes(split.optimizer, [spec]) < held

@@ -60,11 +60,11 @@ class RunWorkload:
     stacks: tuple[Stack, ...]
     """Layers, in the order in which they are run."""
     tables: Mapping[str, tuple[float, ...]]
-    """Parameters in which rows are looked up, that of tokens first; each with the tokens of every
-    way it is read for each of the batch's."""
+    """Parameters in which rows are looked up, that of tokens first, with the tokens of every way it
+    is read for each of the batch's."""
     optimizer: tuple[StateArray, ...]
     trained: frozenset[str]
-    """The names of the parameters that are trained."""
+    """Names of parameters."""
     frozen: tuple[ParamSpec, ...] = ()
     """The parameters of other models that the task reads."""
     cache_bytes: int = 0
@@ -119,7 +119,6 @@ class RunWorkload:
 
     @cached_property
     def outer_specs(self) -> dict[str, ParamSpec]:
-        """Parameters before the layers and after them."""
         return {name: spec for name, spec in self.specs.items() if not spec.lead}
 
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
@@ -128,18 +127,13 @@ class RunWorkload:
     @cached_property
     def matmuls(self) -> Counter[MatmulGroup]:
         """The matrix products of layers, by stack and in order of their names: layers of each."""
-        layers: Counter[MatmulGroup] = Counter()
-        for stack in self.stacks:
-            layers.update(dict.fromkeys(stack.matmuls, stack.depth))
-        return layers
+        own = (Counter(dict.fromkeys(stack.matmuls, stack.depth)) for stack in self.stacks)
+        return sum(own, start=Counter[MatmulGroup]())
 
     @cached_property
     def attention(self) -> Counter[AttentionShape]:
         """Whom tokens look at, in how many layers."""
-        layers: Counter[AttentionShape] = Counter()
-        for stack in self.stacks:
-            layers.update(stack.attention)
-        return layers
+        return sum((stack.attention for stack in self.stacks), start=Counter[AttentionShape]())
 
     @cached_property
     def outer_kernels(self) -> tuple[Kernel, ...]:
@@ -246,7 +240,6 @@ class MeshSplit:
         return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
 
     def held_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | StateArray]) -> Number:
-        """Bytes of arrays on each device."""
         return sum((a.nbytes / self.shards(rules, a.axes) for a in arrays), start=0.0)
 
     def head_sizes(self, heads: HeadCosts | None) -> HeadSizes:

@@ -96,16 +96,16 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
 
 
 @pytest.mark.parametrize(
-    ("on", "settings", "words"),
+    ("on", "setting", "words"),
     [
-        ("h100x16", ["mesh.fsdp=1", "mesh.tensor=16"], "tensor=16 would lie across hosts"),
-        ("2xv5p-128", ["mesh.data=1"], "2 slices, but neither data=1 nor stage=1"),
-        ("v5p-128", ["mesh.fsdp=100"], "needs 100 devices, 64 here"),
+        ("h100x16", "mesh.tensor=16", "tensor=16 would lie across hosts"),
+        ("2xv5p-128", "mesh.data=1", "2 slices, but neither data=1 nor stage=1"),
+        ("v5p-128", "mesh.fsdp=100", "needs 100 devices, 64 here"),
     ],
 )
-def test_a_mesh_that_the_machine_cannot_have(on, settings, words):
+def test_a_mesh_that_the_machine_cannot_have(on, setting, words):
     with pytest.raises(MaxlmError, match=words):
-        plan_run(run("llama2_7b", *settings), Machine.from_name(on))
+        plan_run(run("llama2_7b", setting), Machine.from_name(on))
 
 
 def tpu(coords, slice_index: int) -> SimpleNamespace:

@@ -1,8 +1,5 @@
-"""The cost of a compiled program for each device, with every loop's trips counted.
-
-XLA's own ``cost_analysis()`` counts a loop's body once, so that a scanned model seems to have one
-layer.
-"""
+"""The cost of a compiled program for each device, with every loop's trips counted: XLA's own
+``cost_analysis()`` counts a body once, so that a scanned model seems to have one layer."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -48,7 +45,6 @@ class CompiledCollective:
     payload_bytes: int
     """Of one run: the operands on one device."""
     count: int = 1
-    """Times it runs in a step."""
 
     @property
     def wire_bytes(self) -> int:
@@ -110,7 +106,6 @@ class CompiledMemory:
 
     @property
     def peak(self) -> int:
-        """Everything alive at once, as the compiler lays it out."""
         return self.argument + self.temp + self.output - self.alias
 
 
@@ -252,11 +247,11 @@ class _Reader:
         if kind in ("ragged-all-to-all", "collective-permute") and len(operands) > 2:
             # Behind the data: the buffer it is written into, and offsets.
             operands = operands[:1]
-        group = find_device_group(instruction, self.sizes)
+        axes, size = find_device_group(instruction, self.sizes)
         return CompiledCollective(
             kind="reduce-scatter" if kind == "all-reduce" and scattered else kind,
-            axes=group.axes,
-            group_size=group.size,
+            axes=axes,
+            group_size=size,
             shape=str(max(operands, key=lambda s: s.nbytes)),
             op_name=instruction.op_name,
             payload_bytes=sum(s.nbytes for s in operands),

@@ -1,14 +1,11 @@
-"""Which devices a collective joins, and along which mesh axes they lie.
-
-Ids in a compiled program number the devices of its mesh in order (``mesh.devices.flat``), whatever
-the hardware calls them, so that the mesh's sizes are enough to tell axes.
-"""
+"""Which devices a collective joins, and along which mesh axes they lie. Ids in a compiled program
+number its mesh's devices in order (``mesh.devices.flat``), so that sizes are enough to tell axes."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 
@@ -24,31 +21,23 @@ _AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
 
-@dataclass(frozen=True)
-class DeviceGroup:
-    """A collective's reach."""
-
-    axes: str
-    """Mesh axes along which its members differ, joined by "+"; "" for a device on its own."""
-    size: int
-    """Members of one group; for a permute 2, or 1 where no data moves."""
-
-
-def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> DeviceGroup:
-    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first."""
+def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first: the axes along
+    which members differ, joined by "+" ("" for a device on its own), and the members of one group;
+    of a permute 2, or 1 where no data moves."""
     text = instruction.attributes
     start = max(text.find("replica_groups="), text.find("source_target_pairs="))
-    return _group(text[start:] if start >= 0 else "", tuple(sizes.items()))
+    return _find_group(text[start:] if start >= 0 else "", tuple(sizes.items()))
 
 
 @lru_cache(maxsize=4096)
-def _group(text: str, sizes: tuple[tuple[str, int], ...]) -> DeviceGroup:
+def _find_group(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, int]:
     pairs = _PAIRS.match(text)
     if pairs:
         moves = [pair for pair in _lists(pairs[1]) if pair[0] != pair[1]]
-        return DeviceGroup(_axes(moves, sizes), 2 if moves else 1)
-    groups = parse_replica_groups(text, int(np.prod([n for _, n in sizes])))
-    return DeviceGroup(_axes(groups, sizes), max(map(len, groups)))
+        return _axes(moves, sizes), 2 if moves else 1
+    groups = parse_replica_groups(text, prod(n for _, n in sizes))
+    return _axes(groups, sizes), max(map(len, groups))
 
 
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
@@ -102,7 +91,7 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[i
     elif device_ids:
         ids = np.reshape(_integers(device_ids), dims)
     first = [d for d in range(len(dims)) if d not in last]
-    members = int(np.prod([dims[d] for d in last]))
+    members = prod(dims[d] for d in last)
     return ids.transpose(*first, *last).reshape(-1, members).tolist()
 
 

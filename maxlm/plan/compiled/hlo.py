@@ -41,7 +41,10 @@ class HloShape:
 
     @property
     def nbytes(self) -> int:
-        return (self.size * _bits(self.dtype) + 7) // 8
+        # f8e4m3fn: the first number in the name; pred is a byte, tokens are nothing.
+        width = re.search(r"\d+", self.dtype)
+        bits = int(width[0]) if width else 8 if self.dtype == "pred" else 0
+        return (self.size * bits + 7) // 8
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -64,7 +67,6 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """JAX's name stack and primitive."""
         found = re.search(r'\bop_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -168,12 +170,6 @@ def _parse_shapes(text: str) -> tuple[HloShape, ...]:
     return tuple(shapes)
 
 
-def _bits(dtype: str) -> int:
-    """f8e4m3fn → 8: the first number in the name; pred is a byte, tokens are nothing."""
-    width = re.search(r"\d+", dtype)
-    return int(width[0]) if width else 8 if dtype == "pred" else 0
-
-
 def _parse_instruction(name: str, text: str) -> Instruction:
     """From what follows ``%name =``: ``type opcode(operands), attributes``."""
     end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
@@ -199,15 +195,11 @@ def _balanced(text: str, start: int) -> int:
 
 def _frames(text: str) -> dict[int, tuple[str, ...]]:
     """The tables FileNames, FileLocations and StackFrames, joined."""
-    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
-    locations = dict(
-        re.findall(r"^(\d+) \{file_name_id=(\d+)", _table(text, "FileLocations"), re.MULTILINE)
-    )
-    rows = re.findall(
-        r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?",
-        _table(text, "StackFrames"),
-        re.MULTILINE,
-    )
+    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.M))
+    places = _table(text, "FileLocations")
+    locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", places, re.M))
+    row = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
+    rows = re.findall(row, _table(text, "StackFrames"), re.M)
     # Parents come before their children; some versions print them one too high.
     shift = any(own == parent for own, _, parent in rows)
     frames: dict[int, tuple[str, ...]] = {}
@@ -218,5 +210,5 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
 
 
 def _table(text: str, title: str) -> str:
-    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.M | re.S)
     return found[1] if found else ""

@@ -48,10 +48,7 @@ class _Place:
         return self.computation.instructions[self.name]
 
     def operands(self) -> list["_Place"]:
-        return [self.beside(name) for name in self.instruction.operands]
-
-    def beside(self, name: str) -> "_Place":
-        return _Place(self.computation, name, self.outer)
+        return [_Place(self.computation, n, self.outer) for n in self.instruction.operands]
 
 
 def _origin(place: _Place, module: HloModule) -> _Place:
@@ -59,7 +56,7 @@ def _origin(place: _Place, module: HloModule) -> _Place:
     while True:
         found = place.instruction
         if found.opcode in _MOVES:
-            place = place.beside(found.operands[0])
+            place = place.operands()[0]
         elif found.opcode == "fusion":
             body = module.computations[found.calls("calls")[0]]
             place = _Place(body, body.root, place)
@@ -67,7 +64,7 @@ def _origin(place: _Place, module: HloModule) -> _Place:
             place = place.outer.operands()[int(found.literal)]
         elif found.opcode == "get-tuple-element":
             index = found.integers("index")[0]
-            element = _element(place.beside(found.operands[0]), index, module)
+            element = _element(place.operands()[0], index, module)
             if element is None:
                 return place
             place = element
