@@ -1,4 +1,4 @@
-"""Figures of accelerators, each with its source: of one device as JAX counts them, with dense peaks.
+"""Figures of accelerators, each with its source, of one device as JAX counts them; peaks are dense.
 What a program reaches of them is in ``plan/timing.py``."""
 
 import os

@@ -1,5 +1,5 @@
 """Which devices a collective joins, and along which mesh axes they lie. Ids in a compiled program
-number its mesh's devices in order (``mesh.devices.flat``), so that sizes are enough to tell axes."""
+number its mesh's devices in order (``mesh.devices.flat``), so that sizes are enough for axes."""
 
 import re
 from collections.abc import Mapping, Sequence
