@@ -195,11 +195,11 @@ def _balanced(text: str, start: int) -> int:
 
 def _frames(text: str) -> dict[int, tuple[str, ...]]:
     """The tables FileNames, FileLocations and StackFrames, joined."""
-    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.M))
+    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
     places = _table(text, "FileLocations")
-    locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", places, re.M))
+    locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", places, re.MULTILINE))
     row = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
-    rows = re.findall(row, _table(text, "StackFrames"), re.M)
+    rows = re.findall(row, _table(text, "StackFrames"), re.MULTILINE)
     # Parents come before their children; some versions print them one too high.
     shift = any(own == parent for own, _, parent in rows)
     frames: dict[int, tuple[str, ...]] = {}
@@ -210,5 +210,5 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
 
 
 def _table(text: str, title: str) -> str:
-    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.M | re.S)
+    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
     return found[1] if found else ""
