@@ -81,7 +81,7 @@ corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token
 	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
 
 torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their ends (half an hour)
-	$(bin)/python -m pytest -q tests/programs/test_torture.py
+	$(bin)/python -m pytest -q tests/programs/test_torture.py tests/programs/test_processes.py
 	$(bin)/python benchmarks/torture.py --kills 100
 
 check: $(ready) ## formatting, lint, types, directions of imports, names

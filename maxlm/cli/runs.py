@@ -39,8 +39,7 @@ def show(
 
     from maxlm.config import MaxlmError
     from maxlm.programs.runs import read_run
-    from maxlm.programs.show_runs import show_run
-    from maxlm.programs.timeline import draw_history
+    from maxlm.programs.show_runs import draw_history, show_run
 
     now = time.time()
     found = read_run(run, now)

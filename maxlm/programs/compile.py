@@ -74,8 +74,7 @@ def compile_step(
         topology: the machine, as ``maxlm.plan.topology.parse_topology`` reads it.
         options: of the compiler (XLA flags).
 
-    Raises:
-        DoesNotFit: too little memory (TPUs; a GPU's compiler lays out any amount).
+    Raises DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
     setup = set_up(config, get_topology_devices(machine))

@@ -65,11 +65,8 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = ignore_progress,
 ) -> Converted:
-    """A Hugging Face folder to a run, or a run to a Hugging Face folder: whichever ``source`` is.
-
-    Args:
-        family, dtype, step, shard_bytes: of ``to_published``; the other way knows no choice.
-    """
+    """A Hugging Face folder to a run, which knows no choice, or a run to a Hugging Face folder:
+    whichever ``source`` is."""
     source, target = Path(source), Path(target)
     how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
@@ -92,10 +89,6 @@ def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) 
     """A Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
-
-    Raises:
-        MaxlmError: a target that is not empty; a family or a setting that maxlm does not know;
-            damaged, missing, extra or misshaped tensors; a tokenizer larger than the model.
     """
     _check_free(target)
     where = source / "config.json"
@@ -155,10 +148,6 @@ def to_published(
             model computes.
         dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came, else float32.
         step: which checkpoint; None: the newest.
-
-    Raises:
-        MaxlmError: no run, no checkpoint, a target that is not empty, a model that the family has
-            no words for (an adapted one among them), values too large for the number format.
     """
     config = load_config(RunConfig, source / "config.yaml").value
     if config.adapter is not None:

@@ -1,7 +1,7 @@
-"""How well a model predicts held-out text, in units that do not depend on its tokenizer."""
+"""The records of a run: each step's scalars, and how well it predicts held-out text, in units that
+do not depend on its tokenizer."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.programs.feed import load_evaluation_batches
+from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import PreparedText
-from maxlm.programs.setup import Setup
-from maxlm.train.records import read_records
+from maxlm.programs.setup import Setup, load_evaluation_batches
+from maxlm.train.display import ConsoleDisplay
+from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
+from maxlm.train.trainer import Callback, Trainer, measure_memory
 
 HeldOutResults = dict[str, dict[str, float]]
 """By source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where every
@@ -28,10 +30,7 @@ class HeldOutEvaluator:
     Documents are cut into sequences, each predicted without what came before. Every token but a
     document's first is predicted, its end-of-text token among them; the bits of all are divided
     by the bytes of text. After ``max_batches`` bytes are estimated from the store's own ratio of
-    bytes to tokens.
-
-    Args:
-        on_batch: called before each batch.
+    bytes to tokens. ``on_batch`` is called before each batch.
     """
 
     def __init__(self, setup: Setup, corpus: PreparedText, on_batch: Callable[[], None]):
@@ -54,14 +53,6 @@ class HeldOutEvaluator:
                 bits = sums["cross_entropy"] / math.log(2)
                 result |= {"bits_per_byte": bits / text_bytes, "bytes": text_bytes}
             results[name] = result
-        return results
-
-    def evaluate_at_end(self, state: TrainState, event: Callable[..., None]) -> HeldOutResults:
-        """Evaluates on all held-out text, with an event if there is any."""
-        began = time.monotonic()
-        results = self.evaluate(state)
-        if results:
-            event("evaluate", int(state.step), seconds=time.monotonic() - began, final=True)
         return results
 
     def evaluate_for_record(self, state: TrainState) -> dict[str, float]:
@@ -107,3 +98,61 @@ def sum_over_batches(
         for name, value in jax.device_get(step(params, batch)).items():
             totals[name] = totals.get(name, 0.0) + float(np.float64(value))
     return totals
+
+
+class MetricsCallback(Callback):
+    """Adds rates to a step's scalars, writes them and shows them.
+
+    ``mfu`` counts causal attention at half, ``mfu_full_attention`` in full. On a CPU the peak is
+    what a large matmul reached when the run started. The plan's predictions stand beside what is
+    measured: ``planned_seconds``, ``planned_mfu``, ``planned_memory``.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        text: PreparedText,
+        plan: RunPlan,
+        log: MetricsLog,
+        show: ConsoleDisplay,
+    ):
+        self._config, self._plan, self._log, self._display = setup.config, plan, log, show
+        self._planned = {}
+        if plan.step_seconds is not None:
+            self._planned = {
+                "planned_seconds": plan.step_seconds,
+                "planned_mfu": plan.mfu(),
+                "planned_memory": float(plan.memory.total),
+            }
+        self._mixture: Any = getattr(text.batches, "mixture", None)
+        self._bytes_per_target = {
+            name: store.manifest.text_bytes / (store.num_tokens - store.num_documents)
+            for name, store in text.training.items()
+        }
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        data, layout, peak = self._config.data, self._plan.layout, self._plan.peak_flops
+        tokens_per_step = data.batch_size * data.seq_len
+        rate = tokens_per_step / metrics["seconds"]
+        record = metrics | {"tokens": step * tokens_per_step, "tokens_per_second": rate}
+        record |= measure_memory() | self._planned
+        if self._config.task.predicts_every_token:
+            shares = self._mixture.shares(max(0, step - 1) * data.batch_size)
+            record["bits_per_byte"] = (metrics["cross_entropy"] / math.log(2)) / sum(
+                share * self._bytes_per_target[name] for name, share in shares.items()
+            )
+        if peak is not None:
+            record["mfu"] = rate * layout.flops_per_token / peak
+            record["mfu_full_attention"] = rate * layout.flops_per_token_full_attention / peak
+        self._display.update(step, record)
+        self._log.log(step, record)
+
+    def on_evaluation_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        rates = [
+            f"{name.partition('/')[2]} {rate:.3f} bits per byte"
+            for name, rate in metrics.items()
+            if name.startswith("eval_bits_per_byte/")
+        ]
+        words = [f"step {step}", f"held out: loss {metrics['eval_loss']:.4f}", *rates]
+        self._display.message(" · ".join(words))
+        self._log.log(step, metrics)

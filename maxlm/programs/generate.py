@@ -22,13 +22,9 @@ def generate_text(
     """Continue prompts, each as the opening of a document; an encoder reads them as whole ones.
     Literals of special tokens in them are plain text.
 
-    Args:
-        prompts: bytes need not be UTF-8.
-
-    Returns:
-        At each step a list with the text that each row's new token completes, often empty; all of
-        a row's pieces joined are its continuation (see :func:`get_separator`). The tokens that
-        end a continuation give no text.
+    Yields at each step a list with the text that each row's new token completes, often empty; all
+    of a row's pieces joined are its continuation (see :func:`get_separator`). The tokens that end a
+    continuation give no text.
     """
     whole = isinstance(model, EncoderDecoder)
     steps = generate(
@@ -47,11 +43,8 @@ def generate_text(
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, whole: bool
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one.
-
-    Args:
-        whole: prompts are whole documents, as an encoder reads them, rather than openings.
-    """
+    """Return the ids that a model is given for each prompt, at least one; ``whole``: prompts are
+    documents, as an encoder reads them, rather than openings."""
     end = [tokenizer.eos_id] if whole else []
     encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
     # A model needs a token to start from, even where documents open without one.

@@ -110,11 +110,8 @@ class History:
 
 
 def summarize_events(events: Iterable[Event], now: float) -> History:
-    """Accounts for a run's time, from its events in the order they were written.
-
-    Args:
-        now: unix seconds; the last attempt may still be alive.
-    """
+    """Accounts for a run's time, from its events in the order they were written; at ``now`` (unix
+    seconds) the last attempt may still be alive."""
     counts: Counter[str] = Counter()
     logs: list[list[Event]] = []
     for event in events:

@@ -42,14 +42,8 @@ class LoadedRun:
 def load_run(
     folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
 ) -> LoadedRun:
-    """The parameters of a run's checkpoint (default: the newest), whatever mesh wrote them.
-
-    Args:
-        mesh: where to put them; default: one device.
-
-    Raises:
-        MaxlmError: no run there, no such checkpoint, or a damaged one.
-    """
+    """The parameters of a run's checkpoint (default: the newest), whatever mesh wrote them, on
+    ``mesh`` (default: one device)."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise MaxlmError(
@@ -71,11 +65,8 @@ def load_run(
 
 
 def check_start(setup: Setup) -> dict[str, Any] | None:
-    """Checks the run that this one starts from, if any; returns its checkpoint's metadata.
-
-    Raises:
-        MaxlmError: none there, or of another model.
-    """
+    """Checks that the run that this one starts from, if any, is there and has this model; returns
+    its checkpoint's metadata."""
     start, wanted = setup.config.train.start_from, setup.abstract_state.params
     if start is None:
         return None
@@ -102,14 +93,8 @@ def init_state(setup: Setup) -> TrainState:
 
 
 def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[str, Params]:
-    """Return the parameters of the models that the task only reads, by name.
-
-    Args:
-        init_params: returns the parameters that training starts from.
-
-    Raises:
-        MaxlmError: a run that is not there, or is of another model.
-    """
+    """Return the parameters of the models that the task only reads, by name; ``init_params``
+    returns those that training starts from."""
     loaded: dict[str, Params] = {}
     for model, source in setup.frozen_sources.items():
         if source.folder is None:

@@ -10,14 +10,21 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
-from maxlm.programs.environment import get_process_start
 from maxlm.programs.load import check_start, describe_frozen_models
 from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
-from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
+from maxlm.programs.resume import (
+    Say,
+    StateSource,
+    TrainingPosition,
+    check_not_lost,
+    check_same_text,
+    find_resume_source,
+    make_metadata,
+)
 from maxlm.programs.run_folder import (
     create_run_folder,
     describe_run,
+    get_process_start,
     lock_run_folder,
     record_stop,
     run_folder_path,
@@ -44,7 +51,6 @@ class OpenRun:
     signals: SignalHandler
     watchdog: Watchdog
     corpus: PreparedText
-    checkpointer: Checkpointer
     states: StateSource
     position: TrainingPosition
     """Where training starts or resumes."""
@@ -57,13 +63,8 @@ class OpenRun:
 def open_run(
     config: RunConfig, stack: ExitStack, *, resume: str | Path | None, say: Say
 ) -> OpenRun:
-    """Prepares a run's text, and restores its state or initializes it.
-
-    Args:
-        stack: closes what is opened.
-        resume: another run's folder to resume from, where this one has no checkpoint.
-        say: takes, on process 0, lines that tell what happens.
-    """
+    """Prepares a run's text, and restores its state or initializes it; ``stack`` closes what is
+    opened. For the rest see :func:`maxlm.programs.train.train_model`."""
     lead = jax.process_index() == 0
     say = say if lead else lambda _: None
     folder = run_folder_path(config)
@@ -73,15 +74,16 @@ def open_run(
     use_compilation_cache(config)
     config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
     signals = stack.enter_context(handle_signals(str(folder)))
-    stack.enter_context(lock_run_folder(folder, lead=lead))
-    with create_run_folder(config, folder, lead=lead):
-        home, grouped = folder / "checkpoints", group_sizes(setup.specs)
-        checkpointer = stack.enter_context(
-            Checkpointer(home, config.name, config.checkpoint, grouped=grouped)
-        )
-        source = find_resume_source(setup, checkpointer, resume, stack, say)
-        saved = source.metadata if source else check_start(setup)
-        corpus = prepare_on_all_hosts(config, folder)
+    stack.enter_context(create_run_folder(config, folder, lead=lead))
+    if lead:
+        stack.enter_context(lock_run_folder(folder))
+    home, grouped = folder / "checkpoints", group_sizes(setup.specs)
+    checkpointer = stack.enter_context(
+        Checkpointer(home, config.name, config.checkpoint, grouped=grouped)
+    )
+    source = find_resume_source(setup, checkpointer, resume, stack, say)
+    saved = source.metadata if source else check_start(setup)
+    corpus = prepare_on_all_hosts(config, folder)
     if source and not source.is_own:  # It may have trained on meanwhile, and deleted old ones.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
     states = StateSource(setup, checkpointer, source)
@@ -96,59 +98,26 @@ def open_run(
     if skips is None:
         skips = get_skips(source.metadata) if source else ()
     position = states.restore(skips)
+    step = position.step
     if not position.place:
         check_not_lost(checkpointer, resume)
-    _report_position(config, folder, position, say)
+    for each in position.skipped:
+        say(str(each))
+    if position.place:
+        say(f"resuming from step {step} in {position.place}")
+    elif start := config.train.start_from:
+        say(f"starting from the parameters in {start}")
+    if step > config.train.steps:
+        raise MaxlmError(
+            f"the run is at step {step}, train.steps={config.train.steps}",
+            where=str(folder),
+            fix=f"set train.steps to {step} or more, or train in another run folder",
+        )
     machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
     sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
     plan = plan_run(config, machine, sizes=sizes, links=links)
     say(format_prediction(plan))
     describe_run(folder, config, plan, lead=lead)
-    log = _open_log(config, folder, states, position, stack, say)
-    stack.enter_context(record_stop(signals, log, position.step))
-    watchdog.event = log.event
-    checkpointer.catch_up()
-    return OpenRun(
-        setup=setup,
-        folder=folder,
-        lead=lead,
-        say=say,
-        signals=signals,
-        watchdog=watchdog,
-        corpus=corpus,
-        checkpointer=checkpointer,
-        states=states,
-        position=position,
-        metadata=metadata,
-        plan=plan,
-        log=log,
-    )
-
-
-def _report_position(config: RunConfig, folder: Path, position: TrainingPosition, say: Say) -> None:
-    for each in position.skipped:
-        say(str(each))
-    if position.place:
-        say(f"resuming from step {position.step} in {position.place}")
-    elif start := config.train.start_from:
-        say(f"starting from the parameters in {start}")
-    if position.step > config.train.steps:
-        raise MaxlmError(
-            f"the run is at step {position.step}, train.steps={config.train.steps}",
-            where=str(folder),
-            fix=f"set train.steps to {position.step} or more, or train in another run folder",
-        )
-
-
-def _open_log(
-    config: RunConfig,
-    folder: Path,
-    states: StateSource,
-    position: TrainingPosition,
-    stack: ExitStack,
-    say: Say,
-) -> MetricsLog:
-    lead, step, source = jax.process_index() == 0, position.step, states.resume_source
     log = stack.enter_context(MetricsLog(folder, step, write=lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
@@ -162,4 +131,9 @@ def _open_log(
         device_kind=jax.devices()[0].device_kind,
         skipped=[[each.step, each.why] for each in position.skipped],
     )
-    return log
+    stack.enter_context(record_stop(signals, log, step))
+    watchdog.event = log.event
+    checkpointer.catch_up()
+    return OpenRun(
+        setup, folder, lead, say, signals, watchdog, corpus, states, position, metadata, plan, log
+    )

@@ -94,11 +94,8 @@ def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """A tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
-    or what a WordPiece vocabulary does not mark as a continuation.
-
-    Args:
-        size: rows of the model's table; those past the tokenizer's ids count as special, and so do
-            ids within that have no text.
+    or what a WordPiece vocabulary does not mark as a continuation. Of the ``size`` rows of the
+    model's table those past the tokenizer's ids are special, and so are ids without a text.
     """
     special = np.ones(size, bool)
     special[: tokenizer.vocab_size] = False

@@ -2,19 +2,46 @@
 
 import json
 import os
+import platform
 import socket
-import uuid
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import jax
+
+import maxlm
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.environment import describe_environment
 from maxlm.run import RunConfig
+from maxlm.runtime.collectives import all_gather_json
 from maxlm.runtime.files import check_not_deleted, convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.signals import SignalHandler
 from maxlm.train.records import MetricsLog
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+# What changes how programs are compiled or run, and what a scheduler calls the job: never a
+# variable that may hold a secret.
+VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NODELIST",
+    "JOBSET_NAME",
+    "JOBSET_RESTART_ATTEMPT",
+    "RAY_JOB_ID",
+    "SKYPILOT_TASK_ID",
+    "TPU_NAME",
+    "TPU_ACCELERATOR_TYPE",
+)
 
 
 def run_folder_path(config: RunConfig) -> Path:
@@ -23,14 +50,17 @@ def run_folder_path(config: RunConfig) -> Path:
 
 
 @contextmanager
-def create_folder(folder: Path) -> Iterator[None]:
-    """Creates a folder for the block, and removes it if it is empty in the end."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / f".writable-{uuid.uuid4().hex}"
+def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator[None]:
+    """Creates a run's folder, with its config, for the block; removes it if the block fails before
+    anything else was written. Only the process that leads writes."""
+    path = folder / "config.yaml"
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
+    is_new = lead and not path.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        if is_new:
+            with replace_file(path) as temporary:
+                temporary.write_text(to_yaml(config))
     except OSError as error:
         raise MaxlmError(
             f"cannot write the run folder ({error.strerror})",
@@ -39,51 +69,25 @@ def create_folder(folder: Path) -> Iterator[None]:
         ) from error
     try:
         yield
+    except MaxlmError:
+        with suppress(OSError):  # Not empty, or not there.
+            if lead:
+                (folder / "checkpoints").rmdir()
+        if is_new and [*folder.glob("*")] == [path]:
+            path.unlink()
+        raise
     finally:
         with suppress(OSError):  # Not empty.
-            for path in created:
-                path.rmdir()
+            for each in created:
+                each.rmdir()
 
 
 @contextmanager
-def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator[None]:
-    """Creates a run's folder, with its config, for text to be prepared in; removes it if the block
-    fails before anything was written. The config is there even if the block is killed.
-
-    Args:
-        lead: whether this process is the one that writes.
-    """
-    path = folder / "config.yaml"
-    with create_folder(folder):
-        is_new = lead and not path.exists()
-        if is_new:
-            with replace_file(path) as temporary:
-                temporary.write_text(to_yaml(config))
-        try:
-            yield
-        except MaxlmError:
-            if lead:
-                with suppress(OSError):  # Not empty, or not there.
-                    (folder / "checkpoints").rmdir()
-            if is_new and {each.name for each in folder.iterdir()} <= {"lock", path.name}:
-                path.unlink()
-            raise
-
-
-@contextmanager
-def lock_run_folder(folder: Path, *, lead: bool = True) -> Iterator[None]:
-    """Holds the run's folder against other runs, which would ruin it; on processes that do not lead
-    does nothing.
-
-    Raises:
-        MaxlmError: another process holds it; something failed, and the folder is gone.
-    """
-    if not lead:
-        yield
-        return
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Holds the run's folder against other runs, which would ruin it. Whatever fails in the block,
+    the error is that the folder is gone if it is."""
     note = folder / "lock"
     with ExitStack() as stack:
-        stack.enter_context(create_folder(folder))
         try:
             stack.enter_context(lock_folder(folder))
         except MaxlmError as error:
@@ -129,3 +133,69 @@ def record_stop(signals: SignalHandler, log: MetricsLog, step: int) -> Iterator[
             with suppress(MaxlmError):  # a full disk, perhaps, which is what `error` says
                 log.event("stop", step, reason="preempted" if signals.interrupted_work else reason)
         raise
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns plain data for ``environment.json``. All processes call it together.
+
+    Packages that are missing, variables that are not set and a source that is no checkout are None
+    or left out.
+    """
+    device = jax.devices()[0]
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "maxlm": maxlm.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions | {device.platform: device.client.platform_version},
+        "git": read_git_state(Path(maxlm.__file__).parents[1]),
+        "devices": {"kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "hosts": all_gather_json(platform.node()),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def read_git_state(root: Path) -> dict[str, Any] | None:
+    """The commit that a source tree is at, whether it differs, and by how many bytes of diff.
+
+    None: not a checkout, or no git. An installed package may lie inside another project's checkout,
+    which does not track it.
+    """
+    if _git(root, "ls-files", "--error-unmatch", "maxlm/__init__.py") is None:
+        return None
+    commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    changes = _git(root, "diff", "HEAD") if status else b""
+    if commit is None or status is None or changes is None:
+        return None
+    return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
+
+
+def get_process_start() -> float:
+    """Returns the unix seconds when this process was started; now, where nothing says."""
+    try:
+        # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks since the
+        # machine was booted (proc(5)).
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        age = 0.0
+    return time.time() - max(0.0, age)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
+    try:
+        # What was only touched is not noted in the index: its lock is for who works there.
+        quiet = ["--no-optional-locks", "-c", "diff.autoRefreshIndex=false"]
+        command = ["git", *quiet, "-C", root, *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

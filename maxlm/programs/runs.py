@@ -74,11 +74,8 @@ class RunSummary:
 
 
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
-    """A run from its folder; nothing in it is changed.
-
-    Args:
-        now: unix seconds (default: the clock's): an attempt heard of just before may still run.
-    """
+    """A run from its folder; nothing in it is changed. An attempt heard of just before ``now``
+    (unix seconds; default: the clock's) may still run."""
     folder = Path(folder)
     if not _is_run(folder):
         what = "is no run's folder" if folder.is_dir() else "no such folder"

@@ -1,6 +1,7 @@
-"""From a RunConfig to the objects a run is made of."""
+"""From a RunConfig to the objects a run is made of, and its batches on its mesh."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -12,6 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from maxlm.data.batch_source import BatchSource
+from maxlm.data.loader import load_batches
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
@@ -21,7 +24,9 @@ from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
+from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
 from maxlm.train.optimizer import make_optimizer, make_schedule, shard_update
+from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
 from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
 from maxlm.train.trainable import select_trainable
@@ -170,3 +175,40 @@ def set_up(
         frozen_sources=sources,
         frozen_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )
+
+
+@contextmanager
+def load_training_batches(
+    setup: Setup, source: BatchSource, start: int, skips: Skips = ()
+) -> Iterator[Iterator[Batch]]:
+    """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``."""
+    data = setup.config.data
+
+    def batches() -> Generator[Batch]:
+        for first, count in contiguous_ranges(start, setup.config.train.steps, skips):
+            steps = {"start_step": first, "num_steps": count}
+            pace = {"workers": data.workers, "prefetch": data.prefetch}
+            yield from _put_batches(setup, source, **steps, **pace)
+
+    with closing(batches()) as each:
+        yield each
+
+
+@contextmanager
+def load_evaluation_batches(
+    setup: Setup, source: BatchSource, max_batches: int | None = None
+) -> Iterator[Iterator[Batch]]:
+    """Arrays [micro-batches, rows, ...] of a finite source, in order."""
+    steps = min(n for n in (source.num_steps, max_batches) if n is not None)
+    with closing(_put_batches(setup, source, num_steps=steps)) as each:
+        yield each
+
+
+def _put_batches(setup: Setup, source: BatchSource, **how: int) -> Generator[Batch]:
+    config, mesh = setup.config, setup.mesh
+    lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
+    arrays = config.task.batch_arrays(config.data.seq_len)
+    rows = get_local_rows(batch_sharding(setup.compute, mesh, ()), lead)
+    with load_batches(source, rows, **how) as loader:
+        for batch in loader:
+            yield put_batch(batch, arrays, rows, setup.compute, mesh, lead, setup.token_order)

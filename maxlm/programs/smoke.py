@@ -17,10 +17,9 @@ from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out_run
-from maxlm.programs.feed import load_training_batches
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.prepare import read_vocab_size
-from maxlm.programs.setup import Setup, set_up, use_compilation_cache
+from maxlm.programs.setup import Setup, load_training_batches, set_up, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import BatchSource, FrozenModelSource, SourceInputs, Vocabulary

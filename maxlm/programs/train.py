@@ -1,19 +1,22 @@
 """Training, from a config to a trained model: what ``maxlm train`` does."""
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, has_evaluation
-from maxlm.programs.feed import load_training_batches
+from maxlm.programs.evaluation import (
+    HeldOutEvaluator,
+    HeldOutResults,
+    MetricsCallback,
+    has_evaluation,
+)
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedText
-from maxlm.programs.record import MetricsCallback
-from maxlm.programs.resume import TrainingPosition
-from maxlm.programs.resume_checks import count_rollbacks
-from maxlm.programs.setup import Setup
+from maxlm.programs.resume import TrainingPosition, count_rollbacks
+from maxlm.programs.setup import Setup, load_training_batches
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.train.anomaly import LossSpikeDetector
@@ -73,7 +76,7 @@ def train_model(
             detector = LossSpikeDetector(setup.config.faults, position.losses)
             every_steps = setup.config.train.eval_every if corpus.evaluation else 0
             metadata = {**run.metadata, "skipped_batches": position.skips}
-            saver, timer = run.checkpointer, StepTimer(log.event, position.step)
+            saver, timer = run.states.checkpointer, StepTimer(log.event, position.step)
             with (
                 load_training_batches(
                     setup, corpus.batches, position.step, position.skips
@@ -123,16 +126,11 @@ def _roll_back(
         )
     run.watchdog.expect(decision.first, "restore")
     position = run.states.rollback(decision, position.skips, run.log.event)
-    run.checkpointer.catch_up()
+    run.states.checkpointer.catch_up()
     run.log.rewind(position.step)
     first, last = position.skips[-1]
-    run.log.event(
-        "rollback",
-        position.step,
-        from_step=decision.last,
-        reason=decision.reason,
-        batches=(first, last),
-    )
+    told = {"from_step": decision.last, "reason": decision.reason, "batches": (first, last)}
+    run.log.event("rollback", position.step, **told)
     run.say(
         f"rolling back from step {decision.last} to step {position.step}: {decision.reason}; "
         f"batches {first} to {last} are skipped"
@@ -144,13 +142,17 @@ def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> Hel
     """Evaluates on all held-out text and closes the run's records."""
     step = int(state.step)
     run.watchdog.expect(step, "evaluation")
-    results = evaluator.evaluate_at_end(state, run.log.event)
+    began = time.monotonic()
+    results = evaluator.evaluate(state)
+    if results:
+        run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
     run.watchdog.pause()
-    if missing := run.checkpointer.missing_copy:
+    checkpointer = run.states.checkpointer
+    if missing := checkpointer.missing_copy:
         run.say(f"{missing}; the same command copies it")
-    if run.checkpointer.local:
-        run.checkpointer.local.clear()
+    if checkpointer.local:
+        checkpointer.local.clear()
     if run.lead:
         # A finished run may be started once more.
         if results and not has_evaluation(run.folder, step):

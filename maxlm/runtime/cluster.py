@@ -1,7 +1,6 @@
 """Finds out which processes a run has, and which of them this is, from the environment."""
 
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
 _DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
-_TRIES, _PAUSE = 3, 2.0  # of a question to the metadata server; seconds after a failed one
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,8 @@ def find_cluster(
     The first that says anything: the arguments, each in place of its MAXLM_COORDINATOR,
     MAXLM_NUM_PROCESSES or MAXLM_PROCESS_ID; a step of SLURM with several tasks (of which a
     coordinator named alone replaces that part); the variables of a TPU pod on Kubernetes; the
-    metadata of a TPU VM.
-
-    Args:
-        environ: such as os.environ.
-        metadata: an attribute of this machine by its name, None where there is none; by default
-            Google's metadata server is asked, on Google's machines only.
-
-    Raises:
-        MaxlmError: settings that are incomplete, no numbers, or contradict each other.
+    metadata of a TPU VM: an attribute by its name, None where there is none (default: of this
+    machine, as Google's metadata server has it).
     """
     explicit = _explicit(environ, coordinator, num_processes, process_id)
     slurm = _slurm(environ)
@@ -207,24 +198,27 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
 
 def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
     """Reads an attribute of this machine from Google's metadata server; None: there is none such,
-    or the machine has no device of Google's."""
+    or the machine has no TPU (elsewhere nobody may answer for minutes)."""
     import urllib.request
 
-    if not any(path.read_text().strip() == _GOOGLE for path in devices.glob("*/vendor")):
-        return None  # elsewhere nobody may answer for minutes
+    if not any(map(_is_tpu, devices.iterdir() if devices.exists() else ())):
+        return None
     url = f"{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(_TRIES):
-        try:
-            with opener.open(request, timeout=5) as answer:
-                return answer.read().decode()
-        except OSError as error:
-            if getattr(error, "code", 500) < 500:  # it has none such
-                return None
-            why = error
-            time.sleep(_PAUSE)
-    # A host that took itself for the only one would hold up the others.
-    what = f"this machine's metadata cannot be read ({why})"
-    fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
-    raise Lost(what, where=url, fix=fix)
+    try:
+        with opener.open(request, timeout=15) as answer:
+            return answer.read().decode()
+    except OSError as error:
+        if getattr(error, "code", 500) < 500:  # it has none such
+            return None
+        # A host that took itself for the only one would hold up the others.
+        what = f"this machine's metadata cannot be read ({error})"
+        fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
+        raise Lost(what, where=url, fix=fix) from error
+
+
+def _is_tpu(device: Path) -> bool:
+    """Google's network cards and disks are in its machines with GPUs too."""
+    vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    return vendor == _GOOGLE and not kind.startswith(("0x01", "0x02"))

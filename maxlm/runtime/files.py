@@ -71,12 +71,8 @@ def strip_digest(text: str) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Create `folder` and hold it against other builders; the lock dies with the process.
-
-    Args:
-        shared: hold it together with others that hold it shared.
-        wait: until it is free.
-    """
+    """Create `folder` and hold it against other builders, or together with those that hold it
+    shared; the lock dies with the process. ``wait``: until it is free."""
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
         with convert_write_errors(folder):

@@ -38,10 +38,6 @@ def distributed_session(
         join_seconds: how long to wait for the other processes to start.
         peer_seconds: how long a process may stay silent before it counts as lost.
         coordinator, num_processes, process_id: override the environment; see ``find_cluster``.
-
-    Raises:
-        MaxlmError: a peer that does not come or has other settings; what the block raises on all
-            processes.
     """
     cluster = find_cluster(
         os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id

@@ -105,14 +105,8 @@ class SignalHandler:
 
 @contextmanager
 def handle_signals(folder: str) -> Iterator[SignalHandler]:
-    """Handles the stop signals in this block; outside the main thread it leaves them alone.
-
-    Args:
-        folder: the run's folder, for messages.
-
-    Raises:
-        Preempted: a scheduler's signal arrived while no loop deferred it.
-    """
+    """Handles the stop signals in this block; outside the main thread it leaves them alone. Raises
+    Preempted, which names the run's folder, for a scheduler's signal that no loop deferred."""
     handler = SignalHandler()
     before = {}
     try:

@@ -48,10 +48,7 @@ def make_kvstore_spec(place: Place, *, patient: bool = True) -> dict[str, Any]:
     """Returns TensorStore's KvStore spec of a place.
 
     The address of an S3 service other than Amazon's is read from `AWS_ENDPOINT_URL` and its region
-    from `AWS_REGION`, as by its own tools.
-
-    Args:
-        patient: try for minutes to reach an object store, as training should.
+    from `AWS_REGION`, as by its own tools. ``patient``: try for minutes to reach an object store.
     """
     if isinstance(place, Path):
         return {"driver": "file", "path": f"{place.resolve()}/"}

@@ -177,88 +177,29 @@ CELLS: dict[str, Cell] = {
 }
 
 
-def _no_experts(ways: int) -> dict[str, str]:
-    return dict.fromkeys(
-        DENSE,
-        f"mesh.expert: expert={ways}, but the model has no experts; set it to 1 and give its "
-        "devices to data, fsdp or tensor",
-    )
-
-
-def _kv_heads(count: int) -> str:
-    return (
-        f"layers.attention.key.kernel: kv_heads={count} does not divide over tensor=8; change the "
-        f"mesh to a divisor of {count}, or set 'kv_heads' to null in sharding.storage and "
-        "sharding.compute to keep it whole"
-    )
-
-
-def _capacity(ways: int) -> dict[str, str]:
-    return {
-        CAPACITY: "model.moe.dispatch: an expert's capacity is counted in whole sequences, which "
-        f"context={ways} splits; use dispatch=dropless, or mesh.context=1"
-    }
-
-
-def _for_all(message: str) -> dict[str, str]:
-    return dict.fromkeys(ALL, message)
-
-
-# What is refused before anything is compiled, and the words; all else must train.
-REFUSED: dict[str, dict[str, str]] = {
-    "cp all-gather": _capacity(4),
-    "cp ring": _capacity(4),
-    "cp ulysses": _capacity(4),
-    "ep": _no_experts(8),
-    "ep × fsdp × tp": _no_experts(2),
-    "ep × cp ring": _no_experts(4) | _capacity(2),
-    "ep × pp circular": _no_experts(4),
-    "ep × pp 1f1b × tp+sp": _no_experts(2),
-    "tp, 8 ways": {"gqa_window": _kv_heads(4), "moe": _kv_heads(4)},
-    "tp, 8 ways, kv heads whole": {
-        "moe": "layers.attention.out.kernel: heads=4 does not divide over tensor=8; change the "
-        "mesh to a divisor of 4, or set 'heads' to null in sharding.storage and sharding.compute "
-        "to keep it whole"
-    },
-    "cp ring, 8 ways": _for_all(
-        "data.seq_len: a sequence of 24 does not divide into 16 chunks (8 context shards, two "
-        "chunks each when balanced); use 16 or 32, or parallel.balance_sequence=false"
-    ),
-    "cp ulysses × tp, 8 ways": {
-        "moe": "parallel.context: ulysses splits query heads, and 4 do not divide over "
-        "tensor=2·context=4; use ring or all_gather, or fewer devices on these axes"
-    },
-    "d_model split in compute": _for_all(
-        "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's width, which norms, "
-        "experts and the loss need whole; set it to null (sharding.storage.embed splits weights at "
-        "rest)"
-    ),
-    "pp gpipe": {
-        PATTERN: "model.num_layers: 5 layers do not divide over 4 pipeline stages in whole "
-        "patterns of 2; use a multiple of 8, or fewer stages",
-        LATENT: "mesh.stage: 4 stages have equal shares of one row of layers, but the first "
-        "model.dense_layers=1 are unlike the others; set it to 1 and give its devices to data, "
-        "fsdp or tensor",
-    },
-    "pp 1f1b, 2 micro-batches": _for_all(
-        "train.micro_batches: 2 is less than the 4 pipeline stages; set it to 4, or mesh.stage to "
-        "a divisor of 2"
-    ),
-    "pp 1f1b in layer groups": _for_all(
-        "parallel.layer_groups: 2 layer groups have no place in a 1f1b pipeline; set it to 1, or "
-        "parallel.schedule=circular"
-    ),
-    "pp circular, 4 layer groups": _for_all(
-        "model.num_layers: 4 layers do not divide over 2 pipeline stages of 4 layer groups; use a "
-        "multiple of 8, or fewer stages or layer groups"
-    ),
-    "heads and sequence on one axis": _for_all(
-        "sharding.compute: axes seq and heads are both on mesh axis 'tensor'; give one of them "
-        "another mesh axis, or null"
-    ),
+# What is refused before anything is compiled (docs/parallelism.md: why); all else must train.
+REFUSED: dict[str, tuple[str, ...]] = {
+    "cp all-gather": (CAPACITY,),
+    "cp ring": (CAPACITY,),
+    "cp ulysses": (CAPACITY,),
+    "ep": DENSE,
+    "ep × fsdp × tp": DENSE,
+    "ep × cp ring": (*DENSE, CAPACITY),
+    "ep × pp circular": DENSE,
+    "ep × pp 1f1b × tp+sp": DENSE,
+    "tp, 8 ways": ("gqa_window", "moe"),
+    "tp, 8 ways, kv heads whole": ("moe",),
+    "cp ring, 8 ways": ALL,
+    "cp ulysses × tp, 8 ways": ("moe",),
+    "d_model split in compute": ALL,
+    "pp gpipe": (PATTERN, LATENT),
+    "pp 1f1b, 2 micro-batches": ALL,
+    "pp 1f1b in layer groups": ALL,
+    "pp circular, 4 layer groups": ALL,
+    "heads and sequence on one axis": ALL,
 }
 PAIRS = [(name, model) for name, cell in CELLS.items() for model in cell.models]
-TRAINED = [(name, model) for name, model in PAIRS if model not in REFUSED.get(name, {})]
+TRAINED = [(name, model) for name, model in PAIRS if model not in REFUSED.get(name, ())]
 
 
 def _level_pairs(name: str, model: str) -> set[tuple[tuple[str, Any], ...]]:

@@ -15,17 +15,13 @@ from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.files import list_stored_tensors, read_tensor
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families import find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
-from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from tests.models import tiny_tokenizers
 from tests.models.published import folder_of, golden
-from tests.parity import compare
 from tests.programs import tiny
 
 LLAMA = tiny.settings(Path(), "")["model"]
@@ -141,9 +137,6 @@ def test_many_files_are_one_model(tmp_path):
     convert(tmp_path / "run", tmp_path / "again", shard_bytes=30_000)
     assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 3
     check_same_tensors(tmp_path / "again", golden("deepseek_v2").tensors)
-    convert(tmp_path / "again", tmp_path / "run2")
-    convert(tmp_path / "run2", tmp_path / "whole")
-    check_same_tensors(tmp_path / "whole", golden("deepseek_v2").tensors)
 
 
 def check_same_tensors(folder: Path, want: dict[str, np.ndarray]) -> None:
@@ -169,7 +162,7 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["phi3", "deepseek_v2"])
 def test_a_tied_head_may_be_stored_again(name, tmp_path):
     tensors = dict(golden(name).tensors)
     table = tensors["model.embed_tokens.weight"]
@@ -185,39 +178,18 @@ def test_a_tied_head_may_be_stored_again(name, tmp_path):
         convert(tmp_path / "other", tmp_path / "run2")
 
 
-def bare_bart(folder: Path) -> Path:
-    """BART as published without its head: its logits have no offsets, its names no prefix."""
-    tensors = dict(golden("bart").tensors)
-    del tensors["final_logits_bias"]
-    tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
-    return folder_of("bart", folder, tensors, architectures=["BartModel"])
-
-
 def test_bart_without_its_head(tmp_path):
-    source, own = bare_bart(tmp_path / "their"), golden("bart")
+    """Its logits have no offsets, its names no prefix."""
+    bare = dict(golden("bart").tensors)
+    del bare["final_logits_bias"]
+    their = {name.removeprefix("model."): value for name, value in bare.items()}
+    source = folder_of("bart", tmp_path / "their", their, architectures=["BartModel"])
     convert(source, tmp_path / "run")
-    model = load_config(RunConfig, tmp_path / "run/config.yaml").value.model
-    assert not model.head_bias
-    places = np.broadcast_to(np.arange(own.shown["source"].shape[1]), own.shown["source"].shape)
-    inputs = (own.shown["source"], places, None)
-    config, tensors = compare.tensors_of(source)
-    assert compare.read(config, tensors)[1] == model
-    entries = find_family(config, "config.json").list_entries(model, tensors)
-    exact = {key: value.astype(np.float32) for key, value in tensors.items()}
-    params = compare.parameters(model, entries, exact)
-    got = compare.logits(model, params, own.shown["tokens"], inputs=inputs)
-    want = own.logits - own.tensors["final_logits_bias"].astype(np.float32)
-    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(own.logits).max())
-
+    assert not load_config(RunConfig, tmp_path / "run/config.yaml").value.model.head_bias
     convert(tmp_path / "run", tmp_path / "again")
     values = json.loads((tmp_path / "again/config.json").read_text())
     assert values["architectures"] == ["BartModel"]
-    check_same_tensors(
-        tmp_path / "again",
-        {name: value for name, value in own.tensors.items() if name != "final_logits_bias"},
-    )
-    convert(tmp_path / "again", tmp_path / "run2")
-    assert load_config(RunConfig, tmp_path / "run2/config.yaml").value.model == model
+    check_same_tensors(tmp_path / "again", bare)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -270,24 +242,6 @@ def test_every_end_token_is_kept(model, generation, want, tmp_path):
         for name in ("config.json", "generation_config.json")
     ]
     assert (again[0]["eos_token_id"], again[1]) == (model, generation)
-
-
-def test_generation_stops_at_the_end_of_a_turn(tmp_path):
-    source = folder_of("llama", tmp_path / "their")
-    tiny_tokenizers.save(tiny_tokenizers.t5(), source, eos_token="</s>")
-
-    def written(name: str) -> list[str]:
-        convert(source, tmp_path / name)
-        own, greedy = load_run(tmp_path / name), SamplingConfig(temperature=0, max_new_tokens=9)
-        steps = generate_text(own.model, own.params, own.tokenizer, ["ab7"], greedy)
-        return [text for (text,) in steps]
-
-    free = written("free")
-    assert len(free) == 10  # nine tokens, and what the decoder held back
-    turn = tiny_tokenizers.t5().encode(free[4], add_special_tokens=False).ids[-1]
-    ends = json.dumps({"eos_token_id": [1, turn]})
-    (source / "generation_config.json").write_text(ends)
-    assert written("run") == [*free[: free.index(free[4])], "", ""]
 
 
 MARKS = {

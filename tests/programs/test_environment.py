@@ -9,7 +9,7 @@ import jax
 import psutil
 import pytest
 
-from maxlm.programs.environment import describe_environment, get_process_start, read_git_state
+from maxlm.programs.run_folder import describe_environment, get_process_start, read_git_state
 
 
 def test_what_is_here(monkeypatch):

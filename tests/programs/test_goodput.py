@@ -133,28 +133,6 @@ def log(*events):
     ]
 
 
-def test_steps_between_two_events_are_told_apart_pro_rata():
-    """Ten steps in 20 s, of which the next attempt repeats the last four."""
-    events = log(
-        ("start", 0, 0, {"began": 0}),
-        ("progress", 10, 20, {"stepping": 20}),
-        ("resume", 6, 50, {"began": 40}),
-        ("progress", 16, 70, {"stepping": 20}),
-        ("stop", 16, 70, {"reason": "done"}),
-    )
-    told = summarize_events(events, now=1e6)
-    assert told.seconds == {
-        **dict.fromkeys(PARTS, 0.0),
-        "productive": 12 + 20,
-        "lost": 8,
-        "down": 20,
-        "starting": 10,
-    }
-    assert told.goodput == pytest.approx(32 / 70)
-    assert told.interruptions == {"killed": 1}
-    assert told.mean_time_to_interruption == 20 + 30
-
-
 @pytest.mark.parametrize(
     ("silent", "end", "wall"), [(59, "running", 69), (61, "killed", 10), (-5, "running", 10)]
 )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.programs import tiny
 from tests.programs.jobs import HERE, Jobs
 from tests.programs.tiny import read_events, read_metrics, read_results
 
-STEPS = 20
+STEPS = 24
 SLOW = {0: ("slow", 0), 1: ("slow", 0)}
 
 
@@ -42,41 +43,6 @@ def jobs(tmp_path_factory):
     started.end()
 
 
-def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_same_end(jobs):
-    run = jobs.folder / "pair"
-    processes = jobs.train("pair", processes=2, faults=SLOW)
-    processes[0].until(lambda: jobs.step("pair") >= 3)
-    processes[1].send(signal.SIGTERM)
-    ended = [process.ended() for process in processes]
-    words = f"preempted at step {jobs.step('pair')} of {STEPS}, which is saved"
-    line = f"error: {run}: {words}; run the same command to resume"
-    assert [(code, err[-1]) for code, _, err in ended] == [(75, line)] * 2
-
-    # One hangs: both say where they are, also the one that finds it later.
-    hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
-    faults = {0: ("hang", 15), 1: ("slow", 0)}
-    ended = [process.ended() for process in jobs.train("pair", *hasty, processes=2, faults=faults)]
-    for number, (code, _, err) in enumerate(ended):
-        [line] = [line for line in err if f"process {number} hangs" in line]
-        assert code == 76
-        [path] = (run / "hangs").glob(f"process-{number}-step-*.txt")
-        step = path.stem.rpartition("-")[2]
-        start, _, rest = line.partition(" s is the median) has taken ")
-        assert start.startswith(f"error: {run}: process {number} hangs: step {step} (")
-        seconds, _, rest = rest.partition(" s; ")
-        assert 16 <= float(seconds) < 3600  # not idle_seconds
-        assert rest == (
-            f"what its threads were doing is in {path}; run the same command to resume from the "
-            "last checkpoint"
-        )
-        assert ("a_place_to_hang" if number == 0 else "_finish_step") in path.read_text()
-    assert read_run(run).history.counts["hang"] == 1
-
-    jobs.trained("pair", processes=2)
-    assert read_results(run) == read_results(jobs.folder / "one")
-    assert json.loads((run / "environment.json").read_text())["hosts"] == [HERE] * 2
-
-
 def as_if_saved_elsewhere(path: Path) -> None:
     """Let a local file be of a save of other arrays than it was."""
     with safe_open(path, "np") as file:
@@ -88,35 +54,43 @@ def as_if_saved_elsewhere(path: Path) -> None:
     save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
 
 
-def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(jobs, tmp_path):
+def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_path):
     own = ["checkpoint.every_steps=10", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
     own += [f"checkpoint.local_folder={tmp_path}/fast"]
-    run = jobs.folder / "locals"
+    run = jobs.folder / "pair"
     home = run / "checkpoints"
-    place = f"locals-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
+    place = f"pair-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
     disks = [tmp_path / "fast" / place / f"process-{number}" for number in range(2)]
 
-    def killed(victim, step):
-        """Kill one process after a step is on all disks; what the other said."""
-        processes = jobs.train("locals", *own, processes=2, faults=SLOW)
+    def told(victim, number, step):
+        """Send a process a signal after a step is on all disks; how both ended."""
+        processes = jobs.train("pair", *own, processes=2, faults=SLOW)
         for disk, process in zip(disks, processes, strict=True):
             process.until((disk / f"{step}.safetensors").exists)
-        processes[victim].send(signal.SIGKILL)
-        code, said, err = processes[1 - victim].ended()
-        state = "the state is that of the last checkpoint"
-        words = f"error: process {victim} ({HERE}) is gone; {state}"
-        assert (code, any(words in line for line in err)) == (76, True)  # JAX may write beside it
-        return [line for line in said if "skipped" in line or "resuming" in line]
+        processes[victim].send(number)
+        return [process.ended() for process in processes]
 
     def steps_in(folder):
         """Of complete checkpoints: folders, or files on a host's own disk."""
         names = (path.name.removesuffix(".safetensors") for path in folder.iterdir())
         return {int(name) for name in names if name.isdigit()}
 
-    killed(0, 8)
+    def beginning(said):
+        return [line for line in said if "skipped" in line or "resuming" in line]
+
+    (code, _, err), _ = told(1, signal.SIGKILL, 8)
+    words = f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
+    assert (code, any(words in line for line in err)) == (76, True)  # JAX may write beside it
+
     newest = max(steps_in(disks[0]) & steps_in(disks[1]))
-    assert killed(1, 16) == [f"resuming from step {newest} in {disks[0]}"]
+    ended = told(1, signal.SIGTERM, 16)
+    assert beginning(ended[0][1]) == [f"resuming from step {newest} in {disks[0]}"]
+    words = f"preempted at step {jobs.step('pair')} of {STEPS}, which is saved"
+    line = f"error: {run}: {words}; run the same command to resume"
+    assert [(code, err[-1]) for code, _, err in ended] == [(75, line)] * 2
+
     # One host is back from elsewhere: it has lost a file, and keeps one of the run's other path.
+    shutil.rmtree(home / str(max(steps_in(home))))
     folder, lost = max(steps_in(home)), steps_in(disks[0])
     newest = max(lost & steps_in(disks[1]))
     for path in disks[1].glob("*.safetensors"):
@@ -124,9 +98,9 @@ def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(
             as_if_saved_elsewhere(path)
         else:
             path.unlink()
-    said = jobs.trained("locals", *own, processes=2)
+    said = jobs.trained("pair", *own, processes=2)
     why = dict.fromkeys(lost, "process 1 has none") | {newest: "its files are not of one save"}
-    assert [line for line in said if "skipped" in line or "resuming" in line] == [
+    assert beginning(said) == [
         *(
             f"local checkpoint {step} is skipped: {why[step]}"
             for step in sorted(lost, reverse=True)
@@ -136,8 +110,31 @@ def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(
     ]
     assert newest > folder
     assert read_results(run) == read_results(jobs.folder / "one")
+    assert json.loads((run / "environment.json").read_text())["hosts"] == [HERE] * 2
 
 
+@pytest.mark.slow
+def test_two_processes_end_together_when_one_hangs(jobs):
+    """Both say where they are, also the one that finds it later."""
+    run = jobs.folder / "hung"
+    hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
+    faults = {0: ("hang", 15), 1: ("slow", 0)}
+    ended = [process.ended() for process in jobs.train("hung", *hasty, processes=2, faults=faults)]
+    for number, (code, _, err) in enumerate(ended):
+        [line] = [line for line in err if f"process {number} hangs" in line]
+        assert code == 76
+        [path] = (run / "hangs").glob(f"process-{number}-step-*.txt")
+        step = path.stem.rpartition("-")[2]
+        assert line.startswith(f"error: {run}: process {number} hangs: step {step} (")
+        assert line.endswith(
+            f" s; what its threads were doing is in {path}; run the same command to resume from "
+            "the last checkpoint"
+        )
+        assert ("a_place_to_hang" if number == 0 else "_finish_step") in path.read_text()
+    assert read_run(run).history.counts["hang"] == 1
+
+
+@pytest.mark.slow
 def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
     own = {1: ["data.batch_size=4", "train.eval_every=9"]}
     line = (
@@ -149,6 +146,7 @@ def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
     assert [(code, err) for code, _, err in ended] == [(2, [line])] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
     processes = jobs.train("worker", "data.workers=1", "train.steps=150", processes=2, faults=SLOW)
     processes[1].until(lambda: jobs.step("worker") > 1)
@@ -169,6 +167,7 @@ def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
     wait_until(lambda: not any(map(alive, workers[0] | workers[1])))
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
     home = jobs.folder / "moved"
     machines = [

@@ -10,7 +10,7 @@ from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.programs.goodput import PARTS, summarize_events
 from maxlm.programs.runs import list_runs, read_run
-from maxlm.programs.timeline import COLUMNS, draw_history
+from maxlm.programs.show_runs import COLUMNS, draw_history
 from maxlm.run import RunConfig
 
 BEGAN = 1_700_000_000.0

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.feed import load_training_batches
-from maxlm.programs.setup import Setup, set_up
+from maxlm.programs.setup import Setup, load_training_batches, set_up
 from maxlm.programs.smoke import make_counting_source
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
@@ -63,7 +62,7 @@ def prepared(kind: str, **mesh: int) -> Setup:
             "task": task,
             "data": {"seq_len": SEQ_LEN, "batch_size": 8, "workers": 0},
             "mesh": {"data": 1, "fsdp": 1} | mesh,
-            "train": {"steps": STEPS, "micro_batches": 2},
+            "train": {"steps": STEPS, "micro_batches": 2, "ema_decay": 0.9},
             "optimizer": {"kind": "adamw"},
             "schedule": {"learning_rate": 1e-2, "warmup_steps": 0, "kind": "constant"},
         }
@@ -72,12 +71,17 @@ def prepared(kind: str, **mesh: int) -> Setup:
 
 
 def trained(setup: Setup) -> tuple[Any, list[float]]:
-    """The state after the last step, and the losses of all."""
+    """The state after the last step, and the losses of all. The step is compiled once, takes its
+    state's memory, and hands it back laid out as it was."""
     state, step, losses = setup.init(), setup.step_function(), []
     with load_training_batches(setup, make_counting_source(setup.config), 0) as batches:
         for batch in batches:
+            before = state
             state, metrics = step(state, batch)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+            assert jax.tree.map(lambda leaf: leaf.sharding, state) == setup.shardings
             losses.append(float(metrics["loss"]))
+    assert step.__wrapped__._cache_size() == 1
     return state, losses
 
 
