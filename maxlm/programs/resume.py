@@ -20,12 +20,7 @@ from maxlm.programs.setup import Setup
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
 from maxlm.runtime.collectives import broadcast_from_process_0
 from maxlm.train.anomaly import RollbackDecision
-from maxlm.train.checkpoint import (
-    Checkpointer,
-    FoundCheckpoint,
-    SkippedCheckpoint,
-    check_same,
-)
+from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint, check_same
 from maxlm.train.records import read_records
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
