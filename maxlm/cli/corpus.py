@@ -92,7 +92,7 @@ def export(
     the texts that `build` tokenizes, with id, source, url, meta and language."""
     opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
-    from maxlm.runtime.executor import open_executor
+    from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
     rules = opened.rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
@@ -136,7 +136,7 @@ def _print_funnel(
     from maxlm.corpus.report import count_lost, summarize, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
-    from maxlm.runtime.executor import open_executor
+    from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
     rules = corpus.rules(keep)

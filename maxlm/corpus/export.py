@@ -22,8 +22,8 @@ from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.corpus.stage import JobRunner
-from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import convert_write_errors, lock_folder
+from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 ExportFormat = Literal["parquet", "jsonl"]

@@ -19,7 +19,7 @@ from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CorpusStage, Stage
 from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
-from maxlm.runtime.executor import ExecutorName
+from maxlm.runtime.pool import ExecutorName
 
 _DOCUMENT_LABELS = {name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")}
 

@@ -17,7 +17,6 @@ from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, read_shard
 from maxlm.corpus.recipe import BoundStage, RecipeConfig, get_recipe_path, resolve
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, add_counts, read_counts
 from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller, check_packages
-from maxlm.runtime.executor import Executor, open_executor
 from maxlm.runtime.files import (
     convert_write_errors,
     hash_file,
@@ -26,7 +25,7 @@ from maxlm.runtime.files import (
     strip_digest,
     write_json,
 )
-from maxlm.runtime.pool import count_workers
+from maxlm.runtime.pool import Executor, count_workers, open_executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.shards import StageShardView
-from maxlm.runtime.executor import Executor
+from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress
 
 Job = TypeVar("Job")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.executor import RayExecutor, open_executor
+from maxlm.runtime.pool import RayExecutor, open_executor
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_cluster")

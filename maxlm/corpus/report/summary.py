@@ -22,7 +22,7 @@ from maxlm.corpus.recipe import Rules
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
-from maxlm.runtime.executor import Executor
+from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 SAMPLES = 5
