@@ -61,7 +61,7 @@ def _print_lost(folder: Path) -> None:
     """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
     from maxlm.corpus.opened import OpenCorpus
     from maxlm.corpus.report import count_lost
-    from maxlm.runtime.executor import open_executor
+    from maxlm.runtime.pool import open_executor
 
     corpus = OpenCorpus.open(folder)
     with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:

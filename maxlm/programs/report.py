@@ -7,11 +7,12 @@ from statistics import median
 from typing import Any
 
 import jax
+from rich.console import Console, Group
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.layout import place_run
-from maxlm.plan.show import format_bytes, format_seconds
+from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.programs.evaluation import get_eval_params
 from maxlm.programs.generate import generate_text, get_separator
 from maxlm.programs.train import TrainingResult
@@ -30,8 +31,6 @@ def report(run: TrainingResult) -> None:
     """
     if jax.process_index() != 0:
         return
-    from rich.console import Console
-
     console = Console(highlight=False)
     if any("bits_per_byte" in result for result in run.heldout.values()):
         console.print(_comparison(run))
@@ -47,24 +46,19 @@ def report(run: TrainingResult) -> None:
     console.print(_places(run.folder, generates), markup=False)
 
 
-def _comparison(run: TrainingResult):
-    from rich.table import Table
-
-    table = Table(title="Held-out text: bits per byte (lower is better)", title_justify="left")
-    for column in ("source", "bytes", "maxlm", "gzip -9", "xz -9"):
-        table.add_column(column, justify="left" if column == "source" else "right")
+def _comparison(run: TrainingResult) -> Group:
+    columns, rows = ("source", "bytes", "maxlm", "gzip -9", "xz -9"), []
     for name, result in run.heldout.items():
         text = _read_text(run.corpus.heldout[name], run.corpus.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
-        table.add_row(name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
-    return table
+        rows.append((name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals))
+    title = "Held-out text: bits per byte (lower is better)"
+    return make_table(title, columns, rows, right=columns[1:])
 
 
-def _measured(run: TrainingResult):
+def _measured(run: TrainingResult) -> Group | None:
     """The plan's figures beside medians of what was measured; None: nothing to compare."""
-    from rich.table import Table
-
     # The first step of a start compiles; those before it may be another machine's.
     records = [
         r
@@ -74,23 +68,20 @@ def _measured(run: TrainingResult):
     plan = run.plan
     if plan.step_seconds is None or not records:
         return None
-    table = Table(title="Planned and measured", title_justify="left")
-    for column in ("", "planned", "median", "planned ÷ measured"):
-        table.add_column(column, justify="right" if column else "left")
-    seconds = median(r["seconds"] for r in records)
-    share = plan.mfu() or 0.0
-    measured = median(r.get("mfu") or 0.0 for r in records)
-    memory = float(plan.memory.total)
-    rows: list[Any] = [
-        ("step", format_seconds, plan.step_seconds, seconds),
+    share, measured = plan.mfu() or 0.0, median(r.get("mfu") or 0.0 for r in records)
+    figures: list[Any] = [
+        ("step", format_seconds, plan.step_seconds, median(r["seconds"] for r in records)),
         ("MFU", "{:.1%}".format, share, measured),
     ]
     if "device_memory_peak" in records[-1]:
-        peak = max(r["device_memory_peak"] for r in records)
-        rows.append(("memory of a device", format_bytes, memory, peak))
-    for name, word, ours, theirs in rows:
-        table.add_row(name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
-    return table
+        peak, memory = max(r["device_memory_peak"] for r in records), float(plan.memory.total)
+        figures.append(("memory of a device", format_bytes, memory, peak))
+    rows = [
+        (name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
+        for name, word, ours, theirs in figures
+    ]
+    columns = ("", "planned", "median", "planned ÷ measured")
+    return make_table("Planned and measured", columns, rows, right=columns[1:])
 
 
 def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:

@@ -19,7 +19,7 @@ from maxlm.corpus.recipe import Rules, find_comparing_stages
 from maxlm.corpus.settling import Compared, add_verdicts, list_rule_inputs, settle_duplicates
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
-from maxlm.runtime.executor import Executor
+from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _MOST = 10_000  # Documents, and passages, that are looked for.
