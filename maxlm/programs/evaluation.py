@@ -117,7 +117,7 @@ class MetricsCallback(Callback):
         show: ConsoleDisplay,
     ):
         self._config, self._plan, self._log, self._display = setup.config, plan, log, show
-        self._planned = {}
+        self._planned: dict[str, Any] = {}
         if plan.step_seconds is not None:
             self._planned = {
                 "planned_seconds": plan.step_seconds,
