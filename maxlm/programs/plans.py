@@ -20,12 +20,8 @@ Figures = dict[str, tuple[float, float]]
 
 
 def read_plan(source: str, on: str | None) -> dict[str, Any]:
-    """A plan as ``Plan.to_json`` gives it.
-
-    Args:
-        source: a JSON file, a run's folder (its plan.json), or a config.
-        on: the machine that a config is planned on; None: the smallest mesh there is.
-    """
+    """The plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (its plan.json) or
+    a config, which is planned on the machine ``on``; None: the smallest mesh there is."""
     path = Path(source)
     path = path / "plan.json" if path.is_dir() else path
     if path.suffix != ".json":

@@ -152,9 +152,8 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
         try:
             trained = train_tokenizer(config.tokenizer, _training_text(config))
         except MaxlmError as error:
-            raise MaxlmError(
-                error.what, where=error.where or "data.sources", fix=error.fix
-            ) from None
+            where = error.where or "data.sources"
+            raise MaxlmError(error.what, where=where, fix=error.fix) from None
         trained.save(home)
     return home
 

@@ -56,22 +56,17 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     small = config.model.shrunk(**sizes, seq_len=max(task.row_lengths(SEQ_LEN)))
     micro = min(config.train.micro_batches, 2)
     data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
+    train = {"steps": steps, "micro_batches": micro, "max_device_rows": None}
+    rate = config.optimizer.brisk_rate
+    schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": rate}
     changes: dict[str, Any] = {
         "model": small,
         "task": task,
         "mesh": {"data": 1, "fsdp": num_devices},
         "samples": {},
         "data": config.data.model_copy(update=data),
-        "train": config.train.model_copy(
-            update={"steps": steps, "micro_batches": micro, "max_device_rows": None}
-        ),
-        "schedule": config.schedule.model_copy(
-            update={
-                "kind": "constant",
-                "warmup_steps": 0,
-                "learning_rate": config.optimizer.brisk_rate,
-            }
-        ),
+        "train": config.train.model_copy(update=train),
+        "schedule": config.schedule.model_copy(update=schedule),
     }
     return RunConfig.model_validate({**dict(config), **changes})
 

@@ -100,12 +100,8 @@ def join_cluster(
     has left, or its host is silent for ``peer_seconds``; or as a peer says (``end_all``). When a
     peer is alive but stopped, JAX's own service aborts the others (SIGABRT, with a report).
 
-    Args:
-        facts: JSON values by name that must be the same on all, as versions of software must.
-
-    Raises:
-        Lost: processes did not come, with what each host saw; JAX's runtime did not start.
-        MaxlmError: they claim the same id, or disagree on their number, versions or facts.
+    ``facts``, JSON values by name, must be the same on all, as versions of software must. Raises
+    Lost if processes did not come, or JAX's runtime did not start.
     """
     versions = {name: version(name) for name in ("maxlm", "jax", "jaxlib")}
     hosts, connections = join_processes(cluster, versions | facts, wait_seconds=wait_seconds)

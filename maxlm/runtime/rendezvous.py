@@ -52,12 +52,9 @@ class Connection:
         long, even while Python is busy."""
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        settings = {
-            "TCP_KEEPIDLE": max(1, round(seconds / 2)),
-            "TCP_KEEPINTVL": max(1, round(seconds / 8)),
-            "TCP_KEEPCNT": 4,
-            "TCP_USER_TIMEOUT": round(seconds * 1000),
-        }
+        idle, interval = (max(1, round(seconds / part)) for part in (2, 8))
+        settings = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 4}
+        settings["TCP_USER_TIMEOUT"] = round(seconds * 1000)
         for name, value in settings.items():
             if option := getattr(socket, name, None):  # Linux has them all
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -70,18 +67,12 @@ class Connection:
 def join_processes(
     cluster: Cluster, facts: Mapping[str, Any], *, wait_seconds: float
 ) -> tuple[list[str], dict[int, Connection]]:
-    """Meets the other processes.
-
-    Args:
-        facts: JSON values by name that must be the same on all processes.
+    """Meets the other processes, whose ``facts`` (JSON values by name) must be the same; raises
+    Lost if one does not come within ``wait_seconds``.
 
     Returns:
         The hosts' names by process, and the connections: process 0 has one to each, the others one
         to process 0.
-
-    Raises:
-        Lost: processes did not come within ``wait_seconds``, with what each host saw.
-        MaxlmError: they claim the same id, or disagree on their number or facts; the port is taken.
     """
     return (_connect if cluster.process_id else _accept_all)(cluster, facts, wait_seconds)
 

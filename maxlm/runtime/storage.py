@@ -104,7 +104,7 @@ def copy_folder(place: Place, name: str, to: Path) -> None:
 
 @contextmanager
 def _storage_errors() -> Iterator[None]:
-    """Turn TensorStore's errors into OSError, in one line."""
+    """Turns TensorStore's errors into OSError, in one line."""
     try:
         yield
     except ValueError as error:
