@@ -66,15 +66,11 @@ class DoesNotFit(MaxlmError):
 def compile_step(
     config: RunConfig, topology: str, *, options: dict[str, Any] | None = None
 ) -> CompiledStep:
-    """Compile a run's training step ahead of time; no accelerator is needed.
+    """Compile a run's training step ahead of time for a topology, as ``parse_topology`` reads it,
+    with options of the compiler (XLA flags); no accelerator is needed.
 
-    Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device.
-
-    Args:
-        topology: the machine, as ``maxlm.plan.topology.parse_topology`` reads it.
-        options: of the compiler (XLA flags).
-
-    Raises DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
+    Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device. Raises
+    DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
     setup = set_up(config, get_topology_devices(machine))

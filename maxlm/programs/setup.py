@@ -143,12 +143,8 @@ def set_up(
     frozen_sources: Mapping[str, FrozenModelSource] | None = None,
 ) -> Setup:
     """Mesh, rules, model and optimizer for the devices at hand (default: all); what does not fit
-    raises a MaxlmError.
-
-    Args:
-        for_training: the batch must divide over the mesh.
-        frozen_sources: default, those of the task.
-    """
+    raises a MaxlmError. ``for_training``: the batch must divide over the mesh; ``frozen_sources``:
+    default, those of the task."""
     mesh = make_mesh(config.mesh, devices)
     if for_training:
         config = resolve_micro_batches(config, dict(mesh.shape))
