@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
@@ -22,7 +23,7 @@ from maxlm.programs.prepare import read_vocab_size
 from maxlm.programs.setup import Setup, load_training_batches, set_up, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
-from maxlm.tasks import BatchSource, FrozenModelSource, SourceInputs, Vocabulary
+from maxlm.tasks import FrozenModelSource, SourceInputs, Vocabulary
 from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.state import TrainState, remove_frozen
 

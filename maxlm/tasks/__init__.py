@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny, WrapValidator
 
 from maxlm.config import MaxlmError, add_default_tag
-from maxlm.data.batch_source import BatchArray, BatchSource, TransformedSource
 from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
@@ -81,8 +80,6 @@ TaskConfig = Annotated[
 ]
 
 __all__ = [
-    "BatchArray",
-    "BatchSource",
     "ClmTask",
     "FrozenModelSource",
     "MlmTask",
@@ -91,7 +88,6 @@ __all__ = [
     "SpanCorruptionTask",
     "Task",
     "TaskConfig",
-    "TransformedSource",
     "Ul2Task",
     "Vocabulary",
     "check_task",

@@ -241,17 +241,15 @@ def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) 
     it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
-    owners = {_names(path): spec for path, spec in _leaves(specs)}
+    owners = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> StateArray:
-        names, axes = _names(path), (None,) * len(leaf.shape)
+        names = _names(path)
         owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
-        if owner and len(owners[owner].shape) != len(leaf.shape):
-            owner = None
-        if owner:
-            spec = owners[owner]
-            kept = zip(spec.axes, leaf.shape, spec.shape, strict=True)
-            axes = tuple(axis if n == full else None for axis, n, full in kept)
+        if owner is None or len(owners[owner].shape) != len(leaf.shape):
+            return StateArray(leaf.shape, leaf.dtype, (None,) * len(leaf.shape), None)
+        kept = zip(owners[owner].axes, leaf.shape, owners[owner].shape, strict=True)
+        axes = tuple(axis if n == full else None for axis, n, full in kept)
         return StateArray(leaf.shape, leaf.dtype, axes, owner)
 
     return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
@@ -263,7 +261,8 @@ def abstract_opt_state(
     """The optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is touched.
     Where an array has an axis of its parameter's, it lies as the parameter does, by ``shardings``
     (the same tree as ``specs``, over a real or an abstract mesh)."""
-    layouts = {_names(path): sharding for path, sharding in _leaves(shardings)}
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    layouts = {_names(path): sharding for path, sharding in leaves}
     mesh = next(iter(layouts.values())).mesh
 
     def place(leaf: StateArray) -> jax.ShapeDtypeStruct:
@@ -275,10 +274,6 @@ def abstract_opt_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, described_opt_state(optimizer, specs))
-
-
-def _leaves(tree: Params) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.files import convert_write_errors
 
 Numbers = Mapping[str, float]
 
@@ -142,8 +142,7 @@ class WandbSink(Sink):
         if not kept_id.exists():
             with convert_write_errors(kept_id):
                 kept_id.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(kept_id) as temporary:
-                temporary.write_text(uuid4().hex[:12])
+                kept_id.write_text(uuid4().hex[:12])
         try:
             self._run = wandb.init(
                 project=config.project,

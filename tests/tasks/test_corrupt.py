@@ -308,13 +308,3 @@ def test_chosen_tokens_become_a_mask_another_or_stay():
     assert not others[:5].any()
     assert (others[5:] > 0).mean() > 0.98  # of about 6 each
     assert np.array_equal(masked((row, np.ones_like(row)), masked=0, random=0)["tokens"], row)
-
-
-def test_a_word_ends_with_its_segment_and_at_a_special_token():
-    """Ids that begin no word, at three places: each is a word of its own."""
-    tokens, segments = np.array([9, 9, 3, 9, 0], np.int32), np.array([1, 2, 2, 2, 0], np.int32)
-    starts = np.zeros(WORDS, bool)
-    rows = [masked((tokens, segments), seed, share=0.4, starts_word=starts) for seed in range(50)]
-    found = np.array([row["weights"] for row in rows])
-    assert (found.sum(axis=1) == 1).all()
-    np.testing.assert_array_equal(found.any(axis=0), [True, True, False, True, False])

@@ -63,14 +63,6 @@ def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(task):
     }
 
 
-def test_masked_tokens_are_those_of_the_text_and_the_mask_is_the_table_s_last_row():
-    before = batch()
-    after = transform_of(TASKS[0])(before, 0, [0, 1, 2])
-    chosen = after["weights"] > 0
-    assert not MARK[before["tokens"][chosen]].any()
-    assert (after["tokens"][chosen] == SIZE - 1).any()
-
-
 @pytest.mark.parametrize("task", TASKS[2:], ids=lambda o: o.kind)
 def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
     before = batch()

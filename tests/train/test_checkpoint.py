@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
 from maxlm.train.checkpoint import FolderTier, check_same
+from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 from tests.ports import free_port
@@ -225,3 +226,42 @@ def test_a_different_config_is_refused_where_it_must_be_the_same():
         "runs/a: the checkpoint was written with another config: model.layers=2 became 3, "
         "seed=1 became 2; set them back, or train in another run folder"
     )
+
+
+FINGERPRINTED = [(), (1,), (7,), (3, 5), (4, 6, 2), (0, 3)]
+DTYPES = ["float32", "bfloat16", "int32", "uint32", "int8", "bool"]
+
+
+def by_hand(array):
+    """The formula of compute_fingerprints, in Python's integers."""
+    factors = (2_654_435_761, 2_246_822_519, 3_266_489_917)
+    total = 0
+    for index in np.ndindex(array.shape):
+        bits = int.from_bytes(np.asarray(array[index]).tobytes(), "little")
+        place = sum(i * f for i, f in zip(index, factors, strict=False)) % 2**32
+        place = (place ^ (place >> 16)) * factors[1] % 2**32
+        total += bits * ((place ^ (place >> 13)) | 1)
+    return total % 2**32
+
+
+def test_fingerprints_equal_their_formula():
+    random = np.random.default_rng(3)
+    arrays = {
+        f"{shape} {dtype}": jnp.asarray(random.normal(scale=50, size=shape)).astype(dtype)
+        for shape in FINGERPRINTED
+        for dtype in DTYPES
+    }
+    want = {name: by_hand(np.asarray(array)) for name, array in arrays.items()}
+    assert compute_fingerprints(arrays) == want
+
+
+def test_fingerprints_are_the_same_for_every_layout(mesh):
+    array = jax.random.normal(jax.random.key(0), (8, 4, 6))
+    want = compute_fingerprints({"x": array})
+    for axes, spec in (
+        ({"data": 2, "tensor": 4}, ("data", "tensor")),
+        ({"fsdp": 4, "tensor": 2}, (None, "fsdp", "tensor")),
+        ({"data": 2}, ()),
+    ):
+        placed = jax.device_put(array, NamedSharding(mesh(**axes), PartitionSpec(*spec)))
+        assert compute_fingerprints({"x": placed}) == want

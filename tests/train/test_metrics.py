@@ -17,7 +17,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.programs.runs import read_run
 from maxlm.train import display
-from maxlm.train.display import ConsoleDisplay, format_duration, plot_loss
+from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.reporting import ReportingConfig
 from maxlm.train.step import global_norm
@@ -116,19 +116,6 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
     assert text == '{"step": 1, "loss": null, "norm": null}\n'
 
 
-@pytest.mark.parametrize("torn", ['{"event": "progress", "st', "\0\0\0", '["a", 1]', "3"])
-def test_a_torn_event_does_not_swallow_the_next(tmp_path, torn):
-    run(tmp_path, [1], reporting=QUIET)
-    path = tmp_path / "events.jsonl"
-    whole = path.read_text()
-    with path.open("a") as file:
-        file.write(torn)
-    assert [e["event"] for e in read_records(path)] == ["start"]
-    run(tmp_path, [2], resume_step=1, reporting=QUIET)
-    assert [e["event"] for e in lines(path)] == ["start", "resume"]
-    assert path.read_text().startswith(whole)
-
-
 @contextmanager
 def files_at_most(size):
     """The kernel takes so many bytes a file, and part of a write that goes past, as a full disk
@@ -212,14 +199,6 @@ def test_other_processes_write_and_show_nothing(tmp_path):
         console.update(20, RECORD)
         console.message("hello")
     assert stream.getvalue() == ""
-
-
-def test_durations():
-    assert [format_duration(seconds) for seconds in (0.4, 75, 90061)] == [
-        "0:00",
-        "1:15",
-        "25:01:01",
-    ]
 
 
 def test_losses_are_drawn_over_tokens_with_means_over_one_in_a_hundred_steps(tmp_path, monkeypatch):

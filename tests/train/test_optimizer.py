@@ -1,5 +1,6 @@
-"""Optimizers against independent float64 formulas, and sharded against one device."""
+"""Optimizers and schedules against independent float64 formulas, and sharded against one device."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 from maxlm.models.params import ParamSpec
 from maxlm.sharding import abstract_mesh
 from maxlm.sharding.rules import StorageRules
-from maxlm.train.optimizer import OptimizerConfig, abstract_opt_state, make_optimizer
+from maxlm.train.optimizer import (
+    OptimizerConfig,
+    ScheduleConfig,
+    abstract_opt_state,
+    make_optimizer,
+    make_schedule,
+)
+from tests.errors import message
 
 LR, WD = 0.01, 0.3
 B1, B2, EPS = 0.8, 0.9, 1e-3
@@ -226,3 +234,48 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
         np.testing.assert_allclose(jax.device_get(array), jax.device_get(want), atol=1e-6)
 
     jax.tree.map(check, sharded, (layout, shardings), alone)
+
+
+PEAK, FINAL, WARMUP, TOTAL = 3e-3, 0.07, 13, 101
+
+
+def expected(kind: str, step: int, decay_steps: int = 30) -> float:
+    if step < WARMUP:
+        return PEAK * (step + 1) / (WARMUP + 1)
+    done = (step - WARMUP) / (TOTAL - WARMUP)
+    if kind == "constant":
+        return PEAK
+    if kind == "cosine":
+        return PEAK * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
+    if kind == "wsd":
+        done = max(0.0, (step - (TOTAL - decay_steps)) / decay_steps)
+    return PEAK * (1 - done * (1 - FINAL))
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "wsd"])
+def test_every_step_equals_the_closed_form(kind):
+    config = ScheduleConfig(
+        kind=kind,
+        learning_rate=PEAK,
+        warmup_steps=WARMUP,
+        final_fraction=FINAL,
+        decay_fraction=0.3,  # 30.3 steps, rounded to 30
+    )
+    steps = np.arange(TOTAL + 1)
+    got = jax.vmap(make_schedule(config, TOTAL))(steps)
+    np.testing.assert_allclose(got, [expected(kind, int(s)) for s in steps], rtol=3e-6)
+    at_once = make_schedule(config.model_copy(update={"warmup_steps": 0}), TOTAL)
+    assert float(at_once(0)) == pytest.approx(PEAK)
+    assert float(at_once(TOTAL)) == pytest.approx(PEAK * (1 if kind == "constant" else FINAL))
+
+
+def test_warmup_or_decay_longer_than_the_run_is_refused():
+    assert message(make_schedule, ScheduleConfig(warmup_steps=200), 100) == (
+        "schedule: warmup_steps=200 is longer than the run of 100 steps; "
+        "set warmup_steps to 100 or less, or train for longer"
+    )
+    config = ScheduleConfig(kind="wsd", warmup_steps=60, decay_fraction=0.5)
+    assert message(make_schedule, config, 100) == (
+        "schedule: warmup_steps=60 and a decay of 50 steps are longer than the run of 100 steps; "
+        "lower warmup_steps or decay_fraction"
+    )

@@ -105,14 +105,12 @@ class Checkpointer:
         suspect: int | None = None,
     ) -> str | None:
         """Starts writing a checkpoint, if one is due at ``step``; the arrays may then be donated.
+        Returns the name of the tier; None: nothing was due, or the folder has this one.
 
         Args:
             force: write one to the run's folder in any case.
             suspect: a step from which on updates may be bad: the newest checkpoint before it is
                 kept besides.
-
-        Returns:
-            The name of the tier where one was begun; None: nowhere, or the folder has this one.
         """
         if force or self.folder_tier.is_due(step):
             good = [each for each in self.folder_tier.begun_steps() if suspect and each < suspect]
@@ -161,14 +159,9 @@ class Checkpointer:
         abstract: PyTree,
         refuse: Callable[[FoundCheckpoint], str | None] = lambda _: None,
     ) -> tuple[PyTree, FoundCheckpoint | None, list[SkippedCheckpoint]]:
-        """Restores the first of ``found`` that can be read.
-
-        Args:
-            refuse: returns why one is not to be resumed from.
-
-        Returns:
-            The state and its checkpoint (None twice if there is none), and those skipped.
-        """
+        """Restores the first of ``found`` that can be read, and that ``refuse`` gives no reason
+        against. Returns the state and its checkpoint (None twice if there is none), and those
+        skipped."""
         skipped = []
         for each in found:
             if (why := refuse(each)) is not None:
@@ -181,8 +174,8 @@ class Checkpointer:
         return None, None, skipped
 
     def quarantine(self, skipped: Sequence[SkippedCheckpoint], resume_step: int) -> None:
-        """Takes checkpoints that cannot be resumed from out of the way of those to come, in a run
-        that resumes from ``resume_step`` (0: it starts)."""
+        """Takes checkpoints out of the way of those to come, in a run that resumes from
+        ``resume_step`` (0: it starts)."""
         for tier in self.tiers:
             steps = {each.step: each.is_damaged for each in skipped if each.tier is tier}
             tier.quarantine(steps, resume_step)

@@ -96,13 +96,9 @@ class FolderTier:
         return every > 0 and step % every == 0
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
-        """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one.
-        Raises MaxlmError if this one, or the one before it, could not be written.
-
-        Args:
-            state: any pytree of arrays; with several processes, arrays over all their devices.
-            metadata: JSON values.
-        """
+        """Starts writing a checkpoint of arrays (with several processes, over all their devices)
+        and JSON values; the arrays may then be donated. False: ``step`` has one. Raises MaxlmError
+        if this one, or the one before it, could not be written."""
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(named_leaves(state), self._groups)
