@@ -58,7 +58,7 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     micro = min(config.train.micro_batches, 2)
     data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
     train = {"steps": steps, "micro_batches": micro, "max_device_rows": None}
-    rate = config.optimizer.brisk_rate
+    rate = config.optimizer.smoke_learning_rate
     schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": rate}
     changes: dict[str, Any] = {
         "model": small,

@@ -37,9 +37,8 @@ def require_batch_split(
         sizes: devices, by mesh axis.
     """
 
-    def refuse(
-        what: str, rule: str, axes: Sequence[str], setting: str, multiple: int
-    ) -> MaxlmError:
+    def refuse(what: str, rule: str, setting: str, multiple: int) -> MaxlmError:
+        axes = getattr(compute, rule)
         split = "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         name = setting.rpartition(".")[2]
         return MaxlmError(
@@ -53,16 +52,17 @@ def require_batch_split(
         is_divisor(rows, batch_size),
         lambda: refuse(
             f"a micro-batch of {batch_size // micro_batches} sequences",
-            *("batch", compute.batch, "data.batch_size", rows),
+            "batch",
+            "data.batch_size",
+            rows,
         ),
     )
     for rule in ("seq", "residual"):
-        axes = getattr(compute, rule)
-        pieces = prod(sizes[axis] for axis in axes)
+        pieces = prod(sizes[axis] for axis in getattr(compute, rule))
         for setting, length in row_lengths.items():
             yield Requirement(
                 is_divisor(pieces, length),
-                partial(refuse, f"a sequence of {length} tokens", rule, axes, setting, pieces),
+                partial(refuse, f"a sequence of {length} tokens", rule, setting, pieces),
             )
 
 

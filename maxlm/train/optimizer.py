@@ -57,7 +57,7 @@ class OptimizerConfig(Config):
     learning rate; DeepSeek-V3 has 0.001, and 0 for the last of its tokens."""
 
     @property
-    def brisk_rate(self) -> float:
+    def smoke_learning_rate(self) -> float:
         """A learning rate that a tiny model bears, and that shows within ten steps."""
         return 1e-3 if self.kind == "lion" else 1e-2
 

@@ -243,13 +243,11 @@ def _one_f_one_b(
         ends,
         params["layers"],
         batch,
-        sums_cotangent=lambda aux: Aux(jax.tree.map(jnp.ones_like, aux.loss), _zeros(aux.sums)),
+        sums_cotangent=lambda aux: Aux(
+            jax.tree.map(jnp.ones_like, aux.loss), jax.tree.map(jnp.zeros_like, aux.sums)
+        ),
     )
     return (total + aux.loss, sums | aux.sums), d_ends | {"layers": d_layers}
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -194,7 +194,8 @@ class Trainer:
             if pending:
                 self._finish_step(*pending)
             pending = step, sums
-            if self.rollback is None and self._needs_state(step):
+            wanted = [each.needs_state(self, step) for each in self.callbacks]
+            if self.rollback is None and (self.stop_request or any(wanted)):
                 # A checkpoint follows the records up to it: the process may be killed in between.
                 self._finish_step(*pending)
                 pending = None
@@ -212,10 +213,6 @@ class Trainer:
             return self.rollback
         self.notify("on_train_end", step, state)
         return state
-
-    def _needs_state(self, step: int) -> bool:
-        wanted = [each.needs_state(self, step) for each in self.callbacks]
-        return bool(self.stop_request) or any(wanted)
 
     def _finish_step(self, step: int, sums: Sums) -> None:
         """Waits for a step and hands its scalars to the callbacks."""

@@ -250,7 +250,8 @@ MASK = 4
 
 def masked(row, seed=0, starts_word=None, **settings):
     task = MlmTask(mask_id=MASK, whole_words=starts_word is not None, **settings)
-    vocabulary = Vocabulary(WORDS, WORDS, (), 0, SPECIAL, starts_word)
+    starts = SPECIAL if starts_word is None else starts_word
+    vocabulary = Vocabulary(WORDS, WORDS, (), 0, SPECIAL, starts)
     rng, named = np.random.default_rng(seed), dict(zip(("tokens", "segment_ids"), row, strict=True))
     found = task.mask_row(vocabulary, named, rng)
     return {name: found[name] for name in ("tokens", "targets", "weights")}

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,12 @@ class RemoteTier:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state; raises Unreadable."""
-        return self._run_on_process_0(
-            lambda: self._read(step, lambda read: parse_metadata(read("metadata/metadata")))
-        )
+        place = join_place(self._place, str(step))
+
+        def read() -> dict[str, Any]:
+            return parse_metadata(read_file(place, "metadata/metadata"))
+
+        return self._run_on_process_0(lambda: with_retries(place, read))
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state; its files are fetched to where all processes read them."""
@@ -144,18 +146,15 @@ class RemoteTier:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
     def _fetch(self, step: int, to: Path) -> None:
-        def copy_back(read: Callable[[str], bytes]) -> None:
-            for name in json.loads(read(_COMPLETE)):
+        place = join_place(self._place, str(step))
+
+        def copy_back() -> None:
+            for name in json.loads(read_file(place, _COMPLETE)):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
-                (to / name).write_bytes(read(name))
+                (to / name).write_bytes(read_file(place, name))
 
         shutil.rmtree(to.parent, ignore_errors=True)
-        self._read(step, copy_back)
-
-    def _read(self, step: int, read_all: Callable[[Callable[[str], bytes]], Any]) -> Any:
-        """Returns what ``read_all`` makes of a function that reads a step's files by name."""
-        place = join_place(self._place, str(step))
-        return with_retries(place, lambda: read_all(partial(read_file, place)))
+        with_retries(place, copy_back)
 
     def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
         """Ignores damaged copies, which may be readable another day, and deletes others."""
