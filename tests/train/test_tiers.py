@@ -270,6 +270,24 @@ def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
     assert text.endswith("; check the URL, the network and the credentials")
 
 
+def test_google_bucket(tmp_path, here):
+    reason = "needs a server: pip install gcp-storage-emulator"
+    server_module = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="models")
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            port = server._api._httpd.server_port
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+            config = {"every_steps": 10, "remote_folder": "gs://models/a"}
+            write(tmp_path / "first", here, 20, **config)
+            shutil.rmtree(tmp_path / "first")
+            assert newest(tmp_path / "first", here, **config) == ((20, "remote"), [])
+    finally:
+        server.stop()
+
+
 def test_copy_that_fails_is_reported_and_made_later(tmp_path, here, monkeypatch, capfd):
     place = tmp_path / "there" / "run"
     config = {"every_steps": 1, "keep_last": 1, "remote_folder": str(tmp_path / "there")}
