@@ -267,7 +267,7 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
             for f in (first, again)
         )
         reader = RunCheckpointReader(run / "checkpoints")
-        params = {name: reader.read_slice(name).astype(float) for name in reader.shapes}
+        params = {name: reader.open(name).read().astype(float) for name in reader.shapes}
         config = load_config(RunConfig, run / "config.yaml").value.model
     error = relative(our_logits(config, params, batch), made.logits)
     return error if want == got else float("inf")

@@ -62,13 +62,8 @@ class RunCheckpointWriter:
 
 
 class RunCheckpointReader:
-    """The parameters of a saved checkpoint, by slices, on whatever mesh it was written.
-
-    Args:
-        folder: of checkpoints.
-        step: default, the newest.
-        name: the part of the state to read ("ema": the average of parameters).
-    """
+    """The parameters of a saved checkpoint, the newest or that of a step, by slices, on whatever
+    mesh it was written; ``name`` is the part of the state to read ("ema": their average)."""
 
     def __init__(self, folder: str | Path, step: int | None = None, *, name: str = "params"):
         folder = Path(folder)
@@ -91,13 +86,8 @@ class RunCheckpointReader:
         """Of all parameters, by canonical name."""
 
     def open(self, name: str) -> ZarrArray:
-        """Opens a parameter's array."""
+        """Opens a parameter's array; to read all its slices see :meth:`slices`."""
         return open_array(self.folder / "state", self._prefix + name)
-
-    def read_slice(self, name: str, index: Shape = ()) -> np.ndarray:
-        """Reads a parameter, or its slice at some leading indices (layer, expert), with all that
-        can only be decoded with it; to read all slices see :meth:`slices`."""
-        return self.open(name).read(index)
 
     @contextmanager
     def slices(self, name: str, lead: int, scratch: Path) -> Iterator[ReadSlice]:

@@ -49,20 +49,15 @@ def import_tensors(
     lossy: bool = False,
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
-    """Write all parameters of a folder of safetensors files into a checkpoint, as fp32.
+    """Write all parameters of a folder of safetensors files into a checkpoint, as fp32, and return
+    the number formats they had, for its metadata. Files of another model are refused before
+    anything is written.
 
     Args:
         shapes: of all parameters, by canonical name.
         ignored: patterns of tensors that may be there without being used (``*.inv_freq``).
         lossy: round fp64 values.
         warn: called with a line if values are NaN or infinite.
-
-    Returns:
-        The number formats they had, for the checkpoint's metadata.
-
-    Raises:
-        MaxlmError: before anything is written, files that cannot be read or are of another model;
-            later, a full disk, or fp64 values that would be rounded.
     """
     leads = check_coverage(entries, shapes)
     pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
@@ -96,9 +91,6 @@ def export_tensors(
         dtypes: the number formats of tensors: those they were imported with, or others.
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
-
-    Raises:
-        MaxlmError: entries of another model, a damaged checkpoint, values that would change.
     """
     leads = check_coverage(entries, checkpoint.shapes)
     kinds = {entry.theirs: (dtypes.of(entry.theirs), tuple(entry.shape)) for entry in entries}

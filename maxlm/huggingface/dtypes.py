@@ -63,11 +63,8 @@ def is_floating(dtype: str) -> bool:
 def cast_values(
     values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
 ) -> np.ndarray:
-    """``values`` as ``dtype``, themselves if they are that already.
-
-    Args:
-        where: their name, for the message.
-        lossy: round what does not fit exactly.
+    """``values``, which a message calls ``where``, as ``dtype``; themselves if they are that
+    already. ``lossy`` rounds what does not fit exactly.
 
     Raises:
         MaxlmError: a value would change and not ``lossy``; or would be infinite, or no number,

@@ -93,14 +93,12 @@ def decode(
     cache: Cache,
     memory: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """One token a row.
+    """Runs one token a row.
 
     Args:
         tokens: int [B].
-        positions: int [B], where each stands in its row; a position past the cache's last slot
-            is not written.
+        positions: int [B]; a token at a position past the cache's last slot is not written.
         cache: everything before them; donate it, or two of it are alive at once.
-        memory: as of :func:`prefill`.
 
     Returns:
         fp32 logits [B, V] after these tokens, and the cache with them in it.

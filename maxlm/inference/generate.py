@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
 from maxlm.inference.decode import cast_params, decode, encode, prefill
@@ -51,10 +51,8 @@ def generate(
 
     Returns:
         For each step a list with each row's token; None for rows that have ended. The eos token
-        itself is yielded. Stops when every row has ended.
-
-    Raises:
-        MaxlmError: before anything runs, if the model cannot continue these prompts.
+        itself is yielded. Stops when every row has ended. A model that cannot continue these
+        prompts is refused before anything runs.
     """
     if isinstance(model, Encoder):
         what = "an encoder names masked tokens; it does not continue text"
@@ -69,7 +67,7 @@ def generate(
         _, length = _sizes(model.config, 1, new, cache_length)
     else:
         width, length = _sizes(model.config, longest, new, cache_length)
-    mesh = _mesh_of(params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
     rows = _round_up(len(prompts), prod(mesh.shape[axis] for axis in model.rules.batch))
     tokens = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)  # rows that only fill the batch hold one token
@@ -160,14 +158,6 @@ def _draw_next(
 def _whole(x: jax.Array) -> jax.Array:
     """On every device, so that any process can read it."""
     return reshard(x, PartitionSpec())
-
-
-def _mesh_of(params: Params) -> Mesh:
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
-        fix = "place them with a NamedSharding"
-        raise MaxlmError("the parameters lie on no mesh", where="generate", fix=fix)
-    return sharding.mesh
 
 
 def _round_up(n: int, multiple: int) -> int:

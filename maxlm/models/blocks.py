@@ -263,18 +263,14 @@ def scan_blocks(
     dtype: Any,
     remat: RematPolicy = "none",
 ) -> tuple[Any, Aux]:
-    """Run a stacked block layer after layer; compile time does not grow with depth.
+    """Run a stacked block layer after layer: x after all layers, and their ``Aux`` added up.
+    Compile time does not grow with depth.
 
     Args:
-        block: the stacked block; only its structure is used.
-        params: its parameters, with a leading layer axis (``params.stack``).
+        params: of the block, whose structure alone is used (``params.stack``).
         bodies: what layers do with it, by turns.
-        context: arrays that every layer reads.
-        shared: the same, with a gradient.
+        context, shared: arrays that every layer reads, without and with a gradient.
         dtype: of matrices in use, and of their gradients until all layers are through.
-
-    Returns:
-        x after all layers, and their ``Aux`` added up.
     """
 
     def layer(body, own, carry, context, shared):

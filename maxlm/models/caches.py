@@ -118,11 +118,8 @@ def kv_cache_spec(
 ) -> ContiguousCache | RingCache:
     """A layer's cache of keys and values with a :class:`CacheArray` for each array.
 
-    Args:
-        length: T, the most tokens of a row.
-        window: how many tokens a token sees; a cache is no longer than that.
-        key, value: (heads, size) of each.
-        heads: logical axis of the heads.
+    Rows have ``length`` tokens at most, of which a token sees ``window``; a cache is no longer.
+    ``key`` and ``value`` are (heads, size) of each, ``heads`` the logical axis of the heads.
     """
     slots = length if window is None else min(window, length)
     axes = ("batch", None, heads, None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArray, BatchSource
 from maxlm.data.rows import make_row_source, open_rows
 from maxlm.data.tokenizer import Tokenizer
@@ -219,9 +219,3 @@ def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(
     part = plan_run(config.model_copy(update={"train": part}), sizes=sizes).memory
     assert part.optimizer < both.optimizer / 3
     assert part.gradients < both.gradients / 3
-
-
-def test_a_saved_config_names_the_task_and_is_read_again(make_config, tmp_path):
-    config = make_config("a")
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load_config(RunConfig, tmp_path / "config.yaml").value == config

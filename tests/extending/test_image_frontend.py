@@ -79,10 +79,3 @@ def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
     for name in ("patches.kernel", "patches.bias", "embedding.table"):
         assert float(jnp.abs(grads[name]).max()) > 1e-6, name
     assert float(loss(model, params, IMAGES)) != float(loss(model, params, IMAGES + 1.0))
-
-
-def test_its_parameters_are_declared_beside_the_decoder_s(built):
-    model, _ = built
-    own = flatten_names(param_specs(model))
-    plain = flatten_names(param_specs(CONFIG.build(rules=AxisRules(), dtype=jnp.float32)))
-    assert own.keys() - plain.keys() == {"patches.kernel", "patches.bias"}

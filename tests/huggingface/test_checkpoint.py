@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,13 +31,6 @@ def make_params():
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
-def nested(params):
-    return {
-        "embed": {"table": params["embed.table"]},
-        "layers": {n.split(".")[1]: v for n, v in params.items() if n.startswith("layers.")},
-    }
-
-
 def write(folder, step=0, metadata=None):
     params = make_params()
     writer = RunCheckpointWriter(folder, step=step)
@@ -48,15 +42,9 @@ def write(folder, step=0, metadata=None):
     return params
 
 
-@pytest.fixture
-def small_files(monkeypatch):
-    monkeypatch.setattr(arrays, "TILE_BYTES", 64)
-    monkeypatch.setattr(arrays, "FILE_BYTES", 200)
-
-
 @pytest.mark.usefixtures("small_files")
 def test_orbax_restores_what_was_written(tmp_path):
-    want = nested(write(tmp_path, metadata={"config": {"a": 1}}))
+    want = unflatten_dict(write(tmp_path, metadata={"config": {"a": 1}}), sep=".")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
     with FolderTier(tmp_path) as keeper:
         assert keeper.steps() == [0]
@@ -65,16 +53,13 @@ def test_orbax_restores_what_was_written(tmp_path):
         keeper.save(1, {"params": jax.tree.map(jnp.array, want)}, {})
         assert keeper.steps() == [0, 1], "a run goes on from it"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
-    versions = {
-        "jax": jax.__version__,
-        "orbax-checkpoint": metadata["versions"]["orbax-checkpoint"],
-    }
-    assert metadata == {"step": 0, "versions": versions, "config": {"a": 1}}
+    assert metadata.pop("versions")["jax"] == jax.__version__
+    assert metadata == {"step": 0, "config": {"a": 1}}
 
 
 @pytest.mark.usefixtures("small_files")
 def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
-    want = nested(write(tmp_path))
+    want = unflatten_dict(write(tmp_path), sep=".")
     eight = mesh(data=2, fsdp=2, tensor=2)
     specs = {2: P("tensor"), 3: P(None, "fsdp", "tensor"), 4: P(None, "fsdp")}
 
@@ -169,7 +154,7 @@ def test_damage_is_an_error(tmp_path):
     for path in (state / "params.layers.up" / "c").rglob("*"):
         if path.is_file():
             path.write_bytes(b"broken")
-    assert "params.layers.up: array error" in message(reader.read_slice, "layers.up", (1,))
+    assert "params.layers.up: array error" in message(reader.open("layers.up").read, (1,))
     (state / "_METADATA").write_text(json.dumps({}))
     assert "_METADATA: damaged checkpoint ('tree_metadata')" in message(
         RunCheckpointReader, tmp_path

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from maxlm.config import MaxlmError
-from maxlm.inference.decode import init_cache
-from maxlm.models.architectures.transformer import DecoderConfig
+from maxlm.inference.decode import cast_params, init_cache, prefill
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.caches import kv_cache_spec
+from maxlm.models.params import flatten_names
 from maxlm.parallel.attention import sharded_attention
 from maxlm.sharding import AxisRules, ShardingConfig
 from tests.models.building import QUICK
@@ -83,3 +84,17 @@ def test_a_ring_is_as_long_as_its_window_and_answers_as_a_whole_cache(one_device
             wanted, whole = answer(whole, positions, real)
             np.testing.assert_allclose(found, wanted, atol=1e-6)
             first = first + count if real is None else real
+
+
+def test_cast_once_equals_cast_at_every_use_and_copies_nothing_in_vain(llama):
+    model = Decoder(llama.model.config, rules=llama.model.rules, dtype=jnp.bfloat16)
+    once = cast_params(model, llama.params)
+    assert {str(v.dtype) for v in flatten_names(once).values()} == {"bfloat16", "float32"}
+    tokens, lengths = np.array([[1, 2, 3, 4, 5]], np.int32), np.array([5], np.int32)
+    run = jax.jit(lambda p: prefill(model, p, tokens, lengths, cache_length=8))
+    (a, cache), (b, _) = run(llama.params), run(once)
+    assert cache["layers"][0].key.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(a, b)
+    cast, own = flatten_names(cast_params(llama.model, llama.params)), flatten_names(llama.params)
+    for name, value in cast.items():
+        assert value.unsafe_buffer_pointer() == own[name].unsafe_buffer_pointer()

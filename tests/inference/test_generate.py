@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from maxlm.inference import generate as generation
-from maxlm.inference.generate import generate, round_up_to_bucket
+from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import bind
 from tests.errors import message
@@ -126,22 +126,6 @@ def test_a_cache_filled_to_its_last_slot(llama, length, new):
     assert found == [llama.greedy(prompt, new)]
 
 
-def test_learned_positions_up_to_the_last_one(gpt2):
-    prompt = list(range(33))
-    sampling = SamplingConfig(temperature=0, max_new_tokens=7)
-    assert rows(gpt2, [prompt, [3]], sampling, cache_length=None) == [
-        gpt2.greedy(prompt, 7),
-        gpt2.greedy([3], 7),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("n", "size"), [(1, 16), (16, 16), (17, 32), (65, 128), (128, 128), (129, 256), (700, 768)]
-)
-def test_buckets(n, size):
-    assert round_up_to_bucket(n) == size
-
-
 def refusal(tiny, prompts, **options) -> str:
     # At the call, not at the first step.
     return message(steps, tiny, prompts, GREEDY, **{"cache_length": None, **options})
@@ -149,6 +133,12 @@ def refusal(tiny, prompts, **options) -> str:
 
 def test_rope_goes_past_max_seq_len(llama):
     assert rows(llama, [[1] * 45], GREEDY, cache_length=None) == [llama.greedy([1] * 45, 9)]
+
+
+def test_learned_positions_up_to_the_last_one(gpt2):
+    prompts = [list(range(31)), [3]]
+    expected = [gpt2.greedy(prompt, 9) for prompt in prompts]
+    assert rows(gpt2, prompts, GREEDY, cache_length=None) == expected
 
 
 def test_past_the_learned_positions_and_past_the_cache(llama, gpt2):

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maxlm.config import load_config
 from maxlm.inference.sampling import SamplingConfig, sample
@@ -76,42 +74,13 @@ def test_support_and_frequencies(temperature, top_k, top_p):
     assert np.all(abs(found - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / DRAWS))
 
 
-@given(
-    st.lists(st.floats(-9, 9, width=32), min_size=9, max_size=9),
-    st.sampled_from([0, 1, 4, 9, 30]),  # each is a compilation
-    st.floats(0.05, 1.0),
-    st.sampled_from([0.3, 1.0, 4.0]),
-)
-def test_nothing_outside_the_support_is_drawn(logits, top_k, top_p, temperature):
-    # The reference's p is a hair larger: fp32 sums differ from float64 ones in the last digits.
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    rows = jnp.asarray([logits] * 64, jnp.float32)
-    drawn = set(np.asarray(sample(rows, _keys(1)[:64], config)).tolist())
-    widest = reference(logits, temperature, top_k, min(top_p + 1e-5, 1))
-    assert drawn <= set(np.flatnonzero(widest).tolist())
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SamplingConfig(temperature=0),
-        SamplingConfig(top_k=1),
-        SamplingConfig(top_p=1e-9),
-        SamplingConfig(temperature=1e-320, top_k=3),
-        SamplingConfig(temperature=0, top_k=5, top_p=0.5),
-    ],
-)
-def test_greedy_in_five_ways(config):
-    logits = np.random.default_rng(0).normal(size=(40, 131)).astype(np.float32) * 5
-    drawn = sample(jnp.asarray(logits), jax.random.split(jax.random.key(0), 40), config)
-    np.testing.assert_array_equal(drawn, logits.argmax(-1))
-
-
 @pytest.mark.parametrize("knobs", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}])
 def test_of_equal_logits_the_lower_id_is_the_greedy_one(knobs):
     logits = jnp.asarray([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-1.0, -0.0, 0.0, -0.0]])
     keys = jax.random.split(jax.random.key(0), 3)
     assert sample(logits, keys, SamplingConfig(**knobs)).tolist() == [1, 0, 1]
+    cold = SamplingConfig(temperature=1e-320, top_k=3)  # where no two are equal
+    assert sample(jnp.arange(15.0).reshape(3, 5) ** 2, keys, cold).tolist() == [4, 4, 4]
 
 
 def test_a_row_is_drawn_with_its_own_key_alone():

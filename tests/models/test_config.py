@@ -9,46 +9,9 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.sharding import AxisRules
-from tests.models.building import GPT2, LLAMA_GQA
-
-
-def refused(config: DecoderConfig, **changes) -> str:
-    tree = config.model_dump()
-    for key, value in changes.items():
-        *path, last = key.split("__")
-        node = tree
-        for name in path:
-            node = node[name]
-        node[last] = value
-    with pytest.raises(ValidationError) as error:
-        DecoderConfig.model_validate(tree)
-    (only,) = error.value.errors()
-    return f"{'.'.join(map(str, only['loc']))}: {only['msg']}"
-
-
-def test_a_setting_that_is_wrong_alone_is_named():
-    positive = "Input should be greater than 0"
-    cases = {
-        "attention__head_dim": (7, ": Value error, rope needs an even head_dim, not 7"),
-        "dropout": (0.1, "dropout: Extra inputs are not permitted"),
-        "vocab_size": (0, f"vocab_size: {positive}"),
-        "attention__num_kv_heads": (0, f"attention.num_kv_heads: {positive}"),
-        "mlp__d_ff": (0, f"mlp.d_ff: {positive}"),
-        "norm__eps": (0, f"norm.eps: {positive}"),
-    }
-    for key, (value, what) in cases.items():
-        assert refused(LLAMA_GQA, **{key: value}) == what
-    assert GPT2.attention.head_dim % 2  # learned positions need no pairs
-    with pytest.raises(MaxlmError) as error:
-        AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=6)
-    assert str(error.value) == (
-        "num_heads=4 is not a multiple of num_kv_heads=3; let every kv head serve as many query "
-        "heads as the others"
-    )
-
+from tests.models.building import LLAMA_GQA
 
 BOTH = {"architecture": "encoder_decoder", "encoder_layers": 2}
 FAR = {"kind": "llama3", "factor": 8, "original_length": 64, "low_freq_factor": 4}
@@ -61,6 +24,9 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
         (BOTH, {"placement": "parallel"}, "placement=parallel with cross-attention"),
         (BOTH, {"attention": {"num_kv_heads": 4, "latent": LATENT}}, "cross-attention with"),
         ({}, {"attention": {"window": 4}, "pattern": [{}]}, "attention.window=4 with a pattern"),
+        ({}, {"dropout": 0.1}, "dropout\n  Extra inputs are not permitted"),
+        ({}, {"attention": {"head_dim": 7}}, "rope needs an even head_dim, not 7"),
+        ({}, {"attention": {"num_kv_heads": 3}}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({}, {"positions": {"theta": 1.0}}, "greater than 1"),
         ({}, {"positions": {"rotary_dim": 2, "scaling": {"kind": "ntk", "factor": 2}}}, "one pair"),
         ({}, {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}}, "not beyond"),

@@ -218,18 +218,6 @@ def buckets_of(config, causal):
     return {distance: at[reach - distance] for distance in range(-reach, reach + 1)}
 
 
-def test_t5_s_own_buckets_as_its_paper_tells():
-    """All 32 are used, the first ones for one distance each, and from 128 on there is one."""
-    both, behind = (buckets_of(PositionsConfig(kind="relative"), c) for c in (False, True))
-    assert set(both.values()) == set(range(32)) - {16}  # distance 0 has one bucket
-    assert set(behind.values()) == set(range(32))
-    assert [behind[d] for d in range(16)] == list(range(16))
-    assert [both[d] for d in range(8)] == list(range(8))
-    assert [both[-d] for d in range(1, 8)] == list(range(17, 24))
-    assert (behind[128], both[128], both[-128]) == (31, 15, 31)
-    assert all(behind[d] == 0 for d in range(-128, 1))
-
-
 @given(half=st.integers(2, 20), reach=st.integers(2, 300), causal=st.booleans())
 def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
     per_side = 2 * half if causal else half

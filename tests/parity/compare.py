@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import Config
@@ -47,20 +48,9 @@ def parameters(config: Any, entries: Any, tensors: dict[str, np.ndarray]) -> dic
     return found
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
-
-
 def placed(flat: dict[str, Any], mesh: Mesh) -> Any:
     """Parameters, nested, on a mesh's every device."""
-    return jax.device_put(nested(flat), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(unflatten_dict(flat, sep="."), NamedSharding(mesh, PartitionSpec()))
 
 
 def one_device() -> Mesh:

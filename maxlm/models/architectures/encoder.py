@@ -11,8 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.architectures.config import TransformerConfig, TrunkParts
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
-from maxlm.models.layers.embedding import Embedding
-from maxlm.models.layers.linear import Linear
+from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.layers.norm import Norm
 from maxlm.sharding import AxisRules
@@ -83,11 +82,8 @@ class Encoder(Transformer):
         segment_ids: jax.Array | None = None,
         types: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states as the head wants them; see :class:`Transformer`.
-
-        Args:
-            types: int like tokens, the text of a pair that each is of; None: the first.
-        """
+        """Hidden states as the head wants them; see :class:`Transformer`. ``types``: the text of a
+        pair that each token is of, int; None: the first."""
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)

@@ -113,11 +113,8 @@ class EncoderDecoder(Transformer):
         *,
         inputs: Tokens,
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states of the output's tokens; see :class:`Transformer`.
-
-        Args:
-            inputs: of the encoder; segments of equal number belong together.
-        """
+        """Hidden states of the output's tokens; see :class:`Transformer`. Segments of equal number
+        of these and of the encoder's ``inputs`` belong together."""
         memory, aux = self.encoded(inputs)
         x, more = self.run_layers(self.embed(tokens, positions), (positions, segment_ids), memory)
         return self.apply_final_norm(x), aux.plus(more)

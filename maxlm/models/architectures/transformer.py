@@ -13,10 +13,8 @@ from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, EncoderOutput, scan_cached
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
-from maxlm.models.layers.embedding import Embedding
-from maxlm.models.layers.linear import Linear
+from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.params import Weight, declare, read_weight
-from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
@@ -35,7 +33,7 @@ class CrossAttentionCache(NamedTuple):
 
 class Frontend(Protocol):
     """Turns a model's inputs into vectors of the residual stream: tokens by a table
-    (:class:`~maxlm.models.layers.embedding.Embedding`), image patches by a map, and others."""
+    (:class:`~maxlm.models.layers.linear.Embedding`), image patches by a map, and others."""
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[B, S, ...] to [B, S, D] in the compute dtype."""
@@ -55,28 +53,11 @@ class Head(NamedTuple):
 
 
 class Transformer(Trunk):
-    """Tokens to hidden states to logits.
+    """Tokens to hidden states to logits; ``how`` as of :class:`Trunk`."""
 
-    Args:
-        rules: compute layout of parameters and activations.
-        dtype: compute dtype; parameters are fp32.
-        causal, cross_attention: see :class:`~maxlm.models.architectures.trunk.Trunk`.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig = ParallelConfig(),
-        causal: bool = True,
-        cross_attention: bool = False,
-    ):
+    def __init__(self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **how: Any):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(
-            config, parallel=parallel, causal=causal, cross_attention=cross_attention, **kw
-        )
+        super().__init__(config, **how, **kw)
         D, std, vocab = config.d_model, config.init_std, config.vocab_size
         self.embedding = Embedding("vocab", vocab, D, std, **kw)
         own = {"bias": False, "std": std, "role": "table", **kw}
@@ -153,11 +134,7 @@ class Transformer(Trunk):
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """For inference: hidden states [B, S, D] of tokens int [B, S] that come after those in the
-        cache, and the cache with them in it.
-
-        Args:
-            lengths: int [B], tokens of each row so far, where others are padding; None: none are.
-        """
+        cache, and the cache with them in it; ``lengths`` as of :class:`AttentionInputs`."""
 
         def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):
             cache, keys = held
@@ -211,7 +188,7 @@ class Transformer(Trunk):
 
 
 class DecoderConfig(TransformerConfig):
-    """A causal decoder (GPT-2, Llama and their like); see configs/models for published sizes."""
+    """A causal decoder; see configs/models for published sizes."""
 
     architecture: Literal["decoder"] = "decoder"
 

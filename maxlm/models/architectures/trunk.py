@@ -13,7 +13,7 @@ from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, BlockConfig, EncoderOutput, scan_blocks
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs
-from maxlm.models.layers.embedding import Embedding
+from maxlm.models.layers.linear import Embedding
 from maxlm.models.layers.norm import Norm
 from maxlm.models.layers.positions import (
     compute_alibi_slopes,
@@ -44,6 +44,8 @@ class Trunk(nnx.Module):
     """A transformer without its table of tokens and its head.
 
     Args:
+        rules: compute layout of parameters and activations.
+        dtype: compute dtype; parameters are fp32.
         causal: whether tokens see those before them alone.
         cross_attention: whether layers look at an encoder's output as well.
     """

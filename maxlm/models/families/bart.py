@@ -4,18 +4,15 @@ from typing import Any
 
 from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import NameTable, copy, map_linears, map_norm, take_row
+from maxlm.models.families.names import NameTable, copy, map_linears, map_norm, take_row
 from maxlm.models.families.reader import ConfigReader
 
 ATTENTION = {**llama.PROJECTIONS, "out_proj": "out"}
 
 
 def _side(theirs: str, layer: str, trunk: str, block: str) -> NameTable:
-    """Returns the entries that encoder and decoder share.
-
-    Args:
-        trunk, block: prefixes of our parameters before the layers and within them.
-    """
+    """Returns the entries that encoder and decoder share; ``trunk`` and ``block`` are prefixes of
+    our parameters before the layers and within them."""
     at = f"{theirs}.layers.{{{layer}}}"
     return {
         f"{theirs}.embed_positions.weight": copy(f"{trunk}positions.table"),

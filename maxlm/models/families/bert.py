@@ -4,7 +4,7 @@ from typing import Any
 
 from maxlm.models.families import fields, gpt2
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import copy, map_linear, map_linears, map_norm
+from maxlm.models.families.names import copy, map_linear, map_linears, map_norm
 from maxlm.models.families.reader import ConfigReader
 
 L = "bert.encoder.layer.{layer}"

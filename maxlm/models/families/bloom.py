@@ -4,7 +4,7 @@ from typing import Any
 
 from maxlm.models.families import fields, gpt2
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import (
+from maxlm.models.families.names import (
     QKV_BIASES,
     QKV_KERNELS,
     copy,

@@ -5,7 +5,7 @@ from typing import Any
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import QKV_KERNELS, copy, linear, unstack_experts
+from maxlm.models.families.names import QKV_KERNELS, copy, linear, unstack_experts
 from maxlm.models.families.reader import ConfigReader
 
 B = "transformer.blocks.{layer}"

@@ -3,10 +3,9 @@ experts with shared ones beside them, a dense layer first."""
 
 from typing import Any
 
-from maxlm.config import MaxlmError
 from maxlm.models.families import fields, llama, qwen
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import (
+from maxlm.models.families.names import (
     NameTable,
     copy,
     linear,
@@ -46,7 +45,7 @@ def _table(config: Any) -> NameTable:
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    attention, layers = settings["attention"], settings["num_layers"]
+    attention = settings["attention"]
     heads, turned = attention["num_heads"], attention["latent"]["rotary_dim"]
     reader.require("num_key_value_heads", heads)
     attention["head_dim"] = reader.size("qk_nope_head_dim") + turned
@@ -54,14 +53,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
     if limited and groups != chosen:
         settings["moe"] |= {"groups": groups, "groups_per_token": chosen}
-    dense = reader.get("first_k_dense_replace", 0)
-    if type(dense) is not int or not 0 <= dense < layers:
-        raise MaxlmError(
-            f"first_k_dense_replace={dense!r} leaves no layer of {layers} with experts",
-            where=reader.where,
-            fix="take it from the published model",
-        )
-    settings["dense_layers"] = dense
+    settings["dense_layers"] = dense = reader.size("first_k_dense_replace", 0, least=0)
     mlp = {"d_ff": reader.size("intermediate_size", 11_008)}
     mlp["bias"] = reader.require("mlp_bias", False)
     if dense:

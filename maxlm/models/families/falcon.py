@@ -5,7 +5,7 @@ from typing import Any
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import (
+from maxlm.models.families.names import (
     QKV_BIASES,
     QKV_KERNELS,
     NameTable,

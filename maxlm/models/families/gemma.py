@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.models.families import fields, llama, rope
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.fields import GLOBAL, LOCAL
-from maxlm.models.families.forms import copy
+from maxlm.models.families.names import copy
 from maxlm.models.families.reader import ConfigReader
 
 L = "model.layers.{layer}"

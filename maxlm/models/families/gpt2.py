@@ -2,7 +2,7 @@
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import QKV_BIASES, QKV_KERNELS, copy, linear, map_norm, transpose
+from maxlm.models.families.names import QKV_BIASES, QKV_KERNELS, copy, linear, map_norm, transpose
 
 H = "transformer.h.{layer}"
 TABLE = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import copy, linear, map_linears
+from maxlm.models.families.names import copy, linear, map_linears
 
 L = "model.layers.{layer}"
 E = f"{L}.moe_block.experts.{{expert}}"

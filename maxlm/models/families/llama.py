@@ -4,7 +4,7 @@ SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang et al.
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import copy, linear, map_linears
+from maxlm.models.families.names import copy, linear, map_linears
 
 L = "model.layers.{layer}"
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}

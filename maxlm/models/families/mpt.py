@@ -2,7 +2,7 @@
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import QKV_KERNELS, copy, linear
+from maxlm.models.families.names import QKV_KERNELS, copy, linear
 
 B = "transformer.blocks.{layer}"
 TABLE = {

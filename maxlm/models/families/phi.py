@@ -3,7 +3,7 @@ et al. 2024, arXiv 2404.14219)."""
 
 from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import QKV_KERNELS, copy, linear, map_linear, map_linears, map_norm
+from maxlm.models.families.names import QKV_KERNELS, copy, linear, map_linear, map_linears, map_norm
 
 L = "model.layers.{layer}"
 PHI_TABLE = {

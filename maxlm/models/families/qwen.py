@@ -7,7 +7,7 @@ from typing import Any
 from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.fields import GLOBAL, LOCAL
-from maxlm.models.families.forms import linear
+from maxlm.models.families.names import linear
 from maxlm.models.families.reader import ConfigReader
 
 EXPERTS = {

@@ -103,8 +103,6 @@ class ConfigReader:
         value = self.get(key, default, **how)
         if value is not None and (type(value) is not int or value < least):
             raise self._wrong(key, value, f"a whole number above {least - 1}")
-        if value is not None and "layer" in key and value > 10_000:  # each layer takes memory
-            raise self._wrong(key, value, "a number of layers in a model")
         return value
 
     def number(

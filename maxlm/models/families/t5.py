@@ -5,7 +5,7 @@ from typing import Any
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import NameTable, copy, linear, map_linears
+from maxlm.models.families.names import NameTable, copy, linear, map_linears
 from maxlm.models.families.reader import ConfigReader
 
 ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}

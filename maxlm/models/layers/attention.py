@@ -191,11 +191,8 @@ class Attention(nnx.Module):
         return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
 
     def costs(self, keys_of: Side = "residual") -> LayerCosts:
-        """Costs of one layer; see :mod:`maxlm.models.costs`.
-
-        Args:
-            keys_of: what keys and values are made of.
-        """
+        """Costs of one layer whose keys and values are made of ``keys_of``; see
+        :mod:`maxlm.models.costs`."""
         config, query, keys = self.config, ("query.kernel",), ("key.kernel", "value.kernel")
         raw = (*query, *keys) if config.clip is not None else ()
         raw = raw or ((*query, keys[0]) if config.qk_norm else ())

@@ -1,12 +1,22 @@
-"""The one linear map every other layer is made of."""
+"""The linear map and the table that every other layer is made of."""
 
 from typing import Any
 
 import jax
 from flax import nnx
 
-from maxlm.models.params import Leaf, ParamUse, declare, get_spec, materialize, truncated_normal
-from maxlm.parallel.local import parse_spec
+from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.params import (
+    Leaf,
+    ParamUse,
+    declare,
+    get_spec,
+    materialize,
+    read_weight,
+    truncated_normal,
+)
+from maxlm.parallel.embedding import embed_tokens
+from maxlm.parallel.local import get_layout, parse_spec
 from maxlm.sharding import AxisRules
 
 
@@ -39,12 +49,8 @@ class Linear(nnx.Module):
             role,
             contract=tuple(range(len(inputs))),
         )
-        if bias:
-            self.bias = declare(
-                tuple(outputs.values()), tuple(outputs), jax.nn.initializers.zeros, "vector"
-            )
-        else:
-            self.bias = None
+        offsets = tuple(outputs.values()), tuple(outputs), jax.nn.initializers.zeros
+        self.bias = declare(*offsets, "vector") if bias else None
 
     def __call__(self, x: jax.Array, *, seq: str = "seq") -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`project`."""
@@ -78,3 +84,20 @@ def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array,
 def compute_residual_std(std: float, num_layers: int) -> float:
     """GPT-2's scaling of maps that write into the residual stream (Radford et al. 2019, §2.3)."""
     return std * (2 * num_layers) ** -0.5
+
+
+class Embedding(nnx.Module):
+    """A table [V, D]; indices outside it give NaN rather than a wrong row."""
+
+    def __init__(
+        self, axis: str | None, size: int, d_model: int, std: float, *, rules: AxisRules, dtype: Any
+    ):
+        self.rules, self.dtype = rules, dtype
+        self.table = declare((size, d_model), (axis, "embed"), truncated_normal(std), "table")
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
+        table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
+        lead = get_layout(ids)[:-1]
+        residual, embed = parse_spec(self.rules.spec("residual", "embed"), 2)
+        return embed_tokens(table.value, ids, table.used, (*lead, residual, embed), self.dtype)

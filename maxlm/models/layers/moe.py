@@ -168,10 +168,9 @@ class Moe(nnx.Module):
         self.up = declare((e, d_model, f), inner, role="matrix", **maps)
         out_of = truncated_normal(compute_residual_std(init_std, num_layers))
         self.down = declare((e, f, d_model), outer, out_of, "matrix", contract=(1,))
-        zeros = jax.nn.initializers.zeros
-        biased = config.selection_bias
-        bias: dict[str, Any] = {"init": zeros, "role": "vector", "sign_update": True}
-        self.selection_bias = declare((e,), (None,), **bias) if biased else None
+        zeros = (e,), (None,), jax.nn.initializers.zeros
+        bias = declare(*zeros, "vector", sign_update=True) if config.selection_bias else None
+        self.selection_bias = bias
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         width, kind = max(1, config.shared_experts) * f, config.activation
         dense = MlpConfig(d_ff=width, activation=kind, gated=gated)
@@ -228,7 +227,8 @@ class Moe(nnx.Module):
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
         chosen = jnp.where(counted[..., None], routing.chosen, config.num_experts)
-        load = _load(chosen, config.num_experts)  # [B, E]
+        numbers = jnp.arange(config.num_experts)
+        load = (chosen[..., None] == numbers).sum((1, 2), dtype=jnp.float32)  # [B, E]
         room, dropped = None, jnp.zeros((), jnp.float32)
         if config.dispatch == "capacity":
             size = x.shape[1], config.experts_per_token, config.num_experts
@@ -278,14 +278,9 @@ class Routing(NamedTuple):
 
 
 def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routing:
-    """The experts of each token and their weights.
-
-    Args:
-        logits: fp32 [B, S, E].
-        bias: fp32 [E], added to the scores that experts and groups are chosen by.
-
-    Differentiable in the logits through scores and weights; not in the bias.
-    """
+    """The experts of each token and their weights, from logits fp32 [B, S, E]; the bias, fp32 [E],
+    is added to the scores that experts and groups are chosen by. Differentiable in the logits
+    through scores and weights; not in the bias."""
     normalise = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
     scores = normalise(logits)
     ranked = lax.stop_gradient(scores if bias is None else scores + bias)
@@ -309,13 +304,8 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
 def router_loss(
     logits: jax.Array, scores: jax.Array, load: jax.Array, counted: jax.Array, config: MoeConfig
 ) -> jax.Array:
-    """Balance and z losses times coefficients and counted tokens: an fp32 scalar.
-
-    Args:
-        logits, scores: fp32 [B, S, E].
-        load: fp32 [E], assignments to each expert.
-        counted: bool [B, S].
-    """
+    """Balance and z losses times coefficients and counted tokens, an fp32 scalar; of logits and
+    scores [B, S, E], assignments to each expert [E], all fp32, and bool [B, S]."""
     loss = jnp.zeros((), jnp.float32)
     if config.balance_loss:
         shares = scores
@@ -329,8 +319,3 @@ def router_loss(
         squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
         loss += config.z_loss * jnp.where(counted, squares, 0.0).sum()
     return loss
-
-
-def _load(chosen: jax.Array, num_experts: int) -> jax.Array:
-    """fp32 [B, E]: assignments of each row of [B, S, k] to each expert."""
-    return (chosen[..., None] == jnp.arange(num_experts)).sum((1, 2), dtype=jnp.float32)

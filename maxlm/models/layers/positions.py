@@ -34,14 +34,10 @@ class PositionsConfig(Config):
     """relative: distances from here on are alike."""
 
     @model_validator(mode="after")
-    def _distances(self):
+    def _consistent(self):
         if self.kind == "relative" and self.max_distance <= self.buckets // 2:
             what = f"is not beyond the {self.buckets // 2} distances with a bucket each"
             raise ValueError(f"max_distance={self.max_distance} {what}")
-        return self
-
-    @model_validator(mode="after")
-    def _pairs(self):
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rope turns pairs of dimensions: rotary_dim={self.rotary_dim} is odd")
         return self
