@@ -206,8 +206,9 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
 
 def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
     """The index in memory, from document offsets int64 [num_documents + 1]."""
-    *pieces, counts = map(np.concatenate, zip(*_blocks(offsets, seq_len, block), strict=True))
-    return PackingIndex(*pieces, np.cumsum([0, *counts]))
+    blocks = zip(*_blocks(offsets, seq_len, block), strict=True)
+    starts, lengths, ends, counts = map(np.concatenate, blocks)
+    return PackingIndex(starts, lengths, ends, np.cumsum([0, *counts]))
 
 
 def _blocks(

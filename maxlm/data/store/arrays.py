@@ -90,10 +90,12 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
         raise describe_array_error(path, error, fix) from error
 
 
-def describe_array_error(path: Place, error: Exception, fix: str) -> MaxlmError:
+def describe_array_error(
+    path: Place, error: Exception, fix: str, what: str = "array error"
+) -> MaxlmError:
     """A TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
-    return MaxlmError(f"array error: {reason}", where=str(path), fix=fix)
+    return MaxlmError(f"{what}: {reason}", where=str(path), fix=fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

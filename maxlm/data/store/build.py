@@ -82,13 +82,16 @@ def build_store(
             with lock_folder(building, shared=True, wait=True):
                 _make_parts(plan, building, pool, progress)
         with lock_folder(building, wait=join):
+            replaced = building / "replaced"
+            if replaced.exists() and not out.exists():  # A kill came between the renames below.
+                os.rename(replaced, out)
             # Meanwhile another builder may have finished it, or another store.
             if not (manifest := _check_replaceable(out, plan.manifest, force)):
                 manifest = _write_segment(plan, building, None, pool, progress)
                 with convert_write_errors(building):
                     write_manifest(building / "store", manifest)
                     if out.exists():
-                        os.rename(out, building / "replaced")
+                        os.rename(out, replaced)
                     os.rename(building / "store", out)
             shutil.rmtree(building, ignore_errors=True)
     return manifest

@@ -100,13 +100,16 @@ class TokenStore:
             IndexError: the range does not lie within the store.
             MaxlmError: the data are missing or damaged.
         """
-        return self._wait(self._tokens[self._range(start, stop)].read(), "tokens")
+        return self.read_many([start], [stop])[0]
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         """Several ranges at once, read concurrently; see `read`."""
         ranges = [self._range(a, b) for a, b in zip(starts, stops, strict=True)]
         futures = [self._tokens[each].read() for each in ranges]
-        return [self._wait(future, "tokens") for future in futures]
+        return [
+            self._wait(future, "tokens", f"cannot read tokens {each.start} to {each.stop}")
+            for future, each in zip(futures, ranges, strict=True)
+        ]
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, with its bos and eos."""
@@ -204,12 +207,12 @@ class TokenStore:
             raise IndexError(f"[{start}, {stop}) does not lie within {self.num_tokens} tokens")
         return slice(int(start), int(stop))
 
-    def _wait(self, future, name: str) -> np.ndarray:
+    def _wait(self, future, name: str, what: str = "array error") -> np.ndarray:
         try:
             return future.result()
         except (ValueError, OSError) as error:
             where = join_place(self.place, name)
-            raise describe_array_error(where, error, _REBUILD) from error
+            raise describe_array_error(where, error, _REBUILD, what) from error
 
     def _damaged(self, what: str) -> MaxlmError:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)

@@ -59,7 +59,7 @@ class Codec(Protocol):
     def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
         """The same, with special tokens' ids for their literals, where ``finds_special``; see
         ``Tokenizer.encode_disarmed`` for ``mark``."""
-        raise NotImplementedError
+        raise AssertionError("this library does not look for special tokens")
 
     def first_bytes(self, i: int) -> bytes:
         """The bytes of this id at the beginning of a text."""

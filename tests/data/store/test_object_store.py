@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said(s3, url):
     s3.delete_object(Bucket="corpora", Key=key)
     with pytest.raises(MaxlmError, match=f"s3://corpora/{key}: this file is missing"):
         store.verify()
-    with pytest.raises(MaxlmError, match=r"array error: .*segments/000001/tokens/c/0"):
+    with pytest.raises(MaxlmError, match=r"cannot read tokens .*segments/000001/tokens/c/0"):
         TokenStore.open(url).document(50)
 
 

@@ -27,9 +27,9 @@ class Stopped(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-def stop_after(count, monkeypatch, name="make_part"):
+def stop_after(count, monkeypatch, name="make_part", module=build_module):
     """Let `count` calls through, then stop; returns the list of calls let through."""
-    real, calls = getattr(build_module, name), []
+    real, calls = getattr(module, name), []
 
     def limited(job, *rest):
         if len(calls) == count:
@@ -37,7 +37,7 @@ def stop_after(count, monkeypatch, name="make_part"):
         calls.append(job)
         return real(job, *rest)
 
-    monkeypatch.setattr(build_module, name, limited)
+    monkeypatch.setattr(module, name, limited)
     return calls
 
 
@@ -71,6 +71,22 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
     assert [call.index for call in calls] == list(range(done, done + len(calls)))
     assert len(calls) > 2
     assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")
+    assert not (tmp_path / ".store.building").exists()
+
+
+def test_a_kill_while_a_store_is_replaced_loses_neither(tmp_path, corpus, byte_tokenizer):
+    out, tokenizer = tmp_path / "store", byte_tokenizer(7)
+    old = build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, patch, "rename", os)
+        with pytest.raises(Stopped):
+            build_store(corpus, tokenizer, out, force=True, **SETTINGS)
+    assert not out.exists()
+    with pytest.raises(MaxlmError, match="built from other inputs: another tokenizer"):
+        build_store(corpus, tokenizer, out, **SETTINGS)
+    assert TokenStore.open(out).manifest == old
+    new = build_store(corpus, tokenizer, out, force=True, **SETTINGS)
+    assert TokenStore.open(out).manifest == new != old
     assert not (tmp_path / ".store.building").exists()
 
 

@@ -140,7 +140,7 @@ def test_lost_and_damaged_shards_are_errors_that_name_the_file(store, damage):
         data[damage] ^= 4
         shard.write_bytes(data)
     message = fails(lambda: TokenStore.open(store.path).read(500, 520))
-    assert message.startswith(f"{store.path}/tokens: array error: ")
+    assert message.startswith(f"{store.path}/tokens: cannot read tokens 500 to 520: ")
     assert f'"{shard}"' in message
 
 
