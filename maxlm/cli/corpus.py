@@ -48,7 +48,7 @@ def run(
     token store is built, so another threshold costs nothing here.
     """
     from maxlm.config import load_config
-    from maxlm.data.documents.formats import check_format_packages
+    from maxlm.data.documents.files import check_format_packages
 
     check_format_packages("corpus", recipe)
     from maxlm.corpus.recipe import RecipeConfig
@@ -105,7 +105,7 @@ def export(
 
 
 def _open_corpus(folder: Path, unfinished: bool = False) -> "OpenCorpus":
-    from maxlm.data.documents.formats import check_format_packages
+    from maxlm.data.documents.files import check_format_packages
 
     check_format_packages("corpus", str(folder))
     from maxlm.corpus.opened import OpenCorpus
@@ -223,7 +223,7 @@ def show(
     tokens: Annotated[bool, Option("--tokens", help="A store's ids instead of text.")] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.data.documents.formats import find_folder_format
+    from maxlm.data.documents.files import find_folder_format
 
     if find_folder_format(Path(folder)) == "corpus":
         _show_labels(Path(folder), document)

@@ -1,4 +1,4 @@
-"""Readers of the formats that `maxlm.data.documents.formats` finds here: corpora and crawls."""
+"""Readers of the formats that `maxlm.data.documents.files` finds here: corpora and crawls."""
 
 # pyarrow.compute makes its functions at run time, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false

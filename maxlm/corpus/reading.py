@@ -20,11 +20,15 @@ from maxlm.corpus.config import CrawlSource
 from maxlm.corpus.crawl import RawDocument, read_warc
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.data.documents.document import FileSlice, SourceFile
-from maxlm.data.documents.files import find_files
-from maxlm.data.documents.formats import FORMATS
+from maxlm.data.documents.files import FORMATS, find_files
 from maxlm.data.documents.reader import Record, read_records
-from maxlm.data.documents.slices import check_unchanged, make_whole_slice, scan_file
-from maxlm.data.documents.streams import DamagedFile, open_stream
+from maxlm.data.documents.streams import (
+    DamagedFile,
+    check_unchanged,
+    make_whole_slice,
+    open_stream,
+    scan_file,
+)
 
 # What is in memory at once, and so in a row group.
 _GROUP_ROWS = 1024

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
-from maxlm.data.documents.slices import open_parquet
+from maxlm.data.documents.streams import open_parquet
 from maxlm.runtime.files import convert_write_errors
 
 DOCUMENTS = "documents"

@@ -2,7 +2,7 @@
 
 A `SourceConfig` names files; `list_files` resolves them in a fixed order; `read_documents` streams
 their documents; `is_heldout` splits documents by a hash of their text. A file is cut into slices
-that are read apart (`slices`), by the reader of its format (`formats`).
+that are read apart (`streams`), by the reader of its format (`files`).
 """
 
 from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig

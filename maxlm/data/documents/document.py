@@ -4,10 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from maxlm.data.documents.streams import Compression
-
+Compression = Literal["none", "gz", "zst"]
 _HTML = (".html", ".htm", ".xhtml")
 
 
@@ -21,7 +20,7 @@ class SourceFile:
     folder's path and the rest), or the path inside the standard library. Always valid Unicode;
     U+FFFD stands for what is not in the path, so that two files may have one name."""
     format: str
-    """The name of a `formats.DocumentFormat`."""
+    """The name of a `files.DocumentFormat`."""
     compression: Compression
     size: int
     """Bytes on disk."""

@@ -14,10 +14,8 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import BadBytes, FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
-from maxlm.data.documents.files import list_files
-from maxlm.data.documents.formats import load_reader
-from maxlm.data.documents.slices import make_whole_slice, open_parquet
-from maxlm.data.documents.streams import open_stream
+from maxlm.data.documents.files import list_files, load_reader
+from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
 _BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
 _ROW = 8  # A line of JSON may be so much longer than its text, and so may Parquet's other fields.
@@ -65,7 +63,7 @@ def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | Lef
 
 
 class FileReader:
-    """Reads text, JSONL and Parquet; see `formats.DocumentReader`."""
+    """Reads text, JSONL and Parquet; see `files.DocumentReader`."""
 
     def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
         for record in read_records(source, part):

@@ -1,20 +1,25 @@
-"""Opening source files, compressed or not, as streams of bytes."""
+"""Opening source files as streams, and cutting them into slices that can be read apart."""
 
 import gzip
+import hashlib
 import io
+import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.data.documents.document import Compression, FileSlice, SourceFile
 
-Compression = Literal["none", "gz", "zst"]
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 """By a file name's last suffix, in lower case; other files are not compressed."""
 
 _READ_BYTES = 1 << 16
+_BLOCK_BYTES = 4 << 20
 
 
 class DamagedFile(MaxlmError):
@@ -63,3 +68,102 @@ def _open_zstd(file: io.BufferedReader, path: Path) -> Any:
     except ImportError as error:
         raise make_missing_package_error(path) from error
     return pa.CompressedInputStream(file, "zstd")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file's content hash, the state it was hashed in, and its slices."""
+
+    sha256: str
+    mtime_ns: int
+    slices: tuple[FileSlice, ...]
+
+
+def make_whole_slice(file: SourceFile) -> FileSlice:
+    """Makes the slice that is the whole file."""
+    return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
+
+
+def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
+    """Checks that a file is as it was when it was listed and scanned.
+
+    Args:
+        making: what is made of it, for the error.
+    """
+    with open_stream(file.path, "none") as stream:
+        state = os.fstat(stream.fileno())
+    if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
+        what = f"the file changed while the {making} was being built"
+        raise MaxlmError(what, where=str(file.path), fix="run the build again")
+
+
+def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Scan:
+    """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
+
+    Reads the file once; without `digest` (`sha256` is empty then) only to count lines. Cuts depend
+    on the file and `slice_bytes` only.
+    """
+    cut_lines = file.format == "jsonl" and file.compression == "none"
+    hasher, cuts = hashlib.sha256(), [(0, 1)]
+    position = 0
+    mtime = file.path.stat().st_mtime_ns
+    for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
+        with open_stream(path, "none") as stream:
+            blocks = stream if cut_lines else iter(partial(stream.read, _BLOCK_BYTES), b"")
+            for number, block in enumerate(blocks, 2):
+                hasher.update(block)
+                position += len(block)
+                if cut_lines and position - cuts[-1][0] >= slice_bytes:
+                    cuts.append((position, number))
+    if file.format == "parquet":
+        slices = tuple(_parquet_slices(file, slice_bytes)) or (make_whole_slice(file),)
+    elif cut_lines:
+        cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
+        stops = [start for start, _ in cuts[1:]] + [position]
+        slices = tuple(
+            FileSlice(file, start, stop, first, stop - start)
+            for (start, first), stop in zip(cuts, stops, strict=True)
+        )
+    else:
+        slices = (make_whole_slice(file),)
+    return Scan(hasher.hexdigest() if digest else "", mtime, slices)
+
+
+def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+    with open_parquet(file.path) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        start = first = row = size = 0
+        for index, group in enumerate(groups):
+            row += group.num_rows
+            size += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+            if size >= slice_bytes or index + 1 == len(groups):
+                yield FileSlice(file, start, index + 1, first, size)
+                start, first, size = index + 1, row, 0
+
+
+@contextmanager
+def open_parquet(path: Path):
+    """Opens a pyarrow ParquetFile, closed on leaving.
+
+    Raises:
+        MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise make_missing_package_error(path) from error
+    checked = partial(pq.ParquetFile, page_checksum_verification=True)
+    try:
+        with ExitStack() as stack:
+            parquet = stack.enter_context(checked(path))
+            # As they are in the file: changing their type, Arrow refuses all for one bad byte.
+            names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
+            if names:
+                parquet = stack.enter_context(checked(path, read_dictionary=names))
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
+        what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
+        # An error of the system has a number; what Arrow finds in the bytes has none.
+        kind = MaxlmError if getattr(error, "errno", None) else DamagedFile
+        raise kind(what, where=str(path), fix="fetch or write the file again") from error

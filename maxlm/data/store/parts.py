@@ -21,10 +21,9 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.document import FileSlice, LeftOut, is_heldout
-from maxlm.data.documents.files import find_files
-from maxlm.data.documents.formats import describe_selected_documents
+from maxlm.data.documents.files import describe_selected_documents, find_files
 from maxlm.data.documents.reader import read_slice
-from maxlm.data.documents.slices import Scan, check_unchanged, scan_file
+from maxlm.data.documents.streams import Scan, check_unchanged, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
 from maxlm.runtime.files import convert_write_errors, replace_file

@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig, list_files, read_documents
 from maxlm.data.documents.document import Document
 from maxlm.data.documents.reader import read_slice
-from maxlm.data.documents.slices import scan_file
+from maxlm.data.documents.streams import scan_file
 
 
 def cut_and_whole(path, slice_bytes):

@@ -73,7 +73,7 @@ def folder_bytes():
 def sources(tmp_path, monkeypatch):
     """Three files of 40 documents; arrays of several shards, so that segments are, too."""
     monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
-    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
+    monkeypatch.setattr("maxlm.data.store.build.SHARD_TOKENS", 512)
     monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
     for part, texts in zip("abc", TEXTS, strict=True):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -26,7 +26,7 @@ FLAT = np.concatenate([np.array([256, *text, 257], np.uint16) for text in TEXTS]
 def store(tmp_path, byte_tokenizer, monkeypatch):
     """Several shards of several chunks, with ragged ends."""
     monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
-    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
+    monkeypatch.setattr("maxlm.data.store.build.SHARD_TOKENS", 512)
     monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS))
