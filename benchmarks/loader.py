@@ -23,7 +23,7 @@ import grain
 import numpy as np
 
 from maxlm.data.loader import LoaderConfig, Mixing, Phase, load_batches, make_batches
-from maxlm.data.loader.packing import build_index, measure_utilisation
+from maxlm.data.loader.packing import build_index
 from maxlm.data.loader.prefetch import THREAD_STEPS
 from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import create_array, write_array
@@ -71,7 +71,7 @@ def measure(
 ) -> None:
     """Prints one packing's lines."""
     batches = make_batches(stores, WEIGHTS, config, seed=0)
-    full = min(measure_utilisation(source, config.seq_len) for source in batches.sources)
+    full = min(s.store.num_tokens / (s.num_sequences * config.seq_len) for s in batches.sources)
     head = f"seq_len {config.seq_len:5}  {config.packing:9}"
     tokens = config.batch_size * config.seq_len
     for hosts in (1, 4):

@@ -122,7 +122,7 @@ def mix(
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds, after checking that its arrays have the sizes it claims."""
     from maxlm.data.store import TokenStore
-    from maxlm.data.store.describe import describe, summary_table
+    from maxlm.data.store.store import describe, summary_table
 
     opened = TokenStore.open(store)
     if as_json:

@@ -185,11 +185,9 @@ def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray], where
     along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
     length = max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
     if length > (room := _room(arrays)):
-        raise MaxlmError(
-            f"an example of {length} tokens, where a row of a batch has {room}",
-            where=where,
-            fix="raise data.seq_len, or let the task cut its examples",
-        )
+        what = f"an example of {length} tokens, where a row of a batch has {room}"
+        fix = "raise data.seq_len, or let the task cut its examples"
+        raise MaxlmError(what, where=where, fix=fix)
     return length
 
 

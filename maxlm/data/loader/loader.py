@@ -68,21 +68,16 @@ def make_batches(
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
     if stores.keys() != mixing.weights.keys():
-        raise MaxlmError(
-            f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}",
-            where="weights",
-            fix="give each store one weight",
-        )
+        what = f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
+        raise MaxlmError(what, where="weights", fix="give each store one weight")
     tokens = {name: store.num_tokens for name, store in stores.items()}
     # Weights are checked before any index is built; the true sizes do not change the answer.
     mixing.mixture(tokens, tokens, config.batch_size, None)
     for name, count in tokens.items():
         if count < config.seq_len:
-            raise MaxlmError(
-                f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}",
-                where=f"store {name!r}",
-                fix="give more text, or lower seq_len",
-            )
+            what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
+            fix = "give more text, or lower seq_len"
+            raise MaxlmError(what, where=f"store {name!r}", fix=fix)
     sources = tuple(
         open_packing(store, config.packing, config.seq_len, config.packing_block)
         for store in stores.values()

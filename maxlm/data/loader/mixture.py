@@ -169,11 +169,9 @@ def _check(names: Sequence[str], phases: Sequence[tuple[int, Weights]]) -> None:
         used = [weights[name] for _, weights in phases]
         wrong = [weight for weight in used if not (math.isfinite(weight) and weight >= 0)]
         if wrong or not any(used):
-            raise MaxlmError(
-                f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number",
-                where="weights",
-                fix="give a weight above 0, or leave the store out",
-            )
+            what = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
+            fix = "give a weight above 0, or leave the store out"
+            raise MaxlmError(what, where="weights", fix=fix)
 
 
 def _tree(weights: Weights) -> _Split | int:

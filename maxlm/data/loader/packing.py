@@ -126,11 +126,6 @@ class ConcatPacking:
         )
 
 
-def measure_utilisation(packing: Packing, seq_len: int) -> float:
-    """The share of the sequences' places that hold a token; the rest is padding."""
-    return packing.store.num_tokens / (packing.num_sequences * seq_len)
-
-
 @dataclass(frozen=True)
 class PackingIndex:
     """DocumentSpans in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
@@ -193,11 +188,9 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
         try:
             _write(folder, store.offsets, seq_len, block)
         except OSError as error:
-            raise MaxlmError(
-                f"cannot write the packing index ({error.strerror})",
-                where=str(folder),
-                fix="make the store's folder writable once, or use packing=concat",
-            ) from error
+            what = f"cannot write the packing index ({error.strerror})"
+            fix = "make the store's folder writable once, or use packing=concat"
+            raise MaxlmError(what, where=str(folder), fix=fix) from error
     for name, fault in find_damaged_files(folder, None):
         fix = "delete its folder, which will be made again"
         raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)

@@ -19,7 +19,7 @@ from maxlm.data.store.manifest import (
     Manifest,
     Split,
     append_manifest,
-    describe_difference,
+    describe_differences,
     is_appended,
     make_segment,
     read_manifest,
@@ -145,7 +145,7 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
         what = "this exists and is not a token store"
         raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
     try:
-        found = describe_difference(read_manifest(out), planned)
+        found = next(describe_differences(read_manifest(out), planned), None)
         if not found:
             return TokenStore.open(out).manifest
     except MaxlmError:

@@ -208,15 +208,11 @@ def is_appended(where: str, existing: Manifest, planned: Manifest) -> bool:
     return False
 
 
-def describe_difference(existing: Manifest, planned: Manifest) -> str | None:
-    """Describes the first input in which two manifests differ; None if their inputs are equal.
+def describe_differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    """Describes each input in which two manifests differ.
 
     Counts follow from the inputs and file names do not matter, so neither is compared.
     """
-    return next(_differences(existing, planned), None)
-
-
-def _differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
     yield from _other_settings(existing, planned)
     if existing.selection != planned.selection:
         yield "the rules by which the corpus's documents are taken have changed"

@@ -72,10 +72,9 @@ def render_chat(
     except MaxlmError:
         raise
     except Exception as error:  # It is a program of someone else's: it may raise anything.
-        raise MaxlmError(
-            f"the chat template cannot write this conversation: {error}",
-            fix="change the messages to suit the template, or the template",
-        ) from error
+        what = f"the chat template cannot write this conversation: {error}"
+        fix = "change the messages to suit the template, or the template"
+        raise MaxlmError(what, fix=fix) from error
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
@@ -112,9 +111,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
 
     rendered = render_chat(tokenizer, **_map_strings(settings, disarm, disarm_end))
     rendered = rendered.replace(_escaped(mark), mark)
-    if mark not in rendered:
-        return tokenizer.encode(rendered, allow_special=True)
-    return tokenizer.encode_disarmed(rendered, mark)
+    return tokenizer.encode_disarmed(rendered, mark if mark in rendered else None)
 
 
 def _escaped(char: str) -> str:
@@ -144,11 +141,9 @@ def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise MaxlmError(
-            f"a conversation must be plain data: {error}",
-            where="messages",
-            fix="give str, numbers, lists and mappings",
-        ) from error
+        what = f"a conversation must be plain data: {error}"
+        fix = "give str, numbers, lists and mappings"
+        raise MaxlmError(what, where="messages", fix=fix) from error
 
 
 def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], str]) -> Any:
@@ -174,11 +169,9 @@ def _template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
             found = (with_tools and named.get("tool_use")) or named.get("default")
         if found:
             return found
-    raise MaxlmError(
-        "the tokenizer carries no chat template",
-        where="chat_template.jinja",
-        fix="train it with chat set, or import one that has a template",
-    )
+    fix = "train it with chat set, or import one that has a template"
+    what, where = "the tokenizer carries no chat template", "chat_template.jinja"
+    raise MaxlmError(what, where=where, fix=fix)
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:

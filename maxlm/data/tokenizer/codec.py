@@ -86,9 +86,6 @@ class SpecialTokens:
         return re.split(f"({pattern})".encode(), text)
 
 
-EncodeSegments = Callable[[list[str]], list[list[int]]]
-
-
 class Tokenizer:
     """Text <-> ids. Picklable; workers rebuild the library's model.
 
@@ -176,12 +173,21 @@ class Tokenizer:
                 and prompts that we wrote ourselves. False encodes those literals as the ordinary
                 text they are: for anything a user or a corpus supplied.
         """
-        return self._encode_special(text) if allow_special else self.encode_batch([text])[0]
+        return self.encode_disarmed(text) if allow_special else self.encode_batch([text])[0]
 
-    def encode_disarmed(self, text: str, mark: str) -> list[int]:
+    def encode_disarmed(self, text: str | bytes, mark: str | None = None) -> list[int]:
         """``encode(text, allow_special=True)`` without the character ``mark``: literals that
         contain it stay ordinary text."""
-        return self._encode_special(text, mark)
+        if self.codec.finds_special:
+            return self._encode([text], partial(self.codec.encode_marked, mark=mark))[0]
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        parts = self.special.split(raw)
+        if mark is not None:
+            parts = [part.replace(mark.encode(), b"") for part in parts]
+        ids, *ordinary = self.encode_batch(parts[::2])
+        for literal, following in zip(parts[1::2], ordinary, strict=True):
+            ids += [self.special.ids[literal.decode()], *following]
+        return ids
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """``encode`` of each text, with all the library's threads."""
@@ -204,10 +210,8 @@ class Tokenizer:
         # A negative index would silently count from the end.
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise MaxlmError(
-                f"token id {wrong} is outside [0, {self.vocab_size})",
-                fix="decode with the tokenizer that made the ids",
-            )
+            what = f"token id {wrong} is outside [0, {self.vocab_size})"
+            raise MaxlmError(what, fix="decode with the tokenizer that made the ids")
         pieces = [self.codec.token_bytes[i] for i in ids]
         first = None if continued else next((n for n, piece in enumerate(pieces) if piece), None)
         if first is not None:
@@ -240,49 +244,35 @@ class Tokenizer:
         """The files that other tools read: the model file and the carried ones."""
         return {self.codec.file_name: self.codec.data, **self.carried}
 
-    def _encode_special(self, text: str | bytes, mark: str | None = None) -> list[int]:
-        if self.codec.finds_special:
-            return self._encode([text], partial(self.codec.encode_marked, mark=mark))[0]
-        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-        parts = self.special.split(raw)
-        if mark is not None:
-            parts = [part.replace(mark.encode(), b"") for part in parts]
-        ids, *ordinary = self.encode_batch(parts[::2])
-        for literal, following in zip(parts[1::2], ordinary, strict=True):
-            ids += [self.special.ids[literal.decode()], *following]
-        return ids
-
-    def _encode(self, texts: Sequence[str | bytes], encode: EncodeSegments) -> list[list[int]]:
+    def _encode(
+        self, texts: Sequence[str | bytes], encode: Callable[[list[str]], list[list[int]]]
+    ) -> list[list[int]]:
         results: list[list[int]] = [[] for _ in texts]
         pending: list[tuple[int, str | bytes]] = []
-        size = 0
+        byte_ids, size = self.codec.byte_ids, 0
+
+        def encode_pending() -> None:
+            valid = [segment for _, segment in pending if isinstance(segment, str)]
+            encoded = iter(encode(valid) if valid else ())
+            for i, segment in pending:
+                if isinstance(segment, str):
+                    results[i] += next(encoded)
+                elif byte_ids is not None:  # Else there are no stray bytes left; see below.
+                    results[i] += [byte_ids[byte] for byte in segment]
+            pending.clear()
+
         for i, text in enumerate(texts):
-            if self.codec.byte_ids is None:
+            if byte_ids is None:
                 valid, _ = _to_str(text)
                 text = valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             for segment in split_segments(text, reserved=self.codec.reserved, cut=self.codec.cut):
                 pending.append((i, segment))
                 size += len(segment)
                 if size >= BATCH_CHARS:
-                    self._encode_pending(pending, results, encode)
-                    pending, size = [], 0
-        self._encode_pending(pending, results, encode)
+                    encode_pending()
+                    size = 0
+        encode_pending()
         return results
-
-    def _encode_pending(
-        self,
-        pending: list[tuple[int, str | bytes]],
-        results: list[list[int]],
-        encode: EncodeSegments,
-    ) -> None:
-        valid = [segment for _, segment in pending if isinstance(segment, str)]
-        encoded = iter(encode(valid) if valid else ())
-        byte_ids = self.codec.byte_ids or ()  # Not looked at if there are none: see _encode.
-        for i, segment in pending:
-            if isinstance(segment, str):
-                results[i] += next(encoded)
-            else:
-                results[i] += [byte_ids[byte] for byte in segment]
 
 
 class StreamDecoder:

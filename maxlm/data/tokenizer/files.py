@@ -60,11 +60,9 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     """Returns what ``folder`` says of its tokenizer."""
     path = folder / METADATA
     if not path.exists() and (folder / JSON_FILE).exists():
-        raise MaxlmError(
-            f"no {METADATA} here, but a {JSON_FILE}",
-            where=str(folder),
-            fix="make a tokenizer of it with `maxlm tokenizer import`",
-        )
+        what = f"no {METADATA} here, but a {JSON_FILE}"
+        fix = "make a tokenizer of it with `maxlm tokenizer import`"
+        raise MaxlmError(what, where=str(folder), fix=fix)
     try:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
@@ -73,11 +71,9 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
         fault = f"{field}: {first['msg']}" if field else first["msg"]
         raise describe_damaged_file(path, fault) from error
     if metadata.format != FORMAT:
-        raise MaxlmError(
-            f"tokenizer format {metadata.format} is not {FORMAT}",
-            where=str(path),
-            fix="read it with the version of maxlm that wrote it",
-        )
+        what = f"tokenizer format {metadata.format} is not {FORMAT}"
+        fix = "read it with the version of maxlm that wrote it"
+        raise MaxlmError(what, where=str(path), fix=fix)
     if unknown := {*metadata.carried} - {*CARRIED}:
         raise describe_damaged_file(path, f"carried: {min(unknown)}")
     return metadata
@@ -95,11 +91,9 @@ def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] =
         for name in stale:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise MaxlmError(
-            f"cannot write the tokenizer: {error.strerror}",
-            where=str(folder),
-            fix="choose a folder you may write to",
-        ) from error
+        what = f"cannot write the tokenizer: {error.strerror}"
+        fix = "choose a folder you may write to"
+        raise MaxlmError(what, where=str(folder), fix=fix) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -118,8 +112,6 @@ def read_file(path: Path) -> bytes:
 
 def describe_damaged_file(path: Path, fault: str) -> MaxlmError:
     """The error for a tokenizer's file that cannot be used."""
-    return MaxlmError(
-        f"damaged tokenizer file ({' '.join(fault.split())})",
-        where=str(path),
-        fix="copy it again from a good tokenizer, or train it again",
-    )
+    what = f"damaged tokenizer file ({' '.join(fault.split())})"
+    fix = "copy it again from a good tokenizer, or train it again"
+    return MaxlmError(what, where=str(path), fix=fix)

@@ -36,11 +36,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MaxlmError(
-            "no such folder" if not folder.exists() else "not a folder",
-            where=str(folder),
-            fix="name a folder that `maxlm tokenizer train` wrote",
-        )
+        what = "no such folder" if not folder.exists() else "not a folder"
+        fix = "name a folder that `maxlm tokenizer train` wrote"
+        raise MaxlmError(what, where=str(folder), fix=fix)
     metadata = files.read_metadata(folder)
     codec = _open_codec(metadata.kind, folder, metadata.special_tokens)
     tokenizer = Tokenizer(
@@ -52,11 +50,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         carried={name: read_file(folder / name) for name in metadata.carried},
     )
     if tokenizer.fingerprint != metadata.fingerprint:
-        raise MaxlmError(
-            f"{codec.file_name} and {files.METADATA} do not belong together",
-            where=str(folder),
-            fix="copy both from one tokenizer, or train it again",
-        )
+        what = f"{codec.file_name} and {files.METADATA} do not belong together"
+        fix = "copy both from one tokenizer, or train it again"
+        raise MaxlmError(what, where=str(folder), fix=fix)
     return tokenizer
 
 
@@ -91,22 +87,15 @@ def import_tokenizer(
             return _from_json(path, roles | {"eos": eos or END_OF_TEXT}, None, data, special)
         is_json = data.lstrip()[:1] == b"{"
     elif not path.exists():
-        raise MaxlmError(
-            "no such folder",
-            where=str(path),
-            fix="name a Hugging Face checkpoint's folder, a tokenizer's file or "
-            "tiktoken:cl100k_base",
-        )
+        fix = "name a Hugging Face checkpoint's folder, a tokenizer's file or tiktoken:cl100k_base"
+        raise MaxlmError("no such folder", where=str(path), fix=fix)
     else:
         is_json = (path / files.JSON_FILE).exists()
         if not is_json and not (path / files.SENTENCEPIECE_FILE).exists():
             raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
     if pattern is not None:
-        raise MaxlmError(
-            "this is no rank file, and says itself how text is split",
-            where=str(path),
-            fix="leave the pattern out",
-        )
+        what = "this is no rank file, and says itself how text is split"
+        raise MaxlmError(what, where=str(path), fix="leave the pattern out")
     return _from_json(path, roles, rows) if is_json else _from_sentencepiece(path, roles)
 
 
@@ -184,11 +173,8 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     settings = _Settings(path, control, roles)
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):
-        raise MaxlmError(
-            "this SentencePiece model changes text, lacks bytes or has tokens added beside it",
-            where=str(path / codec.file_name),
-            fix=_CONVERT,
-        )
+        what = "this SentencePiece model changes text, lacks bytes or has tokens added beside it"
+        raise MaxlmError(what, where=str(path / codec.file_name), fix=_CONVERT)
     named = settings.role("bos")
     bos, eos = _both(named, settings.role("eos") or named, path)
     return Tokenizer(
@@ -203,11 +189,9 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
 
 def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
     if eos is None:
-        raise MaxlmError(
-            "no token is named to close a document with",
-            where=str(path),
-            fix="name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)",
-        )
+        fix = "name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)"
+        what = "no token is named to close a document with"
+        raise MaxlmError(what, where=str(path), fix=fix)
     return bos or eos, eos
 
 
@@ -227,11 +211,8 @@ class _Settings:
 
     def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
         if missing := [token for token in given.values() if token and token not in ids]:
-            raise MaxlmError(
-                f"the vocabulary has no token {missing[0]!r}",
-                where=str(folder),
-                fix="name one that it has",
-            )
+            what = f"the vocabulary has no token {missing[0]!r}"
+            raise MaxlmError(what, where=str(folder), fix="name one that it has")
         self._ids, self._given = ids, given
         self._tokenizer = _json(folder / "tokenizer_config.json")
         self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))

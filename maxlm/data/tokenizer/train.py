@@ -22,7 +22,12 @@ from maxlm.data.tokenizer.huggingface import (
     HuggingFaceModel,
     build_byte_alphabet,
 )
-from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel, train_sentencepiece
+from maxlm.data.tokenizer.sentencepiece_model import (
+    SentencePieceModel,
+    describe_small_text,
+    describe_small_vocabulary,
+    train_sentencepiece,
+)
 
 UNKNOWN = "[UNK]"
 PREFIX = "##"
@@ -45,10 +50,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     smallest = 256 + len(literals) + num_unknown
     if config.kind != "wordpiece" and config.vocab_size < smallest:
         parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if num_unknown else "")
-        raise MaxlmError(
-            f"vocab_size={config.vocab_size} has no room for every byte and special token",
-            fix=f"set it to {smallest} ({parts}) or more",
-        )
+        what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
+        raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
     segments = _training_segments(config, texts)
     first = next(segments, None)
     if first is None:
@@ -131,10 +134,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     pieces = _learn(words, config.vocab_size - len(literals))
     reached = len(pieces) + len(literals)
     if reached > config.vocab_size:
-        raise MaxlmError(
-            f"vocab_size={config.vocab_size} is too small for the characters of the text",
-            fix=f"set vocab_size to {reached} or more",
-        )
+        raise describe_small_vocabulary(config, reached)
     _require_size(config, reached)
     vocab = {piece: i for i, piece in enumerate([*literals, *pieces])}
     tokenizer = Tokenizer(
@@ -153,10 +153,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
 
 def _require_size(config: TokenizerConfig, reached: int) -> None:
     if reached < config.vocab_size:
-        raise MaxlmError(
-            f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens",
-            fix=f"give more text or set vocab_size to {reached} or less",
-        )
+        raise describe_small_text(config, reached)
 
 
 def _learn(words: Counter[str], size: int) -> list[str]:

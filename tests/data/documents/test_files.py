@@ -90,12 +90,6 @@ def test_python_stdlib_is_tens_of_megabytes_of_utf8_python():
     assert document.text == Path(sysconfig.get_path("stdlib"), "os.py").read_bytes()
 
 
-def fails(entry: Path | str) -> str:
-    with pytest.raises(MaxlmError) as caught:
-        list_files(SourceConfig(documents=(str(entry),)))
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "data", "fault"),
     [

@@ -127,13 +127,8 @@ def test_a_loader_ends_with_its_mixture_or_refuses():
     made = make_batches(stores, mixing, config(), seed=0)
     with load_batches(made, range(8), start_step=1) as loader:
         assert len(list(loader)) == 2  # 25 sequences are 3 whole batches of 8.
-    with pytest.raises(MaxlmError) as error:
+    with pytest.raises(MaxlmError, match=r"data.sources: the mixture ends after 3 of 6 steps: eve"):
         load_batches(made, range(8), start_step=1, num_steps=5)
-    assert str(error.value) == (
-        "data.sources: the mixture ends after 3 of 6 steps: every source that has a weight then "
-        "was read max_epochs times; raise max_epochs of a source or give it more text, or train "
-        "for fewer steps"
-    )
 
 
 def shares_of(mixing, step, sizes=(1600, 16000, 160000)):
@@ -215,6 +210,8 @@ def test_refusals():
     stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, message in (
         (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
+        (Mixing({"web": 1, "q": float("nan")}), "weights: the weight of store 'q' is nan, not"),
+        (Mixing({"web": -1.5, "q": 1}), "weights: the weight of store 'web' is -1.5, not a"),
         (
             Mixing({"web": 1, "q": 1}, phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),)),
             "phases.0.weights: from step 3 on all weights are 0; give a source a weight above 0",
@@ -252,13 +249,3 @@ def test_the_order_of_the_mapping_does_not_matter():
     a = Mixture.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
     b = Mixture.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
     assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])
-
-
-@pytest.mark.parametrize("weight", [0, -1.5, float("nan"), float("inf")])
-def test_refuses_weights(weight):
-    with pytest.raises(MaxlmError) as error:
-        Mixture.of({"web": 1.0, "code": weight}, 0)
-    assert str(error.value) == (
-        f"weights: the weight of store 'code' is {weight}, not a positive number; "
-        "give a weight above 0, or leave the store out"
-    )

@@ -70,11 +70,16 @@ def folder_bytes():
 
 
 @pytest.fixture
-def sources(tmp_path, monkeypatch):
-    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
+def small_shards(monkeypatch):
+    """Shards of 512 tokens, in chunks of 64."""
     monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
     monkeypatch.setattr("maxlm.data.store.build.SHARD_TOKENS", 512)
     monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
+
+
+@pytest.fixture
+def sources(tmp_path, small_shards):
+    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
     for part, texts in zip("abc", TEXTS, strict=True):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{part}.jsonl").write_text(lines)

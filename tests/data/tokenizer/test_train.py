@@ -11,6 +11,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from tests.errors import message
 
 KINDS = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
 
@@ -48,9 +49,8 @@ def test_only_the_sample_is_read(make_config, texts, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("empty", [[], [b"", b"\xff\xff"], ["<|endoftext|>"]])
 def test_no_text(kind, empty):
-    with pytest.raises(MaxlmError) as error:
+    with pytest.raises(MaxlmError, match="no text to train a tokenizer on; give text"):
         train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), empty)
-    assert str(error.value) == ("no text to train a tokenizer on; give text that is not empty")
 
 
 @pytest.mark.parametrize(
@@ -61,33 +61,24 @@ def test_no_text(kind, empty):
     ],
 )
 def test_no_room_for_bytes(settings, size, parts):
-    with pytest.raises(MaxlmError) as error:
-        train_tokenizer(TokenizerConfig(vocab_size=size - 1, **settings), ["text"])
-    assert str(error.value) == (
-        f"vocab_size={size - 1} has no room for every byte and special token; "
-        f"set it to {size} ({parts}) or more"
-    )
+    found = message(train_tokenizer, TokenizerConfig(vocab_size=size - 1, **settings), ["text"])
+    assert found.startswith(f"vocab_size={size - 1} has no room for every byte")
+    assert found.endswith(f"set it to {size} ({parts}) or more")
 
 
 @pytest.mark.parametrize(("kind", "most"), list(zip(KINDS, (260, 265, 261), strict=True)))
 def test_text_too_small_for_the_vocabulary(kind, most):
     texts = ["aaa aaa"]
-    with pytest.raises(MaxlmError) as error:
-        train_tokenizer(TokenizerConfig(kind=kind, vocab_size=5000), texts)
-    assert str(error.value) == (
-        f"the text is too small for vocab_size=5000: it yields {most} tokens; "
-        f"give more text or set vocab_size to {most} or less"
-    )
+    found = message(train_tokenizer, TokenizerConfig(kind=kind, vocab_size=5000), texts)
+    assert found.startswith(f"the text is too small for vocab_size=5000: it yields {most} tokens")
     train_tokenizer(TokenizerConfig(kind=kind, vocab_size=most), texts)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_too_many_characters_for_sentencepiece(kind):
-    with pytest.raises(MaxlmError) as error:
-        train_tokenizer(TokenizerConfig(kind=kind, vocab_size=270), ["abcdefghijklmnopqrstuvwxyz"])
-    assert str(error.value) == (
-        "vocab_size=270 is too small for the characters of the text; set vocab_size to 284 or more"
-    )
+    config = TokenizerConfig(kind=kind, vocab_size=270)
+    found = message(train_tokenizer, config, ["abcdefghijklmnopqrstuvwxyz"])
+    assert found.endswith("small for the characters of the text; set vocab_size to 284 or more")
 
 
 def test_long_documents_train_sentencepiece_in_whole(make_config, texts):
