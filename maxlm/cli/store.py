@@ -40,8 +40,7 @@ def build(
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.documents import SourceConfig
-    from maxlm.data.documents.files import find_roots
-    from maxlm.data.documents.formats import find_folder_format
+    from maxlm.data.documents.files import find_folder_format, find_roots
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 

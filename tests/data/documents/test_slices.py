@@ -1,4 +1,5 @@
-"""Slices of a file hold each of its documents exactly once, with right line and row numbers."""
+"""Slices of a file hold each of its documents exactly once, with right line and row numbers; a
+split holds each document by its hash."""
 
 import hashlib
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, list_files, read_documents
+from maxlm.data.documents import SourceConfig, is_heldout, list_files, read_documents
 from maxlm.data.documents.document import Document
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.streams import scan_file
@@ -59,3 +60,18 @@ def test_errors_in_a_later_slice_name_the_line_of_the_file(tmp_path):
     assert last.start > 0
     with pytest.raises(MaxlmError, match=rf"^{path}:21: not valid JSON"):
         list(read_slice(config, last))
+
+
+def test_known_hashes():
+    # sha256("abc") = ba7816bf..., sha256("") = e3b0c442... (FIPS 180-2): 0.72839, 0.88942.
+    assert is_heldout(b"abc", 0.7284)
+    assert not is_heldout("abc", 0.7283)
+    assert is_heldout("", 0.8895)
+    assert not is_heldout(b"", 0.8894)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5])
+def test_share(fraction):
+    n = 20_000
+    share = sum(is_heldout(str(i), fraction) for i in range(n)) / n
+    assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / n) ** 0.5

@@ -100,14 +100,11 @@ def test_appending_again_does_nothing_and_doubles_are_refused(
         assert folder_bytes(appended) == before
         return str(error.value)
 
-    assert refused(both) == (
-        f"{appended}: {sources[1].documents[0]} is already in the store; leave it out"
+    assert refused(both).endswith(
+        f"{sources[1].documents[0]} is already in the store; leave it out"
     )
     other = SourceConfig(documents=both.documents[:1], on_bad_bytes="skip")
-    assert refused(other) == (
-        f"{appended}: cannot append: on_bad_bytes was error, now skip; give the store's settings, "
-        "or build a store of its own and mix the two"
-    )
+    assert "cannot append: on_bad_bytes was error, now skip; give" in refused(other)
 
 
 def test_earlier_segments_have_earlier_rules(appended):

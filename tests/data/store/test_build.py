@@ -123,11 +123,7 @@ def test_other_inputs_need_force(tmp_path, corpus, byte_tokenizer, folder_bytes)
             build_store(source, tokenizer or byte_tokenizer(), out, workers=1, **settings)
         assert folder_bytes(out) == before
         prefix = f"{out}: the store here was built from other inputs: "
-        suffix = "; choose another folder, or replace the store with --force (force=True)"
-        message = str(caught.value)
-        assert message.startswith(prefix)
-        assert message.endswith(suffix)
-        return message.removeprefix(prefix).removesuffix(suffix)
+        return str(caught.value).removeprefix(prefix).partition("; choose another folder, or ")[0]
 
     old, new = (hashlib.sha256(f"{s} 300".encode()).hexdigest()[:12] for s in (0, 1))
     assert refused(tokenizer=byte_tokenizer(1)) == f"another tokenizer ({old}, now {new})"
@@ -151,11 +147,10 @@ def test_what_is_no_store_is_never_replaced(tmp_path, corpus, byte_tokenizer):
     out.mkdir()
     (out / "chapter1.tex").write_text("precious")
     for force in (False, True):
-        with pytest.raises(MaxlmError) as caught:
+        with pytest.raises(
+            MaxlmError, match=f"{out}: this exists and is not a token store; choose"
+        ):
             build_store(corpus, byte_tokenizer(), out, workers=1, force=force)
-        assert str(caught.value) == (
-            f"{out}: this exists and is not a token store; choose another folder or remove it"
-        )
     assert (out / "chapter1.tex").read_text() == "precious"
     (out / "manifest.json").write_text("{")
     with pytest.raises(MaxlmError, match="damaged manifest"):

@@ -57,11 +57,8 @@ def test_documents(store):
     for index in (0, 17, len(TEXTS) - 1):
         assert store.document(index).tolist() == [256, *TEXTS[index], 257]
     for index in (-1, len(TEXTS)):
-        with pytest.raises(MaxlmError) as caught:
-            store.document(index)
-        assert str(caught.value) == (
-            f"{store.path}: there is no document {index}; the store has 61; choose 0 to 60"
-        )
+        found = fails(lambda index=index: store.document(index))
+        assert found.endswith(f"there is no document {index}; the store has 61; choose 0 to 60")
 
 
 def test_pickles_small_and_reopens(store):
@@ -94,13 +91,9 @@ def test_damaged_manifests(store):
     assert fails(lambda: TokenStore.open(store.path)) == (
         f"{path}: damaged manifest (it has changed since it was written); {REBUILD}"
     )
-    assert fails(edit_manifest(store, num_documents=3)) == (
-        f"{store.path}: damaged store: offsets are int64 [62], the manifest says int64 [4]; "
-        f"{REBUILD}"
-    )
-    assert fails(edit_manifest(store, format_version=9)) == (
-        f"{path}: store format 9; this maxlm reads 1; {REBUILD}"
-    )
+    found = fails(edit_manifest(store, num_documents=3))
+    assert "damaged store: offsets are int64 [62], the manifest says int64 [4]; " in found
+    assert "store format 9; this maxlm reads 1" in fails(edit_manifest(store, format_version=9))
     path.write_text("{")
     assert fails(lambda: TokenStore.open(store.path)).startswith(f"{path}: damaged manifest (")
 
@@ -166,20 +159,14 @@ def test_verify_names_the_damaged_file(store, name):
 
 def test_verify_finds_wrong_values(store):
     without_checksums(store)
-    prefix = f"{store.path}: damaged store: "
-    assert fails(overwrite(store, "tokens", 7, 300)) == (
-        f"{prefix}token 300 lies outside the vocabulary; {REBUILD}"
-    )
+    assert "token 300 lies outside the vocabulary" in fails(overwrite(store, "tokens", 7, 300))
     overwrite(store, "tokens", 7, 5)()
     for index, value in ((3, 0), (0, 1)):
         before = int(store.offsets[index])
-        assert fails(overwrite(store, "offsets", index, value)) == (
-            f"{prefix}offsets do not rise from 0 by the tokens of a document; {REBUILD}"
-        )
+        assert "offsets do not rise from 0" in fails(overwrite(store, "offsets", index, value))
         overwrite(store, "offsets", index, before)
-    assert fails(overwrite(store, "offsets", 61, len(FLAT) + 9)) == (
-        f"{prefix}offsets end at {len(FLAT) + 9}, not at {len(FLAT)}; {REBUILD}"
-    )
+    found = fails(overwrite(store, "offsets", 61, len(FLAT) + 9))
+    assert f"offsets end at {len(FLAT) + 9}, not at {len(FLAT)}; {REBUILD}" in found
 
 
 def test_check_tokenizer(store, byte_tokenizer):

@@ -33,6 +33,7 @@ any_bytes = st.one_of(
 @example("\u2581\u2581 a \u2581b\u2581")
 @example("tabs\t\tand\r\nline\rends\n\n")
 @example("x<|endoftext|>y<unk><0x00>")
+@example("the the<|user|>[x]")  # "the" is a special token here, and common in the training text.
 def test_any_unicode_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

@@ -15,15 +15,6 @@ def test_special_tokens_have_distinct_ids_in_order(tokenizer):
         assert tokenizer.decode([i]) == literal
 
 
-def test_a_special_literal_is_ordinary_text_even_where_training_text_was_full_of_it(
-    make_config, tokenizer
-):
-    # "the" is a special token here and the commonest word of the training text.
-    ids = tokenizer.encode("the the<|user|>[x]")
-    assert not set(ids) & set(tokenizer.special_tokens.values())
-    assert tokenizer.decode(ids) == "the the<|user|>[x]"
-
-
 def test_allow_special_gives_ids_for_literals_and_leaves_the_rest_alone(tokenizer):
     special = tokenizer.special_tokens
     text = "<|user|>quick\u2581 dog<|endoftext|><|pad|>"
