@@ -91,11 +91,8 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
     assert "heldout (0.2 of documents held out)" in printed
     assert "tokenizing: " in err
     code, _, err = run(capsysbinary, *arguments, 0.3)
-    assert (code, err) == (
-        2,
-        f"error: {out}: the store here was built from other inputs: heldout_fraction was 0.2, now "
-        "0.3; choose another folder, or replace the store with --force (force=True)\n",
-    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "from other inputs: heldout_fraction was 0.2, now 0.3; choose another folder" in err
     about = json.loads(run(capsysbinary, "corpus", "info", out, "--json")[1])
     assert about["num_documents"] == len(held)
     assert about["text_bytes"] == sum(len(text.encode()) for text in held)

@@ -164,10 +164,8 @@ def test_templates_that_refuse_or_break(tmp_path):
     }
     for i, (template, words) in enumerate(cases.items()):
         ours = with_template(tmp_path / str(i), template)
-        with pytest.raises(MaxlmError) as error:
+        with pytest.raises(MaxlmError, match=f"template cannot write this conversation: .*{words}"):
             render_chat(ours, MESSAGES)
-        assert "the chat template cannot write this conversation: " in str(error.value)
-        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("messages", [["hi"], [{"role": "user", "content": b"hi"}], 3])

@@ -170,7 +170,4 @@ def test_a_sentencepiece_model_that_changes_nothing_is_taken(tmp_path, model):
 )
 def test_a_sentencepiece_model_that_changes_text_is_refused(tmp_path, options):
     folder = sentencepiece(tmp_path / "checkpoint", **options)
-    assert message(import_tokenizer, folder).startswith(
-        f"{folder / 'tokenizer.model'}: this SentencePiece model changes text, lacks bytes or has "
-        "tokens added beside it; let transformers write tokenizer.json"
-    )
+    assert "model changes text, lacks bytes or has tokens" in message(import_tokenizer, folder)
