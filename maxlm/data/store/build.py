@@ -164,9 +164,7 @@ def _write_segment(
 ) -> Manifest:
     """Make the arrays of a segment in `building/store`. Returns its manifest.
 
-    Args:
-        base: how many tokens the store has before it; None: it is a new store's, and gets the
-            tokenizer.
+    The store has `base` tokens before it; None: it is a new store's, and gets the tokenizer.
     """
     made = _make_parts(plan, building, pool, progress)
     parts = [made[index] for index in sorted(made)]
@@ -273,10 +271,8 @@ def assemble(
     progress: Callable[[int, int], None],
     base: int = 0,
 ) -> tuple[str, str]:
-    """Write `tokens/` and `offsets/` into the folder `store`; parts in order of their index.
-
-    Offsets begin with `base`, which is how many tokens the store has before this segment. Returns
-    the hashes of tokens and offsets, as `StoreSegment` has them.
+    """Write `tokens/` and `offsets/`, which begin with `base`, into the folder `store`; parts in
+    order of their index. Returns both hashes, as `StoreSegment` has them.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.

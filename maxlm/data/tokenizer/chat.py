@@ -81,10 +81,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     """The ids of ``render_chat``, with special tokens where the template put them.
 
     Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
-    turn, or begins another's, by writing so.
-
-    Args:
-        settings: of ``render_chat``.
+    turn, or begins another's, by writing so. Settings are ``render_chat``'s.
     """
     settings["messages"] = list(_checked(messages))
     text = _as_json(settings)

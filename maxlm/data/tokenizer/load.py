@@ -201,12 +201,9 @@ def _carried(folder: Path, model: str) -> dict[str, bytes]:
 
 
 class _Settings:
-    """The roles that a folder's JSON files give to tokens of a vocabulary.
+    """The roles that a folder's JSON files, or ``given`` by hand, give to tokens of a vocabulary.
 
-    Args:
-        folder: a file has no others beside it.
-        ids: the tokens that may have a role.
-        given: roles that were named by hand.
+    A folder that is a file has no others beside it.
     """
 
     def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
@@ -239,11 +236,8 @@ class _Settings:
         return None
 
     def find_end_ids(self, within: Collection[str]) -> list[int]:
-        """The ids that generation stops at: generation_config.json's, else config.json's.
-
-        Args:
-            within: tokens of the vocabulary that a model can write.
-        """
+        """The ids, of tokens ``within``, that generation stops at: generation_config.json's, else
+        config.json's."""
         known = {i for token, i in self._ids.items() if token in within}
         named = (settings.get("eos_token_id") for settings in self._by_id)
         first = next((ids for ids in named if ids is not None), None)
