@@ -280,7 +280,7 @@ def flatten_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 class TokenDecoder:
-    """Decodes single tokens by a ``tokenizers`` decoder, or None, and its spec in tokenizer.json."""
+    """Decodes single tokens by a ``tokenizers`` decoder (or None) and its spec."""
 
     def __init__(self, library: Any, spec: dict[str, Any] | None):
         self._library = library
