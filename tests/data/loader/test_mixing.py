@@ -152,11 +152,8 @@ def test_phases_begin_with_their_step():
     phases = (Phase(from_step=11, weights={"a": 0, "c": 1}), Phase(from_step=50, weights={"b": 0}))
     made = make_batches(stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1)
     owners = made.locate(np.arange(100 * 8))[0].reshape(100, 8)
-    assert [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))] == [
-        {0, 1},
-        {1, 2},
-        {0},
-    ]
+    read = [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))]
+    assert read == [{0, 1}, {1, 2}, {0}]
     assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
 
 

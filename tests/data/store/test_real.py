@@ -59,16 +59,10 @@ def test_documents_open_as_an_imported_tokenizer_says(tmp_path, folder, texts, c
 
 def test_number_of_workers_does_not_change_the_store(tmp_path, reference, folder, folder_bytes):
     source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
-    stages = []
-    build_store(
-        source,
-        folder / "tokenizer",
-        tmp_path / "store",
-        workers=3,
-        shard_bytes=5000,
-        progress=lambda stage, done, total: stages.append((stage, done, total)),
-    )
-    assert folder_bytes(tmp_path / "store") == folder_bytes(reference)
+    stages, out = [], tmp_path / "store"
+    options = {"workers": 3, "shard_bytes": 5000, "progress": lambda *stage: stages.append(stage)}
+    build_store(source, folder / "tokenizer", out, **options)
+    assert folder_bytes(out) == folder_bytes(reference)
     size = (folder / "corpus.jsonl").stat().st_size
     assert [stage for stage in stages if stage[0] == "tokenizing"][-1] == ("tokenizing", size, size)
     tokens = TokenStore.open(reference).num_tokens

@@ -18,12 +18,9 @@ def test_special_tokens_have_distinct_ids_in_order(tokenizer):
 def test_allow_special_gives_ids_for_literals_and_leaves_the_rest_alone(tokenizer):
     special = tokenizer.special_tokens
     text = "<|user|>quick\u2581 dog<|endoftext|><|pad|>"
-    assert tokenizer.encode(text, allow_special=True) == [
-        special["<|user|>"],
-        *tokenizer.encode("quick\u2581 dog"),
-        special["<|endoftext|>"],
-        special["<|pad|>"],
-    ]
+    user, *others = (special[name] for name in ("<|user|>", "<|endoftext|>", "<|pad|>"))
+    expected = [user, *tokenizer.encode("quick\u2581 dog"), *others]
+    assert tokenizer.encode(text, allow_special=True) == expected
 
 
 def test_allow_special_takes_bytes_and_lone_surrogates(tokenizer):
@@ -39,11 +36,8 @@ def test_the_longest_special_token_wins(texts):
     config = TokenizerConfig(vocab_size=300, extra_special_tokens=("<a", "<a>", "<a>b"))
     tokenizer = train_tokenizer(config, texts)
     special = tokenizer.special_tokens
-    assert tokenizer.encode("<a>b<a><a", allow_special=True) == [
-        special["<a>b"],
-        special["<a>"],
-        special["<a"],
-    ]
+    expected = [special[literal] for literal in ("<a>b", "<a>", "<a")]
+    assert tokenizer.encode("<a>b<a><a", allow_special=True) == expected
 
 
 @pytest.mark.parametrize("literal", ["a", "a b", "é!", "<0x0A>", "x" * 65])
