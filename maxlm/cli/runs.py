@@ -29,8 +29,7 @@ def list_runs(
 
 @app.command()
 def show(
-    run: Annotated[str, Argument(help="A run's folder.")],
-    as_json: JsonOption = False,
+    run: Annotated[str, Argument(help="A run's folder.")], as_json: JsonOption = False
 ) -> None:
     """Show a run's goodput, what else its time went to, its interruptions, how long steps take; and
     draw it."""

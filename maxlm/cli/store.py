@@ -95,8 +95,7 @@ def verify(store: StoreArgument) -> None:
 
 
 def mix(
-    config: Annotated[str, Argument(help="A run's config.")],
-    settings: SettingsArgument = None,
+    config: Annotated[str, Argument(help="A run's config.")], settings: SettingsArgument = None
 ) -> None:
     """Show what a run reads of each source, over all its steps; builds stores that are missing."""
     from maxlm.config import load_config

@@ -5,13 +5,7 @@ from maxlm.config.base import Config, FileName, LocalPath, add_default_tag, chec
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import SettingOrigin
 from maxlm.config.load import LoadedConfig, load_config
-from maxlm.config.show import (
-    ABSENT,
-    build_json_schema,
-    compare_configs,
-    to_annotated_yaml,
-    to_yaml,
-)
+from maxlm.config.show import ABSENT, build_json_schema, compare_configs, to_annotated_yaml, to_yaml
 
 __all__ = [
     "ABSENT",

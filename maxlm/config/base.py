@@ -148,11 +148,7 @@ FileName = Annotated[str, AfterValidator(_check_file_name)]
 
 
 def check_local_path(path: _Path) -> _Path:
-    """Return a path as it is.
-
-    Raises:
-        MaxlmError: it is a URL, for which a folder such as `s3:` would be made.
-    """
+    """Return a path as it is; refuse a URL, for which a folder such as `s3:` would be made."""
     # A Path has made one slash of two.
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
         what = f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "

@@ -53,11 +53,7 @@ def load_config(
 
 
 def validate_config(cls: type[C], tree: SettingsTree) -> C:
-    """Checks plain settings against `cls`.
-
-    Raises:
-        MaxlmError: the first fault, with its key and place.
-    """
+    """Checks plain settings against `cls`."""
     try:
         return cls.model_validate(tree.settings, context={"locate": True})
     except ValidationError as error:

@@ -33,19 +33,8 @@ def test_no_boolean_passes_as_a_number_nor_a_number_as_a_boolean():
 
 
 NAMES = (
-    "",
-    ".",
-    "..",
-    "../x",
-    "a//b",
-    "a/../b",
-    "/x",
-    "a\\b",
-    "-rf",
-    " a",
-    "a\n",
-    "a\0",
-    "β" * 100 + "n",
+    *("", ".", "..", "../x", "a//b", "a/../b", "/x", "a\\b", "-rf", " a"),
+    *("a\n", "a\0", "β" * 100 + "n"),
 )
 
 

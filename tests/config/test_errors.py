@@ -1,74 +1,19 @@
-"""Promise: each mistake in a config is one line that says what, where and what to do."""
+"""Promise: each mistake in a config is one line that says what, where and what to do, whatever is
+written; and what is written shortly fills no memory."""
 
+import random
 import textwrap
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, field_validator, model_validator
+from pydantic import model_validator
 
-from maxlm.config import Config, MaxlmError, load_config
-
-
-class Model(Config):
-    d_model: int = Field(8, gt=0)
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    activation: Literal["silu", "gelu"] = "silu"
-    dtype: Literal["bf16", "fp32"] | None = None
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.num_heads % self.num_kv_heads:
-            what = f"num_heads={self.num_heads} is not divisible by {self.num_kv_heads}"
-            raise MaxlmError(what, fix="choose a divisor")
-        return self
-
-
-class Adamw(Config):
-    kind: Literal["adamw"]
-    lr: float = Field(1e-3, gt=0)
-
-
-class Lion(Config):
-    kind: Literal["lion"]
-    beta: float = 0.9
-
-
-class Source(Config):
-    path: str
-    weight: float = 1.0
-
-
-class Data(Config):
-    seq_len: int = 16
-    sources: list[Source] = Field([])
-    workers: int | Literal["auto"] = "auto"
-
-    @field_validator("seq_len")
-    @classmethod
-    def _check(cls, value: int) -> int:
-        if value % 8:
-            raise ValueError(f"seq_len={value} is not a multiple of 8")
-        return value
-
-
-class Run(Config):
-    name: str = "x"
-    model: Model = Model()
-    optimizer: Annotated[Adamw | Lion, Field(discriminator="kind")] = Adamw(kind="adamw")
-    data: Data = Data()
-    mesh: dict[str, int] = Field({})
-    share: float = 0.5
-    out: Path | None = None
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.data.seq_len > 1000:
-            raise ValueError(f"data.seq_len={self.data.seq_len} is too long for {self.name}")
-        if self.name == "raise":
-            raise MaxlmError("no such thing", where="tokenizer/vocab.json")
-        return self
+from maxlm.config import Config, MaxlmError, load_config, to_yaml
+from maxlm.config.keys import flatten, join_key
+from maxlm.config.yaml_text import parse_yaml
+from maxlm.run import RunConfig
+from tests.config.example import Model, Run, Source
 
 
 @pytest.fixture
@@ -98,7 +43,7 @@ UNKNOWN_KEYS = {
     "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
     "did you mean data.sources.0.weight? "
-    "valid here: d_model, num_heads, num_kv_heads, activation, dtype",
+    "valid here: d_model, num_heads, num_kv_heads, activation, bias",
     "model.d_model: 3": "run.yaml:1: unknown key model.d_model; "
     "write it nested, one mapping inside the other",
     "model: {include: b}": "run.yaml:1: unknown key model.include; "
@@ -113,7 +58,7 @@ WRONG_VALUES = {
     "model:\n  d_model: four": "run.yaml:2: model.d_model must be an integer, not 'four'",
     "model: {d_model: -1}": "run.yaml:1: model.d_model must be greater than 0, not -1",
     "model: [1]": "run.yaml:1: model must be a mapping "
-    "(d_model, num_heads, num_kv_heads, activation, dtype), not [1]",
+    "(d_model, num_heads, num_kv_heads, activation, bias), not [1]",
     "optimizer: 3": "run.yaml:1: optimizer must be a mapping (kind, lr, beta), not 3",
     "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
     "add it, or pass data.sources.0.path=...",
@@ -144,11 +89,11 @@ YAML = {
     "that cannot start any token; indent with spaces, not tabs",
     "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one of the two",
     "# list\n- 1": "run.yaml:2: a config must be a mapping of keys to values",
-    "a: 1\n---\nb: 1": "run.yaml:2: not YAML: expected a single document in the stream "
-    "but found another document",
     "\nname: 'a\0'": "run.yaml: not YAML: unacceptable character #x0000: special "
     'characters are not allowed in "<unicode string>", position 9',
     "a: &a [*a]": f"run.yaml: {ENDLESS}",
+    "a: &a {<<: *a}": f"run.yaml: {ENDLESS}",
+    f"name: {'[' * 9000}": f"run.yaml: {ENDLESS}",
     "[a]: 3": "run.yaml:1: a key must be a plain name",
     "a: !!python/object:os.system {}": "run.yaml:1: the tag "
     "'tag:yaml.org,2002:python/object:os.system' is not allowed",
@@ -170,6 +115,7 @@ REFERENCES = {
     "name: ${nope": f"run.yaml:1: name: bad reference ${{nope; {ONLY}",
     "name: ${oc.env:HOME}/x": f"run.yaml:1: name: bad reference ${{oc.env:HOME}}; {ONLY}",
     "name: ${name}": f"run.yaml:1: name: {ENDLESS}",
+    "a: ${b}\nb: [['${a}']]": f"run.yaml:1: a: {ENDLESS}",
     "name: x-${mesh}\nmesh: {data: 2}": "run.yaml:1: name: ${mesh} is no text; "
     "name one value inside it",
 }
@@ -178,7 +124,7 @@ REFERENCES = {
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        pytest.param(text, expected, id=str(text))
+        pytest.param(text, expected, id=str(text)[:40])
         for group in (UNKNOWN_KEYS, WRONG_VALUES, VALIDATORS, YAML, INCLUDES, REFERENCES)
         for text, expected in group.items()
     ],
@@ -208,6 +154,25 @@ OVERRIDES = {
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES.items())
 def test_a_faulty_override(message, override, expected):
     assert message("include: base.yaml\nshare: ${mesh.data}", override) == expected
+
+
+def test_overrides_have_the_same_limits(message):
+    assert ENDLESS in message("", f"name={'[' * 5000}")
+    assert "is not an override" in message("", f"{'.'.join('a' * 900)}=1")
+
+
+BOMBS = {
+    "x: &a0 [x]": "aTHIS: &aTHIS [" + "*aLAST, " * 10 + "]",
+    "x: &a0 {x: 1}": "aTHIS: &aTHIS {<<: [" + "*aLAST, " * 10 + "]}",
+    "a0: [x]": "aTHIS: ['${aLAST}', '${aLAST}']",
+    f"a0: {'x' * 99}": "aTHIS: ${aLAST}${aLAST}",
+}
+
+
+@pytest.mark.parametrize("start", BOMBS, ids=("aliases", "merges", "references", "texts"))
+def test_much_that_is_written_shortly(message, start):
+    lines = (BOMBS[start].replace("THIS", f"{i}").replace("LAST", f"{i - 1}") for i in range(1, 50))
+    assert "more than 20,000 values" in message("\n".join((start, *lines)))
 
 
 def test_a_check_names_every_place_it_speaks_of(message):
@@ -274,3 +239,25 @@ def test_a_bare_class_still_raises_its_own_error():
     with pytest.raises(MaxlmError) as caught:
         Model(num_heads=6)
     assert caught.value.where is None
+
+
+ODD = [
+    *("true", "0", "-1", "1.5", "1e400", ".nan", "9223372036854775808", "0x_", "''", "'1'", "yes"),
+    *("..", "/etc", "-rf", "~", "[]", "{}", "[1]", "²", "1_000", "&a [*a]", "{<<: 3}", "{=: 3}"),
+    *('"\\n"', "x" * 300, "1" + "0" * 5000, "[" * 999, "{a: " * 999, "{? [a] : b}"),
+    *("${name}", "${", "${}", "x${model}", "${model}", "!!bool x", "!!set {a}", "\u202e"),
+]
+
+
+def test_whatever_is_put_in_place_of_a_value(tmp_path):
+    choose = random.Random(5).choice
+    demo = load_config(RunConfig, "demo").value
+    keys = [join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").to_plain())]
+    passed = 0
+    for odd in ODD * 2:
+        with suppress(MaxlmError):
+            run = load_config(RunConfig, "demo", [f"{choose(keys)}={odd}"]).value
+            (tmp_path / "again.yaml").write_text(to_yaml(run))
+            assert load_config(RunConfig, tmp_path / "again.yaml").value == run
+            passed += 1
+    assert 0 < passed < len(ODD)
