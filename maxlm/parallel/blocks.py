@@ -22,8 +22,6 @@ from pallas_kernels.attention import (
 )
 
 Segments = tuple[jax.Array, jax.Array] | None
-KeyValueGradients = tuple[jax.Array, jax.Array]
-"""dK and dV of one device's keys, fp32."""
 
 
 class KeyValueBlock(NamedTuple):
@@ -36,6 +34,8 @@ class KeyValueBlock(NamedTuple):
 
 QueryGradients = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 """What stays with the queries, fp32: dQ's chunks; the biases' gradient, where there are any."""
+Gradients = tuple[QueryGradients, tuple[jax.Array, jax.Array]]
+"""And dK and dV of one device's keys, fp32."""
 PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
 """For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
 
@@ -62,7 +62,7 @@ def attend_shard_forward(
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
     queries = _Queries.cut(split, device_index, q_segments, q, added=added)
-    o, lse = zip(*run(split, queries, KeyValueBlock(k, v, k_segments)), strict=True)
+    o, lse = zip(*run(queries, KeyValueBlock(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
 
@@ -85,7 +85,7 @@ def attend_shard_backward(
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o
     queries = _Queries.cut(split, device_index, q_segments, *arrays, added=added)
-    (d_q, d_biases), (d_k, d_v) = run(split, queries, KeyValueBlock(k, v, k_segments))
+    (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
     return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
 
 
@@ -110,6 +110,10 @@ class _Queries(NamedTuple):
     ) -> "_Queries":
         pieces = zip(*(_cut(x, split) for x in arrays), strict=True)
         return cls(split, number, _cut(segments, split), tuple(pieces), added)
+
+    def number_before(self, steps: Any) -> jax.Array:
+        """The number of the device so many places before in the ring."""
+        return (self.number + self.split.ways - steps) % self.split.ways
 
     def pairs(self, block: KeyValueBlock, number: jax.Array | None) -> Iterator["_Pair"]:
         """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
@@ -165,7 +169,7 @@ class _Queries(NamedTuple):
 
     def pull(
         self, block: KeyValueBlock, number: jax.Array | None, own: QueryGradients | None
-    ) -> tuple[QueryGradients, KeyValueGradients]:
+    ) -> Gradients:
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
         d_q, d_biases = self._nothing() if own is None else own
         d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
@@ -215,11 +219,6 @@ def _add(xs: Any, ys: Any) -> Any:
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 
-def _before(number: jax.Array, steps: Any, split: SequenceSplit) -> jax.Array:
-    """The device ``steps`` places before one in the ring."""
-    return (number + split.ways - steps) % split.ways
-
-
 def _steps(step: Any, carry: Any, stop: int) -> Any:
     """``step(carry, t)`` for t = 1 .. stop − 1: a loop, so that programs do not grow with it."""
     numbers = jnp.arange(1, stop, dtype=jnp.int32)
@@ -238,11 +237,13 @@ def _rotate(tree: Any, split: SequenceSplit, places: int = 1) -> Any:
 # keys, whose mask is known before) and the last (no keys to send).
 
 
-def _ring_forward(split: SequenceSplit, queries: _Queries, block: KeyValueBlock) -> PartialOutput:
+def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
+    split = queries.split
+
     def step(carry, t):
         partial, block = carry
         coming = _rotate(block, split)
-        return queries.fold(block, _before(queries.number, t, split), partial), coming
+        return queries.fold(block, queries.number_before(t), partial), coming
 
     last = split.last_step(block.k.shape[1])
     if last == 0:
@@ -250,19 +251,19 @@ def _ring_forward(split: SequenceSplit, queries: _Queries, block: KeyValueBlock)
     coming = _rotate(block, split)
     partial = queries.fold(block, None, None)
     partial, block = _steps(step, (partial, coming), last)
-    return queries.fold(block, _before(queries.number, last, split), partial)
+    return queries.fold(block, queries.number_before(last), partial)
 
 
-def _ring_backward(
-    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
-) -> tuple[QueryGradients, KeyValueGradients]:
+def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
+    split = queries.split
+
     # dK and dV travel with their keys, one step behind: a step sends on the sums that the step
     # before has finished, and adds its own terms to those that arrive for its block. So no
     # transfer waits for its own step's computation. A last hop brings the sums home.
     def step(carry, t):
         own, block, sums = carry
         coming, arriving = _rotate((block, sums), split)
-        own, terms = queries.pull(block, _before(queries.number, t, split), own)
+        own, terms = queries.pull(block, queries.number_before(t), own)
         return own, coming, _add(arriving, terms)
 
     last = split.last_step(block.k.shape[1])
@@ -272,7 +273,7 @@ def _ring_backward(
     own, sums = queries.pull(block, None, None)
     own, block, sums = _steps(step, (own, coming, sums), last)
     arriving = _rotate(sums, split)
-    own, terms = queries.pull(block, _before(queries.number, last, split), own)
+    own, terms = queries.pull(block, queries.number_before(last), own)
     return own, _rotate(_add(arriving, terms), split, split.ways - last)
 
 
@@ -292,22 +293,20 @@ def _block_of(split: SequenceSplit, whole: KeyValueBlock, number: jax.Array) -> 
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole)
 
 
-def _gathered_forward(
-    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
-) -> PartialOutput:
+def _gathered_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
+    split = queries.split
     whole = _gathered(split, block)
 
     def step(partial, t):
-        number = _before(queries.number, t, split)
+        number = queries.number_before(t)
         return queries.fold(_block_of(split, whole, number), number, partial)
 
     stop = split.last_step(block.k.shape[1]) + 1
     return _steps(step, queries.fold(block, None, None), stop)
 
 
-def _gathered_backward(
-    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
-) -> tuple[QueryGradients, KeyValueGradients]:
+def _gathered_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
+    split = queries.split
     whole, size = _gathered(split, block), block.k.shape[1]
 
     def put(sums, number, terms):
@@ -318,7 +317,7 @@ def _gathered_backward(
 
     def step(carry, t):
         own, sums = carry
-        number = _before(queries.number, t, split)
+        number = queries.number_before(t)
         own, terms = queries.pull(_block_of(split, whole, number), number, own)
         return own, put(sums, number, terms)
 

@@ -171,16 +171,8 @@ def _length_error(length: int, ways: int, balanced: bool) -> MaxlmError:
 
 
 def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.ndarray:
-    """Returns the order in which tokens are laid out so that contiguous shares are what devices
-    hold.
-
-    Returns:
-        int [length]: the index of the token that stands at each place. Device i of ``ways`` holds
-        places i·length/ways and on.
-
-    Raises:
-        MaxlmError: the length does not divide.
-    """
+    """Returns the index of the token that stands at each place, int [length], where device i of n
+    holds places i·length/n and on; raises MaxlmError where the length does not divide."""
     if length % (num_shards * (2 if balanced else 1)):
         raise _length_error(length, num_shards, balanced)
     if not balanced:

@@ -61,11 +61,6 @@ class _Layouts:
         """The tokens' layout during the product: the axes that x and the results share."""
         return tuple(map(_common, self.x[:2], self.tokens))
 
-    @property
-    def summed(self) -> Axes:
-        """The axes over which a product of x and a kernel is a partial sum."""
-        return _flat(self.x[2:])
-
     def outputs(self, kernel: int) -> Dims:
         return self.used[kernel][self.inputs :]
 
@@ -124,12 +119,12 @@ def project(
     own = _layouts(x, kernels, used, tokens)
 
     def local(x, kernels, wholes):
-        x = gather(x, own.x, (*own.inner, *own.x[2:]))
+        x, summed = gather(x, own.x, (*own.inner, *own.x[2:])), _flat(own.x[2:])
         ys = []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             y = _contract(x, own.kernel(i, *pair), own.inputs)
             outputs = own.outputs(i)
-            ys.append(reduce(y, own.summed, (*own.inner, *outputs), (*tokens, *outputs)))
+            ys.append(reduce(y, summed, (*own.inner, *outputs), (*tokens, *outputs)))
         return tuple(ys)
 
     specs = make_spec(own.x), own.kernels, own.wholes(wholes)

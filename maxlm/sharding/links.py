@@ -55,11 +55,8 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
 
 
 def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
-    """Returns the number of slices that each mesh axis is split over.
-
-    Raises:
-        MaxlmError: neither `data` nor `stage` divides over them.
-    """
+    """Returns the number of slices that each mesh axis is split over; raises MaxlmError where
+    neither `data` nor `stage` divides over them."""
     outer = dict.fromkeys(sizes, 1)
     if num_slices == 1:
         return outer
@@ -75,11 +72,7 @@ def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, in
 
 
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:
-    """Checks that the axis `tensor` stays within a host.
-
-    Raises:
-        MaxlmError: it does not.
-    """
+    """Raises MaxlmError where the axis `tensor` does not stay within a host."""
     if gpus_per_host % sizes["tensor"]:
         raise MaxlmError(
             f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs",

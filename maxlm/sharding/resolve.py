@@ -99,9 +99,6 @@ def check_activations(rules: AxisRules) -> None:
 
     Args:
         rules: on the mesh at hand, so without axes of size 1.
-
-    Raises:
-        MaxlmError: naming the logical axes.
     """
     width = "the residual stream's width, which norms, experts and the loss need"
     for axis, what in (
@@ -127,9 +124,6 @@ def check_unsharded_share(
     Args:
         placements: path → (bytes, placement).
         max_share: the largest share allowed; only meshes that split parameters are held to it.
-
-    Raises:
-        MaxlmError: naming the share and the largest whole parameter.
     """
     if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
         return

@@ -14,21 +14,13 @@ SHAPES = (2, 3, 4, 6), (2, 5, 2, 6), (2, 5, 2, 7)
 
 
 def refused(q=SHAPES[0], k=SHAPES[1], v=SHAPES[2], **options) -> str:
-    """By all three functions, before anything is lowered."""
-    q, k, v = (np.zeros(shape, np.float32) for shape in (q, k, v))
-    lse = np.zeros(q.shape[:3], np.float32)
-    saved = (lse, lse, np.zeros((*q.shape[:3], v.shape[-1]), np.float32))
-    errors = set()
-    for function, operands in (
-        (kernel.attention, (q, k, v)),
-        (kernel.attention_forward, (q, k, v)),
-        (kernel.attention_backward, (q, k, v, *saved)),
-    ):
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            jax.eval_shape(lambda *x, function=function: function(*x, **options), *operands)
-        errors.add(str(error.value))
-    assert len(errors) == 1
-    return errors.pop()
+    """Before anything is lowered."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        jax.eval_shape(
+            lambda *x: kernel.attention(*x, **options),
+            *(np.zeros(s, np.float32) for s in (q, k, v)),
+        )
+    return str(error.value)
 
 
 def ints(*shape):

@@ -9,49 +9,66 @@ import pytest
 
 from maxlm.parallel.layers import scan_layers
 
-L, B, D = 5, 3, 7
+L, B, D = 6, 3, 7
 
 
-def layer(own, carry, context, shared=None):
+def layer(own, carry, context, shared):
     x, total = carry
-    if shared is not None:
-        x = x + shared
+    x = x + shared
     shift, scale = context
     y = jnp.tanh(x @ own["w"] + shift) * scale + own["b"]
     return x + y, total + jnp.sum(y**2)
 
 
-def inputs(size: int = D):
+def other(own, carry, context, shared):
+    """A layer of another kind with the same parameters."""
+    x, total = carry
+    return x - 2 * shared + jnp.sin(x @ own["w"]) * context[1] - own["b"], total
+
+
+def inputs():
+    """Parameters of six layers, x, what layers share and their context."""
     draw = np.random.default_rng(0).standard_normal
-    params = {"w": draw((L, size, size)) / size**0.5, "b": draw((L, size))}
-    x, context = draw((B, size)), (draw((B, size)), draw((B, 1)))
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x, context))
+    params = {"w": draw((L, D, D)) / D**0.5, "b": draw((L, D))}
+    x, context = draw((B, D)), (draw((B, D)), draw((B, 1)))
+    values = params, x, 0.1 * draw((B, D)), context
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), values)
 
 
-def by_scan(layer, params, x, context):
-    out, total = scan_layers([layer], params, (x, jnp.zeros(())), context)
+def by_scan(layers, params, x, shared, context, **options):
+    carry = x, jnp.zeros(())
+    out, total = scan_layers(layers, params, carry, context, shared=shared, **options)
     return jnp.sum(jnp.sin(out)) + 0.5 * total
 
 
-def unrolled(layer, params, x, context):
+def unrolled(layers, params, x, shared, context):
     carry = x, jnp.zeros(())
     for number in range(L):
-        carry = layer(jax.tree.map(lambda a, n=number: a[n], params), carry, context)
+        own = jax.tree.map(lambda a, n=number: a[n], params)
+        carry = layers[number % len(layers)](own, carry, context, shared)
     return jnp.sum(jnp.sin(carry[0])) + 0.5 * carry[1]
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients_are_those_of_layers_written_out(remat):
-    own = jax.checkpoint(layer) if remat else layer
-    got = jax.jit(jax.value_and_grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
-    want = jax.value_and_grad(partial(unrolled, layer), argnums=(0, 1))(*inputs())
+KINDS = {
+    "alike": [layer],
+    "recomputed": [jax.checkpoint(layer)],
+    "by turns": [layer, other, jax.checkpoint(layer)],
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_gradients_are_those_of_layers_written_out(kinds):
+    grads = partial(jax.value_and_grad, argnums=(0, 1, 2))
+    got = jax.jit(grads(partial(by_scan, KINDS[kinds])))(*inputs())
+    want = grads(partial(unrolled, KINDS[kinds]))(*inputs())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+    assert np.abs(got[1][2]).max() > 0.1
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_parameters_and_context_are_not_kept_again(remat):
     """What the forward scan stacks for the backward one is of activations' shapes."""
-    own = jax.checkpoint(layer) if remat else layer
+    own = [jax.checkpoint(layer) if remat else layer]
     jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
     (forward, backward) = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     stacked = [v.aval.shape for v in forward.outvars[2:]]  # after the carry: x and total
@@ -64,9 +81,9 @@ def test_parameters_and_context_are_not_kept_again(remat):
 
 def test_the_program_does_not_grow_with_depth():
     def size(depth: int) -> int:
-        params, x, context = inputs()
+        params, *others = inputs()
         deep = jax.tree.map(lambda a: jnp.concatenate([a] * depth), params)
-        lowered = jax.jit(jax.grad(partial(by_scan, layer))).lower(deep, x, context)
+        lowered = jax.jit(jax.grad(partial(by_scan, [layer]))).lower(deep, *others)
         return len(lowered.as_text().splitlines())
 
     assert size(1) == size(8)
@@ -78,52 +95,14 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     def cast(own):
         return own | {"w": own["w"].astype(jnp.bfloat16)}
 
-    def loss(params, x, context):
-        out, total = scan_layers([layer], params, (x, jnp.zeros(())), context, cast=cast)
-        return jnp.sum(jnp.sin(out)) + 0.5 * total
-
-    args = inputs()
+    args, loss = inputs(), partial(by_scan, [layer], cast=cast)
     jaxpr = jax.make_jaxpr(jax.grad(loss))(*args)
     backward = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"][-1]
     stacked = {v.aval.shape: v.aval.dtype for v in backward.outvars if v.aval.ndim > 2}
     assert stacked == {(L, D, D): jnp.bfloat16}
     got = jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
     assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
-    within = jax.grad(partial(unrolled, lambda own, *rest: layer(cast(own), *rest)), argnums=(0, 1))
+    within = jax.grad(
+        partial(unrolled, [lambda own, *rest: layer(cast(own), *rest)]), argnums=(0, 1)
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args))
-
-
-def other(own, carry, context, shared=None):
-    """A layer of another kind with the same parameters."""
-    x, total = carry
-    if shared is not None:
-        x = x - 2 * shared
-    return x + jnp.sin(x @ own["w"]) * context[1] - own["b"], total
-
-
-def by_turns(params, x, context, shared, *, scanned: bool):
-    """Three kinds, six layers."""
-    layers = [layer, other, jax.checkpoint(layer)]
-    carry = x, jnp.zeros(())
-    if scanned:
-        out, total = scan_layers(layers, params, carry, context, shared=shared)
-    else:
-        for number in range(6):
-            own = jax.tree.map(lambda a, n=number: a[n], params)
-            carry = layers[number % 3](own, carry, context, shared)
-        out, total = carry
-    return jnp.sum(jnp.sin(out)) + 0.5 * total
-
-
-def six():
-    params, x, context = inputs()
-    params = jax.tree.map(lambda a: jnp.concatenate([a, a[:1] + 0.25]), params)
-    return params, x, context, 0.1 * context[0]
-
-
-def test_layers_of_several_kinds_by_turns_and_what_they_share_have_their_gradients():
-    grads = partial(jax.value_and_grad, argnums=(0, 1, 3))
-    got = jax.jit(grads(partial(by_turns, scanned=True)))(*six())
-    want = grads(partial(by_turns, scanned=False))(*six())
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
-    assert np.abs(got[1][2]).max() > 0.1

@@ -18,21 +18,6 @@ def steps(request, monkeypatch):
         monkeypatch.setattr(local, "STEP", {"4 × 2": 16, "2 × 4": 2}[request.param])
 
 
-@pytest.mark.parametrize("dim", [0, 2])
-def test_shards_are_gathered_in_order(dim, mesh, steps):
-    grid = mesh(data=2, fsdp=4)
-    shape = [3, 5, 7]
-    shape[dim] *= 8
-    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    have = tuple(("data", "fsdp") if d == dim else () for d in range(3))
-    with jax.set_mesh(grid):
-        put = jax.device_put(x, NamedSharding(grid, local.make_spec(have)))
-        run = local.map_shards(
-            lambda x: local.gather(x, have, ((),) * 3), local.make_spec(have), local.make_spec(())
-        )
-        np.testing.assert_array_equal(jax.jit(run, compiler_options=QUICK)(put), x)
-
-
 @pytest.mark.parametrize(
     ("shape", "dim"),
     # As TPUs want it, matrices are scattered in rows of lanes; the result is like any other.
@@ -55,15 +40,26 @@ def test_partial_sums_are_reduced_to_the_shard_they_belong_to(shape, dim, mesh, 
     np.testing.assert_array_equal(got, parts.sum(0))
 
 
-@pytest.mark.parametrize("want", [P(), P("data"), P(None, "fsdp")])
-def test_an_array_moves_to_another_layout_and_keeps_its_values(want, mesh, steps):
+BOTH = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        (P(BOTH), P()),
+        (P(None, None, BOTH), P()),
+        (P(BOTH), P("data")),
+        (P(BOTH), P(None, "fsdp")),
+    ],
+)
+def test_an_array_moves_to_another_layout_and_keeps_its_values(have, want, mesh, steps):
     """By gathers where it is to be split less, by whatever it takes otherwise."""
     grid = mesh(data=2, fsdp=4)
-    x = np.arange(16 * 12, dtype=np.float32).reshape(16, 12)
+    x = np.arange(16 * 12 * 8, dtype=np.float32).reshape(16, 12, 8)
     with jax.set_mesh(grid):
-        put = jax.device_put(x, NamedSharding(grid, P(("data", "fsdp"))))
+        put = jax.device_put(x, NamedSharding(grid, have))
         got = jax.jit(lambda x: local.gather_to_spec(x, want), compiler_options=QUICK)(put)
-    assert local.get_layout(got) == local.parse_spec(want, 2)
+    assert local.get_layout(got) == local.parse_spec(want, 3)
     np.testing.assert_array_equal(got, x)
 
 

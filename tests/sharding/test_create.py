@@ -4,7 +4,6 @@ import re
 
 import jax
 import numpy as np
-import pytest
 
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import flatten_names, init_params, param_specs
@@ -25,34 +24,23 @@ CONFIG = DecoderConfig.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
-def created(mesh):
-    """Initialisation in place on eight devices: compiled, and its result."""
+def test_parameters_are_born_in_their_shards_with_the_values_of_one_device(mesh, one_device_mesh):
+    """No instruction of the program that makes them has a whole sharded parameter's size."""
     axes = mesh(fsdp=4, tensor=2)
     with jax.set_mesh(axes):
         specs = param_specs(building.decoder(CONFIG, axes))
-        shardings = building.storage(CONFIG, axes)
-        start = jit_sharded(lambda key: init_params(specs, key), shardings)
+        stored = building.storage(CONFIG, axes)
+        start = jit_sharded(lambda key: init_params(specs, key), stored)
         compiled = start.lower(jax.random.key(3)).compile(compiler_options=QUICK)
-        return specs, compiled, compiled(jax.random.key(3))
-
-
-def test_initial_values_do_not_depend_on_the_mesh(created, one_device_mesh):
-    specs, _, params = created
+        params, shardings = flatten_names(compiled(jax.random.key(3))), flatten_names(stored)
     with jax.set_mesh(one_device_mesh):
         alone = jax.jit(lambda key: init_params(specs, key), compiler_options=QUICK)(
             jax.random.key(3)
         )
     for name, value in flatten_names(alone).items():
-        np.testing.assert_allclose(flatten_names(params)[name], value, rtol=1e-4, atol=1e-7)
-
-
-def test_parameters_are_born_in_their_shards(created, mesh):
-    """No instruction of the program that makes them has a whole sharded parameter's size."""
-    specs, compiled, params = created
-    shardings = flatten_names(building.storage(CONFIG, mesh(fsdp=4, tensor=2)))
+        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-7)
     split = {}
-    for name, value in flatten_names(params).items():
+    for name, value in params.items():
         assert value.sharding == shardings[name], name
         shard = value.addressable_shards[0].data
         if any(shardings[name].spec):
