@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.encoding import clean, decode
+from maxlm.data.documents.config import FilesConfig
 
 Count = Callable[[str], None]
 """Called with the reason, for each record that is no document."""
-
-MAX_BYTES = 1 << 24
-"""The usual limit on one document. Common Crawl itself cuts pages at 1 to 5 MiB."""
 
 _LINE_START = b"\nWARC/"
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
@@ -48,6 +48,22 @@ class RawDocument:
     """What is known of date (ISO 8601), content_type and charset (both as HTTP gave them)."""
 
 
+class CrawlSource(FilesConfig):
+    """Files of raw documents."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """The source that its documents are said to come from: web, code, books, ..."""
+    url_field: str = "url"
+    """The JSON key or Parquet column of a document's address, if there is one."""
+    on_bad_bytes: Literal["replace", "skip"] = "replace"
+    """What to do with text that is not valid UTF-8: put U+FFFD for each bad sequence, or leave out
+    the whole document. HTML has encodings of its own, which extraction detects."""
+    max_document_bytes: int = Field(default=64 << 20, gt=0)
+    """Longer documents are skipped and counted, compressed ones by their decompressed size."""
+
+    reads_html: ClassVar[bool] = True
+
+
 class _PassOver(Exception):
     """The record is no document; the argument says why."""
 
@@ -56,7 +72,7 @@ class _Damaged(_PassOver):
     """The record is not all there: what follows may be anything."""
 
 
-def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
+def read_warc(path: Path, count: Count, max_bytes: int = 1 << 24) -> Iterator[RawDocument]:
     """The documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
@@ -196,8 +212,8 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
         case "gzip":
             open_ = stream_io.GzipReader
         case "deflate":  # In practice with or without zlib's header.
-            wrapped = body[:1] == b"\x78"
-            open_ = partial(stream_io.GzipReader, zlib=True) if wrapped else _RawInflate
+            bare = partial(_open_deflate, max_bytes + 1)
+            open_ = partial(stream_io.GzipReader, zlib=True) if body[:1] == b"\x78" else bare
         case "br":
             open_ = stream_io.BrotliReader
         case "zstd":
@@ -215,11 +231,6 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
     return decoded or body
 
 
-class _RawInflate:
-    """Deflate data without zlib's header."""
-
-    def __init__(self, stream: io.BytesIO):
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        return zlib.decompressobj(-15).decompress(self._stream.read(), size)
+def _open_deflate(size: int, stream: io.BytesIO) -> io.BytesIO:
+    """The first `size` bytes of deflate data without zlib's header."""
+    return io.BytesIO(zlib.decompressobj(-15).decompress(stream.read(), size))

@@ -11,6 +11,7 @@ words. A text's own last white space stays; what is cut at its beginning leaves 
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 
 from maxlm.corpus.text import ALONE, get_character_classes
@@ -73,3 +74,11 @@ def _joint(text: str, start: int, end: int) -> str:
 def _spaced(character: str) -> bool:
     """Whether it is of a word in a script with spaces between words."""
     return character.isalnum() and not get_character_classes()[ord(character)] & ALONE
+
+
+def join_spans(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The union of spans as spans that are apart, rising."""
+    order = np.argsort(start)
+    start, stop = start[order], np.maximum.accumulate(stop[order])
+    first = np.append(True, start[1:] > stop[:-1])[: len(start)]
+    return start[first], stop[np.append(first[1:], True)[: len(start)]]

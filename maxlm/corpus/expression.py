@@ -76,10 +76,7 @@ class Expression:
         value = _evaluate(self._tree, table)
         if isinstance(value, pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))
-        filled = pc.fill_null(value, False)
-        if isinstance(filled, pa.ChunkedArray):
-            filled = filled.combine_chunks()
-        return filled.to_numpy(zero_copy_only=False)
+        return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 
 
 def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expression:

@@ -3,8 +3,7 @@
 Parsers of HTML can loop, eat all memory or crash, inside C code that holds the interpreter's lock,
 where neither signal handlers nor threads get a word in. So a child process reads the pages. The
 kernel ends it when a page has used up its processor time, and the page is given up, not the run.
-Processor time, because a limit on wall time would depend on what else the machine does; that one
-is far higher, and for a process that hangs without using any.
+A limit on wall time, which depends on what else the machine does, is for what hangs without any.
 """
 
 import logging

@@ -10,6 +10,7 @@ before it, and so on. So an n-gram is a pair of numbers: that of its suffix, the
 first, among the (n - 1)-grams; and its first word.
 """
 
+import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from maxlm.runtime.files import convert_write_errors, replace_file
 _SPECIAL = (b"<unk>", b"<s>", b"</s>")
 _BEGIN, _END = 1, 2  # The ids of <s> and </s>; 0 is <unk>.
 _NO_WORDS = {*_SPECIAL, b"<UNK>"}  # The last is <unk> to KenLM.
+_WORD_BYTES = 100  # That a word of the text takes in memory, at least.
 _LINES = 1 << 12  # Of an ARPA file, made at a time.
 
 
@@ -92,16 +94,16 @@ def estimate_kneser_ney(
 ) -> KneserNeyReport:
     """Estimates a model and writes it to an ARPA file, which appears when complete.
 
-    N-grams are written in suffix order. Memory is about 100 bytes for each word of the text, and
-    100 for each different n-gram.
+    N-grams are written in suffix order. Memory is 100 to 220 bytes for each word of the text, the
+    more the more of its n-grams differ.
 
     Args:
         sentences: their words separated by ASCII white space or NUL; <s>, </s> and <unk> are read
             as white space.
 
     Raises:
-        MaxlmError: there are no words, the discounts cannot be estimated and there is no
-            `discount_fallback`, or the disk is full.
+        MaxlmError: there are no words, or more than memory holds; the discounts cannot be
+            estimated and there is no `discount_fallback`; the disk is full.
     """
     words, ids = _read_words(sentences)
     if len(words) <= len(_SPECIAL):
@@ -124,7 +126,11 @@ def estimate_kneser_ney(
 def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
     """Returns the words by id, and the ids of the text, each sentence from <s> to </s>."""
     numbers, ids = {word: number for number, word in enumerate(_SPECIAL)}, array("I")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _WORD_BYTES
     for sentence in sentences:
+        if len(ids) > most:
+            what = f"the text has more than {most:,} words, which is what fits into memory"
+            raise MaxlmError(what, fix="train on a sample of it")
         words = sentence.encode(errors="replace").replace(b"\0", b" ").split()
         if "<" in sentence:
             words = [word for word in words if word not in _NO_WORDS]

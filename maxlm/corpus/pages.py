@@ -147,18 +147,15 @@ def _title(head: str, metas: dict[str, str]) -> str | None:
 
 
 def _date(head: str, metas: dict[str, str]) -> str | None:
-    for value in _dates(head, metas):
+    values = [metas[name] for name in _DATE_NAMES.split() if name in metas]
+    values += [found[1] for pattern in (_PUBLISHED, _TIME) if (found := pattern.search(head))]
+    for value in values:
         if found := _DAY.match(value.strip()):
             try:
                 return date(*map(int, found.groups())).isoformat()
             except ValueError:
                 continue
     return None
-
-
-def _dates(head: str, metas: dict[str, str]) -> Iterator[str]:
-    yield from (metas[name] for name in _DATE_NAMES.split() if name in metas)
-    yield from (found[1] for pattern in (_PUBLISHED, _TIME) if (found := pattern.search(head)))
 
 
 def _language(head: str, metas: dict[str, str]) -> str | None:

@@ -7,7 +7,7 @@ is valid Unicode without NUL (bytes that are not UTF-8 and lone surrogates becom
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import CrawlSource
-from maxlm.corpus.crawl import RawDocument, read_warc
+from maxlm.corpus.crawl import Count, CrawlSource, RawDocument, read_warc
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import FORMATS, find_files
@@ -34,8 +33,6 @@ from maxlm.data.documents.streams import (
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 16 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-Count = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow.types as types
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, LocalPath, MaxlmError
-from maxlm.corpus.config import CrawlSource
+from maxlm.corpus.crawl import CrawlSource
 from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CorpusStage, Stage
@@ -131,7 +131,7 @@ def _check_names(
         type_ = labels.get(label, pa.null())
         if not types.is_string(type_) and not types.is_large_string(type_):
             raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
-    for source in stage.sources:
+    for source in getattr(stage, "max_shares", ()):
         if source not in sources:
             fix = f"there are: {', '.join(sources)}"
             raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)

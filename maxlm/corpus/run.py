@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.opened import get_manifest_path
 from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, read_shard
 from maxlm.corpus.recipe import BoundStage, RecipeConfig, get_recipe_path, resolve
-from maxlm.corpus.shards import DOCUMENTS, StageShardView, add_counts, read_counts
+from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
 from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller, check_packages
 from maxlm.runtime.files import (
     convert_write_errors,
@@ -200,6 +201,9 @@ def _make_shards(
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
         path.unlink()  # Also of killed workers.
     found = {name: read_counts(path) for name, path in paths.items()}
+    total: Counter[str] = Counter()
+    for each in found.values():  # By `update`, as a sum of Counters drops what is 0.
+        total.update(each)
     with ThreadPoolExecutor(count_workers()) as threads:
         digests = list(threads.map(hash_file, paths.values()))
     last_run = {
@@ -210,7 +214,7 @@ def _make_shards(
         "seconds": round(time.time() - began, 3),
     }
     manifest = details | {
-        "counts": {"rows": 0, "labelled": 0, **counts} | add_counts(found.values()),
+        "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
         "shards": {name: each["rows"] for name, each in found.items()},
         "shards_sha256": dict(zip(found, digests, strict=True)),
         "last_run": last_run,

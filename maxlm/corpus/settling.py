@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.cuts import CUTS
+from maxlm.corpus.cuts import CUTS, join_spans
 from maxlm.corpus.dedup.columns import concatenate, read_columns
 from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
 from maxlm.corpus.dedup.members import count_documents, rank_documents
@@ -166,8 +166,7 @@ class _Settling:
 
     def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
         """Each row group's labels with the verdicts so far among them."""
-        columns = list_rule_inputs(self._rules, self._stages)
-        for documents, table in self._groups(columns, title):
+        for documents, table in self._groups(list_rule_inputs(self._rules, self._stages), title):
             verdicts = {name: value[documents] for name, value in self._verdicts.items()}
             yield documents, add_verdicts(table, self._stages, verdicts)
 
@@ -255,7 +254,7 @@ class _Settling:
         # stays, so that it stands there in one piece.
         start, kept = parts[:, 0] << 32 | parts[:, 1], parts[:, 3] << 32 | parts[:, 4]
         stop = start + parts[:, 2] - parts[:, 1]
-        gone = _unite(start, stop)
+        gone = join_spans(start, stop)
         low = np.searchsorted(gone[1], kept, "right")
         number = np.searchsorted(gone[0], kept + stop - start) - low + 1
         which = np.repeat(np.arange(len(parts)), number)
@@ -268,7 +267,7 @@ class _Settling:
         order = np.lexsort((stop, start))
         self._cuts[f"{title}.cuts"] = start[order], stop[order]
         share = self._verdicts[f"{title}.cut_share"] = np.zeros(len(may_keep))
-        starts, stops = _unite(start, stop)
+        starts, stops = join_spans(start, stop)
         np.add.at(share, starts >> 32, stops - starts)
         share[found["some"]] /= found["size"]
 
@@ -297,14 +296,6 @@ class _Settling:
         fields = [pa.array(each[part] & (2**32 - 1), pa.int32()) for each in (start, stop)]
         spans = pa.StructArray.from_arrays(fields, fields=list(CUTS.value_type))
         return pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), spans)
-
-
-def _unite(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The union of spans as spans that are apart, rising."""
-    order = np.argsort(start)
-    start, stop = start[order], np.maximum.accumulate(stop[order])
-    first = np.append(True, start[1:] > stop[:-1])[: len(start)]
-    return start[first], stop[np.append(first[1:], True)[: len(start)]]
 
 
 def _read_pairs(folder: Path) -> dict[str, np.ndarray]:

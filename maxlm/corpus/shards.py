@@ -12,7 +12,7 @@ group at a time, which bounds memory whatever the size of a shard.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,6 @@ DOCUMENT_SCHEMA = pa.schema(
     ]
 )
 """A document: text as it was read, or HTML that no stage has turned into text yet; meta is JSON."""
-_MOST_VALUES = 256  # A string label with more values in a shard is no category to be counted.
-_MANY = "too many values: "
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,6 @@ class ShardWriter:
         self._path, self._schema = path, schema
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
         self._counts: Counter[str] = Counter()
-        self._values: dict[str, Counter[str]] = {}
 
     def __enter__(self) -> "ShardWriter":
         with convert_write_errors(self._path):
@@ -195,10 +192,8 @@ class ShardWriter:
             if pa.types.is_boolean(field.type):
                 self._counts[f"{field.name}=true"] += pc.sum(column).as_py() or 0
             elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
-                values = self._values.setdefault(field.name, Counter())
-                if len(values) <= _MOST_VALUES:  # Else it is no category, and would grow.
-                    found = pc.value_counts(column.drop_null()).to_pylist()
-                    values.update({each["values"]: each["counts"] for each in found})
+                for each in pc.value_counts(column.drop_null()).to_pylist():
+                    self._counts[f"{field.name}={each['values']}"] += each["counts"]
 
     def count(self, reason: str, number: int = 1) -> None:
         """Count something that is in no row, such as a record that was passed over."""
@@ -207,11 +202,6 @@ class ShardWriter:
     def __exit__(self, kind, value, trace) -> None:
         try:
             with convert_write_errors(self._path):
-                for name, values in self._values.items():
-                    if len(values) <= _MOST_VALUES:
-                        self._counts.update({f"{name}={v}": n for v, n in values.items()})
-                    else:
-                        self._counts[f"{_MANY}{name}"] = 1
                 self._writer.add_key_value_metadata({"counts": json.dumps(self._counts)})
                 self._writer.close()
                 if kind is None:
@@ -225,14 +215,3 @@ def read_counts(path: Path) -> Counter[str]:
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))
-
-
-def add_counts(shards: Iterable[Counter[str]]) -> dict[str, int]:
-    """The counts of several shards together, without the values of labels that have too many in one
-    of them: of the others they are no sum."""
-    total: Counter[str] = Counter()
-    for each in shards:  # By `update`, as a sum of Counters drops what is 0.
-        total.update(each)
-    many = tuple(f"{key.removeprefix(_MANY)}=" for key in total if key.startswith(_MANY))
-    kept = (key for key in total if not key.startswith((*many, _MANY)))
-    return {key: total[key] for key in sorted(kept)}

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.shards import StageShardView
+from maxlm.corpus.text import UNICODE
 from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress
 
@@ -64,6 +65,10 @@ class Stage(Config):
 
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Distributions of the extra `corpus` that it imports."""
+    by_unicode: ClassVar[bool] = False
+    """Whether its labels depend on the version of Unicode's tables."""
     neutral: ClassVar[tuple[str, ...]] = ("where",)
     """Settings that change no label (`where` is in the key by other means)."""
 
@@ -82,11 +87,6 @@ class Stage(Config):
         """Labels it reads that must hold strings."""
         return ()
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Sources that its settings name."""
-        return ()
-
     @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns it adds."""
@@ -95,11 +95,12 @@ class Stage(Config):
         """A hash of all that decides its labels, but for the documents and labels it reads."""
         settings = self.model_dump(mode="json", exclude=set(self.neutral))
         text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f"{digest} {UNICODE}" if self.by_unicode else digest
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that it needs, whose versions go into the manifest."""
-        return ()
+        return self.needs
 
 
 class LabelStage(Stage):
@@ -169,16 +170,12 @@ class ShardLabeller:
 
     def __call__(self, shard: StageShardView) -> None:
         """Label one shard."""
-        stage, schema = self._stage, self._stage.schema()
+        stage = self._stage
         try:
             self._label = self._label or stage.open()
-            with shard.writer(schema) as writer:
+            with shard.writer(stage.schema()) as writer:
                 for rows in shard.rows(stage.reads):
-                    if rows.batch.num_rows:
-                        labels = self._label(rows.batch)
-                    else:
-                        labels = pa.RecordBatch.from_pylist([], schema=schema)
-                    writer.write(rows, labels)
+                    writer.write(rows, self._label(rows.batch))
         except MaxlmError as error:
             where = error.where or f"{stage.title}, shard {shard.name}"
             raise MaxlmError(error.what, where=where, fix=error.fix) from error

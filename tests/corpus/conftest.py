@@ -6,7 +6,7 @@ import random
 import pytest
 
 from maxlm.corpus.run import run_recipe
-from tests.corpus.recipes import recipe
+from tests.corpus.corpora import recipe
 
 WORDS = (
     "the", "of", "and", "to", "in", "house", "river", "stone", "walks", "over", "under", "green",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
@@ -87,3 +88,30 @@ def label_texts(stage: LabelStage, *texts: str | None) -> list[dict]:
     batch = stage.open()(pa.record_batch({"text": pa.array(texts, pa.large_string())}))
     assert batch.schema == stage.schema()
     return batch.to_pylist()
+
+
+def recipe(crawl, out, **settings):
+    """Stages that need no model but those in wheels, for tests of the runner."""
+    return RecipeConfig.model_validate(
+        {
+            "out": str(out),
+            "workers": 1,
+            "shard_bytes": 16_000,
+            "sources": [
+                {"name": "web", "documents": [str(crawl / "web.jsonl")]},
+                {"name": "books", "documents": [str(crawl / "books.jsonl")]},
+            ],
+            "stages": [
+                {"stage": "language"},
+                {"stage": "heuristics"},
+                {"stage": "pii", "where": 'source == "books"'},
+                {"stage": "exact"},
+                {"stage": "near", "where": "not exact.duplicate", "max_share": 1.0},
+            ],
+            "keep": {
+                "long": "heuristics.words >= 20",
+                "unique": "not exact.duplicate and not near.duplicate",
+            },
+        }
+        | settings
+    )

@@ -108,10 +108,9 @@ def test_confident_means_the_languages_own_threshold():
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(MaxlmError, match="no language eng"):
         LanguageStage(thresholds={"eng": 0.5}).open()
-    with pytest.raises(MaxlmError, match="No such file"):
+    with pytest.raises(MaxlmError, match="cannot be opened"):
         LanguageStage(model=str(tmp_path / "no.ftz")).open()
     damaged = tmp_path / "damaged.ftz"
-    for content in (b"no model at all", b""):
-        damaged.write_bytes(content)
-        with pytest.raises(MaxlmError, match="no fastText model"):
-            LanguageStage(model=str(damaged)).open()
+    damaged.write_bytes(b"no model at all")
+    with pytest.raises(MaxlmError, match="no fastText model"):
+        LanguageStage(model=str(damaged)).open()

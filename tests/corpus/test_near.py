@@ -160,7 +160,6 @@ def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None
     assert "max_shares: {books: " in message
     assert not made[0].path("near").exists()
     allowed = NearStage(max_shares={"books": 0.95})
-    assert allowed.sources == ("books",)
     assert allowed.key() == NearStage().key()
     run_stage(allowed, made, tmp_path / "scratch")
     assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import CrawlSource
+from maxlm.corpus.crawl import CrawlSource
 from maxlm.corpus.reading import plan_shards, read_shard
 from maxlm.corpus.shards import DOCUMENTS, read_counts
 

@@ -14,7 +14,7 @@ from maxlm.corpus.report.page import compute_funnel
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
-from tests.corpus.recipes import recipe
+from tests.corpus.corpora import recipe
 
 
 @pytest.fixture(scope="module")

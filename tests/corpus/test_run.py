@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +19,12 @@ from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.reader import find_document
 from maxlm.corpus.report import summarize, write_report
 from maxlm.corpus.run import run_recipe
-from maxlm.corpus.shards import add_counts
 from maxlm.corpus.stages.pii import PiiStage
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.runtime.pool import WorkerPool
-from tests.corpus.recipes import recipe
+from tests.corpus.corpora import recipe
 
 
 def files(folder):
@@ -134,7 +132,7 @@ import resource, signal, sys
 from pathlib import Path
 from maxlm.config import MaxlmError
 from maxlm.corpus.run import run_recipe
-from tests.corpus.recipes import recipe
+from tests.corpus.corpora import recipe
 
 if __name__ == "__main__":
     crawl, out, workers, limit = sys.argv[1:]
@@ -302,13 +300,6 @@ def test_a_corpus_does_not_read_itself(crawl, tmp_path):
         run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
     with pytest.raises(MaxlmError, match="a corpus lies among the files"):
         list(read_documents(SourceConfig(documents=(str(tmp_path),))))
-
-
-def test_counts_sum_what_every_shard_has_counted():
-    many = Counter({"rows": 3, "too many values: kind": 1})
-    few = Counter({"rows": 1, "kind=x": 1, "kinds=y": 1})
-    assert add_counts([many, few]) == {"kinds=y": 1, "rows": 4}
-    assert add_counts([Counter({"duplicate=true": 0})] * 2) == {"duplicate=true": 0}
 
 
 def test_what_is_done_of_a_corpus_can_be_looked_at(tmp_path, capfd):

@@ -21,7 +21,6 @@ HOSTS = {  # url: (host, registered domain)
     "http://a.b.city.kawasaki.jp/": ("a.b.city.kawasaki.jp", "city.kawasaki.jp"),
     "http://example.com.": ("example.com", "example.com"),
     "example.com/path": ("example.com", "example.com"),
-    "//example.com/path": ("example.com", "example.com"),
     "http://münchen.de/": ("xn--mnchen-3ya.de", "xn--mnchen-3ya.de"),
     "http://127.0.0.1:80/": ("127.0.0.1", None),
     "http://[2001:db8::1]:80/": ("2001:db8::1", None),
@@ -32,8 +31,6 @@ HOSTS = {  # url: (host, registered domain)
     "javascript:alert(1)": (None, None),
     f"http://{'a.' * 120}example.com/": (f"{'a.' * 120}example.com", "example.com"),
     f"http://{'a.' * 130}example.com/": (None, None),
-    "http://": (None, None),
-    "": (None, None),
 }
 
 

@@ -120,11 +120,9 @@ class PhoneFinder:
         return any(self._written_as_at_home(base, region) for region in self._regions)
 
     def _check(self, number: str, region: str | None, valid: bool) -> bool:
-        parsed = self._parse(number, region)
-        if parsed is None:
-            return False
         check = self._library.is_valid_number if valid else self._library.is_possible_number
-        return check(parsed)
+        parsed = self._parse(number, region)
+        return parsed is not None and check(parsed)
 
     def _written_as_at_home(self, number: str, region: str) -> bool:
         """Whether it is valid, and has the trunk prefix 0 or the grouping that is usual there."""

@@ -48,8 +48,7 @@ class LostText:
 def count_lost(
     corpus: OpenCorpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
-    """Look in what the rules keep for what they drop as duplicates and cut as repeats, up to
-    about 10,000 of each."""
+    """Look for some 10,000 dropped duplicates and as many cut passages in what the rules keep."""
     stages = find_comparing_stages(corpus.recipe, rules)
     shards = settle_duplicates(corpus, rules, progress)
     if not stages or not shards:

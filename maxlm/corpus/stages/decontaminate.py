@@ -1,10 +1,8 @@
 """Decontamination: documents that hold n-grams of items of evaluation sets."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.cuts import CUTS
+from maxlm.corpus.cuts import CUTS, join_spans
 from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
@@ -56,7 +54,7 @@ def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
 def build_gram_index(
     sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
 ) -> GramIndex:
-    """The n-grams of evaluation sets; made once in a process for the same files and settings.
+    """The n-grams of evaluation sets.
 
     Args:
         n: words in an n-gram. An item of fewer words is looked for as a whole,
@@ -64,13 +62,6 @@ def build_gram_index(
         max_items: n-grams of more different items of a set are left out, as text of a template, if
             they are not of a long passage; see `_wanted`.
     """
-    plain = json.dumps({name: source.model_dump(mode="json") for name, source in sets.items()})
-    return _index(plain, hash_evaluation_sets(sets), n, shortest, max_items)
-
-
-@lru_cache(maxsize=2)
-def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> GramIndex:
-    sets = {name: SourceConfig(**source) for name, source in json.loads(plain).items()}
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
     for name, source in sets.items():
@@ -218,6 +209,7 @@ class DecontaminateStage(LabelStage):
     Items with the same n-grams count as one, the first."""
 
     version: ClassVar[int] = 3
+    needs: ClassVar[tuple[str, ...]] = ("regex",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -234,9 +226,6 @@ class DecontaminateStage(LabelStage):
         """The stage's key, which depends on the contents of the evaluation sets as well."""
         return f"{super().key()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
-    def packages(self) -> tuple[str, ...]:
-        return ("regex",)
-
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
         index = build_gram_index(
             self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
@@ -246,34 +235,22 @@ class DecontaminateStage(LabelStage):
             found = find_grams(index, text or "")
             if not len(found):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
-            return self._judge(index, found[:, 0]) | {"cuts": _unite_spans(found[:, 1:])}
+            grams = np.unique(found[:, 0])
+            owners = [index.owners[index.starts[g] : index.starts[g + 1]] for g in grams]
+            items, hits = np.unique(np.concatenate(owners), return_counts=True)
+            overlap = hits / index.sizes[items]
+            enough = hits >= np.minimum(self.min_hits, index.sizes[items])
+            best = np.lexsort((-hits, -overlap, ~enough))[0]
+            spans = zip(*join_spans(found[:, 1], found[:, 2]), strict=True)
+            return {
+                "contaminated": bool(enough[best]),
+                "overlap": overlap[best],
+                "set": index.sets[items[best]],
+                "item": index.ids[items[best]],
+                "cuts": [{"start": start, "end": end} for start, end in spans],
+            }
 
         return label
-
-    def _judge(self, index: GramIndex, grams: np.ndarray) -> dict[str, Any]:
-        """The labels of a document, from the n-grams found in it."""
-        grams = np.unique(grams)
-        owners = [index.owners[index.starts[g] : index.starts[g + 1]] for g in grams]
-        items, hits = np.unique(np.concatenate(owners), return_counts=True)
-        overlap = hits / index.sizes[items]
-        enough = hits >= np.minimum(self.min_hits, index.sizes[items])
-        best = np.lexsort((-hits, -overlap, ~enough))[0]
-        item = items[best]
-        return {
-            "contaminated": bool(enough[best]),
-            "overlap": overlap[best],
-            "set": index.sets[item],
-            "item": index.ids[item],
-        }
-
-
-def _unite_spans(spans: np.ndarray) -> list[dict[str, int]]:
-    """Joins spans where they overlap."""
-    spans = spans[np.lexsort((spans[:, 1], spans[:, 0]))]
-    reach = np.maximum.accumulate(spans[:, 1])
-    opens = np.append(True, spans[1:, 0] > reach[:-1])
-    begins, ends = spans[opens, 0], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
-    return [{"start": a, "end": b} for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from maxlm.corpus.dedup.members import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner
-from maxlm.corpus.text import UNICODE, normalize
+from maxlm.corpus.text import normalize
 from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -64,6 +64,7 @@ class ExactStage(CorpusStage):
     stage's folder as well, and those of stages that read `seen_before`."""
 
     version: ClassVar[int] = 3
+    by_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate",)
 
     def schema(self) -> pa.Schema:
@@ -76,9 +77,6 @@ class ExactStage(CorpusStage):
                 ("cluster", pa.int64()),  # the number of the best copy; null: there are no others
             ]
         )
-
-    def key(self) -> str:
-        return f"{super().key()} {UNICODE}"
 
     def normalise(self, text: str) -> str:
         """The text that is hashed."""

@@ -45,17 +45,8 @@ class ExtractStage(LabelStage):
 
     def schema(self) -> pa.Schema:
         # Strings that are no categories are large: they are not counted by value.
-        return pa.schema(
-            [
-                ("text", pa.large_string()),
-                ("title", pa.large_string()),
-                ("date", pa.large_string()),
-                ("language_hint", pa.string()),
-                ("encoding", pa.string()),
-                ("status", pa.string()),
-                ("mode", pa.string()),
-            ]
-        )
+        large = [(name, pa.large_string()) for name in ("text", "title", "date", "language_hint")]
+        return pa.schema([*large, *((n, pa.string()) for n in ("encoding", "status", "mode"))])
 
     def packages(self) -> tuple[str, ...]:
         return (

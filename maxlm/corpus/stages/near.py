@@ -42,7 +42,6 @@ from maxlm.corpus.dedup.members import (
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner
-from maxlm.corpus.text import UNICODE
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
@@ -89,13 +88,10 @@ class NearStage(CorpusStage):
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
     version: ClassVar[int] = 4
+    needs: ClassVar[tuple[str, ...]] = ("regex", "scipy")
+    by_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
     neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Sources that its settings name."""
-        return tuple(self.max_shares)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -111,12 +107,6 @@ class NearStage(CorpusStage):
     def choose_banding(self) -> Banding:
         """Chooses the bands and rows that the settings come to."""
         return choose_banding(self.jaccard, self.recall, self.hashes)
-
-    def key(self) -> str:
-        return f"{super().key()} {UNICODE}"
-
-    def packages(self) -> tuple[str, ...]:
-        return ("regex", "scipy")
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
         """See `CorpusStage.label`."""

@@ -5,6 +5,7 @@ its words, the perplexities that part head, middle and tail, and what it was tra
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,7 +27,6 @@ TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
 """The command that trains a model."""
 MODEL = "model.arpa"
 CUTOFFS = "cutoffs.json"
-Bucket = Literal["head", "middle", "tail"]
 _SHOWN = (5, 10, 25, 50, 75, 90, 95)
 _FEWEST = 20  # Documents whose thirds mean something.
 
@@ -146,11 +146,9 @@ def _unreadable(path: Path, reason: str) -> MaxlmError:
     return MaxlmError(what, where=str(path), fix=f"train it again: {TRAIN}")
 
 
-def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> Bucket:
+def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> str:
     """The third of the reference that a perplexity falls into."""
-    if perplexity <= cutoffs[0]:
-        return "head"
-    return "middle" if perplexity <= cutoffs[1] else "tail"
+    return ("head", "middle", "tail")[bisect_left(cutoffs, perplexity)]
 
 
 def train_perplexity(
@@ -235,6 +233,7 @@ class PerplexityStage(LabelStage):
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
     version: ClassVar[int] = 3
+    needs: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
@@ -261,9 +260,6 @@ class PerplexityStage(LabelStage):
         """Also of the models' content."""
         contents = map(hash_model, self.models.values())
         return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
-
-    def packages(self) -> tuple[str, ...]:
-        return ("kenlm-ex",)
 
     def open_row(self) -> Callable[..., dict[str, Any]]:
         """Models are read when the first document in their language comes."""

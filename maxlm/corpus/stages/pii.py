@@ -10,15 +10,8 @@ from pydantic import Field, model_validator
 from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
 from maxlm.corpus.stage import LabelStage
 
-_SPAN = pa.struct(
-    [
-        ("start", pa.int32()),
-        ("end", pa.int32()),
-        ("kind", pa.string()),
-        ("masked_start", pa.int32()),
-        ("masked_end", pa.int32()),
-    ]
-)
+_PLACES = ("start", "end", "kind", "masked_start", "masked_end")
+_SPAN = pa.struct([(n, pa.string() if n == "kind" else pa.int32()) for n in _PLACES])
 
 
 class PiiStage(LabelStage):
@@ -30,10 +23,10 @@ class PiiStage(LabelStage):
     Names and postal addresses are not looked for.
 
     Labels: `text`, the masked version, null where nothing is masked (no such label if `mask` is
-    empty); how many there are of each
-    kind and their sum, `count`; `spans`, in order: `start` and `end` count characters (code points)
-    in the text before, `masked_start` and `masked_end` in the text after (null where the kind is
-    not masked), so each position of one text has its place in the other.
+    empty); how many there are of each kind and their sum, `count`; `spans`, in order: `start` and
+    `end` count characters (code points) in the text before, `masked_start` and `masked_end` in the
+    text after (null where the kind is not masked), so each position of one has its place in the
+    other.
     """
 
     stage: Literal["pii"] = "pii"
@@ -47,6 +40,7 @@ class PiiStage(LabelStage):
     with a country code are known from everywhere. Each costs time and a little precision."""
 
     version: ClassVar[int] = 3
+    needs: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":
@@ -58,9 +52,6 @@ class PiiStage(LabelStage):
         text = [("text", pa.large_string())] if self.mask else []
         counts = [(kind, pa.int32()) for kind in KINDS]
         return pa.schema([*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))])
-
-    def packages(self) -> tuple[str, ...]:
-        return ("phonenumbers", "tldextract")
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a region has no numbering plan."""
@@ -92,5 +83,5 @@ def mask(
             parts += [text[done:start], placeholder]
             place = start + shift, start + shift + len(placeholder)
             done, shift = end, place[1] - end
-        spans.append(dict(zip(_SPAN.names, (start, end, kind, *place), strict=True)))
+        spans.append(dict(zip(_PLACES, (start, end, kind, *place), strict=True)))
     return ("".join([*parts, text[done:]]) if parts else None), spans

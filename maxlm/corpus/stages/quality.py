@@ -71,9 +71,8 @@ class ClassifierReport:
     target: str
     """The target, in words."""
     precision: float
-    """At the threshold."""
     recall: float
-    """At the threshold."""
+    """At the threshold, as `precision`."""
 
     def __str__(self) -> str:
         missed = "" if self.reached else " (NOT reached on the calibration documents)"
@@ -258,11 +257,10 @@ class QualityStage(LabelStage):
     """
 
     stage: Literal["quality"] = "quality"
-
     model: Path
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
-
     version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
 
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])
@@ -284,6 +282,3 @@ class QualityStage(LabelStage):
             return {} if np.isnan(score) else {"score": score}
 
         return label
-
-    def packages(self) -> tuple[str, ...]:
-        return ("scikit-learn", "safetensors")

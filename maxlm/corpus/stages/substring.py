@@ -17,11 +17,9 @@ first copy of each repeat. What follows from the rule, whatever is nested, chain
   itself is no copy (in "ha ha ha ..." the first windows stay), so a word is never its own source.
   If no part of the first copy is itself in a repeat that began elsewhere, it stays in one piece.
 
-**Why hashes of windows rather than a suffix array.** Of a suffix array and its common-prefix
-lengths (Lee et al. 2022, arXiv 2107.06499) the rule needs only which suffixes share their first
-`size` words, and in which order they stand. Sorting hashes of 128 bits, one a word, gives the same
-groups as sorting one suffix a character, in a fraction of the time, and hashes of parts are merged
-by ranges without their texts, where merging suffix arrays reads all texts at random places.
+Hashes of windows take the place of a suffix array (Lee et al. 2022, arXiv 2107.06499): sorting one
+of 128 bits a word gives the same groups as sorting a suffix a character, in a fraction of the time,
+and hashes of parts are merged by ranges without their texts.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `write_shard_blocks` sorts the windows of each block; `match_range` finds the first
@@ -60,7 +58,6 @@ from maxlm.corpus.dedup.windows import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage, JobRunner
-from maxlm.corpus.text import UNICODE
 from maxlm.runtime.files import convert_write_errors
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
@@ -333,16 +330,11 @@ class SubstringStage(CorpusStage):
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
     version: ClassVar[int] = 4
+    by_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
         return pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
-
-    def key(self) -> str:
-        return f"{super().key()} {UNICODE}"
-
-    def packages(self) -> tuple[str, ...]:
-        return ()
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
         """See `CorpusStage.label`. The scratch files take ten times the text."""

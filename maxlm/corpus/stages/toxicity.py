@@ -36,21 +36,16 @@ class ToxicityStage(LabelStage):
     """
 
     stage: Literal["toxicity"] = "toxicity"
-
     classifier: bool = True
     """Whether to give `score` and `max_score`. Most of the time goes there."""
-
     lists: tuple[str, ...] = ("en",)
     """Lists of words: the shipped `en`, `de`, `es`, `fr`, or paths of files with a word or phrase a
     line (`#` begins a comment line). A text's language does not matter: give a language its own
     stage, with `name` and `where`, if its words are harmless in others."""
-
     chunk: int = Field(default=2000, ge=100)
     """Characters that the classifier judges at once; a text is cut into parts of about as many."""
-
     longest: int = Field(default=1 << 20, ge=1)
     """Characters of a text to look at."""
-
     version: ClassVar[int] = 3
 
     def schema(self) -> pa.Schema:
@@ -85,8 +80,6 @@ class ToxicityStage(LabelStage):
 
 def chunk_text(text: str, size: int) -> Iterator[str]:
     """Parts of about equal length, about `size` at most, cut at a space where one is near."""
-    if not text:
-        return
     number = -(-len(text) // size)
     start = 0
     for k in range(1, number + 1):

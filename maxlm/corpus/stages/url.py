@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -54,6 +54,8 @@ class UrlStage(LabelStage):
     """Also use the shipped lists of words of pornographic addresses: short ones, in English. Name
     the category lists of your choice in `domains` for real coverage."""
 
+    needs: ClassVar[tuple[str, ...]] = ("tldextract",)
+
     @property
     def reads(self) -> tuple[str, ...]:
         return ("url",)
@@ -70,9 +72,6 @@ class UrlStage(LabelStage):
         for path in chain(*lists, *(_NSFW_LISTS if self.nsfw else ())):
             digest.update(hashlib.sha256(_content(Path(path))).digest())
         return digest.hexdigest()
-
-    def packages(self) -> tuple[str, ...]:
-        return ("tldextract",)
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a list cannot be read."""

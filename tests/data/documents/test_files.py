@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import CrawlSource
+from maxlm.corpus.crawl import CrawlSource
 from maxlm.data.documents import SourceConfig, find_files, list_files, read_documents
 
 
