@@ -223,7 +223,6 @@ class DecontaminateStage(LabelStage):
         )
 
     def key(self) -> str:
-        """The stage's key, which depends on the contents of the evaluation sets as well."""
         return f"{super().key()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
     def open_row(self) -> Callable[[str | None], dict[str, Any]]:

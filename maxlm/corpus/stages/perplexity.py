@@ -245,7 +245,6 @@ class PerplexityStage(LabelStage):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The text and, if it matters, its language."""
         return ("text",) if self.language is None else ("text", self.language)
 
     @property

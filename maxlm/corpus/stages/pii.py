@@ -25,8 +25,7 @@ class PiiStage(LabelStage):
     Labels: `text`, the masked version, null where nothing is masked (no such label if `mask` is
     empty); how many there are of each kind and their sum, `count`; `spans`, in order: `start` and
     `end` count characters (code points) in the text before, `masked_start` and `masked_end` in the
-    text after (null where the kind is not masked), so each position of one has its place in the
-    other.
+    text after (null where the kind is not masked): each position of one has its place in the other.
     """
 
     stage: Literal["pii"] = "pii"
