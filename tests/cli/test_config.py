@@ -44,7 +44,7 @@ def test_a_page_made_from_the_code_is_what_the_code_says(name):
 
 
 def test_the_example_of_the_api_runs(tmp_path):
-    """15 s of CPU: a model is trained, saved, loaded and asked to continue a text."""
+    """A model is trained, saved, loaded and asked to continue a text."""
     code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[0]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     environment = {**os.environ, **flags, "HOME": str(tmp_path), "PYTHONPATH": str(DOCS.parent)}

@@ -35,8 +35,6 @@ jobset $GPU
 slurm $GPU --image i
     folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount
     /data:/data
-slurm demo --on h100x8 --image i
-    folder=runs is another one on each host; name one that all see: folder=/data/runs
 slurm $GPU --spot
     slurm has no use for --spot; ask for such machines where
 slurm $GPU --partition 'a\n#SBATCH --uid=0'
@@ -51,11 +49,6 @@ jobset $GPU $IN_CLUSTER --secret HF_TOKEN
     HF_TOKEN=huggingface/token
 jobset $GPU --image i --mount gcs://bucket:/data
     --mount: 'gcs://bucket' is no bucket's URL; write gs:// or s3://
-ray $GPU checkpoint.remote_folder=gs:/bucket
-    checkpoint.remote_folder: 'gs:/bucket' is no bucket's URL; write gs:// or s3://
-ray $GPU data.sources.0.store=a
-    data.sources.0.store=a is another one on each host; name one that all see:
-    data.sources.0.store=/data/a
 ray $GPU folder=gs://b/a
     folder: gs://b/a is not on a disk; only a
 tpu-vm $TPU 'data.sources=[{documents: [python-stdlib, "text/*.txt"]}]'
@@ -64,14 +57,10 @@ tpu-vm $TPU 'data.sources=[{documents: [python-stdlib, "text/*.txt"]}]'
 jobset $GPU $IN_CLUSTER 'data.sources=[{store: /tokens/*.gz}]'
     data.sources.0.store=/tokens/*.gz is not in the container; mount what holds it: --mount
     gs://bucket:/tokens
-skypilot $GPU --mount gs://bucket:/data 'data.sources=[{store: /data/../tokens}]'
-    data.sources.0.store=/data/../tokens is not in the container
 slurm $GPU --grace 1
     --grace 1 is shorter than a step (7.78 s)
 slurm $GPU --env A=1 --secret A
     A is named by --env and by --secret; leave one out
-slurm llama2_7b --on h100x64
-    data.sources: no text to train on; name
 slurm $GPU --template nowhere.j2
     nowhere.j2: cannot be read: No such file
 """
@@ -184,9 +173,7 @@ START = (
         ),
         (
             ["ray", *GPU],
-            [
-                "ray job submit --no-wait --working-dir runs/llama2_7b/launch -- python driver.py",
-            ],
+            ["ray job submit --no-wait --working-dir runs/llama2_7b/launch -- python driver.py"],
             "driver.py",
         ),
         (

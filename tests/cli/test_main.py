@@ -54,49 +54,43 @@ sys.exit(main())
     assert done.stderr.endswith("error: maxlm: no such command 'trian'; did you mean 'train'?\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
-def test_help_lists_every_verb_with_its_line(run, arguments):
-    code, out, err = run(*arguments)
+def test_help_lists_every_verb_with_its_line_and_the_version_is_the_packages(run):
+    code, out, err = run("-h")
     assert (code, err) == (0, "")
-    for name, line in cli.VERBS.items():
-        assert name in out
-        assert line[:40] in out
-
-
-def test_the_version_is_the_package_s(run):
+    assert all(name in out and line[:40] in out for name, line in cli.VERBS.items())
     assert run("--version") == (0, f"maxlm {metadata.version('maxlm')}\n", "")
 
 
-def test_a_verb_is_called_with_its_arguments_and_has_help(run, verb):
+def test_a_verb_or_a_group_is_called_with_its_arguments_and_has_help(run, verb):
     verb(command)
     out = "demo ['a.b=1', 'c=-2'] 3\n"
     assert run("train", "demo", "a.b=1", "c=-2", "--steps", "3") == (0, out, "")
     code, out, _ = run("train", "--help")
     assert code == 0
     assert [x in out for x in ("Trains for a while.", "maxlm train", "--steps")] == [True] * 3
-
-
-def test_a_group_of_one_command_stays_a_group(run, verb):
     group = typer.Typer(no_args_is_help=True)
     group.command("only")(command)
     verb(group)
     assert run("train", "only", "demo") == (0, "demo None 1\n", "")
     code, out, err = run("train")
-    assert code == 2
-    assert "only" in out + err
+    assert (code, "only" in out + err) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["trian"], "maxlm: no such command 'trian'; did you mean 'train'?"),
-        (["zzz"], "maxlm: no such command 'zzz'; see 'maxlm --help'"),
         (["--vresion"], "maxlm: no such option --vresion; did you mean --version?"),
         (["train", "x", "--zzz"], "maxlm train: no such option --zzz; see 'maxlm train --help'"),
         (["train"], "maxlm train: missing argument 'config'; see 'maxlm train --help'"),
         (["config", "shwo"], "maxlm config: no such command 'shwo'; did you mean 'show'?"),
+        (
+            ["train", "x", "--steps", "many"],
+            "maxlm train: invalid value for '--steps': 'many' is not a valid integer"
+            "; see 'maxlm train --help'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_usage_errors(run, verb, arguments, line):
     verb(command)
     assert run(*arguments) == (2, "", f"error: {line}\n")
@@ -114,14 +108,6 @@ def test_an_option_that_is_a_setting(run, arguments, override):
     option = arguments[2].partition("=")[0]
     fault = f"no such option {option}; a setting takes no dashes: {override}"
     assert run(*arguments) == (2, "", f"error: maxlm {arguments[0]}: {fault}\n")
-
-
-def test_a_value_of_the_wrong_type(run, verb):
-    verb(command)
-    code, out, err = run("train", "x", "--steps", "many")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: maxlm train: invalid value for '--steps': ")
-    assert err.endswith("; see 'maxlm train --help'\n")
 
 
 def failing(error: BaseException):

@@ -26,22 +26,15 @@ def trained(corpus, tmp_path):
     return out
 
 
-class Standard(io.TextIOWrapper):
-    """Standard input with these bytes."""
-
-    def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-
-
 def test_text_piped_through_encode_and_decode_is_unchanged(trained, capfdbinary, monkeypatch):
     data = b" \xff\r\n<|user|> gr\xc3\xb6\xc3\x9fer\0 "
     capfdbinary.readouterr()
-    monkeypatch.setattr(sys, "stdin", Standard(data))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert main(["tokenizer", "encode", str(trained), "-"]) == 0
     ids = capfdbinary.readouterr().out
     assert set(ids) <= set(b"0123456789 \n")
     assert b"299" not in ids.split()
-    monkeypatch.setattr(sys, "stdin", Standard(ids))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ids)))
     assert main(["tokenizer", "decode", str(trained)]) == 0
     assert capfdbinary.readouterr().out == data
 

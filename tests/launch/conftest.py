@@ -1,6 +1,5 @@
 """Jobs for stand-ins of `maxlm`, and of schedulers' programs."""
 
-import json
 import stat
 
 import pytest
@@ -28,24 +27,18 @@ def program(tmp_path):
 
 
 @pytest.fixture
-def rendered(tmp_path):
-    """A job's text: (scheduler, machine, options of the job)."""
+def rendered():
+    """A job's text: (scheduler, machine, settings of the run, options of the job)."""
 
-    def make(scheduler, on, run_name=None, force=False, **options):
-        source = "llama2_7b"
-        settings = ["data.sources=[{store: /shared/tokens}]", "tokenizer.path=/shared/tokenizer"]
-        settings += ["folder=/shared/runs"]
-        if on.startswith("cpu"):
-            source, settings = "demo", ["model.num_layers=1", f"folder={tmp_path}"]
-        settings += [f"name={json.dumps(run_name)}"] if run_name else []
+    def make(scheduler, on, more=(), force=False, **options):
+        source = "demo" if on.startswith("cpu") else "llama2_7b"
+        text = ("data.sources=[{store: /data/tokens}]", "tokenizer.path=/data/tokenizer")
+        if source == "demo":
+            text = ("model.num_layers=1",)
+        settings = [*text, "folder=/data/runs", *more]
         run = load_config(RunConfig, source, settings).value
-        job, _ = make_job(
-            *(run, source, settings),
-            scheduler=scheduler,
-            on=on,
-            options=JobOptions(**options),
-            force=force,
-        )
-        return render_job(job)
+        options = JobOptions(**options)
+        how = {"scheduler": scheduler, "on": on, "options": options, "force": force}
+        return render_job(make_job(run, source, settings, **how)[0])
 
     return make

@@ -7,11 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.config import load_config
-from maxlm.launch.job import make_job
-from maxlm.launch.options import JobOptions
-from maxlm.launch.render import _kubernetes, _yaml, render_job
-from maxlm.run import RunConfig
+from maxlm.launch.render import _kubernetes, _yaml
 from tests.launch.test_examples import expanded
 
 # What YAML 1.1 and 1.2 (Kubernetes' go-yaml knows some of each) take for something else than text.
@@ -44,22 +40,21 @@ def test_kubernetes_gives_back_the_text(text):
     assert expanded(_kubernetes(text), {"A": "expanded", "": "expanded"}) == text
 
 
-def pod(on, more=(), **options):
-    text = ["data.sources=[{store: gs://corpus/tokens}]", "tokenizer.path=/data/tokenizer"]
-    overrides = [*text, "folder=/data/runs", *more]
-    run = load_config(RunConfig, "llama2_7b", overrides).value
-    options = JobOptions(
-        **{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options}
-    )
-    job, _ = make_job(
-        run, "llama2_7b", overrides, scheduler="jobset", on=on, options=options, force=True
-    )
-    jobset = yaml.safe_load(render_job(job))
-    return jobset, jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+@pytest.fixture
+def pod(rendered):
+    """A JobSet and its pods' spec: (machine, settings of the run, options of the job)."""
+
+    def make(on, more=(), **options):
+        options = {"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options}
+        jobset = yaml.safe_load(rendered("jobset", on, more, force=True, **options))
+        (job,) = jobset["spec"]["replicatedJobs"]
+        return jobset, job["template"]["spec"]["template"]["spec"]
+
+    return make
 
 
 @pytest.mark.parametrize("machine", [("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])])
-def test_a_dollar_reaches_the_program(machine):
+def test_a_dollar_reaches_the_program(pod, machine):
     text = "a $(NOTE) $$ $((1)) $A"
     on, more = machine
     prompts = f'samples.prompts=["{text}"]'
@@ -72,17 +67,17 @@ def test_a_dollar_reaches_the_program(machine):
 
 
 @pytest.mark.parametrize(("on", "wanted"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)])
-def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(on, wanted):
+def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(pod, on, wanted):
     assert ("annotations" in pod(on)[0]["metadata"]) == wanted
 
 
-def test_gpus_have_a_kind():
+def test_gpus_have_a_kind(pod):
     selector = pod("h200x64")[1]["nodeSelector"]
     assert selector == {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
     assert pod("h200x64", node_selector=("a=b",))[1]["nodeSelector"] == {"a": "b"}
 
 
-def test_a_bucket_in_the_hosts_network():
+def test_a_bucket_in_the_hosts_network(pod):
     attributes = {}
     for on, more in (("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])):
         spec = pod(on, more)[1]

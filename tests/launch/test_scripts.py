@@ -52,8 +52,8 @@ def test_slurm_requeues(code, restarts, requeued, program, rendered, tmp_path):
         env["SLURM_RESTART_COUNT"] = str(restarts)
     assert subprocess.run(["bash", "-c", script], env=env).returncode == code
     first, *rest = (tmp_path / "log").read_text().splitlines()
-    text = "data.sources=[{store: /shared/tokens}] tokenizer.path=/shared/tokenizer"
-    assert f"maxlm train llama2_7b {text} folder=/shared/runs" in first
+    text = "data.sources=[{store: /data/tokens}] tokenizer.path=/data/tokenizer"
+    assert f"maxlm train llama2_7b {text} folder=/data/runs" in first
     assert rest == (["scontrol requeue 17"] if requeued else [])
 
 
@@ -77,13 +77,13 @@ def test_slurm_environment(program, rendered, tmp_path):
 
 def test_slurm_in_a_container(program, rendered, tmp_path):
     program("srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOG"\n')
-    mounts = ("/shared:/shared", "/fast disk:/scratch")
+    mounts = ("/data:/data", "/fast disk:/scratch")
     script = rendered("slurm", "h100x64", image="docker://a", mount=mounts)
     assert subprocess.run(["bash", "-c", script], env=environment(tmp_path)).returncode == 0
     given = (tmp_path / "log").read_text().splitlines()
     # pyxis takes the last of several.
     assert [word for word in given if "mounts" in word] == [
-        "--container-mounts=/shared:/shared,/fast disk:/scratch"
+        "--container-mounts=/data:/data,/fast disk:/scratch"
     ]
 
 
