@@ -46,7 +46,7 @@ train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small
 
 # The tests' programs run for an instant: LLVM's optimizations would cost more than they give.
 pytest := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2
-corpus_tests := tests/corpus $(wildcard tests/data/documents)
+corpus_tests := tests/corpus tests/data/documents
 
 test: $(ready) ## run the test suite
 	$(pytest) -m 'not slow' \

@@ -12,15 +12,8 @@ from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.programs.load import check_start, describe_frozen_models
 from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import (
-    Say,
-    StateSource,
-    TrainingPosition,
-    check_not_lost,
-    check_same_text,
-    find_resume_source,
-    make_metadata,
-)
+from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
+from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
 from maxlm.programs.run_folder import (
     create_run_folder,
     describe_run,

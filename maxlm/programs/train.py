@@ -15,7 +15,8 @@ from maxlm.programs.evaluation import (
 )
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedText
-from maxlm.programs.resume import TrainingPosition, count_rollbacks
+from maxlm.programs.resume import TrainingPosition
+from maxlm.programs.resume_checks import count_rollbacks
 from maxlm.programs.setup import Setup, load_training_batches
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
