@@ -52,7 +52,7 @@ def load_run(
     config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
-    with _open_checkpoints(folder) as (tier, _, name):
+    with _open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
@@ -119,12 +119,12 @@ def describe_frozen_models(setup: Setup, loaded: Mapping[str, Params]) -> dict[s
 
 @contextmanager
 def _open_checkpoints(
-    folder: str | Path,
+    folder: str | Path, step: int | None = None
 ) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
-    """Yields a run's checkpoints, the config of the newest, and the name that the parameters to use
-    have in them."""
+    """Yields a run's checkpoints, the config of one (default: the newest), and the name that the
+    parameters to use have in them."""
     with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
-        config = tier.metadata()["config"]
+        config = tier.metadata(step)["config"]
         average = config["train"].get("ema_decay") is not None
         yield tier, config, "ema" if average else "params"
 

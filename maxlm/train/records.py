@@ -1,5 +1,5 @@
 """A run's records: JSON lines, each with an integer ``step``, the number of updates made so far. A
-last line that a kill or a full disk cut short is removed before the next one is written."""
+last line that a kill cut short is removed before the next one is written."""
 
 import json
 import os
@@ -139,8 +139,14 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record behind the others; it is with the operating system on return."""
+    """Writes a record behind the others, whole or not at all; it is with the operating system on
+    return."""
     with convert_write_errors(path):
         check_not_deleted(path)
-        with path.open("ab") as file:
-            file.write(f"{json.dumps(record)}\n".encode())
+        size = path.stat().st_size
+        try:
+            with path.open("ab") as file:
+                file.write(f"{json.dumps(record)}\n".encode())
+        except OSError:  # A full disk may have taken the first part.
+            os.truncate(path, size)
+            raise

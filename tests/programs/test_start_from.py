@@ -35,6 +35,8 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text):
     (tmp_path / "first").rename(tmp_path / "gone")
     train(tmp_path / "second", text, train=start | {"steps": 2})
     assert load_run(tmp_path / "second/tiny").step == 2
+    (tmp_path / "second/tiny/checkpoints/2/metadata/metadata").write_text("")
+    assert load_run(tmp_path / "second/tiny", step=1).step == 1  # whatever became of the newest
 
 
 @pytest.mark.parametrize("how", ["start_from", "resume"])

@@ -326,6 +326,17 @@ def test_copies_of_another_run_of_the_name_are_refused(tmp_path, here):
     assert newest(tmp_path / "two", here, **config) == ((10, "remote"), [])
 
 
+def test_copy_that_finds_no_room_here_is_not_taken_for_a_damaged_one(tmp_path, here):
+    config = CheckpointConfig(every_steps=10, remote_folder=str(tmp_path / "there"))
+    write(tmp_path / "run", here, 10, **config.model_dump())
+    shutil.rmtree(tmp_path / "run" / "10")
+    with Checkpointer(tmp_path / "run", "run", config) as tiers:
+        found, _ = tiers.find()
+        (tmp_path / "run" / ".fetched").write_text("in the way")
+        with pytest.raises(MaxlmError, match="cannot write"):
+            tiers.restore_newest(found, abstract(here))
+
+
 LEAVES = """
 import sys, time
 from pathlib import Path

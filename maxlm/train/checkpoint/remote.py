@@ -21,6 +21,7 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
+from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.storage import (
     join_place,
     make_kvstore_spec,
@@ -150,8 +151,10 @@ class RemoteTier:
 
         def copy_back() -> None:
             for name in json.loads(read_file(place, _COMPLETE)):
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                (to / name).write_bytes(read_file(place, name))
+                value = read_file(place, name)
+                with convert_write_errors(to):  # a full disk makes no copy unreadable
+                    (to / name).parent.mkdir(parents=True, exist_ok=True)
+                    (to / name).write_bytes(value)
 
         shutil.rmtree(to.parent, ignore_errors=True)
         with_retries(place, copy_back)
