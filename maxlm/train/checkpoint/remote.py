@@ -22,13 +22,7 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.storage import (
-    join_place,
-    make_kvstore_spec,
-    read_failure_hint,
-    read_file,
-    to_place,
-)
+from maxlm.runtime.storage import join_place, make_kvstore_spec, read_failure_hint, to_place
 from maxlm.train.checkpoint.reading import (
     PyTree,
     describe_error,
@@ -131,7 +125,7 @@ class RemoteTier:
         place = join_place(self._place, str(step))
 
         def read() -> dict[str, Any]:
-            return parse_metadata(read_file(place, "metadata/metadata"))
+            return parse_metadata(self._read(step, "metadata/metadata"))
 
         return self._run_on_process_0(lambda: with_retries(place, read))
 
@@ -150,14 +144,18 @@ class RemoteTier:
         place = join_place(self._place, str(step))
 
         def copy_back() -> None:
-            for name in json.loads(read_file(place, _COMPLETE)):
-                value = read_file(place, name)
+            for name in json.loads(self._read(step, _COMPLETE)):
+                value = self._read(step, name)
                 with convert_write_errors(to):  # a full disk makes no copy unreadable
                     (to / name).parent.mkdir(parents=True, exist_ok=True)
                     (to / name).write_bytes(value)
 
         shutil.rmtree(to.parent, ignore_errors=True)
         with_retries(place, copy_back)
+
+    def _read(self, step: int, name: str) -> bytes:
+        """Returns a file of a copy, empty if it is missing; patient with the store."""
+        return self._store.read(f"{step}/{name}").result().value
 
     def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
         """Ignores damaged copies, which may be readable another day, and deletes others."""
