@@ -18,6 +18,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.encoding import clean, decode
+from maxlm.corpus.stage import check_packages
 from maxlm.data.documents.config import FilesConfig
 
 Count = Callable[[str], None]
@@ -97,6 +98,7 @@ def _read_records(
     file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
 ) -> Iterator[RawDocument]:
     """Yields the documents; starts again at the next possible place when a record is broken."""
+    check_packages(("fastwarc",), "reading a WARC")
     from fastwarc.warc import ArchiveIterator
 
     # What a record begins with; told by the file's name where its beginning is damaged.

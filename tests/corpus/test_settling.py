@@ -158,6 +158,18 @@ def test_other_rules_settle_anew_without_a_pass(tmp_path):
     assert list(reading)  # Adding a stage leaves a reader its labels.
 
 
+def test_one_of_very_many_copies_stays_where_rules_drop_the_best(tmp_path):
+    text = prose(random.Random(0), 30)
+    texts = [
+        text if i % 2 else text.upper() for i in range(200)
+    ]  # More than are compared by pairs.
+    sites = ["bad"] * 60 + ["good"] * 140
+    rows = [{"id": f"d{i}", "text": t, "url": sites[i]} for i, t in enumerate(texts)]
+    keep = {"site": KEEP["site"], "unique": "not near.duplicate"}
+    changes = {"stages": [NEAR | {"keep_by": None}], "keep": keep, "cut": []}
+    assert [*read(make(tmp_path, rows, **changes))] == ["d60"]
+
+
 @pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
 def test_neither_order_nor_copies_that_all_fail_cost_rounds(tmp_path, monkeypatch, last):
     """No copy is kept of a page that is a passage of another document; one is of other pages."""

@@ -62,26 +62,31 @@ def resolve_duplicates(
 
     nodes = np.unique(np.concatenate([alike.low, alike.high, alike.best]))
     ends = np.searchsorted(nodes, [alike.low, alike.high]).reshape(2, -1)
-    graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
-    component = connected_components(graph, directed=False)[1] if len(nodes) else nodes
-    # Copies are one node, of which the best that may be kept stands for all.
+
+    def connect(ends: np.ndarray) -> np.ndarray:
+        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
+        return connected_components(graph, directed=False)[1] if len(nodes) else nodes
+
     member = np.concatenate([nodes, alike.copy])
-    node = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, alike.best)])
+    place = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, alike.best)])
+    component = connect(ends)[place]
+    # Copies (what is wholly alike carries over) are one node: the best that may be kept of them.
+    is_copy = alike.jaccard == 1
+    text = connect(ends[:, is_copy])
+    node, ends, jaccard = text[place], text[ends[:, ~is_copy]], alike.jaccard[~is_copy]
     rank = rank_of(member)
     may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
     order = np.lexsort((member, -rank, ~may, node))
     first = order[mark_run_starts(node[order])]
     stands, rank, may = member[first], rank[first], may[first]
-    both, jaccard = slice(None), alike.jaccard
-    if may_keep is not None:
-        both = may[ends].all(0)
-    neighbours = _neighbours(ends[:, both], jaccard[both], len(nodes))
+    both = may[ends].all(0)
+    neighbours = _neighbours(ends[:, both], jaccard[both], len(first))
     of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
 
     sort = np.argsort(member)
-    member, node = member[sort], node[sort]
+    member, node, component = member[sort], node[sort], component[sort]
     copy = may[node] & (of[node] < 0) & (member != stands[node])
-    cluster, size = _number(component[node])
+    cluster, size = _number(component)
     return DuplicateMarks(
         member=member,
         of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),

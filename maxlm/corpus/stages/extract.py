@@ -45,8 +45,9 @@ class ExtractStage(LabelStage):
 
     def schema(self) -> pa.Schema:
         # Strings that are no categories are large: they are not counted by value.
-        large = [(name, pa.large_string()) for name in ("text", "title", "date", "language_hint")]
-        return pa.schema([*large, *((n, pa.string()) for n in ("encoding", "status", "mode"))])
+        large = [(name, pa.large_string()) for name in ("text", "title", "date")]
+        small = ("language_hint", "encoding", "status", "mode")
+        return pa.schema([*large, *((name, pa.string()) for name in small)])
 
     def packages(self) -> tuple[str, ...]:
         return (

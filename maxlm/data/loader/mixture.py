@@ -172,6 +172,9 @@ def _check(names: Sequence[str], phases: Sequence[tuple[int, Weights]]) -> None:
             what = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
             fix = "give a weight above 0, or leave the store out"
             raise MaxlmError(what, where="weights", fix=fix)
+    if not any(phases[0][1].values()):
+        what, fix = "all weights are 0 at the beginning", "give a store a weight above 0"
+        raise MaxlmError(what, where="weights", fix=fix)
 
 
 def _tree(weights: Weights) -> _Split | int:

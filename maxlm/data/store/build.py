@@ -85,7 +85,8 @@ def build_store(
     with WorkerPool(workers or count_workers()) as pool:
         if join:
             with lock_folder(building, shared=True, wait=True):
-                _make_parts(plan, building, pool, progress)
+                if not _check_replaceable(out, plan.manifest, force):  # Finished while we waited.
+                    _make_parts(plan, building, pool, progress)
         with lock_folder(building, wait=join):
             replaced = building / "replaced"
             if replaced.exists() and not out.exists():  # A kill came between the renames below.
@@ -96,6 +97,7 @@ def build_store(
                 with convert_write_errors(building):
                     write_manifest(building / "store", manifest)
                     if out.exists():
+                        shutil.rmtree(replaced, ignore_errors=True)  # Of a build killed at its end.
                         os.rename(out, replaced)
                     os.rename(building / "store", out)
             shutil.rmtree(building, ignore_errors=True)

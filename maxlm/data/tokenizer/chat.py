@@ -85,7 +85,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     """
     settings["messages"] = list(_checked(messages))
     text = _as_json(settings)
-    mark = next(m for m in _MARKS if m not in text and _escaped(m) not in text)
+    mark = next((m for m in _MARKS if m not in text and _escaped(m) not in text), None)
+    if mark is None:
+        what = "the messages hold every noncharacter from U+FDD0 to U+FDEF"
+        raise MaxlmError(what, where="messages", fix="remove one of them")
     literals = list(tokenizer.special.ids)
     beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
     longest = max(map(len, beginnings), default=0)

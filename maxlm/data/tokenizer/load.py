@@ -28,12 +28,7 @@ _CONVERT = (
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """Load the tokenizer saved in ``folder``.
-
-    Raises:
-        MaxlmError: the folder or one of its files is missing, unreadable or damaged, or the files
-            do not belong together.
-    """
+    """Load the tokenizer saved in ``folder``."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "no such folder" if not folder.exists() else "not a folder"

@@ -145,8 +145,11 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens(literals)
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=f"{config.bos} $A {config.eos}",
-        special_tokens=[(name, vocab[name]) for name in {config.bos, config.eos}],
+        single="bos $A eos",  # Not their literals, in which it would read ":" and "$" as its signs.
+        special_tokens=[
+            {"id": role, "ids": [vocab[literal]], "tokens": [literal]}
+            for role, literal in (("bos", config.bos), ("eos", config.eos))
+        ],
     )
     return tokenizer.to_str().encode(), literals
 

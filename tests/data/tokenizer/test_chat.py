@@ -174,6 +174,8 @@ def test_what_is_no_conversation(make_config, texts, messages):
     for call in (render_chat, encode_chat):
         with pytest.raises(MaxlmError, match=r"^messages: "):
             call(ours, messages)
+    with pytest.raises(MaxlmError, match=r"^messages: .* every noncharacter from U\+FDD0"):
+        encode_chat(ours, [{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
 
 
 @pytest.mark.parametrize("content", ["a\ud800b", "a\ud800<|im_end|>b"])

@@ -76,6 +76,12 @@ def test_ids_are_the_librarys_and_special_tokens_stay_out_of_text(trained, texts
     assert loaded.special_tokens == {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3}
 
 
+def test_other_tools_put_any_literals_around_a_text(texts, tmp_path):
+    train_tokenizer(config(bos="$A", eos="end:1"), texts).save(tmp_path)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("the").tokens == ["$A", "the", "end:1"]
+
+
 def test_case_and_accents(texts):
     lower = train_tokenizer(config(lowercase=True, vocab_size=300), texts)
     assert lower.encode("THÉ") == lower.encode("the")
