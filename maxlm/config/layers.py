@@ -78,7 +78,7 @@ def _read_layers(path: Path, trail: tuple[Path, ...]) -> list[Setting]:
     layers = []
     for item in include.value if isinstance(include.value, list) else [include]:
         if not isinstance(item.value, str):
-            what = f"include must be a path or a list of paths, not {format_value(item.value)}"
+            what = f"include must be a path or a list of paths, not {format_value(item.to_plain())}"
             raise MaxlmError(what, where=str(item.origin))
         target = _find_included(path, item)
         if target.resolve() in [earlier.resolve() for earlier in trail]:
