@@ -20,7 +20,7 @@ class StepShape:
     remat: RematPolicy
     ragged: bool = True
     """Whether the devices exchange as many rows as there are; otherwise blocks for the worst case
-    (``parallel/experts.py: ragged_exchange``)."""
+    (``parallel/dispatch.py: DroplessDispatch``)."""
     fused_attention: bool = False
     """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``), but of
     attention with learnt biases."""

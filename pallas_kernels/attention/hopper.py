@@ -43,9 +43,7 @@ class HopperBlockSizes(NamedTuple):
 
 
 def _checked(sizes: HopperBlockSizes) -> HopperBlockSizes:
-    """Raises:
-    ValueError: blocks that warpgroups cannot multiply.
-    """
+    """Refuses blocks that warpgroups cannot multiply."""
     for blocks in sizes:
         if not isinstance(blocks, triton.TritonBlockSizes):
             *rows, stages = blocks

@@ -43,9 +43,7 @@ class TritonBlockSizes(NamedTuple):
 
 
 def _checked(sizes: TritonBlockSizes) -> TritonBlockSizes:
-    """Raises:
-    ValueError: blocks that Triton has not.
-    """
+    """Refuses blocks that Triton has not."""
     for q, k, warps, stages in sizes:
         powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not powers or min(q, k) < 16 or stages < 1:

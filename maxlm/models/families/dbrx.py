@@ -55,9 +55,8 @@ DBRX = ModelFamily(
         "ffn_config.moe_top_k": fields.map_size("moe.experts_per_token"),
         "ffn_config.moe_normalize_expert_weights": fields.require_value(1.0, 1, written=True),
         "ffn_config.moe_loss_weight": fields.map_balance_loss(0.01, "moe_top_k"),
-        "ffn_config.moe_jitter_eps": fields.require_value(
-            None, 0, 0.01
-        ),  # noise, in training alone
+        # Noise, in training alone.
+        "ffn_config.moe_jitter_eps": fields.require_value(None, 0, 0.01),
         "ffn_config.uniform_expert_assignment": fields.require_value(False),
         "tie_word_embeddings": fields.require_value(False, ours="tie_embeddings"),
     },
