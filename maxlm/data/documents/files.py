@@ -61,15 +61,16 @@ class DocumentFormat:
 _FILES = "maxlm.data.documents.reader:FILE_READER"
 _CRAWL = "maxlm.corpus.reader:CRAWL_READER"
 _CORPUS = "maxlm.corpus.reader:CORPUS_READER"
+_PACKAGES = ("pyarrow", "regex")
 FORMATS: dict[str, DocumentFormat] = {
     each.name: each
     for each in (
         DocumentFormat("text", _FILES),
         DocumentFormat("jsonl", _FILES, suffixes=(".jsonl", ".ndjson")),
         DocumentFormat("parquet", _FILES, suffixes=(".parquet",)),
-        DocumentFormat("warc", _CRAWL, suffixes=(".warc", ".wet"), packages=("pyarrow",)),
+        DocumentFormat("warc", _CRAWL, suffixes=(".warc", ".wet"), packages=_PACKAGES),
         DocumentFormat(
-            "corpus", _CORPUS, folder_entries=("corpus.json", "documents"), packages=("pyarrow",)
+            "corpus", _CORPUS, folder_entries=("corpus.json", "documents"), packages=_PACKAGES
         ),
     )
 }
