@@ -28,7 +28,7 @@ from maxlm.plan.network import Network
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import Efficiency, estimate_time
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
@@ -175,7 +175,7 @@ def _prepared(row: Row) -> Any:
     )
     work = RunWorkload.of(config, jnp.bfloat16)
     counted = count_training_flops(work)
-    split = MeshSplit(config, {a: sizes[a] for a in MESH_AXES})
+    split = MeshPartitioning(config, {a: sizes[a] for a in MESH_AXES})
     shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)
     network = Network(machine, CHIPS[machine.kind])
     _CACHE[row.name] = shape, network, counted.full, counted.causal

@@ -26,7 +26,7 @@ from maxlm.corpus.recipe import (
     resolve_rules,
 )
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
-from maxlm.runtime.files import strip_digest
+from maxlm.runtime.files import verify_json_digest
 
 _AGAIN = "run maxlm corpus run with its recipe again"
 
@@ -40,7 +40,7 @@ def read_recipe(folder: Path) -> RecipeConfig:
     """The recipe that a corpus was made by."""
     try:
         return RecipeConfig.model_validate_json(
-            strip_digest(get_recipe_path(folder).read_text("utf-8"))
+            verify_json_digest(get_recipe_path(folder).read_text("utf-8"))
         )
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
@@ -82,7 +82,7 @@ class OpenCorpus:
         """Reads the manifest of a stage's folder."""
         path = get_manifest_path(self.folder / title)
         try:
-            return json.loads(strip_digest(path.read_text("utf-8")))
+            return json.loads(verify_json_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
             what = f"the stage {title} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error

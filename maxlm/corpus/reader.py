@@ -88,7 +88,7 @@ class CorpusReader:
         )
 
 
-class CrawlReader:
+class UnsupportedCrawlReader:
     """Refuses crawls: their pages are texts only after a corpus is made of them."""
 
     def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
@@ -97,7 +97,7 @@ class CrawlReader:
         raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
 
 
-CORPUS_READER, CRAWL_READER = CorpusReader(), CrawlReader()
+CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
 
 
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:

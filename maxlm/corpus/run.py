@@ -23,7 +23,7 @@ from maxlm.runtime.files import (
     hash_file,
     lock_folder,
     replace_file,
-    strip_digest,
+    verify_json_digest,
     write_json,
 )
 from maxlm.runtime.pool import Executor, count_workers, open_executor
@@ -98,7 +98,7 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = get_manifest_path(home)
     try:
-        manifest = json.loads(strip_digest(path.read_text("utf-8")))
+        manifest = json.loads(verify_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
     except (OSError, ValueError, KeyError, TypeError):

@@ -46,7 +46,7 @@ class JobRunner:
         title = self._title if step is None else f"{self._title}: {step}"
         results, total = [], len(jobs) + num_done
         self._progress(title, num_done, total)
-        for result in self._engine.map(function, jobs):
+        for result in self._engine.map_unordered(function, jobs):
             results.append(result)
             self._progress(title, num_done + len(results), total)
         return results

@@ -15,7 +15,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.models.placement import PlacedModel, TrainingShape, place_model, require_trainable
 from maxlm.parallel.pipeline import bubble_ratio
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import MESH_AXES, Placement
 from maxlm.tasks import FrozenModelSource
@@ -121,7 +121,7 @@ def lay_out_run(
 ) -> RunLayout:
     """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""
     placed = place_run(config, sizes, jnp.float32)
-    work, split = RunWorkload.of(config, jnp.float32), MeshSplit(config, sizes)
+    work, split = RunWorkload.of(config, jnp.float32), MeshPartitioning(config, sizes)
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
     rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)

@@ -21,7 +21,7 @@ import numpy as np
 
 from maxlm.plan.hardware import CHIPS, Chip
 from maxlm.plan.topology import Topology
-from maxlm.plan.workload import MeshSplit, Number
+from maxlm.plan.workload import MeshPartitioning, Number
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES, arrange_devices
 
@@ -55,7 +55,7 @@ class PlannedCollective:
     """Whether computation needs it at once: activations do; weights are gathered, and their
     gradients scattered, beside other layers' work."""
 
-    def sent(self, split: MeshSplit) -> Number:
+    def sent(self, split: MeshPartitioning) -> Number:
         """Bytes that a device sends in a step."""
         return self.count * sent_bytes(self.kind, split.ways(self.axes), self.whole_bytes)
 
@@ -67,14 +67,16 @@ class Network:
     topology: Topology
     chip: Chip
 
-    def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit) -> Number:
+    def seconds(
+        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshPartitioning
+    ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see :func:`sent_bytes` for
         ``whole``."""
         ways, inner = split.ways(axes), self._inner(axes, split)
         run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
         return run(kind, whole, ways, inner)
 
-    def link(self, axes: tuple[str, ...], split: MeshSplit) -> str:
+    def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""
         ways, inner = split.ways(axes), self._inner(axes, split)
         if self.topology.platform == "cpu":
@@ -83,7 +85,7 @@ class Network:
         used = [near] if inner > 1 else []
         return " + ".join(used + ([far] if ways > inner else []))
 
-    def _inner(self, axes: tuple[str, ...], split: MeshSplit) -> Number:
+    def _inner(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
         """Devices of a group within one slice, or within one host."""
         if self.topology.platform != "gpu":
             return split.ways(axes) / self._across(axes, split)
@@ -95,7 +97,7 @@ class Network:
             stride = stride * split.sizes[axis]
         return inner
 
-    def _across(self, axes: tuple[str, ...], split: MeshSplit) -> Number:
+    def _across(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
         """Slices that a group spans."""
         slices = self.topology.slices
         if slices == 1:

@@ -19,7 +19,7 @@ from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimens
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
-from maxlm.plan.workload import FP32, MeshSplit, Number, RunWorkload
+from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, split_over_slices
@@ -215,7 +215,7 @@ def plan_run(
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
     if links is None and machine:
-        links = _links(machine, MeshSplit(config, sizes))
+        links = _links(machine, MeshPartitioning(config, sizes))
     layout = lay_out_run(config, sizes, links)
     work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
@@ -239,7 +239,7 @@ def make_step_shape(
 ) -> StepShape:
     """A run on a mesh, or on many, as its machine's kernels and collectives take it."""
     return StepShape(
-        *(work, MeshSplit(work.config, sizes), micro, remat),
+        *(work, MeshPartitioning(work.config, sizes), micro, remat),
         ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),
         fused_attention=machine is not None and machine.topology.platform in ("tpu", "gpu"),
     )
@@ -260,7 +260,7 @@ def estimate_costs(
     return held, sends, time
 
 
-def _links(network: Network, split: MeshSplit) -> dict[str, str]:
+def _links(network: Network, split: MeshPartitioning) -> dict[str, str]:
     """Returns the link that each mesh axis runs over, on a TPU with the dimensions of the torus."""
     links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
     if network.topology.platform == "tpu":
@@ -269,7 +269,7 @@ def _links(network: Network, split: MeshSplit) -> dict[str, str]:
     return links
 
 
-def _cost(c: PlannedCollective, split: MeshSplit, network: Network | None) -> CollectiveCost:
+def _cost(c: PlannedCollective, split: MeshPartitioning, network: Network | None) -> CollectiveCost:
     axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
     seconds = None
     if network:

@@ -21,7 +21,7 @@ from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.layout import require_run_fits
 from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
@@ -174,7 +174,7 @@ def _find_divisible(
     work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
     """Which candidates meet every check of a run, and divide its parameters."""
-    config, split = work.config, MeshSplit(work.config, sizes)
+    config, split = work.config, MeshPartitioning(work.config, sizes)
     good = filter_candidates(require_run_fits(config, sizes, micro))
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.stacks import Kernel, MatmulGroup
-from maxlm.plan.workload import MeshSplit, Number, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, Number, RunWorkload
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class StepShape:
     """A run on a mesh, or on many."""
 
     work: RunWorkload
-    split: MeshSplit
+    split: MeshPartitioning
     micro: Number
     """Micro-batches."""
     remat: RematPolicy

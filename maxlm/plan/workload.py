@@ -197,7 +197,7 @@ class HeadSizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MeshSplit:
+class MeshPartitioning:
     """How many ways a mesh, or each of many, splits what axis rules name."""
 
     config: RunConfig

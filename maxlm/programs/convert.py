@@ -233,7 +233,7 @@ def _with_tokenizer(
         "task": task.model_dump(),
     }
     found = RunConfig.model_validate(values)
-    if tokenizer.vocab_size + task.num_free_ids > config.model.vocab_size:
+    if tokenizer.vocab_size + task.num_unused_ids > config.model.vocab_size:
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         return found, [
             f"to train it, name ids for task.kind={task.kind} in {names}: the tokenizer has none, "

@@ -19,7 +19,7 @@ from maxlm.programs.run_folder import (
     describe_run,
     get_process_start,
     lock_run_folder,
-    record_stop,
+    record_stop_on_error,
     run_folder_path,
 )
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
@@ -124,7 +124,7 @@ def open_run(
         device_kind=jax.devices()[0].device_kind,
         skipped=[[each.step, each.why] for each in position.skipped],
     )
-    stack.enter_context(record_stop(signals, log, step))
+    stack.enter_context(record_stop_on_error(signals, log, step))
     watchdog.event = log.event
     checkpointer.catch_up()
     return OpenRun(

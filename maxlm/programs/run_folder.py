@@ -123,7 +123,7 @@ def describe_run(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) 
 
 
 @contextmanager
-def record_stop(signals: SignalHandler, log: MetricsLog, step: int) -> Iterator[None]:
+def record_stop_on_error(signals: SignalHandler, log: MetricsLog, step: int) -> Iterator[None]:
     """Writes a ``stop`` event for an error that ends the block, unless there is one already."""
     try:
         yield

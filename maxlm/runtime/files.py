@@ -60,7 +60,7 @@ def write_json(path: Path, text: str) -> None:
         new.write_text(f'{text}{_DIGEST}{digest}"\n}}\n', "utf-8")
 
 
-def strip_digest(text: str) -> str:
+def verify_json_digest(text: str) -> str:
     """Return the JSON that `write_json` was given; JSON that something else wrote as it is. Raises
     ValueError if the text has changed since it was written."""
     text, found, rest = text.rpartition(_DIGEST)

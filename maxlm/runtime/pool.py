@@ -29,7 +29,9 @@ ExecutorName = Literal["local", "ray"]
 class Executor(Protocol):
     """Runs functions over jobs."""
 
-    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+    def map_unordered(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[Result]:
         """Yield `function(job)` for each job, in order of completion."""
         ...
 
@@ -61,8 +63,10 @@ class WorkerPool:
     def __exit__(self, kind, value, trace) -> None:
         self._stop()
 
-    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-        """As `Executor.map`. A worker receives the function once, so what a callable object keeps
+    def map_unordered(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[Result]:
+        """As `Executor`'s. A worker receives the function once, so what a callable object keeps
         in itself (an open model) is there for all the jobs that this worker does, and gone with the
         next function."""
         # What does one job is left to a worker that has imported its modules, if there is one.
@@ -145,8 +149,10 @@ class RayExecutor:
         if self._started:
             ray.shutdown()
 
-    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-        """As `Executor.map`. Ray runs a task again whose worker or node died, which does no harm:
+    def map_unordered(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[Result]:
+        """As `Executor`'s. Ray runs a task again whose worker or node died, which does no harm:
         jobs write files that appear when complete."""
         import ray
         from ray import exceptions

@@ -77,7 +77,7 @@ class DenoisingTask(TextTask):
         return {"first_sentinel": self.first_sentinel}
 
     @property
-    def num_free_ids(self) -> int:
+    def num_unused_ids(self) -> int:
         return self.sentinels if self.first_sentinel is None else 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:

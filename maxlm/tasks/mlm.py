@@ -43,7 +43,7 @@ class MlmTask(TextTask):
         return {"mask_id": self.mask_id}
 
     @property
-    def num_free_ids(self) -> int:
+    def num_unused_ids(self) -> int:
         return int(self.mask_id is None)
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:

@@ -123,7 +123,7 @@ class Task(Config):
         return {}
 
     @property
-    def num_free_ids(self) -> int:
+    def num_unused_ids(self) -> int:
         """Ids of the model's table that the tokenizer must leave free."""
         return 0
 
@@ -159,7 +159,7 @@ class Task(Config):
     def check_vocab_size(self, tokenizer_ids: int, table_rows: int) -> None:
         """Checks that every id of the tokenizer has a row in the model's table, and that there are
         as many more as the task reserves; raises MaxlmError naming both sizes."""
-        free = self.num_free_ids
+        free = self.num_unused_ids
         if (least := tokenizer_ids + free) > table_rows:
             reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
             other = "name ids of the tokenizer's own in the task"

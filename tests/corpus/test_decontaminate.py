@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stages.decontaminate import DecontaminateStage, ItemCount, count_items
+from maxlm.corpus.stages.decontaminate import (
+    DecontaminateStage,
+    ItemCount,
+    count_contaminated_documents,
+)
 from maxlm.data.documents.config import SourceConfig
 from tests.corpus.corpora import labels, make_corpus, run_stage
 
@@ -67,7 +71,7 @@ def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -
         else:
             assert label["set"] is label["item"] is None
     assert 5 < contaminated < 40
-    counts = count_items(stage, made)
+    counts = count_contaminated_documents(stage, made)
     assert sum(each.documents for each in counts) == contaminated
     assert counts == sorted(counts, key=lambda each: -each.documents)
 
@@ -102,7 +106,7 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
         run_stage(stage, made, tmp_path / "scratch")
         assert labels(made, stage)["contaminated"].to_pylist() == expected
     item = f"{tmp_path}/q.jsonl"
-    assert ItemCount("q", f"{item}:4", 1, 1.0) in count_items(stage, made)
+    assert ItemCount("q", f"{item}:4", 1, 1.0) in count_contaminated_documents(stage, made)
 
 
 def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:

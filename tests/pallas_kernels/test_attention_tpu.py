@@ -57,7 +57,7 @@ DRAWN = cases(
 )
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(DRAWN, st.sampled_from(BLOCKS))
 def test_every_kind_equals_the_reference(case, blocks):
     check_tpu(case, blocks)

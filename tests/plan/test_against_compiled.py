@@ -13,7 +13,7 @@ from maxlm.plan.compiled.cost import read_compiled_cost, read_compiled_memory
 from maxlm.plan.memory import estimate_memory, resting_bytes
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.programs.compile import make_abstract_batch
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
@@ -68,7 +68,7 @@ def compiled(config: RunConfig):
     sizes = dict(setup.mesh.shape)
     work = RunWorkload.of(config, jnp.float32)
     shape = StepShape(
-        *(work, MeshSplit(config, sizes), config.train.micro_batches, config.model.remat),
+        *(work, MeshPartitioning(config, sizes), config.train.micro_batches, config.model.remat),
         ragged=False,
     )
     return shape, read_compiled_cost(program.as_text(), sizes), read_compiled_memory(program)

@@ -11,7 +11,7 @@ from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops, count_scores, score_traffic
 from maxlm.plan.working import list_layer_working_sets
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
@@ -69,7 +69,7 @@ def work(name: str, **changes) -> RunWorkload:
 
 
 def device_flops(own: RunWorkload):
-    return count_device_flops(StepShape(own, MeshSplit(own.config, ALONE), 1, "full"))
+    return count_device_flops(StepShape(own, MeshPartitioning(own.config, ALONE), 1, "full"))
 
 
 def test_layers_over_the_last_pattern_count_like_others():
@@ -104,7 +104,7 @@ def test_no_kernel_adds_learnt_biases():
 
     def on_tpu(kind: str) -> StepShape:
         own = work("encoder_decoder", positions={"kind": kind})
-        return StepShape(own, MeshSplit(own.config, ALONE), 1, "full", fused_attention=True)
+        return StepShape(own, MeshPartitioning(own.config, ALONE), 1, "full", fused_attention=True)
 
     plain, biased = on_tpu("rope"), on_tpu("relative")
     assert (

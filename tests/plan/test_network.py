@@ -9,7 +9,7 @@ from maxlm.config import load_config
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import MeshSplit
+from maxlm.plan.workload import MeshPartitioning
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
@@ -21,8 +21,8 @@ def network(name: str) -> Network:
     return Network(topology, CHIPS[topology.kind])
 
 
-def split(**sizes: int) -> MeshSplit:
-    return MeshSplit(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
+def split(**sizes: int) -> MeshPartitioning:
+    return MeshPartitioning(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
 
 
 def test_a_whole_torus_uses_all_its_links():
@@ -88,7 +88,9 @@ def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
     meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]
     names = ("data", "fsdp", "context", "tensor")
     each = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
-    every = MeshSplit(CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES})
+    every = MeshPartitioning(
+        CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES}
+    )
     own = network(name)
     together = np.broadcast_to(own.seconds(kind, axes, 1e9, every), len(meshes))
     alone = [float(own.seconds(kind, axes, 1e9, one)) for one in each]

@@ -17,25 +17,33 @@ from maxlm.runtime.pool import RayExecutor, WorkerPool, open_executor
 
 def test_results_errors_and_several_maps():
     with WorkerPool(2) as pool:
-        assert sorted(pool.map(math.factorial, [3, 4, 5, 6, 7])) == [6, 24, 120, 720, 5040]
+        assert sorted(pool.map_unordered(math.factorial, [3, 4, 5, 6, 7])) == [
+            6,
+            24,
+            120,
+            720,
+            5040,
+        ]
         with pytest.raises(ValueError, match=r"math domain error|nonnegative") as caught:
-            list(pool.map(math.sqrt, [1.0, -1.0]))
+            list(pool.map_unordered(math.sqrt, [1.0, -1.0]))
         assert "in _call" in str(caught.value.__cause__)  # where, in the worker
         # Answers of the failed map that were still on their way are not taken for these.
-        assert sorted(pool.map(abs, [-8, -9, -10])) == [8, 9, 10]
+        assert sorted(pool.map_unordered(abs, [-8, -9, -10])) == [8, 9, 10]
         with pytest.raises(TypeError, match="cannot pickle"):
-            list(pool.map(open, [os.devnull] * 2))
-        assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
+            list(pool.map_unordered(open, [os.devnull] * 2))
+        assert sorted(pool.map_unordered(abs, [-1, -2])) == [1, 2]
 
 
 def test_workers_have_single_threaded_tokenizers_and_other_pids():
     before = dict(os.environ)
     with WorkerPool(2) as pool:
-        assert list(pool.map(operator.call, [os.getpid])) == [os.getpid()]  # one job needs none
-        env = list(pool.map(os.getenv, ["TOKENIZERS_PARALLELISM"] * 2))
-        pids = set(pool.map(operator.call, [os.getpid] * 8))
-        assert set(pool.map(operator.call, [os.getpid])) <= pids  # who is there already
-        assert list(pool.map(abs, [])) == []
+        assert list(pool.map_unordered(operator.call, [os.getpid])) == [
+            os.getpid()
+        ]  # one job needs none
+        env = list(pool.map_unordered(os.getenv, ["TOKENIZERS_PARALLELISM"] * 2))
+        pids = set(pool.map_unordered(operator.call, [os.getpid] * 8))
+        assert set(pool.map_unordered(operator.call, [os.getpid])) <= pids  # who is there already
+        assert list(pool.map_unordered(abs, [])) == []
     assert env == ["false", "false"]
     assert os.getpid() not in pids
     assert os.environ == before
@@ -56,7 +64,7 @@ class Counts:
 def test_a_function_keeps_what_it_has_for_all_jobs_of_a_worker_in_one_map(workers):
     with WorkerPool(workers) as pool:
         for _ in range(2):
-            results = list(pool.map(Counts(), range(9)))
+            results = list(pool.map_unordered(Counts(), range(9)))
             for pid in {pid for pid, _ in results}:
                 here = [done for each, done in results if each == pid]
                 assert sorted(here) == list(range(1, len(here) + 1))
@@ -64,7 +72,7 @@ def test_a_function_keeps_what_it_has_for_all_jobs_of_a_worker_in_one_map(worker
 
 def test_a_dead_worker_is_an_error():
     with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
-        list(pool.map(os._exit, [1, 1]))
+        list(pool.map_unordered(os._exit, [1, 1]))
     assert str(caught.value) == (
         "a worker process died, most likely for want of memory; run it again with fewer workers; "
         "a script of your own must start under if __name__ == '__main__'"
@@ -79,11 +87,11 @@ def test_notices_are_left_to_the_parent():
         "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
         "        signal.signal(number, lambda *_: print('told', flush=True))\n"
         "    with WorkerPool(2) as pool:\n"
-        "        print(*pool.map(abs, [1, 2]), flush=True)\n"
+        "        print(*pool.map_unordered(abs, [1, 2]), flush=True)\n"
         "        sys.stdin.readline()\n"
-        "        print(*pool.map(abs, [3, 4]), flush=True)\n"
+        "        print(*pool.map_unordered(abs, [3, 4]), flush=True)\n"
         "    with WorkerPool(2) as pool:\n"
-        "        print(*pool.map(abs, [5, 6]), flush=True)\n"
+        "        print(*pool.map_unordered(abs, [5, 6]), flush=True)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -107,9 +115,9 @@ def test_workers_end_when_their_parent_is_killed():
         "from maxlm.runtime.pool import WorkerPool\n"
         "if __name__ == '__main__':\n"
         "    with WorkerPool(2) as pool:\n"
-        "        list(pool.map(abs, [1, 2]))\n"
+        "        list(pool.map_unordered(abs, [1, 2]))\n"
         "        print('ready', flush=True)\n"
-        "        list(pool.map(time.sleep, [100, 100]))\n"
+        "        list(pool.map_unordered(time.sleep, [100, 100]))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -145,8 +153,8 @@ def test_ray_s_results_come_from_other_processes():
     import ray
 
     with open_executor("ray", None) as engine:
-        assert list(engine.map(square, [])) == []
-        results = list(engine.map(square, range(40)))
+        assert list(engine.map_unordered(square, [])) == []
+        results = list(engine.map_unordered(square, range(40)))
     assert sorted(value for value, _ in results) == [x * x for x in range(40)]
     assert os.getpid() not in {pid for _, pid in results}
     assert ray.is_initialized()  # a cluster that was there stays
@@ -155,11 +163,11 @@ def test_ray_s_results_come_from_other_processes():
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_s_errors_arrive_as_they_are():
     with RayExecutor(1) as engine, pytest.raises(MaxlmError) as error:
-        list(engine.map(refuse, ["way"]))
+        list(engine.map_unordered(refuse, ["way"]))
     assert (error.value.what, error.value.where, error.value.fix) == ("no way", "here", "give less")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_of_ray_s_that_dies_is_replaced(tmp_path):
     with RayExecutor() as engine:
-        assert list(engine.map(die_once, [str(tmp_path / "marker")])) == ["lived"]
+        assert list(engine.map_unordered(die_once, [str(tmp_path / "marker")])) == ["lived"]

@@ -13,7 +13,7 @@ from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import Rules
 from maxlm.corpus.report.summary import Summary
 from maxlm.corpus.shards import DOCUMENTS
-from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_items
+from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_contaminated_documents
 from maxlm.runtime.files import replace_file
 
 _BINS = 48
@@ -37,7 +37,7 @@ def write_report(
         item
         for stage in stages
         if isinstance(stage, DecontaminateStage)
-        for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
+        for item in count_contaminated_documents(stage, corpus.shards)[:_MOST_ITEMS]
     ]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,

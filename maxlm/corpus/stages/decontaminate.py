@@ -262,7 +262,9 @@ class ItemCount:
     overlap: float
 
 
-def count_items(stage: DecontaminateStage, shards: Sequence[StageShardView]) -> list[ItemCount]:
+def count_contaminated_documents(
+    stage: DecontaminateStage, shards: Sequence[StageShardView]
+) -> list[ItemCount]:
     """Counts the items of evaluation sets that have contaminated documents, most first.
 
     A document counts for the item it has most of.

@@ -215,7 +215,7 @@ def _make_parts(
             parts[job.index] = part
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
-    for part in pool.map(make_part, [job for job in jobs if job.index not in parts]):
+    for part in pool.map_unordered(make_part, [job for job in jobs if job.index not in parts]):
         if part is not None:
             parts[part.index] = part
             done += sizes[part.index]
@@ -284,7 +284,7 @@ def assemble(
     create_array(store, "tokens", total, dtype)
     done, digests = 0, {}
     jobs = _shard_jobs(store, parts_folder, parts, begins, dtype)
-    for job, digest in pool.map(_write_shard, jobs):
+    for job, digest in pool.map_unordered(_write_shard, jobs):
         digests[job.start] = digest
         done += job.stop - job.start
         progress(done, total)

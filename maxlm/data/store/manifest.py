@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.documents.config import BadBytes
-from maxlm.runtime.files import strip_digest, write_json
+from maxlm.runtime.files import verify_json_digest, write_json
 from maxlm.runtime.storage import Place, join_place, read_failure_hint, read_file
 
 FORMAT_VERSION = 1
@@ -170,7 +170,7 @@ def read_manifest(folder: Place) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
-        manifest = Manifest.model_validate_json(strip_digest(text))
+        manifest = Manifest.model_validate_json(verify_json_digest(text))
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):

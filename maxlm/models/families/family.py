@@ -95,7 +95,7 @@ class ModelFamily:
         reader = ConfigReader(values, where, frozenset(tensors))
         try:
             settings = self._read_settings(reader)
-            return settings, reader.finish(*self.inert)
+            return settings, reader.check_all_read(*self.inert)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
             raise MaxlmError(

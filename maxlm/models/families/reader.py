@@ -140,7 +140,7 @@ class ConfigReader:
     def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
         return MaxlmError(f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT)
 
-    def finish(self, *ignored: str) -> list[str]:
+    def check_all_read(self, *ignored: str) -> list[str]:
         """Checks that every value was read, but for null and ``ignored`` names, and returns notes
         for the user."""
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
@@ -154,5 +154,5 @@ class ConfigReader:
             if self.has(key) and self.number(key, least=0)
         ]
         for key, nested in self._inside.items():
-            notes += [f"{key}.{note}" for note in nested.finish()]
+            notes += [f"{key}.{note}" for note in nested.check_all_read()]
         return notes

@@ -2,14 +2,19 @@
 
 from maxlm.train.checkpoint.checkpointer import Checkpointer, FoundCheckpoint, SkippedCheckpoint
 from maxlm.train.checkpoint.folder import FolderTier
-from maxlm.train.checkpoint.reading import Unreadable, check_same, group_sizes, named_leaves
+from maxlm.train.checkpoint.reading import (
+    UnreadableCheckpoint,
+    check_same,
+    group_sizes,
+    named_leaves,
+)
 
 __all__ = [
     "Checkpointer",
     "FolderTier",
     "FoundCheckpoint",
     "SkippedCheckpoint",
-    "Unreadable",
+    "UnreadableCheckpoint",
     "check_same",
     "group_sizes",
     "named_leaves",

@@ -14,7 +14,7 @@ from typing import Any
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.checkpoint.local import LocalTier
-from maxlm.train.checkpoint.reading import Groups, PyTree, Unreadable
+from maxlm.train.checkpoint.reading import Groups, PyTree, UnreadableCheckpoint
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
 
@@ -149,7 +149,7 @@ class Checkpointer:
         for step, tier in sorted(everything, key=lambda each: -each[0]):
             try:
                 found.append(FoundCheckpoint(step, tier, tier.metadata(step)))
-            except Unreadable as error:
+            except UnreadableCheckpoint as error:
                 skipped.append(SkippedCheckpoint(step, tier, error.what))
         return found, skipped
 
@@ -169,7 +169,7 @@ class Checkpointer:
                 continue
             try:
                 return each.tier.restore(each.step, abstract), each, skipped
-            except Unreadable as error:
+            except UnreadableCheckpoint as error:
                 skipped.append(SkippedCheckpoint(each.step, each.tier, error.what))
         return None, None, skipped
 

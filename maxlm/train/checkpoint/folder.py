@@ -140,7 +140,7 @@ class FolderTier:
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state at ``step`` (default: the newest); raises
-        MaxlmError if there is none, or Unreadable."""
+        MaxlmError if there is none, or UnreadableCheckpoint."""
         path = self.path(self._find_step(step))
         return raise_on_all_hosts(lambda: read_metadata(path))
 
@@ -154,7 +154,7 @@ class FolderTier:
                 (no sharding: the first device). Arrays are cast to its dtypes.
 
         Raises:
-            Unreadable: it is damaged.
+            UnreadableCheckpoint: it is damaged.
             MaxlmError: no such checkpoint, or one of another model or optimizer (names the first
                 array that differs, parameters before others).
         """
@@ -187,7 +187,7 @@ class FolderTier:
                     shutil.rmtree(path)
 
     def reload(self) -> None:
-        """Lists again what other processes changed in the folder; raises Unreadable."""
+        """Lists again what other processes changed in the folder; raises UnreadableCheckpoint."""
         # It fails while another run deletes a checkpoint.
         raise_on_all_hosts(lambda: with_retries(self.folder, self._manager.reload))
 

@@ -22,7 +22,7 @@ from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
     PyTree,
-    Unreadable,
+    UnreadableCheckpoint,
     check_fingerprints,
     describe_error,
     make_metadata,
@@ -110,17 +110,17 @@ class LocalTier:
         return sorted(set().union(*all_gather_json(self._own_steps())))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state; raises Unreadable where a process has no file,
-        or a damaged one, or files are of different saves."""
+        """Returns what was saved beside the state; raises UnreadableCheckpoint where a process has
+        no file, or a damaged one, or files are of different saves."""
         has_file = all_gather_json(self.path(step).exists())
         if not all(has_file):
             what = f"process {has_file.index(False)} has none"
-            raise Unreadable(what, where=self.place, fix=_FIX)
+            raise UnreadableCheckpoint(what, where=self.place, fix=_FIX)
         metadata = raise_on_all_hosts(lambda: self._read_metadata(step))
         # A host that was away may have kept a file of the same step from before.
         known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
         if len(set(all_gather_json(hashlib.sha256(known).hexdigest()))) > 1:
-            raise Unreadable("its files are not of one save", where=self.place, fix=_FIX)
+            raise UnreadableCheckpoint("its files are not of one save", where=self.place, fix=_FIX)
         return metadata
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
@@ -133,7 +133,8 @@ class LocalTier:
         return with_retries(self.path(step), read)
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """Returns the state, each device's part from its process's file; raises Unreadable."""
+        """Returns the state, each device's part from its process's file; raises
+        UnreadableCheckpoint."""
         path, wanted = self.path(step), named_leaves(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
@@ -165,7 +166,7 @@ class LocalTier:
 
 
 def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads arrays by name; raises Unreadable if the file holds other shards."""
+    """Reads arrays by name; raises UnreadableCheckpoint if the file holds other shards."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
@@ -175,7 +176,7 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
             key = f"{name}@{_shard_key(index, shape)}"
             if key not in keys:
                 what = "unreadable (it was written on another mesh or by other processes)"
-                raise Unreadable(what, where=str(path), fix=_FIX)
+                raise UnreadableCheckpoint(what, where=str(path), fix=_FIX)
             if key not in shards:
                 shards[key] = file.get_tensor(key)
             return shards[key]

@@ -39,7 +39,7 @@ _FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_39
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-class Unreadable(MaxlmError):
+class UnreadableCheckpoint(MaxlmError):
     """A checkpoint that is damaged, or out of reach: another may be read in its place."""
 
 
@@ -131,7 +131,7 @@ def _compute_checksum(metadata: Mapping[str, Any]) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Returns what was saved beside the state; raises Unreadable."""
+    """Returns what was saved beside the state; raises UnreadableCheckpoint."""
     return with_retries(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
 
 
@@ -195,13 +195,13 @@ def check_fingerprints(
     path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
 ) -> None:
     """Checks arrays against the fingerprints saved with them, where there are any, and where they
-    were not cast; raises Unreadable. All processes call it together; it ends alike on all."""
+    were not cast; raises UnreadableCheckpoint. All processes call it together, with one end."""
     same = {n: x for n, x in arrays.items() if n in known and x.dtype == dtypes.get(n, x.dtype)}
     changed = [name for name, value in compute_fingerprints(same).items() if value != known[name]]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         what = f"unreadable: {changed[0]}{others} is not what was saved"
-        raise Unreadable(what, where=str(path), fix="restore another step")
+        raise UnreadableCheckpoint(what, where=str(path), fix="restore another step")
 
 
 def _flatten_groups(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -250,7 +250,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
     """Returns what ``read`` returns. Storage fails in as many ways as there are backends, and some
-    errors pass: it is tried again before the checkpoint counts as Unreadable."""
+    errors pass: it is tried again before the checkpoint counts as UnreadableCheckpoint."""
     pauses = iter(_RETRY_SECONDS)
     while True:
         try:
@@ -260,7 +260,9 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
         except Exception as error:
             if (pause := next(pauses, None)) is None:
                 what = f"unreadable ({describe_error(error)})"
-                raise Unreadable(what, where=str(place), fix="restore another step") from error
+                raise UnreadableCheckpoint(
+                    what, where=str(place), fix="restore another step"
+                ) from error
         time.sleep(pause)
 
 

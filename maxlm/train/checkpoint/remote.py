@@ -121,7 +121,7 @@ class RemoteTier:
         return broadcast_from_process_0(self._complete_steps)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state; raises Unreadable."""
+        """Returns what was saved beside the state; raises UnreadableCheckpoint."""
         place = join_place(self._place, str(step))
 
         def read() -> dict[str, Any]:
