@@ -22,7 +22,7 @@ from tests.plan import architectures
 from tests.programs.cells import CAPACITY, MODELS
 
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so small, the
-# more with experts, whose routing sends a few numbers a token.
+# more with experts, whose routing sends a few numbers a token. `make test-layouts` tries all.
 CASES = (
     ("zero1", "gqa_window", 0.01),
     ("zero2", "gqa_window", 0.01),
@@ -101,7 +101,14 @@ def products(shape: StepShape) -> float:
     return float(flops.products(slots) + flops.attention(slots))
 
 
-@pytest.mark.parametrize(("layout", "model", "off"), CASES)
+SLOW = {"zero1", "tp, 8 ways, kv heads whole", "cp ring in order, 8 ways", "ep × fsdp × tp"}
+SLOW |= {"parallel_shared", "encoder"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "off"),
+    [pytest.param(*c, marks=[pytest.mark.slow] if SLOW & {*c[:2]} else []) for c in CASES],
+)
 def test_bytes_sent_and_products(layout, model, off):
     if OLD and "pp" in layout:
         pytest.skip("jax 0.10 adds gathers of its own")
