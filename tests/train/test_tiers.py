@@ -239,7 +239,7 @@ def s3():
 def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
     config = {"every_steps": 10, "keep_last": 2, "remote_folder": "s3://models/a"}
     write(tmp_path / "run", here, 10, 20, 30, **config)
-    listed = s3.list_objects_v2(Bucket="models")["Contents"]
+    listed = s3.list_objects_v2(Bucket="models", Prefix="a/run/")["Contents"]
     sizes = {each["Key"].removeprefix("a/run/"): each["Size"] for each in listed}
     assert {key.split("/")[0] for key in sizes} == {"20", "30", "OWNER"}  # keep_last
     assert newest(tmp_path / "run", here, **config) == ((30, "folder"), [])
