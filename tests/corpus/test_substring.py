@@ -226,7 +226,7 @@ class Dying:
     def __init__(self, after):
         self.left = after
 
-    def map(self, function, jobs):
+    def map_unordered(self, function, jobs):
         for job in jobs:
             if self.left == 0:
                 raise KeyboardInterrupt
