@@ -53,7 +53,7 @@ class RunWorkload:
     config: RunConfig
     rows: TokensPerRow
     dtype_bytes: int
-    """Of the compute dtype."""
+    """Bytes per element of the compute dtype."""
     specs: Mapping[str, ParamSpec]
     base_specs: Mapping[str, ParamSpec]
     """The same without what an adapter adds: what a step computes is counted of these."""

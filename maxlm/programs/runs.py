@@ -25,7 +25,7 @@ class RunSummary:
     """``running``, ``done``, or what ended its last attempt; ``not begun``."""
     step: int
     steps: int | None
-    """Of the whole run."""
+    """Steps of the whole run."""
     loss: float | None
     eval_loss: float | None
     history: History

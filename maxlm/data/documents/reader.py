@@ -39,7 +39,7 @@ class Record:
     reason: str = ""
     """Why there is no text: "broken", "bad_bytes" (under the policy "skip") or "too_large"."""
     error: MaxlmError | None = None
-    """Of a broken record."""
+    """The error that a broken record would raise."""
 
 
 def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iterator[Document]:

@@ -146,7 +146,7 @@ class MixtureRow:
     source: str
     sequences: int
     share: float
-    """Of all sequences of these steps."""
+    """Fraction of all sequences of these steps."""
     tokens: int
     """Rounded: a sequence counts as the mean of its source's."""
     epochs: float

@@ -27,7 +27,7 @@ class SourceEntry(Config):
     size: int
     """Bytes on disk."""
     sha256: str
-    """Of the bytes on disk."""
+    """SHA-256 of the bytes on disk."""
     num_documents: int = 0
     """Documents in the store (so: in its split)."""
     text_bytes: int = 0
@@ -46,12 +46,12 @@ class StoreSegment(Config):
     num_sources: int
     """How many of the manifest's sources are its; they follow those of the segments before."""
     offsets_sha256: str | None = None
-    """Of its offsets, as little-endian int64; null: an older version wrote it."""
+    """SHA-256 of its offsets, as little-endian int64; null: an older version wrote it."""
     tokens_sha256: str | None = None
-    """Of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as little-endian
-    numbers of their dtype; null: an older version wrote it."""
+    """SHA-256 of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as
+    little-endian numbers of their dtype; null: an older version wrote it."""
     checksums_sha256: str | None = None
-    """Of its list of checksums; null: an older version wrote it."""
+    """SHA-256 of its list of checksums; null: an older version wrote it."""
     selection: str | None = None
     """The rules by which its documents were taken from corpora."""
 
@@ -98,7 +98,7 @@ class Manifest(Config):
         return _hash_digests([segment.tokens_sha256 or "" for segment in self.segments])
 
     def first(self, segments: int) -> "Manifest":
-        """As it was when it had only so many segments (but for `num_binary_files`)."""
+        """Returns it as it was with only so many segments (but for `num_binary_files`)."""
         if not 1 <= segments <= len(self.segments):
             what = f"the store has {len(self.segments)} segments, not {segments}"
             raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")

@@ -46,7 +46,7 @@ class Offsets:
         return result
 
     def searchsorted(self, values: ArrayLike, side: str = "left") -> Int64s:
-        """As numpy's, by bisection: some log2(size / 2^12) reads a value [n], most of them kept."""
+        """Bisects as numpy's does: some log2(size / 2^12) reads a value [n], most of them kept."""
         values = np.asarray(values, np.int64)
         if side == "left":  # As many are below v as are at most v - 1.
             values = values - 1
