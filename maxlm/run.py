@@ -35,10 +35,10 @@ class RunConfig(Config):
     """A run: what is trained, on what, how, and where it is kept."""
 
     name: FileName = "run"
-    """Its folder is FOLDER/NAME."""
+    """Name of the run, whose folder is FOLDER/NAME."""
     folder: LocalPath = "runs"
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of everything random: parameters, data order, sampling."""
+    """Seed of everything random: parameters, data order, sampling."""
     compilation_cache: LocalPath | None = "~/.cache/maxlm/xla"
     """Folder of compiled programs: the second start of a run skips most of its compilation; null:
     compile anew each time."""
@@ -47,8 +47,8 @@ class RunConfig(Config):
     softmax, loss and optimizer are float32 in any case."""
     model: ModelConfig
     adapter: AdapterConfig | None = None
-    """How the model's parameters rest, by the kind that an installed package registers, such as
-    beside low-rank matrices; `train.trainable` says which are trained. null: as they are."""
+    """Form of the model's parameters at rest, by the kind that an installed package registers, such
+    as beside low-rank matrices; `train.trainable` says which are trained. null: as they are."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

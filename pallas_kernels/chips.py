@@ -16,9 +16,9 @@ class TpuChip(NamedTuple):
 
     name: str
     topology: str
-    """The smallest that ``jax.experimental.topologies`` knows."""
+    """The smallest topology that ``jax.experimental.topologies`` knows."""
     vmem: int
-    """Bytes, of a core."""
+    """Bytes of VMEM of a core."""
     cores: int
     """TensorCores that share a device, and a kernel's grid (megacore)."""
     mxu: int
@@ -26,16 +26,16 @@ class TpuChip(NamedTuple):
     mxus: int
     """Matrix units of a core."""
     flops_per_mxu_cycle: int
-    """bf16. A 256-wide unit takes two rows a cycle."""
+    """bf16 FLOPs of a matrix unit in a cycle. A 256-wide unit takes two rows a cycle."""
     peak_flops: float
-    """Of the device, bf16, as the vendor states it, FLOP/s."""
+    """FLOP/s of the device, bf16, as the vendor states it."""
     int8: bool = True
-    """Whether it multiplies int8, ..."""
+    """Whether it multiplies int8."""
     float8: tuple[Any, ...] = ()
-    """... and which 8-bit floats; others are widened to bf16, which holds them exactly."""
+    """8-bit floats that it multiplies; others are widened to bf16, which holds them exactly."""
 
     def multiplies(self, left: Any, right: Any) -> bool:
-        """Operands of these types as they are."""
+        """Whether operands of these types are multiplied as they are."""
         if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
             return left == right
         if jnp.int8 in (left, right):
@@ -44,7 +44,7 @@ class TpuChip(NamedTuple):
 
     @property
     def clock(self) -> float:
-        """Hz: the one at which every matrix unit, always busy, gives the stated peak."""
+        """Clock rate at which every matrix unit, always busy, gives the stated peak; Hz."""
         return self.peak_flops / (self.cores * self.mxus * self.flops_per_mxu_cycle)
 
 

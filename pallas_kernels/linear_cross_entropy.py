@@ -37,7 +37,7 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     chunk: int = 1024,
 ) -> Sums:
-    """Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
+    """Computes Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
     logits = cap(hidden · head + bias) in fp32; the z term is that of Chowdhery et al. 2022, §5.
 
     Where a gradient is wanted it is formed in the forward pass, since with one scalar loss the
@@ -161,7 +161,7 @@ def _chunk_sums(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, g
 
 
 def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
-    """soft_cap · tanh(logits / soft_cap)."""
+    """Computes soft_cap · tanh(logits / soft_cap)."""
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
 
 

@@ -27,7 +27,7 @@ class MaxlmError(Exception):
 
     exit_code = 2
     on_all_processes = False
-    """All processes of a run raise it at the same point: none has to end the others."""
+    """Whether all processes of a run raise it at the same point: none has to end the others."""
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
@@ -40,13 +40,13 @@ class MaxlmError(Exception):
 
 
 class Preempted(MaxlmError):
-    """Not a mistake: a scheduler stopped the run, and its state is saved."""
+    """A scheduler stopped the run, and its state is saved; no mistake."""
 
     exit_code = PREEMPTED
 
 
 class Lost(MaxlmError):
-    """Not a mistake of the user's: processes that did not come, or died on the way."""
+    """Processes did not come, or died on the way; no mistake of the user's."""
 
     exit_code = LOST
 

@@ -154,7 +154,7 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
 
 
 def _find_origins(tree: SettingsTree, key: Key, text: str) -> str:
-    """Where the settings that `text` names below `key` were written; else where `key` was."""
+    """Finds where the settings that `text` names below `key` were written, else where `key` was."""
     found: list[SettingOrigin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
         parts: Key = tuple(int(part) if part.isdigit() else part for part in word.split("."))

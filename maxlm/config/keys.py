@@ -15,7 +15,7 @@ _OVERRIDE_KEY = re.compile(r"[^\s.\[\]=]+(?:\.[^\s.\[\]=]+|\[\d+\])*")
 
 @dataclass(frozen=True)
 class SettingOrigin:
-    """Where a value was written: a file and line, the command line, or nowhere (a default)."""
+    """Place where a value was written: a file and line, the command line, or none (a default)."""
 
     source: str
     line: int | None = None
@@ -29,7 +29,7 @@ COMMAND_LINE = SettingOrigin("command line")
 
 
 def join_key(key: Iterable[str | int]) -> str:
-    """``("data", "sources", 0, "weight")`` as ``data.sources.0.weight``."""
+    """Formats ``("data", "sources", 0, "weight")`` as ``data.sources.0.weight``."""
     return ".".join(str(part) for part in key)
 
 

@@ -39,11 +39,11 @@ class SettingsTree:
     origins: Mapping[Key, SettingOrigin]
 
     def locate(self, key: Key) -> SettingOrigin:
-        """Where the node at `key` was written, else its nearest parent that was."""
+        """Returns where the node at `key` was written, else its nearest parent that was."""
         return self.origins[self._find_written(key)]
 
     def find_value_origin(self, key: Key) -> SettingOrigin | None:
-        """Where the value a config holds at `key` comes from; None for a default."""
+        """Returns where the value a config holds at `key` comes from; None for a default."""
         at = self._find_written(key)
         # A validator takes text such as `fsdp=2` apart; below a mapping stand defaults.
         whole = not isinstance(get_descendant(self.settings, at), dict | list)

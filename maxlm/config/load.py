@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked, frozen config."""
+"""Loads a YAML file and overrides into a checked, frozen config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LoadedConfig(Generic[C]):
 
     value: C
     origins: Mapping[str, SettingOrigin]
-    """For each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
+    """Origin of each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
     or default."""
 
 

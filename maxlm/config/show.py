@@ -45,7 +45,7 @@ def to_yaml(config: Config) -> str:
 
 
 def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
-    """`to_yaml` with a column of comments on the right: where each value comes from."""
+    """Returns `to_yaml` with a column of comments on the right: where each value comes from."""
     text = to_yaml(loaded.value)
     comments = {}
     for key, origin in parse_yaml(text, "").list_origins():
@@ -87,7 +87,7 @@ class _PartialJsonSchema(GenerateJsonSchema):
 
 
 def build_json_schema(cls: type[Config]) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) for editors, described by the docstrings under the fields."""
+    """Builds a JSON Schema (draft 2020-12) for editors, with the fields' docstrings."""
     body = cls.model_json_schema(schema_generator=_PartialJsonSchema)
     body["properties"] = {
         "include": {

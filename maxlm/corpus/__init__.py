@@ -1,1 +1,1 @@
-"""From raw crawls to labelled documents, and to those that rules keep."""
+"""Labels documents of raw crawls, and selects those that rules keep."""

@@ -46,7 +46,7 @@ class RawDocument:
     html: bytes | None
     text: str | None
     meta: dict[str, str] = field(default_factory=dict)
-    """What is known of date (ISO 8601), content_type and charset (both as HTTP gave them)."""
+    """The keys date (ISO 8601), content_type and charset (both as HTTP gave them), where known."""
 
 
 class CrawlSource(FilesConfig):
@@ -57,8 +57,8 @@ class CrawlSource(FilesConfig):
     url_field: str = "url"
     """The JSON key or Parquet column of a document's address, if there is one."""
     on_bad_bytes: Literal["replace", "skip"] = "replace"
-    """What to do with text that is not valid UTF-8: put U+FFFD for each bad sequence, or leave out
-    the whole document. HTML has encodings of its own, which extraction detects."""
+    """Treatment of text that is not valid UTF-8: put U+FFFD for each bad sequence, or leave out the
+    whole document. HTML has encodings of its own, which extraction detects."""
     max_document_bytes: int = Field(default=64 << 20, gt=0)
     """Longer documents are skipped and counted, compressed ones by their decompressed size."""
 
@@ -74,7 +74,7 @@ class _Damaged(_PassOver):
 
 
 def read_warc(path: Path, count: Count, max_bytes: int = 1 << 24) -> Iterator[RawDocument]:
-    """The documents of a WARC or WET file; plain, .gz or .zst, told by content.
+    """Reads the documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
     `conversion` records, and resources that are HTML or text. The others are counted:

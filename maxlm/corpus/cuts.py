@@ -72,7 +72,7 @@ def _joint(text: str, start: int, end: int) -> str:
 
 
 def _spaced(character: str) -> bool:
-    """Whether it is of a word in a script with spaces between words."""
+    """Whether a character belongs to a word of a script with spaces between words."""
     return character.isalnum() and not get_character_classes()[ord(character)] & ALONE
 
 

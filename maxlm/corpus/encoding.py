@@ -1,4 +1,4 @@
-"""From the bytes of a web page to text."""
+"""Decodes the bytes of web pages."""
 
 import codecs
 import re
@@ -19,7 +19,7 @@ _FEW_ERRORS = {"utf-8": 0.2}  # Of the characters that are not ASCII.
 
 
 def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
-    """Text without NUL, and the name of its encoding; never fails.
+    """Returns the text without NUL, and the name of its encoding; never fails.
 
     In this order: a byte order mark; UTF-8 if the data are (nearly) that, whatever is declared,
     since other encodings hardly ever look so; the charset of the HTTP header; of a meta tag; a
@@ -67,10 +67,10 @@ def _candidates(data: bytes, charset: str | None) -> Iterator[str]:
 
 
 def clean(text: str) -> str:
-    """Without the code points that no text holds: NUL, other ASCII controls, surrogates."""
+    """Removes the code points that no text holds: NUL, other ASCII controls, surrogates."""
     return text.encode("utf-8", "ignore").translate(None, _CONTROLS).decode()
 
 
 def count_controls(data: bytes) -> int:
-    """How many bytes are ASCII controls other than tabs and line ends."""
+    """Counts the bytes that are ASCII controls other than tabs and line ends."""
     return len(data) - len(data.translate(None, _CONTROLS))

@@ -63,16 +63,16 @@ class Expression:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The labels it looks at, each once."""
+        """The labels that the expression names, each once."""
         return tuple(dict.fromkeys(_names(self._tree)))
 
     @cached_property
     def thresholds(self) -> tuple[Threshold, ...]:
-        """Its comparisons of a label with a number."""
+        """The expression's comparisons of a label with a number."""
         return tuple(_thresholds(self._tree))
 
     def true(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
-        """Where it holds: bool [rows]. `table` has a column for each of `names`."""
+        """Marks rows that fulfil it: bool [rows]. `table` has a column for each of `names`."""
         value = _evaluate(self._tree, table)
         if isinstance(value, pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))

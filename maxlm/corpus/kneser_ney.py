@@ -37,9 +37,9 @@ class KneserNeyConfig(Config):
     order: int = Field(default=5, ge=1, le=6)
     """Words in the longest n-grams."""
     prune: tuple[int, ...] = ()
-    """By order from 1, leave out n-grams that occur at most so often; the last number holds for the
-    orders after it. Must not fall. () or (0,) leaves nothing out; (0, 0, 1) all but n-grams of one
-    and two words that occur once, for a model of a third the size that is a little worse."""
+    """Counts up to which n-grams are left out, by order from 1; the last number holds for the
+    orders after it. Must not fall. () or (0,) leaves nothing out; (0, 0, 1) leaves out n-grams of
+    three or more words that occur once, for a model of a third the size that is a little worse."""
     discount_fallback: tuple[float, float, float] | None = None
     """Discounts of counts 1, 2, and 3 or more, for orders where they cannot be estimated because
     the text is small or artificial, such as (0.5, 1, 1.5); null: that is an error."""
@@ -68,9 +68,9 @@ class KneserNeyReport:
     tokens: int
     """Words and sentence ends."""
     ngrams: tuple[int, ...]
-    """By order, in the model."""
+    """Number of n-grams in the model, by order."""
     discounts: tuple[tuple[float, float, float], ...]
-    """By order, of the adjusted counts 1, 2, and 3 or more."""
+    """Discounts of the adjusted counts 1, 2, and 3 or more, by order."""
 
 
 @dataclass
@@ -84,9 +84,9 @@ class _Ngrams:
     context: np.ndarray
     """Numbers, among the (n - 1)-grams, of the words before the last."""
     count: np.ndarray
-    """How often they occur, until `_adjust_counts`; int64."""
+    """Occurrences of each, until `_adjust_counts`; int64."""
     kept: np.ndarray
-    """Which are not pruned."""
+    """Whether each is kept, not pruned."""
 
 
 def estimate_kneser_ney(

@@ -32,12 +32,12 @@ _AGAIN = "run maxlm corpus run with its recipe again"
 
 
 def get_manifest_path(home: Path) -> Path:
-    """Where a stage's folder says what is in it; written last."""
+    """Returns the path of the manifest in a stage's folder, which is written last."""
     return home / "manifest.json"
 
 
 def read_recipe(folder: Path) -> RecipeConfig:
-    """The recipe that a corpus was made by."""
+    """Reads the recipe that a corpus was made by."""
     try:
         return RecipeConfig.model_validate_json(
             verify_json_digest(get_recipe_path(folder).read_text("utf-8"))
@@ -59,7 +59,7 @@ class OpenCorpus:
 
     @classmethod
     def open(cls, folder: Path | str, *, unfinished: bool = False) -> "OpenCorpus":
-        """The corpus in a folder.
+        """Opens the corpus in a folder.
 
         Args:
             unfinished: if a stage is not done, open it as if the recipe ended before that stage,
@@ -88,7 +88,7 @@ class OpenCorpus:
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
     def list_stages(self) -> list[str]:
-        """The names of its stages, the reading of sources first."""
+        """Lists the names of its stages, the reading of sources first."""
         return [DOCUMENTS, *(stage.title for stage in self.recipe.stages)]
 
     @cached_property
@@ -98,14 +98,14 @@ class OpenCorpus:
 
     @cached_property
     def shards(self) -> list[StageShardView]:
-        """Its shards, in the order of its documents."""
+        """The corpus's shards, in the order of its documents."""
         names, texts = self.manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe)
         return [StageShardView(self.folder, name, texts) for name in names]
 
     def rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
     ) -> Rules:
-        """Rules for this corpus; None: those of its recipe. See `resolve_rules`."""
+        """Resolves rules for this corpus; None: those of its recipe. See `resolve_rules`."""
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
@@ -122,7 +122,7 @@ def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
 
 
 def mark_kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
-    """Which documents fulfil all rules and have a text: bool [rows]."""
+    """Marks documents that fulfil all rules and have a text: bool [rows]."""
     keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
     for rule in rules.keep.values():
         keep = keep & rule.true(table)
@@ -132,8 +132,8 @@ def mark_kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
 def read_kept(
     shard: StageShardView, rules: Rules, columns: Sequence[str] = ("id",)
 ) -> Iterator[tuple[tuple[Any, ...], str | None]]:
-    """(values of `columns`, text) of each document of a shard, in order; None for what the rules
-    leave out.
+    """Yields (values of `columns`, text) of each document of a shard, in order; None for what the
+    rules leave out.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
 

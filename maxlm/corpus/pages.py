@@ -31,9 +31,9 @@ _DATE_NAMES = (
 _TITLE_CHARACTERS = 500
 
 MOST_DEPTH = 256
-"""Elements inside each other beyond which libxml2, below trafilatura, drops the rest of a page."""
+"""Depth of nested elements beyond which libxml2, below trafilatura, drops the rest of a page."""
 TOO_DEEP = 3000
-"""Where resiliparse, whose time grows with the square of it, is not tried either."""
+"""Depth beyond which resiliparse, whose time grows with its square, is not tried either."""
 _TAG_NAME = re.compile(rb"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 # Elements without an end tag, and those whose end tag may be left out, by their first letters.
 _UNCLOSED = frozenset(
@@ -51,12 +51,12 @@ class Page:
     """Unicode without NUL, other control characters or surrogates."""
     title: str | None = None
     date: str | None = None
-    """When it was published, as YYYY-MM-DD."""
+    """Date of publication, as YYYY-MM-DD."""
     language_hint: str | None = None
-    """What the page says it is written in, as BCP 47 in lower case."""
+    """Language that the page declares, as BCP 47 in lower case."""
     encoding: str | None = None
     mode: str | None = None
-    """What found the text: "trafilatura" or "fast"."""
+    """Name of the extractor that found the text: "trafilatura" or "fast"."""
 
 
 def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -> Page:

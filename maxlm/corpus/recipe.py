@@ -30,9 +30,9 @@ class RecipeConfig(Config):
     out: LocalPath
     """The corpus's folder."""
     sources: tuple[CrawlSource, ...] = Field(min_length=1)
-    """Where raw documents come from."""
+    """Sources of raw documents."""
     stages: tuple[AnyStage, ...] = ()
-    """What labels them, in this order."""
+    """Stages that label the documents, in this order."""
     keep: dict[str, str] = Field(default_factory=dict)
     """Rules by name, in the order in which the report tells what each one drops: expressions over
     labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
@@ -40,7 +40,7 @@ class RecipeConfig(Config):
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     engine: ExecutorName = "local"
-    """Where stages run: processes of this machine, or a Ray cluster."""
+    """Engine that runs stages: local (processes of this machine) or ray (a Ray cluster)."""
     workers: int | None = Field(default=None, ge=1)
     """Processes at most; null: one a core (local), or as many as the cluster has CPUs (ray)."""
     shard_bytes: int = Field(default=64 << 20, gt=0)
@@ -69,9 +69,9 @@ class BoundStage:
     texts: tuple[str, ...]
     where: Expression | None
     key: str
-    """A hash of everything that decides its labels, but for the documents."""
+    """A hash of everything that decides the stage's labels, but for the documents."""
     whole: bool
-    """Whether its labels depend on what other documents there are."""
+    """Whether its labels depend on the other documents of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Rules:
 
 
 def resolve(recipe: RecipeConfig) -> list[BoundStage]:
-    """The stages in their places."""
+    """Puts each stage in its place, and checks what it reads."""
     labels = dict(_DOCUMENT_LABELS)
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
     wholes: set[str] = set()
@@ -120,7 +120,7 @@ def resolve(recipe: RecipeConfig) -> list[BoundStage]:
 def _check_names(
     stage: Stage, labels: Mapping[str, pa.DataType], sources: Sequence[str], place: str
 ) -> None:
-    """Whether what a stage's settings name is of the right kind."""
+    """Checks the kinds of labels, and the sources, that a stage's settings name."""
     fix = "name a label that does"
     for label in stage.ranks_by if isinstance(stage, CorpusStage) else ():
         type_ = labels.get(label, pa.null())
@@ -143,7 +143,7 @@ def _list_labels(stage: Stage) -> dict[str, pa.DataType]:
 
 
 def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
-    """The type of each label that a corpus of this recipe has."""
+    """Returns the type of each label that a corpus of this recipe has."""
     labels = dict(_DOCUMENT_LABELS)
     for stage in recipe.stages:
         labels |= _list_labels(stage)
@@ -151,7 +151,7 @@ def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
 
 
 def get_text_stages(recipe: RecipeConfig) -> tuple[str, ...]:
-    """The stages that write a version of the text, oldest first."""
+    """Returns the stages that write a version of the text, oldest first."""
     writers = [stage.title for stage in recipe.stages if "text" in stage.schema().names]
     return (DOCUMENTS, *writers)
 
@@ -210,8 +210,8 @@ def find_comparing_stages(
 
 
 def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
-    """Which of several documents keeps a text is settled when rules are applied; so nothing else
-    that they, or a stage that is settled, look at may depend on it before.
+    """Refuses rules and settled stages that look at what depends on duplicates beforehand: which
+    copy of a text is kept is settled only when rules are applied.
     """
     stages, labels = find_comparing_stages(recipe, rules), get_label_types(recipe)
     wheres = {name for _, expression in stages if expression for name in expression.names}
@@ -267,5 +267,5 @@ def _holds_spans(type_: pa.DataType) -> bool:
 
 
 def get_recipe_path(folder: Path) -> Path:
-    """The file where a corpus keeps its recipe; with it a folder is taken for a corpus."""
+    """Returns the file of a corpus's recipe, by which a folder is recognised as a corpus."""
     return folder / "corpus.json"

@@ -56,7 +56,7 @@ Compared = Sequence[tuple[CorpusStage, Expression | None]]
 def settle_duplicates(
     corpus: OpenCorpus, rules: Rules, progress: Progress = ignore_progress
 ) -> list[StageShardView]:
-    """The corpus's shards, with verdicts as they are among the documents that `rules` keep."""
+    """Returns the corpus's shards, with verdicts as they are among documents that `rules` keep."""
     stages = find_comparing_stages(corpus.recipe, rules)
     if not stages:
         return corpus.shards
@@ -147,7 +147,7 @@ class _Settling:
                 failed[one[both]] = failed[other[both]] = True
 
     def _groups(self, columns: Sequence[str], title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
-        """Each row group, and which of the corpus's documents it holds."""
+        """Yields each row group, with the slice of the corpus's documents that it holds."""
         shards = self._corpus.shards
         for number, shard in enumerate(shards):
             start = self._first[number]
@@ -157,7 +157,7 @@ class _Settling:
             self._progress(f"settling duplicates: {title}", number + 1, len(shards))
 
     def _kept(self) -> np.ndarray:
-        """Which documents fulfil the rules by the verdicts so far: bool [documents]."""
+        """Marks documents that fulfil the rules by the verdicts so far: bool [documents]."""
         keep = np.ones(self._first[-1], np.bool_)
         for documents, labelled in self._add_verdicts("rules"):
             for rule in self._rules.keep.values():
@@ -165,7 +165,7 @@ class _Settling:
         return keep
 
     def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
-        """Each row group's labels with the verdicts so far among them."""
+        """Yields each row group's labels, with the verdicts so far among them."""
         for documents, table in self._groups(list_rule_inputs(self._rules, self._stages), title):
             verdicts = {name: value[documents] for name, value in self._verdicts.items()}
             yield documents, add_verdicts(table, self._stages, verdicts)

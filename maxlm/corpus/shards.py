@@ -50,7 +50,7 @@ class RowGroup:
     batch: pa.RecordBatch
     """The columns that were asked for."""
     index: np.ndarray
-    """Where each row of `batch` lies in the row group: int64 [batch.num_rows], rising."""
+    """Indices of the rows of `batch` in the row group: int64 [batch.num_rows], rising."""
     size: int
     """Rows in the row group."""
     first: int
@@ -67,7 +67,7 @@ class StageShardView:
     texts: tuple[str, ...] = (DOCUMENTS,)
     """The stages before this one that wrote a version of the text, oldest first."""
     where: Expression | None = None
-    """Which documents to label; None: all."""
+    """Condition on the documents to label; None: all."""
     out: str = ""
     """The stage that writes."""
     settled: tuple[str, ...] = ()
@@ -84,8 +84,8 @@ class StageShardView:
             return parquet.metadata.num_rows
 
     def rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
-        """The documents to label, a row group at a time; those without a text only if "text" is not
-        among the columns.
+        """Yields the documents to label, a row group at a time; those without a text only if "text"
+        is not among the columns.
 
         Args:
             columns: columns of `DOCUMENT_SCHEMA` or labels as "stage.label". "text" is the newest
@@ -107,7 +107,7 @@ class StageShardView:
             first += table.num_rows
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Every row of the given columns, a row group at a time, whatever `where` says."""
+        """Yields every row of the given columns, a row group at a time, whatever `where` says."""
         stages = {stage for name in columns for stage, _ in self.find_label_files(name)}
         with ExitStack() as stack:
             files = {
@@ -170,7 +170,7 @@ class ShardWriter:
         return self
 
     def write(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
-        """The labels of `rows.batch`; the row group's other documents get nulls."""
+        """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
         if labels.num_rows != len(rows.index):
             raise ValueError(f"{labels.num_rows} labels for {len(rows.index)} documents")
         if len(rows.index) < rows.size:
@@ -180,7 +180,7 @@ class ShardWriter:
         self.add(labels, labelled=len(rows.index))
 
     def add(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
-        """One row group."""
+        """Writes one row group."""
         self._counts["rows"] += batch.num_rows
         self._counts["labelled"] += batch.num_rows if labelled is None else labelled
         self._count_values(batch)
@@ -196,7 +196,7 @@ class ShardWriter:
                     self._counts[f"{field.name}={each['values']}"] += each["counts"]
 
     def count(self, reason: str, number: int = 1) -> None:
-        """Count something that is in no row, such as a record that was passed over."""
+        """Counts something that is in no row, such as a record that was passed over."""
         self._counts[reason] += number
 
     def __exit__(self, kind, value, trace) -> None:

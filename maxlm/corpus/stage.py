@@ -25,7 +25,7 @@ from maxlm.runtime.progress import Progress
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Label = Callable[[pa.RecordBatch], pa.RecordBatch]
-"""From the columns a stage reads to the columns it adds, row by row. Pure."""
+"""Maps the columns a stage reads to the columns it adds, row by row. Pure."""
 
 
 class JobRunner:
@@ -56,12 +56,12 @@ class Stage(Config):
     """Settings that every stage has. A subclass adds `stage: Literal["kind"] = "kind"`."""
 
     stage: str
-    """Which stage this is."""
+    """Kind of the stage."""
     name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
-    """What its labels begin with, and its folder; null: its kind. For stages that come twice."""
+    """Prefix of its labels, and its folder; null: its kind. For stages that come twice."""
     where: str | None = None
-    """Which documents to label, by an expression over the labels of earlier stages; null: all.
-    The others' labels are null."""
+    """Condition on the documents to label, an expression over the labels of earlier stages; null:
+    all. The others' labels are null."""
 
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
@@ -109,7 +109,7 @@ class LabelStage(Stage):
 
     @abstractmethod
     def open_row(self) -> Callable[..., Mapping[str, Any]]:
-        """A function from a row's values of `reads` to its labels by name; others are null."""
+        """Returns a function from a row's values of `reads` to labels by name; others are null."""
 
     def open(self) -> Label:
         """The labelling function of a batch."""

@@ -130,7 +130,7 @@ _PUNCTUATION = str.maketrans(
 
 
 class WordsConfig(Config):
-    """How a text becomes lines of words: in training and in use the same."""
+    """Rules by which a text becomes lines of words, the same in training and in use."""
 
     lower: bool = True
     """Letters are lowered."""
@@ -144,11 +144,11 @@ class WordsConfig(Config):
 
 
 Lines = Callable[[str], Iterator[str]]
-"""From a text to its lines, of words separated by spaces; none without words."""
+"""Maps a text to its lines, of words separated by spaces; none without words."""
 
 
 def open_lines(config: WordsConfig) -> Lines:
-    """A function that turns texts into lines of words. Punctuation is unified as in CCNet."""
+    """Makes a function from texts to lines of words. Punctuation is unified as in CCNet."""
     split = _WORD.findall
     if config.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer

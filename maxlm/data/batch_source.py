@@ -41,7 +41,7 @@ class BatchSource(Protocol):
         ...
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
-        """The given global rows [n] of the batch of ``step``, as arrays [n, ...]."""
+        """Returns the given global rows [n] of the batch of ``step``, as arrays [n, ...]."""
         ...
 
 

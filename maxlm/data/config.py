@@ -20,7 +20,7 @@ class MixtureSource(SourceConfig):
     """Share of the sequences a step takes from this source, relative to the others; 0 for a source
     that only later `phases` read."""
     max_epochs: float | None = Field(default=None, gt=0)
-    """How often it may be read, also in part (2.5). After that its weight goes to the others, in
+    """Times that it may be read, also in part (2.5). After that its weight goes to the others, in
     proportion to theirs. null: no limit."""
     store: str | None = None
     """A token store built before, instead of documents: a folder, or a `gs://` or `s3://` URL."""
@@ -28,7 +28,7 @@ class MixtureSource(SourceConfig):
     """Read the store as it was when it had so many segments (`maxlm corpus append` adds one), so
     that a run resumes with the batches it would have had; null: all."""
     heldout_store: str | None = None
-    """Its held-out part, if there is one."""
+    """Held-out part of the store, if there is one."""
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -41,7 +41,7 @@ class MixtureSource(SourceConfig):
         return self
 
     def corpus(self) -> SourceConfig:
-        """How to read its documents."""
+        """Returns the settings to read its documents."""
         return SourceConfig(**{k: getattr(self, k) for k in SourceConfig.model_fields})
 
 
@@ -49,7 +49,7 @@ class DataConfig(LoaderConfig):
     """Sources and batches."""
 
     sources: tuple[MixtureSource, ...] = ()
-    """What is mixed."""
+    """Sources that are mixed."""
     temperature: float | None = Field(default=None, gt=0)
     """A number T makes shares proportional to weight × tokens^(1/T): 1 mixes sources by their
     size, more brings them closer to their bare weights (mT5's alpha is 1/T: Xue et al. 2021). null
@@ -74,7 +74,7 @@ class DataConfig(LoaderConfig):
         return self
 
     def mixing(self) -> Mixing:
-        """How the loader is to mix the sources."""
+        """Returns the settings by which the loader mixes the sources."""
         return Mixing(
             {source.name: source.weight for source in self.sources},
             {s.name: s.max_epochs for s in self.sources if s.max_epochs is not None},

@@ -36,7 +36,7 @@ class JsonlRows:
 
     path: Path
     starts: NDArray[np.int64] = field(repr=False)
-    """Where each row begins, in bytes [rows]."""
+    """Offsets at which rows begin, in bytes [rows]."""
 
     def __len__(self) -> int:
         return self.starts.size
@@ -124,7 +124,7 @@ class RowSource:
     arrays: Mapping[str, BatchArray]
     batch_size: int
     shuffle_key: int | None
-    """None keeps the file's order."""
+    """Key of the shuffling; None keeps the file's order."""
     examples: NDArray[np.int64]
     """The examples of all rows, one row after the other."""
     offsets: NDArray[np.int64]
@@ -207,7 +207,7 @@ def make_row_source(
     shuffle: bool = True,
     endless: bool = True,
 ) -> RowSource:
-    """A batch source of a file's rows, each example exactly once an epoch.
+    """Makes a batch source of a file's rows, each example exactly once an epoch.
 
     Args:
         arrays: a row's, which ``encode`` fills, but for those whose names end in ``segment_ids``

@@ -37,7 +37,7 @@ class ZarrArray:
         self.dtype: np.dtype = store.dtype.numpy_dtype
         self.file_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
         self.tile_shape: Shape = tuple(store.chunk_layout.read_chunk.shape or ())
-        """What can only be decoded together."""
+        """Shape of a tile, the least that can be decoded."""
 
     @property
     def nbytes(self) -> int:

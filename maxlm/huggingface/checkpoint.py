@@ -83,7 +83,7 @@ class RunCheckpointReader:
             fix = "read another part of it"
             raise MaxlmError(f"it holds no {name}", where=str(self.folder), fix=fix)
         self.shapes = {name: self.open(name).shape for name in sorted(names)}
-        """Of all parameters, by canonical name."""
+        """Shapes of all parameters, by canonical name."""
 
     def open(self, name: str) -> ZarrArray:
         """Opens a parameter's array; to read all its slices see :meth:`slices`."""

@@ -30,28 +30,28 @@ NUMPY = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""By their names in safetensors files."""
+"""NumPy's dtypes by their names in safetensors files."""
 
 
 class TensorDtypes(Config):
-    """Which number format each tensor has in safetensors files."""
+    """Number format of each tensor in safetensors files."""
 
     default: str
-    """As safetensors names it ("BF16"); of most tensors."""
+    """Format of most tensors, as safetensors names it ("BF16")."""
     exceptions: Mapping[str, str] = Field(default_factory=dict)
-    """Of other tensors, by their names there."""
+    """Formats of other tensors, by their names there."""
 
     def of(self, name: str) -> str:
         return self.exceptions.get(name, self.default)
 
     def with_names(self, names: Mapping[str, str]) -> "TensorDtypes":
-        """The same under other names; ``names``: old → new, of all tensors."""
+        """Returns the formats under other names; ``names``: old → new, of all tensors."""
         kinds = {names[name]: dtype for name, dtype in self.exceptions.items()}
         return TensorDtypes(default=self.default, exceptions=kinds)
 
     @classmethod
     def from_dtypes(cls, dtypes: Mapping[str, str]) -> "TensorDtypes":
-        """The shortest description of each tensor's own."""
+        """Makes the shortest description of each tensor's own."""
         default = Counter(dtypes.values()).most_common(1)[0][0]
         return cls(default=default, exceptions={n: d for n, d in dtypes.items() if d != default})
 
@@ -63,8 +63,8 @@ def is_floating(dtype: str) -> bool:
 def cast_values(
     values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
 ) -> np.ndarray:
-    """``values``, which a message calls ``where``, as ``dtype``; themselves if they are that
-    already. ``lossy`` rounds what does not fit exactly.
+    """Casts ``values``, which a message calls ``where``, to ``dtype``; returns them if they are
+    that already. ``lossy`` rounds what does not fit exactly.
 
     Raises:
         MaxlmError: a value would change and not ``lossy``; or would be infinite, or no number,
@@ -92,7 +92,7 @@ def cast_values(
 
 
 def split_into_slabs(values: np.ndarray) -> Iterator[np.ndarray]:
-    """``values`` in C order as contiguous pieces along its first axis, views where they can be."""
+    """Yields ``values`` in C order as contiguous pieces along axis 0, views where they can be."""
     rows = values if values.ndim else values[None]
     step = max(1, SLAB_BYTES // max(1, math.prod(rows.shape[1:]) * rows.itemsize))
     for start in range(0, len(rows), step):

@@ -20,7 +20,7 @@ from maxlm.huggingface.dtypes import NUMPY, SLAB_BYTES, cast_values, split_into_
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-"""As large as published files are."""
+"""Bytes of a file, as large as published ones are."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "download it again"
 
@@ -35,10 +35,10 @@ class StoredTensor:
     name: str
     path: Path
     dtype: str
-    """As safetensors names it."""
+    """Format's name in safetensors."""
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def size(self) -> int:

@@ -156,7 +156,7 @@ def _draw_next(
 
 
 def _whole(x: jax.Array) -> jax.Array:
-    """On every device, so that any process can read it."""
+    """Replicates x over the mesh, so that any process can read it."""
     return reshard(x, PartitionSpec())
 
 
@@ -165,8 +165,8 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def round_up_to_bucket(n: int) -> int:
-    """n rounded up to a power of two from 16 to 128, or a multiple of 128: few distinct sizes,
-    hence few compilations, at little waste."""
+    """Rounds n up to a power of two from 16 to 128, or a multiple of 128: few distinct sizes, hence
+    few compilations, at little waste."""
     return _round_up(n, 128) if n > 128 else max(16, 1 << (n - 1).bit_length())
 
 

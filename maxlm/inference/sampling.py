@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Samples the next token from logits."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ COLDEST = 1e-30
 
 
 class SamplingConfig(Config):
-    """How a continuation is drawn: temperature first, then top_k, then top_p."""
+    """Settings of drawing a continuation: temperature first, then top_k, then top_p."""
 
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0 always takes
@@ -29,7 +29,7 @@ class SamplingConfig(Config):
     max_new_tokens: int = Field(default=128, gt=0)
     """Stop each continuation after this many tokens; an end-of-text token stops it sooner."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """The same seed, prompt and settings give the same text."""
+    """Seed: the same seed, prompt and settings give the same text."""
 
 
 class SamplesConfig(SamplingConfig):
@@ -98,7 +98,7 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Ar
 
 
 def _nucleus(logits: jax.Array, p: float) -> jax.Array:
-    """Which of descending logits [B, k] are needed to reach probability p; the first always is."""
+    """Marks descending logits [B, k] that probability p needs; the first always is one."""
     probability = jax.nn.softmax(logits, axis=-1)
     return jnp.cumsum(probability, axis=-1) - probability < p
 

@@ -1,1 +1,1 @@
-"""From a run and a machine to a scheduler's job: checked, rendered from a template, submitted."""
+"""Makes a scheduler's job of a run and a machine: checked, rendered from a template, submitted."""

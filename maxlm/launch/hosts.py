@@ -44,11 +44,11 @@ class JobHosts:
     per_slice: int
     """Hosts of a slice; GPUs and CPUs are one slice."""
     devices: int
-    """Of a host, as its scheduler counts them: chips, GPUs, virtual CPU devices."""
+    """Devices of a host, as its scheduler counts them: chips, GPUs, virtual CPU devices."""
     gke_accelerator: str = ""
     gke_topology: str = ""
     accelerator_type: str = ""
-    """As Cloud TPU's API names a slice, or as SkyPilot names a GPU."""
+    """Name of a slice in Cloud TPU's API, or of a GPU in SkyPilot."""
 
     @property
     def count(self) -> int:
@@ -56,7 +56,7 @@ class JobHosts:
 
     @property
     def whole(self) -> bool:
-        """Nothing is left of a host for other jobs; 8 is the most devices that one has."""
+        """Whether the job takes all of a host; 8 is the most devices that one has."""
         return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 

@@ -40,15 +40,15 @@ class Job:
 
     scheduler: str
     name: str
-    """As the scheduler takes it: letters, digits, dashes."""
+    """Name that the scheduler takes: letters, digits, dashes."""
     title: str
-    """The run and its machine, for a reader."""
+    """Title that names the run and its machine, for a reader."""
     hosts: JobHosts
     config: str
-    """Of ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
+    """Config for ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
     settings: tuple[str, ...]
     config_text: str
-    """What is to be written to `config` before; empty: it is there."""
+    """Text to be written to `config` before; empty: it is there."""
     env: Mapping[str, str]
     secrets: Mapping[str, tuple[str, str]]
     mounts: tuple[Mount, ...]
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def script(self) -> str:
-        """The command for a shell, which writes the config first if it is not there."""
+        """Returns the command for a shell, which writes the config first if it is not there."""
         run = f"exec {shlex.join(self.command)}"
         if not self.config_text:
             return run

@@ -118,7 +118,7 @@ def _split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> 
 
 
 def parse_secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
-    """Where each secret variable comes from: a Kubernetes secret and its key; for the other
+    """Parses the source of each secret variable: a Kubernetes secret and its key; for the other
     schedulers nothing but its name."""
     found = {}
     for pair in pairs:

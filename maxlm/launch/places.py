@@ -1,4 +1,4 @@
-"""Where a run's text and state lie, as its hosts see it."""
+"""Places of a run's text and state, as its hosts see them."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -73,7 +73,7 @@ def _places(run: RunConfig) -> dict[str, str]:
 
 
 def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:
-    """On hosts that do not see this machine's files; `mounted` is None where nothing need be."""
+    """Checks a place on hosts that lack this machine's files; `mounted` None: all is there."""
     if not place.startswith("/"):
         shown = "runs" if key == "folder" else place.lstrip("./~")
         what = f"{key}={place} is another one on each host"

@@ -31,7 +31,7 @@ _ADAPTERS: dict[type[Adapter], type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
-    """Make an adapter known by its kind; also as a decorator."""
+    """Makes an adapter known by its kind; also as a decorator."""
     _ADAPTERS[adapter] = adapter
     return adapter
 
@@ -41,6 +41,6 @@ AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter
 
 
 def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **how: Any) -> Model:
-    """Builds a model, ``how`` as of ``config.build``, whose parameters rest as its adapter says."""
+    """Builds a model whose parameters rest as its adapter says; ``how`` is for ``config.build``."""
     model = config.build(**how)
     return model if adapter is None else declare_at_rest(model, adapter.adapt(param_specs(model)))

@@ -11,12 +11,12 @@ class Aux:
     """Sums over layers and tokens."""
 
     loss: jax.Array | float = 0.0
-    """To be added to the task's own loss, as it is."""
+    """Loss to be added to the task's own, as it is."""
     sums: dict[str, jax.Array] = field(default_factory=dict)
-    """To be logged. Those named ``expert_*`` are of experts' loads, in assignments."""
+    """Sums to be logged. Those named ``expert_*`` are of experts' loads, in assignments."""
 
     def plus(self, other: "Aux") -> "Aux":
-        """Both, added up; sums that only one has stay."""
+        """Adds up both; sums that only one has stay."""
         sums = {**self.sums, **other.sums}
         both = self.sums.keys() & other.sums.keys()
         sums |= {name: self.sums[name] + other.sums[name] for name in both}

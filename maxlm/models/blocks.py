@@ -1,4 +1,4 @@
-"""How layers are joined into blocks, and blocks into a scanned stack."""
+"""Joins layers into blocks, and blocks into a scanned stack."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -37,7 +37,7 @@ class EncoderOutput(NamedTuple):
     """int [B, T]; None: each row is one segment."""
 
     def segments_with(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
-        """Segments of queries and keys, for a decoder's tokens."""
+        """Returns segments of queries and keys, for a decoder's tokens."""
         if self.segment_ids is None:
             return None
         own = jnp.ones_like(inputs.positions) if inputs.segment_ids is None else inputs.segment_ids
@@ -57,12 +57,12 @@ class Mixer(Protocol):
     """The first part of its parameters' names within a layer."""
 
     def __call__(self, x: jax.Array, inputs: AttentionInputs, cache: Any) -> tuple[jax.Array, Any]:
-        """[B, S, D] to the same, and its cache with these tokens in it (None if None was given)."""
+        """Maps [B, S, D] to the same; also gives the cache with these tokens (None if None was)."""
         ...
 
     def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
-        """A layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArray` for each
-        array; an empty one is zeros."""
+        """Returns a layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArray` for
+        each array; an empty one is zeros."""
         ...
 
 
@@ -72,13 +72,13 @@ class FeedForward(Protocol):
     name: str
 
     def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """[B, S, D] to the same, and what the layer adds to the loss and the log; ``segment_ids``
-        are int [B, S], 0 for padding, None where there is none."""
+        """Maps [B, S, D] to the same; returns also what the layer adds to the loss and the log.
+        ``segment_ids`` are int [B, S], 0 for padding, None where there is none."""
         ...
 
 
 def build_attention(config: AttentionConfig, *sizes: Any, **kw: Any) -> Mixer:
-    """Multi-head or latent attention, as the config says."""
+    """Builds multi-head or latent attention, as the config says."""
     return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kw)
 
 
@@ -87,7 +87,7 @@ FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {MlpConfig: Mlp,
 
 
 def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
-    """Let stacks with such a config have another mixer.
+    """Makes stacks with such a config have another mixer.
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.mixer``.
@@ -98,7 +98,7 @@ def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
 
 
 def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> None:
-    """Let stacks with such a config, for ``model.ffn``, have another feed-forward; as
+    """Makes stacks with such a config, as ``model.ffn``, have another feed-forward; see
     :func:`register_mixer`, but ``build`` is called without norm config and parallel."""
     FEED_FORWARDS[config] = build
 
@@ -109,8 +109,8 @@ def parse_registered(
     given: Any,
     register: Callable[[Any], object] = lambda found: found(),
 ) -> Any:
-    """Reads the config of a registered kind from plain data with its ``kind``. What entry points of
-    that name in the group ``maxlm.<what>s`` name is first given to ``register``, or called."""
+    """Reads the config of a registered kind from plain data with its ``kind``. Entry points of that
+    name in the group ``maxlm.<what>s`` are first passed to ``register``, or called by default."""
     if not isinstance(given, Mapping):
         return given
     kind = given.get("kind")
@@ -230,7 +230,7 @@ class Block(nnx.Module):
         return getattr(self, self.ffn_name)
 
     def project_keys_values(self, memory: EncoderOutput) -> KeysValues:
-        """Keys and values that cross-attention reads of an encoder's output."""
+        """Projects the keys and values that cross-attention reads of an encoder's output."""
         if isinstance(memory.states, KeysValues):
             return memory.states
         assert self.cross is not None
@@ -263,7 +263,7 @@ def scan_blocks(
     dtype: Any,
     remat: RematPolicy = "none",
 ) -> tuple[Any, Aux]:
-    """Run a stacked block layer after layer: x after all layers, and their ``Aux`` added up.
+    """Runs a stacked block layer after layer; returns x after all, and their ``Aux`` added up.
     Compile time does not grow with depth.
 
     Args:
@@ -292,8 +292,8 @@ def scan_blocks(
 
 
 def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x.astype(dtype)``, of one layer at a time: left alone, XLA:TPU casts the parameters of all
-    layers before the loop, and turns their dimensions around, and holds these copies throughout."""
+    """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers' parameters
+    before the loop, with their dimensions turned around, and hold these copies throughout."""
     if x.dtype == dtype:
         return x
     to = jnp.finfo(dtype)
@@ -306,9 +306,9 @@ def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
 def scan_cached(
     stacked: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, held: Any
 ) -> tuple[Any, Any]:
-    """The same for inference: bodies ``(block, carry, held) -> (carry, cache)``, without gradient;
-    the block is bound. ``held`` has what each body's layers hold, stacked by layer; so have the
-    caches that come back."""
+    """Runs a stack for inference, without gradient, by bodies ``(block, carry, held) -> (carry,
+    cache)`` with the block bound. ``held`` has what each body's layers hold, stacked by layer, as
+    have the caches that come back."""
     count = len(bodies)
 
     def period(carry, inputs):

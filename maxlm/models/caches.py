@@ -54,7 +54,7 @@ class ContiguousCache(NamedTuple):
         lengths: jax.Array | None,
         rules: AxisRules,
     ) -> tuple["ContiguousCache", VisibleKeys]:
-        """The cache with new tokens in it, and what these attend to.
+        """Returns the cache with new tokens in it, and what these attend to.
 
         Args:
             key, value: [B, S, K, H].
@@ -83,7 +83,7 @@ class RingCache(NamedTuple):
         lengths: jax.Array | None,
         rules: AxisRules,
     ) -> tuple["RingCache", VisibleKeys]:
-        """As :meth:`ContiguousCache.append`; new tokens see the W before them and each other."""
+        """See :meth:`ContiguousCache.append`; new tokens see the W before them and each other."""
         window = self.key.shape[1]
         first = positions[:, :1]
         before = first - window + jnp.arange(window, dtype=positions.dtype)  # [B, W]
@@ -116,7 +116,7 @@ def kv_cache_spec(
     value: tuple[int, int],
     heads: str | None,
 ) -> ContiguousCache | RingCache:
-    """A layer's cache of keys and values with a :class:`CacheArray` for each array.
+    """Returns a layer's cache of keys and values with a :class:`CacheArray` for each array.
 
     Rows have ``length`` tokens at most, of which a token sees ``window``; a cache is no longer.
     ``key`` and ``value`` are (heads, size) of each, ``heads`` the logical axis of the heads.

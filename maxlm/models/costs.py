@@ -13,8 +13,8 @@ from flax import nnx
 from maxlm.models.params import flatten_names, param_specs, select_base
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
-"""What matrices read and write: the residual stream, an encoder's output, a narrow vector of latent
-attention, heads, or the hidden layer of an MLP."""
+"""Sides of matrices: the residual stream, an encoder's output, a narrow vector of latent attention,
+heads, or the hidden layer of an MLP."""
 Branch = Literal["mixer", "cross_attention", "ffn"]
 
 
@@ -26,7 +26,7 @@ class MatrixGroup:
     """Names of the parameters within the module, such as ``query.kernel``."""
     reads: Side = "residual"
     needed_raw: tuple[str, ...] = ()
-    """Those whose products the backward pass needs as they were before a norm or a clip."""
+    """Parameters whose products the backward pass needs as they were before a norm or a clip."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 
 def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
-    """The dtype a setting means on a platform ("cpu", "gpu", "tpu").
+    """Returns the dtype a setting means on a platform ("cpu", "gpu", "tpu").
 
     ``auto`` is bfloat16 where there are matrix units for it and float32 on CPUs, which emulate it.
     """
@@ -18,5 +18,5 @@ def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype of norms, softmax and loss: float32, or the compute dtype where that is wider."""
+    """Returns the dtype of norms, softmax and loss: float32, or a wider compute dtype."""
     return jnp.promote_types(dtype, jnp.float32)

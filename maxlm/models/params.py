@@ -40,10 +40,10 @@ class ParamSpec:
     """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings,
     the output head and routers (decayed); vector: norm scales and biases (neither)."""
     contract: tuple[int, ...] = ()
-    """Of a matrix: the dimensions summed over with the input; the others index the output."""
+    """Dimensions of a matrix summed over with the input; the others index the output."""
     sign_update: bool = False
-    """Its gradient is no slope of the loss but what a rule says to move against; optimizers step
-    against its sign by a fixed amount, and keep it out of clipping."""
+    """Whether its gradient is no slope of the loss but what a rule says to move against; optimizers
+    step against its sign by a fixed amount, and keep it out of clipping."""
     dtype: Any = jnp.float32
 
     @property
@@ -74,13 +74,13 @@ def declare(
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Normal values cut at two deviations, widened so that what is left has deviation ``std``."""
+    """Draws normal values cut at two deviations, widened to have deviation ``std`` then."""
     kept = 0.879625661034239  # sqrt(1 - 4·φ(2) / (2·Φ(2) - 1)), of a unit normal cut at ±2
     return jax.nn.initializers.truncated_normal(std / kept)
 
 
 def get_spec(param: nnx.Param) -> ParamSpec:
-    """The declaration behind a module's parameter."""
+    """Returns the declaration behind a module's parameter."""
     return param.get_metadata("spec")
 
 
@@ -88,16 +88,16 @@ class Weight(NamedTuple):
     """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
 
     value: jax.Array
-    """In its storage layout."""
+    """The parameter in its storage layout."""
     used: Dims
     """The mesh axes of its dimensions in use; they begin those in storage."""
     whole: jax.Array | None = None
-    """The same in use, if it need not be gathered."""
+    """The parameter in use, if it need not be gathered."""
 
 
 @dataclass(frozen=True)
 class ParamUse:
-    """How a layer reads one of its parameters."""
+    """The way a layer reads one of its parameters."""
 
     spec: ParamSpec
     rules: AxisRules
@@ -116,8 +116,8 @@ class ParamUse:
         return self.spec.axes[self.spec.lead + len(self.spec.contract) :]
 
     def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> Weight:
-        """An array, or a leaf's value, cast to ``dtype``: first, so that under ZeRO-3 the compute
-        dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's own."""
+        """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under ZeRO-3 the
+        compute dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's."""
         if isinstance(held, Leaf):
             own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
             return held.materialize(own)
@@ -130,7 +130,7 @@ class ParamUse:
         return Weight(value, used)
 
     def multiply(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
-        """x [B, S, *inputs] times each of some matrices, in one program: [B, S, *outputs] each."""
+        """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S, *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
         return multiply_kernels(x, values, wholes, used, self.tokens)
 
@@ -149,23 +149,23 @@ class Leaf:
     Parameters of such a model are read into it."""
 
     def materialize(self, use: ParamUse) -> Weight:
-        """The parameter's value, as norms, tables, heads and experts read it."""
+        """Returns the parameter's value, as norms, tables, heads and experts read it."""
         raise NotImplementedError
 
     def read_kernel(self, use: ParamUse) -> Weight:
-        """The array that inputs are multiplied with, beside other maps of the same input."""
+        """Returns the array that inputs are multiplied with, beside maps of the same input."""
         return self.materialize(use)
 
     def finish_product(self, y: jax.Array, x: jax.Array, use: ParamUse) -> jax.Array:
-        """The map of x, from the product y of x and :meth:`read_kernel`."""
+        """Completes the map of x, from the product y of x and :meth:`read_kernel`."""
         return y
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GatheredParam(Leaf):
-    """A parameter that is at hand whole. ZeRO-2: the gradient is reduced straight to ``value``, the
-    share it is kept for; ``whole`` is only read, and saves gathering it."""
+    """A parameter that is kept whole too. ZeRO-2: the gradient is reduced straight to ``value``,
+    the share it is kept for; ``whole`` is only read, and saves gathering it."""
 
     value: jax.Array
     whole: jax.Array
@@ -177,12 +177,12 @@ class GatheredParam(Leaf):
 
 
 def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
-    """A parameter cast to ``dtype``, for ``maxlm.parallel``."""
+    """Returns a parameter cast to ``dtype``, for ``maxlm.parallel``."""
     return ParamUse(get_spec(param), rules, dtype).read(param.get_value())
 
 
 def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
-    """A parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
+    """Returns a parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
     gradient may be reduced whole, and where there is no gradient."""
     own = read_weight(param, rules, dtype)
     return reshard(own.value, make_spec(own.used))
@@ -213,16 +213,16 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
 
 
 def param_specs(module: nnx.Module) -> Params:
-    """The declarations of all arrays at rest, as a nested dict of :class:`ParamSpec` (or of leaves
-    that hold some)."""
+    """Returns the declarations of all arrays at rest, as a nested dict of :class:`ParamSpec` (or of
+    leaves that hold some)."""
     return nnx.to_pure_dict(
         nnx.state(module), lambda param: param.get_metadata().get("rest", get_spec(param))
     )
 
 
 def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
-    """The module with other leaves for its parameters; pure. ``specs`` are its :func:`param_specs`,
-    some replaced by a :class:`Leaf` of declarations."""
+    """Returns the module with other leaves for its parameters; pure. ``specs`` are its
+    :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
 
 
@@ -248,12 +248,12 @@ def replace_base(tree: Params, base: Params) -> Params:
 
 
 def get_values(module: nnx.Module) -> Params:
-    """The parameters of a bound module; the inverse of :func:`bind`."""
+    """Returns the parameters of a bound module; the inverse of :func:`bind`."""
     return nnx.to_pure_dict(nnx.state(module))
 
 
 def bind(module: ModuleT, params: Params) -> ModuleT:
-    """The module with values in place of its declarations; pure, ``module`` is unchanged.
+    """Returns the module with values in place of its declarations; pure, ``module`` is unchanged.
 
     Of a stacked block's parameters, those of one layer make a block.
     """
@@ -276,13 +276,13 @@ def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = 
 def flatten_names(
     tree: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[str, Any]:
-    """A nested dict flattened to canonical names, ``{"layers.attention.query.kernel": ...}``."""
+    """Flattens a nested dict to canonical names, ``{"layers.attention.query.kernel": ...}``."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {join_path(path): value for path, value in flat}
 
 
 def join_path(path: tuple[Any, ...]) -> str:
-    """The canonical name of a leaf's path in a JAX tree."""
+    """Returns the canonical name of a leaf's path in a JAX tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
@@ -297,8 +297,8 @@ def cast_matrices(specs: Params, params: Params, cast: Callable, roles: Sequence
 
 
 def init_params(specs: Params, key: jax.Array) -> Params:
-    """Initial values: each parameter's depend on ``key`` and its own name and layer alone. Pure;
-    under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device."""
+    """Makes initial values: each parameter's depend on ``key`` and its own name and layer alone.
+    Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device."""
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -33,7 +33,7 @@ class PlacedModel:
     gradients: AxisRules
     optimizer: AxisRules
     compute: AxisRules
-    """All without mesh axes of size 1."""
+    """Rules, all without mesh axes of size 1."""
     specs: Params
     placements: dict[str, Placement]
     """Every parameter's place in storage, by its canonical name."""
@@ -56,7 +56,7 @@ def require_trainable(
     shape: TrainingShape,
     compute: AxisRules,
 ) -> Iterator[Requirement]:
-    """A model can be trained on a mesh, but for how its parameters divide."""
+    """Yields what a model must meet to be trained on a mesh, but for how parameters divide."""
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
@@ -138,7 +138,7 @@ def require_pipeline(
     sizes: Mapping[str, Any],
     micro_batches: Any,
 ) -> Iterator[Requirement]:
-    """Micro-batches fill a pipeline, and layers divide over its stages."""
+    """Requires that micro-batches fill a pipeline, and layers divide over its stages."""
     stages, layers, groups = sizes["stage"], model.num_layers, parallel.layer_groups
     alone, period = np.equal(stages, 1), len(model.kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
@@ -208,8 +208,8 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
 def require_whole_sequences(
     model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
 ) -> Iterator[Requirement]:
-    """A decoder's tokens have an encoder's whole output at hand, and experts with a capacity whole
-    sequences."""
+    """Requires whole sequences for a decoder's look at an encoder's output, and for experts with a
+    capacity."""
     whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
 
     def refuse(what: str, fix: str, where: str = "mesh.{}") -> MaxlmError:
@@ -233,7 +233,7 @@ def require_whole_sequences(
 def require_experts(
     model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
 ) -> Iterator[Requirement]:
-    """Experts, if there are any, are split as the tokens they serve."""
+    """Requires that experts, if there are any, are split as the tokens they serve."""
     if model.moe is None:
         yield Requirement(
             np.equal(sizes["expert"], 1),

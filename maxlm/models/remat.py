@@ -24,7 +24,7 @@ SAVED: dict[str, tuple[str, ...]] = {
 def apply_remat(
     layer: Callable[..., Any], policy: RematPolicy, *, alone: bool = True
 ) -> Callable[..., Any]:
-    """``layer`` under a policy; "none" recomputes only :func:`save_inputs_only`.
+    """Applies a policy to ``layer``; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
         alone: whether it is all there is to the body of a loop. Otherwise a compiler could do the
@@ -41,6 +41,6 @@ def apply_remat(
 
 
 def save_inputs_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A cheap ``function`` of which a scanned layer's backward pass keeps the arguments alone,
-    under any policy: what lies between is as large again, several times over."""
+    """Wraps a cheap ``function``: a scanned layer's backward pass keeps its arguments alone, under
+    any policy, for what lies between is several times as large."""
     return jax.checkpoint(function, prevent_cse=False)

@@ -41,7 +41,7 @@ def write_cache_slots(
 def read_cache_slots(
     cache: jax.Array, new: jax.Array, slots: jax.Array, *, rules: AxisRules
 ) -> jax.Array:
-    """[B, W + S, K, H]: a cache's slots in another order, then new ones; no communication.
+    """Returns a cache's slots in another order, then new ones, [B, W + S, K, H]; no communication.
 
     Args:
         cache: [B, T, K, H].
@@ -78,7 +78,7 @@ def sharded_attention(
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> jax.Array:
-    """:func:`pallas_kernels.attention.attention` on a mesh, each device with its rows and heads.
+    """Runs ``pallas_kernels.attention.attention`` on a mesh, a device with its rows and heads.
 
     Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), for the
     gradient of ``biases``, and for the gradients of kv heads that are whole on devices which split
@@ -187,7 +187,7 @@ def _whole(split: SequenceSplit, added: DistanceBias, where: Any) -> dict[str, A
 
 
 class _Layout(NamedTuple):
-    """How operands lie on devices."""
+    """Layouts of operands on devices."""
 
     queries: PartitionSpec
     keys: PartitionSpec
@@ -229,15 +229,15 @@ class _Layout(NamedTuple):
         return self.queries, self.keys, self.keys, by_head, rows, numbers
 
     def own_heads(self, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
-        """On shards: of kv heads [B, T, K, H], those that this device's query heads read."""
+        """Returns, on shards, the kv heads [B, T, K, H] that this device's query heads read."""
         if "heads" not in self.numbered:
             return x
         first, count = self._own(numbers)
         return lax.dynamic_slice_in_dim(x, first, count, axis=2)
 
     def all_heads(self, d_own: jax.Array, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
-        """On shards: the gradient of whole kv heads x, summed over devices, from that of each
-        device's :meth:`own_heads`."""
+        """Returns, on shards, the gradient of whole kv heads x, summed over devices, from that of
+        each device's :meth:`own_heads`."""
         if "heads" not in self.numbered:
             return d_own
         first, _ = self._own(numbers)

@@ -33,11 +33,11 @@ class KeyValueBlock(NamedTuple):
 
 
 QueryGradients = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""What stays with the queries, fp32: dQ's chunks; the biases' gradient, where there are any."""
+"""Gradients that stay with the queries, fp32: dQ's chunks; the biases', where there are any."""
 Gradients = tuple[QueryGradients, tuple[jax.Array, jax.Array]]
-"""And dK and dV of one device's keys, fp32."""
+"""Gradients of the queries, and dK and dV of one device's keys, fp32."""
 PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
-"""For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
+"""(o, log-sum-exp) over the keys seen so far for each chunk of queries, fp32."""
 
 
 def attend_shard_forward(
@@ -78,9 +78,9 @@ def attend_shard_backward(
     lse: jax.Array,
     d_o: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """fp32 gradients of this device's q, k and v; and of biases, where there are any, a term of the
-    sum over devices. Keys and values are sent again, not kept from the forward pass: memory for one
-    layer's, not for every layer's."""
+    """Returns fp32 gradients of this device's q, k and v; and of biases, where there are any, a
+    term of the sum over devices. Keys and values are sent again, not kept from the forward pass:
+    memory for one layer's, not for every layer's."""
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o
@@ -96,7 +96,7 @@ class _Queries(NamedTuple):
     number: jax.Array
     segments: tuple[Any, ...]
     arrays: tuple[tuple[jax.Array, ...], ...]
-    """For each chunk: its q, and in the backward pass lse, delta and d_o."""
+    """Arrays of each chunk: its q, and in the backward pass lse, delta and d_o."""
     added: DistanceBias
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How work is cut where axis rules alone do not say."""
+"""Methods to cut work where axis rules alone do not say."""
 
 from typing import Literal
 
@@ -14,10 +14,10 @@ class ParallelConfig(Config):
     """Methods of the axes `stage` and `context`; without effect where these have one device."""
 
     context: ContextMethod = "all_gather"
-    """How attention sees a sequence split over `context`. all_gather: every device gathers all keys
-    and values. ring: keys and values go round, a block at a time, while the device computes with
-    the block it has; the least memory. ulysses: heads are exchanged for the sequence and back; the
-    least traffic, but query heads must divide over `context` too."""
+    """Method by which attention sees a sequence split over `context`. all_gather: every device
+    gathers all keys and values. ring: keys and values go round, a block at a time, while the device
+    computes with the block it has; the least memory. ulysses: heads are exchanged for the sequence
+    and back; the least traffic, but query heads must divide over `context` too."""
     balance_sequence: bool = True
     """Give each device an early and a late part of the sequence, so that causal masks leave all
     equal work; the sequence must divide into two parts a device."""

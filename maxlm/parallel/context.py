@@ -34,7 +34,7 @@ ContextMethod = Literal["all_gather", "ring", "ulysses"]
 
 
 class SequenceSplit(NamedTuple):
-    """How a sequence is split over devices, and its attention mask."""
+    """Split of a sequence over devices, and its attention mask."""
 
     axes: Axes
     """The mesh axes over which rows are split."""
@@ -43,7 +43,7 @@ class SequenceSplit(NamedTuple):
     causal: bool
     window: int | None
     scale: float | None = None
-    """Of q·k; None: by the head size."""
+    """Factor on q·k; None: by the head size."""
     soft_cap: float | None = None
 
     @property
@@ -64,15 +64,15 @@ class SequenceSplit(NamedTuple):
         return 2 if self.balanced else 1
 
     def last_step(self, rows: int) -> int:
-        """How many devices before its own, of ``rows`` tokens each, hold keys that a device may
-        need. A future one's come by the way where the ring closes."""
+        """Counts the devices before its own, of ``rows`` tokens each, that hold keys a device may
+        need. Later devices' keys pass by as the ring closes."""
         if self.window is None or self.balanced:
             return self.ways - 1
         return min(self.ways - 1, (self.window + rows - 2) // rows)
 
     def chunk_starts(self, number: Any, size: int) -> list[Any]:
-        """The index in the sequence of the first token of each chunk, of ``size`` tokens, of the
-        device with a number along ``axes``."""
+        """Returns the index in the sequence of the first token of each chunk, of ``size`` tokens,
+        of the device with a number along ``axes``."""
         starts = [number * size]
         return [*starts, (2 * self.ways - 1 - number) * size] if self.balanced else starts
 
@@ -97,8 +97,8 @@ def require_context(
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> Iterator[Requirement]:
-    """Attention can be split over the sequence as asked: the length divides, Ulysses can share out
-    the heads, no query head's kv head lies on another device, a window is 1 or more.
+    """Requires that attention can be split over the sequence: the length divides, Ulysses can share
+    out the heads, no query head's kv head lies on another device, a window is 1 or more.
 
     Args:
         seq_len: tokens in a row of the batch.

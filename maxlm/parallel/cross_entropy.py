@@ -39,7 +39,7 @@ def fused_cross_entropy_loss(
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
+    """Runs :func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
 
     Args: as there; and
         hidden: [..., D], compute dtype; tokens split over any mesh axes, D over none.
@@ -66,7 +66,7 @@ def compute_fused_log_probs(
     soft_cap: float | None = None,
     chunk: int = 1024,
 ) -> jax.Array:
-    """log softmax(logits)[target] of every token, fp32 [...]; see :func:`fused_cross_entropy_loss`.
+    """Computes log softmax(logits)[target], fp32 [...]; see :func:`fused_cross_entropy_loss`.
 
     Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
     weighted by the cotangents.

@@ -39,7 +39,7 @@ class DroplessDispatch:
     """Devices exchange by ragged all-to-all; otherwise by an all-to-all of worst-case blocks."""
 
     def send(self, slots: jax.Array) -> jax.Array:
-        """[T·k, ...] → [R, ...]; rows beyond the groups are zeros where devices are several."""
+        """Sends [T·k, ...] → [R, ...]; with several devices rows beyond the groups are zeros."""
         if not self.axes:
             return slots
         there, back = self._slices()
@@ -56,7 +56,7 @@ class DroplessDispatch:
         return _pick(got, self._num_rows, starts.ravel(), sizes.ravel(), at.ravel())
 
     def receive(self, rows: jax.Array) -> jax.Array:
-        """[R, ...] → [T·k, ...]; zeros in slots sent nowhere where devices are several."""
+        """Receives [R, ...] → [T·k, ...]; zeros in slots sent nowhere where devices are several."""
         if not self.axes:
             return rows
         there, back = self._slices()
@@ -129,7 +129,7 @@ class CapacityDispatch:
     """Experts a device."""
 
     def send(self, slots: jax.Array) -> jax.Array:
-        """[E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
+        """Sends [E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
         if not self.axes:
             return slots
         blocks = slots.reshape(axis_size(self.axes), self.experts, -1, *slots.shape[1:])
@@ -137,7 +137,7 @@ class CapacityDispatch:
         return got.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
 
     def receive(self, rows: jax.Array) -> jax.Array:
-        """[R, ...] → [E·b·C, ...]."""
+        """Receives [R, ...] → [E·b·C, ...]."""
         if not self.axes:
             return rows
         blocks = rows.reshape(self.experts, axis_size(self.axes), -1, *rows.shape[1:])
@@ -145,13 +145,13 @@ class CapacityDispatch:
         return got.reshape(-1, *rows.shape[1:])
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
-        """[R, D] by kernels [experts, D, F] ([experts, F, D] when transposed) → [R, F]."""
+        """Multiplies [R, D] by kernels [experts, D, F] ([experts, F, D] if transposed) → [R, F]."""
         dims = (((2,), (2 if transposed else 1,)), ((0,), (0,)))
         out = lax.dot_general(self._split(rows), kernels, dims)
         return out.reshape(len(rows), -1)
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        """[experts, D, F] from [R, D] and [R, F]."""
+        """Contracts [R, D] and [R, F] to [experts, D, F]."""
         dims = (((1,), (1,)), ((0,), (0,)))
         return lax.dot_general(self._split(rows), self._split(others), dims)
 
@@ -165,7 +165,7 @@ DispatchPlan = DroplessDispatch | CapacityDispatch
 def plan_dropless(
     chosen: jax.Array, num_experts: int, axes: Axes, device_index: jax.Array, *, ragged: bool
 ) -> DroplessDispatch:
-    """Sort this device's assignments by expert and learn the counts of its peers.
+    """Sorts this device's assignments by expert and learns the counts of its peers.
 
     Args:
         chosen: int32 [b, s, k], a token's distinct experts; ``num_experts`` for nowhere.

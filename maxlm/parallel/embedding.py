@@ -28,9 +28,9 @@ from maxlm.parallel.local import (
 class _Layouts(NamedTuple):
     ids: Dims
     table: Dims
-    """In storage ..."""
+    """Layout of the table in storage."""
     held: Dims
-    """... and during the look-up: what cannot be exchanged by all-to-all is gathered."""
+    """Layout of the table during the look-up: gathered where no all-to-all can exchange it."""
     exchanged: tuple[tuple[str, int], ...]
     """(mesh axis, dimension of ``ids`` it splits), of the columns; outermost first."""
 

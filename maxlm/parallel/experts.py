@@ -62,8 +62,8 @@ def apply_experts(
     expert_capacity: int | None = None,
     ragged: bool | None = None,
 ) -> jax.Array:
-    """``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where hidden is
-    ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
+    """Computes ``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where
+    hidden is ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
 
     Args:
         x: [B, S, D] in the compute dtype, B and S split in any way, D whole.
@@ -139,9 +139,9 @@ class _Layouts:
     """Everything static. Compared by identity: it lives as long as one trace."""
 
     tokens: Dims
-    """Of x."""
+    """Layout of x."""
     whole: Dims
-    """Of tokens gathered over F's axes."""
+    """Layout of tokens gathered over F's axes."""
     used: dict[str, Dims]
     stored: dict[str, Dims]
     activation: Callable[[jax.Array], jax.Array]

@@ -22,11 +22,11 @@ LayerFn = Callable[[Any, Any, Any, Any], Any]
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Residuals:
-    """Where the pieces of a layer's backward pass are found."""
+    """Places of the pieces of a layer's backward pass."""
 
     tree: Any
     places: tuple[int, ...]
-    """Of each leaf: i ≥ 0, among the layer's parameters and the context; -1-i, among what was
+    """Place of each leaf: i ≥ 0, among the layer's parameters and the context; -1-i, among what was
     stacked."""
 
 
@@ -59,7 +59,7 @@ def scan_layers(
 
 
 def split_periods(tree: Any, length: int) -> Any:
-    """[L, ...] → [L / length, length, ...]; no copy."""
+    """Reshapes [L, ...] → [L / length, length, ...]; no copy."""
     if length == 1:
         return tree
     return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), tree)

@@ -44,13 +44,13 @@ from maxlm.parallel.local import (
 
 @dataclass(frozen=True)
 class _Layouts:
-    """How everything lies, from the arguments' types."""
+    """Layouts of everything, from the arguments' types."""
 
     x: Dims
     stored: tuple[Dims, ...]
     used: tuple[Dims, ...]
     tokens: Dims
-    """Of the results, outermost two dimensions."""
+    """Layout of the results' outermost two dimensions."""
 
     @property
     def inputs(self) -> int:
@@ -80,7 +80,7 @@ class _Layouts:
         )
 
     def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
-        """On shards: a kernel in use."""
+        """Returns a kernel in use, on shards."""
         return gather(kernel, self.stored[i], self.used[i]) if whole is None else whole
 
     @property

@@ -32,8 +32,8 @@ Dims = tuple[Axes, ...]
 def map_shards(
     function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Axes = ()
 ) -> Callable[..., Any]:
-    """``function`` over each device's shards, manual over ``axes``; default: every mesh axis that
-    is not so yet.
+    """Maps ``function`` over each device's shards, manual over ``axes``; default: every mesh axis
+    that is not so yet.
 
     Args:
         in_specs, out_specs: layouts of arguments and results, on these axes. A result that a spec
@@ -47,8 +47,8 @@ def map_shards(
 
 
 def axis_indices(axes: Axes) -> jax.Array:
-    """Each device's number along ``axes``, int32 [ways]: pass it with the spec ``P(axes)`` and
-    read element 0 of the shard."""
+    """Returns each device's number along ``axes``, int32 [ways]: pass it with the spec ``P(axes)``
+    and read element 0 of the shard."""
     return jnp.arange(axis_size(axes), dtype=jnp.int32, out_sharding=PartitionSpec(axes or None))
 
 
@@ -70,13 +70,13 @@ def parse_spec(spec: PartitionSpec, ndim: int) -> Dims:
 
 
 def make_spec(dims: Sequence[Axes]) -> PartitionSpec:
-    """The inverse of :func:`parse_spec`."""
+    """Returns the spec of a tuple of mesh axes for each dimension; inverts :func:`parse_spec`."""
     return PartitionSpec(*(axes or None for axes in dims))
 
 
 def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
-    """On shards: from layout ``have`` to layout ``want``, whose axes begin ``have``'s in every
-    dimension; an all-gather over the others."""
+    """Gathers shards from layout ``have`` to layout ``want``, whose axes begin ``have``'s in every
+    dimension, over the other axes."""
     for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
         extra = _beyond(own, kept)
         if extra:
@@ -94,7 +94,7 @@ def gather_to_spec(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
-    """On shards: the sum over the ``partial`` axes, from layout ``have`` to ``want``.
+    """Sums shards over the ``partial`` axes, from layout ``have`` to ``want``.
 
     Each dimension of ``want`` begins with ``have``'s axes. What it adds is split off by a
     reduce-scatter; the other partial axes are all-reduced. An axis that ``want`` adds and along
@@ -112,7 +112,7 @@ def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axe
 
 
 def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """All shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
+    """Gathers all shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
     collect = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
     groups = _two_steps(axes)
     if groups is None:
@@ -149,7 +149,7 @@ class _Groups(NamedTuple):
 
 
 def _two_steps(axes: Axes) -> _Groups | None:
-    """How to gather or scatter over ``axes`` in two steps, where that is better.
+    """Groups devices to gather or scatter over ``axes`` in two steps, where that is better.
 
     Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in three
     dimensions all-gathers too, by an all-reduce and a slice: twice the bytes

@@ -27,7 +27,7 @@ def attend_shard_forward(
     segments: Segments,
     added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :func:`blocks.attend_shard_forward`, where n divides N; log-sum-exps are of all rows in
+    """See :func:`blocks.attend_shard_forward`; n divides N, and log-sum-exps are of all rows in
     sequence order and this device's share of heads, fp32 [B, S, N / n]."""
     q, k, v = _whole_rows(split, q, k, v)
     o, lse = attention_forward(q, k, v, **_options(split, device_index, segments, added))
@@ -46,7 +46,7 @@ def attend_shard_backward(
     lse: jax.Array,
     d_o: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """As :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
+    """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
     copies = _copies(k.shape[2], split.ways)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
@@ -62,7 +62,7 @@ def attend_shard_backward(
 
 
 def _copies(kv_heads: int, ways: int) -> int:
-    """How often each kv head is repeated so that devices get equal numbers of them.
+    """Counts the copies of each kv head that give devices equal numbers of them.
 
     The query heads that a device gets then read exactly the kv heads that it gets, in order: the
     repeated number, lcm(kv_heads, ways), divides the query heads, as both its factors do. With one
@@ -110,7 +110,7 @@ def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:
 
 
 def _to_rows(x: jax.Array, split: SequenceSplit) -> jax.Array:
-    """The inverse of :func:`_to_heads`."""
+    """Inverts :func:`_to_heads`."""
     x = _permute(x, split, _chunk_order(split))
     return lax.all_to_all(x, split.axes, split_axis=1, concat_axis=2, tiled=True)
 

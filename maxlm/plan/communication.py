@@ -18,7 +18,7 @@ from maxlm.plan.workload import FP32, Number
 
 
 def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
-    """Every collective of a step that sends more than a few scalars."""
+    """Lists every collective of a step that sends more than a few scalars."""
     found = chain(
         _list_layer_collectives(shape),
         _list_expert_collectives(shape),
@@ -319,7 +319,7 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 
 
 def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Where moments lie in smaller shares than parameters (ZeRO-1 and 2), updates are gathered."""
+    """Yields gathers of updates where moments lie in smaller shares than parameters (ZeRO-1, 2)."""
     work, split = shape.work, shape.split
     if split.optimizer == split.storage:
         return

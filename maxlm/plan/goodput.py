@@ -1,4 +1,4 @@
-"""How much of a run's time is progress: failures, restarts and checkpoints.
+"""Estimates how much of a run's time is progress, with failures, restarts and checkpoints.
 
 Daly 2006 ("A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22,
 eq. 20 and 37): with a mean time M between failures, checkpoints of δ seconds and restarts of R
@@ -24,9 +24,9 @@ class Reliability:
     device_mtbf_hours: float = DEVICE_MTBF_HOURS
     """Mean time between failures of one device that stop the run."""
     restart_seconds: float = RESTART_SECONDS
-    """From a failure to the next step."""
+    """Seconds from a failure to the next step."""
     checkpoint_seconds: float | None = None
-    """That a checkpoint keeps the run waiting; None: as long as its bytes take to storage."""
+    """Seconds that a checkpoint holds up the run; None: as long as its bytes take to storage."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Goodput:
     """Shares of time that are progress."""
 
     mtbf_hours: float
-    """Of the whole machine."""
+    """Mean time between failures of the whole machine."""
     checkpoint_seconds: float
     restart_seconds: float
     best_interval_seconds: float
@@ -65,7 +65,7 @@ def estimate_goodput(
 
 
 def best_interval_seconds(mean: float, write: float) -> float:
-    """Daly's optimum interval in seconds, as are the mean between failures and the write."""
+    """Computes Daly's optimum interval; it, the mean time and the write are in seconds."""
     if write >= 2 * mean:
         return mean
     x = write / (2 * mean)

@@ -21,9 +21,9 @@ class Chip:
 
     name: str
     family: str
-    """What its efficiency is looked up by (``plan/timing.py``)."""
+    """Key of its efficiency (``plan/timing.py``)."""
     device_kinds: tuple[str, ...]
-    """What JAX calls such a device."""
+    """JAX's names for such a device."""
     peak: Mapping[str, float]
     """FLOP/s (int8: OP/s) of matrix products, by dtype."""
     memory: float

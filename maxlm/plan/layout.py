@@ -25,7 +25,7 @@ from maxlm.train.batch import require_batch_split
 def require_run_fits(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
-    """A run can be trained on a mesh, or on each of many, but for how its parameters divide."""
+    """Yields what a run must meet to train on one or many meshes, but for parameters' splits."""
     yield from _require_batch(config, sizes, micro_batches)
     shape = TrainingShape(config.data.seq_len, micro_batches)
     parts = config.model, config.sharding, config.parallel
@@ -101,17 +101,17 @@ class RunLayout:
     devices: int
     parameters: int
     active_parameters: int
-    """Those that one token meets; fewer with experts."""
+    """Parameters that one token meets; fewer with experts."""
     rows: tuple[ParamRow, ...]
     parameter_bytes: int
-    """Of fp32 masters on each device, as are the three below between steps."""
+    """Bytes of fp32 masters on each device between steps, as are the three below."""
     gradient_bytes: int
     optimizer_bytes: int
     average_bytes: int
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
-    """Training, of a token of text, causal attention counted at half; see count_training_flops."""
+    """Training FLOPs of a token of text, causal attention at half; see count_training_flops."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
 
@@ -229,14 +229,14 @@ class TrainingFlops(NamedTuple):
 
 
 def count_active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
-    """Parameters that one token meets: all but the routed experts it is not sent to."""
+    """Counts the parameters that one token meets: all but the routed experts it is not sent to."""
     share = config.expert_share
     return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
 
 
 def count_training_flops(work: RunWorkload) -> TrainingFlops:
-    """FLOPs a token of a training step, whatever an implementation spends; of an encoder and a
-    decoder, a token of the decoder's.
+    """Counts FLOPs a token of a training step, whatever an implementation spends; of an encoder and
+    a decoder, a token of the decoder's.
 
     6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
     routed experts those a token meets, routers and the output head, tied or not, but not table

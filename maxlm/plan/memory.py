@@ -37,13 +37,13 @@ class DeviceMemory:
     batch: Number
     gradients: Number
     activations: Number
-    """What the remat policy keeps of the forward pass, layers' inputs included."""
+    """Arrays of the forward pass that the remat policy keeps, layers' inputs included."""
     working: Number
-    """What is alive besides."""
+    """Other arrays that are alive at the peak."""
     peak: Number
     """The peak's index in ``working_sets``."""
     working_sets: dict[str, Parts]
-    """What is alive besides in each phase of a step, by part."""
+    """Other arrays that are alive in each phase of a step, by part."""
 
     @property
     def total(self) -> Number:
@@ -51,12 +51,12 @@ class DeviceMemory:
 
     @property
     def allocated(self) -> Number:
-        """The bytes that a step takes and gives back."""
+        """Bytes that a step takes and gives back."""
         return self.gradients + self.activations + self.working
 
     @property
     def phase(self) -> str:
-        """When the peak of one plan is."""
+        """The phase in which one plan's peak is."""
         return list(self.working_sets)[int(self.peak)]
 
     def to_json(self) -> dict[str, Any]:

@@ -141,9 +141,9 @@ class Network:
 
 
 def describe_torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
-    """For each mesh axis of more than one device, the dimensions of a TPU's torus that neighbours
-    along it differ in, as ``x·y``; "" for one that only crosses slices. The layout is that of a
-    run, for devices that are coordinates alone."""
+    """Returns, for each mesh axis of several devices, the dimensions of a TPU's torus that
+    neighbours along it differ in, as ``x·y``; "" for one that only crosses slices. The layout is a
+    run's, on devices that are coordinates alone."""
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     places = product(*map(range, (topology.slices, *reversed(sides), topology.devices_per_chip)))
     devices = [

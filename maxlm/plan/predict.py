@@ -70,7 +70,7 @@ class Machine(Network):
         return cls(topology, chip, topology.words)
 
     def mesh(self, config: RunConfig) -> dict[str, int]:
-        """The config's mesh on this machine; refused where slices or hosts cannot be laid along."""
+        """Returns the config's mesh; refuses slices or hosts that it cannot be laid along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
         if self.topology.platform == "tpu":
             split_over_slices(sizes, self.topology.slices)
@@ -97,12 +97,12 @@ class CollectiveCost(PlannedCollective):
     """The cost of a collective of one plan."""
 
     devices: int
-    """In a group."""
+    """Devices in a group."""
     link: str | None
     sent_bytes: float
-    """By each device, a step."""
+    """Bytes that each device sends in a step."""
     seconds: float | None
-    """A step."""
+    """Seconds of a step."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RunPlan:
 
     @property
     def close(self) -> bool:
-        """Whether it fits by less than the plan may be wrong."""
+        """Whether the run fits by less than the plan may be wrong."""
         return bool(self.fits) and float(self.memory.total) > FILL * (self.limit or 0.0)
 
     @property
@@ -166,7 +166,7 @@ class RunPlan:
         return steps * self.step_seconds / self.goodput.best / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, the layout's first."""
+        """Returns plain data, the layout's first."""
         machine, limit, hours = self.machine, self.limit, self.run_hours
         margin = None if limit is None else limit - float(self.memory.total)
         return {
@@ -237,7 +237,7 @@ def make_step_shape(
     remat: RematPolicy,
     machine: Machine | None,
 ) -> StepShape:
-    """A run on a mesh, or on many, as its machine's kernels and collectives take it."""
+    """Makes the step that a machine's kernels and collectives run, on one mesh or many."""
     return StepShape(
         *(work, MeshPartitioning(work.config, sizes), micro, remat),
         ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),

@@ -136,7 +136,7 @@ class _Batch:
 
 
 def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _Batch]]:
-    """How many there are, and those that divide as they must."""
+    """Yields the number of candidates in each batch, and those that divide as they must."""
     dtype = compute_dtype(config.compute_dtype, machine.topology.platform)
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
@@ -173,7 +173,7 @@ def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 def _find_divisible(
     work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
-    """Which candidates meet every check of a run, and divide its parameters."""
+    """Marks candidates that meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshPartitioning(work.config, sizes)
     good = filter_candidates(require_run_fits(config, sizes, micro))
     for spec in work.specs.values():

@@ -40,12 +40,12 @@ class StepShape:
 
     @property
     def tokens(self) -> Number:
-        """Tokens of a micro-batch on a device, within layers ..."""
+        """Tokens of a micro-batch on a device within layers."""
         return self.rows * self.work.rows.own / self.split.ways(self.split.compute.seq)
 
     @property
     def residual_tokens(self) -> Number:
-        """... and of the residual stream."""
+        """Tokens of a micro-batch on a device in the residual stream."""
         return self.rows * self.work.rows.own / self.split.ways(self.split.compute.residual)
 
     @property
@@ -71,18 +71,18 @@ class StepShape:
 
     @property
     def reruns(self) -> Number:
-        """How often the backward pass runs layers as the forward pass did ..."""
+        """Times that the backward pass runs layers as the forward pass did."""
         return np.where(self.pipelined, 1, 0) + (self.remat != "none")
 
     @property
     def score_reruns(self) -> Number:
-        """... and makes attention's scores so."""
+        """Times that the backward pass makes attention's scores as the forward pass did."""
         return np.where(self.pipelined, 1, 0) + self.work.attention_recomputed(self.remat)
 
     @property
     def slots(self) -> Number:
-        """Times that a stage passes all its layers, forward or backward, idle turns included:
-        a device computes, and sends, in these too."""
+        """Times that a stage passes all its layers, forward or backward, idle turns included: a
+        device computes, and sends, in these too."""
         idle = (self.stages - 1) / self.groups
         return np.where(self.pipelined, self.micro + idle, self.micro)
 
@@ -94,22 +94,22 @@ class StepShape:
 
     @property
     def end_tokens(self) -> Number:
-        """Tokens that embedding and loss see at once on a device ..."""
+        """Tokens that embedding and loss see at once on a device."""
         return self.tokens * np.where(self.spread, self.micro / self.stages, 1.0)
 
     @property
     def end_residual_tokens(self) -> Number:
-        """... and those of them in the residual stream ..."""
+        """Part of ``end_tokens`` that the device holds in the residual stream."""
         return self.end_tokens * self.residual_tokens / self.tokens
 
     @property
     def losses(self) -> Number:
-        """... how often the loss does: under 1F1B on every stage, for each micro-batch ..."""
+        """Times that the loss runs: once, or for each micro-batch (under 1F1B on every stage)."""
         return np.where(self.spread, 1.0, self.micro)
 
     @property
     def lookups(self) -> Number:
-        """... and the embedding: there each turn."""
+        """Times that the embedding runs: once, or in each of ``slots``."""
         return np.where(self.spread, 1.0, self.slots)
 
     @property

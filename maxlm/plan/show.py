@@ -24,7 +24,7 @@ OPTIMAL = 20
 
 
 def format_bytes(size: float) -> str:
-    """``1.5 GiB``: three significant digits, binary units."""
+    """Formats ``1.5 GiB``: three significant digits, binary units."""
     sign, size = ("-" if size < 0 else ""), abs(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1023.5:
@@ -34,7 +34,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """``6.74B``: thousands, millions, billions, trillions."""
+    """Formats ``6.74B``: thousands, millions, billions, trillions."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:
             return f"{_three_digits(count / limit)}{unit}"
@@ -42,7 +42,7 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``1.5 ms``, ``12 s``, ``3.2 h``, ``14 days``."""
+    """Formats ``1.5 ms``, ``12 s``, ``3.2 h``, ``14 days``."""
     for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
         if seconds < limit:
             return f"{_three_digits(seconds * scale)} {unit}"

@@ -23,7 +23,7 @@ class Kernel:
     inputs: int
     """Leading dimensions that are summed over; of an expert's, behind the first."""
     needed_raw: bool = False
-    """Whether the backward pass needs its product as it was before a norm or a clip."""
+    """Whether the backward pass needs the product as it was before a norm or a clip."""
 
     @property
     def size(self) -> int:
@@ -71,7 +71,7 @@ class MatmulGroup:
 
     @property
     def is_dense_ffn(self) -> bool:
-        """Whether it makes the hidden layer of an FFN that every token passes."""
+        """Whether the group makes the hidden layer of an FFN that every token passes."""
         return self.branch == "ffn" and self.writes == "mlp" and not self.has_experts
 
     @property
@@ -84,7 +84,7 @@ class MatmulGroup:
 
     @property
     def input_width(self) -> int:
-        """Width of what it reads; not of experts'."""
+        """Width of the input; not for experts."""
         return prod(self.kernels[0].shape[: self.kernels[0].inputs])
 
     @property
@@ -118,10 +118,10 @@ class Stack:
     specs: Mapping[str, ParamSpec]
     branches: tuple[BranchCosts, ...]
     matmuls: tuple[MatmulGroup, ...]
-    """By name; without what an adapter adds, like the router."""
+    """Matrix products by name; without what an adapter adds, like the router."""
     router: Kernel | None
     attention: Counter[AttentionShape]
-    """Layers of each."""
+    """Number of layers of each shape."""
     rate: float
     """Tokens that go through for each of the batch."""
 

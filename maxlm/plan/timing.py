@@ -1,4 +1,4 @@
-"""How long a step takes: a roofline with three constants a family of chips.
+"""Estimates a step's time: a roofline with three constants a family of chips.
 
 Matrix products run at a share of the peak, everything else that touches memory at a share of its
 bandwidth, and communication beside them where it can. Per micro-batch, forward and backward apart:
@@ -44,16 +44,16 @@ _KEPT_BLOCK = 32 * 2**20
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The shares that programs reach ..."""
+    """Shares of a machine's rates that programs reach."""
 
     matmul: float
-    """... of the peak in large matrix products, ..."""
+    """Share of the peak in large matrix products."""
     hidden: float
-    """... of communication beside computation, ..."""
+    """Share of communication that computation hides."""
     network: float
-    """... of the links' rates in collectives, ..."""
+    """Share of the links' rates in collectives."""
     memory: float = 0.8
-    """... and of the memory's bandwidth in element-wise maps."""
+    """Share of the memory's bandwidth in element-wise maps."""
 
 
 EFFICIENCY = {
@@ -69,9 +69,9 @@ class StepTime:
     """Seconds of a step on the busiest device."""
 
     products: Number
-    """Of matrices, recomputed ones included."""
+    """Matrix products, recomputed ones included."""
     attention: Number
-    """Its products, and its scores' element-wise work."""
+    """Attention's products, and its scores' element-wise work."""
     traffic: Number
     """Other element-wise work, by the bytes it moves; recurrences."""
     exposed: Number
@@ -79,9 +79,9 @@ class StepTime:
     idle: Number
     """A pipeline's turns without work."""
     communication: Number
-    """All of it, hidden or not; no part of the total."""
+    """All communication, hidden or not; no part of the total."""
     forward: Number
-    """What of products, attention and traffic is of forward passes."""
+    """The part of products, attention and traffic in forward passes."""
 
     @property
     def total(self) -> Number:
@@ -97,14 +97,14 @@ class DeviceFlops:
     attention_forward: Number
     attention_backward: Number
     loss: Number
-    """Its forward part, for all micro-batches; the backward part is twice that."""
+    """Forward FLOPs of the loss, for all micro-batches; the backward part is twice that."""
 
     def products(self, slots: Number) -> Number:
-        """A step's FLOPs without attention's, a pipeline's idle turns included."""
+        """Counts a step's FLOPs without attention's, a pipeline's idle turns included."""
         return slots * (self.forward + self.backward) + 3 * self.loss
 
     def attention(self, slots: Number) -> Number:
-        """Attention's likewise."""
+        """Counts a step's FLOPs of attention, a pipeline's idle turns included."""
         return slots * (self.attention_forward + self.attention_backward)
 
 
@@ -149,8 +149,8 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
 
 
 def count_scores(shape: StepShape, *, fused: bool) -> Number:
-    """Scores of attention on a device in one pass of its layers, as far as they are computed: those
-    that a kernel keeps on the chip, or the others."""
+    """Counts scores of attention on a device in one pass of its layers, as far as they are
+    computed: those that a kernel keeps on the chip, or the others."""
     scores = (
         _scores(shape, own, layers)
         for own, layers in shape.work.attention.items()
@@ -242,7 +242,7 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
 
 
 def score_traffic(shape: StepShape) -> tuple[Number, Number]:
-    """The same of attention's scores, forward and backward, where they go through memory."""
+    """Bytes of attention's scores, forward and backward, where they go through memory."""
     one = count_scores(shape, fused=False) * FP32
     forward = one * _SCORE_PASSES["forward"]
     return forward, one * _SCORE_PASSES["backward"] + shape.score_reruns * forward
@@ -257,7 +257,7 @@ def estimate_time(
     dtype: str = "bf16",
     allocated: Number = 0.0,
 ) -> StepTime:
-    """A step's time, with ``dtype`` in matrix products.
+    """Estimates a step's time, with ``dtype`` in matrix products.
 
     Args:
         sends: :func:`maxlm.plan.communication.list_collectives` of ``shape``.

@@ -98,7 +98,7 @@ class Topology:
 
     @property
     def devices_per_chip(self) -> int:
-        """As JAX counts them."""
+        """JAX devices of a chip."""
         return 2 if self.kind == "tpu7x" else 1
 
     @property
@@ -111,7 +111,7 @@ class Topology:
 
     @property
     def compiler_name(self) -> str:
-        """As ``jax.experimental.topologies`` takes it."""
+        """Name that ``jax.experimental.topologies`` takes."""
         start = f"{self.kind}:" if self.platform == "tpu" else f"{self.slices}x"
         return start + _join(self.shape)
 
@@ -131,7 +131,7 @@ class Topology:
 
     @property
     def words(self) -> str:
-        """Chips, cores and hosts, so that nobody has to remember what a name counts."""
+        """Numbers of chips, cores and hosts, in words, as names count one or another of them."""
         chips = self.slices * prod(self.shape)
         if self.platform == "cpu":
             return f"{_count(chips, 'CPU device')} on one host"

@@ -10,7 +10,7 @@ from maxlm.plan.stacks import MatmulGroup, Stack
 from maxlm.plan.workload import FP32, Number
 
 Parts = dict[str, Number]
-"""What → bytes on each device."""
+"""Name of arrays → bytes on each device."""
 _BRANCH = "what a branch adds before its last norm, its gradient"
 _MEMORY = "gradient of the encoder's output"
 # At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
@@ -139,8 +139,8 @@ def list_loss_working_set(shape: StepShape) -> Parts:
 
 
 def list_update_working_set(shape: StepShape) -> Parts:
-    """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
-    two largest parameters' are alive together."""
+    """Lists the updates gathered, where each device updates a part of what it holds (ZeRO-1 and 2):
+    the two largest parameters' are alive together."""
     work, split, whole = shape.work, shape.split, []
     for spec in work.select_trained(work.specs):
         held = split.held_bytes(split.storage, [spec])

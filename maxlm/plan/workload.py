@@ -56,7 +56,7 @@ class RunWorkload:
     """Bytes per element of the compute dtype."""
     specs: Mapping[str, ParamSpec]
     base_specs: Mapping[str, ParamSpec]
-    """The same without what an adapter adds: what a step computes is counted of these."""
+    """``specs`` without what an adapter adds, by which a step's computation is counted."""
     stacks: tuple[Stack, ...]
     """Layers, in the order in which they are run."""
     tables: Mapping[str, tuple[float, ...]]
@@ -132,7 +132,7 @@ class RunWorkload:
 
     @cached_property
     def attention(self) -> Counter[AttentionShape]:
-        """Whom tokens look at, in how many layers."""
+        """Shapes of attention, and the number of layers with each."""
         return sum((stack.attention for stack in self.stacks), start=Counter[AttentionShape]())
 
     @cached_property
@@ -149,7 +149,7 @@ class RunWorkload:
         return Kernel("head", (model.d_model, model.vocab_size), ("embed", "vocab"), 1)
 
     def recomputed(self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy) -> bool:
-        """Whether the backward pass multiplies by a kernel once more, for what it has not kept."""
+        """Whether the backward pass multiplies by a kernel again, for what it has not kept."""
         if remat == "none":
             return False
         kept = SAVED[remat]
@@ -161,8 +161,8 @@ class RunWorkload:
         }[kernel.writes]
 
     def ends_wanted(self, group: MatmulGroup) -> bool:
-        """Whether the backward pass wants what a residual branch adds, of which this is the last
-        group: for a norm behind it, or for the branch after it."""
+        """Whether the backward pass needs what a residual branch, of which this is the last group,
+        adds: for a norm behind it, or for the branch after it."""
         placement = self.config.model.placement
         return placement in ("sandwich", "post") or (placement == "pre" and group.branch != "ffn")
 
@@ -198,7 +198,7 @@ class HeadSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class MeshPartitioning:
-    """How many ways a mesh, or each of many, splits what axis rules name."""
+    """Ways that a mesh, or each of many, splits what axis rules name."""
 
     config: RunConfig
     sizes: Mapping[str, Number]
@@ -226,15 +226,15 @@ class MeshPartitioning:
         return tuple(a for a in self.compute.residual if a not in self.compute.seq)
 
     def ways(self, mesh_axes: Iterable[str]) -> Number:
-        """Devices along mesh axes together."""
+        """Returns the number of devices along mesh axes together."""
         return prod((self.sizes[axis] for axis in dict.fromkeys(mesh_axes)), start=1.0)
 
     def shards(self, rules: AxisRules, axes: Iterable[str | None]) -> Number:
-        """Distinct pieces of an array."""
+        """Counts the distinct pieces of an array."""
         return self.ways(axis for logical in axes for axis in rules.mesh_axes(logical))
 
     def extra(self, rules: AxisRules, kernel: Kernel) -> tuple[str, ...]:
-        """The mesh axes that split a kernel under rules and not in use."""
+        """Returns the mesh axes that split a kernel under rules and not in use."""
         used = {axis for logical in kernel.axes for axis in self.compute.mesh_axes(logical)}
         at_rest = (axis for logical in kernel.axes for axis in rules.mesh_axes(logical))
         return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
@@ -243,7 +243,7 @@ class MeshPartitioning:
         return sum((a.nbytes / self.shards(rules, a.axes) for a in arrays), start=0.0)
 
     def head_sizes(self, heads: HeadCosts | None) -> HeadSizes:
-        """One branch's heads on a device; without any, zeros."""
+        """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
             return HeadSizes(0.0, 0.0, 0.0, 0.0, 0.0)
         own = heads.num_heads / self.ways(self.compute.heads)

@@ -94,7 +94,7 @@ def compile_step(
 
 
 def make_abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch [micro-batches, rows, ...] without its data."""
+    """Makes a training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     return {
@@ -108,7 +108,7 @@ def make_abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def get_topology_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for; nothing can be run on them.
+    """Returns devices to compile for; nothing can be run on them.
 
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata server
     which TPU this is, and not to insist on being the only process that loads it.

@@ -52,7 +52,7 @@ class Converted:
     parameters: int
     dtype: str
     notes: list[str]
-    """What is worth telling: settings with no counterpart, tensors left out."""
+    """Notes for the user: settings with no counterpart, tensors left out."""
 
 
 def convert(
@@ -65,8 +65,8 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = ignore_progress,
 ) -> Converted:
-    """A Hugging Face folder to a run, which knows no choice, or a run to a Hugging Face folder:
-    whichever ``source`` is."""
+    """Converts a Hugging Face folder to a run, which takes no options, or a run to a Hugging Face
+    folder, whichever ``source`` is."""
     source, target = Path(source), Path(target)
     how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
@@ -86,7 +86,7 @@ def convert(
 
 
 def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) -> Converted:
-    """A Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
+    """Writes a Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
@@ -141,7 +141,7 @@ def to_published(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = ignore_progress,
 ) -> Converted:
-    """A run's checkpoint as a folder that transformers loads.
+    """Writes a run's checkpoint as a folder that transformers loads.
 
     Args:
         family: under whose names; None: that it came from, else the first that can say what the

@@ -20,8 +20,8 @@ from maxlm.train.step import Batch, Sums
 from maxlm.train.trainer import Callback, Trainer, measure_memory
 
 HeldOutResults = dict[str, dict[str, float]]
-"""By source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where every
-token is predicted, ``bits_per_byte`` and ``bytes``."""
+"""Results by source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where
+every token is predicted, ``bits_per_byte`` and ``bytes``."""
 
 
 class HeldOutEvaluator:

@@ -54,9 +54,9 @@ class Attempt:
 
     began: float
     ended: float
-    """Its last sign of life, unix seconds; now, if it is running."""
+    """Time of its last sign of life, unix seconds; now, if it is running."""
     first_step: int
-    """That it went on from."""
+    """The step that it went on from."""
     last_step: int
     end: str
     """A reason of the ``stop`` event, ``hang`` after one, ``killed`` without either, or
@@ -72,7 +72,7 @@ class History:
 
     attempts: tuple[Attempt, ...]
     spans: tuple[Span, ...]
-    """In order, without gaps."""
+    """The whole time, in order and without gaps."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Events by kind."""
 
@@ -134,8 +134,8 @@ def summarize_events(events: Iterable[Event], now: float) -> History:
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
-    """For the beginning of each attempt and for each of its rollbacks, the step up to which the run
-    holds the steps from there: the least that any later one began from."""
+    """Finds, for the beginning of each attempt and each of its rollbacks, the step up to which the
+    run keeps its steps: the least that any later one began from."""
     least, result = inf, []
     for log in reversed(logs):
         own = []

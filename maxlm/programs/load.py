@@ -42,8 +42,8 @@ class LoadedRun:
 def load_run(
     folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
 ) -> LoadedRun:
-    """The parameters of a run's checkpoint (default: the newest), whatever mesh wrote them, on
-    ``mesh`` (default: one device)."""
+    """Loads the parameters of a run's checkpoint (default: the newest), whatever mesh wrote them,
+    on ``mesh`` (default: one device)."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise MaxlmError(

@@ -39,14 +39,14 @@ class OpenRun:
     setup: Setup
     folder: Path
     lead: bool
-    """This process writes and prints."""
+    """Whether this process writes and prints."""
     say: Say
     signals: SignalHandler
     watchdog: Watchdog
     corpus: PreparedText
     states: StateSource
     position: TrainingPosition
-    """Where training starts or resumes."""
+    """Position where training starts or resumes."""
     metadata: dict[str, Any]
     """Saved with every checkpoint."""
     plan: RunPlan

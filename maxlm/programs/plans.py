@@ -20,7 +20,7 @@ Figures = dict[str, tuple[float, float]]
 
 
 def read_plan(source: str, on: str | None) -> dict[str, Any]:
-    """The plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (its plan.json) or
+    """Reads a plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (plan.json) or
     a config, which is planned on the machine ``on``; None: the smallest mesh there is."""
     path = Path(source)
     path = path / "plan.json" if path.is_dir() else path

@@ -38,7 +38,7 @@ class PreparedText:
     batches: BatchSource
     """The batches to train on."""
     evaluation: Mapping[str, BatchSource]
-    """Those to evaluate on, by name."""
+    """The batches to evaluate on, by name."""
 
 
 def prepare(config: RunConfig, folder: Path) -> PreparedText:
@@ -91,7 +91,7 @@ def prepare_on_all_hosts(config: RunConfig, folder: Path) -> PreparedText:
 
 
 def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """A tokenizer's ids, as tasks need to know them.
+    """Describes a tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
     or what a WordPiece vocabulary does not mark as a continuation. Of the ``size`` rows of the
@@ -131,14 +131,14 @@ def remove_source_settings(config: Mapping[str, Any], names: Sequence[str]) -> d
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
-    """Ids of the tokenizer that a run will use; ``folder``: its own, where it may have one."""
+    """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have one."""
     own = folder and folder / "tokenizer"
     path = own if own and own.exists() else _named_tokenizer(config)
     return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
 
 
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
-    """The run's own tokenizer: a copy of the one named, or one trained on its text."""
+    """Prepares the run's own tokenizer: a copy of the one named, or one trained on its text."""
     home = folder / "tokenizer"
     if home.exists():
         return home

@@ -95,7 +95,7 @@ def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
 
 
 def generate_samples(run: TrainingResult) -> str:
-    """One continuation of each of the run's prompts, each under a rule."""
+    """Generates one continuation of each of the run's prompts, each under a rule."""
     setup, config = run.setup, run.setup.config.samples
     sizes = dict(setup.mesh.shape)
     placed = place_run(setup.config, sizes, setup.model.dtype, for_training=False)

@@ -1,4 +1,4 @@
-"""Where a run's state comes from: its own checkpoints, another run's, or fresh initialization."""
+"""Finds a run's state: in its own checkpoints, another run's, or fresh initialization."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,10 +28,10 @@ class ResumeSource:
 
     checkpointer: Checkpointer
     is_own: bool
-    """They are this run's, not another's."""
+    """Whether they are this run's, not another's."""
     found: list[FoundCheckpoint]
     skipped: list[SkippedCheckpoint]
-    """Those known to be unreadable so far."""
+    """Checkpoints known to be unreadable so far."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -85,7 +85,7 @@ def find_resume_source(
 
 @dataclass(frozen=True)
 class StateSource:
-    """Where a run's states come from, at its start and at a rollback."""
+    """Source of a run's states, at its start and at a rollback."""
 
     setup: Setup
     checkpointer: Checkpointer

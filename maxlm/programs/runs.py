@@ -30,15 +30,15 @@ class RunSummary:
     eval_loss: float | None
     history: History
     step_seconds: dict[int, float]
-    """By percentile (100: the longest), without the first step of an attempt, which compiles; empty
-    of a run without steps."""
+    """Seconds of a step by percentile (100: the longest), without the first step of an attempt,
+    which compiles; empty for a run without steps."""
     planned_step_seconds: float | None
     planned_goodput: float | None
     damaged_lines: int
     """Lines of metrics.jsonl and events.jsonl that hold no record."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: seconds, unix seconds, shares."""
+        """Returns plain data: seconds, unix seconds, shares."""
         told = self.history
         attempts = [asdict(attempt) for attempt in told.attempts]
         for attempt in attempts:
@@ -65,7 +65,7 @@ class RunSummary:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Steps that the run holds, over the time in which it was not finished."""
+        """Steps that the run holds, over the seconds in which it was not finished."""
         told = self.history
         if not told.goodput:
             return None
@@ -74,8 +74,8 @@ class RunSummary:
 
 
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
-    """A run from its folder; nothing in it is changed. An attempt heard of just before ``now``
-    (unix seconds; default: the clock's) may still run."""
+    """Reads a run from its folder; nothing in it is changed. An attempt heard of just before
+    ``now`` (unix seconds; default: the clock's) may still run."""
     folder = Path(folder)
     if not _is_run(folder):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
@@ -106,7 +106,7 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
 
 
 def list_runs(folder: str | Path, now: float | None = None) -> list[RunSummary]:
-    """The runs that lie in a folder, by name."""
+    """Reads the runs that lie in a folder, by name."""
     if not Path(folder).is_dir():
         fix = "name the folder that runs lie in"
         raise MaxlmError("no such folder", where=str(folder), fix=fix)

@@ -1,4 +1,4 @@
-"""From a RunConfig to the objects a run is made of, and its batches on its mesh."""
+"""Sets up the objects of a run, from its RunConfig, and its batches on its mesh."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -142,9 +142,9 @@ def set_up(
     for_training: bool = True,
     frozen_sources: Mapping[str, FrozenModelSource] | None = None,
 ) -> Setup:
-    """Mesh, rules, model and optimizer for the devices at hand (default: all); what does not fit
-    raises a MaxlmError. ``for_training``: the batch must divide over the mesh; ``frozen_sources``:
-    default, those of the task."""
+    """Builds the mesh, rules, model and optimizer for the devices at hand (default: all); what does
+    not fit raises a MaxlmError. ``for_training``: the batch must divide over the mesh;
+    ``frozen_sources``: default, those of the task."""
     mesh = make_mesh(config.mesh, devices)
     if for_training:
         config = resolve_micro_batches(config, dict(mesh.shape))

@@ -38,7 +38,7 @@ COLUMNS = 240
 
 
 def show_run_list(runs: Sequence[RunSummary]) -> Table:
-    """A row for each run."""
+    """Makes a table with a row for each run."""
     table = _table("run", "step", "of", "state", "loss", "goodput", left=("run", "state"))
     for run in runs:
         table.add_row(
@@ -53,7 +53,7 @@ def show_run_list(runs: Sequence[RunSummary]) -> Table:
 
 
 def show_run(run: RunSummary, now: float) -> Group:
-    """How far a run is at ``now`` (unix seconds), where its time went, its attempts and
+    """Shows a run's progress at ``now`` (unix seconds), where its time went, its attempts and
     interruptions, its steps."""
     told = run.history
     parts: list[Any] = [_headline(run, now)]

@@ -47,7 +47,7 @@ class Check:
 
 
 def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
-    """A small run of the same structure: the same layers, ratios, task, optimizer and packing.
+    """Makes a small run of the same kinds of layers, ratios, task, optimizer and packing.
 
     Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
     """
@@ -101,7 +101,7 @@ class CountingText:
 
 
 def make_counting_source(config: RunConfig) -> BatchSource:
-    """A task's batches of :class:`CountingText`."""
+    """Makes a task's batches of :class:`CountingText`."""
     text = CountingText(config.model.vocab_size)
     start_id = getattr(config.model, "start_id", 0)
     stores, mixing = {"text": text}, {"text": 1.0}

@@ -20,13 +20,13 @@ class Cluster:
     """One process's place among several."""
 
     source: str
-    """Where it was read, for messages."""
+    """Source of these facts (settings, SLURM, ...), for messages."""
     coordinator: str
     """host:port of process 0."""
     num_processes: int
     process_id: int
     local_device_ids: tuple[int, ...] | None = None
-    """The GPUs of this host that are this process's; None: all that it sees."""
+    """GPUs of this host that belong to this process; None: all that it sees."""
 
 
 def find_cluster(

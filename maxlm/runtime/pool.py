@@ -1,4 +1,4 @@
-"""Where jobs run: in processes of this machine, or on a Ray cluster.
+"""Runs jobs in processes of this machine, or on a Ray cluster.
 
 Jobs are picklable functions of picklable arguments that pass data on by files, on a disk that all
 machines share; so both engines give the same files.
@@ -37,8 +37,8 @@ class Executor(Protocol):
 
 
 def open_executor(name: ExecutorName, workers: int | None) -> AbstractContextManager[Executor]:
-    """The engine `name`, as a context, of at most so many processes; None: as many as there are
-    cores (local) or as the cluster has CPUs (ray)."""
+    """Opens the engine `name`, as a context, of at most so many processes; None: as many as there
+    are cores (local) or as the cluster has CPUs (ray)."""
     if name == "local":
         return WorkerPool(workers or count_workers())
     return RayExecutor(workers)
@@ -66,8 +66,8 @@ class WorkerPool:
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """As `Executor`'s. A worker receives the function once, so what a callable object keeps
-        in itself (an open model) is there for all the jobs that this worker does, and gone with the
+        """See `Executor`. A worker receives the function once, so what a callable object keeps in
+        itself (an open model) is there for all the jobs that this worker does, and gone with the
         next function."""
         # What does one job is left to a worker that has imported its modules, if there is one.
         if self._workers == 1 or (len(jobs) < 2 and not self._started):
@@ -152,8 +152,8 @@ class RayExecutor:
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """As `Executor`'s. Ray runs a task again whose worker or node died, which does no harm:
-        jobs write files that appear when complete."""
+        """See `Executor`. Ray runs a task again whose worker or node died, which does no harm: jobs
+        write files that appear when complete."""
         import ray
         from ray import exceptions
 
@@ -191,7 +191,7 @@ def _call_in(folder: str, function: Callable[[Job], Result], job: Job) -> Result
 
 
 def count_workers() -> int:
-    """The number of cores this process may use."""
+    """Returns the number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -17,7 +17,7 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def show_progress(unit: str = "B") -> Iterator[Progress]:
-    """A `Progress` that shows itself on stderr; `unit` is what the amounts count."""
+    """Makes a `Progress` that shows itself on stderr; `unit` is what the amounts count."""
     if sys.stderr.isatty():
         with _bar(unit) as progress:
             yield progress

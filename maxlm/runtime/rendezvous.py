@@ -1,5 +1,5 @@
-"""How the processes of a run meet and compare their settings: each connects to process 0, on the
-port that JAX uses later, and process 0 answers once all have. The connections stay open: see
+"""The processes of a run meet and compare their settings: each connects to process 0, on the port
+that JAX uses later, and process 0 answers once all have. The connections stay open: see
 ``peers.py``."""
 
 import json

@@ -61,7 +61,7 @@ class StopRequest(IntFlag):
 
 
 class _SignalReceived(BaseException):
-    """Not an ``Exception``: libraries that catch those would report an unreadable file instead."""
+    """No ``Exception``: libraries that catch those would report an unreadable file instead."""
 
 
 class SignalHandler:
@@ -75,7 +75,7 @@ class SignalHandler:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only records signals in ``request`` within the block, for a loop that acts on them
+        """Lets signals only be recorded in ``request`` in the block, for a loop that acts on them
         between steps. A second Ctrl-C still raises. Outside the block a signal raises at once."""
         self._deferring = True
         try:

@@ -1,4 +1,4 @@
-"""Where a store lies: a folder, or a place in an object store (`gs://`, `s3://`) to read from.
+"""Places of stores: a folder, or a prefix in an object store (`gs://`, `s3://`) to read from.
 
 Object stores are read by TensorStore's own drivers. Credentials come from where their tools look
 for them (`AWS_ACCESS_KEY_ID`, `~/.aws`, Google's application default credentials, ...).

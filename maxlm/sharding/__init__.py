@@ -1,4 +1,4 @@
-"""How arrays lie on devices: meshes, axis rules, partitions. No maths."""
+"""Layouts of arrays on devices: meshes, axis rules, partitions. No maths."""
 
 from maxlm.sharding.links import describe_links
 from maxlm.sharding.mesh import (

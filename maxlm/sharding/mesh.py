@@ -19,7 +19,7 @@ PARAMETER_AXES = ("stage", "fsdp", "expert", "tensor")
 
 
 class MeshConfig(Config):
-    """How many devices each mesh axis has. One axis may be -1: whatever remains.
+    """Number of devices along each mesh axis. One axis may be -1: whatever remains.
 
     One field for every one of ``MESH_AXES``.
     """
@@ -39,7 +39,7 @@ class MeshConfig(Config):
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """``"fsdp=64,tensor=4"`` as a config; axes left out have size 1.
+    """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1.
 
     Raises:
         MaxlmError: malformed text, or an axis that does not exist.
@@ -110,7 +110,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
-    """``function`` jitted so that every output is computed in its shards, never whole on a device.
+    """Jits ``function`` so that every output is computed in shards, never whole on a device.
 
     Under an explicit mesh, values made from nothing are replicated by their type: with plain
     ``out_shardings`` each device would make every array whole and cut it at the end. Here the
@@ -124,7 +124,7 @@ def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., A
 
 
 def bind_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
+    """Wraps ``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
     ``__wrapped__`` is ``function`` itself, say to lower it."""
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""From logical axes to partitions, with loud errors: nothing is dropped silently."""
+"""Resolves logical axes to partitions, with loud errors: nothing is dropped silently."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How one array lies on a mesh."""
+    """Layout of one array on a mesh."""
 
     spec: PartitionSpec
     rule: str

@@ -62,16 +62,16 @@ class AxisRules(Config):
     """Recurrent state of state-space layers."""
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The partition of an array whose dimensions carry these logical axes."""
+        """Returns the partition of an array whose dimensions carry these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
     def for_mesh(self, sizes: Mapping[str, int]) -> "AxisRules":
-        """These rules on a mesh of given sizes: axes of size 1 split nothing and are left out."""
+        """Returns these rules for a mesh's sizes: axes of size 1 split nothing and are left out."""
         kept = {a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES}
         return AxisRules(**kept)
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
-        """The mesh axes of one logical axis (none for ``None``)."""
+        """Returns the mesh axes of one logical axis (none for ``None``)."""
         return getattr(self, axis) if axis is not None else ()
 
 
@@ -79,7 +79,7 @@ LOGICAL_AXES = tuple(AxisRules.model_fields)
 
 
 class StorageRules(AxisRules):
-    """Where parameters and what belongs to them rest: by default ZeRO-3 over `fsdp`."""
+    """Layout of parameters and what belongs to them at rest: by default ZeRO-3 over `fsdp`."""
 
     embed: MeshAxes = ("fsdp", "expert")
     heads: MeshAxes = ("tensor",)
@@ -92,7 +92,7 @@ class StorageRules(AxisRules):
 
 
 class ComputeRules(AxisRules):
-    """How arrays lie in use: the batch over all data-like axes, weights whole but for `tensor`."""
+    """Layout of arrays in use: batch over all data-like axes, weights whole but for `tensor`."""
 
     batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = ("context",)
@@ -106,16 +106,16 @@ class ComputeRules(AxisRules):
 
 
 class ShardingConfig(Config):
-    """How arrays lie on the mesh."""
+    """Layouts of arrays on the mesh."""
 
     storage: StorageRules = StorageRules()
-    """Where parameters rest between steps."""
+    """Layout of parameters between steps."""
     gradients: StorageRules | None = None
-    """Where gradients lie between micro-batches; null: as parameters in storage."""
+    """Layout of gradients between micro-batches; null: as parameters in storage."""
     optimizer: StorageRules | None = None
-    """Where the optimizer's state rests; null: as gradients."""
+    """Layout of the optimizer's state; null: as gradients."""
     compute: ComputeRules = ComputeRules()
-    """How parameters and activations lie while a step uses them."""
+    """Layout of parameters and activations while a step uses them."""
     max_unsharded: float = Field(default=0.1, ge=0, le=1)
     """Largest share of parameter bytes that may be whole on every device of a mesh that shards
     parameters at all; a plan above it is refused."""

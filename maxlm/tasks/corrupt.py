@@ -49,8 +49,8 @@ class Denoiser(NamedTuple):
     """An id put before the inputs, which tells the model the kind of task; None puts none."""
 
     def count_noise(self, n: int) -> tuple[int, int]:
-        """(tokens taken out of n, spans they lie in); of a suffix the most. Neither falls as n
-        grows, and nothing is taken out of fewer than two tokens."""
+        """Counts (tokens taken out of n, spans they lie in); for a suffix the most. Neither falls
+        as n grows, and nothing is taken out of fewer than two tokens."""
         if n < 2:
             return 0, 0
         if self.mean_span is None:  # The mean of 1 ... m is (m + 1) / 2.
@@ -59,15 +59,15 @@ class Denoiser(NamedTuple):
         return noise, min(max(round(noise / self.mean_span), 1), noise, n - noise)
 
     def max_lengths(self, n: int) -> tuple[int, int]:
-        """The (inputs, targets) that n tokens become at most, mode and ends included; neither falls
-        as n grows. A row of several documents takes more, as each has its own ends and spans."""
+        """Returns the most (inputs, targets) of n tokens, mode and ends included; neither falls as
+        n grows. A row of several documents takes more: each has its own ends and spans."""
         noise, spans = self.count_noise(n)
         fewest = noise if self.mean_span else spans
         return n - fewest + spans + 1 + int(self.mode is not None), noise + spans + 1
 
     def draw_noise(self, n: int, rng: Generator) -> Flags:
-        """Which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first one
-        kept, of lengths as likely as any others that add up; or a suffix."""
+        """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first
+        one kept, of lengths as likely as any others that add up; or a suffix."""
         noise, spans = self.count_noise(n)
         if spans == 0:
             return np.zeros(n, bool)
@@ -81,7 +81,7 @@ class Denoiser(NamedTuple):
 def make_ul2_denoisers(
     regular: int | None = None, sequential: int | None = None, extreme: int | None = None
 ) -> tuple[Denoiser, ...]:
-    """The mixture of denoisers of UL2 (Tay et al. 2022, table 1): R twice, S once, X four times,
+    """Makes UL2's mixture of denoisers (Tay et al. 2022, table 1): R twice, S once, X four times,
     with the ids of their mode tokens [R], [S] and [X]."""
     return (
         Denoiser(0.15, 3, regular),
@@ -95,15 +95,15 @@ def make_ul2_denoisers(
 
 
 def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
-    """The (inputs, targets) lengths that hold one document of at most n tokens, whichever denoiser
-    is drawn."""
+    """Returns (inputs, targets) lengths that hold one document of at most n tokens, whichever
+    denoiser is drawn."""
     inputs, targets = zip(*(each.max_lengths(n) for each in denoisers), strict=True)
     return max(inputs), max(targets)
 
 
 def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
-    """(inputs, targets) of tokens [n], see the module. There are sentinels for all spans: see
-    :meth:`DenoisingTask.check`."""
+    """Returns (inputs, targets) of tokens [n], see the module. There are sentinels for all spans:
+    see :meth:`DenoisingTask.check`."""
     opens = noise & ~np.concatenate([[False], noise[:-1]])
     number = np.cumsum(opens) - 1
     inputs = np.where(opens, special.first_sentinel - number, tokens)[opens | ~noise]
@@ -116,8 +116,8 @@ def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids,
 def corrupt_tokens(
     tokens: Ids, denoiser: Denoiser, special: SentinelIds, rng: Generator
 ) -> tuple[Ids, Ids]:
-    """(inputs, targets) of one document's tokens [n], int32, with the opening, the mode token and
-    their ends."""
+    """Returns (inputs, targets) of one document's tokens [n], int32, with the opening, the mode
+    token and their ends."""
     inputs, targets = replace_spans(tokens, denoiser.draw_noise(tokens.size, rng), special)
     mode = () if denoiser.mode is None else (denoiser.mode,)
     return np.array([*special.opening, *mode, *inputs], np.int32), targets
@@ -133,9 +133,9 @@ def corrupt_row(
     encoder_len: int,
     decoder_len: int,
 ) -> dict[str, np.ndarray]:
-    """A packed row's segments, each by a denoiser drawn for it, packed again on both sides under
-    the numbers they had. A segment for which either has no room left is cut short: each has ends
-    of its own, so that several take more than :func:`compute_max_lengths` says of one.
+    """Corrupts a packed row's segments, each by a denoiser drawn for it, packed again on both sides
+    under the numbers they had. A segment for which either has no room left is cut short: each has
+    ends of its own, so that several take more than :func:`compute_max_lengths` says of one.
 
     Args:
         tokens, segment_ids: int32 [S], as the loader's; segments adjoin, 0 is padding.
@@ -190,8 +190,8 @@ def _draw_composition(total: int, parts: int, rng: Generator) -> NDArray[np.inte
 
 
 def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
-    """How many of n tokens surely fit (inputs, targets) of these lengths; 0: too few to take any
-    out of."""
+    """Counts how many of n tokens surely fit (inputs, targets) of these lengths; 0: too few to take
+    any out of."""
 
     def is_too_long(m: int) -> bool:
         inputs, targets = denoiser.max_lengths(m)

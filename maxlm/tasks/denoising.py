@@ -28,25 +28,25 @@ _SENTINEL = "<extra_id_{}>"
 
 
 class DenoisingTask(TextTask):
-    """Settings of both kinds; they need an encoder and a decoder. ``data.seq_len`` is that of the
-    text before anything is taken out."""
+    """Settings of span corruption and UL2; they need an encoder and a decoder. ``data.seq_len`` is
+    that of the text before anything is taken out."""
 
     architecture: ClassVar[str] = "encoder_decoder"
 
     encoder_len: int | None = Field(default=None, gt=0)
     """Tokens of an input row; null: what a row of one document needs, rounded up to 8."""
     decoder_len: int | None = Field(default=None, gt=0)
-    """Tokens of an output row; null: likewise."""
+    """Tokens of an output row; null: as for ``encoder_len``."""
     sentinels: int = Field(default=100, gt=0)
     """Ids that stand for spans taken out."""
     first_sentinel: int | None = Field(default=None, ge=0)
-    """The first one's id, others count down from it; null: the last of the model's table, of which
-    the tokenizer must leave so many free. T5's is 32,099."""
+    """Id of the first sentinel, others count down from it; null: the last of the model's table, of
+    which the tokenizer must leave so many free. T5's is 32,099."""
 
     @property
     @abstractmethod
     def mixture(self) -> tuple[Denoiser, ...]:
-        """Ways to take tokens out."""
+        """The denoisers, one of which is drawn for each document."""
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
         encoder, decoder = compute_max_lengths(seq_len, self.mixture)
@@ -138,11 +138,11 @@ class Ul2Task(DenoisingTask):
 
     kind: Literal["ul2"] = "ul2"
     regular_id: int | None = Field(default=None, ge=0)
-    """Id put before an input of the first kind, [NLU] in UL2; null: none."""
+    """Id put before inputs of the regular denoisers, [NLU] in UL2; null: none."""
     sequential_id: int | None = Field(default=None, ge=0)
-    """Of the second, [S2S]."""
+    """Id before inputs of the sequential denoiser, [S2S]."""
     extreme_id: int | None = Field(default=None, ge=0)
-    """Of the third, [NLG]."""
+    """Id before inputs of the extreme denoisers, [NLG]."""
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:

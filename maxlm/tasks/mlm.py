@@ -20,18 +20,18 @@ _MASKS = ("[MASK]", "<mask>")
 
 
 class MlmTask(TextTask):
-    """Some tokens from all others around them; needs an encoder."""
+    """Predicts some tokens from all others around them; needs an encoder."""
 
     architecture: ClassVar[str] = "encoder"
 
     kind: Literal["mlm"] = "mlm"
     share: float = Field(default=0.15, gt=0, lt=1)
-    """Of a row's tokens, those to be named."""
+    """Share of a row's tokens that are chosen, to be predicted."""
     masked: float = Field(default=0.8, ge=0, le=1)
-    """Of these, the part that becomes the mask ..."""
+    """Share of the chosen tokens that become the mask."""
     random: float = Field(default=0.1, ge=0, le=1)
-    """... and that which becomes another token; the rest stays, so that a model cannot trust what
-    it sees."""
+    """Share of the chosen tokens that become another token; the rest stays, so that a model cannot
+    trust what it sees."""
     whole_words: bool = False
     """Choose words, not tokens: parts of a word tell the others too easily."""
     mask_id: int | None = Field(default=None, ge=0)

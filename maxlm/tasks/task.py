@@ -43,12 +43,12 @@ class Models:
 
     trained: Any
     frozen: Mapping[str, Any] = field(default_factory=dict)
-    """By the names of :meth:`Task.frozen_models`; no gradient reaches them."""
+    """Models by the names of :meth:`Task.frozen_models`; no gradient reaches them."""
 
 
 @dataclass(frozen=True)
 class FrozenModelSource:
-    """Where the parameters of a model that a task only reads come from."""
+    """Source of the parameters of a model that a task only reads."""
 
     folder: str | None = None
     """A run's folder, such as `maxlm convert` makes; None: the parameters that training starts
@@ -72,8 +72,8 @@ class SourceInputs:
 
 
 class Task(Config):
-    """A goal to train a model for. A subclass has a ``kind`` of its own, a Literal, and is
-    registered; see ``maxlm.tasks``."""
+    """Base of tasks: what a model is trained for. A subclass has a ``kind`` of its own, a Literal,
+    and is registered; see ``maxlm.tasks``."""
 
     architecture: ClassVar[str] = "decoder"
     """The architecture of the models that it trains."""
@@ -87,29 +87,29 @@ class Task(Config):
     """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
 
     def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        """The models that the loss reads beside the trained one, by name."""
+        """Returns the models that the loss reads beside the trained one, by name."""
         return {}
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
-        """Tokens of a row that a decoder (or a model of one sequence) reads, and those of an
-        encoder beside it, where a row of text has ``seq_len``."""
+        """Returns the tokens of a row that a decoder (or a model of one sequence) reads, and those
+        of an encoder beside it, where a row of text has ``seq_len``."""
         return seq_len, seq_len
 
     @abstractmethod
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
-        """A batch's arrays by name."""
+        """Returns a batch's arrays by name."""
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        """The batches to train on; raises MaxlmError if they cannot be made of these inputs."""
+        """Returns the batches to train on; raises MaxlmError if these inputs cannot make them."""
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
-        """Finite sources to evaluate on, by name."""
+        """Returns finite sources to evaluate on, by name."""
         return {}
 
     @abstractmethod
     def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """The loss of a batch, as the sum over what is counted.
+        """Computes the loss of a batch, as the sum over what is counted.
 
         Args:
             batch: the arrays of :meth:`batch_arrays`, [B, ...]; [M, B, ...] on pipeline stages.
@@ -128,7 +128,7 @@ class Task(Config):
         return 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
-        """The task with the reserved ids that a published tokenizer has.
+        """Returns the task with the reserved ids that a published tokenizer has.
 
         Args:
             ids: of its special tokens, by their text.
@@ -136,12 +136,12 @@ class Task(Config):
         return self
 
     def shrunk(self) -> Self:
-        """The task for a small model: settings that fit the model's own size are left out."""
+        """Returns the task for a small model, without settings that fit the model's own size."""
         return self.model_copy(update=dict.fromkeys(self.reserved_ids))
 
     def check(self, seq_len: int, vocab_size: int) -> None:
-        """Checks that this can be done to rows of ``seq_len``, for a table of so many ids; raises
-        MaxlmError naming the setting."""
+        """Checks that the task can be done to rows of ``seq_len``, for a table of so many ids;
+        raises MaxlmError naming the setting."""
         for name, reserved in self.reserved_ids.items():
             if reserved is not None and reserved >= vocab_size:
                 raise MaxlmError(

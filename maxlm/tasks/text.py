@@ -46,7 +46,7 @@ class TextTask(Task):
     cross-entropy."""
 
     def transform(self, inputs: SourceInputs) -> Transform | None:
-        """The change that makes the task's batch of a batch of text, on the host; None: none."""
+        """Returns the host's change of a text batch into the task's batch; None: no change."""
         return None
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
@@ -60,7 +60,7 @@ class TextTask(Task):
         return self._transformed(source, inputs)
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
-        """Each held-out store, read once in order; the transform is the same each time."""
+        """Reads each held-out store once, in order; the transform is the same each time."""
         sizes = inputs.loader.seq_len, inputs.loader.batch_size
         return {
             name: self._transformed(make_one_pass(store, *sizes), inputs)
@@ -72,8 +72,8 @@ class TextTask(Task):
         return source if transform is None else TransformedSource(source, transform)
 
     def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """The cross-entropy of a batch's targets: next tokens, masked ones, or what a decoder
-        writes for the input in ``ENCODER_ARRAYS``; and what layers add (balance of experts)."""
+        """Returns the cross-entropy of targets (next tokens, masked ones, or what a decoder writes
+        for the input in ``ENCODER_ARRAYS``) and what layers add (balance of experts)."""
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
         beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
         model, names = models.trained, ("tokens", "positions", "segment_ids")
@@ -90,7 +90,7 @@ class TextTask(Task):
 
 
 class ClmTask(TextTask):
-    """Causal language modelling: every token from those before it in its document."""
+    """Causal language modelling: predicts every token from those before it in its document."""
 
     predicts_every_token: ClassVar[bool] = True
 
@@ -100,7 +100,7 @@ class ClmTask(TextTask):
 def compute_log_probs(
     model: Transformer, hidden: jax.Array, targets: jax.Array, *, chunk_tokens: int = 1024
 ) -> jax.Array:
-    """The log-probability of every token's target, fp32 [..., S]; differentiable.
+    """Computes the log-probability of every token's target, fp32 [..., S]; differentiable.
 
     Args:
         hidden: [..., S, D], what the model made of a batch.

@@ -26,7 +26,7 @@ class FactoredState(NamedTuple):
 
 
 def get_matrix_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The (input, output) dimensions of a matrix or table; layers and experts are neither."""
+    """Returns (input, output) dimensions of a matrix or table; layers, experts are neither."""
     inner = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
     inputs = spec.contract or (inner[0],)
     return inputs, tuple(d for d in inner if d not in inputs)

@@ -18,8 +18,8 @@ from maxlm.sharding import AxisRules
 def batch_sharding(
     rules: AxisRules, mesh: Mesh, axes: Sequence[str | None] = ("seq",)
 ) -> NamedSharding:
-    """The sharding of arrays [A, B / A, ...]: micro-batches are whole, over pipeline stages too.
-    ``axes``: the logical axis of each dimension of a row."""
+    """Returns the sharding of arrays [A, B / A, ...]: micro-batches are whole, over pipeline stages
+    too. ``axes``: the logical axis of each dimension of a row."""
     return NamedSharding(mesh, rules.spec(None, "batch", *axes))
 
 
@@ -30,7 +30,7 @@ def require_batch_split(
     compute: AxisRules,
     sizes: Mapping[str, Any],
 ) -> Iterator[Requirement]:
-    """A micro-batch divides over the devices it is split over: rows and sequences.
+    """Requires that a micro-batch's rows and sequences divide over the devices that split them.
 
     Args:
         row_lengths: tokens of the sequences in a row, by the setting that decides them.
@@ -88,7 +88,7 @@ def put_batch(
     lead: tuple[int, ...],
     token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
-    """A process's rows as its part of the global arrays, whose leading axes are ``lead``.
+    """Puts a process's rows on its devices, as its part of global arrays of leading axes ``lead``.
 
     Args:
         batch: arrays [len(rows), ...], row i being global row ``rows[i]``.

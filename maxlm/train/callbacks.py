@@ -90,12 +90,12 @@ class StopCallback(Callback):
     raises once the other callbacks have ended."""
 
     signals: SignalHandler
-    """This process's requests."""
+    """Requests of this process."""
     all_reduce: FlagAllReduce
     save_is_due: Callable[[], bool]
     """Whether this process's clock asks for a checkpoint."""
     folder: str
-    """The run's, for messages."""
+    """Folder of the run, for messages."""
     _reductions: deque[Any] = field(default_factory=deque)
 
     def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:

@@ -1,4 +1,4 @@
-"""How long a run is, how often it looks up from its work, and what it does when things go wrong."""
+"""Settings of a run's length, its regular interruptions, and what it does when things go wrong."""
 
 from pydantic import Field
 
@@ -59,16 +59,16 @@ class TrainConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written, where, and which are kept."""
+    """Times and places of checkpoints, and which are kept."""
 
     every_steps: int = Field(default=500, ge=0)
     """Steps between checkpoints; 0: only where the run stops."""
     every_minutes: float | None = Field(default=None, gt=0)
-    """Also so many minutes after the last one; null: by steps alone."""
+    """Minutes after which another is due; null: by steps alone."""
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
+    """Number of the newest that are kept."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Keep also, for good, those at multiples of this many steps; null: none."""
+    """Checkpoints at multiples of this many steps are kept for good too; null: none."""
     asynchronous: bool = True
     """true: training goes on while files are written, for one more copy of the state in host
     memory. false: it waits for them."""
@@ -76,14 +76,14 @@ class CheckpointConfig(Config):
     """A fast disk of each host's own (or its memory: /dev/shm/maxlm) for the two newest of
     checkpoints in between, which outlive the job and not the host; null: none."""
     local_every_steps: int = Field(default=50, ge=1)
-    """Steps between those."""
+    """Steps between checkpoints in ``local_folder``."""
     remote_folder: str | None = None
     """A place (gs://, s3://, a path) to which process 0 copies each checkpoint once it is complete,
     and from which a run goes on whose own folder has no newer one; null: none."""
 
 
 class FaultsConfig(Config):
-    """How a run handles non-finite updates, loss spikes, hanging steps and lost processes."""
+    """Handling of non-finite updates, loss spikes, hanging steps and lost processes."""
 
     max_skipped: int = Field(default=3, ge=1)
     """An update with a loss or gradient that is not finite is left out; after so many in a row the
@@ -93,19 +93,19 @@ class FaultsConfig(Config):
     estimated from the median deviation (1.4826 times it, and 0.5% of the median at least);
     null: no loss is."""
     spike_steps: int = Field(default=3, ge=1)
-    """So many spikes in a row are treated as bad numbers are."""
+    """Spikes in a row after which the run goes back, as with `max_skipped`."""
     spike_window: int = Field(default=128, ge=8)
-    """How many losses before are looked at; until there are so many, none is a spike."""
+    """Number of losses before that are looked at; until there are so many, none is a spike."""
     max_rollbacks: int = Field(default=5, ge=0)
     """Times that a run goes back in its whole life before it gives up."""
     hang_factor: float = Field(default=50.0, gt=1)
     """A step that takes this many times the median is a hang: every process writes down what each
     of its threads is doing, and ends."""
     hang_seconds: float = Field(default=300.0, gt=0)
-    """... but it is given this long in any case."""
+    """Least seconds that a step may take before it is a hang."""
     idle_seconds: float = Field(default=3600.0, gt=0)
-    """The same for what has no median: the first step, which compiles, an evaluation, a save."""
+    """Seconds for work without a median: the first step, which compiles, an evaluation, a save."""
     join_seconds: float = Field(default=300.0, gt=0)
-    """How long processes wait for each other at the start."""
+    """Seconds that processes wait for each other at the start."""
     peer_seconds: float = Field(default=60.0, ge=10)
-    """How long a process may be silent before the others take it for dead, and end."""
+    """Seconds that a process may be silent before the others take it for dead, and end."""

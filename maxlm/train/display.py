@@ -22,7 +22,7 @@ _SHOWN = {
 
 
 def format_duration(seconds: float) -> str:
-    """``75`` as ``1:15``, ``3723`` as ``1:02:03``."""
+    """Formats ``75`` as ``1:15``, ``3723`` as ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -25,7 +25,7 @@ from maxlm.train.trainable import split_params
 
 
 class OptimizerConfig(Config):
-    """How gradients become updates."""
+    """Settings by which gradients become updates."""
 
     kind: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     """adamw: two fp32 moments a parameter (8 bytes). lion: the sign of one moment (4 bytes); wants
@@ -58,7 +58,7 @@ class OptimizerConfig(Config):
 
     @property
     def smoke_learning_rate(self) -> float:
-        """A learning rate that a tiny model bears, and that shows within ten steps."""
+        """Learning rate at which a tiny model trains stably, with an effect within ten steps."""
         return 1e-3 if self.kind == "lion" else 1e-2
 
 
@@ -81,7 +81,7 @@ class ScheduleConfig(Config):
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate at a 0-based step: ``schedule(step) -> float32 scalar``.
+    """Makes the learning rate's schedule of 0-based steps: ``schedule(step) -> float32 scalar``.
 
     With peak p, warm-up w and total t: ``p (s + 1) / (w + 1)`` for ``s < w``; ``p`` at ``s = w``;
     ``p · final_fraction`` at ``s = t`` (one past the last step, so that no step is spent at zero).
@@ -120,7 +120,7 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, specs: Params
 ) -> optax.GradientTransformation:
-    """The transformation ``update(grads, state, params) -> (updates, state)``.
+    """Makes the transformation ``update(grads, state, params) -> (updates, state)``.
 
     Gradients and parameters are fp32 trees like ``specs`` (of the trained parameters), each pair in
     one layout; updates come out in that layout, to be *added* to the parameters. ``init`` takes all
@@ -155,8 +155,8 @@ def _by_gradient(
 def shard_update(
     inner: optax.GradientTransformation, specs: Params, rules: AxisRules, storage: AxisRules
 ) -> optax.GradientTransformation:
-    """An optimizer whose state, and so its work, lies by ``rules``: each device updates its share
-    of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
+    """Makes an optimizer whose state, and so its work, lies by ``rules``: each device updates its
+    share of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
     if rules == storage:
         return inner
 
@@ -235,7 +235,7 @@ class StateArray:
 
 
 def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
-    """The optimizer's state with a :class:`StateArray` for every array.
+    """Returns the optimizer's state with a :class:`StateArray` for every array.
 
     An array under a parameter's path has that parameter's axes on every dimension it shares with
     it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
@@ -258,9 +258,9 @@ def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) 
 def abstract_opt_state(
     optimizer: optax.GradientTransformation, specs: Params, shardings: Params
 ) -> optax.OptState:
-    """The optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is touched.
-    Where an array has an axis of its parameter's, it lies as the parameter does, by ``shardings``
-    (the same tree as ``specs``, over a real or an abstract mesh)."""
+    """Returns the optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is
+    touched. Where an array has an axis of its parameter's, it lies as the parameter does, by
+    ``shardings`` (the same tree as ``specs``, over a real or an abstract mesh)."""
     leaves = jax.tree_util.tree_leaves_with_path(shardings)
     layouts = {_names(path): sharding for path, sharding in leaves}
     mesh = next(iter(layouts.values())).mesh

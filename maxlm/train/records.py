@@ -92,9 +92,9 @@ class MetricsLog:
         reporting: ReportingConfig = ReportingConfig(),
     ):
         self.stopped = False
-        """Whether the attempt's end was written down."""
+        """Whether the attempt's end is written down."""
         self.damaged_lines = 0
-        """How many lines of ``metrics.jsonl`` hold no record."""
+        """Number of lines of ``metrics.jsonl`` that hold no record."""
         self._sinks: list[Sink] = []
         with ExitStack() as stack:
             if write:

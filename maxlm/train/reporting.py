@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its own files: TensorBoard, Weights & Biases, Prometheus.
+"""Reports a run's numbers to TensorBoard, Weights & Biases and Prometheus, beside its own files.
 
 A sink is made for one attempt of a run, by process 0.
 """
@@ -31,7 +31,7 @@ class WandbConfig(Config):
 
 
 class ReportingConfig(Config):
-    """Besides metrics.jsonl and events.jsonl, which every run writes."""
+    """Reports beside metrics.jsonl and events.jsonl, which every run writes."""
 
     tensorboard: bool = True
     """Write TensorBoard events to FOLDER/NAME/tensorboard; false: do not."""

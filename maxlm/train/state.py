@@ -37,7 +37,7 @@ class TrainState:
 def init_state(
     specs: Params, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
 ) -> TrainState:
-    """A fresh state. Pure; ``maxlm.sharding.jit_sharded`` creates it in its shards."""
+    """Makes a fresh state. Pure; ``maxlm.sharding.jit_sharded`` creates it in its shards."""
     params = init_params(specs, key)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
@@ -49,8 +49,8 @@ def remove_frozen(state: TrainState) -> TrainState:
 
 
 def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) -> Params:
-    """Where every parameter rests; raises MaxlmError for an axis that does not divide, or two on
-    one mesh axis."""
+    """Returns the sharding of every parameter; raises MaxlmError for an axis that does not divide,
+    or two on one mesh axis."""
     sizes = dict(mesh.shape)
 
     def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
@@ -70,7 +70,7 @@ def state_shardings(
     optimizer_rules: AxisRules | None = None,
     frozen: Mapping[str, Params] = MappingProxyType({}),
 ) -> TrainState:
-    """The sharding of every array of a state, as a TrainState of shardings.
+    """Returns the sharding of every array of a state, as a TrainState of shardings.
 
     Args:
         rules: storage rules on this mesh.

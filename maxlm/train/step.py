@@ -40,7 +40,7 @@ def train_step(
     trainable: Params | None = None,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Sums]:
-    """Gradients over micro-batches, one optimizer update.
+    """Computes gradients over micro-batches, and applies one optimizer update.
 
     Args:
         batch: arrays [A, B / A, ...]: A micro-batches, accumulated one after the other or run
@@ -106,19 +106,19 @@ def train_step(
 
 
 def _held(array: jax.Array) -> jax.Array:
-    """In the layout of its type: of a loop's state the compiler might choose another, and come back
-    from it by gathering what it split."""
+    """Keeps an array in the layout of its type: the compiler might choose another for a loop's
+    state, and come back from it by gathering what it split."""
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else reshard(array, jax.typeof(array).sharding)
 
 
 def _count_on(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Counts, and with them the schedule, go on where an update was left out."""
+    """Lets counts, and with them the schedule, go on where an update was left out."""
     return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
 
 
 def _learned(specs: Params, tree: Any) -> Any:
-    """Without parameters that follow a rule: their "gradient" is none."""
+    """Leaves out parameters that follow a rule: their "gradient" is none."""
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
@@ -131,7 +131,7 @@ def evaluate_step(
     loss: Loss,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> Sums:
-    """The task's sums over a batch of arrays [M, B, ...], and its ``loss``, without gradients."""
+    """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
     bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
     models, key = Models(bind(model, params), bound), jax.random.key(0)
 
@@ -154,7 +154,7 @@ def compute_loss_and_gradients(
     layouts: Params | None = None,
     untrained: Params | None = None,
 ) -> Gradients:
-    """((loss, sums), gradients of ``params``), all summed over the batch.
+    """Returns ((loss, sums), gradients of ``params``), all summed over the batch.
 
     Args:
         model: the module whose parameters ``params`` and ``untrained`` hold together.
@@ -251,15 +251,15 @@ def _one_f_one_b(
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all leaves together, summed in fp32; a scalar. 0 of an empty tree."""
+    """Returns the Euclidean norm of all leaves together, an fp32 scalar; 0 of an empty tree."""
     leaves = jax.tree.leaves(tree)
     squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in leaves]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def divide_by_tokens(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A task's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
-    the idlest's load over the mean, and the share of assignments dropped."""
+    """Divides a task's sums by ``tokens``, as they are logged; experts' by their load: the
+    busiest's and the idlest's over the mean, and the share of assignments dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
     loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are trained: those whose canonical names match patterns.
+"""Selects the parameters to train: those whose canonical names match patterns.
 
 A part of a tree of parameters is that tree with None for the arrays that are not in it.
 """

@@ -89,7 +89,7 @@ class StepTimer:
 
 
 def measure_memory() -> dict[str, float]:
-    """Peak memory in bytes: ``device_memory_peak`` of the first local device where the backend
+    """Returns peak memory in bytes: ``device_memory_peak`` of the first local device if the backend
     counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's and Python's)."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -156,9 +156,9 @@ class Trainer:
     callbacks: Sequence[Callback]
     timer: StepTimer
     stop_request: StopRequest = StopRequest.NONE
-    """What all processes agreed to do after this step."""
+    """Action that all processes agreed on after this step."""
     rollback: RollbackDecision | None = None
-    """Why the run must return to a checkpoint."""
+    """Reason why the run must return to a checkpoint."""
 
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
         """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step`` on.

@@ -48,8 +48,8 @@ def attention(
     interpret: Any = False,
     **options: Unpack[AttentionOptions],
 ) -> jax.Array:
-    """softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in float64
-    where operands are, which XLA alone has.
+    """Computes softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in
+    float64 where operands are, which XLA alone has.
 
     The backward pass computes the weights again: nothing of size S × T is kept. Differentiable
     once, by q, k, v, ``sinks`` and ``biases``; ``slopes`` and whatever places tokens are
@@ -91,7 +91,7 @@ def attention_forward(
     interpret: Any = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`attention` and what its backward pass needs; not to be differentiated by JAX.
+    """Computes :func:`attention` and what its backward pass needs; not differentiable by JAX.
 
     Returns:
         o [B, S, N, Hv] in ``dtype`` (default v's); the natural log-sum-exp of each query's scores,

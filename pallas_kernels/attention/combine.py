@@ -14,7 +14,7 @@ from pallas_kernels.attention.params import wide_type
 def merge_attention(
     first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """(o, lse) over two blocks of keys from those over each, all fp32 (Milakov & Gimelshein 2018).
+    """Merges (o, lse) over two blocks of keys into one, fp32 (Milakov & Gimelshein 2018).
 
     Associative and commutative, but for rounding. A sink belongs to one of the blocks only.
 
@@ -31,12 +31,12 @@ def merge_attention(
 
 
 def compute_row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
-    """fp32 [B, S, N]: d_o · o for each query and head, what softmax's gradient subtracts."""
+    """Computes d_o · o a query and head, which softmax's gradient subtracts: fp32 [B, S, N]."""
     return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=wide_type(o))
 
 
 def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """fp32 [N]: a sink's weight times what it takes from the output, which is −delta.
+    """Computes fp32 [N]: a sink's weight times what it takes from the output, which is −delta.
 
     As exact as delta, which is of the output as rounded: with bf16 operands off by 0.1 to 0.4% of
     itself (random operands, 512 and 1,000 tokens), like the gradients of q, k and v. Autodiff

@@ -1,5 +1,5 @@
-"""Which blocks of keys each block of queries visits, and the reverse: computed by XLA, read by
-the GPU kernels.
+"""Plans which blocks of keys each block of queries visits, and the reverse: computed by XLA, read
+by the GPU kernels.
 
 Blocks are judged by the least and greatest position and segment in them. Of the blocks from the
 first that is not empty to the last, a kernel visits those that need no mask (one run of them:
@@ -32,7 +32,7 @@ class BlockVisits(NamedTuple):
     second_length: jax.Array
 
     def masked(self, t: jax.Array) -> jax.Array:
-        """The block of masked visit t: ``begin`` + t, past the runs that are cut out."""
+        """Returns the block of masked visit t: ``begin`` + t, past the runs that are cut out."""
         at = self.begin + t
         at = at + jnp.where(at >= self.first_cut, self.first_length, 0)
         return at + jnp.where(at >= self.second_cut, self.second_length, 0)
@@ -46,7 +46,7 @@ def needs_mask(params: AttentionParams, operands: AttentionOperands, T: int, blo
 def plan_query_visits(
     S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
 ) -> jax.Array:
-    """int32 [B or 1, blocks of queries, FIELDS]: the :class:`BlockVisits` of each."""
+    """Returns the :class:`BlockVisits` of each, int32 [B or 1, blocks of queries, FIELDS]."""
     some, whole = _judged(S, T, block_q, block_k, operands, params)
     # Slots past the last key are masked.
     inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
@@ -56,7 +56,7 @@ def plan_query_visits(
 def plan_key_visits(
     S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
 ) -> jax.Array:
-    """int32 [B or 1, blocks of keys, FIELDS]: their visits to blocks of queries. Slots past the
+    """Returns visits to blocks of queries, int32 [B or 1, blocks of keys, FIELDS]. Slots past the
     last key are not masked: they add to no other key's gradient."""
     some, whole = _judged(S, T, block_q, block_k, operands, params)
     return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
@@ -128,8 +128,8 @@ def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
 def compare_block_segments(
     q_segments: jax.Array, k_segments: jax.Array, block_q: int, block_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """bool [B, blocks of queries, blocks of keys]: whether they may have a segment in common; and
-    whether all of their tokens are of one. Past the last token, both are as if it went on."""
+    """Returns bool [B, blocks of queries, blocks of keys]: whether they may have a segment in
+    common; whether all their tokens are of one. Past the last token both are as if it went on."""
     q_least, q_low, q_high = (x[:, :, None] for x in _bounds(q_segments, block_q))
     k_least, k_low, k_high = (x[:, None] for x in _bounds(k_segments, block_k))
     one = (q_least == q_high) & (k_least == k_high) & (q_high == k_high) & (k_least > 0)
@@ -137,7 +137,7 @@ def compare_block_segments(
 
 
 def split_into_blocks(x: jax.Array, size: int) -> jax.Array:
-    """[B, n] → [B, blocks, size], the last value repeated."""
+    """Splits [B, n] → [B, blocks, size], the last value repeated."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge")
     return x.reshape(x.shape[0], -1, size)
 

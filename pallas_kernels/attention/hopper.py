@@ -89,7 +89,7 @@ def forward(
     block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation."""
+    """Runs the forward pass as :mod:`api` calls it."""
     sizes = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).forward
     operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
@@ -137,8 +137,8 @@ def backward(
     block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation; by Triton's kernels where sums of dK and dV do not
-    fit in registers."""
+    """Runs the backward pass as :mod:`api` calls it; by Triton's kernels where sums of dK and dV do
+    not fit in registers."""
     sizes: Any = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
     if q.shape[-1] > _BACKWARD_HEADS:
         options = {"block_sizes": sizes, "interpret": bool(interpret)}

@@ -38,8 +38,8 @@ def compute_d_q(
     sizes: HopperBackwardBlocks,
     interpret: Any,
 ) -> jax.Array:
-    """dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf where a
-    query has no key."""
+    """Computes dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf
+    where a query has no key."""
     q, k, v, d_o, lse, delta = arrays
     (B, S, N, _), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
@@ -69,7 +69,7 @@ def compute_d_kv(
     sizes: HopperBackwardBlocks,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """dK and dV, summed over the query heads of a kv head; of what :func:`compute_d_q` takes."""
+    """Computes dK, dV summed over a kv head's query heads, from what :func:`compute_d_q` takes."""
     q, k, v, d_o, lse, delta = arrays
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     block_k = ROWS * WARPGROUPS

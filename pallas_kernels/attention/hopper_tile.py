@@ -21,14 +21,14 @@ from pallas_kernels.attention.triton_program import LOG2E
 ROWS = 64
 """Rows of a warpgroup's tile."""
 WARPGROUPS = 2
-"""Those that multiply."""
+"""Warpgroups that multiply."""
 ACC = plgpu.WGMMAAccumulatorRef
 TILE = plgpu.Layout.WGMMA
 ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _GPU: Any = plgpu  # whose transforms are abstract to a type checker, in jax 0.12
 SWIZZLED = _GPU.TilingTransform((8, 64)), _GPU.SwizzleTransform(128)
-"""How 16-bit blocks lie in shared memory."""
+"""Layout of 16-bit blocks in shared memory."""
 SWIZZLED_FP32 = _GPU.TilingTransform((8, 32)), _GPU.SwizzleTransform(128)
 
 # Before jax 0.11.
@@ -44,9 +44,9 @@ class HopperStatics(NamedTuple):
     block: int
     """Rows of the blocks that are copied one after the other."""
     stages: int
-    """Of these, how many are in shared memory."""
+    """Number of these blocks in shared memory."""
     names: tuple[str, ...]
-    """Of the inputs."""
+    """Names of the inputs."""
     interpret: bool
 
     @property
@@ -55,7 +55,7 @@ class HopperStatics(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Products are scaled in the exponent alone."""
+        """Whether products are scaled in the exponent alone."""
         return self.params.soft_cap is None and "slopes" not in self.names
 
     @property
@@ -67,7 +67,7 @@ class HopperStatics(NamedTuple):
 def list_mask_inputs(
     operands: AttentionOperands, params: AttentionParams, q_block: int, k_block: int
 ) -> dict[str, jax.Array]:
-    """By name, what kernels read beside operands. Segments fill up whole blocks."""
+    """Lists by name what kernels read beside operands. Segments fill up whole blocks."""
     inputs = {}
     if operands.q_segments is not None:
         for name, x, block in (
@@ -108,7 +108,7 @@ def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Cal
 
 
 class HopperScoreTile:
-    """Queries from ``q_start``, keys from ``k_start``; queries along ``q_axis``."""
+    """Scores of queries from ``q_start``, along ``q_axis``, with keys from ``k_start``."""
 
     def __init__(
         self, statics: HopperStatics, refs, shape: tuple[int, int], q_axis: int, starts, at
@@ -148,7 +148,7 @@ class HopperScoreTile:
         return scores, slope
 
     def visible(self, q_segments=None, k_segments=None) -> jax.Array:
-        """bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
+        """Returns bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
         params, T, seen = self.params, self.statics.T, []
         if params.causal:
             behind = self._behind()
@@ -167,8 +167,8 @@ class HopperScoreTile:
         return reduce(and_, seen)
 
     def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
-        """Weights, and the gradient by the product times the scale (softmax's Jacobian). Masked
-        keys and values may hold anything finite: d_weights may then not be."""
+        """Returns weights, and the gradient by the product times the scale (softmax's Jacobian).
+        Masked keys and values may hold anything finite: d_weights may then not be."""
         scores = scores * self.statics.unit
         if seen is not None:
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -180,7 +180,7 @@ class HopperScoreTile:
 
 
 def multiply_transposed(a, b, meanwhile: Callable[[], None]) -> jax.Array:
-    """a·bᵀ of blocks in shared memory; ``meanwhile`` is called before they are waited for."""
+    """Multiplies a·bᵀ in shared memory; calls ``meanwhile`` before it waits for the result."""
 
     def multiply(sums):
         plgpu.wgmma(sums, a, b.transpose((1, 0)))
@@ -191,7 +191,7 @@ def multiply_transposed(a, b, meanwhile: Callable[[], None]) -> jax.Array:
 
 
 def add_product(s: HopperStatics, to: jax.Array, a: jax.Array, b) -> jax.Array:
-    """``to`` + a·b, a in registers and b in shared memory."""
+    """Adds a·b to ``to``, a in registers and b in shared memory."""
     if s.interpret:  # which knows no operand in registers
         return to + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
     sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(ACC.init(to))
@@ -240,8 +240,8 @@ def make_staging_buffer(name: str, dtype: Any, own: Any) -> dict[str, Any]:
 def run_warpgroups(
     s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
 ) -> None:
-    """In a kernel: ``copy(visits, row, head)`` in the warpgroup that copies, and in the others
-    ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
+    """Calls, in a kernel, ``copy(visits, row, head)`` in the warpgroup that copies, and in the
+    others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
 
     Args:
         last_first: start with the last tiles of queries, with a causal mask the longest.
@@ -264,7 +264,7 @@ def run_warpgroups(
 
 
 def visit_blocks(visits: BlockVisits | None, masked, count, step: Callable, carry: Any) -> Any:
-    """``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
+    """Runs ``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
     if visits is not None:
         carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
     return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
@@ -319,7 +319,7 @@ def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, h
 
 
 def copy_block(s: HopperStatics, shared, name: str, at, slot, copies) -> None:
-    """(source, target) to a slot of the targets, when those who read it are done with it."""
+    """Copies (source, target) to a slot of the targets, when its readers are done with it."""
 
     @pl.when(at >= s.stages)
     def _():
@@ -351,7 +351,7 @@ def resolve_interpreter(interpret: Any) -> Any:
 
 
 def run_kernel(kernel, s: HopperStatics, inputs, shapes, scratch, grid, interpret) -> Any:
-    """``kernel(s, inputs, outputs, scratch)`` over a grid (heads, tiles, rows of the batch)."""
+    """Runs ``kernel(s, inputs, outputs, scratch)`` over a grid (heads, tiles, batch rows)."""
     names, outputs = tuple(scratch), len(shapes)
 
     def body(*refs):

@@ -15,9 +15,9 @@ class AttentionOptions(TypedDict, total=False):
     """Options of an attention, each with its default where it is left out (None, unless said)."""
 
     causal: bool
-    """A query sees keys of its own position and below; default True."""
+    """Whether a query sees only keys of its own position and below; default True."""
     window: int | None
-    """Of those, only the last ``window`` (1: itself alone); None: all. Causal only."""
+    """Number of last such keys that a query sees (1: itself alone); None: all. Causal only."""
     prefix: jax.Array | None
     """int [B]: keys at positions below are visible to all queries, whatever ``causal`` and
     ``window`` say (Raffel et al. 2020, §3.2.1). Causal only."""
@@ -26,7 +26,7 @@ class AttentionOptions(TypedDict, total=False):
     leave out at compile time what the mask empties; a traced int scalar serves a shard that learns
     its place at run time."""
     k_offset: Offset
-    """Likewise of the first key."""
+    """Position of the first key, likewise."""
     q_positions: jax.Array | None
     """int [B, S], or [1, S] for all rows alike: positions one by one, instead of an offset."""
     k_positions: jax.Array | None
@@ -34,7 +34,7 @@ class AttentionOptions(TypedDict, total=False):
     segment_ids: Segments | None
     """int [B, S] and [B, T]; tokens attend within their own segment, 0 is padding."""
     scale: float | None
-    """Of q·k; None: H ** -0.5."""
+    """Factor on q·k; None: H ** -0.5."""
     soft_cap: float | None
     """Scores become cap·tanh(score / cap) (Gemma Team 2024, §2)."""
     slopes: jax.Array | None
@@ -49,7 +49,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class AttentionParams(NamedTuple):
-    """Static choices. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
+    """Static options. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
     masked."""
 
     causal: bool

@@ -20,7 +20,7 @@ MIN_TILE, MAX_TILES = 128, 16
 
 
 def einsum(maths: str, *operands: jax.Array) -> Any:
-    """Summed, and returned, in fp32 or wider."""
+    """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
     return jnp.einsum(maths, *operands, preferred_element_type=wide_type(*operands))
 
 
@@ -43,7 +43,7 @@ class ScoreTile(NamedTuple):
     def scores(
         self, q: jax.Array, k: jax.Array, operands: AttentionOperands, params: AttentionParams
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Scores, and their derivatives by scale·q·k; None: 1.
+        """Computes scores, and their derivatives by scale·q·k; None: 1.
 
         Args:
             q: [B, S, K, G, H].
@@ -71,7 +71,7 @@ class ScoreTile(NamedTuple):
     def bias_gradient(
         self, d_scores: jax.Array, operands: AttentionOperands, params: AttentionParams
     ) -> jax.Array:
-        """fp32 [N, 2R + 1]: of the biases, from the scores', fp32 [B, K, G, s, t]."""
+        """Returns the biases' gradient, fp32 [N, 2R + 1], from scores', fp32 [B, K, G, s, t]."""
         _, K, G, s, t = d_scores.shape
         if len(self._behind(operands, params)) == 1:
             d_scores = d_scores.sum(axis=0, keepdims=True)
@@ -137,7 +137,7 @@ class ScoreTile(NamedTuple):
 def list_score_tiles(
     S: int, T: int, operands: AttentionOperands, params: AttentionParams
 ) -> list[ScoreTile]:
-    """At most MAX_TILES runs of queries: the program grows with their number."""
+    """Lists at most MAX_TILES runs of queries: the program grows with their number."""
     size = tile_size(S)
     bounds = [(start, min(start + size, S)) for start in range(0, S, size)]
     if not is_mask_static(operands, params):
@@ -164,7 +164,7 @@ def tile_size(S: int) -> int:
 def fill_positions(
     operands: AttentionOperands, params: AttentionParams, S: int, T: int
 ) -> AttentionOperands:
-    """Positions of both sides as arrays, where one side's are."""
+    """Fills in both sides' positions as arrays, where one side's are."""
     if operands.q_positions is None and operands.k_positions is None:
         return operands
 
@@ -189,5 +189,5 @@ def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:
 
 
 def reshape_by_head(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[N] → [K, G, 1, 1], to stand beside scores."""
+    """Reshapes [N] → [K, G, 1, 1], to stand beside scores."""
     return x.reshape(kv_heads, -1, 1, 1)

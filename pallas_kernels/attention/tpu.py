@@ -32,7 +32,7 @@ F32 = jnp.float32
 def supports(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
 ) -> bool:
-    """Everything but queries or keys at arbitrary positions, and learned biases."""
+    """Supports everything but queries or keys at arbitrary positions, and learned biases."""
     return all(x is None for x in (operands.q_positions, operands.k_positions, operands.biases))
 
 
@@ -46,8 +46,8 @@ def forward(
     block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation. Keys that VMEM does not hold at once are taken in
-    parts, whose results are merged."""
+    """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
+    in parts, whose results are merged."""
     sizes = AttentionSizes.of(q, v, dtype)
     blocks = choose_blocks(FORWARD, sizes, name_mask_kind(params, operands), block_sizes)
     held = count_keys_in_vmem(FORWARD, blocks, sizes, get_chip())
@@ -105,8 +105,8 @@ def backward(
     block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation. Keys that VMEM does not hold at once are taken in
-    parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
+    """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
+    in parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
     (B, S), T = q.shape[:2], k.shape[1]
     sizes = AttentionSizes.of(q, v, dtype)
     blocks = choose_blocks(BACKWARD, sizes, name_mask_kind(params, operands), block_sizes)

@@ -34,7 +34,7 @@ def backward_kernel(
     dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
     *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
-    """One block of queries of one head.
+    """Computes one block of queries of one head.
 
     Args:
         table, ints, floats: scalars (:mod:`tpu`).

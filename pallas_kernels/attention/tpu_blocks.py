@@ -25,9 +25,9 @@ class TpuBlocks(NamedTuple):
     k: int
     """Keys of a block: a round of the loop."""
     tile_q: int
-    """Divides ``q``. Tiles are what the loop's body is made of, one after the other."""
+    """Queries of a tile; divides ``q``. The loop's body is made of tiles, one after the other."""
     tile_k: int
-    """Divides ``k``; in the forward pass only where the mask's edge cuts a block."""
+    """Keys of a tile; divides ``k``, forward only where the mask's edge cuts a block."""
     ahead: int = 1
     """Tiles whose scores are issued before the first one's softmax."""
     behind: int = 1
@@ -37,7 +37,7 @@ class TpuBlocks(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Tiles between their first stage and their last at once."""
+        """Tiles between their first and their last stage at once."""
         return 1 + self.ahead + self.behind
 
 
@@ -54,9 +54,9 @@ class AttentionSizes(NamedTuple):
     H: int
     Hv: int
     bytes: int
-    """Of a number in q, k and v."""
+    """Bytes of a number in q, k and v."""
     out_bytes: int
-    """Of a number in the results."""
+    """Bytes of a number in the results."""
 
     @classmethod
     def of(cls, q: jax.Array, v: jax.Array, dtype: Any) -> "AttentionSizes":
@@ -65,9 +65,9 @@ class AttentionSizes(NamedTuple):
 
 
 def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) -> TpuBlocks:
-    """Forward, large blocks, whose loop's body hides its own beginning and end, and tiles as wide
-    as the matrix unit, of which nothing spills or little; backward, tiles so small that nothing of
-    them spills. From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all.
+    """Chooses, forward, large blocks, whose loop's body hides its own beginning and end, and tiles
+    as wide as the matrix unit, of which little spills; backward, tiles so small that nothing
+    spills. From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all.
     """
     stages = {"ahead": 3, "pace": 3} if chip.mxu == 256 else {"ahead": 3, "behind": 2}
 

@@ -27,7 +27,7 @@ class KeyPart(NamedTuple):
     held: int
     """Rows in VMEM: block ``index`` of so many."""
     keys: int
-    """Of them; the rest is padding."""
+    """Keys among these rows; the rest is padding."""
     operands: AttentionOperands
     params: AttentionParams
 
@@ -40,9 +40,9 @@ class TpuKernelCall(NamedTuple):
     blocks: TpuBlocks
     part: KeyPart
     rows: int
-    """Of the batch."""
+    """Rows of the batch."""
     pairs: int
-    """Queries and keys of a head that causality and window let meet, as far as that is static."""
+    """Pairs of a query and a key of a head that causality and window allow, as far as static."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
     """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
     prefix; fp32 [2, N], slopes and sinks."""
@@ -125,12 +125,12 @@ class TpuKernelCall(NamedTuple):
         )
 
     def keys(self, width: int) -> pl.BlockSpec:
-        """The spec of all parts' keys."""
+        """Returns the spec of all parts' keys."""
         index = self.part.index
         return pl.BlockSpec((None, self.part.held, width), lambda kv, g, i, *_: (kv, index, 0))
 
     def query_row(self, shared: bool = False) -> pl.BlockSpec:
-        """A number a query; ``shared``: the same for all heads."""
+        """Returns the spec of one number a query; ``shared``: the same for all heads."""
         group, heads = self.setting.group, self.setting.kv_heads
 
         def index(kv, g, i, *_):
@@ -159,7 +159,7 @@ class TpuKernelCall(NamedTuple):
         )
 
     def run(self, body, operands, results, scratch, vmem, products, interpret, name, continued=()):
-        """The kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
+        """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
 
         Args:
             operands: (block, array) or, for what the kernel is not given, (anything, None).
@@ -212,6 +212,6 @@ def _pairs(S: int, T: int, params: AttentionParams, shift: Any) -> int:
 
 
 def pad_last_axis(x: jax.Array, size: int, value: float = 0) -> jax.Array:
-    """[..., n] or [n, rows, m] up to ``size`` along the last axis."""
+    """Pads [..., n] or [n, rows, m] up to ``size`` along the last axis."""
     missing = size - x.shape[-1]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), constant_values=value)

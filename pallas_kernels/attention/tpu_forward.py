@@ -56,7 +56,7 @@ def forward_kernel(
     m, acc, vt, ids, scores, tops, fades, weights,
     *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
-    """One block of queries of one head.
+    """Computes one block of queries of one head.
 
     Args:
         table, ints, floats: scalars (:mod:`tpu`).

@@ -42,10 +42,10 @@ class KernelStatics(NamedTuple):
     slopes: bool
     sinks: bool
     interpreted: bool = False
-    """Whether no TPU runs this."""
+    """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
     def scalars(self, ints: Any, floats: Any) -> "Scalars":
-        """In a kernel: those of this step of the grid (kv heads of all rows, group, ...)."""
+        """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group, ...)."""
         kv, g = pl.program_id(0), pl.program_id(1)
         row = lax.div(kv, self.kv_heads)
         head = lax.rem(kv, self.kv_heads) * self.group + g
@@ -62,7 +62,7 @@ class KernelStatics(NamedTuple):
 
 class Scalars(NamedTuple):
     row: Any
-    """Of the batch."""
+    """Row of the batch."""
     shift: Any
     put: Any
     get: Any
@@ -78,7 +78,7 @@ class Scalars(NamedTuple):
 def interleave_stages(
     count: int, these: Sequence[tuple[int, Callable[[int], Iterator[None]]]]
 ) -> None:
-    """Run every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
+    """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
     before the one with 0. Neighbours in the program overlap on the machine: the stages that run
     together take turns, each as far as its next ``yield``."""
     first, last = max(a for a, _ in these), min(a for a, _ in these)
@@ -89,7 +89,7 @@ def interleave_stages(
 
 
 class Spot(NamedTuple):
-    """Where a tile stands."""
+    """Place of a tile."""
 
     distance: Any
     """Position of its first query less that of its first key."""
@@ -101,7 +101,7 @@ class Spot(NamedTuple):
 
 
 def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """fp32 matrix product over one axis of each; fp32 operands are not rounded to bf16."""
+    """Multiplies over one axis of each, in fp32; fp32 operands are not rounded to bf16."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), exact, preferred_element_type=jnp.float32
@@ -111,7 +111,7 @@ def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 def scale_scores(
     products: jax.Array, params: AttentionParams
 ) -> tuple[jax.Array, jax.Array | None]:
-    """fp32 q · k to scores · log2 e; and with a cap its derivative, by the scaled product."""
+    """Scales fp32 q · k to scores · log2 e; also gives a cap's derivative by scale·q·k."""
     if params.soft_cap is None:
         return products * (params.scale * LOG2_E), None
     tanh = jnp.tanh(products * (params.scale / params.soft_cap))
@@ -119,9 +119,9 @@ def scale_scores(
 
 
 def limit_in_flight(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
-    """x, but where so many chunks of weights are ``begun``, not before the first of them is known,
-    which then is none of them: differences that the unit of exponentials has no time for yet would
-    wait in registers.
+    """Returns x, but where ``pace`` chunks of weights are ``begun``, not before the first of them
+    is known, and drops that: otherwise differences that the unit of exponentials has no time for
+    yet would wait in registers.
 
     Args:
         x: fp32 [SUBLANES, queries], a multiple of LANES.
@@ -135,19 +135,19 @@ def limit_in_flight(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Arra
 
 
 def reshape_by_register(x: jax.Array) -> jax.Array:
-    """[n, m] as [n / SUBLANES, SUBLANES, m]."""
+    """Reshapes [n, m] as [n / SUBLANES, SUBLANES, m]."""
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
 def key_ids(ids: jax.Array) -> jax.Array:
-    """[1, keys] as [keys, LANES]."""
+    """Returns [1, keys] as [keys, LANES]."""
     return jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
 
 
 def apply_slope_and_mask(
     scores: jax.Array, masked: bool, spot: Spot, setting: KernelStatics, scalars: Scalars
 ) -> jax.Array:
-    """Scores [keys, queries] with ALiBi's slope (Press et al. 2022), and MASKED where a query may
+    """Gives scores [keys, queries] ALiBi's slope (Press et al. 2022), and MASKED where a query may
     not see a key: by its position, if ``masked``, and by its segment, where the spot has these.
 
     A register's worth of keys at a time, so that positions are compared with numbers: positions of

@@ -69,8 +69,8 @@ def supports(
 
 
 def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
-    """By rule: what keeps accumulators in registers and blocks in shared memory. Compiled for a
-    card that is not here, an H100's."""
+    """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory; for a card
+    that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
     small = capability in _SMALL
     old = capability.startswith("8.")  # products are warps' own there, and take more registers
@@ -107,7 +107,7 @@ def forward(
     block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation."""
+    """Runs this pass as :mod:`api` calls it."""
     B, S, N, _ = q.shape
     operands = merge_offsets(operands, params)
     sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
@@ -138,7 +138,7 @@ def backward(
     block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As :mod:`api` says of an implementation."""
+    """Runs this pass as :mod:`api` calls it."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     operands = merge_offsets(operands, params)
     sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))

@@ -46,7 +46,7 @@ class TritonStatics(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Scores are q·k times a positive number: products are kept, and scaled in the exponent."""
+        """Whether scores are q·k times a positive number, so that the exponent scales them."""
         return self.params.soft_cap is None and self.params.scale > 0
 
 
@@ -68,7 +68,7 @@ class TritonProgram:
         self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
 
     def rows(self, name: str, start, block: int, length: int | None, *at) -> tuple[jax.Array, ...]:
-        """[block, width] of each part of a head: zeros past its size and, where ``length`` is
+        """Reads [block, width] of each part of a head: zeros past its size and, where ``length`` is
         given, past that many rows."""
         ref = self.refs[name]
         H = {"q": self.statics.H, "k": self.statics.H}.get(name, self.statics.Hv)
@@ -80,7 +80,7 @@ class TritonProgram:
         return tuple(parts)
 
     def row_scalars(self, name: str, start, *at, other: float) -> jax.Array:
-        """fp32 [block] of queries."""
+        """Reads fp32 [block] of queries."""
         block, S = self.tiles.q, self.statics.S
         part = self.refs[name].at[(*at, pl.ds(start, block))]
         if S % block == 0:
@@ -88,7 +88,7 @@ class TritonProgram:
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
     def tokens(self, side: str, start, axis: int) -> TokenBlock:
-        """Queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
+        """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
         block, length = (
             (self.tiles.q, self.statics.S) if side == "q" else (self.tiles.k, self.statics.T)
         )
@@ -113,7 +113,7 @@ class TritonProgram:
         )
 
     def visible(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
-        """bool, broadcast over a tile."""
+        """Returns the mask, bool, broadcast over a tile."""
         params, T = self.params, self.statics.T
         seen = None
         if params.causal:
@@ -133,7 +133,7 @@ class TritonProgram:
         return seen
 
     def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
-        """From q·k: the scores, of which exp2 is to be taken after :attr:`unit`; and their slope
+        """Returns scores from q·k, of which exp2 is to be taken after :attr:`unit`, and their slope
         by scale·q·k, 1 if that is None."""
         params, slope = self.params, None
         if self.statics.plain and "slopes" not in self.refs:
@@ -156,8 +156,8 @@ class TritonProgram:
         )
 
     def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
-        """Weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values may
-        hold anything finite: d_weights may then not be."""
+        """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and
+        values may hold anything finite: d_weights may then not be."""
         scores *= self.unit
         if seen is not None:
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -168,7 +168,7 @@ class TritonProgram:
         return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
 
     def exp2(self, x: jax.Array) -> jax.Array:
-        """One instruction: JAX's own, exact below 2^-126 too, is four."""
+        """Computes exp2 in one instruction: JAX's own, exact below 2^-126 too, is four."""
         if self.statics.interpret:
             return jnp.exp2(x)
         (y,) = plgpu.elementwise_inline_asm(
@@ -181,8 +181,8 @@ class TritonProgram:
         return y
 
     def visit(self, i, blocks: int, body, carry, repeats: int = 1):
-        """``body(block, repeat, masked, carry)`` over the blocks that block i visits, each block
-        ``repeats`` times."""
+        """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i visits, each
+        block ``repeats`` times."""
 
         def loop(begin, count, block_of, masked, carry):
             def step(t, carry):
@@ -281,11 +281,11 @@ class TritonKernelCall:
         return pl.BlockSpec((None, *shape), lambda i, n, b: (0 if shared else b, *rest))
 
     def tokens(self, block: int):
-        """[B or 1, length]"""
+        """Returns the spec of [B or 1, length]."""
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
     def heads(self, block: int, share: int = 1):
-        """[B, length, heads, H], of the program's head; or of one that ``share`` heads read."""
+        """Returns the spec of one head of [B, length, heads, H], which ``share`` heads read."""
 
         def spec(x):
             shape = None, round_up(x.shape[1], block), None, pad_head_size(x.shape[3])
@@ -294,7 +294,7 @@ class TritonKernelCall:
         return spec
 
     def groups(self, block: int):
-        """[B, length, N, H] → [length, group, H] of the program's kv head."""
+        """Returns the spec of [B, length, N, H] → [length, group, H] of the program's kv head."""
 
         def spec(x):
             shape = None, round_up(x.shape[1], block), self.group, pad_head_size(x.shape[3])
@@ -303,7 +303,7 @@ class TritonKernelCall:
         return spec
 
     def rows(self, block: int, group: int | None = None):
-        """[B, N, S], of the program's head; or [group, S] of its kv head."""
+        """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv head."""
 
         def spec(x):
             shape = None, group, round_up(x.shape[2], block)
@@ -317,7 +317,7 @@ def whole_spec(x) -> pl.BlockSpec:
 
 
 def split_head(H: int) -> list[tuple[int, int]]:
-    """(begin, width) of parts that are powers of two, 16 at least: 80 = 64 + 16."""
+    """Splits into (begin, width) of parts that are powers of two, 16 at least: 80 = 64 + 16."""
     parts, begin = [], 0
     while begin < H:
         width = max(16, 1 << ((H - begin).bit_length() - 1))
@@ -363,7 +363,7 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def multiply_transposed(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
-    """a·bᵀ, summed over the parts of a head."""
+    """Multiplies a·bᵀ, summed over the parts of a head."""
     products = (
         plgpu.dot(x, y, trans_b=True, precision=_precision(x)) for x, y in zip(a, b, strict=True)
     )

@@ -35,15 +35,15 @@ class TunedEntry(NamedTuple):
 
     chip: str
     direction: str
-    """Of ``PASSES``."""
+    """One of ``PASSES``."""
     head_sizes: tuple[int, int]
-    """Of q and k, and of v."""
+    """Head size of q and k, and of v."""
     seq: int
-    """Queries, and keys."""
+    """Number of queries, and of keys."""
     mask: str
     """causal, full, window:TOKENS or segments:COUNT (causal, of equal lengths)."""
     dtype: str
-    """Of q, k and v."""
+    """Dtype of q, k and v."""
     blocks: dict[str, Any]
     """:class:`TpuBlocks`."""
     cost: float

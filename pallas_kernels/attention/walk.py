@@ -1,4 +1,4 @@
-"""Which blocks of keys each block of queries visits, and which of them need a mask.
+"""Plans which blocks of keys each block of queries visits, and which of them need a mask.
 
 Both passes of the TPU kernels walk the same way. A block of queries visits a run of key blocks in
 loops, three of them at most: masked, plain, masked; where each begins is an integer that the
@@ -32,9 +32,9 @@ class WalkTile(NamedTuple):
     k0: int
     k1: int
     masked: bool
-    """By positions."""
+    """Whether positions mask it."""
     packed: bool = False
-    """Segments are compared."""
+    """Whether segments are compared."""
 
 
 class WalkEdge(NamedTuple):
@@ -45,7 +45,7 @@ class WalkEdge(NamedTuple):
 
 
 class KeyWalk(NamedTuple):
-    """Static part of the way through the keys."""
+    """Static part of a block's way through the keys."""
 
     bq: int
     bk: int
@@ -55,14 +55,14 @@ class KeyWalk(NamedTuple):
     """The tiles of a block that is visited as a whole."""
     edges: tuple[WalkEdge, ...]
     first: int | None
-    """With edges: the plain loop begins this many blocks after the queries' first position; None:
-    with the first block of all."""
+    """Blocks after the queries' first position at which the plain loop begins, with edges; None: at
+    the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
     packed: bool
     lead: WalkEdge | None
-    """Of the edges, one that has every query in a single tile, if tiles are joined: it begins what
-    the others go on with."""
+    """The edge that has every query in a single tile, if tiles are joined: it begins what the
+    others go on with."""
 
 
 def plan_walk(
@@ -111,8 +111,8 @@ def plan_walk(
 
 
 def _apart(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
-    """In an order in which no two neighbours have the same keys, as far as there is one: what one
-    adds to their gradients would wait in registers for the next."""
+    """Orders tiles so that no two neighbours have the same keys, as far as that is possible: what
+    one adds to their gradients would wait in registers for the next."""
     left, order = {}, []
     for tile in tiles:
         left.setdefault(tile.k0, []).append(tile)
@@ -158,7 +158,7 @@ def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) ->
 def make_walk_table(
     walk: KeyWalk, S: int, T: int, params: AttentionParams, operands: AttentionOperands
 ) -> jax.Array:
-    """int32 [B or 1, nq, COLUMNS]: see there."""
+    """Returns the walk's table, int32 [B or 1, nq, COLUMNS]; see there."""
     bq, bk, nq, nk = walk.bq, walk.bk, walk.nq, walk.nk
     k_offset = sum_offsets(params.k_offset, operands.k_offset)
     shift = sum_offsets(params.q_offset, operands.q_offset) - k_offset
@@ -208,8 +208,8 @@ def make_walk_table(
 def _segment_blocks(
     walk: KeyWalk, q_segments: jax.Array, k_segments: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """For each block of queries [B, nq]: the run of key blocks that may share a segment with it,
-    and within it the first run of those of one and the same segment as all of its queries."""
+    """Finds, for each block of queries [B, nq], the run of key blocks that may share a segment with
+    it, and within it the first run of those of the same one segment as all of its queries."""
     share, one = compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
     begin = jnp.where(share, index, walk.nk).min(-1)
@@ -229,7 +229,7 @@ def visit_key_blocks(
     tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
     finish: Callable[[], None],
 ) -> None:
-    """In a kernel: call ``tiles`` for every key block that block i of the queries visits.
+    """Calls, in a kernel, ``tiles`` for every key block that block i of the queries visits.
 
     Args:
         row: its integers of the :func:`make_walk_table`.

@@ -36,7 +36,7 @@ def forward(
     params: AttentionParams,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :func:`~pallas_kernels.attention.attention_forward`."""
+    """See :func:`~pallas_kernels.attention.attention_forward`."""
     operands = fill_positions(operands, params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
@@ -95,7 +95,7 @@ def backward(
     params: AttentionParams,
     dtype: Any,
 ) -> tuple[jax.Array, ...]:
-    """As :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
+    """See :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
     and log-sum-exps."""
     operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
@@ -187,8 +187,8 @@ class BatchSlice(NamedTuple):
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, most: int) -> "BatchSlice":
-        """Parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where these
-        fit."""
+        """Makes parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where
+        these fit."""
         if most >= kv_heads:
             return cls((batch, kv_heads), _divisor(batch, most // kv_heads), kv_heads)
         return cls((batch, kv_heads), 1, _divisor(kv_heads, most))
@@ -198,7 +198,7 @@ class BatchSlice(NamedTuple):
         return self.shape[0] // self.rows * (self.shape[1] // self.kv_heads)
 
     def cut(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Part i of arrays [B, S, N or K, ...]."""
+        """Cuts part i of arrays [B, S, N or K, ...]."""
         return tuple(
             lax.dynamic_slice(
                 x,
@@ -209,14 +209,14 @@ class BatchSlice(NamedTuple):
         )
 
     def cut_rows(self, i: jax.Array, tree: Any) -> Any:
-        """The rows of part i of arrays [B or 1, ...] that all heads share."""
+        """Cuts the rows of part i of arrays [B or 1, ...] that all heads share."""
         row = i // self._head_parts * self.rows
         return jax.tree.map(
             lambda x: x if len(x) == 1 else lax.dynamic_slice_in_dim(x, row, self.rows), tree
         )
 
     def cut_heads(self, i: jax.Array, tree: Any) -> Any:
-        """The query heads of part i of arrays [N, ...]."""
+        """Cuts the query heads of part i of arrays [N, ...]."""
         head = i % self._head_parts
 
         def cut(x):
@@ -226,7 +226,7 @@ class BatchSlice(NamedTuple):
         return jax.tree.map(cut, tree)
 
     def operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
-        """Those of part i."""
+        """Cuts the operands of part i."""
         by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
         by_head = ("slopes", "sinks", "biases")
         own = self.cut_rows(i, {name: getattr(operands, name) for name in by_row})
@@ -234,7 +234,7 @@ class BatchSlice(NamedTuple):
         return operands._replace(**own)
 
     def add_heads(self, i: jax.Array, tree: Any, terms: Any) -> Any:
-        """Arrays [N, ...] with a part's terms added to those of its query heads."""
+        """Adds a part's terms to those of its query heads in arrays [N, ...]."""
         head = i % self._head_parts
 
         def add(x, own):
@@ -247,7 +247,7 @@ class BatchSlice(NamedTuple):
     def put(
         self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """The arrays with these parts in their places."""
+        """Puts these parts in their places in the arrays."""
         return tuple(
             lax.dynamic_update_slice(x, own.astype(x.dtype), self._start(i, x))
             for x, own in zip(arrays, parts, strict=True)
@@ -305,7 +305,7 @@ def _rows_of(tree: Any, count: int) -> Any:
 
 
 def _joined(tree: Any) -> Any:
-    """The inverse of :func:`_rows_of`."""
+    """Inverts :func:`_rows_of`."""
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)

@@ -34,7 +34,7 @@ def grouped_matmul(
     backend: str | None = None,
     blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
-    """Each row times its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
+    """Multiplies each row by its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
 
     Args:
         rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
@@ -83,7 +83,7 @@ def grouped_outer_product(
     backend: str | None = None,
     blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
-    """For each group the sum over its rows of row ⊗ other: the gradient of its kernel.
+    """Sums row ⊗ other over the rows of each group: the gradient of its kernel.
 
     Args:
         rows, others: [R, D] and [R, F], sorted by group; behind the last one they may hold

@@ -43,7 +43,7 @@ class GroupedOperands(NamedTuple):
 
 
 def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
-    """Kernels in blocks of whole D where these fit, so that each is read once; rows in large tiles.
+    """Chooses whole D in a kernel's block where it fits, to read each once; rows in large tiles.
 
     Every tile of columns reads all rows again, every change of group a block of a kernel.
     """
@@ -64,7 +64,7 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
 
 
 def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
-    """As much of [D, F] at once as fits: every part of it reads rows or others again."""
+    """Chooses as much of [D, F] as fits: every part of it reads rows or others again."""
     for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
         inner = _even(operands.inner, most, chip)
         columns = _even(operands.columns, most, chip._replace(cores=1))
@@ -116,7 +116,7 @@ def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
 
 
 def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:
-    """For each element of a kernel's block: two copies, and a wide one."""
+    """Bytes of an element of a kernel's block: two copies, and a wide one."""
     wide = widened_dtype(operands, chip)
     size = 2 * jnp.dtype(operands.right).itemsize
     return size if wide is None else size + jnp.dtype(wide).itemsize
@@ -142,7 +142,7 @@ def contracted_part_size(chip: TpuChip) -> int:
 
 
 def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
-    """Columns multiplied at once: a divisor of the block's."""
+    """Returns the columns multiplied at once: a divisor of the block's."""
     words = jnp.dtype(operands.left).itemsize
     most = chip.mxu * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
     unit = chip.mxu if blocks.columns % chip.mxu == 0 else LANES
@@ -157,7 +157,7 @@ def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tpu
 
 
 def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[int, int]:
-    """Parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
+    """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
     fewer = 4 if jnp.dtype(operands.left).itemsize == 4 else 1
     inner, columns = (
         LANES * _divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n

@@ -29,17 +29,17 @@ class GroupVisits(NamedTuple):
     """
 
     tile: jax.Array
-    """The tile of rows that is read, ..."""
+    """The tile of rows that is read."""
     out_tile: jax.Array
-    """... and that is written."""
+    """The tile of rows that is written."""
     group: jax.Array
-    """Whose kernel is read, or written."""
+    """The group whose kernel is read, or written."""
     begin: jax.Array
-    """First row within the tile that belongs to the group, or to the padding, ..."""
+    """First row within the tile that belongs to the group, or to the padding."""
     end: jax.Array
-    """... and the row behind the last one."""
+    """The row behind the last one that does."""
     padding: jax.Array
-    """1 where the rows belong to no group."""
+    """1 where the rows belong to no group, else 0."""
 
 
 def matmul(
@@ -54,7 +54,7 @@ def matmul(
     blocks: GroupedBlocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """As ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
+    """See ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
 
     A visit goes through its group's rows of the tile in parts, from the first one on, so that a
     group costs its own rows rounded up to a part, and the tile's other rows nothing.
@@ -178,7 +178,7 @@ def outer(
     blocks: GroupedBlocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """As ``grouped_outer``. The grid: parts of D and of F (over the cores), visits."""
+    """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores), visits."""
     chip = get_chip()
     (R, D), F = rows.shape, others.shape[1]
     operands = GroupedOperands(R, D, F, rows.dtype, others.dtype, dtype)

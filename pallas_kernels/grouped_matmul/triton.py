@@ -32,7 +32,7 @@ def matmul(
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
+    """See ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
     the padding is a group more, whose tiles only write zeros."""
     rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
@@ -95,7 +95,7 @@ def outer(
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``grouped_outer``. A program goes through all rows of its group."""
+    """See ``grouped_outer_product``. A program goes through all rows of its group."""
     rows, others = _readable(rows), _readable(others)
     (R, D), F = rows.shape, others.shape[1]
     depth, inner, columns = _checked(blocks, rows, others, outer=True)

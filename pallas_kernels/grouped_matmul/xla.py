@@ -24,7 +24,7 @@ def matmul(
     transposed: bool,
     dtype: Any,
 ) -> jax.Array:
-    """As ``grouped_matmul``."""
+    """See ``grouped_matmul``."""
     block = _block(rows, sizes)
     padded = _padded(rows, block)
     row_scales = None if row_scales is None else _padded(row_scales, block)
@@ -46,7 +46,7 @@ def matmul(
 
 
 def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
-    """As ``grouped_outer``."""
+    """See ``grouped_outer_product``."""
     block = _block(rows, sizes)
     padded = _padded(rows, block), _padded(others, block)
 
@@ -67,8 +67,8 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -
 def split_into_tiles(
     sizes: jax.Array, num_rows: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(group, first row, rows) of each block of rows of one group, as many as any sizes can need;
-    unused ones come last, empty, and start where the last group ends."""
+    """Returns (group, first row, rows) of each block of rows of one group, as many as any sizes can
+    need; unused ones come last, empty, and start where the last group ends."""
     ends = jnp.cumsum(-(-sizes // block))
     index = jnp.arange(num_rows // block + len(sizes))
     group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(sizes) - 1)
@@ -79,7 +79,7 @@ def split_into_tiles(
 
 
 def sum_type(left: Any, right: Any) -> Any:
-    """In which products are summed: int32 for integers, else fp32, or float64 as they are."""
+    """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
     integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
     return jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
 

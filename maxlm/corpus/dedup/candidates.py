@@ -26,13 +26,13 @@ _SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the sa
 
 
 def join_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pairs of members as numbers: uint64."""
+    """Packs pairs of members into numbers: uint64, the smaller member in the upper half."""
     a, b = a.astype(np.uint64), b.astype(np.uint64)
     return np.minimum(a, b) << _HALF | np.maximum(a, b)
 
 
 def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smaller and the larger member of each pair: int64."""
+    """Returns the smaller and the larger member of each pair: int64."""
     return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
@@ -54,7 +54,7 @@ def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray)
 def find_pairs(
     members: Members, band: int, num_ranges: int, range_index: int, limit: int
 ) -> Iterator[np.ndarray]:
-    """Pairs that share a key of a band (from 1) in a range of keys, in pieces.
+    """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.
 
     In a group of up to `limit` members all are paired. In a larger one, such as the copies of a
     text or the pages of a template, each is paired with the limit / 4 best and the limit / 4 that
@@ -103,7 +103,7 @@ def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.
 
 
 def count_pairs(files: Sequence[Path]) -> int:
-    """How many pairs the files have, each counted as often as it is there."""
+    """Counts the pairs in the files, each as often as it is there."""
     return sum(len(read_columns(path)) for path in files)
 
 
@@ -130,7 +130,7 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
 def read_pairs_in_range(
     files: Sequence[Path], range_starts: np.ndarray, range_index: int
 ) -> np.ndarray:
-    """The pairs, each once, in one of the ranges of `find_pair_range_starts`."""
+    """Reads the pairs, each once, in one of the ranges of `find_pair_range_starts`."""
     pairs = (read_columns(path)["pair"] for path in files)
     parts = [each[find_range(each, range_starts, range_index)] for each in pairs]
     return np.unique(concatenate(parts, np.uint64))

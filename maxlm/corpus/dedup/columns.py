@@ -78,12 +78,12 @@ def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -
 
 
 def mark_run_starts(values: np.ndarray) -> np.ndarray:
-    """Where sorted values change: bool [len(values)], true at the first of each run."""
+    """Marks where sorted values change: bool [len(values)], true at the first of each run."""
     first = np.ones(len(values), np.bool_)
     first[1:] = values[1:] != values[:-1]
     return first
 
 
 def concatenate(parts: Sequence[np.ndarray], kind: type | str) -> np.ndarray:
-    """The parts one after another; of no parts, an empty array of that kind."""
+    """Joins the parts one after another; of no parts, an empty array of that kind."""
     return np.concatenate([np.empty(0, kind), *parts]) if parts else np.empty(0, kind)

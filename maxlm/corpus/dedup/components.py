@@ -1,4 +1,4 @@
-"""From verified pairs to what is kept: clusters, and a decision for each document in one."""
+"""Makes clusters of verified pairs, and decides which documents of each are kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ class DuplicateMarks:
     """Every member that is like another one, in order."""
 
     member: np.ndarray
-    """int64 [marks], rising."""
+    """Numbers of the members: int64 [marks], rising."""
     of: np.ndarray
-    """The kept member that it is a duplicate of, or -1: it is kept."""
+    """The kept member of which each is a duplicate, or -1: it is kept."""
     jaccard: np.ndarray
-    """How much it is like that one; float64."""
+    """Jaccard similarity to that member; float64."""
     cluster: np.ndarray
-    """Which connected component of the verified pairs; numbered by their first members."""
+    """Connected component of the verified pairs; numbered by their first members."""
     size: np.ndarray
-    """Members in its cluster."""
+    """Members of that component."""
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,18 @@ class Members:
         return get_member_path(self.folder, self.shards[shard])
 
     def by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
-        """Each shard that has some of the sorted `members`, and which those are."""
+        """Yields each shard that has some of the sorted `members`, and the slice of these."""
         ends = np.searchsorted(members, self.first)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
 
     def documents(self, members: np.ndarray) -> np.ndarray:
-        """The numbers of members among all documents of the corpus; int64."""
+        """Returns the members' numbers among all documents of the corpus; int64."""
         shard = np.searchsorted(self.first, members, "right") - 1
         return self.take("row", members).to_numpy() + np.array(self.first_document)[shard]
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
-        """A column's values for members in any order."""
+        """Returns a column's values for members in any order."""
         unique, places = np.unique(members, return_inverse=True)
         parts = []
         for shard, part in self.by_shard(unique):
@@ -64,7 +64,7 @@ class Members:
 
 
 def get_member_path(folder: Path, shard: str) -> Path:
-    """Where a shard's members are, below a stage's scratch folder."""
+    """Returns the file of a shard's members, below a stage's scratch folder."""
     return folder / "members" / f"{shard}.arrow"
 
 
@@ -81,7 +81,7 @@ class MemberList:
         self._names: dict[str, list[pa.Array]] = {name: [] for name in self.reads}
 
     def add(self, group: RowGroup) -> None:
-        """The members of one row group."""
+        """Adds the members of one row group."""
         self._rows.append(group.index + group.first)
         self._ranks.append(rank_documents(group.batch, self._keep_by))
         for name, parts in self._names.items():
@@ -109,7 +109,7 @@ def count_documents(shards: Sequence[StageShardView]) -> tuple[int, ...]:
 
 
 def rank_documents(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
-    """How good each document is: float64 [rows], -inf where the label is null or no number."""
+    """Ranks documents, best highest: float64 [rows], -inf where the label is null or no number."""
     if keep_by is None:
         return np.zeros(batch.num_rows)
     values = pc.fill_null(pc.cast(batch.column(keep_by.removeprefix("-")), pa.float64()), np.nan)

@@ -27,7 +27,7 @@ _ACCENT = re.compile("[\u0300-\u036f]")
 
 @dataclass(frozen=True)
 class Banding:
-    """How many bands, of how many hash functions (rows) each."""
+    """Split of a MinHash signature into bands of several hash functions (rows) each."""
 
     bands: int
     rows: int

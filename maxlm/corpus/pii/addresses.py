@@ -22,7 +22,7 @@ _VERSION = re.compile(
 
 
 def find_emails(text: str) -> Iterator[PiiMatch]:
-    """E-mail addresses whose last label is a top-level domain.
+    """Finds e-mail addresses whose last label is a top-level domain.
 
     Those of a file name (`icon@2x.png`), code (`w@x.shape`), `git@host:path` and the handle
     `@user@host` are none. What follows without a space is left out: `bob@example.com.She knows`.
@@ -43,7 +43,7 @@ def find_emails(text: str) -> Iterator[PiiMatch]:
 
 
 def _domain_end(text: str, start: int) -> int | None:
-    """Where the domain ends that begins at `start`; None: there is none."""
+    """Returns the end of the domain that begins at `start`; None: there is none."""
     found = _DOMAIN.match(text, start)
     if found is None:
         return None
@@ -88,7 +88,7 @@ def _top_level() -> frozenset[str]:
 
 
 def find_ips(text: str) -> Iterator[PiiMatch]:
-    """IPv4 and IPv6 addresses that are public: others say nothing about a person.
+    """Finds IPv4 and IPv6 addresses that are public: others say nothing about a person.
 
     Private, loopback, documentation and other reserved ranges (IANA's registries, as `ipaddress`
     knows them) are left out, and IPv6 is looked for in 2000::/3, the only range given out. Four

@@ -31,7 +31,7 @@ class PiiMatch(NamedTuple):
 
 
 def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
-    """The matches in order; of those that overlap, one."""
+    """Returns the matches in order; of those that overlap, one."""
     kept: list[PiiMatch] = []
     for match in sorted(matches):
         if not kept or match.start >= kept[-1].end:
@@ -42,7 +42,7 @@ def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
 
 
 def find_lead_words(text: str, start: int) -> str:
-    """The words that lead up to a number, in lower case.
+    """Returns the words that lead up to a number, in lower case.
 
     Those of the same sentence and line (or the line above, if none of its own), after any number
     before: a word such as "phone" speaks of the number that comes next.

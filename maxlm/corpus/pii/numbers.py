@@ -52,7 +52,7 @@ def _inside(text: str, start: int, end: int) -> bool:
 
 
 def find_cards(text: str) -> Iterator[PiiMatch]:
-    """Payment cards: an issuer's range and length, and the check digit of Luhn (ISO/IEC 7812-1).
+    """Finds payment cards by issuers' ranges and lengths, and Luhn's check digit (ISO/IEC 7812-1).
 
     One number in ten has that check digit by chance, so those after "order" and the like are none;
     nor are those with groups of digits both before them and after, which are of a table.
@@ -73,7 +73,7 @@ def find_cards(text: str) -> Iterator[PiiMatch]:
 
 
 def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
-    """Where the group that begins at `start` ends."""
+    """Returns the end of the group that begins at `start`; `start` + 1 if none does."""
     found = group.match(text, start)
     return found.end() if found else start + 1
 
@@ -86,7 +86,7 @@ def _is_card(digits: str) -> bool:
 
 
 def find_ssns(text: str) -> Iterator[PiiMatch]:
-    """US Social Security numbers: with dashes, or after words that say so.
+    """Finds US Social Security numbers: with dashes, or after words that say so.
 
     With dashes, those after "part no.", "tel." and the like are none, unless such words say so too.
     The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
@@ -107,7 +107,7 @@ def find_ssns(text: str) -> Iterator[PiiMatch]:
 
 
 def find_ibans(text: str) -> Iterator[PiiMatch]:
-    """Bank accounts by ISO 13616: the country's length, and remainder 1 modulo 97 (ISO 7064)."""
+    """Finds IBANs (ISO 13616): the country's length, and remainder 1 modulo 97 (ISO 7064)."""
     at = 0
     while found := _IBAN.search(text, at):
         start = found.start()

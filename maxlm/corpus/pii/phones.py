@@ -57,7 +57,7 @@ class PhoneFinder:
         self._library, self._regions = phonenumbers, regions
 
     def find(self, text: str) -> Iterator[PiiMatch]:
-        """The numbers in a text."""
+        """Finds the numbers in a text."""
         for found in _RUN.finditer(text):
             yield from self._in_run(text, *found.span())
 
@@ -140,7 +140,7 @@ class PhoneFinder:
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    """Without a bracket that is open or closed only here, and without what joins numbers."""
+    """Trims separators at the end, and a bracket without its partner, off text[start:end]."""
     while start < end and text[end - 1] in " (./-\u00a0":
         end -= 1
     number = text[start:end]

@@ -56,7 +56,7 @@ _LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carri
 
 
 def find_keys(text: str) -> Iterator[PiiMatch]:
-    """Access tokens, private key blocks, passwords in URLs, random values assigned to a secret."""
+    """Finds access tokens, private keys, passwords in URLs, random values given to a secret."""
     if any(prefix in text for prefix in _TOKENS):
         for found in _TOKEN.finditer(text):
             yield PiiMatch(*found.span(), "key")
@@ -81,7 +81,7 @@ def _key_blocks(text: str) -> Iterator[PiiMatch]:
 
 
 def _is_random(value: str) -> bool:
-    """Whether it looks drawn at random, not like a name or an expression."""
+    """Whether a value looks drawn at random, not like a name or an expression."""
     digits = sum(c.isdigit() for c in value)
     mixed = value.lower() != value != value.upper()
     if not digits or digits == len(value) or (digits < 3 and not mixed) or _STAND_IN.search(value):

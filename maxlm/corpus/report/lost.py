@@ -30,7 +30,7 @@ _JOBS = 128
 
 @dataclass(frozen=True)
 class LostText:
-    """How many of what is dropped or cut are in no kept document."""
+    """Counts of dropped documents and cut passages, and of those that are in no kept document."""
 
     documents: int = 0
     passages: int = 0
@@ -74,7 +74,7 @@ def count_lost(
 def _sample_removed(
     rules: Rules, stages: Compared, size: int, most: int, shard: StageShardView
 ) -> list[tuple[int, list[np.ndarray]]]:
-    """How many documents are dropped and passages cut, and hashes of the first of each."""
+    """Counts dropped documents and cut passages, and hashes the first of each."""
     inputs, counts, samples = ["text", *list_rule_inputs(rules, stages)], [0, 0], ([], [])
     verdicts = [f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts]
     for table in shard.groups([*dict.fromkeys([*inputs, *verdicts])]):
@@ -104,7 +104,7 @@ def _sample_removed(
 def _find_hashes(
     rules: Rules, wanted: np.ndarray, size: int, shards: Sequence[StageShardView]
 ) -> np.ndarray:
-    """Which hashes are of kept documents, and which of what stays of them: bool [2, hashes]."""
+    """Marks hashes found in kept documents, and in what stays of them: bool [2, hashes]."""
     seen = np.zeros((2, len(wanted)), np.bool_)
     columns = [*dict.fromkeys(["text", *rules.names, *rules.cut])]
     for table in chain.from_iterable(shard.groups(columns) for shard in shards):

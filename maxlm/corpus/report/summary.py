@@ -53,17 +53,17 @@ class Summary:
     """Counts, values and examples; the sum of two is that of both their documents."""
 
     documents: Counter[Key] = field(default_factory=Counter)
-    """By (rule, source): documents that fulfil it and all rules before; rule "" counts all."""
+    """Documents that fulfil a rule and all before, by (rule, source); rule "" counts all."""
     bytes: Counter[Key] = field(default_factory=Counter)
-    """UTF-8 bytes of their texts, likewise."""
+    """UTF-8 bytes of their texts, by the same keys."""
     mixture: dict[Key, np.ndarray] = field(default_factory=dict)
-    """By (source, language) of what is kept, after cuts: documents, bytes, and bytes and tokens of
-    those tokenized: int64 [4]."""
+    """Kept text, after cuts, by (source, language): documents, bytes, and bytes and tokens of the
+    documents tokenized: int64 [4]."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """A sample of each numeric label's values: float64 [2, values], the first row random numbers
     of which the smallest are kept, so that the sample does not depend on the order of shards."""
     dropped: dict[str, list[Sample]] = field(default_factory=dict)
-    """By rule: examples that it alone drops of what the rules before leave."""
+    """Examples that a rule alone drops of what the rules before leave, by rule."""
     kept: list[Sample] = field(default_factory=list)
     """Examples that all rules keep."""
 
@@ -90,7 +90,7 @@ def summarize(
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> Summary:
-    """The figures of a corpus under rules; tokens are counted with the tokenizer in a folder."""
+    """Computes figures of a corpus under rules, tokens by the tokenizer in a folder."""
     numeric = [
         name
         for name, type_ in corpus.labels.items()

@@ -23,7 +23,7 @@ from maxlm.data.documents.reader import read_documents
 
 @dataclass(frozen=True)
 class GramIndex:
-    """Which n-gram belongs to which items of evaluation sets."""
+    """The n-grams of evaluation sets, and the items that each belongs to."""
 
     grams: np.ndarray
     """Hashes of n-grams, sorted: uint64 [grams]."""
@@ -37,11 +37,11 @@ class GramIndex:
     sets: tuple[str, ...]
     """The set of each item."""
     is_size: np.ndarray
-    """bool [n + 1]: which n there are."""
+    """Whether there are n-grams of each length: bool [n + 1]."""
 
 
 def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
-    """A hash of the files of evaluation sets."""
+    """Hashes the files of evaluation sets."""
     digest = hashlib.sha256()
     for name, source in sets.items():
         for file in list_files(source):
@@ -54,7 +54,7 @@ def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
 def build_gram_index(
     sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
 ) -> GramIndex:
-    """The n-grams of evaluation sets.
+    """Builds the index of evaluation sets' n-grams.
 
     Args:
         n: words in an n-gram. An item of fewer words is looked for as a whole,
@@ -131,7 +131,7 @@ def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
 
 
 def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
-    """Which places have n-grams to look for: not those of a template. bool [places].
+    """Marks places that have n-grams to look for: not those of a template. bool [places].
 
     An n-gram of more than `max_items` items is of a template, unless it is of a passage that
     several items quote, such as a text with many questions: 2 n words or more in a row that the
@@ -157,7 +157,7 @@ def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
 
 
 def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each n-gram of each item once, sorted by n-gram, then item."""
+    """Returns each n-gram of each item once, sorted by n-gram, then item."""
     order = np.lexsort((owners, grams))
     grams, owners = grams[order], owners[order]
     keep = mark_run_starts(grams) | mark_run_starts(owners)
@@ -182,8 +182,8 @@ def find_grams(index: GramIndex, text: str) -> np.ndarray:
 
 
 class DecontaminateStage(LabelStage):
-    """Documents that have n-grams of words in common with evaluation sets: by default 13, as in
-    "Language Models are Few-Shot Learners" (Brown et al. 2020, arXiv 2005.14165, appendix C).
+    """Labels documents that have n-grams of words in common with evaluation sets: by default 13, as
+    in "Language Models are Few-Shot Learners" (Brown et al. 2020, arXiv 2005.14165, appendix C).
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
     is a word (`maxlm.corpus.text`). A shorter item is looked for as a whole.
@@ -254,7 +254,7 @@ class DecontaminateStage(LabelStage):
 
 @dataclass(frozen=True)
 class ItemCount:
-    """In how many documents an item of an evaluation set was found, and how much of it at most."""
+    """Documents in which an item of an evaluation set was found, and the most of it in any."""
 
     set: str
     item: str

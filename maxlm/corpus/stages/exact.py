@@ -79,7 +79,7 @@ class ExactStage(CorpusStage):
         )
 
     def normalise(self, text: str) -> str:
-        """The text that is hashed."""
+        """Returns the text that is hashed."""
         if self.unicode != "none":
             text = normalize(self.unicode, text)
         if self.case:

@@ -1,4 +1,4 @@
-"""Which language a document is in, by fastText."""
+"""Labels the language of documents, by fastText."""
 
 import hashlib
 import re

@@ -50,7 +50,7 @@ _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
 
 class NearStage(CorpusStage):
-    """Documents whose sets of word n-grams overlap: Jaccard similarity >= `jaccard`.
+    """Finds documents whose sets of word n-grams overlap: Jaccard similarity >= `jaccard`.
 
     MinHash signatures in bands (`dedup.minhash`) give candidates and nothing else: each pair is
     verified by the exact Jaccard similarity of the two sets of n-grams before it counts. From the

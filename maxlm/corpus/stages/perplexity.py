@@ -1,4 +1,4 @@
-"""How surprising a text is to an n-gram model of good prose (CCNet, arXiv 1911.00359).
+"""Measures how far a text is from good prose, by an n-gram model (CCNet, arXiv 1911.00359).
 
 A model is a folder: `model.arpa`, which KenLM reads, and `cutoffs.json` with the settings of
 its words, the perplexities that part head, middle and tail, and what it was trained on.
@@ -32,7 +32,7 @@ _FEWEST = 20  # Documents whose thirds mean something.
 
 
 class PerplexityConfig(Config):
-    """How to train a model for perplexities."""
+    """Settings of a perplexity model's training."""
 
     words: WordsConfig = WordsConfig()
     ngrams: KneserNeyConfig = KneserNeyConfig()
@@ -40,7 +40,7 @@ class PerplexityConfig(Config):
     """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
     code has 30 and 60."""
     hold_out: int = Field(default=20, ge=2)
-    """Without a reference, every so-many-th document is kept out of training as the reference."""
+    """One document in this many is kept out of training as the reference, if none is given."""
     reference_documents: int = Field(default=10_000, ge=_FEWEST)
     """The most documents in the reference; all others are trained on."""
 
@@ -58,7 +58,7 @@ class PerplexityReport:
     """Figures of a training."""
 
     documents: int
-    """That were trained on."""
+    """Documents trained on."""
     model: KneserNeyReport
     reference: int
     """Documents in the reference."""
@@ -78,7 +78,7 @@ class PerplexityModel:
     cutoffs: tuple[float, float] = (0.0, 0.0)
 
     def perplexity(self, text: str) -> float | None:
-        """10^(-log10 p / n) over a text's n words and line ends, each line a sentence.
+        """Computes 10^(-log10 p / n) over a text's n words and line ends, each line a sentence.
 
         None for a text without words.
         """
@@ -129,7 +129,7 @@ def read_cutoffs(folder: Path) -> Cutoffs:
 
 
 def hash_model(folder: Path) -> str:
-    """A hash of all that decides a model's perplexities: its files and its tokenizer's."""
+    """Hashes all that decides a model's perplexities: its files and its tokenizer's."""
     kept, path = read_cutoffs(folder), folder / MODEL
     if not path.is_file() or hash_file(path) != kept.model_sha256:
         raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
@@ -147,7 +147,7 @@ def _unreadable(path: Path, reason: str) -> MaxlmError:
 
 
 def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> str:
-    """The third of the reference that a perplexity falls into."""
+    """Returns the third of the reference that a perplexity falls into."""
     return ("head", "middle", "tail")[bisect_left(cutoffs, perplexity)]
 
 
@@ -210,7 +210,7 @@ def train_perplexity(
 
 
 ANY = "*"
-"""In place of a language: every one that is not named."""
+"""The key in `models` for every language that is not named."""
 
 
 class PerplexityStage(LabelStage):
@@ -228,7 +228,7 @@ class PerplexityStage(LabelStage):
     models: dict[str, Path] = Field(min_length=1)
     """The folder of each language's model. Under "*": of all languages that are not named."""
     cutoffs: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """By language, the perplexities where head ends and tail begins, in place of the model's."""
+    """Perplexities where head ends and tail begins, by language, in place of the model's."""
     language: str | None = "language.name"
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
@@ -256,12 +256,12 @@ class PerplexityStage(LabelStage):
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
     def key(self) -> str:
-        """Also of the models' content."""
+        """Hashes the models' content too."""
         contents = map(hash_model, self.models.values())
         return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
 
     def open_row(self) -> Callable[..., dict[str, Any]]:
-        """Models are read when the first document in their language comes."""
+        """Reads models when the first document in their language comes."""
         for folder in self.models.values():
             read_cutoffs(folder)
         opened: Callable[[Path], PerplexityModel] = cache(open_model)

@@ -32,8 +32,7 @@ class PiiStage(LabelStage):
     mask: tuple[Kind, ...] = KINDS
     """The kinds to mask; the others are only counted. Empty: no new text."""
     placeholders: dict[Kind, str] = Field(default_factory=dict)
-    """What to put in the place of kinds in `mask`, where it is not the kind in capitals:
-    `<EMAIL>`."""
+    """Text in place of each kind in `mask`; default: the kind in capitals, such as `<EMAIL>`."""
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
     """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
     with a country code are known from everywhere. Each costs time and a little precision."""
@@ -74,7 +73,7 @@ class PiiStage(LabelStage):
 def mask(
     text: str, matches: list[PiiMatch], placeholders: Mapping[str, str]
 ) -> tuple[str | None, list[dict]]:
-    """The masked text, None if nothing is masked, and each match's place in both texts."""
+    """Returns the masked text, None if nothing is masked, and each match's place in both texts."""
     parts, spans, done, shift = [], [], 0, 0
     for start, end, kind in matches:
         place = None, None

@@ -1,4 +1,4 @@
-"""How much a text is like the good examples of a trained classifier.
+"""Scores how much a text is like the good examples of a trained classifier.
 
 The classifier is scikit-learn's logistic regression on hashed words and n-grams. Its score is
 calibrated to a probability (Platt) on documents that training did not see, and measured on others
@@ -40,20 +40,20 @@ class ClassifierConfig(Config):
     word_ngrams: int = Field(default=2, ge=1, le=5)
     """The longest n-gram of words and symbols; upper and lower case are the same."""
     char_ngrams: int = Field(default=0, ge=0, le=8)
-    """Also n-grams of so many characters within what lies between spaces; 0: none. For short texts
-    and languages with many word forms; about three times as slow."""
+    """Length of the character n-grams within what lies between spaces; 0: none. For short texts and
+    languages with many word forms; about three times as slow."""
     heldout: float = Field(default=0.2, gt=0, lt=1)
     """Share of the documents held out, by a hash of the text: one half to calibrate and find the
     threshold, the other to measure."""
     target: Literal["precision", "recall"] = "precision"
     """The measure that the suggested threshold shall reach, with as much as can be of the other."""
     target_value: float = Field(default=0.9, gt=0, le=1)
-    """How much of it."""
+    """Value of `target` to reach."""
 
 
 @dataclass(frozen=True)
 class ClassifierReport:
-    """How good a classifier is on documents that neither training nor calibration saw."""
+    """Measures of a classifier on documents that neither training nor calibration saw."""
 
     trained: tuple[int, int]
     """Documents it was trained on: positive, negative."""
@@ -65,14 +65,14 @@ class ClassifierReport:
     brier: float
     """Mean squared error of the probabilities."""
     threshold: float
-    """The suggested one, found on the calibration documents."""
+    """The suggested threshold, found on the calibration documents."""
     reached: bool
-    """Whether it reaches its target there."""
+    """Whether the threshold reaches its target there."""
     target: str
     """The target, in words."""
     precision: float
     recall: float
-    """At the threshold, as `precision`."""
+    """Recall at `threshold`, as is `precision`."""
 
     def __str__(self) -> str:
         missed = "" if self.reached else " (NOT reached on the calibration documents)"
@@ -249,7 +249,7 @@ def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConf
 
 
 class QualityStage(LabelStage):
-    """The probability that a text is one of the positive examples a classifier was trained on
+    """Gives the probability that a text is one of the positive examples a classifier was trained on
     (`maxlm.corpus.stages.quality`; the idea is GPT-3's, arXiv 2005.14165, appendix A).
 
     `score` is calibrated to the share of positive ones among the examples. Where that is another
@@ -266,7 +266,7 @@ class QualityStage(LabelStage):
         return pa.schema([("score", pa.float32())])
 
     def key(self) -> str:
-        """Also of the model's content."""
+        """Hashes the model's content too."""
         try:
             content = hashlib.sha256(self.model.read_bytes()).hexdigest()
         except OSError as error:

@@ -154,7 +154,7 @@ def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
 
 
 def _read_list(folder: Path) -> list[tuple[str, str, int]]:
-    """Each block's shard, its name, and the shard's first document."""
+    """Reads each block's shard, its name, and the shard's first document."""
     return json.loads((folder / "blocks.json").read_text())
 
 
@@ -264,7 +264,7 @@ def _find_documents(
 
 
 def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each block with some of these positions, and which those are, from the first on."""
+    """Yields each block with some of these positions, in order, and the indices of those."""
     order = np.argsort(source, kind="stable")
     for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
         if len(these):

@@ -17,7 +17,7 @@ _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
 
 
 class ToxicityStage(LabelStage):
-    """How offensive a text reads, by a small classifier of English and by lists of words.
+    """Scores how offensive a text reads, by a small classifier of English and by lists of words.
 
     Labels, for thresholds and for a look at samples, not verdicts: the classifier knows single
     words only (it is 0.998 sure of "dick van dyke"), and a list knows no context (medicine, law, a
@@ -37,7 +37,7 @@ class ToxicityStage(LabelStage):
 
     stage: Literal["toxicity"] = "toxicity"
     classifier: bool = True
-    """Whether to give `score` and `max_score`. Most of the time goes there."""
+    """Whether to give `score` and `max_score`, which takes most of the time."""
     lists: tuple[str, ...] = ("en",)
     """Lists of words: the shipped `en`, `de`, `es`, `fr`, or paths of files with a word or phrase a
     line (`#` begins a comment line). A text's language does not matter: give a language its own
@@ -53,7 +53,7 @@ class ToxicityStage(LabelStage):
         return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float64())])
 
     def key(self) -> str:
-        """Also of the lists' content."""
+        """Hashes the lists' content too."""
         content = repr(read_lists(self.lists))
         return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
 
@@ -79,7 +79,7 @@ class ToxicityStage(LabelStage):
 
 
 def chunk_text(text: str, size: int) -> Iterator[str]:
-    """Parts of about equal length, about `size` at most, cut at a space where one is near."""
+    """Cuts a text into about equal parts of some `size` at most, at spaces where one is near."""
     number = -(-len(text) // size)
     start = 0
     for k in range(1, number + 1):
@@ -92,7 +92,7 @@ def chunk_text(text: str, size: int) -> Iterator[str]:
 
 
 def read_lists(names: Sequence[str]) -> tuple[str, ...]:
-    """The words and phrases of lists, shipped ones by name or files by path."""
+    """Reads the words and phrases of lists, shipped ones by name or files by path."""
     phrases: dict[str, None] = {}
     for name in names:
         path = _SHIPPED / f"{name}.txt" if name.isalpha() else Path(name)

@@ -23,7 +23,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class UrlStage(LabelStage):
-    """Whether a document's address is on a list, or made of words that are.
+    """Tells whether an address is on a list, or made of words that are.
 
     The rules are RefinedWeb's (arXiv:2306.01116, appendix G.1), which FineWeb kept
     (arXiv:2406.17557): domains; words anywhere in an address (strict); whole words (hard); several
@@ -49,9 +49,9 @@ class UrlStage(LabelStage):
     soft_words: tuple[str, ...] = ()
     """Files of words of which `soft_count` different ones block, as whole words."""
     soft_count: int = Field(default=2, ge=1)
-    """How many soft words it takes; RefinedWeb's two."""
+    """Number of different soft words that block; 2 in RefinedWeb."""
     nsfw: bool = True
-    """Also use the shipped lists of words of pornographic addresses: short ones, in English. Name
+    """Use the shipped lists of words of pornographic addresses too: short ones, in English. Name
     the category lists of your choice in `domains` for real coverage."""
 
     needs: ClassVar[tuple[str, ...]] = ("tldextract",)

@@ -33,7 +33,7 @@ class FilesConfig(Config):
     too few documents to hold any out."""
 
     on_bad_bytes: BadBytes = "error"
-    """What to do with text that is not valid UTF-8.
+    """Treatment of text that is not valid UTF-8.
 
     `error` stops and names the place. `replace` puts U+FFFD for each bad sequence: always valid
     text, but the original bytes are lost. `keep` passes the bytes on as they are: nothing is
@@ -47,8 +47,8 @@ class SourceConfig(FilesConfig):
     """The files of a corpus and how to read them."""
 
     keep: dict[str, str] | None = None
-    """For a corpus: rules by name that replace its recipe's, expressions over labels of which a
+    """Rules by name that replace those of a corpus's recipe, expressions over labels of which a
     document must fulfil all; null: the recipe's."""
 
     cut: tuple[str, ...] | None = None
-    """For a corpus: labels with spans to cut out of its texts; null: the recipe's."""
+    """Labels with spans to cut out of a corpus's texts; null: the recipe's."""

@@ -16,9 +16,9 @@ class SourceFile:
 
     path: Path
     name: str
-    """What documents and manifests call it: the path as the user gave it (below a folder: that
-    folder's path and the rest), or the path inside the standard library. Always valid Unicode;
-    U+FFFD stands for what is not in the path, so that two files may have one name."""
+    """Name in documents and manifests: the path as the user gave it (below a folder: that folder's
+    path and the rest), or the path inside the standard library. Always valid Unicode; U+FFFD stands
+    for what is not in the path, so that two files may have one name."""
     format: str
     """The name of a `files.DocumentFormat`."""
     compression: Compression
@@ -27,11 +27,11 @@ class SourceFile:
     extra_paths: tuple[Path, ...] = ()
     """Other files whose content decides which documents are read from this one."""
     details: Any = None
-    """What the reader of a folder format needs besides; picklable."""
+    """Details that the reader of a folder format needs; picklable."""
 
     @property
     def is_html(self) -> bool:
-        """Whether it is a file of one web page, by its name."""
+        """Whether the file is one web page, by its name."""
         name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
         return self.format == "text" and name.endswith(_HTML)
 

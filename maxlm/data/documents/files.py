@@ -74,7 +74,7 @@ FORMATS: dict[str, DocumentFormat] = {
         ),
     )
 }
-"""By name; a package may add its own."""
+"""Formats by name; a package may add its own."""
 
 
 def find_file_format(suffix: str) -> str:

@@ -16,7 +16,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.documents.document import Compression, FileSlice, SourceFile
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
-"""By a file name's last suffix, in lower case; other files are not compressed."""
+"""Compressions by a file name's last suffix, in lower case; other files are not compressed."""
 
 _READ_BYTES = 1 << 16
 _BLOCK_BYTES = 4 << 20

@@ -61,8 +61,8 @@ class Batches:
         return None if self.order.end == ENDLESS else self.order.end // self.batch_size
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        """Where each global index [n] lies: store numbers [n] (`PADDING` past the end of the one
-        pass) and sequences [n] of those stores."""
+        """Returns where each global index [n] lies: store numbers [n] (`PADDING` past the end of
+        the one pass) and sequences [n] of those stores."""
         if self.order is None:
             size = self.sources[0].num_sequences
             return np.where(indices < size, 0, PADDING), indices
@@ -78,7 +78,7 @@ class Batches:
         return stores, sequences
 
     def rows(self, step: int, rows: Sequence[int] | ArrayLike | None = None) -> Batch:
-        """The given global rows [n] of the batch of `step`, in the order given; None is all."""
+        """Returns the given global rows [n] of the batch of `step`, in this order; None is all."""
         wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows, dtype=np.int64)
         stores, sequences = self.locate(step * self.batch_size + wanted)
         shape = (wanted.size, self.seq_len)
@@ -148,9 +148,9 @@ class MixtureRow:
     share: float
     """Fraction of all sequences of these steps."""
     tokens: int
-    """Rounded: a sequence counts as the mean of its source's."""
+    """Tokens, rounded: a sequence counts as the mean of its source's."""
     epochs: float
-    """How often these steps read the source."""
+    """Times that these steps read the source."""
 
 
 def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:

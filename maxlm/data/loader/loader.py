@@ -20,7 +20,7 @@ PackingMethod = Literal["concat", "best_fit"]
 
 
 class LoaderConfig(Config):
-    """How token stores become batches."""
+    """Settings by which token stores become batches."""
 
     seq_len: int = Field(default=512, ge=1)
     """Tokens in a row."""
@@ -51,7 +51,7 @@ def make_batches(
     *,
     seed: int,
 ) -> Batches:
-    """The batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
+    """Makes the batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
 
     They are endless unless every source that is read has `max_epochs`. A store's order depends on
     the seed and its name, not on the other stores.
@@ -97,7 +97,7 @@ def make_one_pass(
     packing: PackingMethod = "concat",
     packing_block: int = 16384,
 ) -> Batches:
-    """The batches of one pass over a store in order: every token in exactly one batch.
+    """Makes the batches of one pass over a store in order: every token in exactly one batch.
 
     All batches have one shape: the last is filled up with rows of weight 0. With either packing
     the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
@@ -110,7 +110,7 @@ def make_one_pass(
 
 
 def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:
-    """The store's sequences; builds the best_fit index where there is none."""
+    """Opens the store's sequences; builds the best_fit index where there is none."""
     if method == "best_fit":
         return open_best_fit(store, seq_len, block)
     return ConcatPacking(store, seq_len)

@@ -1,4 +1,4 @@
-"""Which store each global sequence comes from: weights kept exactly, any index answered alone.
+"""Maps each global sequence to its store: weights kept exactly, any index answered alone.
 
 The stores are the leaves of a binary tree. At a node with weight share p on the left, of the
 first t sequences that reach the node floor(p t + 1/2) go left. Both sides' counts grow by at most
@@ -56,7 +56,7 @@ class MixtureSegment:
     start: int
     tree: _Split | int
     weights: tuple[float, ...]
-    """By store number; 0 for a store that is not read here."""
+    """Weights by store number; 0 for a store that is not read here."""
     before: tuple[int, ...]
     """Sequences that each store gave before it."""
 
@@ -81,7 +81,7 @@ class Mixture:
         changes: Sequence[tuple[int, Weights]] = (),
         most: Mapping[str, int] | None = None,
     ) -> "Mixture":
-        """Stores are numbered in the order of `weights`; weights need not sum to 1.
+        """Makes a mixture of stores numbered in the order of `weights`, which need not sum to 1.
 
         Args:
             changes: (first index, weights of every store) of later phases, in rising order.
@@ -110,7 +110,7 @@ class Mixture:
         return cls(names, tuple(segments), ENDLESS, key)
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        """Store numbers [n] and indices [n] within those stores' streams, both int64.
+        """Returns store numbers [n] and indices [n] within those stores' streams, both int64.
 
         Raises:
             IndexError: an index at or past `end`.
@@ -129,14 +129,14 @@ class Mixture:
         return stores, streams
 
     def counts(self, index: int) -> tuple[int, ...]:
-        """How many of the first `index` sequences are each store's, but for the shuffling of the
-        block that `index` cuts."""
+        """Counts each store's sequences among the first `index`, but for the shuffling of the block
+        that `index` cuts."""
         segment = self._segment_at(index)
         here = _counts(segment.tree, min(index, self.end) - segment.start)
         return tuple(before + here.get(i, 0) for i, before in enumerate(segment.before))
 
     def shares(self, index: int) -> dict[str, float]:
-        """Each store's share of the sequences around a global index, by name; they sum to 1."""
+        """Returns each store's share of the sequences around a global index, by name; sum 1."""
         weights = self._segment_at(index).weights
         return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
 
@@ -202,7 +202,7 @@ def _until_full(tree: _Split | int, left: Mapping[int, int], length: int) -> int
 
 
 def _counts(node: _Split | int, total: int) -> dict[int, int]:
-    """How many of the first `total` sequences reach each leaf."""
+    """Counts those of the first `total` sequences that reach each leaf."""
     if isinstance(node, int):
         return {node: total}
     left = _left_count(total, node.share)
@@ -237,21 +237,21 @@ class Phase(Config):
     from_step: int = Field(ge=0)
     """The first step with these weights."""
     weights: dict[str, float] = Field(min_length=1)
-    """By source, at least 0, which reads nothing of it. A source that is not named here has its
-    own weight."""
+    """Weights by source, at least 0, which reads nothing of it. A source that is not named here has
+    its own weight."""
     ramp_steps: int = Field(default=0, ge=0)
-    """Over how many steps, from `from_step` on, shares move from the ones before to these, along a
+    """Steps, from `from_step` on, over which shares move from the ones before to these, along a
     straight line in 16 stairs; 0 changes them at once."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How sources are mixed; see `maxlm.data.config.DataConfig` for what the fields mean."""
+    """Settings of a mixture; see `maxlm.data.config.DataConfig` for what the fields mean."""
 
     weights: Weights
-    """By source."""
+    """Weights by source."""
     max_epochs: Weights = field(default_factory=dict)
-    """How often a source may be read, by source; those not named have no limit."""
+    """Times that a source may be read, by source; those not named have no limit."""
     temperature: float | None = None
     phases: tuple[Phase, ...] = ()
 
@@ -262,7 +262,7 @@ class Mixing:
         batch_size: int,
         key: int | None,
     ) -> Mixture:
-        """The mixture of stores of these sizes; stores are numbered in the order of `tokens`."""
+        """Makes the mixture of stores of these sizes, numbered in the order of `tokens`."""
         check_phases(self.phases, tuple(self.weights))
         sizes = dict.fromkeys(tokens, 1.0)
         if self.temperature is not None:

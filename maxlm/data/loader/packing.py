@@ -51,7 +51,7 @@ class TokenSource(Protocol):
 
     @property
     def offsets(self) -> Offsets:
-        """Where documents start."""
+        """Indices of documents' first tokens."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class TokenSource(Protocol):
         ...
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[NDArray[np.integer]]:
-        """The tokens of every range [start, stop), read concurrently."""
+        """Reads the tokens of every range [start, stop), concurrently."""
         ...
 
 
@@ -68,11 +68,11 @@ class DocumentSpans(NamedTuple):
     """The pieces of some sequences, in order, one after another."""
 
     counts: Int64s
-    """DocumentSpans in each sequence [n]."""
+    """Pieces in each sequence [n]."""
     starts: Int64s
-    """Each piece's first token in the store [sum(counts)]."""
+    """Index in the store of each piece's first token [sum(counts)]."""
     lengths: Int64s
-    """Each piece's tokens, at least 1 [sum(counts)]."""
+    """Tokens of each piece, at least 1 [sum(counts)]."""
     ends: NDArray[np.bool_]
     """Whether the piece reaches the end of its document [sum(counts)]."""
 
@@ -87,7 +87,7 @@ class Packing(Protocol):
     def num_sequences(self) -> int: ...
 
     def pieces(self, sequences: Int64s) -> DocumentSpans:
-        """The pieces of the given sequences [n], each in range(num_sequences)."""
+        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
         ...
 
 
@@ -128,7 +128,7 @@ class ConcatPacking:
 
 @dataclass(frozen=True)
 class PackingIndex:
-    """DocumentSpans in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
+    """Pieces in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
 
     starts: Int64s
     lengths: NDArray[np.int32]
@@ -174,7 +174,7 @@ class BestFitPacking:
 
 
 def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:
-    """The store's best-fit packing, from the index beside it, which is built if missing.
+    """Opens the store's best-fit packing, from the index beside it, which is built if missing.
 
     Safe when several processes or hosts build it at once: each builds its own copy (they are
     equal) and the first to finish wins.
@@ -198,7 +198,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
 
 
 def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
-    """The index in memory, from document offsets int64 [num_documents + 1]."""
+    """Builds the index in memory, from document offsets int64 [num_documents + 1]."""
     blocks = zip(*_blocks(offsets, seq_len, block), strict=True)
     starts, lengths, ends, counts = map(np.concatenate, blocks)
     return PackingIndex(starts, lengths, ends, np.cumsum([0, *counts]))
@@ -207,8 +207,8 @@ def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
 def _blocks(
     offsets: Offsets, seq_len: int, block: int
 ) -> Iterator[tuple[Int64s, NDArray[np.int32], NDArray[np.bool_], Int64s]]:
-    """Each block's pieces (start, length, ends), in order of their sequences, and how many pieces
-    each of its sequences has."""
+    """Yields each block's pieces (start, length, ends), in order of their sequences, and how many
+    pieces each of its sequences has."""
     for first in range(0, offsets.size - 1, block):
         bounds = np.asarray(offsets[first : first + block + 1])
         counts = -(-np.diff(bounds) // seq_len)
@@ -224,7 +224,7 @@ def _blocks(
 
 
 def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
-    """The bin of each item [n] under best-fit decreasing, bins numbered from 0 without gaps.
+    """Packs items [n] by best-fit decreasing: the bin of each, numbered from 0 without gaps.
 
     Bins with room r > 0 wait on the stack of r; bit r of one big integer says that the stack is
     not empty, so "the fullest bin that fits" is the lowest set bit from the item's length up.

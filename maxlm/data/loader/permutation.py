@@ -23,17 +23,17 @@ UInt64s = NDArray[np.uint64]
 
 
 def derive_key(*parts: int | str) -> int:
-    """A 64-bit key from a seed and names: the same on every machine and in every process."""
+    """Derives a 64-bit key from a seed and names, on every machine and process the same."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
-    """One 64-bit key [n] for each index [n] (an epoch, a block) under `key`."""
+    """Derives one 64-bit key [n] for each index [n] (an epoch, a block) under `key`."""
     return _mix(np.uint64(key) + (_as_uint64(indices) + np.uint64(1)) * _GAMMA)
 
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
-    """Where the permutation of range(n), n up to 2^62, chosen by `keys` sends each index [m].
+    """Maps each index [m] by the permutation of range(n), n up to 2^62, that `keys` chooses.
 
     Args:
         keys: one key for all, or an array [m] with one for each index.

@@ -43,7 +43,7 @@ def create_array(folder: Path, name: str, size: int, dtype: str):
 
 
 def open_for_writing(folder: Path, name: str):
-    """The TensorStore of an array that `create_array` made."""
+    """Opens the TensorStore of an array that `create_array` made."""
     return _open(folder / name, {})
 
 
@@ -57,7 +57,7 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
 
 
 def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
-    """The TensorStore of an array that lies in pieces in `folders`, with a cache of `cache_bytes`
+    """Opens the TensorStore of an array in pieces in `folders`, with a cache of `cache_bytes`
     decompressed bytes. Of offsets the first piece's first and every piece's others count.
     """
     import tensorstore as ts
@@ -93,11 +93,11 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
 def describe_array_error(
     path: Place, error: Exception, fix: str, what: str = "array error"
 ) -> MaxlmError:
-    """A TensorStore error in one line, without its source locations."""
+    """Describes a TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
     return MaxlmError(f"{what}: {reason}", where=str(path), fix=fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest of uint16 and uint32 that holds every token id."""
+    """Returns the narrowest of uint16 and uint32 that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)

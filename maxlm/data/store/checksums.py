@@ -22,7 +22,7 @@ def write_checksums(folder: Path) -> str:
 
 
 def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong) of files that are not as they were written.
+    """Returns (name, what is wrong) of files that are not as they were written.
 
     Args:
         digest: the SHA-256 of the list of checksums; None: an older version wrote the store, and

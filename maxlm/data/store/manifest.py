@@ -44,7 +44,7 @@ class StoreSegment(Config):
     num_tokens: int
     num_documents: int
     num_sources: int
-    """How many of the manifest's sources are its; they follow those of the segments before."""
+    """Number of the manifest's sources that are its; they follow those of the segments before."""
     offsets_sha256: str | None = None
     """SHA-256 of its offsets, as little-endian int64; null: an older version wrote it."""
     tokens_sha256: str | None = None
@@ -64,7 +64,7 @@ class Manifest(Config):
     """SHA-256 of the tokenizer's content."""
     vocab_size: int
     bos_id: int | None
-    """What documents open with; null: nothing."""
+    """Id that documents open with; null: none."""
     eos_id: int
     dtype: Literal["uint16", "uint32"]
     num_tokens: int = 0
@@ -84,7 +84,7 @@ class Manifest(Config):
     """Files passed over as binary."""
     sources: tuple[SourceEntry, ...]
     segments: tuple[StoreSegment, ...] = ()
-    """In the order of their documents."""
+    """Segments, in the order of their documents."""
 
     @property
     def offsets_sha256(self) -> str | None:
@@ -98,7 +98,7 @@ class Manifest(Config):
         return _hash_digests([segment.tokens_sha256 or "" for segment in self.segments])
 
     def first(self, segments: int) -> "Manifest":
-        """Returns it as it was with only so many segments (but for `num_binary_files`)."""
+        """Returns the manifest as of so many segments (but for `num_binary_files`)."""
         if not 1 <= segments <= len(self.segments):
             what = f"the store has {len(self.segments)} segments, not {segments}"
             raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
@@ -149,7 +149,7 @@ def _together(selections: Iterable[str | None]) -> str | None:
 
 
 def segment_path(number: int) -> str:
-    """Where in a store's folder segment `number` (from 0) has its arrays; "" is the folder."""
+    """Returns the folder in a store of segment `number` (from 0); "" is the store's own."""
     return f"segments/{number:06d}" if number else ""
 
 
@@ -159,7 +159,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Place) -> Manifest:
-    """The manifest of a store."""
+    """Reads the manifest of a store."""
     path = join_place(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
     fix = read_failure_hint(folder, rebuild)

@@ -49,7 +49,7 @@ class PartSlice:
 
 @dataclass(frozen=True)
 class PartJob:
-    """All that a worker needs to make one part."""
+    """Everything that a worker needs to make one part."""
 
     folder: Path
     index: int
@@ -67,7 +67,7 @@ class FinishedPart:
     num_tokens: int
     num_documents: int
     counts: dict[int, Counter[str]]
-    """By source file; named as in a `SourceEntry`."""
+    """Counts by source file, named as in a `SourceEntry`."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class BuildPlan:
     tokenizer_folder: Path
     tokenizer: "Tokenizer"
     manifest: Manifest
-    """Without counts."""
+    """Manifest of the inputs, without counts."""
     scans: tuple[Scan, ...]
     shard_bytes: int
 
     def parts_folder(self, building: Path) -> Path:
-        """Where the parts are made; parts of other inputs lie elsewhere."""
+        """Returns the folder that the parts are made in; parts of other inputs lie elsewhere."""
         text = f"{self.shard_bytes} {self.manifest.model_dump_json()}"
         return building / f"parts-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def jobs(self, folder: Path) -> list[PartJob]:
-        """Consecutive slices, grouped into parts of at least `shard_bytes`."""
+        """Groups consecutive slices into parts of at least `shard_bytes`."""
         units: list[list[PartSlice]] = [[]]
         size = 0
         for index, scan in enumerate(self.scans):
@@ -154,7 +154,7 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
 
 
 def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
-    """The part as an earlier run left it, or None if that run did not finish it."""
+    """Reads the part as an earlier run left it, or None if that run did not finish it."""
     try:
         record = json.loads(part_path(folder, index, "json").read_text())
     except (FileNotFoundError, ValueError):
@@ -198,7 +198,7 @@ def _make_claimed_part(job: PartJob) -> FinishedPart:
 def join_documents(
     encoded: Sequence[Sequence[int]], bos: int | None, eos: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[bos] + ids + [eos] of every document end to end, and their lengths (int64).
+    """Returns [bos] + ids + [eos] of every document end to end, and their lengths (int64).
 
     Without the first if ``bos`` is None.
     """

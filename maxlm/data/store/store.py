@@ -82,7 +82,7 @@ class TokenStore:
 
     @cached_property
     def offsets(self) -> np.ndarray | Offsets:
-        """Where documents begin: int64 [num_documents + 1]; the last is `num_tokens`.
+        """Indices at which documents begin: int64 [num_documents + 1]; the last is `num_tokens`.
 
         Of more than 4 million documents an `Offsets`, which does not hold them all.
         """
@@ -96,7 +96,7 @@ class TokenStore:
         return self.manifest.offsets_sha256 or self._hash(self._offsets)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop`: uint16 or uint32 [stop - start].
+        """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start].
 
         Raises:
             IndexError: the range does not lie within the store.
@@ -105,7 +105,7 @@ class TokenStore:
         return self.read_many([start], [stop])[0]
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
-        """Several ranges at once, read concurrently; see `read`."""
+        """Reads several ranges concurrently; see `read`."""
         ranges = [self._range(a, b) for a, b in zip(starts, stops, strict=True)]
         futures = [self._tokens[each].read() for each in ranges]
         return [
@@ -114,7 +114,7 @@ class TokenStore:
         ]
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, with its bos and eos."""
+        """Reads the tokens of one document, with its bos and eos."""
         if not 0 <= index < self.num_documents:
             what = f"there is no document {index}; the store has {self.num_documents}"
             fix = f"choose 0 to {self.num_documents - 1}"
@@ -123,7 +123,7 @@ class TokenStore:
         return self.read(int(start), int(stop))
 
     def text_tokens(self, index: int) -> np.ndarray:
-        """The tokens of one document's text, without its bos and eos."""
+        """Reads the tokens of one document's text, without its bos and eos."""
         return self.document(index)[self._opening : -1]
 
     def verify(self) -> None:
@@ -152,12 +152,12 @@ class TokenStore:
 
     @property
     def _opening(self) -> int:
-        """How many tokens each document opens with."""
+        """Tokens that each document opens with."""
         return 0 if self.manifest.bos_id is None else 1
 
     @property
     def _folders(self) -> list[Place]:
-        """Where the segments' arrays lie."""
+        """Places of the segments' arrays."""
         later = range(1, len(self.manifest.segments))
         return [self.place, *(join_place(self.place, segment_path(number)) for number in later)]
 
@@ -233,7 +233,7 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
 
 
 def describe(store: TokenStore) -> dict[str, Any]:
-    """The manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a disk here) and
+    """Returns the manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a disk here) and
     `bytes_per_token`.
 
     Bytes per token counts bos and eos among the tokens.
@@ -248,7 +248,7 @@ def describe(store: TokenStore) -> dict[str, Any]:
 
 
 def summary_table(store: TokenStore) -> Table:
-    """The description as a two-column table, with the sources summed up."""
+    """Formats the description as a two-column table, with the sources summed up."""
     from rich.table import Table
 
     about, manifest = describe(store), store.manifest

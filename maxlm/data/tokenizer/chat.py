@@ -15,7 +15,7 @@ from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 
 Message = Mapping[str, Any]
-"""At least {"role": ..., "content": ...}."""
+"""A message, with at least {"role": ..., "content": ...}."""
 
 _TEMPLATES = {
     "chatml": "{% for message in messages %}"
@@ -51,7 +51,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     **variables: Any,
 ) -> str:
-    """A conversation as the text that the model was, or shall be, trained on.
+    """Renders a conversation as the text that the model was, or shall be, trained on.
 
     Args:
         tools: JSON schemas of functions that the model may call.
@@ -78,7 +78,7 @@ def render_chat(
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
-    """The ids of ``render_chat``, with special tokens where the template put them.
+    """Returns the ids of ``render_chat``, with special tokens where the template put them.
 
     Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
     turn, or begins another's, by writing so. Settings are ``render_chat``'s.
@@ -120,7 +120,7 @@ def _escaped(char: str) -> str:
 
 
 def _as_templates_read(message: Message) -> Message:
-    """Without what is None; its reasoning under all of its names, as transformers has it."""
+    """Returns a message without what is None, its reasoning under all of transformers' names."""
     given = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((given[name] for name in names if name in given), None)

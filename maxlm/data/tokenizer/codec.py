@@ -33,13 +33,13 @@ class Codec(Protocol):
     data: bytes
     """The model file, byte for byte."""
     file_name: str
-    """Its name in a tokenizer's folder."""
+    """Name of the model's file in a tokenizer's folder."""
     reserved: str
     """Characters that the library would not give back unchanged."""
     cut: re.Pattern[str]
-    """Ends where no token crosses."""
+    """Pattern of ends that no token crosses."""
     token_bytes: list[bytes]
-    """Each id's bytes; a special token's literal; empty for an id without a token."""
+    """Bytes of each id; a special token's literal; empty for an id without a token."""
     byte_ids: list[int] | None
     """The id of each single byte; None: bytes that are not UTF-8 become U+FFFD."""
     lossless: bool = True
@@ -57,12 +57,12 @@ class Codec(Protocol):
         ...
 
     def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
-        """The same, with special tokens' ids for their literals, where ``finds_special``; see
-        ``Tokenizer.encode_disarmed`` for ``mark``."""
+        """Encodes segments with special tokens' ids for their literals, where ``finds_special``;
+        see ``Tokenizer.encode_disarmed`` for ``mark``."""
         raise AssertionError("this library does not look for special tokens")
 
     def first_bytes(self, i: int) -> bytes:
-        """The bytes of this id at the beginning of a text."""
+        """Returns the bytes of this id at the beginning of a text."""
         return self.token_bytes[i]
 
     def content(self) -> bytes:
@@ -176,7 +176,7 @@ class Tokenizer:
         return self.encode_disarmed(text) if allow_special else self.encode_batch([text])[0]
 
     def encode_disarmed(self, text: str | bytes, mark: str | None = None) -> list[int]:
-        """``encode(text, allow_special=True)`` without the character ``mark``: literals that
+        """Runs ``encode(text, allow_special=True)`` without the character ``mark``: literals that
         contain it stay ordinary text."""
         if self.codec.finds_special:
             return self._encode([text], partial(self.codec.encode_marked, mark=mark))[0]
@@ -190,7 +190,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        """``encode`` of each text, with all the library's threads."""
+        """Encodes each text, with all the library's threads."""
         return self._encode(texts, self.codec.encode_segments)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -290,7 +290,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this id completes: empty inside a character of several tokens."""
+        """Returns the text that this id completes: empty inside a character of several tokens."""
         data = self._tokenizer.decode_bytes([token_id], continued=self._within)
         if not self._within:
             # An id without a token says nothing: the text has not begun.
@@ -298,7 +298,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """U+FFFD if a character was left unfinished, else nothing; then ready for another text."""
+        """Ends the text: returns U+FFFD if a character was left unfinished, else nothing."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._within = self._continued

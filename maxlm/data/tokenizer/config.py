@@ -22,7 +22,7 @@ CHAT_TOKENS = {
 
 
 class TokenizerConfig(Config):
-    """Which tokenizer a run uses: a trained one, or how to train it."""
+    """Tokenizer that a run uses: a trained one, or how to train it."""
 
     kind: Kind = "bpe"
     """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
@@ -53,10 +53,10 @@ class TokenizerConfig(Config):
     produces those ids; only ``encode(..., allow_special=True)`` does."""
 
     lowercase: bool = False
-    """Of ``wordpiece`` alone. True: text loses case and accents first (BERT uncased)."""
+    """Whether text loses case and accents first (BERT uncased); for ``wordpiece`` alone."""
 
     chat: Literal["chatml", "llama3"] | None = None
-    """How a conversation is written: adds the special tokens of its roles, and a template for
+    """Form of a conversation: adds the special tokens of its roles, and a template for
     ``render_chat`` and other tools. ``chatml``: <|im_start|>role, the text, <|im_end|> (Qwen,
     SmolLM2). ``llama3``: headers with the role, <|eot_id|> after a turn. Set ``eos`` to the token
     that ends a turn if generation shall stop there."""

@@ -111,7 +111,7 @@ def read_file(path: Path) -> bytes:
 
 
 def describe_damaged_file(path: Path, fault: str) -> MaxlmError:
-    """The error for a tokenizer's file that cannot be used."""
+    """Makes the error for a tokenizer's file that cannot be used."""
     what = f"damaged tokenizer file ({' '.join(fault.split())})"
     fix = "copy it again from a good tokenizer, or train it again"
     return MaxlmError(what, where=str(path), fix=fix)

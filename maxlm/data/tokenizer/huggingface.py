@@ -22,7 +22,7 @@ PATTERN = (
     r"[^\p{L}\p{M}\p{N}\r\n]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|[^\S\r\n]*[\r\n]+|[^\S\r\n]+(?!\S)|[^\S\r\n]+"
 )
-"""How the byte-level BPE tokenizers that maxlm trains split a text: merges never cross a border."""
+"""Pattern by which our byte-level BPE tokenizers split a text: no merge crosses a border."""
 # By PATTERN nothing runs over a line end into a character that is not one itself, nor from a sign
 # or letter into a space.
 PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
@@ -118,7 +118,7 @@ class HuggingFaceModel(Codec):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """All that are marked as special, in the file or by ``special``, in order of id."""
+        """Tokens that are marked as special, in the file or by ``special``, in order of id."""
         added = self._library.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
@@ -219,7 +219,7 @@ def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
 
 
 def _is_cuttable(spec: dict[str, Any]) -> bool:
-    """Whether the file splits by ``PATTERN``, and no token could cross a cut all the same."""
+    """Whether the file splits by ``PATTERN``, and no token can cross a cut."""
     steps = flatten_steps(spec["pre_tokenizer"])
     added = spec["added_tokens"]
     return (
@@ -233,7 +233,7 @@ def _is_cuttable(spec: dict[str, Any]) -> bool:
 
 
 def _keeps_text(spec: dict[str, Any]) -> bool:
-    """Whether all that is between a text and its bytes' ids can be undone."""
+    """Whether all changes between a text and its bytes' ids can be undone."""
     model = spec["model"]
     pre = flatten_steps(spec["pre_tokenizer"])
     known = {"ByteLevel", "Digits", "Split", "Punctuation"}

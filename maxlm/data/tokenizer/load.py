@@ -60,7 +60,7 @@ def import_tokenizer(
     pad: str | None = None,
     pattern: str | None = None,
 ) -> Tokenizer:
-    """Someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
+    """Imports someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
 
     Args:
         source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model

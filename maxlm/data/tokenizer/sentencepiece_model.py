@@ -75,7 +75,7 @@ class SentencePieceModel(Codec):
         return self._model.decode([i]).encode()  # Without the space that it put before the text.
 
     def control_tokens(self) -> dict[str, int]:
-        """Tokens that no text gives, by id."""
+        """Control tokens, which no text gives, by id."""
         ids = range(self._model.get_piece_size())
         return {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
 
@@ -167,12 +167,12 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
 
 
 def describe_small_text(config: TokenizerConfig, reached: int) -> MaxlmError:
-    """The error for a text that yields too few tokens."""
+    """Makes the error for a text that yields too few tokens."""
     what = f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens"
     return MaxlmError(what, fix=f"give more text or set vocab_size to {reached} or less")
 
 
 def describe_small_vocabulary(config: TokenizerConfig, needed: int) -> MaxlmError:
-    """The error for a vocabulary that the text's characters alone would fill."""
+    """Makes the error for a vocabulary that the text's characters alone would fill."""
     what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
     return MaxlmError(what, fix=f"set vocab_size to {needed} or more")

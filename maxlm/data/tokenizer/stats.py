@@ -1,4 +1,4 @@
-"""How well tokenizers suit a text, and how fast they are."""
+"""Measures how well tokenizers suit a text, and how fast they are."""
 
 import itertools
 import time
@@ -39,7 +39,7 @@ class TokenizerStats:
 
     @property
     def used_ids(self) -> int:
-        """How many different ids occurred."""
+        """Number of different ids that occurred."""
         return len(self.used)
 
     @property
@@ -49,12 +49,12 @@ class TokenizerStats:
 
     @property
     def fertility(self) -> float:
-        """Tokens a word, on average; of scripts without spaces it says nothing."""
+        """Tokens a word, on average; meaningless for scripts without spaces."""
         return self.tokens / max(self.words, 1)
 
     @property
     def unknown_share(self) -> float:
-        """Share of all tokens that say nothing of the text."""
+        """Share of all tokens that are unknown, and so say nothing of the text."""
         return self.unknown / self.tokens
 
     @property
@@ -68,7 +68,7 @@ class TokenizerStats:
         return self.bytes / 1e6 / self.seconds
 
     def as_dict(self) -> dict[str, float]:
-        """Counts and ratios by name."""
+        """Returns counts and ratios by name."""
         derived = (
             "used_ids", "bytes_per_token", "fertility", "unknown_share", "vocabulary_use",
             "megabytes_per_second",

@@ -160,7 +160,7 @@ def _require_size(config: TokenizerConfig, reached: int) -> None:
 
 
 def _learn(words: Counter[str], size: int) -> list[str]:
-    """Up to ``size`` pieces, or all characters if they are more, those within words marked."""
+    """Learns up to ``size`` pieces, or all characters if more, those within words marked."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     chars: Counter[str] = Counter()

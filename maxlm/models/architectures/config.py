@@ -22,12 +22,12 @@ else:
 
 
 class LayerKind(Config):
-    """How one layer of a pattern differs from the others."""
+    """Settings in which one layer of a pattern differs from the others."""
 
     window: int | None = Field(default=None, gt=0)
-    """Of its attention; null: it sees all before it."""
+    """Keys that its attention sees; null: all before it."""
     positions: PositionsConfig | None = None
-    """In place of the model's."""
+    """Positions in place of the model's."""
 
 
 class LayerStack(NamedTuple):
@@ -36,26 +36,26 @@ class LayerStack(NamedTuple):
     name: str
     depth: int
     kinds: tuple[LayerKind, ...]
-    """Of its layers, by turns; ``depth`` is a multiple of their number."""
+    """Kinds of its layers, by turns; ``depth`` is a multiple of their number."""
     dense: bool
     """Whether layers have ``mlp``, not ``moe``."""
 
 
 STACKS = ("first_layers", "layers", "last_layers")
-"""What parts may be called."""
+"""Names that parts may have."""
 
 
 def strip_stack(name: str) -> str:
-    """A parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
+    """Returns a parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
 class TrunkParts(NamedTuple):
-    """A trunk's layers, and what their attention sees."""
+    """A trunk's layers, and the tokens that their attention sees."""
 
     parts: tuple[LayerStack, ...]
     prefix: str = ""
-    """Of its parameters' names."""
+    """Prefix of its parameters' names."""
     causal: bool = True
     """Whether tokens see those before them alone."""
     is_encoder: bool = False
@@ -78,22 +78,22 @@ class TransformerConfig(Config):
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: OptionalAttention = None
     mixer: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_mixer)] = None
-    """In place of ``attention``: another mixer, by the kind it is registered with."""
+    """Another mixer in place of ``attention``, by the kind it is registered with."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
     ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
-    """In place of both: another feed-forward, by the kind it is registered with."""
+    """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is registered with."""
     dense_layers: int = Field(default=0, ge=0)
-    """How many layers, the first ones, have ``mlp`` all the same (DeepSeek-V2 has one)."""
+    """Number of first layers that have ``mlp`` all the same (DeepSeek-V2 has one)."""
     pattern: tuple[LayerKind, ...] = ()
     """Kinds of layers by turns, such as five with a window and one without (Gemma 3); none: all
     alike."""
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
-    """Where norms stand: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
-    (x + norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm each:
-    Falcon-40B) or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
+    """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich (x +
+    norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm each: Falcon-40B)
+    or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
     final_norm: bool = True
     """Normalise the last layer's output."""
     positions: PositionsConfig = PositionsConfig()
@@ -112,8 +112,8 @@ class TransformerConfig(Config):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights (truncated normal)."""
     remat: RematPolicy = "full"
-    """What the backward pass keeps: none (all but norms and activations, most memory), matmuls,
-    mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
+    """Activations that the backward pass keeps: none (all but norms and activations, most memory),
+    matmuls, mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -204,7 +204,7 @@ class TransformerConfig(Config):
         return (TrunkParts(self.parts),)
 
     def place_of(self, layer: int) -> tuple[str, int]:
-        """The stack of a layer, and its index there."""
+        """Returns the stack of a layer, and its index there."""
         for part in self.parts:
             if layer < part.depth:
                 return part.name, layer
@@ -212,7 +212,7 @@ class TransformerConfig(Config):
         raise IndexError(layer)
 
     def score_scale(self, kind: LayerKind) -> float:
-        """Factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
+        """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
         if self.attention is None:
             return 1.0
         scale = self.attention.scale or self.attention.head_dim**-0.5
@@ -223,7 +223,7 @@ class TransformerConfig(Config):
 
     @property
     def position_limit(self) -> int | None:
-        """Positions it can be run at; None: any, if not equally well past ``max_seq_len``."""
+        """Positions the model can run at; None: any, if not equally well past ``max_seq_len``."""
         return self.max_seq_len if self.positions.kind == "learned" else None
 
     @property

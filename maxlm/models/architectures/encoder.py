@@ -24,7 +24,7 @@ class EncoderConfig(TransformerConfig):
     token_types: int = Field(default=0, ge=0)
     """Rows of a table that tells apart the texts of a pair; 0: there is none."""
     head_activation: Activation | None = None
-    """Of a layer of the head's own before the logits, with a norm behind it; null: none."""
+    """Activation of a layer of the head before the logits, with a norm after it; null: no layer."""
 
     @model_validator(mode="after")
     def _sees_both_ways(self):
@@ -38,7 +38,7 @@ class EncoderConfig(TransformerConfig):
         return (TrunkParts(self.parts, causal=False),)
 
     def build(self, **how: Any) -> "Encoder":
-        """Builds the model; ``how`` as of :class:`Transformer`."""
+        """Builds the model; ``how``: arguments of :class:`Transformer`."""
         return Encoder(self, **how)
 
 
@@ -59,7 +59,7 @@ class HeadLayer(nnx.Module):
 
 
 class Encoder(Transformer):
-    """Tokens to hidden states of all of them."""
+    """Maps tokens to hidden states of all of them."""
 
     config: EncoderConfig
 
@@ -82,8 +82,8 @@ class Encoder(Transformer):
         segment_ids: jax.Array | None = None,
         types: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states as the head wants them; see :class:`Transformer`. ``types``: the text of a
-        pair that each token is of, int; None: the first."""
+        """Computes hidden states as the head wants them; see :class:`Transformer`. ``types``: the
+        text of a pair that each token is of, int; None: the first."""
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)

@@ -46,7 +46,7 @@ class EncoderDecoderConfig(TransformerConfig):
 
     @property
     def encoder(self) -> TransformerConfig:
-        """The encoder by itself."""
+        """Config of the encoder by itself."""
         return self.model_copy(update={"num_layers": self.encoder_layers})
 
     @property
@@ -56,7 +56,7 @@ class EncoderDecoderConfig(TransformerConfig):
         return encoder, TrunkParts(self.parts, cross_attention=True)
 
     def build(self, **how: Any) -> "EncoderDecoder":
-        """Builds the model; ``how`` as of :class:`Transformer`."""
+        """Builds the model; ``how``: arguments of :class:`Transformer`."""
         return EncoderDecoder(self, **how)
 
     def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
@@ -93,7 +93,7 @@ class EncoderDecoder(Transformer):
         return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
     def init_cross_cache(self, inputs: Tokens) -> CrossAttentionCache:
-        """For inference: what every layer will look up of the input, made once."""
+        """Makes, for inference, the keys and values that every layer looks up of the input."""
         memory, _ = self.encoded(inputs)
 
         def keys(stacked: Block) -> KeysValues:

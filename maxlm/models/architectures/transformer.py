@@ -19,14 +19,14 @@ from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
 Cache = dict[str, tuple[Any, ...]]
-"""By stack, for each kind of its layers their caches, with a leading layer axis."""
+"""Caches by stack, one for each kind of its layers, with a leading layer axis."""
 
 
 class CrossAttentionCache(NamedTuple):
-    """For inference: what a decoder's layers look up of an encoder's output."""
+    """Keys and values of an encoder's output that a decoder's layers look up (inference)."""
 
     keys: dict[str, KeysValues]
-    """By stack, [L, B, T, K, H]."""
+    """Keys and values by stack, [L, B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]."""
 
@@ -53,7 +53,7 @@ class Head(NamedTuple):
 
 
 class Transformer(Trunk):
-    """Tokens to hidden states to logits; ``how`` as of :class:`Trunk`."""
+    """Maps tokens to hidden states to logits; ``how``: arguments of :class:`Trunk`."""
 
     def __init__(self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **how: Any):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
@@ -100,20 +100,20 @@ class Transformer(Trunk):
     def run_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states of inputs [..., S, D] that a frontend has embedded."""
+        """Computes hidden states of inputs [..., S, D] that a frontend has embedded."""
         run = self.layers_fn or self.run_layers
         x, aux = run(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """The first layer's input."""
+        """Embeds tokens as the first layer's input."""
         if tokens.ndim == 3:  # outside the layers, stages are one more data axis
             split = self.rules.spec("layers", "batch", "seq")
             tokens, positions = reshard(tokens, split), reshard(positions, split)
         return self.embed_inputs(self.embedding(tokens), positions)
 
     def cache_specs(self, batch: int, length: int) -> dict[str, tuple[int, tuple[Any, ...]]]:
-        """By stack, the layers of each kind, and each kind's cache; see ``Mixer.cache_spec``."""
+        """Returns by stack the layers of each kind, and each kind's ``Mixer.cache_spec``."""
         return {
             part.name: (
                 part.depth // len(part.kinds),
@@ -133,8 +133,8 @@ class Transformer(Trunk):
         memory: CrossAttentionCache | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """For inference: hidden states [B, S, D] of tokens int [B, S] that come after those in the
-        cache, and the cache with them in it; ``lengths`` as of :class:`AttentionInputs`."""
+        """Computes, for inference, hidden states [B, S, D] of tokens int [B, S] that follow the
+        cache's, and the cache with them in it; ``lengths``: see :class:`AttentionInputs`."""
 
         def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):
             cache, keys = held
@@ -154,7 +154,7 @@ class Transformer(Trunk):
         return self.apply_final_norm(x), written
 
     def unembedding(self) -> Weight:
-        """The output head [D, V] in the compute dtype."""
+        """Returns the output head [D, V] in the compute dtype."""
         if self.head is not None:
             return read_weight(self.head.kernel, self.rules, self.dtype)
         table = read_weight(self.embedding.table, self.rules, self.dtype)
@@ -162,7 +162,7 @@ class Transformer(Trunk):
         return Weight(table.value.T, table.used[::-1], whole)
 
     def head_of(self, hidden: jax.Array) -> "Head":
-        """How hidden states become logits; training fuses that with the loss."""
+        """Returns the maps from hidden states to logits; training fuses them with the loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
             hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
@@ -171,7 +171,7 @@ class Transformer(Trunk):
         return Head(hidden, self.unembedding(), bias, self.config.logit_cap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
+        """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
         head, dtype = self.head_of(hidden), accumulation_dtype(self.dtype)
         logits = jnp.einsum(
             "bsd,dv->bsv",
@@ -193,7 +193,7 @@ class DecoderConfig(TransformerConfig):
     architecture: Literal["decoder"] = "decoder"
 
     def build(self, **how: Any) -> "Decoder":
-        """Builds the model; ``how`` as of :class:`Transformer`."""
+        """Builds the model; ``how``: arguments of :class:`Transformer`."""
         return Decoder(self, **how)
 
 

@@ -35,7 +35,7 @@ class Shared(NamedTuple):
     """Arrays that all layers read, with a gradient."""
 
     biases: jax.Array | None
-    """fp32 [N, 2R+1]: what scores gain by distance, where the model learns that."""
+    """Terms added to scores by distance, fp32 [N, 2R+1], where the model learns them."""
     memory: jax.Array | None
     """An encoder's output [B, T, D]."""
 
@@ -84,7 +84,7 @@ class Trunk(nnx.Module):
 
     @property
     def schedule(self) -> Schedule | None:
-        """How layers are pipelined over stages; None: they are not."""
+        """Schedule of layers over pipeline stages; None: they are not pipelined."""
         return self.parallel.schedule if self.rules.layers else None
 
     @property
@@ -98,7 +98,7 @@ class Trunk(nnx.Module):
         return {part.name: getattr(self, part.name) for part in self.config.parts}
 
     def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeddings of tokens [..., S, D] as the first layer's input."""
+        """Returns embeddings of tokens [..., S, D] as the first layer's input."""
         config = self.config
         if config.embedding_scale != 1:
             x *= jnp.asarray(config.embedding_scale, x.dtype)
@@ -109,13 +109,13 @@ class Trunk(nnx.Module):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def apply_final_norm(self, x: jax.Array) -> jax.Array:
-        """The last layer's output, normalised."""
+        """Normalises the last layer's output."""
         return x if self.final_norm is None else self.final_norm(x)
 
     def run_layers(
         self, x: jax.Array, where: Where, memory: EncoderOutput | None = None
     ) -> tuple[jax.Array, Aux]:
-        """All layers, one after the other or in a pipeline; differentiable in reverse mode."""
+        """Runs all layers, one after the other or in a pipeline; reverse-mode differentiable."""
         if self.schedule is not None:
             return run_circular_pipeline(
                 self.stage,
@@ -132,8 +132,8 @@ class Trunk(nnx.Module):
         return x, total
 
     def stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
-        """Some layers of a pipeline, with x [B, S, D]: those of ``layers``, or a part of them along
-        the layer axis."""
+        """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part of them
+        along the layer axis."""
         part = next(part for part in self.config.parts if part.name == "layers")
         return self._run(part, layers, x, where, None)
 
@@ -164,7 +164,7 @@ class Trunk(nnx.Module):
     def attention_inputs_by_kind(
         self, part: LayerStack, positions: jax.Array, lengths: jax.Array | None
     ) -> Iterator[AttentionInputs]:
-        """For inference: what layers are told of tokens at these positions."""
+        """Yields each kind of layer's inputs for tokens at these positions (inference)."""
         biases, contexts = self.biases(), self._contexts(part, (positions, None), lengths)
         for kind, context in zip(part.kinds, contexts, strict=True):
             inputs = self._attention_inputs(kind, context, biases)
@@ -173,7 +173,7 @@ class Trunk(nnx.Module):
     def _contexts(
         self, part: LayerStack, where: Where, lengths: jax.Array | None = None
     ) -> tuple[Any, ...]:
-        """For each kind of layer, positions, segment ids and angles."""
+        """Returns positions, segment ids and angles for each kind of layer."""
         turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}
         return tuple((*where, turns[kind.positions]) for kind in part.kinds)
 
@@ -192,7 +192,7 @@ class Trunk(nnx.Module):
     def rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
     ) -> Rotary | None:
-        """The angles of positions, where the model turns queries and keys."""
+        """Returns the angles of positions, where the model turns queries and keys."""
         own, attention = kind.positions or self.config.positions, self.config.attention
         if own.kind != "rope":
             return None

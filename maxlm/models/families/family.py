@@ -13,7 +13,7 @@ from maxlm.models.families.rope import read_positions, write_positions
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Everything is pure; nothing is allocated."""
+    """A family of published models, and how they map to ours. Pure; nothing is allocated."""
 
     name: str
     architecture: str
@@ -29,13 +29,13 @@ class ModelFamily:
     read: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
     """Reads into the settings what ``fields`` cannot say."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """The inverse."""
+    """Writes what ``read`` reads."""
     published_type: str | None = None
-    """Its ``model_type``, where that is not its name."""
+    """The family's ``model_type``, where that is not its name."""
     ignored: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
     prefix: str = ""
-    """Which names begin with, but for those of the head; some published files leave it out."""
+    """Prefix of all names but the head's; some published files leave it out."""
     spellings: Mapping[str, str] = field(default_factory=dict)
     """Ends of names, and how some published files spell them."""
     inert: Sequence[str] = ()
@@ -48,7 +48,7 @@ class ModelFamily:
 
     @property
     def model_type(self) -> str:
-        """As config.json has it."""
+        """Name of the family in config.json."""
         return self.published_type or self.name
 
     def list_entries(self, config: Any, tensors: Iterable[str] = ()) -> list[TensorEntry]:

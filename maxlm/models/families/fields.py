@@ -26,24 +26,24 @@ class ConfigField:
     """A key of config.json."""
 
     read: Callable[[ConfigReader, str], Any]
-    """The reader and the key → our value; None: our config's default."""
+    """Maps the reader and the key to our value; None: our config's default."""
     ours: str = ""
-    """The setting it is, as a dotted path; "": none, it is only checked."""
+    """Setting that the key holds, as a dotted path; "": none, it is only checked."""
     write: Callable[[Any], Any] | None = None
-    """A model's config → the value; None: it is not written."""
+    """Maps a model's config to the key's value; None: it is not written."""
 
 
 ConfigFields = Mapping[str, ConfigField]
-"""By key; one of a nested mapping is ``attn_config.clip_qkv``."""
+"""Fields by key; one of a nested mapping is ``attn_config.clip_qkv``."""
 
 
 def map_size(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
-    """Declares a number of things or dimensions; ``how`` as of :meth:`ConfigReader.size`."""
+    """Declares a number of things or dimensions; ``how``: see :meth:`ConfigReader.size`."""
     return ConfigField(lambda own, key: own.size(key, default, **how), ours, attrgetter(ours))
 
 
 def map_number(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
-    """Declares a finite number; ``how`` as of :meth:`ConfigReader.number`."""
+    """Declares a finite number; ``how``: see :meth:`ConfigReader.number`."""
     return ConfigField(lambda own, key: own.number(key, default, **how), ours, attrgetter(ours))
 
 
@@ -59,7 +59,7 @@ def require_value(*allowed: Any, ours: str = "", written: bool = False) -> Confi
 
 
 def map_activation(ours: str, default: str) -> ConfigField:
-    """Declares an activation's name; ``default`` is theirs."""
+    """Declares an activation's name; ``default`` is a name of Hugging Face's."""
 
     def write(config: Any) -> str:
         return to_hf_activation(attrgetter(ours)(config))
@@ -68,7 +68,7 @@ def map_activation(ours: str, default: str) -> ConfigField:
 
 
 def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> ConfigField:
-    """Declares a coefficient whose shares of assignments sum to ``per_token``, ours to 1."""
+    """Declares a balance loss's coefficient, for shares that sum to ``per_token``; ours to 1."""
     return ConfigField(
         lambda own, key: own.number(key, default, least=0) * own.size(per_token),
         "moe.balance_loss",
@@ -90,17 +90,17 @@ def map_sizes(num_layers: str, d_model: str, max_seq_len: str, num_heads: str) -
 SIZES = map_sizes(
     "num_hidden_layers", "hidden_size", "max_position_embeddings", "num_attention_heads"
 )
-"""Under the names that most families have."""
+"""Sizes under the names that most families have."""
 
 
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
-    """Our name of an activation."""
+    """Reads our name of an activation."""
     name = reader.get(key, default)
     return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.require(key, *ACTIVATIONS)]
 
 
 def to_hf_activation(name: str) -> str:
-    """The inverse of :func:`read_activation`."""
+    """Returns the inverse of :func:`read_activation`."""
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
@@ -116,7 +116,7 @@ def read_fields(reader: ConfigReader, fields: ConfigFields, settings: dict[str, 
 
 
 def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
-    """The inverse of :func:`read_fields`."""
+    """Writes what :func:`read_fields` reads."""
     values: dict[str, Any] = {}
     for path, field in fields.items():
         if field.write is not None:

@@ -25,7 +25,7 @@ TABLE = {
 
 
 def write_scale(config: Any) -> float:
-    """The factor on q·k."""
+    """Returns the factor on q·k."""
     return config.attention.scale or config.attention.head_dim**-0.5
 
 

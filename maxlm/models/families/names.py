@@ -44,7 +44,7 @@ class ParamPiece(NamedTuple):
 
 
 class TensorForm(NamedTuple):
-    """A tensor of theirs: its shape, and how it becomes pieces and is made of them."""
+    """A published tensor: its shape, and its split into pieces of ours and their join."""
 
     shape: tuple[int, ...]
     split: Callable[[Array], Sequence[Array]]
@@ -60,20 +60,20 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of theirs and where it lies in ours.
+    """One published tensor, and the parameters of ours that it holds.
 
     ``split`` and ``join`` are pure, see fp32, and may return views of what they were given.
     """
 
     theirs: str
-    """Its full name in the safetensors files."""
+    """Full name in the safetensors files."""
     shape: tuple[int, ...]
-    """There."""
+    """Shape in those files."""
     ours: tuple[ParamSlice, ...]
     split: Callable[[Array], Sequence[Array]] = lambda tensor: (tensor,)
-    """Theirs → an array for each place, in the shape of the parameter at its index."""
+    """Splits theirs into an array a place, in the shape of the parameter at its index."""
     join: Callable[[Sequence[Array]], Array] = lambda parts: parts[0]
-    """The inverse."""
+    """Joins what ``split`` splits."""
     aliases: tuple[str, ...] = ()
     """Names under which the same tensor may be stored again (tied heads)."""
 
@@ -86,19 +86,19 @@ QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
 
 
 def linear(*ours: str) -> TensorRule:
-    """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,
-    end to end."""
+    """Returns the rule of matrices [outputs, inputs] as torch has them, one above the other; or of
+    their biases, end to end."""
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, 1))
 
 
 def split_heads(*ours: str) -> TensorRule:
-    """Several maps of one input, fused by kv head: each one's rows of them together, for queries
-    those of all heads that it serves."""
+    """Returns the rule of maps of one input, fused by kv head: for each, its rows of every map,
+    those of queries for all heads that it serves."""
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
 
 
 def _stack_rows(pieces: tuple[ParamPiece, ...], groups: int) -> TensorForm:
-    """Each of ``groups`` equal parts of the rows has all pieces, one above the other."""
+    """Returns a form whose ``groups`` equal parts of rows have all pieces, one above the other."""
     first = pieces[0]
     inputs = (prod(first.shape[: first.inputs]),) if first.inputs else ()
     stops = np.cumsum([piece.rows // groups for piece in pieces])
@@ -135,7 +135,7 @@ def map_norm(theirs: str, ours: str) -> NameTable:
 
 
 def transpose(*ours: str) -> TensorRule:
-    """Matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
+    """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         shape, split, join = _stack_rows(pieces, 1)
@@ -164,8 +164,8 @@ def take_row(ours: str) -> TensorRule:
 
 
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
-    """Returns a map's rows with the last ``rotary_dim`` of each head, or of all, in the order that
-    pairs want: theirs pairs neighbours, ours halves."""
+    """Returns the rule with the last ``rotary_dim`` rows of each head, or of all, reordered: theirs
+    pair neighbours, ours halves."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         plain, last = rule.form(pieces), pieces[-1].shape[-1]

@@ -40,8 +40,8 @@ INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
 
 
 class ConfigReader:
-    """Values of a config.json, each read under its name and checked for its type; :meth:`finish`
-    refuses what was not read.
+    """Values of a config.json, each read under its name and checked for its type;
+    :meth:`check_all_read` refuses what was not read.
 
     A default is what the published code of the model type has for an absent key; None: nothing, or
     what another key says. A null counts as absent, but where ``nullable``: there it is None.
@@ -61,13 +61,13 @@ class ConfigReader:
         self._inside: dict[str, ConfigReader] = {}
 
     def has(self, key: str) -> bool:
-        """Whether a value is there that is not null."""
+        """Whether there is a value that is not null."""
         return self.values.get(key) is not None
 
     def get(
         self, key: str, default: Any = REQUIRED, *, also: str = "", nullable: bool = False
     ) -> Any:
-        """A value of any type; ``also`` is another name for it."""
+        """Reads a value of any type; ``also`` is another name for it."""
         self._seen |= {key, also or key}
         if also and self.has(also):
             value = self.values[also]
@@ -85,8 +85,8 @@ class ConfigReader:
         raise MaxlmError(what, where=self.where, fix=_TAKE_IT)
 
     def require(self, key: str, *allowed: Any) -> Any:
-        """A value that must be one of those that are implemented, or absent (the first); a null
-        means what false and 0 do."""
+        """Reads a value that must be one of those implemented, or absent (the first); a null means
+        what false and 0 do."""
         self._seen.add(key)
         value = self.values.get(key, allowed[0])
         if value is None and not allowed[0]:
@@ -99,7 +99,7 @@ class ConfigReader:
         raise MaxlmError(what, where=self.where, fix=fix)
 
     def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **how: Any) -> Any:
-        """A number of things or dimensions, at least ``least``; ``how`` as of :meth:`get`."""
+        """Reads a number of things or dimensions, at least ``least``; ``how`` as of :meth:`get`."""
         value = self.get(key, default, **how)
         if value is not None and (type(value) is not int or value < least):
             raise self._wrong(key, value, f"a whole number above {least - 1}")
@@ -108,7 +108,7 @@ class ConfigReader:
     def number(
         self, key: str, default: Any = REQUIRED, *, least: int | None = None, **how: Any
     ) -> Any:
-        """A finite number of at least ``least``, or above 0, as a float; ``how`` as of
+        """Reads a finite number of at least ``least``, or above 0, as a float; ``how`` as of
         :meth:`get`."""
         value = self.get(key, default, **how)
         if value is None:
@@ -120,7 +120,7 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; a null is false where that is the default; all else is refused."""
+        """Reads true or false; a null is false where that is the default; all else is refused."""
         value = self.get(key, default, nullable=True)
         value = False if value is None and not default else value
         if type(value) is not bool:
@@ -128,7 +128,7 @@ class ConfigReader:
         return value
 
     def read_nested(self, key: str) -> "ConfigReader":
-        """A nested mapping, to be finished with this one."""
+        """Returns a reader of a nested mapping, to be checked with this one."""
         self._seen.add(key)
         value = self.values.get(key)
         if not isinstance(value, Mapping | None):

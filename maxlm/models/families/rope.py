@@ -78,7 +78,7 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
 
 
 def write_positions(positions: PositionsConfig, head_dim: int) -> dict[str, Any]:
-    """The inverse of :func:`read_positions`."""
+    """Writes what :func:`read_positions` reads."""
     found: dict[str, Any] = {"rope_theta": positions.theta}
     if (size := positions.rotary_dim) is not None:
         share = size / head_dim
@@ -91,7 +91,7 @@ def write_positions(positions: PositionsConfig, head_dim: int) -> dict[str, Any]
 
 
 def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
-    """The inverse of :func:`read_scaling`."""
+    """Writes what :func:`read_scaling` reads."""
     scaling: Any = positions.scaling
     if scaling is None:
         return None

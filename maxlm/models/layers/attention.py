@@ -45,9 +45,9 @@ class AttentionConfig(Config):
     bias: bool = False
     """Offsets on the projections to queries, keys and values (GPT-2, Qwen2)."""
     out_bias: bool | None = None
-    """On the one back; null: as ``bias``."""
+    """Offsets on the projection back; null: as ``bias``."""
     window: int | None = Field(default=None, gt=0)
-    """How many tokens a token sees: itself and the window − 1 before it (Mistral's sliding window);
+    """Tokens that a token sees: itself and the window − 1 before it (Mistral's sliding window);
     cost then grows with the window, not the sequence. null: all before it."""
     scale: float | None = Field(default=None, gt=0)
     """Factor on q·k; null: head_dim^−0.5."""
@@ -191,7 +191,7 @@ class Attention(nnx.Module):
         return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
 
     def costs(self, keys_of: Side = "residual") -> LayerCosts:
-        """Costs of one layer whose keys and values are made of ``keys_of``; see
+        """Counts costs of one layer whose keys and values are made of ``keys_of``; see
         :mod:`maxlm.models.costs`."""
         config, query, keys = self.config, ("query.kernel",), ("key.kernel", "value.kernel")
         raw = (*query, *keys) if config.clip is not None else ()
@@ -205,7 +205,7 @@ class Attention(nnx.Module):
         return LayerCosts((*inner, MatrixGroup(("out.kernel",), "heads")), heads)
 
     def project_keys_values(self, memory: jax.Array) -> KeysValues:
-        """For :meth:`cross_attend`: keys and values of an encoder's output [B, T, D]."""
+        """Projects an encoder's output [B, T, D] to keys and values for :meth:`cross_attend`."""
         k, v = self._clipped(*project(memory, self.key, self.value))
         k = k if self.key_norm is None else self.key_norm(k)
         return KeysValues(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
@@ -213,8 +213,8 @@ class Attention(nnx.Module):
     def cross_attend(
         self, x: jax.Array, keys: KeysValues, segment_ids: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
-        """Cross-attention of x [B, S, D]: every token sees all of an encoder's in its segment,
-        without positions; ``segment_ids`` are int [B, S] and [B, T]."""
+        """Applies cross-attention to x [B, S, D]: every token sees all of an encoder's in its
+        segment, without positions; ``segment_ids`` are int [B, S] and [B, T]."""
         (q,) = self._clipped(self.query(x))
         q = q if self.query_norm is None else self.query_norm(q)
         y = sharded_attention(
@@ -235,7 +235,7 @@ class Attention(nnx.Module):
 
 
 def bind_attention(config: AttentionConfig, inputs: AttentionInputs, rules: AxisRules) -> Any:
-    """The attention of a layer, with all that does not depend on how keys are held."""
+    """Binds a layer's attention to all arguments that do not depend on how keys are held."""
     return partial(
         sharded_attention,
         rules=rules,
@@ -249,7 +249,7 @@ def bind_attention(config: AttentionConfig, inputs: AttentionInputs, rules: Axis
 
 
 def self_attention_kwargs(inputs: AttentionInputs, parallel: ParallelConfig) -> dict[str, Any]:
-    """Options of tokens that attend to each other, without a cache."""
+    """Returns options of tokens that attend to each other, without a cache."""
     segments = None if inputs.segment_ids is None else (inputs.segment_ids, inputs.segment_ids)
     return {
         "segment_ids": segments,

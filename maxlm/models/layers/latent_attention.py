@@ -75,7 +75,7 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
     ) -> tuple[jax.Array, Any]:
-        """As :class:`~maxlm.models.layers.attention.Attention`'s."""
+        """See :class:`~maxlm.models.layers.attention.Attention`."""
         assert inputs.rotary is not None
         first = self.query if self.query_down is None else self.query_down
         q, vector, shared = project(x, first, self.key_down, self.key_rotary)

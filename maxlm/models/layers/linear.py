@@ -58,7 +58,7 @@ class Linear(nnx.Module):
 
 
 def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array, ...]:
-    """Several maps of one input [B, S, *inputs], which then crosses the wire once.
+    """Applies several maps to one input [B, S, *inputs], which then crosses the wire once.
 
     Args:
         seq: the logical axis of the results' sequence: "seq" within a layer, "residual" for what
@@ -82,7 +82,7 @@ def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array,
 
 
 def compute_residual_std(std: float, num_layers: int) -> float:
-    """GPT-2's scaling of maps that write into the residual stream (Radford et al. 2019, §2.3)."""
+    """Computes the deviation of maps into the residual stream (Radford et al. 2019, §2.3)."""
     return std * (2 * num_layers) ** -0.5
 
 

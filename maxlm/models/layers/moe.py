@@ -35,7 +35,7 @@ class MoeConfig(Config):
     """Width of one expert's hidden layer."""
     activation: Activation = "silu"
     gated: bool = True
-    """As of a dense layer: silu + gated is SwiGLU."""
+    """Whether experts are gated, as in a dense layer: silu + gated is SwiGLU."""
     shared_experts: int = Field(default=0, ge=0)
     """Experts that serve every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, eq. 9); n of
     them are one dense layer of width n · d_ff."""
@@ -54,7 +54,7 @@ class MoeConfig(Config):
     """Equal groups of consecutive experts, say one a node; a token's experts come from few of
     them (arXiv 2405.04434, §2.1.3)."""
     groups_per_token: int = Field(default=1, gt=0)
-    """How many; all of them: no limit."""
+    """Groups that a token's experts come from; all of them: no limit."""
     group_score: Literal["max", "top2"] = "max"
     """A group's rank by its best expert's score (DeepSeek-V2), or by the sum of its best two
     (DeepSeek-V3)."""
@@ -72,7 +72,7 @@ class MoeConfig(Config):
     rest, by dense exchanges and batched products (GShard, arXiv 2006.16668, §2.2); cheaper where
     ragged operations are slow, and the sequence may not be split over devices."""
     capacity_factor: float = Field(default=1.25, gt=0)
-    """With capacity: an expert's room in a sequence, over its share if load were equal."""
+    """Room of an expert in a sequence, over its share if load were equal (with capacity)."""
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -97,8 +97,8 @@ class MoeConfig(Config):
         return self
 
     def fewer(self, most: int) -> Self:
-        """With at most so many experts (4 or more), of which a token meets half at most; where it
-        meets some groups alone, so it does then."""
+        """Returns the config with at most so many experts (4 or more), of which a token meets half
+        at most; a token that met some groups alone still does."""
         if self.num_experts <= most:
             return self
         groups = min(self.groups, most // 2)  # of two or more
@@ -278,8 +278,8 @@ class Routing(NamedTuple):
 
 
 def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routing:
-    """The experts of each token and their weights, from logits fp32 [B, S, E]; the bias, fp32 [E],
-    is added to the scores that experts and groups are chosen by. Differentiable in the logits
+    """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the bias, fp32
+    [E], is added to the scores that experts and groups are chosen by. Differentiable in the logits
     through scores and weights; not in the bias."""
     normalise = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
     scores = normalise(logits)
@@ -304,8 +304,8 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
 def router_loss(
     logits: jax.Array, scores: jax.Array, load: jax.Array, counted: jax.Array, config: MoeConfig
 ) -> jax.Array:
-    """Balance and z losses times coefficients and counted tokens, an fp32 scalar; of logits and
-    scores [B, S, E], assignments to each expert [E], all fp32, and bool [B, S]."""
+    """Computes balance and z losses times coefficients and counted tokens, an fp32 scalar, from
+    logits and scores [B, S, E], assignments to each expert [E], all fp32, and bool [B, S]."""
     loss = jnp.zeros((), jnp.float32)
     if config.balance_loss:
         shares = scores

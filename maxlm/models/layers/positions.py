@@ -1,4 +1,4 @@
-"""How a model knows where a token stands; what of it is rotary is in ``rope.py``."""
+"""Positions of tokens; the rotary ones are in ``rope.py``."""
 
 from math import floor, log2
 from typing import Any, Literal
@@ -21,9 +21,9 @@ class PositionsConfig(Config):
     theta: float = Field(default=10_000.0, gt=1)
     """RoPE's base: the longest wavelength is about 2π·theta tokens."""
     rotary_dim: int | None = Field(default=None, gt=0)
-    """How many of a head's dimensions RoPE turns, the first ones; null: all."""
+    """Dimensions of a head that RoPE turns, the first ones; null: all."""
     scaling: Scaling | None = None
-    """How RoPE is stretched past the length a model was trained at."""
+    """Stretching of RoPE past the length a model was trained at."""
     offset: int = Field(default=0, ge=0)
     """Rows before position 0's in a learnt table (BART has 2)."""
     max_bias: float = Field(default=8.0, gt=0)
@@ -44,8 +44,8 @@ class PositionsConfig(Config):
 
 
 def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
-    """float32 [N] (Press et al. 2022, arXiv 2108.12409, §3): 2^(−max_bias·i/n), i = 1..n, for n
-    heads, a power of two; further heads take every other slope of twice as many."""
+    """Computes slopes, float32 [N] (Press et al. 2022, arXiv 2108.12409, §3): 2^(−max_bias·i/n), i
+    = 1..n, for n heads, a power of two; further heads take every other slope of twice as many."""
     n = 2 ** floor(log2(num_heads))
     slopes = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
     between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
@@ -53,7 +53,7 @@ def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
 
 
 def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
-    """fp32 [..., D]: sines and cosines of position / 10000^(2i/D) (Vaswani et al. 2017, §3.5)."""
+    """Computes sines and cosines of position / 10000^(2i/D), fp32 [..., D] (Vaswani 2017, §3.5)."""
     rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
     angle = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
     waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
@@ -61,7 +61,7 @@ def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
 
 
 def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
-    """The bucket of each distance key − query from −max_distance to max_distance, int
+    """Computes the bucket of each distance key − query from −max_distance to max_distance, int
     [2·max_distance + 1] (Raffel et al. 2020, arXiv 1910.10683, §2.1, and its published code).
 
     Half of the buckets are for one distance each, the others grow with its logarithm. Without
@@ -86,7 +86,7 @@ def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.nda
 
 
 def compute_relative_biases(table: Any, config: PositionsConfig, *, causal: bool) -> Any:
-    """[N, 2·max_distance + 1], by distance, from the learnt table [buckets, N]; differentiable."""
+    """Looks up [N, 2·max_distance + 1], by distance, in the table [buckets, N]; differentiable."""
     at = compute_relative_buckets(config, causal=causal)
     onehot = np.eye(config.buckets, dtype=np.float32)[at]
     # A product and not a gather: its gradient is one too, and exact, as a row has one 1.

@@ -101,8 +101,8 @@ class Rotary(NamedTuple):
 
 
 def compute_frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
-    """Radians a token of each pair of ``size`` dimensions, float64 [size / 2], of any scaling but
-    the dynamic one, which counts as none here."""
+    """Computes radians a token of each pair of ``size`` dimensions, float64 [size / 2], of any
+    scaling but the dynamic one, which counts as none here."""
     if isinstance(scaling, NtkScaling):
         theta *= scaling.factor ** (size / (size - 2))
     plain = theta ** (-np.arange(0, size, 2) / size)
@@ -117,7 +117,7 @@ def compute_frequencies(theta: float, size: int, scaling: Any = None) -> np.ndar
 
 def _yarn(plain: np.ndarray, theta: float, size: int, scaling: YarnScaling) -> np.ndarray:
     def dimension(turns: float) -> float:
-        """Which pair turns so often in the original length."""
+        """Returns the pair of dimensions that turns so often in the original length."""
         return size * log(scaling.original_length / (turns * 2 * pi)) / (2 * log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -137,12 +137,12 @@ def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 
 
 def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much YaRN sharpens attention (Peng et al. 2023, eq. 22)."""
+    """Returns the factor by which YaRN sharpens attention (Peng et al. 2023, eq. 22)."""
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotary_factor(scaling: Any) -> float:
-    """Factor on cosines and sines."""
+    """Returns the factor on cosines and sines."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
     if scaling.attention_factor is not None:
@@ -162,7 +162,7 @@ def compute_rotary(
     *,
     lengths: jax.Array | None = None,
 ) -> Rotary:
-    """Angles of rotary embeddings (Su et al. 2021, eq. 15).
+    """Computes angles of rotary embeddings (Su et al. 2021, eq. 15).
 
     Args:
         positions: int [B, S].
@@ -191,7 +191,7 @@ def _dynamic(
 
 @jax.custom_vjp
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turn the first R dimensions of x [B, S, N, H], i with i + R/2; the others stay.
+    """Turns the first R dimensions of x [B, S, N, H], i with i + R/2; the others stay.
     Differentiable in x."""
     # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
     x = lax.optimization_barrier(x)

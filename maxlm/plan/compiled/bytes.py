@@ -81,7 +81,7 @@ def _read(body: Computation, name: str, size: int, module: HloModule) -> int:
 
 
 def _passes_on(user: Instruction, name: str, body: Computation) -> bool:
-    """Whether an instruction in a fusion only hands a parameter on: changed in place, to the
+    """Whether an instruction in a fusion only passes a parameter on: changed in place, to the
     result, or to a collective under way, whose memory is counted where it starts."""
     if user.opcode == "dynamic-update-slice":
         return user.operands[0] == name
@@ -91,7 +91,7 @@ def _passes_on(user: Instruction, name: str, body: Computation) -> bool:
 
 
 def _written(body: Computation, count: int) -> Iterator[int | None]:
-    """For each array of a fusion's result: the bytes of it that are written; None: all."""
+    """Yields the bytes written of each array of a fusion's result; None: all."""
     root = body.instructions[body.root]
     roots = list(body.operands(root)) if root.opcode == "tuple" else [root]
     if len(roots) != count:

@@ -40,10 +40,10 @@ class CompiledCollective:
     """Mesh axes, joined by "+"."""
     group_size: int
     shape: str
-    """The largest array of it, as one device holds it."""
+    """The collective's largest array, as one device holds it."""
     op_name: str
     payload_bytes: int
-    """Of one run: the operands on one device."""
+    """Bytes of one run's operands on one device."""
     count: int = 1
 
     @property
@@ -60,7 +60,7 @@ class CustomCall:
     target: str
     op_name: str
     flops: int | None
-    """Of all runs, as declared by its author; None: not declared."""
+    """FLOPs of all runs, as declared by its author; None: not declared."""
     count: int = 1
 
 
@@ -69,13 +69,13 @@ class CompiledCost:
     """A device's share of one run of the program."""
 
     matmul_flops: int
-    """2·M·N·K of every matrix product but attention's, ..."""
+    """FLOPs, 2·M·N·K, of every matrix product but attention's."""
     attention_flops: int
-    """... and of attention's; those within custom kernels are in neither."""
+    """FLOPs of attention's matrix products; those within custom kernels are in neither."""
     memory_bytes: int
-    """Read from and written to main memory; see ``bytes.py``."""
+    """Bytes read from and written to main memory; see ``bytes.py``."""
     collectives: tuple[CompiledCollective, ...]
-    """Largest first, like what follows."""
+    """Collectives, largest first, as are the fields below."""
     custom_calls: tuple[CustomCall, ...]
     unknown_loops: tuple[str, ...]
     """Loops whose trips cannot be read; their bodies are counted once. A training step has one: its
@@ -101,7 +101,7 @@ class CompiledMemory:
     argument: int
     output: int
     alias: int
-    """Of the output, what takes an argument's place."""
+    """Bytes of the output that take an argument's place."""
     temp: int
 
     @property
@@ -110,7 +110,7 @@ class CompiledMemory:
 
 
 def read_compiled_memory(compiled: Any) -> CompiledMemory:
-    """From ``compiled.memory_analysis()``."""
+    """Reads ``compiled.memory_analysis()``."""
     stats, parts = compiled.memory_analysis(), ("argument", "output", "alias", "temp")
     return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
 
@@ -164,7 +164,7 @@ class _Tally:
         return sorted(found, key=lambda c: -c.wire_bytes)
 
     def weight(self) -> tuple[float, ...]:
-        """To choose the costliest branch by: FLOPs, then the wire, then memory."""
+        """Returns the key that ranks a branch by cost: FLOPs, then the wire, then memory."""
         wire = sum(c.wire_bytes for c in self.counted_collectives())
         return self.matmul_flops + self.attention_flops, wire, self.memory_bytes
 

@@ -13,7 +13,7 @@ _CONTRACTED = "lhs_contracting_dims"
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
-    """2·M·N·K of a dot, a convolution or a call of a matrix library; 0 for anything else."""
+    """Returns 2·M·N·K of a dot, a convolution or a matrix library's call; 0 for others."""
     opcode = instruction.opcode
     if opcode not in ("dot", "convolution", "ragged-dot", "custom-call"):
         return 0

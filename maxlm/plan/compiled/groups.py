@@ -1,4 +1,4 @@
-"""Which devices a collective joins, and along which mesh axes they lie. Ids in a compiled program
+"""Finds the devices a collective joins, and the mesh axes they lie along. Ids in a compiled program
 number its mesh's devices in order (``mesh.devices.flat``), so that sizes are enough for axes."""
 
 import re
@@ -41,7 +41,7 @@ def _find_group(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, int
 
 
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
-    """``replica_groups=...`` in any printed form as lists of ids.
+    """Parses ``replica_groups=...`` in any printed form as lists of ids.
 
     Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together; ``[2,4]<=[4,2]T(1,0)``, ids
     counted up in the shape on the right, transposed, and read in rows of the shape on the left;

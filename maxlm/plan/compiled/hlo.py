@@ -58,7 +58,7 @@ class Instruction:
     """The arrays of the result, a tuple's flattened."""
     operands: tuple[str, ...]
     literal: str
-    """What stands between the parentheses: a constant's value, a parameter's number."""
+    """Text between the parentheses: a constant's value, a parameter's number."""
     attributes: str
 
     @property
@@ -75,7 +75,7 @@ class Instruction:
         return (self.attribute("custom_call_target") or "").strip('"')
 
     def attribute(self, name: str) -> str | None:
-        """The text of ``name=...``: a word, or what stands within its braces."""
+        """Returns the text of ``name=...``: a word, or what stands within its braces."""
         found = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
         return None if found is None else found[1] if found[1] is not None else found[2]
 
@@ -84,7 +84,7 @@ class Instruction:
         return tuple(int(n) for n in re.findall(r"\d+", self.attribute(name) or ""))
 
     def calls(self, *names: str) -> tuple[str, ...]:
-        """The computations under attributes of these names."""
+        """Returns the computations under attributes of these names."""
         return tuple(n for name in names for n in _NAME.findall(self.attribute(name) or ""))
 
 
@@ -92,7 +92,7 @@ class Instruction:
 class Computation:
     name: str
     instructions: Mapping[str, Instruction]
-    """In the order they run."""
+    """Instructions by name, in the order they run."""
     root: str
 
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
@@ -171,7 +171,7 @@ def _parse_shapes(text: str) -> tuple[HloShape, ...]:
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
-    """From what follows ``%name =``: ``type opcode(operands), attributes``."""
+    """Parses what follows ``%name =``: ``type opcode(operands), attributes``."""
     end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
     shapes = _parse_shapes(text[:end])
     opcode = _OPCODE.match(text, end)

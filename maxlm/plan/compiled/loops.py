@@ -52,7 +52,7 @@ class _Place:
 
 
 def _origin(place: _Place, module: HloModule) -> _Place:
-    """Where a value comes from: past moves, into fusions and out of their parameters."""
+    """Finds where a value comes from: past moves, into fusions and out of their parameters."""
     while True:
         found = place.instruction
         if found.opcode in _MOVES:
@@ -73,7 +73,7 @@ def _origin(place: _Place, module: HloModule) -> _Place:
 
 
 def _element(whole: _Place, index: int, module: HloModule) -> _Place | None:
-    """Where an element of a tuple comes from; None: the tuple is made elsewhere."""
+    """Finds where an element of a tuple comes from; None: the tuple is made elsewhere."""
     made = _origin(whole, module)
     is_tuple = made.instruction.opcode == "tuple"
     return _origin(made.operands()[index], module) if is_tuple else None

@@ -40,7 +40,7 @@ class SkippedCheckpoint:
     tier: CheckpointTier
     why: str
     is_damaged: bool = True
-    """It cannot be read; else it is not wanted."""
+    """Whether it cannot be read; else it is not wanted."""
 
     def __str__(self) -> str:
         prefix = "" if self.tier.name == "folder" else f"{self.tier.name} "
@@ -135,7 +135,7 @@ class Checkpointer:
 
     @property
     def missing_copy(self) -> str | None:
-        """Why the newest checkpoint has no copy, if it should have one; waits for copies."""
+        """Returns why the newest checkpoint lacks a copy that it should have; waits for copies."""
         if not self.remote:
             return None
         self.remote.wait()

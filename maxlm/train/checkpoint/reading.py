@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 PyTree = Any
 Leaves = dict[str, Any]
 Groups = Mapping[str, tuple[int, ...]]
-"""By canonical name of a parameter that is held in groups: (groups, layers a group)."""
+"""(groups, layers a group) of parameters that are held in groups, by canonical name."""
 
 _RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
 _CHECKSUM = "sha256"
