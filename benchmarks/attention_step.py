@@ -164,7 +164,7 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     text: Any = jax.jit(function).lower(*given).compile().as_text()
     cost = read_compiled_cost(text, {}, on_chip=(1,))
     seconds = cost.memory_bytes / CHIPS[CHIP].bandwidth
-    return Pass(seconds * STATIC[CHIP].clock, cost.attention_flops)
+    return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
 
 
 def row(case: str) -> tuple[list[str], str]:
@@ -198,7 +198,7 @@ def row(case: str) -> tuple[list[str], str]:
         f"{step.memory.argument / GIB:.2f}",
         *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
         *map(str, runs),
-        f"{bound}{cycles / STATIC[CHIP].clock / MILLI:,.0f}",
+        f"{bound}{cycles / STATIC[CHIP].clock_hz / MILLI:,.0f}",
     ]
     return cells, note
 

@@ -148,7 +148,7 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     print(f"  traced in {step.trace_seconds:.1f} s, compiled in {step.compile_seconds:.1f} s")
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-        (dump / f"{name}.hlo").write_text(step.text)
+        (dump / f"{name}.hlo").write_text(step.hlo_text)
     memory, cost = step.memory, step.cost
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
     ours: dict[str, float] = {

@@ -42,7 +42,7 @@ from scipy.sparse import csr_array
 
 from maxlm.corpus.dedup.minhash import compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
-from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
@@ -108,19 +108,21 @@ def write_corpus(folder: Path, texts: list[str], shards: int = 4) -> list[StageS
                     {"id": str(i), "source": "real", "text": texts[i]}
                     for i in range(first, min(first + 1000, part.stop))
                 ]
-                writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+                writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
     return made
 
 
-def run(stage: CorpusStage, shards: list[StageShardView], scratch: Path) -> tuple[pa.Table, float]:
+def run(
+    stage: CrossDocumentStage, shards: list[StageShardView], scratch: Path
+) -> tuple[pa.Table, float]:
     """The stage's labels, and CPU seconds."""
     scratch.mkdir()
-    views = [replace(shard, out=stage.title) for shard in shards]
+    views = [replace(shard, out=stage.unique_name) for shard in shards]
     start = time.process_time()
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
+        stage.label(views, scratch, JobRunner(stage.unique_name, pool, ignore_progress))
     seconds = time.process_time() - start
-    return pa.concat_tables(pq.read_table(view.path(stage.title)) for view in views), seconds
+    return pa.concat_tables(pq.read_table(view.path(stage.unique_name)) for view in views), seconds
 
 
 def report_quality(texts: list[str], labels: pa.Table) -> None:
@@ -169,7 +171,7 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
 def peak_memory(shards: list[StageShardView], folder: Path) -> float:
     """MB that a process takes at most to run both stages over shards, in small ranges."""
     for stage in (ExactStage(memory=8 << 20), NearStage(memory=8 << 20, max_share=1)):
-        run(stage, shards, folder / stage.title)
+        run(stage, shards, folder / stage.unique_name)
     # Not getrusage: that is never below what the parent had when it started this process.
     return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) / 1e3
 

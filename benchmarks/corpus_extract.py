@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from maxlm.corpus.extraction import Extractor
+from maxlm.corpus.extraction import HtmlExtractorProcess
 
 WORD = re.compile(r"\w+")
 
@@ -97,7 +97,7 @@ class Ours:
     def __init__(self, quality: bool, markdown: bool = False):
         import psutil
 
-        self._extractor = Extractor(quality, markdown, seconds=30)
+        self._extractor = HtmlExtractorProcess(quality, markdown, seconds=30)
         before = set(psutil.Process().children())
         self._extractor.read(b"<p>warm", None)
         [self._child] = set(psutil.Process().children()) - before

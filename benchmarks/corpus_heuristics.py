@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
-from maxlm.corpus.text import split_tokens
+from maxlm.corpus.text import split_words_and_symbols
 from maxlm.data.documents import SourceConfig, read_documents
 
 
@@ -52,7 +52,7 @@ def take_our_words() -> None:
     """From here on datatrove's filters split texts as we do."""
     for name, module in list(sys.modules.items()):
         if name.startswith("datatrove.pipeline.filters") and hasattr(module, "split_into_words"):
-            module.split_into_words = lambda text, language=None: split_tokens(text)  # type: ignore[attr-defined]
+            module.split_into_words = lambda text, language=None: split_words_and_symbols(text)  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     size = sum(len(text.encode()) for text in texts) / 1e6
     filters = peer_filters()
     batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, pa.large_string())})
-    label = HeuristicsStage().open()
+    label = HeuristicsStage().make_batch_label_fn()
     label(batch.slice(0, 1))  # Imports.
     for keeps in filters.values():
         keeps(texts[0])  # Loads.
@@ -93,7 +93,7 @@ def main() -> None:
     labels = label(batch)
     names = [f"heuristics.{name}" for name in labels.schema.names]
     table = pa.Table.from_batches([labels]).rename_columns(names)
-    ours = {name: Expression(PUBLISHED[name]).true(table) for name in filters}
+    ours = {name: Expression(PUBLISHED[name]).evaluate(table) for name in filters}
     theirs = {name: np.array([k(text) for text in texts]) for name, k in filters.items()}
     take_our_words()
     on_ours = {name: np.array([k(text) for text in texts]) for name, k in peer_filters().items()}

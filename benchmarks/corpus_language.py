@@ -93,7 +93,10 @@ def predictors() -> dict[str, Predict]:
     """Functions from texts to codes."""
     import fasttext
 
-    label, model = LanguageStage().open(), fasttext.load_model(str(find_shipped_model()))
+    label, model = (
+        LanguageStage().make_batch_label_fn(),
+        fasttext.load_model(str(find_shipped_model())),
+    )
 
     def ours(texts: list[str]) -> list[str]:
         batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
@@ -122,7 +125,7 @@ def predictors() -> dict[str, Predict]:
 def english_share(texts: list[str]) -> list[float]:
     """The part of each text that our spans call English."""
     batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
-    spans = LanguageStage().open()(batch).column("spans").to_pylist()
+    spans = LanguageStage().make_batch_label_fn()(batch).column("spans").to_pylist()
     return [
         sum(span["end"] - span["start"] for span in each if span["name"] == "en") / len(text)
         for text, each in zip(texts, spans, strict=True)

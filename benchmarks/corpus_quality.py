@@ -68,7 +68,7 @@ def main() -> None:
     raw, labels = good + bad, np.arange(len(good) + len(bad)) < len(good)
     texts = [text.decode() for text in raw]
     training, (model, report) = measure_seconds(lambda: train_classifier(good, bad, settings))
-    predicting, scores = measure_seconds(lambda: model.predict(texts))
+    predicting, scores = measure_seconds(lambda: model.predict_proba(texts))
     print(report)
     size = sum(map(len, raw)) / 1e6
     print(f"\n{len(raw)} documents, {size:.1f} MB; CPU seconds: training {training:.2f}")

@@ -65,7 +65,7 @@ def write_corpus(folder: Path, texts: Sequence[str]) -> list[StageShardView]:
         with ShardWriter(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), 64):
                 rows = [{"id": str(i), "text": t} for i, t in enumerate(part[first : first + 64])]
-                writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+                writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
     return shards
 
 
@@ -84,9 +84,9 @@ def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
 def run(stage: SubstringStage, shards: Sequence[StageShardView], scratch: Path) -> None:
     """The stage, as the runner would call it."""
     scratch.mkdir()
-    views = [replace(shard, out=stage.title) for shard in shards]
+    views = [replace(shard, out=stage.unique_name) for shard in shards]
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
+        stage.label(views, scratch, JobRunner(stage.unique_name, pool, ignore_progress))
 
 
 def measure(stage, small, shards, scratch, connection) -> None:
@@ -110,7 +110,7 @@ def cut_share(stage: SubstringStage, shards: Sequence[StageShardView]) -> float:
     """The share of all characters that are cut."""
     lost = total = 0
     for shard in shards:
-        for rows in shard.rows(("text", f"{stage.title}.cut_share")):
+        for rows in shard.read_selected_rows(("text", f"{stage.unique_name}.cut_share")):
             sizes = np.array([len(text) for text in rows.batch.column(0).to_pylist()])
             total += sizes.sum()
             lost += (sizes * rows.batch.column(1).to_numpy()).sum()

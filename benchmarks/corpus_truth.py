@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from maxlm.corpus.cuts import cut
+from maxlm.corpus.cuts import remove_spans
 from maxlm.corpus.opened import OpenCorpus, mark_kept
 
 COLUMNS = (
@@ -27,7 +27,7 @@ def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
     names = [name for rule in rules.keep.values() for name in rule.names]
     found = {}
     for shard in corpus.shards:
-        for table in shard.groups(list(dict.fromkeys([*COLUMNS, *names]))):
+        for table in shard.read_row_groups(list(dict.fromkeys([*COLUMNS, *names]))):
             for row, keep in zip(table.to_pylist(), mark_kept(table, rules), strict=True):
                 found[row["id"]] = row | {"kept": bool(keep)}
     return found
@@ -65,7 +65,7 @@ def main() -> None:
             continue
         spans = [(span["start"], span["end"]) for span in row["substring.cuts"] or ()]
         times += 1
-        left += t["text"] in cut(row["text"], spans)
+        left += t["text"] in remove_spans(row["text"], spans)
     share("repeated paragraph in kept documents, cut (one stays)", times - left, times)
     found = Counter()
     for t in truth["pii"]:

@@ -34,7 +34,7 @@ def tokens() -> np.ndarray:
 
 def maxlm_step() -> Step:
     from maxlm.config import load_config
-    from maxlm.programs.setup import set_up
+    from maxlm.programs.setup import set_up_run
     from maxlm.run import RunConfig
     from maxlm.train.batch import batch_sharding
 
@@ -46,7 +46,7 @@ def maxlm_step() -> Step:
         *(f"data.seq_len={SEQ}", f"data.batch_size={BATCH}", "schedule.kind=constant"),
         *("schedule.warmup_steps=0", f"schedule.learning_rate={RATE}", "mesh.fsdp=1"),
     ]
-    setup = set_up(load_config(RunConfig, "models/demo", settings).value, jax.devices()[:1])
+    setup = set_up_run(load_config(RunConfig, "models/demo", settings).value, jax.devices()[:1])
     data = tokens()
     batch = {
         "tokens": data[:, :-1],
@@ -57,7 +57,7 @@ def maxlm_step() -> Step:
     }
     sharding = batch_sharding(setup.compute, setup.mesh)
     batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
-    state, step = setup.init(), setup.step_function()
+    state, step = setup.init_train_state(), setup.jit_train_step()
 
     def run() -> float:
         nonlocal state

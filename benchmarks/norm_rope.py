@@ -189,7 +189,7 @@ def microseconds(case: str, chip: str, *, pallas: bool) -> float:
     """The schedule's own time, of all kernels one after another."""
     costs = measure(Spec("norm_rope:program", {"case": case, "pallas": pallas}), chip)
     cycles = sum(kernel.cycles for kernel in (*costs.kernels, *costs.others))
-    return cycles / costs.chip.clock / MICRO
+    return cycles / costs.chip.clock_hz / MICRO
 
 
 def main() -> None:

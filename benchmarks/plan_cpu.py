@@ -92,15 +92,15 @@ def measure(name: str, seconds: float) -> None:
     from maxlm.config import load_config
     from maxlm.plan.hardware import measure_cpu
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.setup import set_up
+    from maxlm.programs.setup import set_up_run
     from maxlm.run import RunConfig
     from maxlm.train.batch import batch_sharding
 
     run, devices, settings = CASES[name]
     jax.config.update("jax_num_cpu_devices", devices)
     config = load_config(RunConfig, f"runs/{run}", settings).value
-    setup = set_up(config)
-    state, step = setup.init(), setup.step_function()
+    setup = set_up_run(config)
+    state, step = setup.init_train_state(), setup.jit_train_step()
     data, micro = config.data, config.train.micro_batches
     shape = (micro, data.batch_size // micro, data.seq_len)
     tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, shape, np.int32)

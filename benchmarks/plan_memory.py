@@ -67,7 +67,7 @@ def measure(name: str) -> None:
     config = load_config(RunConfig, f"runs/{run}", [*settings, *more]).value
     plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
-    sent = sum(s.sent_bytes for s in plan.sends)
+    sent = sum(s.sent_bytes for s in plan.collectives)
     print(json.dumps([float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes()]))
 
 

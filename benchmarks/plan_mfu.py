@@ -23,7 +23,7 @@ import numpy as np
 from maxlm.config import load_config
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS
-from maxlm.plan.layout import count_training_flops
+from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.network import Network
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import Efficiency, estimate_time
@@ -174,7 +174,7 @@ def _prepared(row: Row) -> Any:
         }
     )
     work = RunWorkload.of(config, jnp.bfloat16)
-    counted = count_training_flops(work)
+    counted = count_training_flops_per_token(work)
     split = MeshPartitioning(config, {a: sizes[a] for a in MESH_AXES})
     shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)
     network = Network(machine, CHIPS[machine.kind])

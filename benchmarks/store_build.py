@@ -23,7 +23,7 @@ from pathlib import Path
 from maxlm.data.documents import SourceConfig, list_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.runtime.pool import count_workers
+from maxlm.runtime.pool import count_usable_cores
 
 LIBRARY = ("encode_batch", "encode_batch_fast")
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=count_workers())
+    parser.add_argument("--workers", type=int, default=count_usable_cores())
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -89,7 +89,7 @@ def main() -> None:
         train_tokenizer(config, texts).save(root / "tokenizer")
         costs = measure(texts, root, arguments.workers, arguments.rounds)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    cores = count_workers()
+    cores = count_usable_cores()
     print(f"{size:.1f} MB, {len(texts)} documents, {cores} cores, {arguments.workers} workers")
     for name, each in costs.items():
         wall, cpu = ([getattr(one, kind) for one in each] for kind in ("wall", "cpu"))

@@ -25,7 +25,7 @@ from maxlm.data.tokenizer import (
     train_tokenizer,
 )
 from maxlm.data.tokenizer.huggingface import PATTERN
-from maxlm.runtime.pool import use_one_thread
+from maxlm.runtime.pool import use_one_tokenizer_thread
 
 
 def read_texts(limit: int, source: str = PYTHON_STDLIB) -> list[bytes]:
@@ -76,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.cpu_time:
-        use_one_thread()
+        use_one_tokenizer_thread()
 
     import tokenizers
 

@@ -26,7 +26,7 @@ def main() -> int:
     from maxlm.cli.main import main as maxlm
     from maxlm.programs import train
 
-    taken = train.load_training_batches
+    taken = train.open_training_batches
 
     @contextmanager
     def witnessed(setup: Any, source: Any, start: int, skips: Any = ()) -> Iterator[Iterator[Any]]:
@@ -43,7 +43,7 @@ def main() -> int:
 
             yield noted()
 
-    train.load_training_batches = witnessed
+    train.open_training_batches = witnessed
     return maxlm(arguments)
 
 

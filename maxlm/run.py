@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, FileName, LocalPath, load_config
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.inference.sampling import SamplesConfig, check_samples
+from maxlm.inference.sampling import FinalSamplesConfig, check_samples
 from maxlm.models.adapters import AdapterConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
@@ -18,7 +18,7 @@ from maxlm.models.placement import check_latent_split
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.tasks import ClmTask, FrozenModelSource, TaskConfig, check_task
-from maxlm.train.config import CheckpointConfig, FaultsConfig, TrainConfig
+from maxlm.train.config import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig, ScheduleConfig
 from maxlm.train.reporting import ReportingConfig
 
@@ -59,9 +59,9 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultsConfig = FaultsConfig()
+    faults: FaultToleranceConfig = FaultToleranceConfig()
     reporting: ReportingConfig = ReportingConfig()
-    samples: SamplesConfig = SamplesConfig()
+    samples: FinalSamplesConfig = FinalSamplesConfig()
 
     # Settings that had another name in earlier versions, by it.
     renamed: ClassVar[Mapping[str, str]] = {"objective": "task"}

@@ -34,7 +34,7 @@ class TpuChip(NamedTuple):
     float8: tuple[Any, ...] = ()
     """8-bit floats that it multiplies; others are widened to bf16, which holds them exactly."""
 
-    def multiplies(self, left: Any, right: Any) -> bool:
+    def multiplies_natively(self, left: Any, right: Any) -> bool:
         """Whether operands of these types are multiplied as they are."""
         if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
             return left == right
@@ -43,7 +43,7 @@ class TpuChip(NamedTuple):
         return left in self.float8 and right in self.float8
 
     @property
-    def clock(self) -> float:
+    def clock_hz(self) -> float:
         """Clock rate at which every matrix unit, always busy, gives the stated peak; Hz."""
         return self.peak_flops / (self.cores * self.mxus * self.flops_per_mxu_cycle)
 

@@ -35,7 +35,7 @@ def linear_cross_entropy(
     bias: jax.Array | None = None,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
-    chunk: int = 1024,
+    chunk_tokens: int = 1024,
 ) -> Sums:
     """Computes Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
     logits = cap(hidden · head + bias) in fp32; the z term is that of Chowdhery et al. 2022, §5.
@@ -51,7 +51,7 @@ def linear_cross_entropy(
         bias: fp32 [V] or None.
         soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
             2024, §2).
-        chunk: tokens whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once.
 
     Returns:
         (loss with the z term, cross-entropy without it), fp32 scalars, sums over tokens. Only the
@@ -60,7 +60,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not belong together, soft_cap ≤ 0 or chunk < 1.
     """
-    run = partial(loss_and_gradients, z_loss=z_loss, soft_cap=soft_cap, chunk=chunk)
+    run = partial(loss_and_gradients, z_loss=z_loss, soft_cap=soft_cap, chunk_tokens=chunk_tokens)
     return _differentiable(hidden, head, bias, targets, weights, run)
 
 
@@ -88,32 +88,32 @@ def loss_and_gradients(
     weights: jax.Array,
     *,
     bias: jax.Array | None = None,
-    first: jax.Array | int = 0,
-    axes: tuple[str, ...] = (),
+    vocab_start: jax.Array | int = 0,
+    vocab_axes: tuple[str, ...] = (),
     gradient: bool = True,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
-    chunk: int = 1024,
+    chunk_tokens: int = 1024,
 ) -> tuple[Sums, CrossEntropyGradients | None]:
     """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and their
     gradients, summed over chunks in fp32; not to be differentiated by JAX.
 
     Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is then this
-    device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``axes``.
+    device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``vocab_axes``.
 
     Args: as there; and
-        first: the index in the vocabulary of the share's first entry.
-        axes: the mesh axes that split the vocabulary.
+        vocab_start: the index in the vocabulary of the share's first entry.
+        vocab_axes: the mesh axes that split the vocabulary.
 
     Returns:
-        The two sums, alike along ``axes``, not yet summed over devices that hold other tokens; and
-        the gradients of the first, or None. Along ``axes`` that of hidden is a term of a sum that
+        The two sums, alike along ``vocab_axes``, not yet summed over devices that hold other tokens; and
+        the gradients of the first, or None. Along ``vocab_axes`` that of hidden is a term of a sum that
         the caller takes.
     """
-    _check(hidden, head, targets, weights, bias, soft_cap, chunk)
-    options = {"axes": axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}
+    _check(hidden, head, targets, weights, bias, soft_cap, chunk_tokens)
+    options = {"axes": vocab_axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}
     step = partial(_chunk_sums, head=head, bias=bias, **options)
-    chunks = tuple(_split(a, chunk) for a in (hidden, targets - first, weights))
+    chunks = tuple(_split(a, chunk_tokens) for a in (hidden, targets - vocab_start, weights))
 
     def body(carry, inputs):
         d_rows, own = step(*inputs)

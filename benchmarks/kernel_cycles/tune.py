@@ -115,7 +115,7 @@ def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
 
     def rank(blocks: TpuBlocks) -> float:
         found[blocks] = cost = static_cost(problem, chip, blocks)
-        micro = cost.cycles / chip.clock * 1e6
+        micro = cost.cycles / chip.clock_hz * 1e6
         print(f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} spills")
         sys.stdout.flush()
         return cost.rank

@@ -49,11 +49,13 @@ def open_console(file: TextIO | None = None) -> "Console":
     return console
 
 
-def make_table(first: str, numbers: Sequence[str], title: str | None = None) -> "Table":
+def make_numeric_table(
+    first_column: str, numeric_columns: Sequence[str], title: str | None = None
+) -> "Table":
     """Return a table of a column of names and columns of numbers, on the right."""
     from rich.table import Table
 
-    table = Table(first, title=title)
-    for name in numbers:
+    table = Table(first_column, title=title)
+    for name in numeric_columns:
         table.add_column(name, justify="right")
     return table

@@ -37,6 +37,6 @@ def command(
             shard_bytes=int(shard_gb * 1e9),
             progress=lambda done, total, name: show("converting", done, total),
         )
-    print(f"{done.folder}: {done.family}, {done.parameters:,} parameters, {done.dtype}")
+    print(f"{done.folder}: {done.family}, {done.num_params:,} parameters, {done.dtype}")
     for note in done.notes:
         print(f"  {note}")

@@ -16,7 +16,7 @@ from maxlm.cli.common import (
     SetOption,
     SettingsArgument,
     TextArgument,
-    make_table,
+    make_numeric_table,
     open_console,
     print_json,
 )
@@ -133,7 +133,7 @@ def _print_funnel(
     """Print what each rule drops and leaves; also into a page, if one is given."""
     from dataclasses import asdict
 
-    from maxlm.corpus.report import count_lost, summarize, write_report
+    from maxlm.corpus.report import estimate_lost_text, summarize, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.pool import open_executor
@@ -143,7 +143,7 @@ def _print_funnel(
     engines = open_executor(corpus.recipe.engine, corpus.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         summary = summarize(corpus, rules, engine, tokenizer, progress)
-        lost = count_lost(corpus, rules, engine, progress)
+        lost = estimate_lost_text(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
     rows = compute_funnel(rules, summary, sources)
     if page is not None:
@@ -151,7 +151,9 @@ def _print_funnel(
     if as_json:
         print_json({"funnel": rows, "text_lost": asdict(lost)})
         return
-    table = make_table("rule", ("dropped", "left", "MB", *sources), title=str(corpus.folder))
+    table = make_numeric_table(
+        "rule", ("dropped", "left", "MB", *sources), title=str(corpus.folder)
+    )
     for row in rows:
         counts = [f"{row['by_source'][source]:,}" for source in sources]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")

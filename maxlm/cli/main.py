@@ -197,7 +197,7 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 
 def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
     """Find settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
-    from maxlm.config.explain import iterate_keys
+    from maxlm.config.explain import iterate_schema_keys
     from maxlm.config.keys import join_key
     from maxlm.run import RunConfig
 
@@ -205,7 +205,7 @@ def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
     value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
     value = "..." if not value or value.startswith("-") else value
     name = option.strip("-").replace("-", "_").replace(".", "_")
-    keys = sorted(dict.fromkeys(iterate_keys([RunConfig])), key=len)
+    keys = sorted(dict.fromkeys(iterate_schema_keys([RunConfig])), key=len)
     ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
     return [f"{join_key(key)}={value}" for key in ends]
 

@@ -83,9 +83,9 @@ def command(
     if price is not None and result.run_hours is not None:
         out["price"] = price * result.run_hours * result.layout.devices
     if machine and compiled:
-        from maxlm.programs.plans import compare_with_compiler
+        from maxlm.programs.plans import check_fit_by_compiling
 
-        fits, words, compared = compare_with_compiler(run, machine, result)
+        fits, words, compared = check_fit_by_compiling(run, machine, result)
         figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
         out["compiled"] = {"fits": fits, "words": words, "figures": figures}
     if html:
@@ -95,12 +95,12 @@ def command(
     if as_json:
         print_json(out)
     else:
-        from maxlm.plan.show import render_comparison_table, render_plan_tables
+        from maxlm.plan.show import render_plan_tables, render_plan_vs_compiler_table
 
         console = open_console()
         console.print(render_plan_tables(result, price=price))
         if compared:
-            console.print(render_comparison_table(compared, "The plan beside the compiler"))
+            console.print(render_plan_vs_compiler_table(compared, "The plan beside the compiler"))
         if words:
             console.print(f"\n{words}", markup=False)
         if html:
@@ -117,11 +117,11 @@ def compare(
 ) -> None:
     """Show what differs between two plans."""
     from maxlm.plan.diff import compare_plans, render_diff_tables
-    from maxlm.programs.plans import read_plan
+    from maxlm.programs.plans import read_or_compute_plan
 
     if on:
         _stay_off_devices(on)
-    found = compare_plans(read_plan(first, on), read_plan(second, on))
+    found = compare_plans(read_or_compute_plan(first, on), read_or_compute_plan(second, on))
     if as_json:
         print_json(found)
     else:
@@ -165,7 +165,7 @@ def _search(
 
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
-    from maxlm.programs.plans import verify_by_compiling
+    from maxlm.programs.plans import compile_peak_memory_bytes
 
     found = search_layouts(run, machine, top=max(top, verify))
     counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
@@ -186,7 +186,7 @@ def _search(
         if quiet:
             print_json({"fits": False, "search": {**counts, "best": []}})
         raise typer.Exit(1)
-    peaks = verify_by_compiling(run, machine, found.best[:verify])
+    peaks = compile_peak_memory_bytes(run, machine, found.best[:verify])
     console.print(render_candidates_table(found, limit, peaks))
     good = [i for i in (peaks or range(len(found.best))) if peaks.get(i, 0) <= limit]
     if not good:

@@ -46,7 +46,7 @@ def show(
         print_json(found.to_json())
         return
     open_console().print(show_run(found, now))
-    if not found.history.wall:
+    if not found.history.wall_seconds:
         return
     image = Path(run) / "plots" / "goodput.png"
     try:

@@ -12,7 +12,7 @@ from maxlm.cli.common import (
     TextArgument,
     TextFieldOption,
     WorkersOption,
-    make_table,
+    make_numeric_table,
     open_console,
     print_json,
 )
@@ -40,7 +40,7 @@ def build(
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.documents import SourceConfig
-    from maxlm.data.documents.files import find_folder_format, find_roots
+    from maxlm.data.documents.files import find_folder_format, resolve_glob
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 
@@ -51,7 +51,7 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
-    for root in chain.from_iterable(map(find_roots, text)):
+    for root in chain.from_iterable(map(resolve_glob, text)):
         if find_folder_format(root) == "corpus":
             _print_lost(root)
 
@@ -59,12 +59,12 @@ def build(
 def _print_lost(folder: Path) -> None:
     """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
     from maxlm.corpus.opened import OpenCorpus
-    from maxlm.corpus.report import count_lost
+    from maxlm.corpus.report import estimate_lost_text
     from maxlm.runtime.pool import open_executor
 
     corpus = OpenCorpus.open(folder)
     with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
-        print(f"{folder}: {count_lost(corpus, corpus.rules(), engine)}")
+        print(f"{folder}: {estimate_lost_text(corpus, corpus.rules(), engine)}")
 
 
 def append(
@@ -99,19 +99,19 @@ def mix(
 ) -> None:
     """Show what a run reads of each source, over all its steps; builds stores that are missing."""
     from maxlm.config import load_config
-    from maxlm.data.loader import make_batches, mixture_table
-    from maxlm.programs.prepare import check_prepared, prepare
+    from maxlm.data.loader import make_batches, summarize_source_usage
+    from maxlm.programs.prepare import check_prepared_data, prepare_data
     from maxlm.programs.run_folder import create_run_folder, run_folder_path
     from maxlm.run import RunConfig
 
     run = load_config(RunConfig, config, settings or ()).value
     folder = run_folder_path(run)
-    check_prepared(run, folder)
+    check_prepared_data(run, folder)
     with create_run_folder(run, folder):
-        stores = prepare(run, folder).training
+        stores = prepare_data(run, folder).train_stores
     batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
-    table = make_table("source", ("sequences", "share", "tokens", "epochs"))
-    for row in mixture_table(batches, 0, run.train.steps):
+    table = make_numeric_table("source", ("sequences", "share", "tokens", "epochs"))
+    for row in summarize_source_usage(batches, 0, run.train.steps):
         figures = (f"{row.share:.2%}", f"{row.tokens:,}", f"{row.epochs:.2f}")
         table.add_row(row.source, f"{row.sequences:,}", *figures)
     open_console().print(table)
@@ -120,10 +120,10 @@ def mix(
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds, after checking that its arrays have the sizes it claims."""
     from maxlm.data.store import TokenStore
-    from maxlm.data.store.store import describe, summary_table
+    from maxlm.data.store.store import describe_store, summary_table
 
     opened = TokenStore.open(store)
     if as_json:
-        print_json(describe(opened))
+        print_json(describe_store(opened))
     else:
         open_console().print(summary_table(opened))

@@ -11,7 +11,7 @@ from maxlm.cli.common import (
     JsonOption,
     TextArgument,
     TextFieldOption,
-    make_table,
+    make_numeric_table,
     open_console,
     print_json,
 )
@@ -186,9 +186,9 @@ def compare(
 
 def _require_free(out: Path, force: bool) -> None:
     from maxlm.config import MaxlmError
-    from maxlm.data.tokenizer import has_tokenizer
+    from maxlm.data.tokenizer import has_tokenizer_files
 
-    if has_tokenizer(out) and not force:
+    if has_tokenizer_files(out) and not force:
         fix = "add --force to replace it, or choose another --out"
         raise MaxlmError("there is a tokenizer here already", where=str(out), fix=fix)
 
@@ -199,7 +199,7 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
 
     from maxlm.corpus.stages.language import LanguageStage
 
-    label = LanguageStage().open()
+    label = LanguageStage().make_batch_label_fn()
     for _, text in texts:
         rows = pa.record_batch({"text": [text.decode("utf-8", "replace")]})
         yield label(rows).column("name")[0].as_py(), text
@@ -228,7 +228,7 @@ def _read_texts(
 def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
     """Print bytes per token by group, then all measures over all texts; a column a tokenizer."""
     *_, total = found.values()
-    groups = make_table("group", ("MB", *total), title="bytes per token (tokens per word)")
+    groups = make_numeric_table("group", ("MB", *total), title="bytes per token (tokens per word)")
     for group, by_name in found.items():
         size = next(iter(by_name.values())).bytes / 1e6
         cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in by_name.values())
@@ -239,7 +239,7 @@ def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
 
 def _print_measures(found: "dict[str, TokenizerStats]") -> None:
     """Print a row for each measure, and a column for each tokenizer."""
-    table = make_table("all texts", list(found))
+    table = make_numeric_table("all texts", list(found))
     measures = {
         "documents": "{0.documents:,}",
         "bytes": "{0.bytes:,}",

@@ -46,7 +46,7 @@ def command(
         num_processes=num_processes,
         process_id=process_id,
     ):
-        from maxlm.programs.report import report
+        from maxlm.programs.report import print_training_report
         from maxlm.programs.train import train_model
 
-        report(train_model(run, resume=resume, profile=traced))
+        print_training_report(train_model(run, resume=resume, profile=traced))

@@ -45,7 +45,7 @@ class Preempted(MaxlmError):
     exit_code = PREEMPTED
 
 
-class Lost(MaxlmError):
+class ProcessLost(MaxlmError):
     """Processes did not come, or died on the way; no mistake of the user's."""
 
     exit_code = LOST

@@ -132,7 +132,7 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     *parents, last = fault.key
     leaf = str(last)
     siblings = _list_field_names(fault.siblings)
-    everywhere = list(iterate_keys([cls]))
+    everywhere = list(iterate_schema_keys([cls]))
     if not parents and leaf in (renamed := getattr(cls, "renamed", {})):
         return f"did you mean {renamed[leaf]}?"
     if leaf == "include":
@@ -224,17 +224,19 @@ def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
     return found or kinds
 
 
-def iterate_keys(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
+def iterate_schema_keys(
+    model_types: list[Any], key: Key = (), above: tuple[type, ...] = ()
+) -> Iterator[Key]:
     """Yields every key of the tree, parents first; an element of a list is shown as its first."""
-    for model in _select_models(kinds):
+    for model in _select_models(model_types):
         if model in above:
             continue
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
             inner = _split_union(info.annotation)
-            yield from iterate_keys(inner, here, (*above, model))
+            yield from iterate_schema_keys(inner, here, (*above, model))
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
                 if elements := _list_child_types([kind], part) if typing.get_origin(kind) else []:
-                    yield from iterate_keys(elements, (*here, part), (*above, model))
+                    yield from iterate_schema_keys(elements, (*here, part), (*above, model))

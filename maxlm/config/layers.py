@@ -141,7 +141,7 @@ def _override(root: Setting, override: str) -> Setting:
         fix = "write key=value, such as model.num_layers=4"
         raise MaxlmError(what, where=str(COMMAND_LINE), fix=fix)
     try:
-        value = parse_yaml(text, COMMAND_LINE.source, lines=False)
+        value = parse_yaml(text, COMMAND_LINE.source, track_lines=False)
     except MaxlmError as error:
         where = f"{COMMAND_LINE}: {override[:60]}"
         raise MaxlmError(error.what, where=where, fix=error.fix) from None

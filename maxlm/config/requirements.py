@@ -23,7 +23,7 @@ def check_requirements(requirements: Iterable[Requirement]) -> None:
             raise requirement.error()
 
 
-def filter_candidates(requirements: Iterable[Requirement]) -> Any:
+def valid_candidates_mask(requirements: Iterable[Requirement]) -> Any:
     """Return which candidates meet all requirements, bool [candidates] or a scalar."""
     return np.all(np.stack(np.broadcast_arrays(*(r.holds for r in requirements))), axis=0)
 

@@ -145,15 +145,15 @@ for _tag, (_pattern, _first) in _PLAIN_SCALARS.items():
         _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, list(_first))
 
 
-def parse_yaml(text: str, source: str, *, lines: bool = True) -> Setting:
+def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
     """Reads one YAML document. Keys of mappings are always text (``on:`` is the key "on").
 
     Args:
         source: the file, or "command line", for messages and origins.
-        lines: whether line numbers mean anything to the user.
+        track_lines: whether line numbers mean anything to the user.
     """
     try:
-        loader = _Loader(text, source, lines)
+        loader = _Loader(text, source, track_lines)
         node = loader.get_single_node()
         if node is None:
             return Setting(None, SettingOrigin(source))
@@ -164,7 +164,7 @@ def parse_yaml(text: str, source: str, *, lines: bool = True) -> Setting:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
         fix = "indent with spaces, not tabs" if "'\\t'" in what else None
-        where = f"{source}:{mark.line + 1}" if lines and mark else source
+        where = f"{source}:{mark.line + 1}" if track_lines and mark else source
         raise MaxlmError(f"not YAML: {what}", where=where, fix=fix) from None
     except yaml.YAMLError as error:
         what = " ".join(str(error).split())

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.encoding import clean, decode
+from maxlm.corpus.encoding import decode, remove_control_characters
 from maxlm.corpus.stage import check_packages
 from maxlm.data.documents.config import FilesConfig
 
-Count = Callable[[str], None]
+SkipCallback = Callable[[str], None]
 """Called with the reason, for each record that is no document."""
 
 _LINE_START = b"\nWARC/"
@@ -73,7 +73,7 @@ class _Damaged(_PassOver):
     """The record is not all there: what follows may be anything."""
 
 
-def read_warc(path: Path, count: Count, max_bytes: int = 1 << 24) -> Iterator[RawDocument]:
+def read_warc(path: Path, on_skip: SkipCallback, max_bytes: int = 1 << 24) -> Iterator[RawDocument]:
     """Reads the documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
@@ -85,17 +85,17 @@ def read_warc(path: Path, count: Count, max_bytes: int = 1 << 24) -> Iterator[Ra
     try:
         with open(path, "rb") as file:
             if not path.stat().st_size:
-                count("broken")
+                on_skip("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                yield from _read_records(file, view, path.name, count, max_bytes)
+                yield from _read_records(file, view, path.name, on_skip, max_bytes)
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
 
 
 def _read_records(
-    file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
+    file: io.BufferedReader, view: mmap.mmap, name: str, count: SkipCallback, max_bytes: int
 ) -> Iterator[RawDocument]:
     """Yields the documents; starts again at the next possible place when a record is broken."""
     check_packages(("fastwarc",), "reading a WARC")
@@ -173,7 +173,7 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
         id=id_ or f"{name}:{record.stream_pos}",
         url=(headers.get("WARC-Target-URI") or "").strip("<> ") or None,  # wget writes <URL>
         html=None if is_text else body,
-        text=clean(decode(body, meta.get("charset"))[0]) if is_text else None,
+        text=remove_control_characters(decode(body, meta.get("charset"))[0]) if is_text else None,
         meta=meta,
     )
 

@@ -22,7 +22,7 @@ CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 _SPACE = re.compile(r"\s+")
 
 
-def cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
+def remove_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
     """`text` without `spans`.
 
     Args:

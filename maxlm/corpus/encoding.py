@@ -66,7 +66,7 @@ def _candidates(data: bytes, charset: str | None) -> Iterator[str]:
     yield "cp1252"
 
 
-def clean(text: str) -> str:
+def remove_control_characters(text: str) -> str:
     """Removes the code points that no text holds: NUL, other ASCII controls, surrogates."""
     return text.encode("utf-8", "ignore").translate(None, _CONTROLS).decode()
 

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import OpenCorpus, read_kept
-from maxlm.corpus.recipe import Rules
+from maxlm.corpus.opened import OpenCorpus, apply_rules
+from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import find_language_label
-from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.files import convert_write_errors, lock_folder
@@ -37,7 +37,7 @@ _TYPES = {"text": pa.large_string()}
 
 def export_corpus(
     corpus: OpenCorpus,
-    rules: Rules,
+    rules: FilterRules,
     out: Path,
     format: ExportFormat,
     engine: Executor,
@@ -70,7 +70,7 @@ def export_corpus(
         new = building / "new"
         shutil.rmtree(new, ignore_errors=True)  # Of a killed export.
         new.mkdir()
-        shards = settle_duplicates(corpus, rules, progress)
+        shards = resolve_duplicates_for_rules(corpus, rules, progress)
         ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
         parts = groupby(zip(ends, shards, strict=True), lambda each: each[0] // _JOB_BYTES)
         jobs = [
@@ -103,7 +103,7 @@ def _check_replaceable(out: Path, force: bool) -> None:
 
 
 def _export_shards(
-    rules: Rules,
+    rules: FilterRules,
     columns: Sequence[str],
     format: ExportFormat,
     part: tuple[str, list[StageShardView]],
@@ -135,12 +135,15 @@ def _export_shards(
 
 
 def _read_groups(
-    rules: Rules, columns: Sequence[str], shards: Sequence[StageShardView], counts: Counter[str]
+    rules: FilterRules,
+    columns: Sequence[str],
+    shards: Sequence[StageShardView],
+    counts: Counter[str],
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Some documents at a time, and the bytes of their texts; adds up `counts` on the way."""
     names = [name if "." not in name else "language" for name in columns]
     rows, size = [], 0
-    kept = chain.from_iterable(read_kept(shard, rules, columns) for shard in shards)
+    kept = chain.from_iterable(apply_rules(shard, rules, columns) for shard in shards)
     for values, text in chain(kept, [((), None)]):
         if rows and (not values or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
             counts.update(documents=len(rows), text_bytes=size)

@@ -71,7 +71,7 @@ class Expression:
         """The expression's comparisons of a label with a number."""
         return tuple(_thresholds(self._tree))
 
-    def true(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
+    def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has a column for each of `names`."""
         value = _evaluate(self._tree, table)
         if isinstance(value, pa.Scalar):
@@ -79,36 +79,38 @@ class Expression:
         return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 
 
-def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expression:
+def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> Expression:
     """Check an expression against the types of the labels that it may name.
 
     Args:
-        where: the config key it comes from, for errors.
+        error_location: the config key it comes from, for errors.
     """
     try:
         tree = _parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", str(error))
-        raise MaxlmError(f"{text!r} is no expression: {reason}", where=where, fix=_FIX) from error
+        raise MaxlmError(
+            f"{text!r} is no expression: {reason}", where=error_location, fix=_FIX
+        ) from error
     expression = Expression(text)
     try:
         names = expression.names
         for name in names:
             if name not in labels:
-                raise make_unknown_label_error(name, labels, where)
+                raise make_unknown_label_error(name, labels, error_location)
         empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
         value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
         _ = expression.thresholds
     except _Unknown as error:
         what = f"{text!r}: {error} means nothing here"
-        raise MaxlmError(what, where=where, fix=_FIX) from error
+        raise MaxlmError(what, where=error_location, fix=_FIX) from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
         what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
         kinds = ", ".join(f"{name} is {labels[name]}" for name in names)
-        raise MaxlmError(what, where=where, fix=f"labels: {kinds}") from error
+        raise MaxlmError(what, where=error_location, fix=f"labels: {kinds}") from error
     if not pa.types.is_boolean(value.type):
         what = f"{text!r} is a value, not a condition"
-        raise MaxlmError(what, where=where, fix="compare it with something") from None
+        raise MaxlmError(what, where=error_location, fix="compare it with something") from None
     return expression
 
 
@@ -122,7 +124,7 @@ class _Unknown(Exception):
 
 
 def make_unknown_label_error(
-    name: str, labels: Mapping[str, pa.DataType], where: str
+    name: str, labels: Mapping[str, pa.DataType], error_location: str
 ) -> MaxlmError:
     """The error for a label that does not exist; names near ones."""
     near = get_close_matches(name, labels, n=3, cutoff=0.5)
@@ -130,7 +132,7 @@ def make_unknown_label_error(
         near = [label for label in labels if name.rpartition(".")[2] in label][:3]
     listed = ", ".join(near or list(labels)[:8]) or "no stage gives any"
     fix = f"did you mean {listed}?" if near else f"there are: {listed}"
-    return MaxlmError(f'there is no label "{name}"', where=where, fix=fix)
+    return MaxlmError(f'there is no label "{name}"', where=error_location, fix=fix)
 
 
 def _dotted(node: ast.expr) -> str | None:

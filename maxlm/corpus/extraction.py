@@ -20,30 +20,30 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pages import Page, load_parsers, read_page
+from maxlm.corpus.pages import ExtractedPage, extract_page, load_parsers
 
 _MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
 _GRACE = 60  # Seconds on the clock for a page, beside 20 for each of processor time.
 _CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve{arguments!r}"
 
 
-class Extractor:
+class HtmlExtractorProcess:
     """Reads pages in a child process, which starts with the first page and ends with this object.
 
     Works in any process and thread, daemonic ones included; used by one thread at a time.
     """
 
-    def __init__(self, quality: bool, markdown: bool, seconds: float):
-        """See `read_page`; `seconds`: processor time that a page may take, for each way of it."""
-        self._ways = [(True, markdown), (False, False)] if quality else [(False, False)]
+    def __init__(self, use_trafilatura: bool, markdown: bool, seconds: float):
+        """See `extract_page`; `seconds`: processor time that a page may take, for each way of it."""
+        self._ways = [(True, markdown), (False, False)] if use_trafilatura else [(False, False)]
         self._seconds = seconds
         self._child: tuple[subprocess.Popen, Connection] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def read(self, data: bytes, charset: str | None) -> Page:
+    def read(self, data: bytes, charset: str | None) -> ExtractedPage:
         """Read a page of HTML, with the charset of its HTTP header. What takes too long or fails in
         one way is tried in the next."""
-        page = Page("broken")
+        page = ExtractedPage("broken")
         for way in self._ways:
             page = self._ask(data, charset, *way)
             if page.status not in ("timeout", "broken"):
@@ -55,7 +55,7 @@ class Extractor:
         self._end()
         self._child = None
 
-    def _ask(self, *question: Any) -> Page:
+    def _ask(self, *question: Any) -> ExtractedPage:
         process, connection = self._child or self._start()
         try:
             connection.send(question)
@@ -66,7 +66,7 @@ class Extractor:
         except (EOFError, OSError):  # The page was its end.
             stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
             self.close()
-            return Page("timeout" if stopped else "broken")
+            return ExtractedPage("timeout" if stopped else "broken")
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
@@ -92,7 +92,7 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
     process.wait()
 
 
-def serve(fd: int, seconds: float, quality: bool) -> None:
+def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
     """Read pages for the process at the other end, until it ends; see `Extractor`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -101,16 +101,16 @@ def serve(fd: int, seconds: float, quality: bool) -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     connection = Connection(fd)
-    load_parsers(quality)  # Else it is on the first page's time.
+    load_parsers(use_trafilatura)  # Else it is on the first page's time.
     connection.send(os.getpid())
     try:
         while True:
             question = connection.recv()
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             try:
-                page = read_page(*question)
+                page = extract_page(*question)
             except Exception:  # The parsers raise what they like; the label says so.
-                page = Page("broken")
+                page = ExtractedPage("broken")
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send(page)
     except (EOFError, ConnectionError):

@@ -90,7 +90,7 @@ class _Ngrams:
 
 
 def estimate_kneser_ney(
-    sentences: Iterable[str], path: Path, config: KneserNeyConfig
+    sentences: Iterable[str], arpa_path: Path, config: KneserNeyConfig
 ) -> KneserNeyReport:
     """Estimates a model and writes it to an ARPA file, which appears when complete.
 
@@ -114,7 +114,7 @@ def estimate_kneser_ney(
         _estimate_discounts(order, grams.count, config.discount_fallback)
         for order, grams in enumerate(orders, 1)
     ]
-    with convert_write_errors(path), replace_file(path) as new, new.open("wb") as file:
+    with convert_write_errors(arpa_path), replace_file(arpa_path) as new, new.open("wb") as file:
         _write_model(file, words, orders, discounts)
     return KneserNeyReport(
         int(np.count_nonzero(ids != _BEGIN)),

@@ -26,21 +26,21 @@ from maxlm.corpus.recipe import (
     resolve_rules,
 )
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
-from maxlm.runtime.files import verify_json_digest
+from maxlm.runtime.files import verify_and_strip_json_digest
 
 _AGAIN = "run maxlm corpus run with its recipe again"
 
 
-def get_manifest_path(home: Path) -> Path:
+def get_manifest_path(stage_folder: Path) -> Path:
     """Returns the path of the manifest in a stage's folder, which is written last."""
-    return home / "manifest.json"
+    return stage_folder / "manifest.json"
 
 
 def read_recipe(folder: Path) -> RecipeConfig:
     """Reads the recipe that a corpus was made by."""
     try:
         return RecipeConfig.model_validate_json(
-            verify_json_digest(get_recipe_path(folder).read_text("utf-8"))
+            verify_and_strip_json_digest(get_recipe_path(folder).read_text("utf-8"))
         )
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
@@ -82,7 +82,7 @@ class OpenCorpus:
         """Reads the manifest of a stage's folder."""
         path = get_manifest_path(self.folder / title)
         try:
-            return json.loads(verify_json_digest(path.read_text("utf-8")))
+            return json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
             what = f"the stage {title} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
@@ -129,7 +129,7 @@ def mark_kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
     return keep
 
 
-def read_kept(
+def apply_rules(
     shard: StageShardView, rules: Rules, columns: Sequence[str] = ("id",)
 ) -> Iterator[tuple[tuple[Any, ...], str | None]]:
     """Yields (values of `columns`, text) of each document of a shard, in order; None for what the
@@ -138,7 +138,7 @@ def read_kept(
     Spans of all the labels in `rules.cut` are cut out of the text.
 
     Args:
-        shard: with duplicates settled (`settle_duplicates`).
+        shard: with duplicates settled (`resolve_duplicates_for_rules`).
     """
     for table in shard.groups(list(dict.fromkeys([*columns, "text", *rules.names, *rules.cut]))):
         keep = mark_kept(table, rules)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 
-from maxlm.corpus.encoding import clean, count_controls, decode
+from maxlm.corpus.encoding import count_controls, decode, remove_control_characters
 
 _HEAD = 1 << 16  # Characters of a page in which its metadata are looked for.
 _TAG = re.compile(r"<[a-zA-Z!/?]")
@@ -42,7 +42,7 @@ _UNCLOSED = frozenset(
 
 
 @dataclass(frozen=True)
-class Page:
+class ExtractedPage:
     """A page that was read, or the reason why it was not."""
 
     status: str
@@ -59,13 +59,15 @@ class Page:
     """Name of the extractor that found the text: "trafilatura" or "fast"."""
 
 
-def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -> Page:
+def extract_page(
+    data: bytes, charset: str | None, use_trafilatura: bool, markdown: bool
+) -> ExtractedPage:
     """Read a page.
 
     Args:
         data: HTML.
         charset: of the HTTP header.
-        quality: by trafilatura (Barbaresi, ACL 2021), without its fallbacks to other libraries:
+        use_trafilatura: by trafilatura (Barbaresi, ACL 2021), without its fallbacks to other libraries:
             they cost half its speed and lose on both labelled sets of
             `benchmarks/corpus_extract.py`. Else, and where it finds nothing or would be cut short,
             by resiliparse (Bevendorff et al., ECIR 2018).
@@ -75,33 +77,33 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
     # A tenth of random bytes are controls, and they are no UTF-8.
     binary = not encoding.startswith("utf") and count_controls(data) > len(data) // 20
     if binary or not _TAG.search(source):
-        return Page("not_html", encoding=encoding)
+        return ExtractedPage("not_html", encoding=encoding)
     raw = source.encode() if encoding.startswith("utf-16") else data
-    few = raw.count(b"<") <= (MOST_DEPTH if quality else TOO_DEEP)
+    few = raw.count(b"<") <= (MOST_DEPTH if use_trafilatura else TOO_DEEP)
     depth = 0 if few else measure_nesting(raw)
     if depth > TOO_DEEP:
-        return Page("too_deep", encoding=encoding)
+        return ExtractedPage("too_deep", encoding=encoding)
     head = source[:_HEAD]
     metas = dict(_metas(head.partition("</head>")[0]))
-    page = Page(
+    page = ExtractedPage(
         "ok",
         title=_title(head, metas),
         date=_date(head, metas),
         language_hint=_language(head, metas),
         encoding=encoding,
     )
-    if quality and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
+    if use_trafilatura and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
         return replace(page, text=text, mode="trafilatura")
     if text := _resiliparse(source):
         return replace(page, text=text, mode="fast")
     return replace(page, status="empty")
 
 
-def load_parsers(quality: bool) -> None:
-    """Import what `read_page` needs, which takes longer than most pages."""
+def load_parsers(use_trafilatura: bool) -> None:
+    """Import what `extract_page` needs, which takes longer than most pages."""
     import resiliparse.extract.html2text  # noqa: F401
 
-    if quality:
+    if use_trafilatura:
         import trafilatura  # noqa: F401
 
 
@@ -115,7 +117,7 @@ def _trafilatura(source: str, markdown: bool) -> str:
         include_tables=True,
         output_format="markdown" if markdown else "txt",
     )
-    return clean(text or "").strip()
+    return remove_control_characters(text or "").strip()
 
 
 def _resiliparse(source: str) -> str:
@@ -124,7 +126,7 @@ def _resiliparse(source: str) -> str:
     text = extract_plain_text(
         source, main_content=True, alt_texts=False, comments=False, post_meta=False
     )
-    return clean(text).strip()
+    return remove_control_characters(text).strip()
 
 
 def measure_nesting(data: bytes) -> int:
@@ -143,7 +145,7 @@ def measure_nesting(data: bytes) -> int:
 def _title(head: str, metas: dict[str, str]) -> str | None:
     found = _TITLE.search(head)
     text = html.unescape(found[1]) if found else metas.get("og:title", "")
-    return clean(" ".join(text.split()))[:_TITLE_CHARACTERS] or None
+    return remove_control_characters(" ".join(text.split()))[:_TITLE_CHARACTERS] or None
 
 
 def _date(head: str, metas: dict[str, str]) -> str | None:

@@ -13,18 +13,18 @@ from typing import Any
 import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import OpenCorpus, read_kept
+from maxlm.corpus.opened import OpenCorpus, apply_rules
 from maxlm.corpus.recipe import Rules, get_text_stages
-from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
 from maxlm.data.documents.streams import open_stream
 from maxlm.runtime.files import hash_file
 
 
 @dataclass(frozen=True)
-class KeptShard:
+class FilteredShard:
     """A shard of a corpus and the rules that say what is taken from it."""
 
     shard: StageShardView
@@ -43,9 +43,9 @@ class CorpusReader:
         rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
         texts, files = get_text_stages(corpus.recipe), []
         digests = {s: corpus.manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()}
-        for shard in settle_duplicates(corpus, rules):
+        for shard in resolve_duplicates_for_rules(corpus, rules):
             labels = [*rules.names, *rules.cut]
-            stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}
+            stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
             stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
             known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
             path = shard.path(DOCUMENTS)
@@ -57,25 +57,25 @@ class CorpusReader:
                     compression="none",
                     size=path.stat().st_size,
                     extra_paths=tuple(known)[1:],
-                    details=KeptShard(shard, rules, {p: d for p, d in known.items() if d}),
+                    details=FilteredShard(shard, rules, {p: d for p, d in known.items() if d}),
                 )
             )
         return files
 
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
         """Reads the documents of a shard."""
-        kept: KeptShard = part.file.details
+        kept: FilteredShard = part.file.details
         for path in (part.file.path, *part.file.extra_paths):
             with open_stream(path, "none"):
                 if path in kept.digests and hash_file(path) != kept.digests[path]:
                     what = "this file has changed since maxlm corpus run wrote it"
                     fix = "delete it and run the corpus's recipe again"
                     raise MaxlmError(what, where=str(path), fix=fix)
-        for (document_id,), text in read_kept(kept.shard, kept.rules):
+        for (document_id,), text in apply_rules(kept.shard, kept.rules):
             if text is None:
-                yield LeftOut.RULE
+                yield SkipReason.RULE
             else:
-                yield Document(document_id, text.encode()) if text else LeftOut.EMPTY
+                yield Document(document_id, text.encode()) if text else SkipReason.EMPTY
 
     def describe_selected_documents(self, files: Iterable[SourceFile]) -> str:
         """Describes the rules that decide what is taken from corpora, as JSON."""
@@ -91,7 +91,7 @@ class CorpusReader:
 class UnsupportedCrawlReader:
     """Refuses crawls: their pages are texts only after a corpus is made of them."""
 
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
         """Raises a MaxlmError that says so."""
         fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
         raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
@@ -103,7 +103,7 @@ CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """Finds a document: its newest text, columns and labels by name, and what each rule says."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in settle_duplicates(corpus, corpus.rules()):
+    for shard in resolve_duplicates_for_rules(corpus, corpus.rules()):
         for group, ids in enumerate(shard.groups(["id"])):
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
                 tables = shard.groups(list(dict.fromkeys(columns)))

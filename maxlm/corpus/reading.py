@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.crawl import Count, CrawlSource, RawDocument, read_warc
+from maxlm.corpus.crawl import CrawlSource, RawDocument, SkipCallback, read_warc
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import FORMATS, find_files
@@ -100,7 +100,7 @@ def _make_job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice
     return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
 
 
-def read_shard(job: ReadJob) -> None:
+def write_document_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
     _check_unchanged(job)
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
@@ -108,7 +108,7 @@ def read_shard(job: ReadJob) -> None:
         size = 0
         for row in chain(_make_rows(job, writer.count), [None]):
             if rows and (row is None or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
-                writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+                writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
                 rows, size = [], 0
             if row is not None:
                 rows.append(row)
@@ -121,7 +121,7 @@ def _check_unchanged(job: ReadJob) -> None:
         check_unchanged(part.file, mtime, "corpus")
 
 
-def _make_rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:
+def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:
     """Yields rows of `DOCUMENT_SCHEMA`."""
     for part in job.slices:
         try:
@@ -135,7 +135,7 @@ def _make_rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:
             count("broken")  # The rest of the file; what came before is kept.
 
 
-def _read_raw(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[RawDocument]:
+def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iterator[RawDocument]:
     """Reads a slice of any format."""
     file, longest = part.file, source.max_document_bytes
     if file.format == "warc":

@@ -16,7 +16,7 @@ from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.crawl import CrawlSource
 from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
-from maxlm.corpus.stage import CorpusStage, Stage
+from maxlm.corpus.stage import CrossDocumentStage, Stage
 from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 from maxlm.runtime.pool import ExecutorName
@@ -50,7 +50,7 @@ class RecipeConfig(Config):
     @model_validator(mode="after")
     def _names_differ(self):
         sources = [source.name for source in self.sources]
-        titles = [stage.title for stage in self.stages]
+        titles = [stage.unique_name for stage in self.stages]
         for kind, names in (("sources", sources), ("stages", titles)):
             for name in names:
                 if names.count(name) > 1:
@@ -66,28 +66,28 @@ class BoundStage:
     """A stage in its place: what it may read, and what its labels depend on."""
 
     stage: Stage
-    texts: tuple[str, ...]
+    text_stages: tuple[str, ...]
     where: Expression | None
-    key: str
+    fingerprint: str
     """A hash of everything that decides the stage's labels, but for the documents."""
-    whole: bool
+    depends_on_corpus: bool
     """Whether its labels depend on the other documents of the corpus."""
 
 
 @dataclass(frozen=True)
-class Rules:
+class FilterRules:
     """Rules of what is kept of a corpus, checked against its labels."""
 
     keep: Mapping[str, Expression]
     cut: tuple[str, ...]
 
     @property
-    def names(self) -> list[str]:
+    def label_names(self) -> list[str]:
         """The labels that rules of `keep` name, each once."""
         return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.names))
 
 
-def resolve(recipe: RecipeConfig) -> list[BoundStage]:
+def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     """Puts each stage in its place, and checks what it reads."""
     labels = dict(_DOCUMENT_LABELS)
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
@@ -100,19 +100,24 @@ def resolve(recipe: RecipeConfig) -> list[BoundStage]:
         read = [*stage.reads, *(where.names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
-                raise make_unknown_label_error(column, labels, f"{place} ({stage.title})")
+                raise make_unknown_label_error(column, labels, f"{place} ({stage.unique_name})")
         _check_names(stage, labels, [source.name for source in recipe.sources], place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
         seen = texts if "text" in stage.reads else []
-        parts = [stage.key(), stage.where, sorted((s, keys[s]) for s in {*sources, *seen}), seen]
-        keys[stage.title] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        whole = isinstance(stage, CorpusStage) or bool(wholes & {*sources, *seen})
-        wholes |= {stage.title} if whole else set()
-        steps.append(BoundStage(stage, tuple(texts), where, keys[stage.title], whole))
+        parts = [
+            stage.fingerprint(),
+            stage.where,
+            sorted((s, keys[s]) for s in {*sources, *seen}),
+            seen,
+        ]
+        keys[stage.unique_name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        whole = isinstance(stage, CrossDocumentStage) or bool(wholes & {*sources, *seen})
+        wholes |= {stage.unique_name} if whole else set()
+        steps.append(BoundStage(stage, tuple(texts), where, keys[stage.unique_name], whole))
         labels |= _list_labels(stage)
         if "text" in stage.schema().names:
-            texts.append(stage.title)
+            texts.append(stage.unique_name)
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
     return steps
 
@@ -122,12 +127,12 @@ def _check_names(
 ) -> None:
     """Checks the kinds of labels, and the sources, that a stage's settings name."""
     fix = "name a label that does"
-    for label in stage.ranks_by if isinstance(stage, CorpusStage) else ():
+    for label in stage.ranks_by if isinstance(stage, CrossDocumentStage) else ():
         type_ = labels.get(label, pa.null())
         if not (types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)):
             what = f'"{label}" holds no numbers to choose the best document by'
             raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
-    for label in stage.strings:
+    for label in stage.string_input_columns:
         type_ = labels.get(label, pa.null())
         if not types.is_string(type_) and not types.is_large_string(type_):
             raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
@@ -139,7 +144,7 @@ def _check_names(
 
 def _list_labels(stage: Stage) -> dict[str, pa.DataType]:
     """The type of each label that a stage gives, by its whole name."""
-    return {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
+    return {f"{stage.unique_name}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
 
 
 def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
@@ -152,21 +157,21 @@ def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
 
 def get_text_stages(recipe: RecipeConfig) -> tuple[str, ...]:
     """Returns the stages that write a version of the text, oldest first."""
-    writers = [stage.title for stage in recipe.stages if "text" in stage.schema().names]
+    writers = [stage.unique_name for stage in recipe.stages if "text" in stage.schema().names]
     return (DOCUMENTS, *writers)
 
 
 def resolve_rules(
-    recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], where: str
-) -> Rules:
+    recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], error_location: str
+) -> FilterRules:
     """Check rules against a recipe's labels.
 
     Args:
-        where: what comes before a rule's key in errors, such as the corpus's folder.
+        error_location: what comes before a rule's key in errors, such as the corpus's folder.
     """
     labels, parsed = get_label_types(recipe), {}
     for name, text in keep.items():
-        place = f"{where}: keep.{name}" if where else f"keep.{name}"
+        place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
             what = f"{name!r} cannot be the name of a rule"
             raise MaxlmError(what, where=place, fix="use letters, digits, _ and -")
@@ -177,7 +182,7 @@ def resolve_rules(
             text = PUBLISHED[known]
         parsed[name] = parse(text, labels, place)
     spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
-    titles = [DOCUMENTS, *(stage.title for stage in recipe.stages)]
+    titles = [DOCUMENTS, *(stage.unique_name for stage in recipe.stages)]
     newest = get_text_stages(recipe)[-1]
     for label in cut:
         if label not in spans:
@@ -187,60 +192,60 @@ def resolve_rules(
         if titles.index(stage) <= titles.index(newest):
             what = f"{label} are places in the text as it was before {newest} changed it"
             raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
-    rules = Rules(parsed, tuple(cut))
-    _check_settling(recipe, rules, where)
+    rules = FilterRules(parsed, tuple(cut))
+    _check_settling(recipe, rules, error_location)
     return rules
 
 
-def find_comparing_stages(
-    recipe: RecipeConfig, rules: Rules
-) -> list[tuple[CorpusStage, Expression | None]]:
+def find_dedup_stages(
+    recipe: RecipeConfig, rules: FilterRules
+) -> list[tuple[CrossDocumentStage, Expression | None]]:
     """Return the stages whose verdicts decide what rules keep, and which documents each looks at.
 
     Stages that drop whole documents come first: a dropped document keeps no passage.
     """
     labels, found = get_label_types(recipe), []
-    named = {*rules.names, *rules.cut}
+    named = {*rules.label_names, *rules.cut}
     for stage in reversed(recipe.stages):
-        if isinstance(stage, CorpusStage) and named & stage.verdict_labels:
+        if isinstance(stage, CrossDocumentStage) and named & stage.verdict_labels:
             where = None if stage.where is None else parse(stage.where, labels, "")
             named |= set(where.names if where else ())
             found.insert(0, (stage, where))
     return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
 
 
-def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
+def _check_settling(recipe: RecipeConfig, rules: FilterRules, where: str) -> None:
     """Refuses rules and settled stages that look at what depends on duplicates beforehand: which
     copy of a text is kept is settled only when rules are applied.
     """
-    stages, labels = find_comparing_stages(recipe, rules), get_label_types(recipe)
+    stages, labels = find_dedup_stages(recipe, rules), get_label_types(recipe)
     wheres = {name for _, expression in stages if expression for name in expression.names}
-    used = {*wheres, *rules.names, *rules.cut}
+    used = {*wheres, *rules.label_names, *rules.cut}
     for index, (stage, expression) in enumerate(stages):
         later = set().union(*(each.verdict_labels for each, _ in stages[index:]))
         if label := next((n for n in (expression.names if expression else ()) if n in later), None):
-            what = f"{label} is settled after the duplicates that {stage.title} finds"
+            what = f"{label} is settled after the duplicates that {stage.unique_name} finds"
             place = f"stages.{recipe.stages.index(stage)}.where"
             raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
-    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
+    near = [stage.unique_name for stage, _ in stages if "jaccard" in stage.verdicts]
     if len(near) > 1:
         what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
         raise MaxlmError(what, where=where or "keep", fix="name one of them")
     # Label → the verdict that it depends on, and the place of the `where` by which it does.
     early: dict[str, tuple[str, str]] = {}
     for number, stage in enumerate(recipe.stages):
-        others = {f"{stage.title}.{field.name}" for field in stage.schema()}
+        others = {f"{stage.unique_name}.{field.name}" for field in stage.schema()}
         needs = set(stage.reads)
         if stage.where is not None:
             needs |= set(parse(stage.where, labels, "").names)
         cause = next((label for label in early if label in needs), None)
-        if isinstance(stage, CorpusStage):
-            settled = others & {*stage.verdict_labels, f"{stage.title}.of"}
+        if isinstance(stage, CrossDocumentStage):
+            settled = others & {*stage.verdict_labels, f"{stage.unique_name}.of"}
             early |= {label: (label, "") for label in settled}
             others -= settled
-            if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
-                what = f"{stage.title}.of is the copy that is best before any rule is applied"
-                fix = f"write {stage.title}.duplicate"
+            if "duplicate" in stage.verdicts and f"{stage.unique_name}.of" in used:
+                what = f"{stage.unique_name}.of is the copy that is best before any rule is applied"
+                fix = f"write {stage.unique_name}.duplicate"
                 raise MaxlmError(what, where=where or "keep", fix=fix)
         if cause is None:
             continue
@@ -248,10 +253,10 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
         place = place or f"stages.{number}.where"
         early |= dict.fromkeys(others, (verdict, place))
         if (label := min(others & used, default=None)) or (
-            stages and f"{stage.title}.text" in others
+            stages and f"{stage.unique_name}.text" in others
         ):
             what = (
-                f"{stage.title} leaves documents out by {verdict}, which is settled only when the "
+                f"{stage.unique_name} leaves documents out by {verdict}, which is settled only when the "
                 f"rules are applied, and they need {label or 'its text'} of whichever is kept"
             )
             raise MaxlmError(what, where=place, fix=f"leave {verdict} out of it")

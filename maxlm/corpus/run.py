@@ -14,19 +14,25 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import get_manifest_path
-from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, read_shard
-from maxlm.corpus.recipe import BoundStage, RecipeConfig, get_recipe_path, resolve
+from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, write_document_shard
+from maxlm.corpus.recipe import BoundStage, RecipeConfig, bind_stages, get_recipe_path
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
-from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller, check_packages
+from maxlm.corpus.stage import (
+    CrossDocumentStage,
+    JobRunner,
+    PerDocumentStage,
+    ShardLabeller,
+    check_packages,
+)
 from maxlm.runtime.files import (
     convert_write_errors,
     hash_file,
     lock_folder,
     replace_file,
-    verify_json_digest,
-    write_json,
+    verify_and_strip_json_digest,
+    write_json_with_digest,
 )
-from maxlm.runtime.pool import Executor, count_workers, open_executor
+from maxlm.runtime.pool import Executor, count_usable_cores, open_executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
@@ -45,9 +51,9 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
             missing package or model, a disk that is full, or a stage's alarm.
     """
     folder = Path(recipe.out).expanduser()
-    steps = resolve(recipe)
+    steps = bind_stages(recipe)
     for step in steps:
-        check_packages(step.stage.packages(), f"the stage {step.stage.title}")
+        check_packages(step.stage.packages(), f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)
     planned = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, planned.jobs)
@@ -57,7 +63,12 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         raise MaxlmError(what, where="sources", fix="name each file once")
     documents = hashlib.sha256("".join(names).encode()).hexdigest()
     # Labels may depend on which other documents there are.
-    keys = {s.stage.title: f"{s.key} {documents}" if s.whole else s.key for s in steps}
+    keys = {
+        s.stage.unique_name: f"{s.fingerprint} {documents}"
+        if s.depends_on_corpus
+        else s.fingerprint
+        for s in steps
+    }
     keys[DOCUMENTS] = f"{documents} {planned.num_binary}"
     with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
@@ -66,7 +77,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         _write_json(get_recipe_path(folder), recipe.model_dump(mode="json"))
         _read_sources(folder, keys[DOCUMENTS], planned, recipe, engine, progress)
         for step in steps:
-            _run_step(folder, step, keys[step.stage.title], names, engine, progress)
+            _run_step(folder, step, keys[step.stage.unique_name], names, engine, progress)
     return folder
 
 
@@ -98,7 +109,7 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = get_manifest_path(home)
     try:
-        manifest = json.loads(verify_json_digest(path.read_text("utf-8")))
+        manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
     except (OSError, ValueError, KeyError, TypeError):
@@ -119,7 +130,9 @@ def _read_sources(
 
     def read(pending: Sequence[StageShardView]) -> None:
         run = JobRunner(DOCUMENTS, engine, progress)
-        run(read_shard, [jobs[s.name] for s in pending], num_done=len(jobs) - len(pending))
+        run(
+            write_document_shard, [jobs[s.name] for s in pending], num_done=len(jobs) - len(pending)
+        )
 
     inputs = [
         {"shard": name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
@@ -139,16 +152,19 @@ def _run_step(
     engine: Executor,
     progress: Progress,
 ) -> None:
-    stage, home = step.stage, folder / step.stage.title
-    views = [StageShardView(folder, name, step.texts, step.where, stage.title) for name in names]
-    run = JobRunner(stage.title, engine, progress)
+    stage, home = step.stage, folder / step.stage.unique_name
+    views = [
+        StageShardView(folder, name, step.text_stages, step.where, stage.unique_name)
+        for name in names
+    ]
+    run = JobRunner(stage.unique_name, engine, progress)
 
     def label(pending: list[StageShardView]) -> None:
-        if isinstance(stage, LabelStage):
+        if isinstance(stage, PerDocumentStage):
             # The largest first, or all would wait for one that begins last.
             pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
             run(ShardLabeller(stage), pending, num_done=len(views) - len(pending))
-        elif isinstance(stage, CorpusStage):
+        elif isinstance(stage, CrossDocumentStage):
             with convert_write_errors(home):
                 (home / "scratch").mkdir(exist_ok=True)
             stage.label(views, home / "scratch", run)
@@ -160,7 +176,7 @@ def _run_step(
         "stage": stage.model_dump(mode="json"),
         "version": stage.version,
         "reads": list(stage.reads),
-        "texts": list(step.texts),
+        "texts": list(step.text_stages),
     }
     _make_shards(home, views, label, details, stage.packages())
     shutil.rmtree(home / "scratch", ignore_errors=True)
@@ -204,7 +220,7 @@ def _make_shards(
     total: Counter[str] = Counter()
     for each in found.values():  # By `update`, as a sum of Counters drops what is 0.
         total.update(each)
-    with ThreadPoolExecutor(count_workers()) as threads:
+    with ThreadPoolExecutor(count_usable_cores()) as threads:
         digests = list(threads.map(hash_file, paths.values()))
     last_run = {
         "shards": number,  # Others may be of earlier runs.
@@ -223,4 +239,4 @@ def _make_shards(
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_json(path, json.dumps(content, indent=1, ensure_ascii=False))
+    write_json_with_digest(path, json.dumps(content, indent=1, ensure_ascii=False))

@@ -2,7 +2,7 @@
 
 Stages that compare documents label them as if all were kept: the best copy is no duplicate, the
 others are. If a rule drops the best copy, its text would be in no kept document. So before rules
-are applied, the labels that say who loses (`CorpusStage.verdicts`) are settled anew from what the
+are applied, the labels that say who loses (`CrossDocumentStage.verdicts`) are settled anew from what the
 stages found: clusters of copies, pairs that are alike, places of repeated passages. A document may
 keep a text for others only if every rule keeps it, and no later stage drops it:
 
@@ -34,13 +34,13 @@ import pyarrow as pa
 from maxlm.corpus.cuts import CUTS, join_spans
 from maxlm.corpus.dedup.columns import concatenate, read_columns
 from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
-from maxlm.corpus.dedup.members import count_documents, rank_documents
-from maxlm.corpus.dedup.windows import find_first_copies
+from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores
+from maxlm.corpus.dedup.windows import match_earlier_copies
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.recipe import Rules, find_comparing_stages
+from maxlm.corpus.recipe import FilterRules, find_dedup_stages
 from maxlm.corpus.shards import ShardWriter, StageShardView
-from maxlm.corpus.stage import CorpusStage
+from maxlm.corpus.stage import CrossDocumentStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.corpus.stages.substring import REPEATS
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -49,15 +49,15 @@ _VERSION = 1
 _NEUTRAL = {"duplicate": False, "jaccard": np.nan, "cut_share": 0.0}
 _TYPES = {"duplicate": pa.bool_(), "cuts": CUTS}
 
-Compared = Sequence[tuple[CorpusStage, Expression | None]]
+DedupStages = Sequence[tuple[CrossDocumentStage, Expression | None]]
 """Stages whose verdicts matter, and which documents each looks at."""
 
 
-def settle_duplicates(
-    corpus: OpenCorpus, rules: Rules, progress: Progress = ignore_progress
+def resolve_duplicates_for_rules(
+    corpus: OpenCorpus, rules: FilterRules, progress: Progress = ignore_progress
 ) -> list[StageShardView]:
     """Returns the corpus's shards, with verdicts as they are among documents that `rules` keep."""
-    stages = find_comparing_stages(corpus.recipe, rules)
+    stages = find_dedup_stages(corpus.recipe, rules)
     if not stages:
         return corpus.shards
     manifests = [corpus.manifest(title) for title in corpus.list_stages()]
@@ -66,7 +66,7 @@ def settle_duplicates(
     parts.append({name: rule.text for name, rule in rules.keep.items()})
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     home = corpus.folder / "settled" / key
-    names = tuple(f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts)
+    names = tuple(f"{stage.unique_name}.{label}" for stage, _ in stages for label in stage.verdicts)
     if not home.exists():
         new = home.with_name(f".{key}.{os.getpid()}")
         try:
@@ -80,16 +80,16 @@ def settle_duplicates(
     return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
 
 
-def list_rule_inputs(rules: Rules, stages: Compared) -> list[str]:
+def list_rule_inputs(rules: FilterRules, stages: DedupStages) -> list[str]:
     """Lists the columns that the rules and `where` look at, but for verdicts."""
     wheres = [name for _, where in stages if where is not None for name in where.names]
     verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
-    names = dict.fromkeys(["source", *rules.names, *wheres])
+    names = dict.fromkeys(["source", *rules.label_names, *wheres])
     return [name for name in names if name not in verdicts]
 
 
 def add_verdicts(
-    table: pa.RecordBatch, stages: Compared, verdicts: Mapping[str, np.ndarray]
+    table: pa.RecordBatch, stages: DedupStages, verdicts: Mapping[str, np.ndarray]
 ) -> pa.RecordBatch:
     """Adds to documents' labels the verdicts of stages: of a stage that is not in `verdicts`, those
     on documents that are like no other."""
@@ -97,9 +97,9 @@ def add_verdicts(
     for stage, where in stages:
         unseen = np.zeros(table.num_rows, np.bool_)
         if where is not None:
-            unseen = ~where.true(pa.RecordBatch.from_pydict(columns))
+            unseen = ~where.evaluate(pa.RecordBatch.from_pydict(columns))
         for label in _NEUTRAL.keys() & set(stage.verdicts):
-            name = f"{stage.title}.{label}"
+            name = f"{stage.unique_name}.{label}"
             value = verdicts.get(name, np.full(table.num_rows, _NEUTRAL[label]))
             none = unseen if label == "duplicate" else unseen | np.isnan(value)
             columns[name] = pa.array(value, mask=none)
@@ -107,13 +107,15 @@ def add_verdicts(
 
 
 class _Settling:
-    def __init__(self, corpus: OpenCorpus, rules: Rules, stages: Compared, progress: Progress):
+    def __init__(
+        self, corpus: OpenCorpus, rules: FilterRules, stages: DedupStages, progress: Progress
+    ):
         self._corpus, self._rules, self._stages = corpus, rules, stages
         self._progress = progress
-        self._first = count_documents(corpus.shards)
+        self._first = compute_document_offsets(corpus.shards)
         self._verdicts: dict[str, np.ndarray] = {}
         self._copies: list[np.ndarray] = []
-        self._found = {stage.title: self._read_found(stage) for stage, _ in stages}
+        self._found = {stage.unique_name: self._read_found(stage) for stage, _ in stages}
         self._cuts: dict[str, tuple[np.ndarray, ...]] = {}
         self._settle()
 
@@ -151,7 +153,7 @@ class _Settling:
         shards = self._corpus.shards
         for number, shard in enumerate(shards):
             start = self._first[number]
-            for table in shard.groups(columns):
+            for table in shard.read_row_groups(columns):
                 yield slice(start, start + table.num_rows), table
                 start += table.num_rows
             self._progress(f"settling duplicates: {title}", number + 1, len(shards))
@@ -161,7 +163,7 @@ class _Settling:
         keep = np.ones(self._first[-1], np.bool_)
         for documents, labelled in self._add_verdicts("rules"):
             for rule in self._rules.keep.values():
-                keep[documents] &= rule.true(labelled)
+                keep[documents] &= rule.evaluate(labelled)
         return keep
 
     def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
@@ -170,19 +172,21 @@ class _Settling:
             verdicts = {name: value[documents] for name, value in self._verdicts.items()}
             yield documents, add_verdicts(table, self._stages, verdicts)
 
-    def _read_found(self, stage: CorpusStage) -> dict[str, np.ndarray]:
+    def _read_found(self, stage: CrossDocumentStage) -> dict[str, np.ndarray]:
         """Reads what a stage found, with documents by their numbers, and each document's rank."""
         rank = np.zeros(self._first[-1])
         for documents, table in self._groups(stage.ranks_by, "ranks") if stage.keep_by else ():
-            rank[documents] = rank_documents(table, stage.keep_by)
+            rank[documents] = compute_keep_scores(table, stage.keep_by)
         if "duplicate" not in stage.verdicts:
-            return self._read_passages(stage.title) | {"rank": rank}
+            return self._read_passages(stage.unique_name) | {"rank": rank}
         if isinstance(stage, NearStage):
-            found = _read_pairs(self._corpus.folder / stage.title)
+            found = _read_pairs(self._corpus.folder / stage.unique_name)
             self._link_copies(found)
         else:
             parts = [np.empty((2, 0), np.int64)]
-            for documents, table in self._groups([f"{stage.title}.cluster"], stage.title):
+            for documents, table in self._groups(
+                [f"{stage.unique_name}.cluster"], stage.unique_name
+            ):
                 best = table.column(0).fill_null(-1).to_numpy()
                 copy = np.arange(documents.start, documents.stop)
                 parts.append(np.stack([copy, best])[:, (best >= 0) & (best != copy)])
@@ -205,11 +209,11 @@ class _Settling:
             found["copy"] = np.concatenate([known, copy])
             found["best"] = np.concatenate([found["best"], best])
 
-    def _settle_documents(self, stage: CorpusStage, may_keep: np.ndarray) -> None:
-        found, title = self._found[stage.title], stage.title
+    def _settle_documents(self, stage: CrossDocumentStage, may_keep: np.ndarray) -> None:
+        found, title = self._found[stage.unique_name], stage.unique_name
         alike = SimilarPairs(*(found[name] for name in SimilarPairs.__dataclass_fields__))
         marks = resolve_duplicates(alike, lambda documents: found["rank"][documents], may_keep)
-        lost = marks.of >= 0
+        lost = marks.duplicate_of >= 0
         self._verdicts[f"{title}.duplicate"] = np.zeros(len(may_keep), np.bool_)
         self._verdicts[f"{title}.duplicate"][marks.member[lost]] = True
         if "jaccard" in stage.verdicts:
@@ -236,18 +240,18 @@ class _Settling:
         return {name: concatenate(parts, np.int64) for name, parts in found.items()}
 
     def _settle_passages(
-        self, stage: CorpusStage, may_keep: np.ndarray, barred: np.ndarray
+        self, stage: CrossDocumentStage, may_keep: np.ndarray, barred: np.ndarray
     ) -> None:
         """Cut a run where it came first in a document that may keep it; else, of all that came
         first in the same place, where another document has it before."""
-        found, title = self._found[stage.title], stage.title
+        found, title = self._found[stage.unique_name], stage.unique_name
         document, of = found["document"], found["of"]
         use = (may_keep | barred)[document]
         rest = np.flatnonzero(use & ~may_keep[of])
         keys = (found["begin"], document, -found["rank"][document], of)
         rest = rest[np.lexsort([key[rest] for key in keys])]
         runs = [found[name][rest] for name in ("document", "begin", "end", "last", "of", "at")]
-        parts = find_first_copies(np.stack(runs, 1), may_keep[document[rest]])
+        parts = match_earlier_copies(np.stack(runs, 1), may_keep[document[rest]])
         runs = [found[name] for name in ("document", "begin", "end", "of", "at")]
         parts = np.concatenate([np.stack(runs, 1)[use & may_keep[of]], parts])
         # Places are document << 32 | character. A part is cut as far as nothing is cut where it
@@ -286,7 +290,7 @@ class _Settling:
                         else labelled.column(name)
                         for name in names
                     ]
-                    writer.add(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                    writer.write_row_group(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
     def _spans(self, name: str, documents: slice) -> pa.Array:
         start, stop = self._cuts[name]

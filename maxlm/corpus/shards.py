@@ -64,14 +64,14 @@ class StageShardView:
     folder: Path
     """The corpus."""
     name: str
-    texts: tuple[str, ...] = (DOCUMENTS,)
+    text_stages: tuple[str, ...] = (DOCUMENTS,)
     """The stages before this one that wrote a version of the text, oldest first."""
     where: Expression | None = None
     """Condition on the documents to label; None: all."""
     out: str = ""
     """The stage that writes."""
     settled: tuple[str, ...] = ()
-    """Labels that are read as `settle_duplicates` wrote them, in `settled_folder`."""
+    """Labels that are read as `resolve_duplicates_for_rules` wrote them, in `settled_folder`."""
     settled_folder: str = ""
 
     def path(self, stage: str) -> Path:
@@ -83,7 +83,7 @@ class StageShardView:
         with open_parquet(self.path(DOCUMENTS)) as parquet:
             return parquet.metadata.num_rows
 
-    def rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
+    def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
         """Yields the documents to label, a row group at a time; those without a text only if "text"
         is not among the columns.
 
@@ -93,7 +93,7 @@ class StageShardView:
         """
         needed = dict.fromkeys([*columns, *(self.where.names if self.where else ())])
         first = 0
-        for table in self.groups(list(needed)):
+        for table in self.read_row_groups(list(needed)):
             keep = np.ones(table.num_rows, np.bool_)
             if self.where is not None:
                 keep = self.where.true(table)
@@ -106,9 +106,9 @@ class StageShardView:
             yield RowGroup(batch, index, table.num_rows, first)
             first += table.num_rows
 
-    def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def read_row_groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yields every row of the given columns, a row group at a time, whatever `where` says."""
-        stages = {stage for name in columns for stage, _ in self.find_label_files(name)}
+        stages = {stage for name in columns for stage, _ in self.find_column_sources(name)}
         with ExitStack() as stack:
             files = {
                 stage: stack.enter_context(open_parquet(self.path(stage)))
@@ -121,7 +121,7 @@ class StageShardView:
 
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
-        for stage, name in self.find_label_files(column):
+        for stage, name in self.find_column_sources(column):
             if name not in files[stage].schema_arrow.names:
                 raise MaxlmError(
                     f'there is no column "{name}": another version of maxlm made this file',
@@ -139,12 +139,12 @@ class StageShardView:
             arrays.append(pa.concat_arrays(table.column(name).chunks or [nothing]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
 
-    def find_label_files(self, column: str) -> list[tuple[str, str]]:
+    def find_column_sources(self, column: str) -> list[tuple[str, str]]:
         """Find the files that hold a column: (stage, column in its file), newest text first."""
         if column in self.settled:
             return [(self.settled_folder, column)]
         if column == "text":
-            return [(stage, "text") for stage in reversed(self.texts)]
+            return [(stage, "text") for stage in reversed(self.text_stages)]
         stage, dot, label = column.rpartition(".")
         return [(stage, label)] if dot else [(DOCUMENTS, column)]
 
@@ -169,7 +169,7 @@ class ShardWriter:
             )
         return self
 
-    def write(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
+    def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
         """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
         if labels.num_rows != len(rows.index):
             raise ValueError(f"{labels.num_rows} labels for {len(rows.index)} documents")
@@ -177,9 +177,9 @@ class ShardWriter:
             places = np.full(rows.size, -1, np.int64)
             places[rows.index] = np.arange(len(rows.index))
             labels = labels.take(pa.array(places, mask=places < 0))
-        self.add(labels, labelled=len(rows.index))
+        self.write_row_group(labels, labelled=len(rows.index))
 
-    def add(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
+    def write_row_group(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
         """Writes one row group."""
         self._counts["rows"] += batch.num_rows
         self._counts["labelled"] += batch.num_rows if labelled is None else labelled

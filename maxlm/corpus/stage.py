@@ -1,7 +1,7 @@
 """Stages of the corpus pipeline: settings that know how to label documents.
 
-A stage that looks at documents one by one is a `LabelStage`; one that compares documents with each
-other (deduplication) is a `CorpusStage`. Neither changes a text, except that a stage whose schema
+A stage that looks at documents one by one is a `PerDocumentStage`; one that compares documents with each
+other (deduplication) is a `CrossDocumentStage`. Neither changes a text, except that a stage whose schema
 has a column "text" writes a new version, which the stages after it read.
 """
 
@@ -24,7 +24,7 @@ from maxlm.runtime.progress import Progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Label = Callable[[pa.RecordBatch], pa.RecordBatch]
+BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 """Maps the columns a stage reads to the columns it adds, row by row. Pure."""
 
 
@@ -73,7 +73,7 @@ class Stage(Config):
     """Settings that change no label (`where` is in the key by other means)."""
 
     @property
-    def title(self) -> str:
+    def unique_name(self) -> str:
         """The name that its labels begin with."""
         return self.name or self.stage
 
@@ -83,7 +83,7 @@ class Stage(Config):
         return ("text",)
 
     @property
-    def strings(self) -> tuple[str, ...]:
+    def string_input_columns(self) -> tuple[str, ...]:
         """Labels it reads that must hold strings."""
         return ()
 
@@ -91,7 +91,7 @@ class Stage(Config):
     def schema(self) -> pa.Schema:
         """The columns it adds."""
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """A hash of all that decides its labels, but for the documents and labels it reads."""
         settings = self.model_dump(mode="json", exclude=set(self.neutral))
         text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
@@ -103,17 +103,17 @@ class Stage(Config):
         return self.needs
 
 
-class LabelStage(Stage):
+class PerDocumentStage(Stage):
     """A stage that labels each document by itself. Models are loaded when it is opened, once in
     each process (on Ray: for each shard)."""
 
     @abstractmethod
-    def open_row(self) -> Callable[..., Mapping[str, Any]]:
+    def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:
         """Returns a function from a row's values of `reads` to labels by name; others are null."""
 
-    def open(self) -> Label:
+    def make_batch_label_fn(self) -> BatchLabelFn:
         """The labelling function of a batch."""
-        label, schema = self.open_row(), self.schema()
+        label, schema = self.make_row_label_fn(), self.schema()
 
         def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
             # A row at a time: as Python values a batch would take several times its size.
@@ -123,7 +123,7 @@ class LabelStage(Stage):
         return label_rows
 
 
-class CorpusStage(Stage):
+class CrossDocumentStage(Stage):
     """A stage that compares documents with each other."""
 
     keep_by: str | None = None
@@ -144,7 +144,7 @@ class CorpusStage(Stage):
     @property
     def verdict_labels(self) -> set[str]:
         """The whole names of `verdicts`."""
-        return {f"{self.title}.{verdict}" for verdict in self.verdicts}
+        return {f"{self.unique_name}.{verdict}" for verdict in self.verdicts}
 
     @property
     def ranks_by(self) -> tuple[str, ...]:
@@ -164,28 +164,28 @@ class CorpusStage(Stage):
 class ShardLabeller:
     """Writes a stage's labels, shard by shard; the stage is opened with the first of them."""
 
-    def __init__(self, stage: LabelStage):
+    def __init__(self, stage: PerDocumentStage):
         self._stage = stage
-        self._label: Label | None = None
+        self._label: BatchLabelFn | None = None
 
     def __call__(self, shard: StageShardView) -> None:
         """Label one shard."""
         stage = self._stage
         try:
-            self._label = self._label or stage.open()
+            self._label = self._label or stage.make_batch_label_fn()
             with shard.writer(stage.schema()) as writer:
-                for rows in shard.rows(stage.reads):
-                    writer.write(rows, self._label(rows.batch))
+                for rows in shard.read_selected_rows(stage.reads):
+                    writer.write_selected_rows(rows, self._label(rows.batch))
         except MaxlmError as error:
-            where = error.where or f"{stage.title}, shard {shard.name}"
+            where = error.where or f"{stage.unique_name}, shard {shard.name}"
             raise MaxlmError(error.what, where=where, fix=error.fix) from error
 
 
-def check_packages(packages: Sequence[str], user: str) -> None:
+def check_packages(packages: Sequence[str], required_by: str) -> None:
     """Checks that packages of the extra `corpus` are installed."""
     for package in packages:
         try:
             version(package)
         except PackageNotFoundError as error:
-            what = f"{user} needs {package}, which is not installed"
+            what = f"{required_by} needs {package}, which is not installed"
             raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error

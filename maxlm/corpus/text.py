@@ -72,7 +72,7 @@ _TOKEN = regex.compile(
 )
 
 
-def split_tokens(text: str) -> list[str]:
+def split_words_and_symbols(text: str) -> list[str]:
     """Splits a text into words and symbols."""
     return [found[0] for found in _TOKEN.finditer(text)]
 
@@ -129,7 +129,7 @@ _PUNCTUATION = str.maketrans(
 )
 
 
-class WordsConfig(Config):
+class LineNormalizerConfig(Config):
     """Rules by which a text becomes lines of words, the same in training and in use."""
 
     lower: bool = True
@@ -143,11 +143,11 @@ class WordsConfig(Config):
     digits, other characters one by one, as are those of scripts that put no spaces."""
 
 
-Lines = Callable[[str], Iterator[str]]
+LineNormalizer = Callable[[str], Iterator[str]]
 """Maps a text to its lines, of words separated by spaces; none without words."""
 
 
-def open_lines(config: WordsConfig) -> Lines:
+def make_line_normalizer(config: LineNormalizerConfig) -> LineNormalizer:
     """Makes a function from texts to lines of words. Punctuation is unified as in CCNet."""
     split = _WORD.findall
     if config.tokenizer is not None:
@@ -164,7 +164,7 @@ def open_lines(config: WordsConfig) -> Lines:
     return lines
 
 
-def _normalize(text: str, config: WordsConfig) -> str:
+def _normalize(text: str, config: LineNormalizerConfig) -> str:
     if not text.isascii():
         if config.accents:
             text = _ACCENT.sub("", normalize("NFKD", text))

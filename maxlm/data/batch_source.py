@@ -13,7 +13,7 @@ Transform = Callable[[Batch, int, Sequence[int]], Batch]
 
 
 @dataclass(frozen=True)
-class BatchArray:
+class BatchArraySpec:
     """One array of a batch, as every row has it."""
 
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class BatchArray:
     """The logical axis of each dimension (a field of AxisRules, or None)."""
 
     @classmethod
-    def of_tokens(cls, length: int, dtype: Any = np.int32) -> "BatchArray":
+    def of_tokens(cls, length: int, dtype: Any = np.int32) -> "BatchArraySpec":
         """An array with a value for each token of a row."""
         return cls((length,), dtype, ("seq",))
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArray
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.documents.streams import make_missing_package_error
 from maxlm.data.loader.batches import Batch
 from maxlm.data.loader.packing import pack_best_fit
@@ -121,7 +121,7 @@ class RowSource:
 
     file: RowFile
     encode: Encode
-    arrays: Mapping[str, BatchArray]
+    arrays: Mapping[str, BatchArraySpec]
     batch_size: int
     shuffle_key: int | None
     """Key of the shuffling; None keeps the file's order."""
@@ -180,7 +180,7 @@ class RowSource:
             start += length
 
 
-def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray], where: str) -> int:
+def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec], where: str) -> int:
     """Return the tokens of an encoded example: those of its longest array along "seq"."""
     along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
     length = max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
@@ -191,7 +191,7 @@ def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray], where
     return length
 
 
-def _room(arrays: Mapping[str, BatchArray]) -> int:
+def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
     """The tokens of a row."""
     return min(a.shape[a.axes.index("seq")] for a in arrays.values() if "seq" in a.axes)
 
@@ -199,7 +199,7 @@ def _room(arrays: Mapping[str, BatchArray]) -> int:
 def make_row_source(
     file: RowFile,
     encode: Encode,
-    arrays: Mapping[str, BatchArray],
+    arrays: Mapping[str, BatchArraySpec],
     batch_size: int,
     *,
     seed: int,
@@ -229,7 +229,7 @@ def make_row_source(
 
 
 def _pack(
-    file: RowFile, encode: Encode, arrays: Mapping[str, BatchArray], examples: NDArray[np.int64]
+    file: RowFile, encode: Encode, arrays: Mapping[str, BatchArraySpec], examples: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Examples in order of their rows, and where each row's begin."""
     where, numbers = f"{file.path}: row", examples.tolist()

@@ -70,18 +70,18 @@ class ZarrArray:
                 writing.result()
 
 
-def split_into_boxes(shape: Shape, step: Shape) -> Iterator[Box]:
+def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
     """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
-    axes = [range(0, size, width) for size, width in zip(shape, step, strict=True)]
+    axes = [range(0, size, width) for size, width in zip(shape, box_shape, strict=True)]
     for starts in product(*axes):
-        corners = zip(starts, step, shape, strict=True)
+        corners = zip(starts, box_shape, shape, strict=True)
         yield tuple(slice(start, min(start + width, size)) for start, width, size in corners)
 
 
-def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
-    """Returns a new fp32 array, to be written whole, in slices at ``lead`` leading indices."""
-    tile, file = choose_chunk_shapes(shape[lead:])
-    tile, file = (1,) * lead + tile, (1,) * lead + file
+def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
+    """Returns a new fp32 array, to be written whole, in slices at ``num_lead_axes`` leading indices."""
+    tile, file = choose_tile_and_file_shapes(shape[num_lead_axes:])
+    tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "zstd", "configuration": {"level": 1}},
@@ -111,7 +111,7 @@ def open_array(folder: Path, name: str) -> ZarrArray:
         return ZarrArray(_open(store, {}), where)
 
 
-def choose_chunk_shapes(shape: Shape) -> tuple[Shape, Shape]:
+def choose_tile_and_file_shapes(shape: Shape) -> tuple[Shape, Shape]:
     """Returns shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
     tile = _halved(shape, TILE_BYTES // 4)
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))

@@ -38,10 +38,10 @@ class RunCheckpointWriter:
         self._step, self._folder = step, Path(folder).absolute() / str(step)
         self._arrays: dict[str, ZarrArray] = {}
 
-    def declare(self, name: str, shape: Shape, lead: int = 0) -> None:
-        """Announces a parameter, which will be written in slices at ``lead`` leading indices."""
+    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
+        """Announces a parameter, which will be written in slices at ``num_lead_axes`` leading indices."""
         full = f"params.{name}"
-        self._arrays[name] = create_array(self._folder / "state" / full, shape, lead)
+        self._arrays[name] = create_array(self._folder / "state" / full, shape, num_lead_axes)
 
     def write(self, name: str, index: Shape, values: np.ndarray) -> None:
         """Writes the fp32 slice of a parameter at some leading indices, and waits for the disk."""
@@ -90,21 +90,23 @@ class RunCheckpointReader:
         return open_array(self.folder / "state", self._prefix + name)
 
     @contextmanager
-    def slices(self, name: str, lead: int, scratch: Path) -> Iterator[ReadSlice]:
-        """Opens a parameter to read its slices, at ``lead`` leading indices, one by one.
+    def open_slice_reader(
+        self, name: str, num_lead_axes: int, scratch_folder: Path
+    ) -> Iterator[ReadSlice]:
+        """Opens a parameter to read its slices, at ``num_lead_axes`` leading indices, one by one.
 
         Training stores many layers in one compressed piece. Such a parameter is decoded once:
-        into memory if it is small, else into a file in the folder ``scratch``, then removed.
+        into memory if it is small, else into a file in the folder ``scratch_folder``, then removed.
         """
         array = self.open(name)
-        if math.prod(array.tile_shape[:lead]) <= 1:
+        if math.prod(array.tile_shape[:num_lead_axes]) <= 1:
             yield array.read
         elif array.nbytes <= _WHOLE_BYTES:
             whole = array.read()
             yield lambda index: whole[index]
         else:
-            with tempfile.NamedTemporaryFile(dir=scratch, suffix=".maxlm-scratch") as file:
-                _unpack(array, lead, file)
+            with tempfile.NamedTemporaryFile(dir=scratch_folder, suffix=".maxlm-scratch") as file:
+                _unpack(array, num_lead_axes, file)
                 # A map that is dropped after each slice holds no memory for longer.
                 yield lambda index: np.array(_mapped(array, file.name)[index])
 

@@ -34,7 +34,7 @@ _OTHER_CONFIG = "check that the config is this model's"
 _SHOWN = 4
 
 
-def ignore_progress(done: int, total: int, name: str) -> None:
+def ignore_tensor_progress(done: int, total: int, name: str) -> None:
     """Ignores progress."""
 
 
@@ -43,7 +43,7 @@ def import_tensors(
     entries: Sequence[TensorEntry],
     shapes: Mapping[str, Shape],
     writer: RunCheckpointWriter,
-    progress: Progress = ignore_progress,
+    progress: Progress = ignore_tensor_progress,
     *,
     ignored: Iterable[str] = (),
     lossy: bool = False,
@@ -81,7 +81,7 @@ def export_tensors(
     dtypes: TensorDtypes,
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = ignore_progress,
+    progress: Progress = ignore_tensor_progress,
     *,
     lossy: bool = False,
 ) -> None:
@@ -93,7 +93,9 @@ def export_tensors(
         lossy: round to these formats; otherwise a value that would change is an error.
     """
     leads = check_coverage(entries, checkpoint.shapes)
-    kinds = {entry.theirs: (dtypes.of(entry.theirs), tuple(entry.shape)) for entry in entries}
+    kinds = {
+        entry.theirs: (dtypes.get_dtype(entry.theirs), tuple(entry.shape)) for entry in entries
+    }
     sizes = {name: prod(shape) * NUMPY[dtype].itemsize for name, (dtype, shape) in kinds.items()}
     total, done = sum(sizes.values()), 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
@@ -101,7 +103,9 @@ def export_tensors(
     for names, group in groupby(sorted(entries, key=_names), key=_names):
         with ExitStack() as stack:
             slices = {
-                name: stack.enter_context(checkpoint.slices(name, leads[name], writer.folder))
+                name: stack.enter_context(
+                    checkpoint.open_slice_reader(name, leads[name], writer.folder)
+                )
                 for name in set(names)
             }
             for entry in group:

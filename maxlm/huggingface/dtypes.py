@@ -41,7 +41,7 @@ class TensorDtypes(Config):
     exceptions: Mapping[str, str] = Field(default_factory=dict)
     """Formats of other tensors, by their names there."""
 
-    def of(self, name: str) -> str:
+    def get_dtype(self, name: str) -> str:
         return self.exceptions.get(name, self.default)
 
     def with_names(self, names: Mapping[str, str]) -> "TensorDtypes":

@@ -11,8 +11,8 @@ from jax.sharding import reshard
 
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Cache, CrossAttentionCache, Transformer
-from maxlm.models.caches import CacheArray
-from maxlm.models.params import Params, bind, cast_matrices, param_specs
+from maxlm.models.caches import CacheArraySpec
+from maxlm.models.params import Params, bind, cast_params_by_role, param_specs
 from maxlm.sharding import resolve_placement
 
 
@@ -20,7 +20,7 @@ def cast_params(model: Transformer, params: Params) -> Params:
     """Casts matrices and tables to the compute dtype, once and not at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
     roles = "matrix", "table"
-    return cast_matrices(param_specs(model), params, lambda x: x.astype(model.dtype), roles)
+    return cast_params_by_role(param_specs(model), params, lambda x: x.astype(model.dtype), roles)
 
 
 def init_cache(model: Transformer, batch: int, length: int) -> Cache:
@@ -32,7 +32,7 @@ def init_cache(model: Transformer, batch: int, length: int) -> Cache:
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
 
-    def allocate(layers: int, array: CacheArray) -> jax.Array:
+    def allocate(layers: int, array: CacheArraySpec) -> jax.Array:
         shape, axes = (layers, *array.shape), ("layers", *array.axes)
         spec = resolve_placement("cache", shape, axes, model.rules, sizes).spec
         return jnp.zeros(shape, array.dtype or model.dtype, out_sharding=spec)
@@ -80,7 +80,9 @@ def prefill(
     cache = init_cache(model, tokens.shape[0], cache_length)
     bound, positions = bind(model, params), _places(model, tokens.shape)
     lengths = reshard(lengths, rules.spec("batch"))
-    hidden, cache = bound.cached(reshard(tokens, rows), positions, cache, memory, lengths)
+    hidden, cache = bound.forward_with_cache(
+        reshard(tokens, rows), positions, cache, memory, lengths
+    )
     hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
 
@@ -106,7 +108,7 @@ def decode(
     rows = model.rules.spec("batch", None)
     bound = bind(model, params)
     tokens, positions = (reshard(a[:, None], rows) for a in (tokens, positions))
-    hidden, cache = bound.cached(tokens, positions, cache, memory)
+    hidden, cache = bound.forward_with_cache(tokens, positions, cache, memory)
     return bound.logits(hidden)[:, 0], cache
 
 

@@ -32,14 +32,14 @@ class SamplingConfig(Config):
     """Seed: the same seed, prompt and settings give the same text."""
 
 
-class SamplesConfig(SamplingConfig):
+class FinalSamplesConfig(SamplingConfig):
     """Text generated when training ends."""
 
     prompts: tuple[str, ...] = ()
 
 
 def check_samples(
-    samples: SamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
+    samples: FinalSamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
 ) -> None:
     """Check that a model continues text, and has positions for prompts and their continuations.
 

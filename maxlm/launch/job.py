@@ -21,7 +21,7 @@ from maxlm.launch.options import (
     parse_time_limit_seconds,
     supports_option,
 )
-from maxlm.launch.places import check_paths, find_placeholders
+from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_bytes
 from maxlm.run import RunConfig
@@ -118,8 +118,8 @@ def make_job(
         config = str(path.resolve())
         if in_container or scheduler != "slurm":  # the job does not see this machine's files
             config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
-    title = f"{run.name} on {on}: {machine.topology.words}"
-    if placeholders := find_placeholders(run):
+    title = f"{run.name} on {on}: {machine.topology.description}"
+    if placeholders := find_placeholder_settings(run):
         title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(
         scheduler=scheduler,
@@ -141,7 +141,7 @@ def make_job(
 
 def summarize_plan(plan: RunPlan) -> str:
     """Formats a plan in one line: memory of a device, and time of a step."""
-    limit, total = plan.limit or 0.0, float(plan.memory.total)
+    limit, total = plan.memory_limit_bytes or 0.0, float(plan.memory.total)
     words = f"{format_bytes(total)} of {format_bytes(limit)} a device"
     return words if plan.step_seconds is None else f"{words}, {plan.step_seconds:.3g} s a step"
 

@@ -24,18 +24,18 @@ def make_placeholders(run: RunConfig) -> list[str]:
     return found + [f"{key}={PLACEHOLDER}tokenizer" for key in tokenizer]
 
 
-def find_placeholders(run: RunConfig) -> list[str]:
+def find_placeholder_settings(run: RunConfig) -> list[str]:
     """Return the settings that hold placeholders."""
     return [key for key, place in _places(run).items() if place.startswith(PLACEHOLDER)]
 
 
 def check_paths(
-    run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
+    run: RunConfig, scheduler: str, mounted: Sequence[Mount], in_container: bool, own_template: bool
 ) -> None:
     """Checks that there is text, and a run's folder that outlives its hosts and that all see.
 
     Args:
-        inside: it runs in a container, which sees what is mounted.
+        in_container: it runs in a container, which sees what is mounted.
         own_template: it may mount folders, or say where a job begins.
     """
     named = _places(run)
@@ -50,12 +50,12 @@ def check_paths(
         what = "a store was made with a tokenizer, and none is named"
         fix = "name the folder of the tokenizer the stores were built with"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
-    if own_template or (scheduler == "slurm" and not inside):
+    if own_template or (scheduler == "slurm" and not in_container):
         return
     for key, place in named.items():
         url = "://" in place and key.endswith(_URLS)
         if not url and not place.startswith(PLACEHOLDER):
-            _check_place(key, place, scheduler, mounted if inside else None)
+            _check_place(key, place, scheduler, mounted if in_container else None)
 
 
 def _places(run: RunConfig) -> dict[str, str]:

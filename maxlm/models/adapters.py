@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.blocks import parse_registered
-from maxlm.models.params import Params, declare_at_rest, param_specs
+from maxlm.models.params import Params, bind_specs, param_specs
 
 
 class Adapter(Config):
@@ -43,4 +43,4 @@ AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter
 def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **how: Any) -> Model:
     """Builds a model whose parameters rest as its adapter says; ``how`` is for ``config.build``."""
     model = config.build(**how)
-    return model if adapter is None else declare_at_rest(model, adapter.adapt(param_specs(model)))
+    return model if adapter is None else bind_specs(model, adapter.adapt(param_specs(model)))

@@ -20,7 +20,7 @@ from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, bind, cast_matrices, get_values, param_specs
+from maxlm.models.params import Params, bind, cast_params_by_role, get_values, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers, split_periods, take_layer
@@ -36,7 +36,7 @@ class EncoderOutput(NamedTuple):
     segment_ids: jax.Array | None
     """int [B, T]; None: each row is one segment."""
 
-    def segments_with(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
+    def pair_segment_ids(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
         """Returns segments of queries and keys, for a decoder's tokens."""
         if self.segment_ids is None:
             return None
@@ -61,7 +61,7 @@ class Mixer(Protocol):
         ...
 
     def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
-        """Returns a layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArray` for
+        """Returns a layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArraySpec` for
         each array; an empty one is zeros."""
         ...
 
@@ -203,7 +203,7 @@ class Block(nnx.Module):
         if memory is not None and self.cross is not None:
             y = self._before(self.cross_norm, x)
             y = self.cross.cross_attend(
-                y, self.project_keys_values(memory), memory.segments_with(inputs)
+                y, self.project_keys_values(memory), memory.pair_segment_ids(inputs)
             )
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
@@ -281,17 +281,19 @@ def scan_blocks(
     specs = param_specs(block)
 
     def cast(own: Params) -> Params:
-        return cast_matrices(specs, own, partial(round_to_dtype, dtype=dtype), ("matrix",))
+        return cast_params_by_role(
+            specs, own, partial(cast_without_hoisting, dtype=dtype), ("matrix",)
+        )
 
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
     alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
-    layers = [apply_remat(partial(layer, body), remat, alone=alone) for body in bodies]
+    layers = [apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies]
     return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast)
 
 
-def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:
     """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers' parameters
     before the loop, with their dimensions turned around, and hold these copies throughout."""
     if x.dtype == dtype:
@@ -303,7 +305,7 @@ def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def scan_cached(
+def scan_blocks_with_cache(
     stacked: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, held: Any
 ) -> tuple[Any, Any]:
     """Runs a stack for inference, without gradient, by bodies ``(block, carry, held) -> (carry,

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.parallel.attention import read_cache_slots, write_cache_slots
+from maxlm.parallel.attention import gather_cache_with_new, write_cache_slots
 from maxlm.sharding import AxisRules
 
 
 @dataclass(frozen=True)
-class CacheArray:
+class CacheArraySpec:
     """An array of a layer's cache before it is allocated."""
 
     shape: tuple[int, ...]
@@ -93,8 +93,8 @@ class RingCache(NamedTuple):
             "segment_ids": (jnp.ones_like(positions), visible),
         }
         keys = VisibleKeys(
-            read_cache_slots(self.key, key, before % window, rules=rules),
-            read_cache_slots(self.value, value, before % window, rules=rules),
+            gather_cache_with_new(self.key, key, before % window, rules=rules),
+            gather_cache_with_new(self.value, value, before % window, rules=rules),
             mask,
         )
         # Padding must not take the slots of tokens, nor tokens those of later ones.
@@ -112,16 +112,16 @@ def kv_cache_spec(
     batch: int,
     length: int,
     window: int | None,
-    key: tuple[int, int],
-    value: tuple[int, int],
-    heads: str | None,
+    key_shape: tuple[int, int],
+    value_shape: tuple[int, int],
+    heads_axis: str | None,
 ) -> ContiguousCache | RingCache:
-    """Returns a layer's cache of keys and values with a :class:`CacheArray` for each array.
+    """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
 
     Rows have ``length`` tokens at most, of which a token sees ``window``; a cache is no longer.
-    ``key`` and ``value`` are (heads, size) of each, ``heads`` the logical axis of the heads.
+    ``key_shape`` and ``value_shape`` are (heads, size) of each, ``heads_axis`` the logical axis of the heads.
     """
     slots = length if window is None else min(window, length)
-    axes = ("batch", None, heads, None)
-    arrays = (CacheArray((batch, slots, *sizes), axes) for sizes in (key, value))
+    axes = ("batch", None, heads_axis, None)
+    arrays = (CacheArraySpec((batch, slots, *sizes), axes) for sizes in (key_shape, value_shape))
     return (RingCache if slots < length else ContiguousCache)(*arrays)

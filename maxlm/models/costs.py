@@ -30,7 +30,7 @@ class MatrixGroup:
 
 
 @dataclass(frozen=True)
-class HeadCosts:
+class AttentionCosts:
     """Heads of attention: each has a score for each pair of tokens."""
 
     num_heads: int
@@ -64,7 +64,7 @@ class LayerCosts:
     """Costs of one layer of a module."""
 
     matrices: tuple[MatrixGroup, ...] = ()
-    heads: HeadCosts | None = None
+    heads: AttentionCosts | None = None
     experts: ExpertCosts | None = None
     flops: float = 0.0
     """Forward FLOPs a token beside matrices and scores, such as those of a recurrence."""

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from maxlm.config import MaxlmError
-from maxlm.parallel.linear import project as multiply_kernels
+from maxlm.parallel.linear import multiply_kernels as multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
@@ -47,7 +47,7 @@ class ParamSpec:
     dtype: Any = jnp.float32
 
     @property
-    def lead(self) -> int:
+    def num_layer_axes(self) -> int:
         """Leading dimensions that count layers: 0 of a parameter outside the stack."""
         return self.axes.index("layers") + 1 if "layers" in self.axes else 0
 
@@ -84,19 +84,19 @@ def get_spec(param: nnx.Param) -> ParamSpec:
     return param.get_metadata("spec")
 
 
-class Weight(NamedTuple):
+class ShardedWeight(NamedTuple):
     """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
 
     value: jax.Array
     """The parameter in its storage layout."""
-    used: Dims
+    compute_layout: Dims
     """The mesh axes of its dimensions in use; they begin those in storage."""
-    whole: jax.Array | None = None
+    gathered: jax.Array | None = None
     """The parameter in use, if it need not be gathered."""
 
 
 @dataclass(frozen=True)
-class ParamUse:
+class ParamReader:
     """The way a layer reads one of its parameters."""
 
     spec: ParamSpec
@@ -113,9 +113,9 @@ class ParamUse:
     @property
     def output_axes(self) -> tuple[str | None, ...]:
         """Logical axes of a matrix's outputs, for one layer."""
-        return self.spec.axes[self.spec.lead + len(self.spec.contract) :]
+        return self.spec.axes[self.spec.num_layer_axes + len(self.spec.contract) :]
 
-    def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> Weight:
+    def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> ShardedWeight:
         """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under ZeRO-3 the
         compute dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's."""
         if isinstance(held, Leaf):
@@ -127,9 +127,9 @@ class ParamUse:
         pairs = zip(get_layout(value), used, strict=True)
         if any(have[: len(want)] != want for have, want in pairs):
             value = reshard(value, self.rules.spec(*own))  # stored on other axes altogether
-        return Weight(value, used)
+        return ShardedWeight(value, used)
 
-    def multiply(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+    def multiply(self, x: jax.Array, *weights: ShardedWeight) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S, *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
         return multiply_kernels(x, values, wholes, used, self.tokens)
@@ -148,15 +148,15 @@ class Leaf:
     """The field that holds the parameter as a model without this leaf has it; None: there is none.
     Parameters of such a model are read into it."""
 
-    def materialize(self, use: ParamUse) -> Weight:
+    def materialize(self, use: ParamReader) -> ShardedWeight:
         """Returns the parameter's value, as norms, tables, heads and experts read it."""
         raise NotImplementedError
 
-    def read_kernel(self, use: ParamUse) -> Weight:
+    def read_kernel(self, use: ParamReader) -> ShardedWeight:
         """Returns the array that inputs are multiplied with, beside maps of the same input."""
         return self.materialize(use)
 
-    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamUse) -> jax.Array:
+    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamReader) -> jax.Array:
         """Completes the map of x, from the product y of x and :meth:`read_kernel`."""
         return y
 
@@ -170,22 +170,22 @@ class GatheredParam(Leaf):
     value: jax.Array
     whole: jax.Array
 
-    def materialize(self, use: ParamUse) -> Weight:
+    def materialize(self, use: ParamReader) -> ShardedWeight:
         own = use.read(self.value)
         whole = jax.lax.stop_gradient(self.whole).astype(use.dtype)
-        return own._replace(whole=reshard(whole, make_spec(own.used)))
+        return own._replace(whole=reshard(whole, make_spec(own.compute_layout)))
 
 
-def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
+def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight:
     """Returns a parameter cast to ``dtype``, for ``maxlm.parallel``."""
-    return ParamUse(get_spec(param), rules, dtype).read(param.get_value())
+    return ParamReader(get_spec(param), rules, dtype).read(param.get_value())
 
 
 def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     """Returns a parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
     gradient may be reduced whole, and where there is no gradient."""
     own = read_weight(param, rules, dtype)
-    return reshard(own.value, make_spec(own.used))
+    return reshard(own.value, make_spec(own.compute_layout))
 
 
 def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
@@ -220,7 +220,7 @@ def param_specs(module: nnx.Module) -> Params:
     )
 
 
-def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
+def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     """Returns the module with other leaves for its parameters; pure. ``specs`` are its
     :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
@@ -286,7 +286,9 @@ def join_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def cast_matrices(specs: Params, params: Params, cast: Callable, roles: Sequence[str]) -> Params:
+def cast_params_by_role(
+    specs: Params, params: Params, cast: Callable, roles: Sequence[str]
+) -> Params:
     """Parameters with ``cast`` applied to floating-point arrays of some roles."""
 
     def one(spec: ParamSpec, held: Any) -> Any:  # an array, or what is held for its gradient
@@ -302,11 +304,13 @@ def init_params(specs: Params, key: jax.Array) -> Params:
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        if not spec.lead:
+        if not spec.num_layer_axes:
             return spec.init(own, spec.shape, spec.dtype)
-        numbers = jnp.arange(prod(spec.shape[: spec.lead]))
+        numbers = jnp.arange(prod(spec.shape[: spec.num_layer_axes]))
         layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(numbers)
-        values = jax.vmap(lambda k: spec.init(k, spec.shape[spec.lead :], spec.dtype))(layers)
+        values = jax.vmap(lambda k: spec.init(k, spec.shape[spec.num_layer_axes :], spec.dtype))(
+            layers
+        )
         return values.reshape(spec.shape)
 
     return jax.tree_util.tree_map_with_path(lambda path, spec: init(join_path(path), spec), specs)

@@ -18,7 +18,7 @@ from maxlm.sharding import (
     AxisRules,
     Placement,
     ShardingConfig,
-    check_activations,
+    check_activation_rules,
     check_unsharded_share,
     resolve_placement,
 )
@@ -100,7 +100,7 @@ def place_model(
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
         rules = [own.model_copy(update=whole) for own in rules]
     storage, gradients, optimizer, compute = rules
-    check_activations(compute)
+    check_activation_rules(compute)
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))

@@ -22,12 +22,12 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 def apply_remat(
-    layer: Callable[..., Any], policy: RematPolicy, *, alone: bool = True
+    layer: Callable[..., Any], policy: RematPolicy, *, is_loop_body: bool = True
 ) -> Callable[..., Any]:
     """Applies a policy to ``layer``; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
-        alone: whether it is all there is to the body of a loop. Otherwise a compiler could do the
+        is_loop_body: whether it is all there is to the body of a loop. Otherwise a compiler could do the
             work of several layers again at once, and hold all of it, or, in one program with
             their forward pass, not do it again at all: a barrier makes each wait for its gradient.
     """
@@ -36,7 +36,7 @@ def apply_remat(
     return jax.checkpoint(
         layer,
         policy=jax.checkpoint_policies.save_only_these_names(*SAVED[policy]),
-        prevent_cse=not alone,
+        prevent_cse=not is_loop_body,
     )
 
 

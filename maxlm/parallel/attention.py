@@ -38,7 +38,7 @@ def write_cache_slots(
     return _map_cache(local, rules)(cache, new, positions)
 
 
-def read_cache_slots(
+def gather_cache_with_new(
     cache: jax.Array, new: jax.Array, slots: jax.Array, *, rules: AxisRules
 ) -> jax.Array:
     """Returns a cache's slots in another order, then new ones, [B, W + S, K, H]; no communication.
@@ -183,7 +183,7 @@ def _whole(split: SequenceSplit, added: DistanceBias, where: Any) -> dict[str, A
     """Returns the kernel's arguments where the sequence is not split."""
     positions, segments = where
     placed = {"q_positions": positions, "segment_ids": segments}
-    return {**placed, **split.mask, **split.scores, **added._asdict()}
+    return {**placed, **split.mask_kwargs, **split.score_kwargs, **added._asdict()}
 
 
 class _Layout(NamedTuple):

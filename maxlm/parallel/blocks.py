@@ -126,10 +126,10 @@ class _Queries(NamedTuple):
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
-        of_scores = split.scores | self.added._asdict()
+        of_scores = split.score_kwargs | self.added._asdict()
         by_distance = any(x is not None for x in self.added)
-        for a in range(split.chunks):
-            for b in reversed(range(split.chunks)):
+        for a in range(split.chunks_per_device):
+            for b in reversed(range(split.chunks_per_device)):
                 k, v, k_segments = keys[b]
                 segments = None if k_segments is None else (self.segments[a], k_segments)
                 mask, live = {"segment_ids": segments, "causal": False, **of_scores}, None
@@ -142,12 +142,12 @@ class _Queries(NamedTuple):
                 elif a < b:
                     continue  # every device's first chunk lies before all second ones
                 elif same:
-                    mask |= split.mask
+                    mask |= split.mask_kwargs
                 elif split.window is None:
                     # All keys before the queries, or all after; second chunks lie after first ones.
                     live = None if a > b else key_starts[b] < starts[a]
                 else:
-                    mask |= split.mask | places
+                    mask |= split.mask_kwargs | places
                     oldest = starts[a] - split.window + 1
                     live = (key_starts[b] < starts[a]) & (oldest < key_starts[b] + size)
                 yield _Pair(a, b, k, v, mask, live)
@@ -156,7 +156,7 @@ class _Queries(NamedTuple):
         self, block: KeyValueBlock, number: jax.Array | None, partial: PartialOutput | None
     ) -> PartialOutput:
         """``partial`` (None: nothing yet) with a block of keys added."""
-        parts: list[Any] = list(partial or (None,) * self.split.chunks)
+        parts: list[Any] = list(partial or (None,) * self.split.chunks_per_device)
         for pair in self.pairs(block, number):
             (q,) = self.arrays[pair.query]
 
@@ -173,7 +173,9 @@ class _Queries(NamedTuple):
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
         d_q, d_biases = self._nothing() if own is None else own
         d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
-        d_keys: list[Any] = [[jnp.zeros(x.shape, jnp.float32) for x in chunks]] * self.split.chunks
+        d_keys: list[Any] = [
+            [jnp.zeros(x.shape, jnp.float32) for x in chunks]
+        ] * self.split.chunks_per_device
         for pair in self.pairs(block, number):
             q, *saved = self.arrays[pair.query]
 
@@ -212,7 +214,11 @@ class _Pair(NamedTuple):
 
 
 def _cut(x: Any, split: SequenceSplit) -> tuple[Any, ...]:
-    return (None,) * split.chunks if x is None else tuple(jnp.split(x, split.chunks, axis=1))
+    return (
+        (None,) * split.chunks_per_device
+        if x is None
+        else tuple(jnp.split(x, split.chunks_per_device, axis=1))
+    )
 
 
 def _add(xs: Any, ys: Any) -> Any:
@@ -245,7 +251,7 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
         coming = _rotate(block, split)
         return queries.fold(block, queries.number_before(t), partial), coming
 
-    last = split.last_step(block.k.shape[1])
+    last = split.last_ring_step(block.k.shape[1])
     if last == 0:
         return queries.fold(block, None, None)
     coming = _rotate(block, split)
@@ -266,7 +272,7 @@ def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
         own, terms = queries.pull(block, queries.number_before(t), own)
         return own, coming, _add(arriving, terms)
 
-    last = split.last_step(block.k.shape[1])
+    last = split.last_ring_step(block.k.shape[1])
     if last == 0:
         return queries.pull(block, None, None)
     coming = _rotate(block, split)
@@ -301,7 +307,7 @@ def _gathered_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
         number = queries.number_before(t)
         return queries.fold(_block_of(split, whole, number), number, partial)
 
-    stop = split.last_step(block.k.shape[1]) + 1
+    stop = split.last_ring_step(block.k.shape[1]) + 1
     return _steps(step, queries.fold(block, None, None), stop)
 
 
@@ -324,7 +330,7 @@ def _gathered_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
     own, terms = queries.pull(block, None, None)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (whole.k, whole.v))
     sums = put(zeros, queries.number, terms)
-    own, sums = _steps(step, (own, sums), split.last_step(size) + 1)
+    own, sums = _steps(step, (own, sums), split.last_ring_step(size) + 1)
     everywhere, rows = ((),) * 4, ((), split.axes, (), ())
     d_k, d_v = (reduce(x, split.axes, everywhere, rows) for x in sums)
     return own, (d_k, d_v)

@@ -51,30 +51,32 @@ class SequenceSplit(NamedTuple):
         return axis_size(self.axes)
 
     @property
-    def mask(self) -> dict[str, Any]:
+    def mask_kwargs(self) -> dict[str, Any]:
         return {"causal": self.causal, "window": self.window}
 
     @property
-    def scores(self) -> dict[str, Any]:
+    def score_kwargs(self) -> dict[str, Any]:
         return {"scale": self.scale, "soft_cap": self.soft_cap}
 
     @property
-    def chunks(self) -> int:
+    def chunks_per_device(self) -> int:
         """Runs of neighbouring tokens that a device holds."""
         return 2 if self.balanced else 1
 
-    def last_step(self, rows: int) -> int:
-        """Counts the devices before its own, of ``rows`` tokens each, that hold keys a device may
+    def last_ring_step(self, tokens_per_device: int) -> int:
+        """Counts the devices before its own, of ``tokens_per_device`` tokens each, that hold keys a device may
         need. Later devices' keys pass by as the ring closes."""
         if self.window is None or self.balanced:
             return self.ways - 1
-        return min(self.ways - 1, (self.window + rows - 2) // rows)
+        return min(self.ways - 1, (self.window + tokens_per_device - 2) // tokens_per_device)
 
-    def chunk_starts(self, number: Any, size: int) -> list[Any]:
-        """Returns the index in the sequence of the first token of each chunk, of ``size`` tokens,
+    def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
+        """Returns the index in the sequence of the first token of each chunk, of ``chunk_size`` tokens,
         of the device with a number along ``axes``."""
-        starts = [number * size]
-        return [*starts, (2 * self.ways - 1 - number) * size] if self.balanced else starts
+        starts = [device_index * chunk_size]
+        return (
+            [*starts, (2 * self.ways - 1 - device_index) * chunk_size] if self.balanced else starts
+        )
 
 
 class DistanceBias(NamedTuple):

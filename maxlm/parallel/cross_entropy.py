@@ -32,12 +32,12 @@ def fused_cross_entropy_loss(
     targets: jax.Array,
     weights: jax.Array,
     *,
-    used: Dims,
-    whole: jax.Array | None = None,
+    head_layout: Dims,
+    gathered_head: jax.Array | None = None,
     bias: jax.Array | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
-    chunk: int = 1024,
+    chunk_tokens: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
 
@@ -46,13 +46,13 @@ def fused_cross_entropy_loss(
         head: [D, V], compute dtype, in its storage layout.
         targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
         weights: fp32 [...], likewise; 0 leaves a token out.
-        used: the mesh axes of the head's dimensions in use.
-        whole: the head in use, where it need not be gathered; gradients go to ``head``.
+        head_layout: the mesh axes of the head's dimensions in use.
+        gathered_head: the head in use, where it need not be gathered; gradients go to ``head``.
         bias: fp32 [V] in any layout, or None.
-        chunk: tokens whose logits exist at once on a device; larger is a little faster.
+        chunk_tokens: tokens whose logits exist at once on a device; larger is a little faster.
     """
-    how = _How(used, soft_cap, z_loss, chunk)
-    return _fused(hidden, head, how.place(bias), whole, targets, weights, how)
+    how = _How(head_layout, soft_cap, z_loss, chunk_tokens)
+    return _fused(hidden, head, how.place(bias), gathered_head, targets, weights, how)
 
 
 def compute_fused_log_probs(
@@ -60,19 +60,19 @@ def compute_fused_log_probs(
     head: jax.Array,
     targets: jax.Array,
     *,
-    used: Dims,
-    whole: jax.Array | None = None,
+    head_layout: Dims,
+    gathered_head: jax.Array | None = None,
     bias: jax.Array | None = None,
     soft_cap: float | None = None,
-    chunk: int = 1024,
+    chunk_tokens: int = 1024,
 ) -> jax.Array:
     """Computes log softmax(logits)[target], fp32 [...]; see :func:`fused_cross_entropy_loss`.
 
     Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
     weighted by the cotangents.
     """
-    how = _How(used, soft_cap, 0.0, chunk)
-    return _log_probs(hidden, head, how.place(bias), whole, targets, how)
+    how = _How(head_layout, soft_cap, 0.0, chunk_tokens)
+    return _log_probs(hidden, head, how.place(bias), gathered_head, targets, how)
 
 
 class _How(NamedTuple):
@@ -137,12 +137,12 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
             targets.ravel(),
             weights.ravel(),
             bias=bias,
-            first=number[0] * head.shape[1],
-            axes=vocab,
+            vocab_start=number[0] * head.shape[1],
+            vocab_axes=vocab,
             gradient=gradient,
             z_loss=how.z_loss,
             soft_cap=how.soft_cap,
-            chunk=how.chunk,
+            chunk_tokens=how.chunk,
         )
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:

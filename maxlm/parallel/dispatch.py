@@ -38,7 +38,7 @@ class DroplessDispatch:
     ragged: bool = field(metadata={"static": True})
     """Devices exchange by ragged all-to-all; otherwise by an all-to-all of worst-case blocks."""
 
-    def send(self, slots: jax.Array) -> jax.Array:
+    def send_to_experts(self, slots: jax.Array) -> jax.Array:
         """Sends [T·k, ...] → [R, ...]; with several devices rows beyond the groups are zeros."""
         if not self.axes:
             return slots
@@ -55,7 +55,7 @@ class DroplessDispatch:
         at = room * jnp.arange(ways) + (jnp.cumsum(own, 1) - own).T
         return _pick(got, self._num_rows, starts.ravel(), sizes.ravel(), at.ravel())
 
-    def receive(self, rows: jax.Array) -> jax.Array:
+    def receive_from_experts(self, rows: jax.Array) -> jax.Array:
         """Receives [R, ...] → [T·k, ...]; zeros in slots sent nowhere where devices are several."""
         if not self.axes:
             return rows
@@ -128,7 +128,7 @@ class CapacityDispatch:
     experts: int = field(metadata={"static": True})
     """Experts a device."""
 
-    def send(self, slots: jax.Array) -> jax.Array:
+    def send_to_experts(self, slots: jax.Array) -> jax.Array:
         """Sends [E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
         if not self.axes:
             return slots
@@ -136,7 +136,7 @@ class CapacityDispatch:
         got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
         return got.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
 
-    def receive(self, rows: jax.Array) -> jax.Array:
+    def receive_from_experts(self, rows: jax.Array) -> jax.Array:
         """Receives [R, ...] → [E·b·C, ...]."""
         if not self.axes:
             return rows

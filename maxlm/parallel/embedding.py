@@ -56,18 +56,22 @@ def _own_rows(ids, table, number):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def embed_tokens(
-    table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike
+    table: jax.Array,
+    ids: jax.Array,
+    table_layout: Dims,
+    out_layout: Dims,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """Returns rows of a table, [..., S, D]; reverse-mode differentiable in the table.
 
     Args:
         table: [V, D], fp32, in its storage layout.
         ids: int [..., S]; those outside 0..V-1 give NaN.
-        used: the mesh axes of V and D in use; they begin those in storage.
-        out: the mesh axes of the result's dimensions, which begin with those of ``ids``.
+        table_layout: the mesh axes of V and D in use; they begin those in storage.
+        out_layout: the mesh axes of the result's dimensions, which begin with those of ``ids``.
         dtype: of the result; gradients are summed within a device in fp32, between devices in it.
     """
-    own, vocab = _layouts(table, ids, used), used[0]
+    own, vocab = _layouts(table, ids, table_layout), table_layout[0]
     size = table.shape[0]
 
     def local(table, ids, number):
@@ -77,15 +81,15 @@ def embed_tokens(
             everyone = lax.all_gather(everyone, axis, axis=dim, tiled=True)
         rows, here = _own_rows(everyone, table, number)
         y = jnp.where(here[..., None], table[jnp.where(here, rows, 0)], 0)
-        y = reduce(y, vocab, (*own.ids, used[1]), out)
+        y = reduce(y, vocab, (*own.ids, table_layout[1]), out_layout)
         for axis, dim in reversed(own.exchanged):
             y = lax.all_to_all(y, axis, split_axis=dim, concat_axis=y.ndim - 1, tiled=True)
         return y
 
     specs = make_spec(own.table), make_spec(own.ids), make_spec((vocab,))
-    y = map_shards(local, specs, make_spec(out))(table, ids, axis_indices(vocab))
+    y = map_shards(local, specs, make_spec(out_layout))(table, ids, axis_indices(vocab))
     known = (ids >= 0) & (ids < size)
-    return jnp.where(jax.sharding.reshard(known, make_spec(out[:-1]))[..., None], y, jnp.nan)
+    return jnp.where(jax.sharding.reshard(known, make_spec(out_layout[:-1]))[..., None], y, jnp.nan)
 
 
 def _forward(table, ids, used, out, dtype):

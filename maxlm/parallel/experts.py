@@ -58,7 +58,7 @@ def apply_experts(
     kernels: Kernels,
     *,
     activation: Callable[[jax.Array], jax.Array],
-    compute: dict[str, PartitionSpec],
+    kernel_specs: dict[str, PartitionSpec],
     expert_capacity: int | None = None,
     ragged: bool | None = None,
 ) -> jax.Array:
@@ -72,7 +72,7 @@ def apply_experts(
         kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], in their storage
             layouts; gradients come back in the same, and in their dtype.
         activation: element-wise; a module-level function, lest each trace compile anew.
-        compute: the layout of each kernel in use: E over axes that also split tokens, or none;
+        kernel_specs: the layout of each kernel in use: E over axes that also split tokens, or none;
             D whole; F over any.
         expert_capacity: assignments that each expert serves of each sequence; others are dropped.
             None: all are served, in buffers for the worst case (``dispatch.DroplessDispatch``).
@@ -87,7 +87,7 @@ def apply_experts(
             devices with ``expert_capacity``.
     """
     tokens = get_layout(x)
-    used = {name: parse_spec(compute[name], 3) for name in kernels}
+    used = {name: parse_spec(kernel_specs[name], 3) for name in kernels}
     if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
         raise MaxlmError(
             f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole",
@@ -194,9 +194,9 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
         else:
             plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
         flat = x.reshape(-1, x.shape[-1])
-        rows = plan.send(_to_slots(flat, plan, chosen.shape[-1]))
+        rows = plan.send_to_experts(_to_slots(flat, plan, chosen.shape[-1]))
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        scale = plan.send(_to_slots(weights.reshape(-1, 1), plan, 1))
+        scale = plan.send_to_experts(_to_slots(weights.reshape(-1, 1), plan, 1))
 
         def add(out, own: Kernels):
             weighted = _weighted(_hidden(plan, rows, own), scale, how.activation)
@@ -204,7 +204,7 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
 
         out, _ = _over_parts(add, jnp.zeros(rows.shape, wide), kernels, len(rows))
         out = out.astype(rows.dtype)
-        y = _from_slots(plan.receive(out), plan).astype(x.dtype).reshape(x.shape)
+        y = _from_slots(plan.receive_from_experts(out), plan).astype(x.dtype).reshape(x.shape)
         y = reduce(y, how.f_axes, how.whole, how.tokens)
         return y, {"rows": rows, "scale": scale, "plan": plan}
 

@@ -97,26 +97,26 @@ def _layouts(x, kernels, used, tokens) -> _Layouts:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def project(
+def multiply_kernels(
     x: jax.Array,
     kernels: tuple[jax.Array, ...],
-    wholes: tuple[jax.Array | None, ...],
-    used: tuple[Dims, ...],
-    tokens: Dims,
+    gathered_kernels: tuple[jax.Array | None, ...],
+    kernel_layouts: tuple[Dims, ...],
+    token_layout: Dims,
 ) -> tuple[jax.Array, ...]:
     """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
 
     Args:
         x: [B, S, *inputs].
         kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
-        wholes: kernels in use, where they need not be gathered; gradients go to ``kernels``.
-        used: the mesh axes of every kernel's dimensions in use; they begin those in storage.
-        tokens: the mesh axes of B and S in the results.
+        gathered_kernels: kernels in use, where they need not be gathered; gradients go to ``kernels``.
+        kernel_layouts: the mesh axes of every kernel's dimensions in use; they begin those in storage.
+        token_layout: the mesh axes of B and S in the results.
 
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    own = _layouts(x, kernels, used, tokens)
+    own = _layouts(x, kernels, kernel_layouts, token_layout)
 
     def local(x, kernels, wholes):
         x, summed = gather(x, own.x, (*own.inner, *own.x[2:])), _flat(own.x[2:])
@@ -124,15 +124,15 @@ def project(
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             y = _contract(x, own.kernel(i, *pair), own.inputs)
             outputs = own.outputs(i)
-            ys.append(reduce(y, summed, (*own.inner, *outputs), (*tokens, *outputs)))
+            ys.append(reduce(y, summed, (*own.inner, *outputs), (*token_layout, *outputs)))
         return tuple(ys)
 
-    specs = make_spec(own.x), own.kernels, own.wholes(wholes)
-    return map_shards(local, specs, own.results)(x, kernels, wholes)
+    specs = make_spec(own.x), own.kernels, own.wholes(gathered_kernels)
+    return map_shards(local, specs, own.results)(x, kernels, gathered_kernels)
 
 
 def _forward(x, kernels, wholes, used, tokens):
-    return project(x, kernels, wholes, used, tokens), (x, kernels, wholes)
+    return multiply_kernels(x, kernels, wholes, used, tokens), (x, kernels, wholes)
 
 
 def _backward(used, tokens, saved, d_ys):
@@ -172,7 +172,7 @@ def _backward(used, tokens, saved, d_ys):
     return (*map_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
 
 
-project.defvjp(_forward, _backward)
+multiply_kernels.defvjp(_forward, _backward)
 
 
 def _contract(x, kernel, inputs):

@@ -86,8 +86,8 @@ def _options(
         size = len(x) // split.ways
         return lax.dynamic_slice_in_dim(x, number * size, size)
 
-    mask = {"segment_ids": _whole_segments(split, segments), **split.mask}
-    return {**mask, **split.scores, **jax.tree.map(own, added)._asdict()}
+    mask = {"segment_ids": _whole_segments(split, segments), **split.mask_kwargs}
+    return {**mask, **split.score_kwargs, **jax.tree.map(own, added)._asdict()}
 
 
 def _among_all(x: jax.Array, split: SequenceSplit, number: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ def _in_order(x: jax.Array, split: SequenceSplit) -> jax.Array:
 
 
 def _chunk_order(split: SequenceSplit) -> np.ndarray:
-    return sequence_order_indices(split.ways * split.chunks, split.ways, split.balanced)
+    return sequence_order_indices(split.ways * split.chunks_per_device, split.ways, split.balanced)
 
 
 def _permute(x: jax.Array, split: SequenceSplit, order: np.ndarray) -> jax.Array:

@@ -46,13 +46,13 @@ def _in_passes(
 
 def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, compute = shape.work, shape.split.compute
-    for group, layers in work.matmuls.items():
+    for group, layers in work.matmul_layer_counts.items():
         if not group.has_experts:
             yield from _list_matmul_collectives(shape, group, *_count_passes(shape, layers))
-    for attention, layers in work.attention.items():
+    for attention, layers in work.attention_layer_counts.items():
         yield from _list_attention_collectives(shape, attention, *_count_passes(shape, layers))
     _, runs = _count_passes(shape, work.layers)
-    vectors = (s for s in work.specs.values() if s.lead and s.role == "vector")
+    vectors = (s for s in work.specs.values() if s.num_layer_axes and s.role == "vector")
     size = sum(s.size for s in vectors if not s.sign_update) / work.layers * FP32
     axes = (*compute.batch, *compute.residual)
     yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
@@ -61,7 +61,7 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
     """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
     backward pass runs a stage forward once more, to differentiate it."""
-    runs = shape.slots * shape.per_stage(layers)
+    runs = shape.stage_passes_with_bubble * shape.per_stage(layers)
     return runs * np.where(shape.pipelined, 2, 1), runs
 
 
@@ -69,10 +69,10 @@ def _list_matmul_collectives(
     shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
     work, rules, kernels = shape.work, shape.split.compute, group.kernels
-    width = work.config.model.d_model if group.reads != "latent" else group.input_width
-    size = shape.tokens * group.rate * work.dtype_bytes * width
+    width = work.config.model.d_model if group.input_side != "latent" else group.input_width
+    size = shape.micro_batch_tokens * group.rate * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
-    again = backward if shape.remat != "none" and work.ends_wanted(group) else 0
+    again = backward if shape.remat != "none" and work.backward_needs_branch_output(group) else 0
     for kernel in kernels:
         tokens = (*rules.batch, *rules.seq)
         yield from _list_weight_collectives(shape, kernel, forward, backward, tokens)
@@ -82,20 +82,20 @@ def _list_matmul_collectives(
     def send(what: str, kind: str, axes: tuple[str, ...], ahead: Number, back: Number):
         return _in_passes(f"{group.name}: {what}", kind, axes, size, ahead, back)
 
-    beside = work.beside_attention(group)
+    beside = work.is_parallel_to_attention(group)
     # The compiler gathers the same array once: what both branches read, or all layers.
     shared = beside and work.config.model.placement == "parallel_shared"
-    if group.reads == "latent":
+    if group.input_side == "latent":
         yield from send("its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward)
-    if group.reads == "memory":
-        yield from send("input", "all-gather", sequence, shape.slots, 0)
-    if group.reads == "residual" and not shared:
+    if group.input_side == "memory":
+        yield from send("input", "all-gather", sequence, shape.stage_passes_with_bubble, 0)
+    if group.input_side == "residual" and not shared:
         yield from send("input", "all-gather", sequence, forward, backward)
-    if group.reads in ("residual", "memory"):
+    if group.input_side in ("residual", "memory"):
         rest = tuple(sorted(outputs.difference(sequence)))
         yield from send("its gradient", "reduce-scatter", sequence, 0, backward)
         yield from send("its gradient", "all-reduce", rest, 0, backward)
-    if group.writes == "residual":
+    if group.output_side == "residual":
         rest = tuple(sorted(inputs.difference(sequence)))
         yield from send("output", "reduce-scatter", sequence, forward, again)
         yield from send("its gradient", "all-gather", sequence, 0, 0 if beside else backward)
@@ -110,8 +110,8 @@ def _list_weight_collectives(
     Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
     and all of a 1F1B pipeline, are gathered from such shares too.
     """
-    split, used = shape.split, shape.used_bytes(kernel)
-    scattered, here = split.extra(split.gradients, kernel), 1.0
+    split, used = shape.split, shape.gathered_weight_bytes(kernel)
+    scattered, here = split.gather_axes(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
     runs = here * forward, here * backward
@@ -124,7 +124,10 @@ def _list_gradient_collectives(
 ) -> Iterator[PlannedCollective]:
     """A kernel's gradient, reduced into its shares and over the axes that split the tokens."""
     split, what = shape.split, f"{kernel.name}: gradient"
-    used, scattered = shape.used_bytes(kernel), split.extra(split.gradients, kernel)
+    used, scattered = (
+        shape.gathered_weight_bytes(kernel),
+        split.gather_axes(split.gradients, kernel),
+    )
     yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     left = used / split.ways(scattered)
@@ -141,7 +144,7 @@ def _list_attention_collectives(
     ways, kv_ways = split.ways(axes), split.ways(kv_axes)
     query_heads = heads.num_heads / split.ways(rules.heads)
     kv_heads = heads.num_kv_heads / kv_ways
-    tokens, value = shape.tokens * attention.rate, heads.value_dim
+    tokens, value = shape.micro_batch_tokens * attention.rate, heads.value_dim
     # Of a key and its value, or a query and its output, each.
     either = tokens * (heads.head_dim + value) / 2
     itemsize = work.dtype_bytes
@@ -198,23 +201,27 @@ def _count_ring_steps(shape: StepShape, attention: AttentionShape, ways: Number)
 
 def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules = shape.work, shape.split, shape.split.compute
-    experts, router, groups = work.experts, work.router, [m for m in work.matmuls if m.has_experts]
+    experts, router, groups = (
+        work.experts,
+        work.router,
+        [m for m in work.matmul_layer_counts if m.has_experts],
+    )
     if experts is None or router is None:
         return
     forward, runs = _count_passes(shape, work.expert_layers)
     again = runs if shape.remat != "none" else 0
-    wanted = again if any(work.ends_wanted(group) for group in groups) else 0
+    wanted = again if any(work.backward_needs_branch_output(group) for group in groups) else 0
     width = work.config.model.d_model * work.dtype_bytes
     split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
     for kernel in (kernel for group in groups for kernel in group.kernels):
         yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
-    axes, size = split.extra(split.storage, router), router.size * FP32
+    axes, size = split.gather_axes(split.storage, router), router.size * FP32
     yield from _in_passes("router", "all-gather", axes, size, forward, runs, waits=False)
     axes, what = (*rules.batch, *rules.residual), "router: gradient"
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
-    kind, rows = "all-to-all", shape.received_rows
+    kind, rows = "all-to-all", shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
-        kind, rows = "ragged-all-to-all", shape.tokens * experts.experts_per_token
+        kind, rows = "ragged-all-to-all", shape.micro_batch_tokens * experts.experts_per_token
     routed = rows * width
     for what, ahead, back in (
         ("rows there", forward, again),
@@ -225,10 +232,10 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         yield from _in_passes(f"experts: {what}", kind, rules.expert, routed, ahead, back)
     sequence = split.sequence_parallel
     rest = tuple(axis for axis in rules.mlp if axis not in sequence)
-    tokens = shape.tokens * width
+    tokens = shape.micro_batch_tokens * width
     # Shared experts gather the same arrays, and so does attention beside; the compiler gathers them
     # once.
-    beside = any(work.beside_attention(group) for group in groups)
+    beside = any(work.is_parallel_to_attention(group) for group in groups)
     same_input = beside and work.config.model.placement == "parallel_shared"
     inputs = () if experts.has_shared or same_input else sequence
     gradients = () if experts.has_shared or beside else sequence
@@ -244,21 +251,24 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Lists those of the embedding, learned positions, matrices outside the layers and the loss."""
     yield from _list_loss_collectives(shape)
-    work, rules, runs = shape.work, shape.split.compute, shape.losses
-    for kernel in work.outer_kernels:
+    work, rules, runs = shape.work, shape.split.compute, shape.loss_calls
+    for kernel in work.non_layer_kernels:
         tokens = (*rules.batch, *rules.residual, *_stages(shape))
         yield from _list_weight_collectives(shape, kernel, runs, runs, tokens)
     for name, spec in work.base_specs.items():
-        if name in work.tables:
+        if name in work.embedding_lookup_rates:
             table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
-            first = name == next(iter(work.tables))
-            for rate in work.tables[name]:
+            first = name == next(iter(work.embedding_lookup_rates))
+            for rate in work.embedding_lookup_rates[name]:
                 yield from _list_lookup_collectives(shape, table, rate, first)
 
 
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.losses
-    head, hidden = work.head, shape.end_tokens * work.config.model.d_model * work.dtype_bytes
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.loss_calls
+    head, hidden = (
+        work.head,
+        shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes,
+    )
     yield from _list_weight_collectives(shape, head, runs, 0 * runs, ())
     tokens = (*rules.batch, *rules.residual, *_stages(shape))
     rest = tuple(axis for axis in tokens if axis not in rules.vocab)
@@ -281,11 +291,11 @@ def _list_lookup_collectives(
     partial sums, and what splits the residual stream further is scattered
     (``parallel/embedding.py``). ``rate`` tokens are looked up for each of the batch; the ``first``
     table is that of tokens."""
-    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.embedding_calls
     vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
     tokens = (*rules.batch, *rules.seq)
-    exchanged = tuple(a for a in split.extra(split.gradients, table) if a in tokens)
-    rows = shape.end_tokens * rate * work.config.model.d_model * work.dtype_bytes
+    exchanged = tuple(a for a in split.gather_axes(split.gradients, table) if a in tokens)
+    rows = shape.embedding_loss_tokens * rate * work.config.model.d_model * work.dtype_bytes
     what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
     some = rows / split.ways(sequence)
     yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward")
@@ -310,11 +320,11 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     carries inputs and results as well."""
     work, split, axes = shape.work, shape.split, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    runs, kind = (1 if shape.one_f_one_b else 3) * shape.ticks, "collective-permute"
+    runs, kind = (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations, "collective-permute"
     yield PlannedCollective("pipeline: to the next stage", kind, axes, one, runs, "forward")
     yield PlannedCollective("pipeline: to the one before", kind, axes, one, runs, "backward")
     if shape.one_f_one_b:
-        ends = split.held_bytes(split.gradients, work.outer_specs.values())
+        ends = split.held_bytes(split.gradients, work.non_layer_specs.values())
         yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once")
 
 

@@ -45,10 +45,14 @@ class Goodput:
 
 
 def estimate_goodput(
-    reliability: Reliability, devices: int, state_bytes: float, step_seconds: float, every: int
+    reliability: Reliability,
+    devices: int,
+    state_bytes: float,
+    step_seconds: float,
+    checkpoint_every: int,
 ) -> Goodput:
     """Estimates the share of a run's time that is progress, with a checkpoint of ``state_bytes`` a
-    device after ``every`` steps; 0: none."""
+    device after ``checkpoint_every`` steps; 0: none."""
     mean, restart = reliability.device_mtbf_hours * 3600 / devices, reliability.restart_seconds
     write = reliability.checkpoint_seconds
     write = state_bytes / STORAGE_RATE if write is None else write
@@ -59,8 +63,8 @@ def estimate_goodput(
         restart_seconds=restart,
         best_interval_seconds=best,
         best=progress_ratio(best, mean, write, restart),
-        configured_interval_seconds=every * step_seconds,
-        configured=progress_ratio(every * step_seconds, mean, write, restart),
+        configured_interval_seconds=checkpoint_every * step_seconds,
+        configured=progress_ratio(checkpoint_every * step_seconds, mean, write, restart),
     )
 
 

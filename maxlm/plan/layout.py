@@ -22,7 +22,7 @@ from maxlm.tasks import FrozenModelSource
 from maxlm.train.batch import require_batch_split
 
 
-def require_run_fits(
+def require_run_trainable(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
     """Yields what a run must meet to train on one or many meshes, but for parameters' splits."""
@@ -111,7 +111,7 @@ class RunLayout:
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
-    """Training FLOPs of a token of text, causal attention at half; see count_training_flops."""
+    """Training FLOPs of a token of text, causal attention at half; see count_training_flops_per_token."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
 
@@ -126,8 +126,8 @@ def lay_out_run(
     rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     gradients = split.held_bytes(split.gradients, work.select_trained(work.specs))
-    flops = count_training_flops(work)
-    a_token = work.rows.own / config.data.seq_len
+    flops = count_training_flops_per_token(work)
+    a_token = work.tokens_per_row.decoder / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
     return RunLayout(
         name=config.name,
@@ -220,7 +220,7 @@ def _list_notes(
         yield "what Muon's orthogonalisation gathers over devices is not among the bytes sent"
 
 
-class TrainingFlops(NamedTuple):
+class TrainingFlopsPerToken(NamedTuple):
     """Training FLOPs a token (forward and backward), causal attention counted in full as if nothing
     were masked (Chowdhery et al. 2022, appendix B), and at half, as a kernel computes it."""
 
@@ -230,11 +230,11 @@ class TrainingFlops(NamedTuple):
 
 def count_active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
     """Counts the parameters that one token meets: all but the routed experts it is not sent to."""
-    share = config.expert_share
+    share = config.active_expert_fraction
     return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
 
 
-def count_training_flops(work: RunWorkload) -> TrainingFlops:
+def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     """Counts FLOPs a token of a training step, whatever an implementation spends; of an encoder and
     a decoder, a token of the decoder's.
 
@@ -243,20 +243,20 @@ def count_training_flops(work: RunWorkload) -> TrainingFlops:
     look-ups, norms, biases and what an adapter adds. Attention's two products, and what layers
     state beside, take their forward FLOPs and twice as many backward.
     """
-    weights = float(sum(kernel.size for kernel in (*work.outer_kernels, work.head)))
+    weights = float(sum(kernel.size for kernel in (*work.non_layer_kernels, work.head)))
     full = causal = 0.0
     for stack in work.stacks:
         tokens = stack.depth * stack.rate
-        for group in stack.matmuls:
-            met = work.config.model.expert_share if group.has_experts else 1
+        for group in stack.matmul_groups:
+            met = work.config.model.active_expert_fraction if group.has_experts else 1
             weights += group.size * stack.depth * group.rate * met
         if stack.router is not None:
             weights += stack.router.size * tokens
         other = sum(branch.costs.flops for branch in stack.branches) * tokens
         full, causal = full + other, causal + other
-        for own, layers in stack.attention.items():
+        for own, layers in stack.attention_layer_counts.items():
             width = own.heads.num_heads * (own.heads.head_dim + own.heads.value_dim)
             products = 2.0 * width * layers * own.rate * own.key_len
             full += products
             causal += products * (0.5 if own.causal else 1.0)
-    return TrainingFlops(full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal)
+    return TrainingFlopsPerToken(full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal)

@@ -40,7 +40,7 @@ class DeviceMemory:
     """Arrays of the forward pass that the remat policy keeps, layers' inputs included."""
     working: Number
     """Other arrays that are alive at the peak."""
-    peak: Number
+    peak_index: Number
     """The peak's index in ``working_sets``."""
     working_sets: dict[str, Parts]
     """Other arrays that are alive in each phase of a step, by part."""
@@ -50,19 +50,19 @@ class DeviceMemory:
         return sum((getattr(self, part) for part in PARTS), start=0.0)
 
     @property
-    def allocated(self) -> Number:
+    def transient_bytes(self) -> Number:
         """Bytes that a step takes and gives back."""
         return self.gradients + self.activations + self.working
 
     @property
-    def phase(self) -> str:
+    def peak_phase(self) -> str:
         """The phase in which one plan's peak is."""
-        return list(self.working_sets)[int(self.peak)]
+        return list(self.working_sets)[int(self.peak_index)]
 
     def to_json(self) -> dict[str, Any]:
         return {
             **{part: float(getattr(self, part)) for part in (*PARTS, "total")},
-            "peak_at": self.phase,
+            "peak_at": self.peak_phase,
             "working_sets": {
                 phase: {part: float(size) for part, size in parts.items()}
                 for phase, parts in self.working_sets.items()
@@ -92,7 +92,7 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
         gradients=gradients,
         activations=activations,
         working=working,
-        peak=peak,
+        peak_index=peak,
         working_sets={phase: parts for phase, (*_, parts) in phases.items()},
     )
 
@@ -100,7 +100,7 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
 def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
-    added = np.greater(shape.micro, 1) | shape.pipelined
+    added = np.greater(shape.micro_batches, 1) | shape.pipelined
     held = split.held_bytes(split.gradients, work.select_trained(work.specs))
     sums = np.where(added, held, 0.0)
     saved = (_saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks)
@@ -114,7 +114,7 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
         for phase, parts in list_layer_working_sets(shape, stack).items():
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts | turn)
-    outer = split.held_bytes(split.gradients, work.select_trained(work.outer_specs))
+    outer = split.held_bytes(split.gradients, work.select_trained(work.non_layer_specs))
     phases["the loss"] = (sums, kept[-1], list_loss_working_set(shape))
     phases["the update"] = (sum(own) + sums + outer, 0.0, list_update_working_set(shape))
     return phases
@@ -157,11 +157,11 @@ def _gradients(shape: StepShape, stack: Stack) -> Number:
 def _scan_inputs(shape: StepShape, stack: Stack) -> Number:
     """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too;
     and an encoder's output for layers that look at it."""
-    work, stages, micro = shape.work, shape.stages, shape.micro
+    work, stages, micro = shape.work, shape.stages, shape.micro_batches
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.per_stage(stack.depth) / shape.groups * stack.rate
-    inputs = 2 * stages - 1 if shape.one_f_one_b else shape.ticks + 3 * micro / stages
-    memory = work.rows.encoder_rate if stack.cross_attention else 0.0
+    layers = shape.per_stage(stack.depth) / shape.layer_groups_per_stage * stack.rate
+    inputs = 2 * stages - 1 if shape.one_f_one_b else shape.pipeline_iterations + 3 * micro / stages
+    memory = work.tokens_per_row.encoder_tokens_per_decoder_token if stack.cross_attention else 0.0
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
@@ -172,11 +172,14 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
     own, crossing = stack.heads(), stack.heads("cross_attention")
-    dense = [m for m in stack.matmuls if m.is_dense_ffn]
-    hidden = sum(split.hidden_width(m) for m in dense)
+    dense = [m for m in stack.matmul_groups if m.is_dense_ffn]
+    hidden = sum(split.local_ffn_width(m) for m in dense)
     within = 0.0
-    for heads, seen in ((own, stack.rate), (crossing, work.rows.encoder_rate)):
-        sizes = split.head_sizes(heads)
+    for heads, seen in (
+        (own, stack.rate),
+        (crossing, work.tokens_per_row.encoder_tokens_per_decoder_token),
+    ):
+        sizes = split.local_attention_widths(heads)
         if "qkv" in kept:
             within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
         if "attention" in kept:
@@ -185,17 +188,21 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        within += sum(split.hidden_width(m) / len(m.kernels) for m in dense)
+        within += sum(split.local_ffn_width(m) / len(m.kernels) for m in dense)
         # Narrow vectors before their norms and after, and heads before theirs.
-        within += 2 * sum(m.latent_width for m in stack.matmuls)
-        sizes = split.head_sizes(own)
+        within += 2 * sum(m.latent_width for m in stack.matmul_groups)
+        sizes = split.local_attention_widths(own)
         within += sizes.queries + sizes.keys if own and own.qk_norm else 0.0
         if own is None:
-            within += sum(split.inner_width(m) for m in stack.matmuls if m.branch == "mixer")
+            within += sum(
+                split.local_non_residual_width(m)
+                for m in stack.matmul_groups
+                if m.branch == "mixer"
+            )
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
-    layers = shape.per_stage(stack.depth) / shape.groups
-    tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
+    layers = shape.per_stage(stack.depth) / shape.layer_groups_per_stage
+    tokens = stack.rate * (shape.micro_batch_tokens * within + shape.residual_tokens * residual)
     experts = 0.0
     if stack.experts and shape.remat == "none":
-        experts = shape.received_rows * (model.d_model * itemsize + FP32)
+        experts = shape.expert_buffer_rows * (model.d_model * itemsize + FP32)
     return layers * (tokens * itemsize + experts)

@@ -30,13 +30,13 @@ PASSES: tuple[Phase, Phase] = ("forward", "backward")
 _PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
 
 
-def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
-    """Returns the bytes that each device of a group of ``ways`` sends in one run; ``whole`` are of
+def sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
+    """Returns the bytes that each device of a group of ``group_size`` sends in one run; ``whole_bytes`` are of
     the whole array of an all-gather, a reduce-scatter or an all-reduce, of what one device holds
     before an all-to-all, of what it passes on in a permute."""
     if kind == "collective-permute":
-        return np.where(np.greater(ways, 1), whole, 0.0)
-    return _PASSES_OVER_ARRAY.get(kind, 1.0) * whole * (ways - 1) / ways
+        return np.where(np.greater(group_size, 1), whole_bytes, 0.0)
+    return _PASSES_OVER_ARRAY.get(kind, 1.0) * whole_bytes * (group_size - 1) / group_size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PlannedCollective:
     """Whether computation needs it at once: activations do; weights are gathered, and their
     gradients scattered, beside other layers' work."""
 
-    def sent(self, split: MeshPartitioning) -> Number:
+    def wire_bytes(self, split: MeshPartitioning) -> Number:
         """Bytes that a device sends in a step."""
         return self.count * sent_bytes(self.kind, split.ways(self.axes), self.whole_bytes)
 
@@ -68,13 +68,13 @@ class Network:
     chip: Chip
 
     def seconds(
-        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshPartitioning
+        self, kind: str, axes: tuple[str, ...], whole_bytes: Number, split: MeshPartitioning
     ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see :func:`sent_bytes` for
-        ``whole``."""
+        ``whole_bytes``."""
         ways, inner = split.ways(axes), self._inner(axes, split)
         run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
-        return run(kind, whole, ways, inner)
+        return run(kind, whole_bytes, ways, inner)
 
     def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""

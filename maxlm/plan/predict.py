@@ -22,7 +22,7 @@ from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
-from maxlm.sharding.links import check_tensor_within_host, split_over_slices
+from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
 FORMAT = 1
 # Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
@@ -67,13 +67,13 @@ class Machine(Network):
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
             shape = sides[: TPUS[chip.name].dimensions]
         topology = Topology(first.platform, chip.name, shape, slices)
-        return cls(topology, chip, topology.words)
+        return cls(topology, chip, topology.description)
 
     def mesh(self, config: RunConfig) -> dict[str, int]:
         """Returns the config's mesh; refuses slices or hosts that it cannot be laid along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
         if self.topology.platform == "tpu":
-            split_over_slices(sizes, self.topology.slices)
+            count_slices_per_axis(sizes, self.topology.slices)
         if self.topology.platform == "gpu":
             check_tensor_within_host(sizes, self.topology.shape[-1])
         return sizes
@@ -82,7 +82,7 @@ class Machine(Network):
         topology, chip = self.topology, self.chip
         return {
             "name": self.name,
-            "words": topology.words,
+            "words": topology.description,
             "chip": chip.name,
             "shape": list(topology.shape),
             "slices": topology.slices,
@@ -113,7 +113,7 @@ class RunPlan:
     machine: Machine | None
     shape: StepShape
     memory: DeviceMemory
-    sends: tuple[CollectiveCost, ...]
+    collectives: tuple[CollectiveCost, ...]
     time: StepTime | None
     goodput: Goodput | None
 
@@ -122,18 +122,24 @@ class RunPlan:
         return self.shape.work.config.checkpoint.every_steps
 
     @property
-    def limit(self) -> float | None:
+    def memory_limit_bytes(self) -> float | None:
         """Bytes of main memory that a program may use."""
         return self.machine.chip.memory if self.machine else None
 
     @property
     def fits(self) -> bool | None:
-        return None if self.limit is None else float(self.memory.total) <= self.limit
+        return (
+            None
+            if self.memory_limit_bytes is None
+            else float(self.memory.total) <= self.memory_limit_bytes
+        )
 
     @property
-    def close(self) -> bool:
+    def barely_fits(self) -> bool:
         """Whether the run fits by less than the plan may be wrong."""
-        return bool(self.fits) and float(self.memory.total) > FILL * (self.limit or 0.0)
+        return bool(self.fits) and float(self.memory.total) > FILL * (
+            self.memory_limit_bytes or 0.0
+        )
 
     @property
     def step_seconds(self) -> float | None:
@@ -145,17 +151,17 @@ class RunPlan:
         return None if seconds is None else self.layout.tokens_per_step / seconds
 
     @property
-    def peak_flops(self) -> float | None:
+    def total_peak_flops_per_second(self) -> float | None:
         """FLOP/s of all devices together."""
         return self.machine and self.machine.chip.peak["bf16"] * self.layout.devices
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
-        if self.peak_flops is None or self.tokens_per_second is None:
+        if self.total_peak_flops_per_second is None or self.tokens_per_second is None:
             return None
         layout = self.layout
         flops = layout.flops_per_token_full_attention if full_attention else layout.flops_per_token
-        return self.tokens_per_second * flops / self.peak_flops
+        return self.tokens_per_second * flops / self.total_peak_flops_per_second
 
     @property
     def run_hours(self) -> float | None:
@@ -167,17 +173,17 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, the layout's first."""
-        machine, limit, hours = self.machine, self.limit, self.run_hours
+        machine, limit, hours = self.machine, self.memory_limit_bytes, self.run_hours
         margin = None if limit is None else limit - float(self.memory.total)
         return {
             "format": FORMAT,
             **asdict(self.layout),
             "remat": self.shape.remat,
-            "micro_batches": self.shape.micro,
+            "micro_batches": self.shape.micro_batches,
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},
             "checkpoint_every": self.checkpoint_every,
             "fits": self.fits,
-            "collectives": [asdict(sent) for sent in self.sends],
+            "collectives": [asdict(sent) for sent in self.collectives],
             "machine": machine and machine.to_json(),
             "time": self.time
             and {
@@ -233,13 +239,13 @@ def plan_run(
 def make_step_shape(
     work: RunWorkload,
     sizes: Mapping[str, Number],
-    micro: Number,
+    micro_batches: Number,
     remat: RematPolicy,
     machine: Machine | None,
 ) -> StepShape:
     """Makes the step that a machine's kernels and collectives run, on one mesh or many."""
     return StepShape(
-        *(work, MeshPartitioning(work.config, sizes), micro, remat),
+        *(work, MeshPartitioning(work.config, sizes), micro_batches, remat),
         ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),
         fused_attention=machine is not None and machine.topology.platform in ("tpu", "gpu"),
     )
@@ -256,7 +262,7 @@ def estimate_costs(
     # TPUs.
     wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
     dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak)
-    time = estimate_time(shape, machine, sends, dtype=dtype, allocated=held.allocated)
+    time = estimate_time(shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes)
     return held, sends, time
 
 
@@ -279,6 +285,6 @@ def _cost(c: PlannedCollective, split: MeshPartitioning, network: Network | None
         *(c.what, c.kind, axes, float(c.whole_bytes), round(float(c.count)), c.phase, c.waits),
         devices=round(float(split.ways(axes))),
         link=network.link(axes, split) if network else None,
-        sent_bytes=float(c.sent(split)),
+        sent_bytes=float(c.wire_bytes(split)),
         seconds=seconds,
     )

@@ -16,10 +16,10 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.config.requirements import filter_candidates, is_divisor
+from maxlm.config.requirements import is_divisor, valid_candidates_mask
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.layout import require_run_fits
+from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
@@ -175,7 +175,7 @@ def _find_divisible(
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshPartitioning(work.config, sizes)
-    good = filter_candidates(require_run_fits(config, sizes, micro))
+    good = valid_candidates_mask(require_run_trainable(config, sizes, micro))
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):

@@ -15,7 +15,7 @@ class StepShape:
 
     work: RunWorkload
     split: MeshPartitioning
-    micro: Number
+    micro_batches: Number
     """Micro-batches."""
     remat: RematPolicy
     ragged: bool = True
@@ -25,28 +25,36 @@ class StepShape:
     """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``), but of
     attention with learnt biases."""
 
-    def used_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
+    def gathered_weight_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
         """Bytes of matrices as a device multiplies by them."""
         itemsize, split = self.work.dtype_bytes, self.split
         if isinstance(matrices, MatmulGroup):
-            return sum(map(self.used_bytes, matrices.kernels))
+            return sum(map(self.gathered_weight_bytes, matrices.kernels))
         return matrices.size * itemsize / split.shards(split.compute, matrices.axes)
 
     @property
-    def rows(self) -> Number:
+    def micro_batch_size(self) -> Number:
         """Sequences of a micro-batch on a device."""
         batch = self.work.config.data.batch_size
-        return batch / self.micro / self.split.ways(self.split.compute.batch)
+        return batch / self.micro_batches / self.split.ways(self.split.compute.batch)
 
     @property
-    def tokens(self) -> Number:
+    def micro_batch_tokens(self) -> Number:
         """Tokens of a micro-batch on a device within layers."""
-        return self.rows * self.work.rows.own / self.split.ways(self.split.compute.seq)
+        return (
+            self.micro_batch_size
+            * self.work.tokens_per_row.decoder
+            / self.split.ways(self.split.compute.seq)
+        )
 
     @property
     def residual_tokens(self) -> Number:
         """Tokens of a micro-batch on a device in the residual stream."""
-        return self.rows * self.work.rows.own / self.split.ways(self.split.compute.residual)
+        return (
+            self.micro_batch_size
+            * self.work.tokens_per_row.decoder
+            / self.split.ways(self.split.compute.residual)
+        )
 
     @property
     def stages(self) -> Number:
@@ -56,7 +64,7 @@ class StepShape:
         return layers / self.stages
 
     @property
-    def groups(self) -> int:
+    def layer_groups_per_stage(self) -> int:
         """Layer groups of a stage."""
         parallel = self.work.config.parallel
         return parallel.layer_groups if parallel.schedule == "circular" else 1
@@ -70,67 +78,69 @@ class StepShape:
         return np.greater(self.stages, 1)
 
     @property
-    def reruns(self) -> Number:
+    def layer_recomputes(self) -> Number:
         """Times that the backward pass runs layers as the forward pass did."""
         return np.where(self.pipelined, 1, 0) + (self.remat != "none")
 
     @property
-    def score_reruns(self) -> Number:
+    def score_recomputes(self) -> Number:
         """Times that the backward pass makes attention's scores as the forward pass did."""
         return np.where(self.pipelined, 1, 0) + self.work.attention_recomputed(self.remat)
 
     @property
-    def slots(self) -> Number:
+    def stage_passes_with_bubble(self) -> Number:
         """Times that a stage passes all its layers, forward or backward, idle turns included: a
         device computes, and sends, in these too."""
-        idle = (self.stages - 1) / self.groups
-        return np.where(self.pipelined, self.micro + idle, self.micro)
+        idle = (self.stages - 1) / self.layer_groups_per_stage
+        return np.where(self.pipelined, self.micro_batches + idle, self.micro_batches)
 
     @property
-    def spread(self) -> Number:
+    def is_batch_split_over_stages(self) -> Number:
         """Whether micro-batches lie spread over a pipeline's stages before layers and after, and
         embedding and loss see all of a device's at once (GPipe, circular)."""
         return self.pipelined & (not self.one_f_one_b)
 
     @property
-    def end_tokens(self) -> Number:
+    def embedding_loss_tokens(self) -> Number:
         """Tokens that embedding and loss see at once on a device."""
-        return self.tokens * np.where(self.spread, self.micro / self.stages, 1.0)
+        return self.micro_batch_tokens * np.where(
+            self.is_batch_split_over_stages, self.micro_batches / self.stages, 1.0
+        )
 
     @property
-    def end_residual_tokens(self) -> Number:
-        """Part of ``end_tokens`` that the device holds in the residual stream."""
-        return self.end_tokens * self.residual_tokens / self.tokens
+    def embedding_loss_residual_tokens(self) -> Number:
+        """Part of ``embedding_loss_tokens`` that the device holds in the residual stream."""
+        return self.embedding_loss_tokens * self.residual_tokens / self.micro_batch_tokens
 
     @property
-    def losses(self) -> Number:
+    def loss_calls(self) -> Number:
         """Times that the loss runs: once, or for each micro-batch (under 1F1B on every stage)."""
-        return np.where(self.spread, 1.0, self.micro)
+        return np.where(self.is_batch_split_over_stages, 1.0, self.micro_batches)
 
     @property
-    def lookups(self) -> Number:
+    def embedding_calls(self) -> Number:
         """Times that the embedding runs: once, or in each of ``slots``."""
-        return np.where(self.spread, 1.0, self.slots)
+        return np.where(self.is_batch_split_over_stages, 1.0, self.stage_passes_with_bubble)
 
     @property
-    def ticks(self) -> Number:
+    def pipeline_iterations(self) -> Number:
         """Turns of a pipeline: of a stage, or of one of its groups of layers."""
-        return self.slots * self.groups
+        return self.stage_passes_with_bubble * self.layer_groups_per_stage
 
     @property
-    def expert_rows(self) -> float:
+    def expert_rows_per_token(self) -> float:
         """Rows of a token that experts multiply, empty places of a capacity included."""
         experts = self.work.experts
         assert experts is not None
         return experts.experts_per_token * (experts.capacity_factor or 1.0)
 
     @property
-    def received_rows(self) -> Number:
+    def expert_buffer_rows(self) -> Number:
         """Rows of the buffers that experts receive: room for the worst case, or their capacity."""
         experts, ways = self.work.experts, self.split.ways(self.split.compute.expert)
         assert experts is not None
         if experts.capacity_factor is not None:
-            return self.tokens * self.expert_rows
+            return self.micro_batch_tokens * self.expert_rows_per_token
         own = experts.experts_per_token
         here = np.minimum(own, experts.num_experts / ways)
-        return self.tokens * np.where(np.greater(ways, 1), ways * here, own)
+        return self.micro_batch_tokens * np.where(np.greater(ways, 1), ways * here, own)

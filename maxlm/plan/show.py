@@ -61,14 +61,14 @@ def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
     """Renders a plan, with the ``price`` of an accelerator's hour in whatever currency."""
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
-        parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.words}"))
+        parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
         parts.append(Text(format_run_estimate(plan, price)))
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
-        tokens = f"{plan.shape.work.rows.own:,} tokens"
+        tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
         parts.append(Text(f"caches of one row of {tokens} in generation: {format_bytes(size)}"))
-    if plan.sends:
+    if plan.collectives:
         parts.append(_communication(plan))
     if plan.machine:
         parts.append(_time(plan))
@@ -101,13 +101,13 @@ def format_prediction(plan: RunPlan) -> str:
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
-    assert plan.limit is not None
+    assert plan.memory_limit_bytes is not None
     total = float(plan.memory.total)
-    need = f"{format_bytes(total)} of {format_bytes(plan.limit)} a device"
-    if plan.close:
+    need = f"{format_bytes(total)} of {format_bytes(plan.memory_limit_bytes)} a device"
+    if plan.barely_fits:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
-        return f"fits: {need}, {1 - total / plan.limit:.0%} to spare"
+        return f"fits: {need}, {1 - total / plan.memory_limit_bytes:.0%} to spare"
     return (
         f"does not fit: {need}; raise train.micro_batches, choose a model.remat that keeps less, "
         "split over more devices, or let --search choose"
@@ -161,12 +161,15 @@ def _memory(plan: RunPlan) -> Group:
         "batch": held.batch,
         "gradients": held.gradients,
         f"activations kept ({plan.shape.remat})": held.activations,
-        f"working set of {held.phase}": held.working,
-        **{f"  {what}": size for what, size in held.working_sets[held.phase].items()},
+        f"working set of {held.peak_phase}": held.working,
+        **{f"  {what}": size for what, size in held.working_sets[held.peak_phase].items()},
         "together": held.total,
     }
-    if plan.limit is not None:
-        parts |= {"limit": plan.limit, "margin": plan.limit - float(held.total)}
+    if plan.memory_limit_bytes is not None:
+        parts |= {
+            "limit": plan.memory_limit_bytes,
+            "margin": plan.memory_limit_bytes - float(held.total),
+        }
     sizes = ((name, float(size)) for name, size in parts.items())
     rows = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in sizes if size]
     title = "Memory of each device, at the peak of a step"
@@ -177,7 +180,7 @@ def _communication(plan: RunPlan) -> Group:
     """Kernels together, and both passes."""
     kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows} | {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float]] = {}
-    for s in plan.sends:
+    for s in plan.collectives:
         owner, _, rest = s.what.partition(": ")
         what = f"kernels{f': {rest}s' if rest else ''}" if owner in kernels else s.what
         over = f"{', '.join(s.axes)} ({s.link})" if s.link else ", ".join(s.axes)
@@ -238,7 +241,7 @@ def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
+def render_plan_vs_compiler_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
     cells = (
         (what, f"{ours:,.3f}", f"{theirs:,.3f}", f"{ours / theirs:.3f}" if theirs else "")
         for what, (ours, theirs) in rows.items()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import strip_stack
-from maxlm.models.costs import Branch, BranchCosts, ExpertCosts, HeadCosts, Side
+from maxlm.models.costs import AttentionCosts, Branch, BranchCosts, ExpertCosts, Side
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 
 
@@ -30,7 +30,7 @@ class Kernel:
         return prod(self.shape)
 
     @property
-    def writes(self) -> Side:
+    def output_side(self) -> Side:
         axes = set(self.axes[self.inputs + ("expert" in self.axes) :])
         if "latent" in axes:
             return "latent"
@@ -41,7 +41,7 @@ class Kernel:
 
 def make_kernel(name: str, spec: ParamSpec, needed_raw: bool = False) -> Kernel:
     """Makes a layer's own part of a stack of matrices."""
-    shape, axes = spec.shape[spec.lead :], spec.axes[spec.lead :]
+    shape, axes = spec.shape[spec.num_layer_axes :], spec.axes[spec.num_layer_axes :]
     own = strip_stack(name).removesuffix(".kernel")
     return Kernel(own, shape, axes, len(spec.contract), needed_raw)
 
@@ -52,7 +52,7 @@ class MatmulGroup:
 
     kernels: tuple[Kernel, ...]
     branch: Branch
-    reads: Side
+    input_side: Side
     rate: float
     """Tokens that it maps for each of the batch: an encoder may have more or fewer."""
 
@@ -72,15 +72,15 @@ class MatmulGroup:
     @property
     def is_dense_ffn(self) -> bool:
         """Whether the group makes the hidden layer of an FFN that every token passes."""
-        return self.branch == "ffn" and self.writes == "mlp" and not self.has_experts
+        return self.branch == "ffn" and self.output_side == "mlp" and not self.has_experts
 
     @property
     def size(self) -> int:
         return sum(kernel.size for kernel in self.kernels)
 
     @property
-    def writes(self) -> Side:
-        return self.kernels[0].writes
+    def output_side(self) -> Side:
+        return self.kernels[0].output_side
 
     @property
     def input_width(self) -> int:
@@ -90,7 +90,7 @@ class MatmulGroup:
     @property
     def latent_width(self) -> int:
         """Width of the narrow latent vectors that it writes."""
-        return sum(k.shape[-1] for k in self.kernels if k.writes == "latent")
+        return sum(k.shape[-1] for k in self.kernels if k.output_side == "latent")
 
 
 class AttentionShape(NamedTuple):
@@ -100,7 +100,7 @@ class AttentionShape(NamedTuple):
     key_len: int
     causal: bool
     window: int | None
-    heads: HeadCosts
+    heads: AttentionCosts
     rate: float
     """Queries for each token of the batch."""
     biased: bool = False
@@ -117,10 +117,10 @@ class Stack:
     """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
     branches: tuple[BranchCosts, ...]
-    matmuls: tuple[MatmulGroup, ...]
+    matmul_groups: tuple[MatmulGroup, ...]
     """Matrix products by name; without what an adapter adds, like the router."""
     router: Kernel | None
-    attention: Counter[AttentionShape]
+    attention_layer_counts: Counter[AttentionShape]
     """Number of layers of each shape."""
     rate: float
     """Tokens that go through for each of the batch."""
@@ -129,7 +129,7 @@ class Stack:
     def cross_attention(self) -> bool:
         return any(branch.branch == "cross_attention" for branch in self.branches)
 
-    def heads(self, branch: Branch = "mixer") -> HeadCosts | None:
+    def heads(self, branch: Branch = "mixer") -> AttentionCosts | None:
         return next((own.costs.heads for own in self.branches if own.branch == branch), None)
 
     @property
@@ -173,9 +173,9 @@ def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]
                 period=len(part.kinds),
                 specs=specs,
                 branches=branches,
-                matmuls=_list_matmuls(name, branches, base, rate, encoder_rate),
+                matmul_groups=_list_matmuls(name, branches, base, rate, encoder_rate),
                 router=router,
-                attention=attention,
+                attention_layer_counts=attention,
                 rate=rate,
             )
 

@@ -27,7 +27,7 @@ from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Stack
 from maxlm.plan.workload import FP32, Number
-from maxlm.train.adafactor import get_matrix_dims
+from maxlm.train.adafactor import get_input_output_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their gradients and the
 # softmax again, backward. From the static schedules of the best published TPU kernels at head size
@@ -99,31 +99,31 @@ class DeviceFlops:
     loss: Number
     """Forward FLOPs of the loss, for all micro-batches; the backward part is twice that."""
 
-    def products(self, slots: Number) -> Number:
+    def step_matmul_flops(self, stage_passes: Number) -> Number:
         """Counts a step's FLOPs without attention's, a pipeline's idle turns included."""
-        return slots * (self.forward + self.backward) + 3 * self.loss
+        return stage_passes * (self.forward + self.backward) + 3 * self.loss
 
-    def attention(self, slots: Number) -> Number:
+    def step_attention_flops(self, stage_passes: Number) -> Number:
         """Counts a step's FLOPs of attention, a pipeline's idle turns included."""
-        return slots * (self.attention_forward + self.attention_backward)
+        return stage_passes * (self.attention_forward + self.attention_backward)
 
 
 def count_device_flops(shape: StepShape) -> DeviceFlops:
     """Counts what a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     forward = backward = 0.0
-    for group, layers in work.matmuls.items():
+    for group, layers in work.matmul_layer_counts.items():
         share = 1.0
         if group.has_experts and work.experts is not None:
-            share = shape.expert_rows / work.experts.num_experts
-        tokens = shape.per_stage(layers) * group.rate * shape.tokens
+            share = shape.expert_rows_per_token / work.experts.num_experts
+        tokens = shape.per_stage(layers) * group.rate * shape.micro_batch_tokens
         for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
             one = 2 * kernel.size * share * tokens / split.shards(rules, axes)
             forward += one
             backward += one * (3 if work.recomputed(group, kernel, shape.remat) else 2)
-            if group.has_experts and shape.remat == "none" and group.writes == "mlp":
+            if group.has_experts and shape.remat == "none" and group.output_side == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if work.router is not None:
         tokens = shape.per_stage(work.expert_layers) * shape.residual_tokens
@@ -131,20 +131,20 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
     once = gradients = 0.0
-    for own, layers in work.attention.items():
+    for own, layers in work.attention_layer_counts.items():
         scores, head, value = _scores(shape, own, layers), own.heads.head_dim, own.heads.value_dim
         once += 2 * scores * (head + value)
         # Scores, and gradients of weights, queries, keys and values.
         gradients += 2 * scores * (3 * head + 2 * value)
-    loss = work.head.size * shape.end_tokens / split.ways(rules.vocab)
-    outer = sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
-    loss += outer * shape.end_residual_tokens
+    loss = work.head.size * shape.embedding_loss_tokens / split.ways(rules.vocab)
+    outer = sum(k.size / split.shards(rules, k.axes) for k in work.non_layer_kernels)
+    loss += outer * shape.embedding_loss_residual_tokens
     return DeviceFlops(
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
-        attention_backward=gradients + shape.score_reruns * once,
-        loss=2 * shape.losses * loss,
+        attention_backward=gradients + shape.score_recomputes * once,
+        loss=2 * shape.loss_calls * loss,
     )
 
 
@@ -153,7 +153,7 @@ def count_scores(shape: StepShape, *, fused: bool) -> Number:
     computed: those that a kernel keeps on the chip, or the others."""
     scores = (
         _scores(shape, own, layers)
-        for own, layers in shape.work.attention.items()
+        for own, layers in shape.work.attention_layer_counts.items()
         if (shape.fused_attention and not own.biased) == fused
     )
     return sum(scores, start=0.0)
@@ -162,15 +162,15 @@ def count_scores(shape: StepShape, *, fused: bool) -> Number:
 def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
     seen = layers * own.rate * own.key_len * computed_score_ratio(own)
     heads = own.heads.num_heads / shape.split.ways(shape.split.compute.heads)
-    return shape.per_stage(seen) * shape.tokens * heads
+    return shape.per_stage(seen) * shape.micro_batch_tokens * heads
 
 
-def count_other_flops(shape: StepShape) -> Number:
+def count_non_matmul_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its layers."""
     work, split, flops = shape.work, shape.split, 0.0
     for stack in work.stacks:
         for own in (branch.costs for branch in stack.branches if branch.costs.flops):
-            tokens = shape.per_stage(stack.depth) * stack.rate * shape.tokens
+            tokens = shape.per_stage(stack.depth) * stack.rate * shape.micro_batch_tokens
             flops += own.flops * tokens / split.shards(split.compute, own.flops_axes)
     return flops
 
@@ -198,14 +198,14 @@ def update_flops(shape: StepShape) -> Number:
         return total
     for spec in work.select_trained(work.specs):
         if spec.role == "matrix":
-            m, n = sorted(prod(spec.shape[d] for d in dims) for dims in get_matrix_dims(spec))
+            m, n = sorted(prod(spec.shape[d] for d in dims) for dims in get_input_output_dims(spec))
             one = 4.0 * m * m * n + 2.0 * m**3
             shards = shape.split.shards(shape.split.optimizer, spec.axes)
             total = total + config.ns_steps * one * spec.size / (m * n) / shards
     return total
 
 
-def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
+def estimate_elementwise_bytes(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     """Bytes that element-wise maps move between memory and chip: layers' forward and backward of
     one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
@@ -213,11 +213,11 @@ def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     elements = sum(stack.depth * _count_elementwise(shape, stack) for stack in work.stacks)
     forward = shape.per_stage(elements) * itemsize
     chunk = model.vocab_size / split.ways(rules.vocab)
-    loss = 4 * shape.losses * shape.end_tokens * chunk * FP32
+    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * chunk * FP32
     state = resting_bytes(shape)
     # Parameters, their average and moments are read and written, and so are gradients.
     update = 2 * (2 * state["parameters"] + state["average"] + state["optimizer"])
-    return forward, forward * (2 + shape.reruns), loss, update
+    return forward, forward * (2 + shape.layer_recomputes), loss, update
 
 
 def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
@@ -226,45 +226,45 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     output, keys and values; the activation."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     stream = shape.residual_tokens * stack.rate * model.d_model
-    tokens, each, narrow, hidden = shape.tokens * stack.rate, 0.0, 0.0, 0.0
+    tokens, each, narrow, hidden = shape.micro_batch_tokens * stack.rate, 0.0, 0.0, 0.0
     for heads, seen in (
         (stack.heads(), 1.0),
-        (stack.heads("cross_attention"), work.rows.encoder_rate),
+        (stack.heads("cross_attention"), work.tokens_per_row.encoder_tokens_per_decoder_token),
     ):
-        sizes = split.head_sizes(heads)
+        sizes = split.local_attention_widths(heads)
         each += sizes.queries + sizes.output + (sizes.keys + sizes.values) * seen
-    for group in stack.matmuls:
-        served = shape.expert_rows if group.has_experts else 1.0
-        hidden += tokens * served * split.hidden_width(group)
+    for group in stack.matmul_groups:
+        served = shape.expert_rows_per_token if group.has_experts else 1.0
+        hidden += tokens * served * split.local_ffn_width(group)
         narrow += 2 * group.latent_width
     streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)
     return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden
 
 
-def score_traffic(shape: StepShape) -> tuple[Number, Number]:
+def attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
     """Bytes of attention's scores, forward and backward, where they go through memory."""
     one = count_scores(shape, fused=False) * FP32
     forward = one * _SCORE_PASSES["forward"]
-    return forward, one * _SCORE_PASSES["backward"] + shape.score_reruns * forward
+    return forward, one * _SCORE_PASSES["backward"] + shape.score_recomputes * forward
 
 
 def estimate_time(
     shape: StepShape,
     network: Network,
-    sends: tuple[PlannedCollective, ...],
+    collectives: tuple[PlannedCollective, ...],
     *,
     efficiency: Efficiency | None = None,
     dtype: str = "bf16",
-    allocated: Number = 0.0,
+    transient_bytes: Number = 0.0,
 ) -> StepTime:
     """Estimates a step's time, with ``dtype`` in matrix products.
 
     Args:
-        sends: :func:`maxlm.plan.communication.list_collectives` of ``shape``.
+        collectives: :func:`maxlm.plan.communication.list_collectives` of ``shape``.
         efficiency: default: of the chip's family.
-        allocated: bytes that a step takes and gives back.
+        transient_bytes: bytes that a step takes and gives back.
     """
-    chip, slots, micro = network.chip, shape.slots, shape.micro
+    chip, slots, micro = network.chip, shape.stage_passes_with_bubble, shape.micro_batches
     own = efficiency or EFFICIENCY[chip.family]
     flops, bandwidth = count_device_flops(shape), chip.bandwidth * own.memory
     rate = chip.peak[dtype] * own.matmul
@@ -272,10 +272,10 @@ def estimate_time(
     attention_rate = chip.peak["bf16" if dtype == "fp8" else dtype] * own.matmul
     kept = count_scores(shape, fused=True) if shape.fused_attention else 0.0
     softmax, softmax_back = (kept * ops / chip.vector for ops in _SCORE_OPS.values())
-    softmax_back += shape.score_reruns * softmax
-    ahead, back, loss_bytes, update = estimate_traffic(shape)
-    scores, scores_back = score_traffic(shape)
-    other = count_other_flops(shape) / chip.vector
+    softmax_back += shape.score_recomputes * softmax
+    ahead, back, loss_bytes, update = estimate_elementwise_bytes(shape)
+    scores, scores_back = attention_score_bytes(shape)
+    other = count_non_matmul_flops(shape) / chip.vector
     # Of matrix products, attention and the rest.
     passes = {
         "forward": (
@@ -286,13 +286,13 @@ def estimate_time(
         "backward": (
             flops.backward / rate,
             flops.attention_backward / attention_rate + softmax_back + scores_back / bandwidth,
-            back / bandwidth + (2 + shape.reruns) * other,
+            back / bandwidth + (2 + shape.layer_recomputes) * other,
         ),
     }
     loss = flops.loss / rate + loss_bytes / bandwidth, 2 * flops.loss / rate
 
     sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
-    for c in sends:
+    for c in collectives:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network
         sent[c.phase] = sent[c.phase] + c.count * one
     exposed, once = 0.0, sent["once"]
@@ -302,7 +302,7 @@ def estimate_time(
     share = (slots - micro) / slots
     parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
-    new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 1), 0, 1)
+    new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
         products=parts[0] + (3 * flops.loss + update_flops(shape)) / rate,

@@ -130,7 +130,7 @@ class Topology:
         return 8 if len(self.shape) == 2 and prod(self.shape) == 8 else 4
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Numbers of chips, cores and hosts, in words, as names count one or another of them."""
         chips = self.slices * prod(self.shape)
         if self.platform == "cpu":

@@ -3,7 +3,7 @@ the backward pass (``plan/memory.py``)."""
 
 import numpy as np
 
-from maxlm.models.costs import HeadCosts
+from maxlm.models.costs import AttentionCosts
 from maxlm.models.remat import SAVED
 from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import MatmulGroup, Stack
@@ -26,9 +26,9 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     else:
         sets["a layer's mixer"] = _mixer(shape, stack)
     if heads := stack.heads("cross_attention"):
-        seen = shape.work.rows.encoder_rate
+        seen = shape.work.tokens_per_row.encoder_tokens_per_decoder_token
         sets["a layer's cross-attention"] = _attention(shape, stack, heads, seen, False)
-    for group in stack.matmuls:
+    for group in stack.matmul_groups:
         if group.is_dense_ffn:
             sets[f"a layer's {group.module}"] = _mlp(shape, stack, group)
     if stack.experts:
@@ -38,7 +38,11 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
         branch = 2 * _stream(shape, stack) / shape.work.dtype_bytes * FP32
         sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
     if stack.cross_attention:
-        whole = _stream(shape, stack) / stack.rate * shape.work.rows.encoder_rate
+        whole = (
+            _stream(shape, stack)
+            / stack.rate
+            * shape.work.tokens_per_row.encoder_tokens_per_decoder_token
+        )
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
     return sets
 
@@ -53,16 +57,16 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
-    beside = (m for m in stack.matmuls if m.module == group.module)
-    count, tokens = len(group.kernels), shape.tokens * stack.rate
-    one = tokens * shape.split.hidden_width(group) / count * itemsize
+    beside = (m for m in stack.matmul_groups if m.module == group.module)
+    count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.rate
+    one = tokens * shape.split.local_ffn_width(group) / count * itemsize
     kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
     outputs = 0 if shape.remat == "none" else kept
     stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
     # Where the sequence is gathered, the stream's width is there five times in both lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
     return {
-        "kernels, gathered": sum(map(shape.used_bytes, beside), start=0.0),
+        "kernels, gathered": sum(map(shape.gathered_weight_bytes, beside), start=0.0),
         "hidden activations and their gradients": one * (outputs + count),
         "residual stream, norms, their gradients": width,
     }
@@ -70,29 +74,32 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
 
 def _mixer(shape: StepShape, stack: Stack) -> Parts:
     """A mixer without heads: its matrices' products, their fp32 states and gradients."""
-    maps, tokens = [m for m in stack.matmuls if m.branch == "mixer"], shape.tokens * stack.rate
-    inner = tokens * sum(shape.split.inner_width(m) for m in maps)
+    maps, tokens = (
+        [m for m in stack.matmul_groups if m.branch == "mixer"],
+        shape.micro_batch_tokens * stack.rate,
+    )
+    inner = tokens * sum(shape.split.local_non_residual_width(m) for m in maps)
     return {
-        "kernels, gathered": sum(map(shape.used_bytes, maps), start=0.0),
+        "kernels, gathered": sum(map(shape.gathered_weight_bytes, maps), start=0.0),
         "its products and their gradients": 2 * inner * (shape.work.dtype_bytes + FP32),
         "residual stream, norms, their gradients": 5 * _stream(shape, stack),
     }
 
 
 def _attention(
-    shape: StepShape, stack: Stack, heads: HeadCosts, seen: float, biased: bool
+    shape: StepShape, stack: Stack, heads: AttentionCosts, seen: float, biased: bool
 ) -> Parts:
     """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases or not."""
     split, work = shape.split, shape.work
-    sizes, itemsize = split.head_sizes(heads), work.dtype_bytes
-    tokens = shape.tokens * stack.rate
-    length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
+    sizes, itemsize = split.local_attention_widths(heads), work.dtype_bytes
+    tokens = shape.micro_batch_tokens * stack.rate
+    length, keys = (work.tokens_per_row.decoder * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
-    scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
+    scores = shape.micro_batch_size * sizes.count * min(max(128, length / 16), length) * keys * FP32
     fused = shape.fused_attention and not biased
     scores = 0.0 if fused else 3 * np.minimum(scores, _SCORE_BYTES)
-    whole = shape.tokens * seen * split.ways(split.compute.seq)
-    narrow = sum(group.latent_width for group in stack.matmuls)
+    whole = shape.micro_batch_tokens * seen * split.ways(split.compute.seq)
+    narrow = sum(group.latent_width for group in stack.matmul_groups)
     parts = {
         "queries, output and their gradients": tokens
         * (sizes.queries * (itemsize + FP32) + sizes.output * 2 * itemsize),
@@ -108,13 +115,13 @@ def _attention(
 
 
 def _experts(shape: StepShape, stack: Stack) -> Parts:
-    work, rows, itemsize = shape.work, shape.received_rows, shape.work.dtype_bytes
+    work, rows, itemsize = shape.work, shape.expert_buffer_rows, shape.work.dtype_bytes
     width = work.config.model.d_model
-    maps = [m for m in stack.matmuls if m.has_experts]
-    weights = sum(map(shape.used_bytes, maps))
+    maps = [m for m in stack.matmul_groups if m.has_experts]
+    weights = sum(map(shape.gathered_weight_bytes, maps))
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
-    inner = next(m for m in maps if m.writes == "mlp")
-    hidden = rows * shape.split.hidden_width(inner) / len(inner.kernels) * itemsize
+    inner = next(m for m in maps if m.output_side == "mlp")
+    hidden = rows * shape.split.local_ffn_width(inner) / len(inner.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),
@@ -127,11 +134,11 @@ def list_loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, work.head.axes)
-    tokens, states = shape.end_tokens, 5 + 3 * len(work.outer_kernels)
+    tokens, states = shape.embedding_loss_tokens, 5 + 3 * len(work.non_layer_kernels)
     chunk = np.minimum(work.config.task.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
     return {
-        "head, gathered": shape.used_bytes(work.head),
+        "head, gathered": shape.gathered_weight_bytes(work.head),
         "its gradient": size * FP32,
         "logits of a chunk": logits * (FP32 + itemsize),
         "hidden states and their gradients": states * tokens * model.d_model * itemsize,

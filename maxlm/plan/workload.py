@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures import Decoder, Model
-from maxlm.models.costs import ExpertCosts, HeadCosts
+from maxlm.models.costs import AttentionCosts, ExpertCosts
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
-from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer, make_schedule
+from maxlm.train.optimizer import OptStateSpec, make_optimizer, make_schedule, opt_state_specs
 from maxlm.train.trainable import select_trainable
 
 Number = Any
@@ -36,14 +36,14 @@ FP32 = 4
 class TokensPerRow(NamedTuple):
     """Tokens in a row of a batch, as the task makes them of ``data.seq_len`` of text."""
 
-    own: int
-    inputs: int
+    decoder: int
+    encoder: int
     """An encoder's, beside a decoder's own."""
 
     @property
-    def encoder_rate(self) -> float:
+    def encoder_tokens_per_decoder_token(self) -> float:
         """Tokens of an encoder for each of the decoder's."""
-        return self.inputs / self.own
+        return self.encoder / self.decoder
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RunWorkload:
     """A run as costs are counted."""
 
     config: RunConfig
-    rows: TokensPerRow
+    tokens_per_row: TokensPerRow
     dtype_bytes: int
     """Bytes per element of the compute dtype."""
     specs: Mapping[str, ParamSpec]
@@ -59,10 +59,10 @@ class RunWorkload:
     """``specs`` without what an adapter adds, by which a step's computation is counted."""
     stacks: tuple[Stack, ...]
     """Layers, in the order in which they are run."""
-    tables: Mapping[str, tuple[float, ...]]
+    embedding_lookup_rates: Mapping[str, tuple[float, ...]]
     """Parameters in which rows are looked up, that of tokens first, with the tokens of every way it
     is read for each of the batch's."""
-    optimizer: tuple[StateArray, ...]
+    optimizer: tuple[OptStateSpec, ...]
     trained: frozenset[str]
     """Names of parameters."""
     frozen: tuple[ParamSpec, ...] = ()
@@ -79,26 +79,31 @@ class RunWorkload:
 
         model, rows = build(config), TokensPerRow(*config.task.row_lengths(config.data.seq_len))
         tree = param_specs(model)
-        rates = {t.prefix: rows.encoder_rate if t.is_encoder else 1.0 for t in config.model.trunks}
+        rates = {
+            t.prefix: rows.encoder_tokens_per_decoder_token if t.is_encoder else 1.0
+            for t in config.model.trunks
+        }
         trained = select_trainable(tree, config.train.trainable)
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
         frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
         return cls(
             config=config,
-            rows=rows,
+            tokens_per_row=rows,
             dtype_bytes=jnp.dtype(dtype).itemsize,
             specs=flatten_names(tree),
             base_specs=flatten_names(select_base(tree)),
             stacks=tuple(list_stacks(model, *rows)),
-            tables={
+            embedding_lookup_rates={
                 name: tuple(rates[prefix] for prefix in trunks)
-                for name, trunks in model.list_lookups().items()
+                for name, trunks in model.list_embedding_tables().items()
             },
-            optimizer=tuple(jax.tree.leaves(described_opt_state(optimizer, tree))),
+            optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
             trained=frozenset(n for n, spec in flatten_names(trained).items() if spec is not None),
             frozen=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
-            cache_bytes=count_cache_bytes(model, 1, rows.own) if isinstance(model, Decoder) else 0,
+            cache_bytes=count_cache_bytes(model, 1, rows.decoder)
+            if isinstance(model, Decoder)
+            else 0,
         )
 
     @property
@@ -118,28 +123,30 @@ class RunWorkload:
         return sum(stack.depth for stack in self.stacks if stack.experts)
 
     @cached_property
-    def outer_specs(self) -> dict[str, ParamSpec]:
-        return {name: spec for name, spec in self.specs.items() if not spec.lead}
+    def non_layer_specs(self) -> dict[str, ParamSpec]:
+        return {name: spec for name, spec in self.specs.items() if not spec.num_layer_axes}
 
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
         return [spec for name, spec in specs.items() if name in self.trained]
 
     @cached_property
-    def matmuls(self) -> Counter[MatmulGroup]:
+    def matmul_layer_counts(self) -> Counter[MatmulGroup]:
         """The matrix products of layers, by stack and in order of their names: layers of each."""
-        own = (Counter(dict.fromkeys(stack.matmuls, stack.depth)) for stack in self.stacks)
+        own = (Counter(dict.fromkeys(stack.matmul_groups, stack.depth)) for stack in self.stacks)
         return sum(own, start=Counter[MatmulGroup]())
 
     @cached_property
-    def attention(self) -> Counter[AttentionShape]:
+    def attention_layer_counts(self) -> Counter[AttentionShape]:
         """Shapes of attention, and the number of layers with each."""
-        return sum((stack.attention for stack in self.stacks), start=Counter[AttentionShape]())
+        return sum(
+            (stack.attention_layer_counts for stack in self.stacks), start=Counter[AttentionShape]()
+        )
 
     @cached_property
-    def outer_kernels(self) -> tuple[Kernel, ...]:
+    def non_layer_kernels(self) -> tuple[Kernel, ...]:
         """Matrices behind the layers, but for the head."""
         specs = self.base_specs.items()
-        matrices = {name: s for name, s in specs if s.role == "matrix" and not s.lead}
+        matrices = {name: s for name, s in specs if s.role == "matrix" and not s.num_layer_axes}
         return tuple(make_kernel(name, spec) for name, spec in matrices.items())
 
     @property
@@ -154,19 +161,19 @@ class RunWorkload:
             return False
         kept = SAVED[remat]
         return {
-            "residual": self.ends_wanted(group),
+            "residual": self.backward_needs_branch_output(group),
             "mlp": group.has_experts or group.branch != "ffn" or "mlp_up" not in kept,
             "latent": True,  # for what is made of it next
             "heads": "qkv" not in kept or kernel.needed_raw,
-        }[kernel.writes]
+        }[kernel.output_side]
 
-    def ends_wanted(self, group: MatmulGroup) -> bool:
+    def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the last group,
         adds: for a norm behind it, or for the branch after it."""
         placement = self.config.model.placement
         return placement in ("sandwich", "post") or (placement == "pre" and group.branch != "ffn")
 
-    def beside_attention(self, group: MatmulGroup) -> bool:
+    def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
         """Whether a group's branch is added to the stream together with attention's: what it adds
         has the same gradient."""
         beside = self.config.model.placement in ("parallel", "parallel_shared")
@@ -185,7 +192,7 @@ def count_cache_bytes(model: Decoder, batch: int, length: int) -> int:
     )
 
 
-class HeadSizes(NamedTuple):
+class LocalAttentionWidths(NamedTuple):
     """Elements a token of attention's arrays."""
 
     queries: Number
@@ -233,34 +240,34 @@ class MeshPartitioning:
         """Counts the distinct pieces of an array."""
         return self.ways(axis for logical in axes for axis in rules.mesh_axes(logical))
 
-    def extra(self, rules: AxisRules, kernel: Kernel) -> tuple[str, ...]:
+    def gather_axes(self, rules: AxisRules, kernel: Kernel) -> tuple[str, ...]:
         """Returns the mesh axes that split a kernel under rules and not in use."""
         used = {axis for logical in kernel.axes for axis in self.compute.mesh_axes(logical)}
         at_rest = (axis for logical in kernel.axes for axis in rules.mesh_axes(logical))
         return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
 
-    def held_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | StateArray]) -> Number:
+    def held_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | OptStateSpec]) -> Number:
         return sum((a.nbytes / self.shards(rules, a.axes) for a in arrays), start=0.0)
 
-    def head_sizes(self, heads: HeadCosts | None) -> HeadSizes:
+    def local_attention_widths(self, heads: AttentionCosts | None) -> LocalAttentionWidths:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
-            return HeadSizes(0.0, 0.0, 0.0, 0.0, 0.0)
+            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
         own = heads.num_heads / self.ways(self.compute.heads)
         kv = heads.num_kv_heads / self.ways(self.compute.mesh_axes(heads.kv_axis))
         size, value = heads.head_dim, heads.value_dim
-        return HeadSizes(own * size, own * value, kv * size, kv * value, own)
+        return LocalAttentionWidths(own * size, own * value, kv * size, kv * value, own)
 
-    def hidden_width(self, group: MatmulGroup) -> Number:
+    def local_ffn_width(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write into the FFN's width on a device."""
-        if group.writes != "mlp":
+        if group.output_side != "mlp":
             return 0.0
         return sum(k.shape[-1] / self.shards(self.compute, k.axes[-1:]) for k in group.kernels)
 
-    def inner_width(self, group: MatmulGroup) -> Number:
+    def local_non_residual_width(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write within their layer on a device."""
         return sum(
             prod(k.shape[k.inputs :]) / self.shards(self.compute, k.axes[k.inputs :])
             for k in group.kernels
-            if k.writes != "residual"
+            if k.output_side != "residual"
         )

@@ -18,7 +18,7 @@ from maxlm.plan.compiled.cost import (
     read_compiled_memory,
 )
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
-from maxlm.programs.setup import Setup, set_up
+from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.train.batch import batch_sharding
 
@@ -32,14 +32,14 @@ class CompiledStep:
     """A training step as the machine's own compiler made it."""
 
     topology: Topology
-    setup: Setup
+    setup: RunSetup
     compiled: Any
     """``jax.stages.Compiled``."""
     trace_seconds: float
     compile_seconds: float
 
     @cached_property
-    def text(self) -> str:
+    def hlo_text(self) -> str:
         """Scheduled HLO; raises MaxlmError if a compiler too new for this JAX wrote it."""
         try:
             return self.compiled.as_text()
@@ -52,7 +52,7 @@ class CompiledStep:
     @cached_property
     def cost(self) -> CompiledCost:
         on_chip = _ON_CHIP.get(self.topology.platform, ())
-        return read_compiled_cost(self.text, dict(self.setup.mesh.shape), on_chip=on_chip)
+        return read_compiled_cost(self.hlo_text, dict(self.setup.mesh.shape), on_chip=on_chip)
 
     @property
     def memory(self) -> CompiledMemory:
@@ -73,10 +73,10 @@ def compile_step(
     DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
-    setup = set_up(config, get_topology_devices(machine))
+    setup = set_up_run(config, get_topology_devices(machine))
     # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
     arguments = setup.abstract_state, make_abstract_batch(setup)
-    step: Any = setup.step_function()
+    step: Any = setup.jit_train_step()
     began = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         lowered = step.__wrapped__.lower(*arguments)
@@ -93,7 +93,7 @@ def compile_step(
     return CompiledStep(machine, setup, compiled, traced - began, ended - traced)
 
 
-def make_abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     """Makes a training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)

@@ -18,7 +18,12 @@ from maxlm.config.layers import SettingsTree
 from maxlm.config.load import validate_config
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
-from maxlm.huggingface.convert import Progress, export_tensors, ignore_progress, import_tensors
+from maxlm.huggingface.convert import (
+    Progress,
+    export_tensors,
+    ignore_tensor_progress,
+    import_tensors,
+)
 from maxlm.huggingface.dtypes import TensorDtypes
 from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.models.families import FAMILIES, find_family
@@ -26,7 +31,7 @@ from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
-from maxlm.tasks import get_kinds
+from maxlm.tasks import list_task_kinds
 from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.
@@ -44,12 +49,12 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """A conversion that is done."""
 
     family: str
     folder: Path
-    parameters: int
+    num_params: int
     dtype: str
     notes: list[str]
     """Notes for the user: settings with no counterpart, tensors left out."""
@@ -63,21 +68,23 @@ def convert(
     dtype: str | None = None,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = ignore_progress,
-) -> Converted:
+    progress: Progress = ignore_tensor_progress,
+) -> ConversionResult:
     """Converts a Hugging Face folder to a run, which takes no options, or a run to a Hugging Face
     folder, whichever ``source`` is."""
     source, target = Path(source), Path(target)
     how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
-        return to_published(source, target, shard_bytes=shard_bytes, progress=progress, **how)
+        return convert_run_to_huggingface(
+            source, target, shard_bytes=shard_bytes, progress=progress, **how
+        )
     if (source / "config.json").exists():
         how["shard-gb"] = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
         for option, value in how.items():
             if value is not None:
                 what = f"--{option} {value} says how a run is written, and this is a published "
                 raise MaxlmError(f"{what}checkpoint", where=str(source), fix="leave it out")
-        return to_run(source, target, progress=progress)
+        return convert_huggingface_to_run(source, target, progress=progress)
     raise MaxlmError(
         "no such folder" if not source.exists() else "neither config.json nor config.yaml here",
         where=str(source),
@@ -85,7 +92,9 @@ def convert(
     )
 
 
-def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) -> Converted:
+def convert_huggingface_to_run(
+    source: Path, target: Path, *, progress: Progress = ignore_tensor_progress
+) -> ConversionResult:
     """Writes a Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
@@ -128,10 +137,10 @@ def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) 
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
     parameters = sum(spec.size for spec in specs.values())
-    return Converted(family.name, target, parameters, dtypes.default, notes)
+    return ConversionResult(family.name, target, parameters, dtypes.default, notes)
 
 
-def to_published(
+def convert_run_to_huggingface(
     source: Path,
     target: Path,
     *,
@@ -139,8 +148,8 @@ def to_published(
     dtype: str | None = None,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = ignore_progress,
-) -> Converted:
+    progress: Progress = ignore_tensor_progress,
+) -> ConversionResult:
     """Writes a run's checkpoint as a folder that transformers loads.
 
     Args:
@@ -179,7 +188,7 @@ def to_published(
             export_tokenizer(home, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     parameters = sum(spec.size for spec in _list_specs(config).values())
-    return Converted(chosen.name, target, parameters, kept.default, [])
+    return ConversionResult(chosen.name, target, parameters, kept.default, [])
 
 
 def _list_specs(config: RunConfig) -> dict[str, ParamSpec]:
@@ -194,7 +203,7 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
         "name": target.name,
         "folder": str(target.parent),
         "model": dict(settings),
-        "task": {"kind": get_kinds(settings["architecture"])[0]},
+        "task": {"kind": list_task_kinds(settings["architecture"])[0]},
         "data": {"seq_len": max(seq_len, 1)},
     }
     return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
@@ -207,7 +216,7 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
         name = "generation_config.json"
         return None, [*notes, f"left out: {name}"] if (source / name).exists() else notes
     rows = config.model.vocab_size
-    tokenizer = import_tokenizer(source, rows=rows)
+    tokenizer = import_tokenizer(source, embedding_rows=rows)
     if tokenizer.vocab_size > rows:
         whole = import_tokenizer(source).vocab_size
         raise MaxlmError(
@@ -233,7 +242,7 @@ def _with_tokenizer(
         "task": task.model_dump(),
     }
     found = RunConfig.model_validate(values)
-    if tokenizer.vocab_size + task.num_unused_ids > config.model.vocab_size:
+    if tokenizer.vocab_size + task.num_ids_to_reserve > config.model.vocab_size:
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         return found, [
             f"to train it, name ids for task.kind={task.kind} in {names}: the tokenizer has none, "

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.prepare import PreparedText
-from maxlm.programs.setup import Setup, load_evaluation_batches
+from maxlm.programs.prepare import PreparedData
+from maxlm.programs.setup import RunSetup, open_evaluation_batches
 from maxlm.train.display import ConsoleDisplay
 from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
-from maxlm.train.trainer import Callback, Trainer, measure_memory
+from maxlm.train.trainer import Callback, Trainer, measure_peak_memory_bytes
 
 HeldOutResults = dict[str, dict[str, float]]
 """Results by source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where
@@ -33,21 +33,21 @@ class HeldOutEvaluator:
     bytes to tokens. ``on_batch`` is called before each batch.
     """
 
-    def __init__(self, setup: Setup, corpus: PreparedText, on_batch: Callable[[], None]):
+    def __init__(self, setup: RunSetup, corpus: PreparedData, on_batch: Callable[[], None]):
         self._setup, self._corpus, self._on_batch = setup, corpus, on_batch
-        self._eval_fn = setup.evaluation_function()
+        self._eval_fn = setup.jit_eval_step()
 
     def evaluate(self, state: TrainState, max_batches: int | None = None) -> HeldOutResults:
         """Evaluates on each source's text; ``max_batches``: of each source, None: all."""
         results = {}
         step = partial(self._step, state.frozen)
-        for name, source in self._corpus.evaluation.items():
-            with load_evaluation_batches(self._setup, source, max_batches) as batches:
+        for name, source in self._corpus.eval_batch_sources.items():
+            with open_evaluation_batches(self._setup, source, max_batches) as batches:
                 sums = sum_over_batches(step, get_eval_params(state), batches)
             loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
             result = {"loss": loss, "tokens": sums["tokens"]}
             if self._setup.config.task.predicts_every_token:
-                store = self._corpus.heldout[name]
+                store = self._corpus.heldout_stores[name]
                 predictable = store.num_tokens - store.num_documents
                 text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
                 bits = sums["cross_entropy"] / math.log(2)
@@ -55,12 +55,12 @@ class HeldOutEvaluator:
             results[name] = result
         return results
 
-    def evaluate_for_record(self, state: TrainState) -> dict[str, float]:
+    def evaluate_metrics(self, state: TrainState) -> dict[str, float]:
         """Evaluates on ``train.eval_batches`` batches; returns a metrics record."""
         results = self.evaluate(state, self._setup.config.train.eval_batches)
-        return self.make_record(int(state.step), results)
+        return self.make_metrics_record(int(state.step), results)
 
-    def make_record(self, step: int, results: HeldOutResults) -> dict[str, float]:
+    def make_metrics_record(self, step: int, results: HeldOutResults) -> dict[str, float]:
         """Returns a metrics record: ``eval_loss`` is over the tokens of all sources, rates are each
         source's own."""
         data = self._setup.config.data
@@ -110,8 +110,8 @@ class MetricsCallback(Callback):
 
     def __init__(
         self,
-        setup: Setup,
-        text: PreparedText,
+        setup: RunSetup,
+        text: PreparedData,
         plan: RunPlan,
         log: MetricsLog,
         show: ConsoleDisplay,
@@ -124,18 +124,22 @@ class MetricsCallback(Callback):
                 "planned_mfu": plan.mfu(),
                 "planned_memory": float(plan.memory.total),
             }
-        self._mixture: Any = getattr(text.batches, "mixture", None)
+        self._mixture: Any = getattr(text.train_batch_source, "mixture", None)
         self._bytes_per_target = {
             name: store.manifest.text_bytes / (store.num_tokens - store.num_documents)
-            for name, store in text.training.items()
+            for name, store in text.train_stores.items()
         }
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        data, layout, peak = self._config.data, self._plan.layout, self._plan.peak_flops
+        data, layout, peak = (
+            self._config.data,
+            self._plan.layout,
+            self._plan.total_peak_flops_per_second,
+        )
         tokens_per_step = data.batch_size * data.seq_len
         rate = tokens_per_step / metrics["seconds"]
         record = metrics | {"tokens": step * tokens_per_step, "tokens_per_second": rate}
-        record |= measure_memory() | self._planned
+        record |= measure_peak_memory_bytes() | self._planned
         if self._config.task.predicts_every_token:
             shares = self._mixture.shares(max(0, step - 1) * data.batch_size)
             record["bits_per_byte"] = (metrics["cross_entropy"] / math.log(2)) / sum(

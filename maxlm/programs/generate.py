@@ -30,7 +30,7 @@ def generate_text(
     steps = generate(
         model,
         params,
-        encode_prompts(tokenizer, prompts, whole=whole),
+        encode_prompts(tokenizer, prompts, as_documents=whole),
         sampling,
         eos_id=tokenizer.stop_ids,
         key=jax.random.key(sampling.seed),
@@ -41,11 +41,11 @@ def generate_text(
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, whole: bool
+    tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, as_documents: bool
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one; ``whole``: prompts are
+    """Return the ids that a model is given for each prompt, at least one; ``as_documents``: prompts are
     documents, as an encoder reads them, rather than openings."""
-    end = [tokenizer.eos_id] if whole else []
+    end = [tokenizer.eos_id] if as_documents else []
     encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
     # A model needs a token to start from, even where documents open without one.
     return [ids or [tokenizer.bos_id] for ids in encoded]

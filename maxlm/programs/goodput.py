@@ -45,7 +45,7 @@ class Span:
 
     begin: float
     end: float
-    part: str
+    activity: str
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ class History:
     attempts: tuple[Attempt, ...]
     spans: tuple[Span, ...]
     """The whole time, in order and without gaps."""
-    counts: Mapping[str, int] = field(default_factory=dict)
+    event_counts: Mapping[str, int] = field(default_factory=dict)
     """Events by kind."""
 
     @property
-    def seconds(self) -> dict[str, float]:
+    def seconds_by_activity(self) -> dict[str, float]:
         """Seconds of each of `PARTS`."""
         totals = dict.fromkeys(PARTS, 0.0)
         for span in self.spans:
-            totals[span.part] += span.end - span.begin
+            totals[span.activity] += span.end - span.begin
         return totals
 
     @property
-    def wall(self) -> float:
+    def wall_seconds(self) -> float:
         """Seconds from the first attempt's beginning to the last sign of life."""
         return self.spans[-1].end - self.spans[0].begin if self.spans else 0.0
 
@@ -93,8 +93,8 @@ class History:
     def goodput(self) -> float | None:
         """The share of time that is productive; what passed while the run was finished is left
         out. None: no time has passed."""
-        seconds = self.seconds
-        wanted = self.wall - seconds["finished"]
+        seconds = self.seconds_by_activity
+        wanted = self.wall_seconds - seconds["finished"]
         return seconds["productive"] / wanted if wanted > 0 else None
 
     @property

@@ -19,7 +19,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, replace_base, select_base
-from maxlm.programs.setup import Setup, set_up
+from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
 from maxlm.train.checkpoint import FolderTier, named_leaves
@@ -51,7 +51,7 @@ def load_run(
         )
     config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
-    setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
+    setup = set_up_run(config, None if mesh else jax.local_devices()[:1], for_training=False)
     with _open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
         abstract = jax.tree.map(
@@ -64,21 +64,21 @@ def load_run(
     return LoadedRun(config, setup.mesh, setup.model, params, tokenizer, step or 0)
 
 
-def check_start(setup: Setup) -> dict[str, Any] | None:
+def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     """Checks that the run that this one starts from, if any, is there and has this model; returns
     its checkpoint's metadata."""
     start, wanted = setup.config.train.start_from, setup.abstract_state.params
     if start is None:
         return None
     with _open_checkpoints(start) as (tier, config, name):
-        tier.check_params(None, wanted if _is_adapted(config) else select_base(wanted), name)
+        tier.check_param_shapes(None, wanted if _is_adapted(config) else select_base(wanted), name)
         return tier.metadata()
 
 
-def init_state(setup: Setup) -> TrainState:
+def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     """Returns a fresh state, with another run's parameters if the run starts from one. An adapted
     run takes those of one without an adapter as the base of its own."""
-    state, start = setup.init(), setup.config.train.start_from
+    state, start = setup.init_train_state(), setup.config.train.start_from
     if start is None:
         return state
     abstract = setup.abstract_state.params
@@ -92,7 +92,7 @@ def init_state(setup: Setup) -> TrainState:
     return replace(state, params=params, ema=ema)
 
 
-def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[str, Params]:
+def load_frozen_models(setup: RunSetup, init_params: Callable[[], Params]) -> dict[str, Params]:
     """Return the parameters of the models that the task only reads, by name; ``init_params``
     returns those that training starts from."""
     loaded: dict[str, Params] = {}
@@ -106,7 +106,7 @@ def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[
     return loaded
 
 
-def describe_frozen_models(setup: Setup, loaded: Mapping[str, Params]) -> dict[str, Any]:
+def describe_frozen_models(setup: RunSetup, loaded: Mapping[str, Params]) -> dict[str, Any]:
     """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
     described = {}
     for name, params in loaded.items():

@@ -10,23 +10,27 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
-from maxlm.programs.load import check_start, describe_frozen_models
-from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
-from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
+from maxlm.programs.load import check_init_checkpoint, describe_frozen_models
+from maxlm.programs.prepare import PreparedData, prepare_data_on_all_hosts, read_vocab_size
+from maxlm.programs.resume import Say, StateRestorer, TrainingPosition, find_resume_source
+from maxlm.programs.resume_checks import (
+    check_no_lost_checkpoint,
+    check_same_inputs,
+    make_run_metadata,
+)
 from maxlm.programs.run_folder import (
     create_run_folder,
-    describe_run,
-    get_process_start,
+    get_process_start_unix_seconds,
     lock_run_folder,
     record_stop_on_error,
     run_folder_path,
+    write_run_description,
 )
-from maxlm.programs.setup import Setup, set_up, use_compilation_cache
+from maxlm.programs.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.sharding import describe_links
-from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.checkpoint import Checkpointer, layer_group_shapes
 from maxlm.train.records import MetricsLog
 from maxlm.train.skips import get_skips, read_skips
 from maxlm.train.watchdog import Watchdog
@@ -36,15 +40,15 @@ from maxlm.train.watchdog import Watchdog
 class OpenRun:
     """A run whose folder, text, checkpoints and records are open."""
 
-    setup: Setup
+    setup: RunSetup
     folder: Path
     lead: bool
     """Whether this process writes and prints."""
     say: Say
     signals: SignalHandler
     watchdog: Watchdog
-    corpus: PreparedText
-    states: StateSource
+    corpus: PreparedData
+    state_restorer: StateRestorer
     position: TrainingPosition
     """Position where training starts or resumes."""
     metadata: dict[str, Any]
@@ -62,42 +66,42 @@ def open_run(
     say = say if lead else lambda _: None
     folder = run_folder_path(config)
     # What does not fit is refused before anything is written or read.
-    setup = set_up(config)
-    config.reporting.check()
+    setup = set_up_run(config)
+    config.reporting.check_packages()
     use_compilation_cache(config)
     config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
     signals = stack.enter_context(handle_signals(str(folder)))
     stack.enter_context(create_run_folder(config, folder, lead=lead))
     if lead:
         stack.enter_context(lock_run_folder(folder))
-    home, grouped = folder / "checkpoints", group_sizes(setup.specs)
+    home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
     checkpointer = stack.enter_context(
-        Checkpointer(home, config.name, config.checkpoint, grouped=grouped)
+        Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
     )
     source = find_resume_source(setup, checkpointer, resume, stack, say)
-    saved = source.metadata if source else check_start(setup)
-    corpus = prepare_on_all_hosts(config, folder)
+    saved = source.metadata if source else check_init_checkpoint(setup)
+    corpus = prepare_data_on_all_hosts(config, folder)
     if source and not source.is_own:  # It may have trained on meanwhile, and deleted old ones.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
-    states = StateSource(setup, checkpointer, source)
+    states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
-    watchdog.expect(0, "restore")
+    watchdog.start_timer(0, "restore")
     frozen = describe_frozen_models(setup, states.load_frozen())
-    metadata = make_metadata(config, corpus, saved, frozen)
+    metadata = make_run_metadata(config, corpus, saved, frozen)
     if source:
         where = str(source.checkpointer.folder)
-        check_same_text(config, corpus, source.metadata, metadata, where)
+        check_same_inputs(config, corpus, source.metadata, metadata, where)
     skips = read_skips(folder)
     if skips is None:
         skips = get_skips(source.metadata) if source else ()
     position = states.restore(skips)
     step = position.step
-    if not position.place:
-        check_not_lost(checkpointer, resume)
+    if not position.checkpoint_place:
+        check_no_lost_checkpoint(checkpointer, resume)
     for each in position.skipped:
         say(str(each))
-    if position.place:
-        say(f"resuming from step {step} in {position.place}")
+    if position.checkpoint_place:
+        say(f"resuming from step {step} in {position.checkpoint_place}")
     elif start := config.train.start_from:
         say(f"starting from the parameters in {start}")
     if step > config.train.steps:
@@ -110,14 +114,14 @@ def open_run(
     sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
     plan = plan_run(config, machine, sizes=sizes, links=links)
     say(format_prediction(plan))
-    describe_run(folder, config, plan, lead=lead)
+    write_run_description(folder, config, plan, lead=lead)
     log = stack.enter_context(MetricsLog(folder, step, write=lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
     log.event(
         "resume" if step else "start",
         step,
-        began=get_process_start(),
+        began=get_process_start_unix_seconds(),
         run=str(source.checkpointer.folder.parent) if source and not source.is_own else None,
         devices=jax.device_count(),
         processes=jax.process_count(),
@@ -126,7 +130,7 @@ def open_run(
     )
     stack.enter_context(record_stop_on_error(signals, log, step))
     watchdog.event = log.event
-    checkpointer.catch_up()
+    checkpointer.copy_newest_to_remote()
     return OpenRun(
         setup, folder, lead, say, signals, watchdog, corpus, states, position, metadata, plan, log
     )

@@ -19,7 +19,7 @@ GB, TERA = 1e9, 1e12
 Figures = dict[str, tuple[float, float]]
 
 
-def read_plan(source: str, on: str | None) -> dict[str, Any]:
+def read_or_compute_plan(source: str, on: str | None) -> dict[str, Any]:
     """Reads a plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (plan.json) or
     a config, which is planned on the machine ``on``; None: the smallest mesh there is."""
     path = Path(source)
@@ -44,7 +44,7 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
     return plan
 
 
-def verify_by_compiling(
+def compile_peak_memory_bytes(
     run: RunConfig, machine: Machine, candidates: Sequence[Candidate]
 ) -> dict[int, float]:
     """Returns, by index, each candidate's peak memory in bytes as the machine's compiler lays it
@@ -58,7 +58,7 @@ def verify_by_compiling(
     return peaks
 
 
-def compare_with_compiler(
+def check_fit_by_compiling(
     run: RunConfig, machine: Machine, plan: RunPlan
 ) -> tuple[bool, str, Figures]:
     """Compiles a run for a machine; returns whether it fits, that in words, and the compiler's
@@ -70,33 +70,43 @@ def compare_with_compiler(
     fits = step.memory.peak <= machine.chip.memory
     words = f"{format_bytes(step.memory.peak)} of {format_bytes(machine.chip.memory)} a device"
     verdict = "fits" if fits else "does not fit"
-    return fits, f"{verdict} by the compiler's account: {words}", compare(plan, step)
+    return (
+        fits,
+        f"{verdict} by the compiler's account: {words}",
+        compare_plan_to_compiled(plan, step),
+    )
 
 
-def compare(plan: RunPlan, step: CompiledStep) -> Figures:
+def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> Figures:
     """Returns figure → (planned, compiled), in GB and TFLOP of one device and step.
 
     Products of a dropless mixture's experts are in kernels that the compiler does not see into;
     rows of a ragged exchange are counted by the compiler at the room they have.
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
-    counted, slots = count_device_flops(plan.shape), plan.shape.slots
+    counted, slots = count_device_flops(plan.shape), plan.shape.stage_passes_with_bubble
     rows = {
         "resting: state and batch, GB": (
-            (held.total - held.allocated) / GB,
+            (held.total - held.transient_bytes) / GB,
             compiled.argument / GB,
         ),
-        "more at the peak, GB": (held.allocated / GB, (compiled.peak - compiled.argument) / GB),
+        "more at the peak, GB": (
+            held.transient_bytes / GB,
+            (compiled.peak - compiled.argument) / GB,
+        ),
         "peak, GB": (held.total / GB, compiled.peak / GB),
-        "matrix products, TFLOP": (counted.products(slots) / TERA, cost.matmul_flops / TERA),
+        "matrix products, TFLOP": (
+            counted.step_matmul_flops(slots) / TERA,
+            cost.matmul_flops / TERA,
+        ),
         "attention's products, TFLOP": (
-            counted.attention(slots) / TERA,
+            counted.step_attention_flops(slots) / TERA,
             cost.attention_flops / TERA,
         ),
-        "sent, GB": (sum(s.sent_bytes for s in plan.sends) / GB, cost.wire_bytes() / GB),
+        "sent, GB": (sum(s.sent_bytes for s in plan.collectives) / GB, cost.wire_bytes() / GB),
     }
     planned: dict[tuple[str, str], float] = {}
-    for s in plan.sends:
+    for s in plan.collectives:
         key = s.kind, "+".join(s.axes)
         planned[key] = planned.get(key, 0.0) + s.sent_bytes
     found = cost.wire_by_kind_and_axes()

@@ -22,26 +22,26 @@ from maxlm.programs.generate import encode_prompts
 from maxlm.run import PREPARED, RunConfig
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs, Vocabulary
-from maxlm.train.checkpoint import check_same
+from maxlm.train.checkpoint import check_same_settings
 
 # What of a source says how it is read, and not what is prepared of it.
 _READING = ("weight", "max_epochs", "store_segments")
 
 
 @dataclass(frozen=True)
-class PreparedText:
+class PreparedData:
     """A run's tokenizer, stores and batches."""
 
     tokenizer: Tokenizer
-    training: dict[str, TokenStore]
-    heldout: dict[str, TokenStore]
-    batches: BatchSource
+    train_stores: dict[str, TokenStore]
+    heldout_stores: dict[str, TokenStore]
+    train_batch_source: BatchSource
     """The batches to train on."""
-    evaluation: Mapping[str, BatchSource]
+    eval_batch_sources: Mapping[str, BatchSource]
     """The batches to evaluate on, by name."""
 
 
-def prepare(config: RunConfig, folder: Path) -> PreparedText:
+def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     """Train the tokenizer and build the stores, where that is not done yet, and open them.
 
     With several processes call it on one of them first: the others then only open.
@@ -55,7 +55,7 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     whole = config.model.architecture == "encoder_decoder"
-    prompts = encode_prompts(tokenizer, config.samples.prompts, whole=whole)
+    prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
     check_samples(config.samples, config.model, [len(ids) for ids in prompts])
     vocabulary = make_vocabulary(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
@@ -79,28 +79,28 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
     batches = config.task.batch_source(inputs)
     check_num_steps(batches, config.train.steps)
     evaluation = config.task.evaluation_sources(inputs)
-    return PreparedText(tokenizer, all_training, all_heldout, batches, evaluation)
+    return PreparedData(tokenizer, all_training, all_heldout, batches, evaluation)
 
 
-def prepare_on_all_hosts(config: RunConfig, folder: Path) -> PreparedText:
+def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:
     """Prepares on process 0 what is missing; the others wait and open it."""
-    prepared = prepare(config, folder) if jax.process_index() == 0 else None
+    prepared = prepare_data(config, folder) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus")
-    return prepared or prepare(config, folder)
+    return prepared or prepare_data(config, folder)
 
 
-def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
     """Describes a tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
-    or what a WordPiece vocabulary does not mark as a continuation. Of the ``size`` rows of the
+    or what a WordPiece vocabulary does not mark as a continuation. Of the ``model_vocab_size`` rows of the
     model's table those past the tokenizer's ids are special, and so are ids without a text.
     """
-    special = np.ones(size, bool)
+    special = np.ones(model_vocab_size, bool)
     special[: tokenizer.vocab_size] = False
     special[list(tokenizer.special_tokens.values())] = True
-    starts_word = np.ones(size, bool)
+    starts_word = np.ones(model_vocab_size, bool)
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode_bytes([token], continued=True)
         special[token] |= not text
@@ -108,11 +108,16 @@ def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
     return Vocabulary(
-        size, tokenizer.vocab_size, tuple(tokenizer.opening), tokenizer.eos_id, special, starts_word
+        model_vocab_size,
+        tokenizer.vocab_size,
+        tuple(tokenizer.opening),
+        tokenizer.eos_id,
+        special,
+        starts_word,
     )
 
 
-def check_prepared(config: RunConfig, folder: Path) -> None:
+def check_prepared_data(config: RunConfig, folder: Path) -> None:
     """Raises MaxlmError if the text in the folder was prepared with another config."""
     path = folder / "config.yaml"
     if path.exists():
@@ -120,7 +125,7 @@ def check_prepared(config: RunConfig, folder: Path) -> None:
             remove_source_settings(each.model_dump(mode="json"), _READING)
             for each in (load_config(RunConfig, path).value, config)
         )
-        check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
+        check_same_settings(before, now, PREPARED, str(folder), what="the text here was prepared")
 
 
 def remove_source_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from maxlm.train.state import param_shardings
 COMPARED_BYTES = 16 << 20
 
 
-def report(run: TrainingResult) -> None:
+def print_training_report(run: TrainingResult) -> None:
     """Print held-out bits per byte beside two compressors', samples, and the run's files.
 
     Only process 0 prints; samples need the whole model on this process's devices and are left out
@@ -49,7 +49,7 @@ def report(run: TrainingResult) -> None:
 def _comparison(run: TrainingResult) -> Group:
     columns, rows = ("source", "bytes", "maxlm", "gzip -9", "xz -9"), []
     for name, result in run.heldout.items():
-        text = _read_text(run.corpus.heldout[name], run.corpus.tokenizer)
+        text = _read_text(run.corpus.heldout_stores[name], run.corpus.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
         rows.append((name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals))
@@ -63,7 +63,7 @@ def _measured(run: TrainingResult) -> Group | None:
     records = [
         r
         for r in read_records(run.folder / "metrics.jsonl")
-        if r.get("seconds") and r["step"] > run.start + 1
+        if r.get("seconds") and r["step"] > run.start_step + 1
     ]
     plan = run.plan
     if plan.step_seconds is None or not records:

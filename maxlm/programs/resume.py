@@ -10,10 +10,14 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import Params
-from maxlm.programs.load import init_state, load_frozen_models
-from maxlm.programs.prepare import check_prepared
-from maxlm.programs.resume_checks import check_not_lost, check_same_config, raise_unreadable
-from maxlm.programs.setup import Setup
+from maxlm.programs.load import init_or_warm_start_state, load_frozen_models
+from maxlm.programs.prepare import check_prepared_data
+from maxlm.programs.resume_checks import (
+    check_no_lost_checkpoint,
+    check_same_config,
+    raise_unreadable,
+)
+from maxlm.programs.setup import RunSetup
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
@@ -46,16 +50,20 @@ class TrainingPosition:
     step: int
     skips: Skips
     """Batches that are skipped."""
-    place: str = ""
+    checkpoint_place: str = ""
     """Place of the checkpoint; empty: the run starts."""
-    losses: Mapping[str, Any] | None = None
+    detector_state: Mapping[str, Any] | None = None
     """Memory of the loss spike detector."""
     skipped: Sequence[SkippedCheckpoint] = ()
     """Newer checkpoints that cannot be resumed from."""
 
 
 def find_resume_source(
-    setup: Setup, checkpointer: Checkpointer, resume: str | Path | None, stack: ExitStack, say: Say
+    setup: RunSetup,
+    checkpointer: Checkpointer,
+    resume: str | Path | None,
+    stack: ExitStack,
+    say: Say,
 ) -> ResumeSource | None:
     """Returns this run's own checkpoints, else those of the run to resume, else None.
 
@@ -65,12 +73,12 @@ def find_resume_source(
     if not source.found:
         if any(each.is_damaged and each.tier.name != "local" for each in source.skipped):
             raise_unreadable(checkpointer, source.skipped)
-        check_not_lost(checkpointer, resume)
+        check_no_lost_checkpoint(checkpointer, resume)
         for each in source.skipped:
             say(str(each))
-        checkpointer.quarantine(source.skipped, 0)
+        checkpointer.discard_skipped(source.skipped, 0)
         if resume is None:
-            check_prepared(setup.config, checkpointer.folder.parent)
+            check_prepared_data(setup.config, checkpointer.folder.parent)
             return None
         home = Path(resume) / "checkpoints"
         other = stack.enter_context(Checkpointer(home, "", read_only=True))
@@ -84,10 +92,10 @@ def find_resume_source(
 
 
 @dataclass(frozen=True)
-class StateSource:
+class StateRestorer:
     """Source of a run's states, at its start and at a rollback."""
 
-    setup: Setup
+    setup: RunSetup
     checkpointer: Checkpointer
     resume_source: ResumeSource | None
 
@@ -95,7 +103,7 @@ class StateSource:
         """Returns the position to start or resume at; raises MaxlmError if none can be read."""
         if self.resume_source:
             return self._restore_latest(self.resume_source, skips)
-        return self._add_frozen(TrainingPosition(init_state(self.setup), 0, skips))
+        return self._add_frozen(TrainingPosition(init_or_warm_start_state(self.setup), 0, skips))
 
     def rollback(
         self, decision: RollbackDecision, skips: Skips, event: Callable[..., None]
@@ -110,16 +118,16 @@ class StateSource:
         if checkpointer.remote:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
-        good = [each.step for each in source.found if each.step < decision.first]
+        good = [each.step for each in source.found if each.step < decision.first_bad_step]
         position = None if good else self.restore(skips)
         base = position.step if position else max(good)
-        skip = get_batch_number(base, skips), get_batch_number(decision.last - 1, skips)
+        skip = get_batch_number(base, skips), get_batch_number(decision.last_bad_step - 1, skips)
         if position:
             # Before the record: a run killed between the two would refuse all its checkpoints.
             event("discard", base)
             found = [(each.step, each.tier) for each in source.found]
             abandoned = [SkippedCheckpoint(*each, why="", is_damaged=False) for each in found]
-            checkpointer.quarantine(abandoned, base)
+            checkpointer.discard_skipped(abandoned, base)
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
@@ -127,7 +135,7 @@ class StateSource:
 
     def load_frozen(self) -> dict[str, Params]:
         """Returns the parameters of the models that the task reads and does not train."""
-        return load_frozen_models(self.setup, lambda: init_state(self.setup).params)
+        return load_frozen_models(self.setup, lambda: init_or_warm_start_state(self.setup).params)
 
     def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
         """Restores the newest state that can be read and was trained on this run's batches.
@@ -149,11 +157,11 @@ class StateSource:
         if found is None:
             if any(each.tier.name != "local" for each in skipped):
                 raise_unreadable(checkpointer, skipped)
-            checkpointer.quarantine(skipped, 0)
-            fresh = init_state(self.setup)
+            checkpointer.discard_skipped(skipped, 0)
+            fresh = init_or_warm_start_state(self.setup)
             return self._add_frozen(TrainingPosition(fresh, 0, skips, skipped=skipped))
         if source.is_own:
-            checkpointer.quarantine(skipped, found.step)
+            checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
         losses = found.metadata.get("losses")
         return self._add_frozen(

@@ -11,16 +11,16 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
-from maxlm.programs.prepare import PreparedText, remove_source_settings
+from maxlm.programs.prepare import PreparedData, remove_source_settings
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
 from maxlm.runtime.collectives import broadcast_from_process_0
-from maxlm.train.checkpoint import Checkpointer, SkippedCheckpoint, check_same
+from maxlm.train.checkpoint import Checkpointer, SkippedCheckpoint, check_same_settings
 from maxlm.train.records import read_records
 
 
-def make_metadata(
+def make_run_metadata(
     config: RunConfig,
-    corpus: PreparedText,
+    corpus: PreparedData,
     saved: Mapping[str, Any] | None,
     frozen: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def make_metadata(
     metadata = {
         "config": config.model_dump(mode="json"),
         "tokenizer": tokenizer,
-        "stores": {name: _describe_store(store) for name, store in corpus.training.items()},
+        "stores": {name: _describe_store(store) for name, store in corpus.train_stores.items()},
     }
     # An export needs to know of the published model that the parameters came from, if any, its
     # family and, while the tokenizer is still its own, its token ids.
@@ -40,16 +40,16 @@ def make_metadata(
     return metadata | ({"frozen": frozen} if frozen else {})
 
 
-def check_same_text(
+def check_same_inputs(
     config: RunConfig,
-    corpus: PreparedText,
+    corpus: PreparedData,
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
     where: str,
 ) -> None:
     """Checks that a checkpoint to resume from was made with this tokenizer, these frozen models and
     stores; ``saved`` and ``now``: its metadata, and of those to come."""
-    check_same(saved, now, ("tokenizer",), where)
+    check_same_settings(saved, now, ("tokenizer",), where)
     for name, model in now.get("frozen", {}).items():
         was = saved.get("frozen", {}).get(name, {})
         if was.get("fingerprint") != model["fingerprint"]:
@@ -71,7 +71,7 @@ def check_same_text(
             for each in (before[name], store)
         )
         fix = "give it the documents that it had, or train in another run folder"
-        manifest = read_manifest(corpus.training[name].place)
+        manifest = read_manifest(corpus.train_stores[name].place)
         for count in range(1, len(manifest.segments) + 1 if source.store else 1):
             if manifest.first(count).offsets_sha256 == before[name]["offsets_sha256"]:
                 fix = f"set store_segments: {count} for it, or train in another run folder"
@@ -86,10 +86,12 @@ def check_same_config(config: RunConfig, saved: Mapping[str, Any], where: str) -
     with suppress(ValidationError, MaxlmError):
         saved = RunConfig.model_validate(saved).model_dump(mode="json")
     now = config.model_dump(mode="json")
-    check_same(resume_keys(saved), resume_keys(now), IDENTITY, where)
+    check_same_settings(
+        remove_changeable_settings(saved), remove_changeable_settings(now), IDENTITY, where
+    )
 
 
-def resume_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def remove_changeable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without the settings that may change when a run resumes.
 
     ``store_segments`` may, so that a run can resume after an append to its store: what the store
@@ -118,7 +120,7 @@ def raise_unreadable(checkpointer: Checkpointer, skipped: Sequence[SkippedCheckp
     raise _restart_error(checkpointer, what, "repair one")
 
 
-def check_not_lost(checkpointer: Checkpointer, resume: str | Path | None) -> None:
+def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | None) -> None:
     """Checks, for a run without a checkpoint, that its events report none to resume from, its own
     or another run's."""
     saved, other = set[int](), None

@@ -111,7 +111,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             note.unlink(missing_ok=True)
 
 
-def describe_run(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) -> None:
+def write_run_description(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) -> None:
     """Writes what another person needs to judge the run, or to run it again: its config, plan and
     environment. All processes call it together; the one that leads writes."""
     values = {"plan.json": plan.to_json(), "environment.json": describe_environment()}
@@ -171,7 +171,7 @@ def read_git_state(root: Path) -> dict[str, Any] | None:
     return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
 
 
-def get_process_start() -> float:
+def get_process_start_unix_seconds() -> float:
     """Returns the unix seconds when this process was started; now, where nothing says."""
     try:
         # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks since the

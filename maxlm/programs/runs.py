@@ -51,8 +51,8 @@ class RunSummary:
             "loss": self.loss,
             "eval_loss": self.eval_loss,
             "goodput": told.goodput,
-            "wall_seconds": told.wall,
-            "seconds": told.seconds,
+            "wall_seconds": told.wall_seconds,
+            "seconds": told.seconds_by_activity,
             "interruptions": told.interruptions,
             "mean_time_to_interruption": told.mean_time_to_interruption,
             "steps_per_second": self.steps_per_second,
@@ -60,7 +60,7 @@ class RunSummary:
             "planned": {"step_seconds": self.planned_step_seconds, "goodput": self.planned_goodput},
             "damaged_lines": self.damaged_lines,
             "attempts": attempts,
-            "events": dict(told.counts),
+            "events": dict(told.event_counts),
         }
 
     @property
@@ -69,7 +69,7 @@ class RunSummary:
         told = self.history
         if not told.goodput:
             return None
-        wanted = told.wall - told.seconds["finished"]
+        wanted = told.wall_seconds - told.seconds_by_activity["finished"]
         return (self.step - told.attempts[0].first_step) / wanted
 
 

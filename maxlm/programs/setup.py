@@ -24,8 +24,8 @@ from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
-from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
-from maxlm.train.optimizer import make_optimizer, make_schedule, shard_update
+from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
+from maxlm.train.optimizer import make_optimizer, make_schedule, shard_optimizer
 from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
 from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
@@ -40,7 +40,7 @@ def use_compilation_cache(config: RunConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunSetup:
     """A run's mesh, model and optimizer; nothing is allocated yet."""
 
     config: RunConfig
@@ -90,12 +90,12 @@ class Setup:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
 
-    def init(self) -> TrainState:
+    def init_train_state(self) -> TrainState:
         """A fresh state without frozen models, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
         return bind_mesh(self.mesh, jit_sharded(self._init, remove_frozen(self.shardings)))(key)
 
-    def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    def jit_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
         step = partial(
             train_step,
@@ -111,7 +111,7 @@ class Setup:
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
-    def evaluation_function(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
+    def jit_eval_step(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
         first call."""
         how = {"model": self.model, "loss": self.loss, "frozen_models": self._frozen_modules}
@@ -135,13 +135,13 @@ class Setup:
         return self.config.train.ema_decay is not None
 
 
-def set_up(
+def set_up_run(
     config: RunConfig,
     devices: Sequence[Any] | None = None,
     *,
     for_training: bool = True,
     frozen_sources: Mapping[str, FrozenModelSource] | None = None,
-) -> Setup:
+) -> RunSetup:
     """Builds the mesh, rules, model and optimizer for the devices at hand (default: all); what does
     not fit raises a MaxlmError. ``for_training``: the batch must divide over the mesh;
     ``frozen_sources``: default, those of the task."""
@@ -155,7 +155,7 @@ def set_up(
     optimizer = make_optimizer(config.optimizer, schedule, trainable)
     sources = config.task.frozen_models() if frozen_sources is None else frozen_sources
     sources = sources if for_training else {}
-    return Setup(
+    return RunSetup(
         config=config,
         mesh=mesh,
         storage=placed.storage,
@@ -166,7 +166,7 @@ def set_up(
         specs=placed.specs,
         schedule=schedule,
         trainable=trainable,
-        optimizer=shard_update(optimizer, trainable, placed.optimizer, placed.storage),
+        optimizer=shard_optimizer(optimizer, trainable, placed.optimizer, placed.storage),
         loss=config.task.loss,
         frozen_sources=sources,
         frozen_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
@@ -174,8 +174,8 @@ def set_up(
 
 
 @contextmanager
-def load_training_batches(
-    setup: Setup, source: BatchSource, start: int, skips: Skips = ()
+def open_training_batches(
+    setup: RunSetup, source: BatchSource, start: int, skips: Skips = ()
 ) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``."""
     data = setup.config.data
@@ -191,8 +191,8 @@ def load_training_batches(
 
 
 @contextmanager
-def load_evaluation_batches(
-    setup: Setup, source: BatchSource, max_batches: int | None = None
+def open_evaluation_batches(
+    setup: RunSetup, source: BatchSource, max_batches: int | None = None
 ) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, ...] of a finite source, in order."""
     steps = min(n for n in (source.num_steps, max_batches) if n is not None)
@@ -200,11 +200,13 @@ def load_evaluation_batches(
         yield each
 
 
-def _put_batches(setup: Setup, source: BatchSource, **how: int) -> Generator[Batch]:
+def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[Batch]:
     config, mesh = setup.config, setup.mesh
     lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
     rows = get_local_rows(batch_sharding(setup.compute, mesh, ()), lead)
     with load_batches(source, rows, **how) as loader:
         for batch in loader:
-            yield put_batch(batch, arrays, rows, setup.compute, mesh, lead, setup.token_order)
+            yield make_global_batch(
+                batch, arrays, rows, setup.compute, mesh, lead, setup.token_order
+            )

@@ -73,9 +73,9 @@ def show_run(run: RunSummary, now: float) -> Group:
             )
         )
     if happened := [
-        _many(told.counts[kind], word)
+        _many(told.event_counts[kind], word)
         for kind, word in (("skip", "update skipped"), ("rollback", "rollback"), ("hang", "hang"))
-        if told.counts.get(kind)
+        if told.event_counts.get(kind)
     ]:
         parts.append(Text(" · ".join(happened)))
     if run.step_seconds:
@@ -104,12 +104,12 @@ def _goodput(run: RunSummary) -> Text:
     return Text.assemble(
         "goodput ",
         (share, "bold"),
-        f"{beside} of {format_duration(run.history.wall)}, {rate} over all of it",
+        f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of it",
     )
 
 
 def _time(run: RunSummary) -> Group:
-    seconds, wall = run.history.seconds, run.history.wall
+    seconds, wall = run.history.seconds_by_activity, run.history.wall_seconds
     table = _table("spent", "time", "share", left=("spent",))
     for part in PARTS:
         if seconds[part] > 0:
@@ -164,30 +164,30 @@ def _titled(title: str, *parts: Any) -> Group:
     return Group(Text(f"\n{title}", style="italic"), *parts)
 
 
-def draw_history(told: History, image: Path, *, title: str = "") -> None:
+def draw_history(history: History, image: Path, *, title: str = "") -> None:
     """Draw a history as a PNG: above, the steps reached, with a mark at each interruption; below,
     column by column, the shares of time. Its folder is made if missing."""
-    if told.wall <= 0:
+    if history.wall_seconds <= 0:
         raise MaxlmError("no time to plot", where=title or None, fix="wait for the run to begin")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Two of the unit at least: fewer would be read as fractions.
-    scale, unit = next(((s, u) for s, u in UNITS if told.wall >= 2 * s), UNITS[-1])
-    zero = told.spans[0].begin
+    scale, unit = next(((s, u) for s, u in UNITS if history.wall_seconds >= 2 * s), UNITS[-1])
+    zero = history.spans[0].begin
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     above, below = FigureCanvasAgg(figure).figure.subplots(
         2, sharex=True, gridspec_kw={"height_ratios": [3, 1.4]}
     )
-    for attempt in told.attempts:
+    for attempt in history.attempts:
         times, steps = (np.array(attempt.points).T - [[zero], [0]]) / [[scale], [1]]
         above.plot(times, steps, color=COLOURS["productive"], linewidth=2)
         if attempt.end not in ("done", "running"):
             at = ((attempt.ended - zero) / scale, attempt.last_step)
             style = {"color": COLOURS["down"], "markersize": 6, "markeredgewidth": 1.5}
             above.plot(*at, marker="x", clip_on=False, **style)
-            if len(told.attempts) <= 12:  # below the line; at the right edge above it
-                late = at[0] > 0.85 * told.wall / scale
+            if len(history.attempts) <= 12:  # below the line; at the right edge above it
+                late = at[0] > 0.85 * history.wall_seconds / scale
                 where, side = ((-6, 4), "right") if late else ((2, -14), "left")
                 above.annotate(
                     attempt.end, at, where, textcoords="offset points", ha=side, fontsize=8
@@ -195,16 +195,16 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
     above.margins(y=0.1)
     above.set_ylabel("step reached")
     above.grid(axis="y", alpha=0.25)
-    share = "" if told.goodput is None else f"goodput {told.goodput:.1%}"
+    share = "" if history.goodput is None else f"goodput {history.goodput:.1%}"
     above.set_title(" · ".join(filter(None, [title, share])), loc="left", fontsize=11)
 
-    shares = _compute_shares(told)
-    edges = np.linspace(0, told.wall / scale, COLUMNS + 1)
+    shares = _compute_shares(history)
+    edges = np.linspace(0, history.wall_seconds / scale, COLUMNS + 1)
     bottom = np.zeros(COLUMNS)
-    seconds = told.seconds
+    seconds = history.seconds_by_activity
     for part, share in zip(PARTS, shares, strict=True):
         if seconds[part] > 0:
-            label = f"{part} {seconds[part] / told.wall:.1%}"
+            label = f"{part} {seconds[part] / history.wall_seconds:.1%}"
             below.stairs(
                 bottom + share, edges, baseline=bottom, fill=True, color=COLOURS[part], label=label
             )
@@ -212,7 +212,7 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
     below.set_ylabel("share of time")
     below.set_xlabel(f"{unit} since the run began")
     below.set_ylim(0, 1)
-    below.set_xlim(0, told.wall / scale)
+    below.set_xlim(0, history.wall_seconds / scale)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
@@ -225,10 +225,10 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
 def _compute_shares(told: History) -> np.ndarray:
     """[parts, columns]: the share of each column's time that each part has."""
     spans, begin = told.spans, told.spans[0].begin
-    edges = np.linspace(begin, begin + told.wall, COLUMNS + 1)
+    edges = np.linspace(begin, begin + told.wall_seconds, COLUMNS + 1)
     ends = np.array([begin, *(span.end for span in spans)])
     seconds = np.zeros((len(PARTS), len(ends)))
     for number, span in enumerate(spans, 1):
-        seconds[PARTS.index(span.part), number] = span.end - span.begin
+        seconds[PARTS.index(span.activity), number] = span.end - span.begin
     passed = [np.interp(edges, ends, row) for row in seconds.cumsum(axis=1)]
-    return np.diff(passed) * (COLUMNS / told.wall)
+    return np.diff(passed) * (COLUMNS / told.wall_seconds)

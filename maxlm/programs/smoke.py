@@ -20,11 +20,11 @@ from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out_run
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.prepare import read_vocab_size
-from maxlm.programs.setup import Setup, load_training_batches, set_up, use_compilation_cache
+from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import FrozenModelSource, SourceInputs, Vocabulary
-from maxlm.train.checkpoint import FolderTier, group_sizes
+from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from maxlm.train.state import TrainState, remove_frozen
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
@@ -51,7 +51,7 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
 
     Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
     """
-    task = config.task.shrunk()
+    task = config.task.for_small_model()
     steps = STEPS if task.predicts_every_token else SPARSE_STEPS
     sizes = {"vocab_size": VOCAB, "num_layers": LAYERS, "head_dim": HEAD_DIM}
     small = config.model.shrunk(**sizes, seq_len=max(task.row_lengths(SEQ_LEN)))
@@ -72,7 +72,7 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     return RunConfig.model_validate({**dict(config), **changes})
 
 
-class CountingText:
+class CountingTokenSource:
     """A token source that is quickly learnt: documents that count up and around, in few tokens."""
 
     path, offsets_sha256 = None, ""
@@ -100,9 +100,9 @@ class CountingText:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def make_counting_source(config: RunConfig) -> BatchSource:
-    """Makes a task's batches of :class:`CountingText`."""
-    text = CountingText(config.model.vocab_size)
+def make_counting_batch_source(config: RunConfig) -> BatchSource:
+    """Makes a task's batches of :class:`CountingTokenSource`."""
+    text = CountingTokenSource(config.model.vocab_size)
     start_id = getattr(config.model, "start_id", 0)
     stores, mixing = {"text": text}, {"text": 1.0}
     return config.task.batch_source(
@@ -127,20 +127,20 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     small = shrink_config(config, len(devices))
     # Other models are as small as the trained one.
     sources = dict.fromkeys(small.task.frozen_models(), FrozenModelSource())
-    setup = set_up(small, devices, frozen_sources=sources)
+    setup = set_up_run(small, devices, frozen_sources=sources)
     with tempfile.TemporaryDirectory() as folder:
         yield from _checks(setup, Path(folder))
 
 
-def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
-    state = setup.init()
-    frozen = load_frozen_models(setup, lambda: setup.init().params)
+def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
+    state = setup.init_train_state()
+    frozen = load_frozen_models(setup, lambda: setup.init_train_state().params)
     state = replace(state, frozen=frozen)
     count = sum(spec.size for spec in flatten_names(setup.specs).values())
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
     yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
 
-    step, steps = setup.step_function(), setup.config.train.steps
+    step, steps = setup.jit_train_step(), setup.config.train.steps
     began = time.perf_counter()
     state, first = _run(setup, step, state, SAVED_AT)
     saved = jax.tree.map(np.asarray, state)
@@ -148,7 +148,7 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
-    with FolderTier(folder, grouped=group_sizes(setup.specs)) as checkpoints:
+    with FolderTier(folder, layer_groups=layer_group_shapes(setup.specs)) as checkpoints:
         checkpoints.save(SAVED_AT, remove_frozen(state), {})
         state, rest = _run(setup, step, state, steps)
         losses = first + rest
@@ -172,18 +172,18 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
 
 
 def _run(
-    setup: Setup, step: Callable[..., Any], state: TrainState, stop: int
+    setup: RunSetup, step: Callable[..., Any], state: TrainState, stop: int
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start, losses = int(state.step), []
-    with load_training_batches(setup, make_counting_source(setup.config), start) as batches:
+    with open_training_batches(setup, make_counting_batch_source(setup.config), start) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
     return state, losses
 
 
-def _generate(setup: Setup, state: TrainState) -> list[int]:
+def _generate(setup: RunSetup, state: TrainState) -> list[int]:
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
     steps = generate(
         setup.model, state.params, [[1, 2, 3]], sampling, eos_id=None, key=jax.random.key(0)

@@ -14,10 +14,10 @@ from maxlm.programs.evaluation import (
     has_evaluation,
 )
 from maxlm.programs.open_run import OpenRun, Say, open_run
-from maxlm.programs.prepare import PreparedText
+from maxlm.programs.prepare import PreparedData
 from maxlm.programs.resume import TrainingPosition
 from maxlm.programs.resume_checks import count_rollbacks
-from maxlm.programs.setup import Setup, load_training_batches
+from maxlm.programs.setup import RunSetup, open_training_batches
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.train.anomaly import LossSpikeDetector
@@ -32,10 +32,10 @@ from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
 class TrainingResult:
     """A finished run."""
 
-    setup: Setup
-    corpus: PreparedText
+    setup: RunSetup
+    corpus: PreparedData
     plan: RunPlan
-    start: int
+    start_step: int
     """The step that it started or resumed from."""
     state: TrainState
     folder: Path
@@ -70,20 +70,20 @@ def train_model(
         profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
             run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
-        step_fn = setup.step_function()
-        evaluator = HeldOutEvaluator(setup, corpus, on_batch=watchdog.restart)
+        step_fn = setup.jit_train_step()
+        evaluator = HeldOutEvaluator(setup, corpus, on_batch=watchdog.reset_timer)
 
         def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
-            detector = LossSpikeDetector(setup.config.faults, position.losses)
-            every_steps = setup.config.train.eval_every if corpus.evaluation else 0
+            detector = LossSpikeDetector(setup.config.faults, position.detector_state)
+            every_steps = setup.config.train.eval_every if corpus.eval_batch_sources else 0
             metadata = {**run.metadata, "skipped_batches": position.skips}
-            saver, timer = run.states.checkpointer, StepTimer(log.event, position.step)
+            saver, timer = run.state_restorer.checkpointer, StepTimer(log.event, position.step)
             with (
-                load_training_batches(
-                    setup, corpus.batches, position.step, position.skips
+                open_training_batches(
+                    setup, corpus.train_batch_source, position.step, position.skips
                 ) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=run.lead) as display,
-                run.signals.deferred(),
+                run.signals.defer_signals(),
             ):
                 trainer = Trainer(
                     step_fn,
@@ -93,10 +93,13 @@ def train_model(
                         *profiler,
                         MetricsCallback(setup, corpus, run.plan, log, display),
                         detector,
-                        EvaluationCallback(evaluator.evaluate_for_record, every_steps),
+                        EvaluationCallback(evaluator.evaluate_metrics, every_steps),
                         CheckpointCallback(saver, metadata, detector),
                         StopCallback(
-                            run.signals, FlagAllReduce(setup.mesh), saver.is_late, str(run.folder)
+                            run.signals,
+                            FlagAllReduce(setup.mesh),
+                            saver.is_due_by_time,
+                            str(run.folder),
                         ),
                     ],
                     timer,
@@ -117,23 +120,27 @@ def _roll_back(
     run.signals.raise_if_signaled()
     faults, count = run.setup.config.faults, count_rollbacks(run.folder)
     if count >= faults.max_rollbacks:
-        run.log.event("stop", decision.last, reason="rollback-limit")
+        run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
-            f"{decision.reason} at step {decision.last}, and the run has rolled back {count} "
+            f"{decision.reason} at step {decision.last_bad_step}, and the run has rolled back {count} "
             f"time{'' if count == 1 else 's'}",
             where=str(run.folder),
             fix="lower schedule.learning_rate in another run folder (--resume), or raise "
             "faults.max_rollbacks",
         )
-    run.watchdog.expect(decision.first, "restore")
-    position = run.states.rollback(decision, position.skips, run.log.event)
-    run.states.checkpointer.catch_up()
+    run.watchdog.start_timer(decision.first_bad_step, "restore")
+    position = run.state_restorer.rollback(decision, position.skips, run.log.event)
+    run.state_restorer.checkpointer.copy_newest_to_remote()
     run.log.rewind(position.step)
     first, last = position.skips[-1]
-    told = {"from_step": decision.last, "reason": decision.reason, "batches": (first, last)}
+    told = {
+        "from_step": decision.last_bad_step,
+        "reason": decision.reason,
+        "batches": (first, last),
+    }
     run.log.event("rollback", position.step, **told)
     run.say(
-        f"rolling back from step {decision.last} to step {position.step}: {decision.reason}; "
+        f"rolling back from step {decision.last_bad_step} to step {position.step}: {decision.reason}; "
         f"batches {first} to {last} are skipped"
     )
     return position
@@ -142,22 +149,22 @@ def _roll_back(
 def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> HeldOutResults:
     """Evaluates on all held-out text and closes the run's records."""
     step = int(state.step)
-    run.watchdog.expect(step, "evaluation")
+    run.watchdog.start_timer(step, "evaluation")
     began = time.monotonic()
     results = evaluator.evaluate(state)
     if results:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
-    run.watchdog.pause()
-    checkpointer = run.states.checkpointer
-    if missing := checkpointer.missing_copy:
+    run.watchdog.stop_timer()
+    checkpointer = run.state_restorer.checkpointer
+    if missing := checkpointer.remote_copy_failure:
         run.say(f"{missing}; the same command copies it")
     if checkpointer.local:
         checkpointer.local.clear()
     if run.lead:
         # A finished run may be started once more.
         if results and not has_evaluation(run.folder, step):
-            run.log.log(step, evaluator.make_record(step, results))
+            run.log.log(step, evaluator.make_metrics_record(step, results))
         (run.folder / "plots").mkdir(exist_ok=True)
         plot_loss(run.folder / "metrics.jsonl", run.folder / "plots" / "loss.png")
     return results

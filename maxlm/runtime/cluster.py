@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import Lost
+from maxlm.config.errors import ProcessLost
 
 # What JAX takes itself: above the ports that Linux gives to outgoing connections.
 _SLURM_PORTS = range(61440, 65536)
@@ -215,7 +215,7 @@ def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> st
         # A host that took itself for the only one would hold up the others.
         what = f"this machine's metadata cannot be read ({error})"
         fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
-        raise Lost(what, where=url, fix=fix) from error
+        raise ProcessLost(what, where=url, fix=fix) from error
 
 
 def _is_tpu(device: Path) -> bool:

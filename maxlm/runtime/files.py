@@ -52,7 +52,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, text: str) -> None:
+def write_json_with_digest(path: Path, text: str) -> None:
     """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key."""
     text = text.removesuffix("\n}")
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -60,8 +60,8 @@ def write_json(path: Path, text: str) -> None:
         new.write_text(f'{text}{_DIGEST}{digest}"\n}}\n', "utf-8")
 
 
-def verify_json_digest(text: str) -> str:
-    """Return the JSON that `write_json` was given; JSON that something else wrote as it is. Raises
+def verify_and_strip_json_digest(text: str) -> str:
+    """Return the JSON that `write_json_with_digest` was given; JSON that something else wrote as it is. Raises
     ValueError if the text has changed since it was written."""
     text, found, rest = text.rpartition(_DIGEST)
     if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':

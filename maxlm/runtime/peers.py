@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from maxlm.config.errors import LOST, Lost
+from maxlm.config.errors import LOST, ProcessLost
 from maxlm.runtime.cluster import Cluster
 from maxlm.runtime.rendezvous import NOTICE_SECONDS, Connection, describe_processes, join_processes
 
@@ -42,7 +42,7 @@ class Peers:
             self._lead_left.wait()
         self._send({"left": True})
 
-    def end_all(self, code: int, text: str) -> NoReturn:
+    def abort_all_processes(self, code: int, text: str) -> NoReturn:
         """Ends this process at once, and the others, which print ``text``, with the same code.
 
         After FAILED and LOST it waits a moment: if the cause is that a peer is lost, the process
@@ -92,33 +92,37 @@ class Peers:
 
 
 def join_cluster(
-    cluster: Cluster, facts: dict[str, Any], *, wait_seconds: float, peer_seconds: float
+    cluster: Cluster,
+    must_match: dict[str, Any],
+    *,
+    wait_seconds: float,
+    peer_timeout_seconds: float,
 ) -> Peers:
     """Meets the other processes and starts JAX's distributed runtime, before any other use of JAX.
 
     From here on this process ends, with a line on stderr and code LOST, when a peer dies before it
-    has left, or its host is silent for ``peer_seconds``; or as a peer says (``end_all``). When a
+    has left, or its host is silent for ``peer_timeout_seconds``; or as a peer says (``abort_all_processes``). When a
     peer is alive but stopped, JAX's own service aborts the others (SIGABRT, with a report).
 
-    ``facts``, JSON values by name, must be the same on all, as versions of software must. Raises
+    ``must_match``, JSON values by name, must be the same on all, as versions of software must. Raises
     Lost if processes did not come, or JAX's runtime did not start.
     """
     versions = {name: version(name) for name in ("maxlm", "jax", "jaxlib")}
-    hosts, connections = join_processes(cluster, versions | facts, wait_seconds=wait_seconds)
+    hosts, connections = join_processes(cluster, versions | must_match, wait_seconds=wait_seconds)
     for connection in connections.values():
-        connection.keep_alive(0.8 * peer_seconds)
+        connection.enable_keepalive(0.8 * peer_timeout_seconds)
     peers = Peers(cluster, hosts, connections)
     try:
-        _start_jax(cluster, wait_seconds, peer_seconds)
+        _start_jax(cluster, wait_seconds, peer_timeout_seconds)
     except RuntimeError as error:
         what = f"JAX's distributed runtime did not start ({' '.join(str(error).split())[:200]})"
-        raise Lost(what, fix="start the processes again") from error
+        raise ProcessLost(what, fix="start the processes again") from error
     return peers
 
 
 def describe_lost_peer(error: BaseException) -> str | None:
     """Returns one line for an error of a collective whose peer, or the network to it, is gone; None
-    for any other. ``Peers`` mostly knows which peer it is: see ``Peers.end_all``."""
+    for any other. ``Peers`` mostly knows which peer it is: see ``Peers.abort_all_processes``."""
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError", "ValueError"):
         return None
     text = " ".join(str(error).split())

@@ -40,7 +40,7 @@ def open_executor(name: ExecutorName, workers: int | None) -> AbstractContextMan
     """Opens the engine `name`, as a context, of at most so many processes; None: as many as there
     are cores (local) or as the cluster has CPUs (ray)."""
     if name == "local":
-        return WorkerPool(workers or count_workers())
+        return WorkerPool(workers or count_usable_cores())
     return RayExecutor(workers)
 
 
@@ -190,20 +190,20 @@ def _call_in(folder: str, function: Callable[[Job], Result], job: Job) -> Result
     return function(job)
 
 
-def count_workers() -> int:
+def count_usable_cores() -> int:
     """Returns the number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def use_one_thread() -> None:
+def use_one_tokenizer_thread() -> None:
     """Holds tokenizers' ``encode_batch`` to the calling thread, in this process from now on: N
     workers that each start a thread per core would run N² of them."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def thread_count() -> int:
+def tokenizer_thread_count() -> int:
     """Number of threads that ``encode_batch`` may use in this process."""
     # The `tokenizers` library's own switch, as it reads it.
     serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
@@ -212,7 +212,7 @@ def thread_count() -> int:
 
 def _begin() -> None:
     """Begins a worker."""
-    use_one_thread()
+    use_one_tokenizer_thread()
     ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from maxlm.config import ABSENT, MaxlmError
-from maxlm.config.errors import Lost
+from maxlm.config.errors import ProcessLost
 from maxlm.runtime.cluster import Cluster
 
 NOTICE_SECONDS = 2.0  # in which messages of other processes arrive
@@ -32,9 +32,9 @@ class Connection:
         with self._lock, suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, seconds: float | None) -> dict[str, Any] | None:
+    def receive(self, timeout_seconds: float | None) -> dict[str, Any] | None:
         """Waits for a message; None: closed, silent for so long, or not one of ours."""
-        self._socket.settimeout(seconds)
+        self._socket.settimeout(timeout_seconds)
         try:
             message = json.loads(self._reader.readline(_MAX_MESSAGE_BYTES))
         except (OSError, ValueError):
@@ -47,14 +47,14 @@ class Connection:
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
 
-    def keep_alive(self, seconds: float) -> None:
+    def enable_keepalive(self, timeout_seconds: float) -> None:
         """Lets the kernel probe the other host, and close the connection if it is silent for so
         long, even while Python is busy."""
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        idle, interval = (max(1, round(seconds / part)) for part in (2, 8))
+        idle, interval = (max(1, round(timeout_seconds / part)) for part in (2, 8))
         settings = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 4}
-        settings["TCP_USER_TIMEOUT"] = round(seconds * 1000)
+        settings["TCP_USER_TIMEOUT"] = round(timeout_seconds * 1000)
         for name, value in settings.items():
             if option := getattr(socket, name, None):  # Linux has them all
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -65,16 +65,16 @@ class Connection:
 
 
 def join_processes(
-    cluster: Cluster, facts: Mapping[str, Any], *, wait_seconds: float
+    cluster: Cluster, must_match: Mapping[str, Any], *, wait_seconds: float
 ) -> tuple[list[str], dict[int, Connection]]:
-    """Meets the other processes, whose ``facts`` (JSON values by name) must be the same; raises
+    """Meets the other processes, whose ``must_match`` (JSON values by name) must be the same; raises
     Lost if one does not come within ``wait_seconds``.
 
     Returns:
         The hosts' names by process, and the connections: process 0 has one to each, the others one
         to process 0.
     """
-    return (_connect if cluster.process_id else _accept_all)(cluster, facts, wait_seconds)
+    return (_connect if cluster.process_id else _accept_all)(cluster, must_match, wait_seconds)
 
 
 def check_same_facts(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:
@@ -140,7 +140,7 @@ def _accept_all(
     except MaxlmError as error:
         for connection in accepted:
             refused = [error.what, error.where, error.fix]
-            connection.send({"refused": refused, "lost": isinstance(error, Lost)})
+            connection.send({"refused": refused, "lost": isinstance(error, ProcessLost)})
         raise
     for connection in connections.values():
         connection.send({"hosts": names})
@@ -167,7 +167,7 @@ def _connect(
     connection, answer = _reach(cluster, seconds, greet)
     if "refused" in answer:
         what, where, fix = answer["refused"]
-        raise (Lost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
+        raise (ProcessLost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
     return answer["hosts"], {0: connection}
 
 
@@ -187,12 +187,12 @@ def _check_greeting(
         )
 
 
-def _missing_error(cluster: Cluster, hosts: Mapping[int, str], seconds: float) -> Lost:
+def _missing_error(cluster: Cluster, hosts: Mapping[int, str], seconds: float) -> ProcessLost:
     count = cluster.num_processes
     came = ", ".join(f"{process} ({hosts[process]})" for process in sorted(hosts)[:8])
     absent = [str(process) for process in range(count) if process not in hosts]
     missing = ", ".join(absent[:8]) + _more(absent, 8)
-    return Lost(
+    return ProcessLost(
         f"waited {seconds:g} s at {cluster.coordinator}: {len(hosts)} of {count} processes came: "
         f"{came}; missing: {missing}",
         fix="see the logs of the missing, and whether they can reach that address",
@@ -241,7 +241,7 @@ def _reach(cluster: Cluster, seconds: float, use: Callable[[socket.socket], Any]
             problem = str(error.strerror or error)
         if (passed := time.monotonic() - began) > seconds:
             here = f"process {cluster.process_id} on {socket.gethostname()}"
-            raise Lost(
+            raise ProcessLost(
                 f"{here} cannot reach process 0 at {cluster.coordinator}: {problem} "
                 f"(tried for {passed:.0f} s)",
                 fix="check that process 0 runs there, and that the port is open between the hosts",

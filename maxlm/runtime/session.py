@@ -46,7 +46,9 @@ def distributed_session(
         yield
         return
     facts = {join_key(key): value for key, value in flatten(settings)}
-    peers = join_cluster(cluster, facts, wait_seconds=join_seconds, peer_seconds=peer_seconds)
+    peers = join_cluster(
+        cluster, facts, wait_seconds=join_seconds, peer_timeout_seconds=peer_seconds
+    )
     try:
         _check_same_devices(peers)
         yield
@@ -54,21 +56,21 @@ def distributed_session(
         if not error.on_all_processes:
             # A file that needs all processes was not written because one is gone: no mistake.
             if error.__cause__ and (lost := describe_lost_peer(error.__cause__)):
-                peers.end_all(LOST, lost)
+                peers.abort_all_processes(LOST, lost)
             print(f"error: {error}", file=sys.stderr, flush=True)
-            peers.end_all(error.exit_code, str(error))
+            peers.abort_all_processes(error.exit_code, str(error))
         peers.leave()
         raise
     except KeyboardInterrupt:
-        peers.end_all(_INTERRUPTED, "interrupted")
+        peers.abort_all_processes(_INTERRUPTED, "interrupted")
     except BaseException as error:
         if known := convert_os_error(error):
             print(f"error: {known}", file=sys.stderr, flush=True)
-            peers.end_all(known.exit_code, str(known))
+            peers.abort_all_processes(known.exit_code, str(known))
         lost = describe_lost_peer(error)
         if not lost:
             traceback.print_exc()
-        peers.end_all(LOST if lost else FAILED, lost or repr(error))
+        peers.abort_all_processes(LOST if lost else FAILED, lost or repr(error))
     peers.leave()
 
 

@@ -74,7 +74,7 @@ class SignalHandler:
         """Whether a scheduler's signal has raised an exception instead of being deferred."""
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def defer_signals(self) -> Iterator[None]:
         """Lets signals only be recorded in ``request`` in the block, for a loop that acts on them
         between steps. A second Ctrl-C still raises. Outside the block a signal raises at once."""
         self._deferring = True

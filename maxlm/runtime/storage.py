@@ -39,16 +39,16 @@ def join_place(place: Place, name: str) -> Place:
     return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
-def read_failure_hint(place: Place, on_disk: str) -> str:
+def get_read_failure_fix(place: Place, on_disk: str) -> str:
     """Returns the fix for a place that cannot be read: `on_disk` for a folder."""
     return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
 
 
-def make_kvstore_spec(place: Place, *, patient: bool = True) -> dict[str, Any]:
+def make_kvstore_spec(place: Place, *, long_retries: bool = True) -> dict[str, Any]:
     """Returns TensorStore's KvStore spec of a place.
 
     The address of an S3 service other than Amazon's is read from `AWS_ENDPOINT_URL` and its region
-    from `AWS_REGION`, as by its own tools. ``patient``: try for minutes to reach an object store.
+    from `AWS_REGION`, as by its own tools. ``long_retries``: try for minutes to reach an object store.
     """
     if isinstance(place, Path):
         return {"driver": "file", "path": f"{place.resolve()}/"}
@@ -64,7 +64,7 @@ def make_kvstore_spec(place: Place, *, patient: bool = True) -> dict[str, Any]:
         spec |= {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
         if os.environ.get("AWS_ACCESS_KEY_ID"):  # Else a missing ~/.aws is told of at each read.
             spec["aws_credentials"] = {"type": "environment"}
-    if not patient:
+    if not long_retries:
         spec[f"{_DRIVERS[scheme]}_request_retries"] = _FEW_RETRIES
     return spec
 
@@ -87,7 +87,7 @@ def hash_stored_file(place: Place, name: str) -> str:
     return hashlib.sha256(read_file(place, name)).hexdigest()
 
 
-def copy_folder(place: Place, name: str, to: Path) -> None:
+def download_folder(place: Place, name: str, to: Path) -> None:
     """Copy the files below folder `name` of an object store into the folder `to`; raises OSError if
     one cannot be read or written."""
     folder = join_place(place, name)
@@ -114,4 +114,4 @@ def _storage_errors() -> Iterator[None]:
 def _open(place: Place):
     import tensorstore as ts
 
-    return ts.KvStore.open(make_kvstore_spec(place, patient=False)).result()
+    return ts.KvStore.open(make_kvstore_spec(place, long_retries=False)).result()

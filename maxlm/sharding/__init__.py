@@ -14,7 +14,7 @@ from maxlm.sharding.mesh import (
 )
 from maxlm.sharding.resolve import (
     Placement,
-    check_activations,
+    check_activation_rules,
     check_unsharded_share,
     resolve_placement,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "ShardingConfig",
     "abstract_mesh",
     "bind_mesh",
-    "check_activations",
+    "check_activation_rules",
     "check_unsharded_share",
     "count_min_devices",
     "describe_links",

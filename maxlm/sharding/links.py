@@ -30,7 +30,7 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
         hosts = len({device.process_index for device in devices})
         check_tensor_within_host(sizes, len(devices) // hosts)
         return np.array(ordered, object).reshape(tuple(sizes.values()))
-    outer = split_over_slices(sizes, slices)
+    outer = count_slices_per_axis(sizes, slices)
     inner = tuple(n // outer[axis] for axis, n in sizes.items())
 
     def along_the_torus(shared: bool) -> np.ndarray:
@@ -54,7 +54,7 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
     )
 
 
-def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
+def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
     """Returns the number of slices that each mesh axis is split over; raises MaxlmError where
     neither `data` nor `stage` divides over them."""
     outer = dict.fromkeys(sizes, 1)

@@ -93,7 +93,7 @@ def _check_distinct(
     return seen
 
 
-def check_activations(rules: AxisRules) -> None:
+def check_activation_rules(rules: AxisRules) -> None:
     """Refuse compute rules that split two dimensions of one activation over the same mesh axis, or
     the width of the residual stream or of a head.
 

@@ -15,7 +15,7 @@ from maxlm.config import MaxlmError, add_default_tag
 from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
-from maxlm.tasks.task import FrozenModelSource, Models, SourceInputs, Task, Vocabulary
+from maxlm.tasks.task import FrozenModelSource, SourceInputs, Task, TaskModels, Vocabulary
 from maxlm.tasks.text import ClmTask
 
 _Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task
@@ -38,7 +38,7 @@ def find_task(kind: str) -> type[Task] | None:
     return _TASKS.get(kind)
 
 
-def get_kinds(architecture: str) -> list[str]:
+def list_task_kinds(architecture: str) -> list[str]:
     """Returns the kinds of known tasks that train models of an architecture."""
     return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
 
@@ -50,7 +50,7 @@ def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture {task.architecture}, "
             f"model.architecture={model.architecture}",
-            fix=f"use task.kind={' or '.join(get_kinds(model.architecture))}",
+            fix=f"use task.kind={' or '.join(list_task_kinds(model.architecture))}",
         )
     longest = max(task.row_lengths(seq_len))
     if longest > model.max_seq_len:
@@ -92,6 +92,6 @@ __all__ = [
     "Vocabulary",
     "check_task",
     "find_task",
-    "get_kinds",
+    "list_task_kinds",
     "register_task",
 ]

@@ -48,7 +48,7 @@ class Denoiser(NamedTuple):
     mode: int | None = None
     """An id put before the inputs, which tells the model the kind of task; None puts none."""
 
-    def count_noise(self, n: int) -> tuple[int, int]:
+    def count_noise_and_spans(self, n: int) -> tuple[int, int]:
         """Counts (tokens taken out of n, spans they lie in); for a suffix the most. Neither falls
         as n grows, and nothing is taken out of fewer than two tokens."""
         if n < 2:
@@ -61,14 +61,14 @@ class Denoiser(NamedTuple):
     def max_lengths(self, n: int) -> tuple[int, int]:
         """Returns the most (inputs, targets) of n tokens, mode and ends included; neither falls as
         n grows. A row of several documents takes more: each has its own ends and spans."""
-        noise, spans = self.count_noise(n)
+        noise, spans = self.count_noise_and_spans(n)
         fewest = noise if self.mean_span else spans
         return n - fewest + spans + 1 + int(self.mode is not None), noise + spans + 1
 
     def draw_noise(self, n: int, rng: Generator) -> Flags:
         """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first
         one kept, of lengths as likely as any others that add up; or a suffix."""
-        noise, spans = self.count_noise(n)
+        noise, spans = self.count_noise_and_spans(n)
         if spans == 0:
             return np.zeros(n, bool)
         if self.mean_span is None:

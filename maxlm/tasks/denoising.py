@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArray, Transform
+from maxlm.data.batch_source import BatchArraySpec, Transform
 from maxlm.tasks.corrupt import (
     Denoiser,
     SentinelIds,
@@ -53,12 +53,12 @@ class DenoisingTask(TextTask):
         encoder, decoder = (-(-n // _MULTIPLE) * _MULTIPLE for n in (encoder, decoder))
         return self.decoder_len or decoder, self.encoder_len or encoder
 
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         _, encoder_len = self.row_lengths(seq_len)
-        inputs = dict.fromkeys(ENCODER_ARRAYS, BatchArray.of_tokens(encoder_len))
+        inputs = dict.fromkeys(ENCODER_ARRAYS, BatchArraySpec.of_tokens(encoder_len))
         return super().batch_arrays(seq_len) | inputs
 
-    def transform(self, inputs: SourceInputs) -> Transform:
+    def make_transform(self, inputs: SourceInputs) -> Transform:
         change = partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
         return RowTransform(change, inputs.seed)
 
@@ -77,7 +77,7 @@ class DenoisingTask(TextTask):
         return {"first_sentinel": self.first_sentinel}
 
     @property
-    def num_unused_ids(self) -> int:
+    def num_ids_to_reserve(self) -> int:
         return self.sentinels if self.first_sentinel is None else 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
@@ -86,12 +86,14 @@ class DenoisingTask(TextTask):
         number = next(n for n in count(1) if ids.get(_SENTINEL.format(n)) != first - n)
         return self.model_copy(update={"first_sentinel": first, "sentinels": number})
 
-    def shrunk(self) -> Self:
-        return super().shrunk().model_copy(update={"encoder_len": None, "decoder_len": None})
+    def for_small_model(self) -> Self:
+        return (
+            super().for_small_model().model_copy(update={"encoder_len": None, "decoder_len": None})
+        )
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        spans = max(denoiser.count_noise(seq_len)[1] for denoiser in self.mixture)
+        spans = max(denoiser.count_noise_and_spans(seq_len)[1] for denoiser in self.mixture)
         if spans > self.sentinels:
             raise MaxlmError(
                 f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and there are "

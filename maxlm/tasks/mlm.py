@@ -43,14 +43,14 @@ class MlmTask(TextTask):
         return {"mask_id": self.mask_id}
 
     @property
-    def num_unused_ids(self) -> int:
+    def num_ids_to_reserve(self) -> int:
         return int(self.mask_id is None)
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
         mask = next((ids[text] for text in _MASKS if text in ids), None)
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
-    def transform(self, inputs: SourceInputs) -> Transform:
+    def make_transform(self, inputs: SourceInputs) -> Transform:
         return RowTransform(partial(self.mask_row, inputs.vocabulary), inputs.seed)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:

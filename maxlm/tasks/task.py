@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.batch_source import BatchArray, BatchSource
+from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.loader import LoaderConfig, Mixing, TokenSource
 from maxlm.data.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class Vocabulary:
 
     size: int
     """Ids that text and reserved ids may have: the rows of the model's table."""
-    text: int
+    num_tokenizer_ids: int
     """Ids that the tokenizer knows; those above are free."""
     opening: tuple[int, ...]
     """The tokens that a document begins with in a store."""
@@ -38,7 +38,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Models:
+class TaskModels:
     """The models that a loss reads, each bound to its parameters."""
 
     trained: Any
@@ -96,7 +96,7 @@ class Task(Config):
         return seq_len, seq_len
 
     @abstractmethod
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         """Returns a batch's arrays by name."""
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Task(Config):
         return {}
 
     @abstractmethod
-    def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         """Computes the loss of a batch, as the sum over what is counted.
 
         Args:
@@ -123,7 +123,7 @@ class Task(Config):
         return {}
 
     @property
-    def num_unused_ids(self) -> int:
+    def num_ids_to_reserve(self) -> int:
         """Ids of the model's table that the tokenizer must leave free."""
         return 0
 
@@ -135,7 +135,7 @@ class Task(Config):
         """
         return self
 
-    def shrunk(self) -> Self:
+    def for_small_model(self) -> Self:
         """Returns the task for a small model, without settings that fit the model's own size."""
         return self.model_copy(update=dict.fromkeys(self.reserved_ids))
 
@@ -156,15 +156,15 @@ class Task(Config):
         named = {"task.decoder_len": decoder, "task.encoder_len": encoder}
         return {"data.seq_len" if n == seq_len else setting: n for setting, n in named.items()}
 
-    def check_vocab_size(self, tokenizer_ids: int, table_rows: int) -> None:
+    def check_vocab_size(self, tokenizer_vocab_size: int, model_vocab_size: int) -> None:
         """Checks that every id of the tokenizer has a row in the model's table, and that there are
         as many more as the task reserves; raises MaxlmError naming both sizes."""
-        free = self.num_unused_ids
-        if (least := tokenizer_ids + free) > table_rows:
+        free = self.num_ids_to_reserve
+        if (least := tokenizer_vocab_size + free) > model_vocab_size:
             reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
             other = "name ids of the tokenizer's own in the task"
             raise MaxlmError(
-                f"the tokenizer has {tokenizer_ids} ids{reserved}, model.vocab_size={table_rows}",
+                f"the tokenizer has {tokenizer_vocab_size} ids{reserved}, model.vocab_size={model_vocab_size}",
                 where="model.vocab_size",
                 fix=f"set it to {least} or more, or "
                 + (other if free else "train a smaller tokenizer"),

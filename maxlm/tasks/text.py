@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from maxlm.data.batch_source import BatchArray, BatchSource, Transform, TransformedSource
+from maxlm.data.batch_source import BatchArraySpec, BatchSource, Transform, TransformedSource
 from maxlm.data.loader import make_batches, make_one_pass
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
-from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs, Task
+from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
 
 Row = dict[str, np.ndarray]
 """One row of a batch, each array without the batch's dimension."""
@@ -45,15 +45,15 @@ class TextTask(Task):
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
     cross-entropy."""
 
-    def transform(self, inputs: SourceInputs) -> Transform | None:
+    def make_transform(self, inputs: SourceInputs) -> Transform | None:
         """Returns the host's change of a text batch into the task's batch; None: no change."""
         return None
 
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         length, _ = self.row_lengths(seq_len)
         names = ("tokens", "targets", "segment_ids", "positions")
-        arrays = dict.fromkeys(names, BatchArray.of_tokens(length))
-        return arrays | {"weights": BatchArray.of_tokens(length, np.float32)}
+        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(length))
+        return arrays | {"weights": BatchArraySpec.of_tokens(length, np.float32)}
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         source = make_batches(inputs.stores, inputs.mixing, inputs.loader, seed=inputs.seed)
@@ -68,10 +68,10 @@ class TextTask(Task):
         }
 
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
-        transform = self.transform(inputs)
+        transform = self.make_transform(inputs)
         return source if transform is None else TransformedSource(source, transform)
 
-    def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         """Returns the cross-entropy of targets (next tokens, masked ones, or what a decoder writes
         for the input in ``ENCODER_ARRAYS``) and what layers add (balance of experts)."""
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
@@ -82,7 +82,7 @@ class TextTask(Task):
             targets=batch["targets"],
             weights=batch["weights"],
             z_loss=self.z_loss,
-            chunk=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             **_head_arguments(model, hidden),
         )
         sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
@@ -107,16 +107,16 @@ def compute_log_probs(
         targets: int [..., S].
     """
     own = _head_arguments(model, hidden)
-    return compute_fused_log_probs(targets=targets, chunk=chunk_tokens, **own)
+    return compute_fused_log_probs(targets=targets, chunk_tokens=chunk_tokens, **own)
 
 
 def _head_arguments(model: Transformer, hidden: jax.Array) -> dict[str, Any]:
-    head = model.head_of(hidden)
+    head = model.prepare_logits(hidden)
     return {
         "hidden": head.hidden,
         "head": head.kernel.value,
-        "used": head.kernel.used,
-        "whole": head.kernel.whole,
+        "head_layout": head.kernel.compute_layout,
+        "gathered_head": head.kernel.gathered,
         "bias": head.bias,
         "soft_cap": head.cap,
     }

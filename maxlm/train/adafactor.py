@@ -25,9 +25,9 @@ class FactoredState(NamedTuple):
     """The mean over input dimensions; a ``MaskedNode`` for vectors."""
 
 
-def get_matrix_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def get_input_output_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (input, output) dimensions of a matrix or table; layers, experts are neither."""
-    inner = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
+    inner = [d for d, axis in enumerate(spec.axes) if d >= spec.num_layer_axes and axis != "expert"]
     inputs = spec.contract or (inner[0],)
     return inputs, tuple(d for d in inner if d not in inputs)
 
@@ -49,12 +49,12 @@ def scale_by_factored_rms(
         def rows(spec: ParamSpec, p: jax.Array) -> jax.Array:
             if spec.role == "vector":
                 return jnp.zeros_like(p, dtype=jnp.float32)
-            return reduced(spec, get_matrix_dims(spec)[1])
+            return reduced(spec, get_input_output_dims(spec)[1])
 
         def columns(spec: ParamSpec) -> jax.Array | optax.MaskedNode:
             if spec.role == "vector":
                 return optax.MaskedNode()
-            return reduced(spec, get_matrix_dims(spec)[0])
+            return reduced(spec, get_input_output_dims(spec)[0])
 
         return FactoredState(
             count=jnp.zeros([], jnp.int32),
@@ -73,12 +73,16 @@ def scale_by_factored_rms(
                 rows = decay * rows + (1 - decay) * square
                 out = g * jax.lax.rsqrt(rows)
             else:
-                inputs, outputs = get_matrix_dims(spec)
+                inputs, outputs = get_input_output_dims(spec)
                 rows = decay * rows + (1 - decay) * square.mean(outputs, keepdims=True)
                 columns = decay * columns + (1 - decay) * square.mean(inputs, keepdims=True)
                 share = rows / rows.mean(inputs, keepdims=True)
                 out = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
-            layer = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
+            layer = [
+                d
+                for d, axis in enumerate(spec.axes)
+                if d >= spec.num_layer_axes and axis != "expert"
+            ]
             rms = jnp.sqrt(jnp.square(out).mean(tuple(layer), keepdims=True))
             return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
 

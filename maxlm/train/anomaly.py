@@ -5,7 +5,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from maxlm.train.config import FaultsConfig
+from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation (the inverse
@@ -24,14 +24,14 @@ class LossSpikeDetector(Callback):
             judges as one that never stopped.
     """
 
-    def __init__(self, config: FaultsConfig, memory: Mapping[str, Any] | None = None):
+    def __init__(self, config: FaultToleranceConfig, state_dict: Mapping[str, Any] | None = None):
         self._config = config
-        memory = memory or {}
-        self._losses: list[float] = list(memory.get("losses", ()))[-config.spike_window :]
-        self._skipped, self._spikes = memory.get("skipped", 0), memory.get("spikes", 0)
+        state_dict = state_dict or {}
+        self._losses: list[float] = list(state_dict.get("losses", ()))[-config.spike_window :]
+        self._skipped, self._spikes = state_dict.get("skipped", 0), state_dict.get("spikes", 0)
 
     @property
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The recent losses and the lengths of the current rows of bad steps, as JSON values."""
         return {"losses": self._losses, "skipped": self._skipped, "spikes": self._spikes}
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
 from maxlm.config.requirements import Requirement, is_divisor
-from maxlm.data.batch_source import BatchArray
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.sharding import AxisRules
 
 
@@ -66,49 +66,49 @@ def require_batch_split(
             )
 
 
-def get_local_rows(sharding: NamedSharding, lead: tuple[int, ...]) -> list[int]:
+def get_local_rows(sharding: NamedSharding, lead_shape: tuple[int, ...]) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, ascending.
 
     Args:
         sharding: of arrays with these leading axes alone; see :func:`batch_sharding`.
-        lead: (rows,) or (micro-batches, rows); rows are counted over both axes together,
+        lead_shape: (rows,) or (micro-batches, rows); rows are counted over both axes together,
             micro-batch by micro-batch.
     """
-    numbers = np.arange(prod(lead)).reshape(lead)
-    slices: Any = sharding.addressable_devices_indices_map(lead).values()
+    numbers = np.arange(prod(lead_shape)).reshape(lead_shape)
+    slices: Any = sharding.addressable_devices_indices_map(lead_shape).values()
     return sorted({row for index in slices for row in numbers[index].ravel().tolist()})
 
 
-def put_batch(
+def make_global_batch(
     batch: Mapping[str, np.ndarray],
-    arrays: Mapping[str, BatchArray],
-    rows: Sequence[int],
+    arrays: Mapping[str, BatchArraySpec],
+    row_indices: Sequence[int],
     rules: AxisRules,
     mesh: Mesh,
-    lead: tuple[int, ...],
+    lead_shape: tuple[int, ...],
     token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
-    """Puts a process's rows on its devices, as its part of global arrays of leading axes ``lead``.
+    """Puts a process's rows on its devices, as its part of global arrays of leading axes ``lead_shape``.
 
     Args:
         batch: arrays [len(rows), ...], row i being global row ``rows[i]``.
         arrays: a row of each.
         token_order: the token that stands at each place of a sequence; default: its own.
     """
-    numbers = np.arange(prod(lead)).reshape(lead)
-    place_of = {row: i for i, row in enumerate(rows)}
+    numbers = np.arange(prod(lead_shape)).reshape(lead_shape)
+    place_of = {row: i for i, row in enumerate(row_indices)}
 
     def put(array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
         if token_order is not None and "seq" in axes:
             array = array.take(token_order, axis=1 + axes.index("seq"))
 
         def piece(index: Any) -> np.ndarray:
-            wanted = numbers[index[: len(lead)]]
+            wanted = numbers[index[: len(lead_shape)]]
             own = array[[place_of[row] for row in wanted.ravel().tolist()]]
-            own = own[(slice(None), *index[len(lead) :])]
+            own = own[(slice(None), *index[len(lead_shape) :])]
             return own.reshape(*wanted.shape, *own.shape[1:])
 
         sharding = batch_sharding(rules, mesh, axes)
-        return jax.make_array_from_callback((*lead, *array.shape[1:]), sharding, piece)
+        return jax.make_array_from_callback((*lead_shape, *array.shape[1:]), sharding, piece)
 
     return {name: put(array, arrays[name].axes) for name, array in batch.items()}

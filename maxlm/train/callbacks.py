@@ -33,7 +33,7 @@ class EvaluationCallback(Callback):
         if not self.needs_state(trainer, step):
             return
         trainer.notify("on_work_begin", step, "evaluation")
-        with trainer.timer.timed("evaluating") as seconds:
+        with trainer.timer.time_activity("evaluating") as seconds:
             trainer.notify("on_evaluation_end", step, self.evaluate(state))
         trainer.event("evaluate", step, seconds=seconds())
 
@@ -60,23 +60,25 @@ class CheckpointCallback(Callback):
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self._save(trainer, step, state, force=True)
         trainer.notify("on_work_begin", step, "save")
-        with trainer.timer.timed("saving"):
+        with trainer.timer.time_activity("saving"):
             self.checkpointer.wait()
         self._report_completed(trainer)
-        trainer.timer.report(step)
+        trainer.timer.log_progress(step)
 
     def on_rollback(self, trainer: Trainer, decision: RollbackDecision) -> None:
-        trainer.timer.report(decision.last)
+        trainer.timer.log_progress(decision.last_bad_step)
 
     def _save(self, trainer: Trainer, step: int, state: TrainState, *, force: bool) -> None:
         trainer.notify("on_work_begin", step, "save")
-        metadata = {**self.metadata, "losses": self.detector.memory}
+        metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
-        with trainer.timer.timed("saving") as seconds:
+        with trainer.timer.time_activity("saving") as seconds:
             saved = remove_frozen(state)
-            tier = self.checkpointer.save(step, saved, metadata, force=force, suspect=suspect)
+            tier = self.checkpointer.save(
+                step, saved, metadata, force=force, first_suspect_step=suspect
+            )
         if tier is not None:
-            trainer.timer.report(step)
+            trainer.timer.log_progress(step)
             trainer.event("checkpoint", step, tier=tier, seconds=seconds())
 
     def _report_completed(self, trainer: Trainer) -> None:

@@ -38,17 +38,19 @@ class TrainConfig(Config):
                 fix="make the batch a multiple of the micro-batches",
             )
 
-    def resolve_micro_batches(self, batch_size: int, ways: int, stages: int) -> "TrainConfig":
+    def resolve_micro_batches(
+        self, batch_size: int, num_batch_shards: int, stages: int
+    ) -> "TrainConfig":
         """Returns the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
-        fewest parts of the batch that leave every device no more sequences at once. ``ways``:
+        fewest parts of the batch that leave every device no more sequences at once. ``num_batch_shards``:
         devices that the rows of a micro-batch are split over; ``stages`` of a pipeline."""
         most = self.max_device_rows
         if most is None:
             return self
-        rows = batch_size // ways
+        rows = batch_size // num_batch_shards
         parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
-        if batch_size % ways or not parts:
-            split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
+        if batch_size % num_batch_shards or not parts:
+            split = f"{num_batch_shards} devices" + (f" and {stages} stages" if stages > 1 else "")
             raise MaxlmError(
                 f"a batch of {batch_size} sequences does not divide over {split} into parts of "
                 f"{most} or less",
@@ -82,7 +84,7 @@ class CheckpointConfig(Config):
     and from which a run goes on whose own folder has no newer one; null: none."""
 
 
-class FaultsConfig(Config):
+class FaultToleranceConfig(Config):
     """Handling of non-finite updates, loss spikes, hanging steps and lost processes."""
 
     max_skipped: int = Field(default=3, ge=1)

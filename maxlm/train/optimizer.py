@@ -20,7 +20,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.params import Params, ParamSpec
 from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
-from maxlm.train.adafactor import get_matrix_dims, scale_by_factored_rms
+from maxlm.train.adafactor import get_input_output_dims, scale_by_factored_rms
 from maxlm.train.trainable import split_params
 
 
@@ -152,21 +152,24 @@ def _by_gradient(
     )
 
 
-def shard_update(
-    inner: optax.GradientTransformation, specs: Params, rules: AxisRules, storage: AxisRules
+def shard_optimizer(
+    inner: optax.GradientTransformation,
+    specs: Params,
+    optimizer_rules: AxisRules,
+    storage_rules: AxisRules,
 ) -> optax.GradientTransformation:
-    """Makes an optimizer whose state, and so its work, lies by ``rules``: each device updates its
+    """Makes an optimizer whose state, and so its work, lies by ``optimizer_rules``: each device updates its
     share of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
-    if rules == storage:
+    if optimizer_rules == storage_rules:
         return inner
 
     def moved(tree: Any, rules: AxisRules) -> Any:
         return jax.tree.map(lambda s, x: gather_to_spec(x, rules.spec(*s.axes)), specs, tree)
 
     def update(updates, state, params=None):
-        params = None if params is None else moved(params, rules)
-        updates, state = inner.update(moved(updates, rules), state, params)
-        return moved(updates, storage), state
+        params = None if params is None else moved(params, optimizer_rules)
+        updates, state = inner.update(moved(updates, optimizer_rules), state, params)
+        return moved(updates, storage_rules), state
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -183,12 +186,12 @@ def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
     def dims(spec: ParamSpec) -> MuonDimensionNumbers | optax.MaskedNode:
         if spec.role != "matrix":
             return optax.MaskedNode()
-        inputs, outputs = get_matrix_dims(spec)
+        inputs, outputs = get_input_output_dims(spec)
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
     def to_rms(update: jax.Array, spec: ParamSpec) -> jax.Array:
         # An orthogonal [m, n] matrix has a root mean square of 1 / sqrt(max(m, n)).
-        fans = (prod(spec.shape[d] for d in group) for group in get_matrix_dims(spec))
+        fans = (prod(spec.shape[d] for d in group) for group in get_input_output_dims(spec))
         return update * (config.update_rms * sqrt(max(fans)))
 
     numbers = jax.tree.map(dims, specs)
@@ -219,14 +222,14 @@ def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 @dataclass(frozen=True)
-class StateArray:
+class OptStateSpec:
     """An array of a state before it has values; a leaf of JAX trees."""
 
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[str | None, ...]
     """Logical axis of each dimension."""
-    owner: tuple[str, ...] | None
+    param_path: tuple[str, ...] | None
     """The path of the parameter whose dimensions it has."""
 
     @property
@@ -234,8 +237,8 @@ class StateArray:
         return prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
-    """Returns the optimizer's state with a :class:`StateArray` for every array.
+def opt_state_specs(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
+    """Returns the optimizer's state with a :class:`OptStateSpec` for every array.
 
     An array under a parameter's path has that parameter's axes on every dimension it shares with
     it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
@@ -243,14 +246,14 @@ def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) 
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
     owners = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
 
-    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> StateArray:
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> OptStateSpec:
         names = _names(path)
         owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
         if owner is None or len(owners[owner].shape) != len(leaf.shape):
-            return StateArray(leaf.shape, leaf.dtype, (None,) * len(leaf.shape), None)
+            return OptStateSpec(leaf.shape, leaf.dtype, (None,) * len(leaf.shape), None)
         kept = zip(owners[owner].axes, leaf.shape, owners[owner].shape, strict=True)
         axes = tuple(axis if n == full else None for axis, n, full in kept)
-        return StateArray(leaf.shape, leaf.dtype, axes, owner)
+        return OptStateSpec(leaf.shape, leaf.dtype, axes, owner)
 
     return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
 
@@ -265,15 +268,15 @@ def abstract_opt_state(
     layouts = {_names(path): sharding for path, sharding in leaves}
     mesh = next(iter(layouts.values())).mesh
 
-    def place(leaf: StateArray) -> jax.ShapeDtypeStruct:
+    def place(leaf: OptStateSpec) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec()
-        if leaf.owner:
-            own = layouts[leaf.owner].spec
+        if leaf.param_path:
+            own = layouts[leaf.param_path].spec
             own = (*own, *(None,) * (len(leaf.shape) - len(own)))
             spec = PartitionSpec(*(m if a else None for m, a in zip(own, leaf.axes, strict=True)))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, described_opt_state(optimizer, specs))
+    return jax.tree.map(place, opt_state_specs(optimizer, specs))
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -14,19 +14,19 @@ from maxlm.runtime.files import check_not_deleted, convert_write_errors, replace
 from maxlm.train.reporting import Numbers, ReportingConfig, Sink, open_sinks
 
 
-def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
     """Yields the records of a JSONL file, none if it is missing; lines that hold none are added to
-    ``damaged``, but not a last one without an end: a kill cut it short, or it is being written."""
+    ``damaged_lines``, but not a last one without an end: a kill cut it short, or it is being written."""
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 if (record := _parse(line)) is not None:
                     yield record
-                elif damaged is not None and line.endswith(b"\n"):
-                    damaged.append(line)
+                elif damaged_lines is not None and line.endswith(b"\n"):
+                    damaged_lines.append(line)
 
 
-class RecordSink(Sink):
+class JsonlSink(Sink):
     """``metrics.jsonl`` and ``events.jsonl`` in a run's folder.
 
     Args:
@@ -98,7 +98,7 @@ class MetricsLog:
         self._sinks: list[Sink] = []
         with ExitStack() as stack:
             if write:
-                records = RecordSink(Path(folder), resume_step)
+                records = JsonlSink(Path(folder), resume_step)
                 self.damaged_lines = records.damaged_lines
                 for sink in chain([records], open_sinks(reporting, Path(folder), resume_step)):
                     stack.callback(sink.close)

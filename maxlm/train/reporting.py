@@ -43,7 +43,7 @@ class ReportingConfig(Config):
     """Address or host name to answer at. The default answers the host itself alone; 0.0.0.0 (or ::
     for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
-    def check(self) -> None:
+    def check_packages(self) -> None:
         """Checks that the packages for it are here; raises MaxlmError if one is missing."""
         needed = {
             "wandb": self.wandb is not None and self.wandb.mode != "disabled",
@@ -82,7 +82,7 @@ def open_sinks(config: ReportingConfig, folder: Path, resume_step: int) -> Itera
         folder: the run's; exists.
         resume_step: what TensorBoard has of later steps is withdrawn; 0: a new run.
     """
-    config.check()
+    config.check_packages()
     if config.prometheus_port is not None:
         yield PrometheusSink(config.prometheus_address, config.prometheus_port)
     if config.tensorboard:

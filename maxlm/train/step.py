@@ -15,13 +15,13 @@ from jax.sharding import reshard
 from maxlm.models.aux import Aux
 from maxlm.models.params import GatheredParam, Params, bind, param_specs
 from maxlm.parallel.pipeline import run_1f1b_pipeline
-from maxlm.tasks.task import Models
+from maxlm.tasks.task import TaskModels
 from maxlm.train.state import TrainState
 from maxlm.train.trainable import merge_params, split_params
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Loss = Callable[[Models, Batch, jax.Array], tuple[jax.Array, Sums]]
+Loss = Callable[[TaskModels, Batch, jax.Array], tuple[jax.Array, Sums]]
 """(models, batch, key) -> (loss summed over tokens, sums to log, ``tokens`` among them)."""
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
@@ -64,7 +64,7 @@ def train_step(
     frozen = {name: bind(own, state.frozen[name]) for name, own in frozen_models.items()}
 
     def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        return loss(Models(bound, frozen), batch, key)
+        return loss(TaskModels(bound, frozen), batch, key)
 
     (total, sums), grads = compute_loss_and_gradients(
         model, model_loss, trained, batch, key, gradient_layouts, untrained
@@ -91,7 +91,7 @@ def train_step(
     rate: Any = schedule(state.step)
     metrics: Sums = {
         "loss": total / tokens,
-        **divide_by_tokens(sums),
+        **convert_sums_to_metrics(sums),
         "batch_tokens": sums["tokens"],
         "learning_rate": rate,
         "grad_norm": grad_norm,
@@ -133,7 +133,7 @@ def evaluate_step(
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
     bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
-    models, key = Models(bind(model, params), bound), jax.random.key(0)
+    models, key = TaskModels(bind(model, params), bound), jax.random.key(0)
 
     def sums_of(batch: Batch) -> Sums:
         total, sums = loss(models, batch, key)
@@ -257,7 +257,7 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def divide_by_tokens(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Divides a task's sums by ``tokens``, as they are logged; experts' by their load: the
     busiest's and the idlest's over the mean, and the share of assignments dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)

@@ -23,8 +23,8 @@ class RollbackDecision:
     """The updates of steps ``first`` to ``last`` are bad: the run must return to a checkpoint from
     before them."""
 
-    first: int
-    last: int
+    first_bad_step: int
+    last_bad_step: int
     reason: str
 
 
@@ -35,9 +35,9 @@ class StepTimer:
     event: Callable[..., None]
     """Takes (kind, step, **details): ``compiled`` after the first step, ``progress`` with the
     totals now and then."""
-    start: int
+    start_step: int
     """Steps made before."""
-    spent: dict[str, float] = field(
+    seconds_by_activity: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
     )
 
@@ -49,14 +49,14 @@ class StepTimer:
         self._step_began, self._waited = time.perf_counter(), 0.0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def time_data_wait(self) -> Iterator[None]:
         """Times waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
-    def timed(self, activity: str) -> Iterator[Callable[[], float]]:
+    def time_activity(self, activity: str) -> Iterator[Callable[[], float]]:
         """Times an activity that is no part of a step; yields a function that returns its seconds
         once it is over."""
         began = time.perf_counter()
@@ -65,7 +65,7 @@ class StepTimer:
             yield lambda: ended - began
         finally:
             ended = time.perf_counter()
-            self.spent[activity] += ended - began
+            self.seconds_by_activity[activity] += ended - began
             self._step_began += ended - began
 
     def finish_step(self, step: int) -> dict[str, float]:
@@ -73,22 +73,24 @@ class StepTimer:
         seconds = max(time.perf_counter() - self._step_began, 1e-9)
         waited = min(self._waited, seconds)
         self._restart()
-        if step == self.start + 1:
+        if step == self.start_step + 1:
             self.event("compiled", step, seconds=seconds - waited)
         else:
-            self.spent["stepping"] += seconds - waited
-        self.spent["loading"] += waited
+            self.seconds_by_activity["stepping"] += seconds - waited
+        self.seconds_by_activity["loading"] += waited
         if time.monotonic() - self._reported >= PROGRESS_SECONDS:
-            self.report(step)
+            self.log_progress(step)
         return {"seconds": seconds, "loader_wait": waited / seconds}
 
-    def report(self, step: int) -> None:
+    def log_progress(self, step: int) -> None:
         """Writes the totals as a ``progress`` event."""
         self._reported = time.monotonic()
-        self.event("progress", step, **{k: round(v, 6) for k, v in self.spent.items()})
+        self.event(
+            "progress", step, **{k: round(v, 6) for k, v in self.seconds_by_activity.items()}
+        )
 
 
-def measure_memory() -> dict[str, float]:
+def measure_peak_memory_bytes() -> dict[str, float]:
     """Returns peak memory in bytes: ``device_memory_peak`` of the first local device if the backend
     counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's and Python's)."""
     stats = jax.local_devices()[0].memory_stats()
@@ -187,7 +189,7 @@ class Trainer:
         self.notify("on_train_begin", start)
         for step in range(start + 1, self.num_steps + 1):
             self.notify("on_step_begin", step, state)
-            with self.timer.waiting():
+            with self.timer.time_data_wait():
                 batch = next(batches)
             state, sums = self.step_fn(state, batch)
             self.notify("on_step_dispatched", step, sums)

@@ -15,7 +15,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultsConfig
+from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.state import TrainState
 from maxlm.train.trainer import Callback, Trainer
 
@@ -28,13 +28,13 @@ _REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class AwaitedWork:
+class WatchdogTimer:
     """The work that is under way, in words, and the seconds that it may take."""
 
     step: int
-    words: str
-    began: float
-    limit: float
+    description: str
+    start_seconds: float
+    timeout_seconds: float
 
 
 class Watchdog(Callback):
@@ -50,7 +50,7 @@ class Watchdog(Callback):
 
     def __init__(
         self,
-        config: FaultsConfig,
+        config: FaultToleranceConfig,
         folder: Path,
         process: int = 0,
         event: Callable[..., None] = lambda *_, **__: None,
@@ -61,23 +61,23 @@ class Watchdog(Callback):
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
         self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
-        self.awaited = AwaitedWork(0, "", time.monotonic(), float("inf"))
+        self.awaited = WatchdogTimer(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def on_train_begin(self, trainer: Trainer, step: int) -> None:
         self._is_first_step = True
 
     def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
-        self.expect(step, "first step" if self._is_first_step else "step")
+        self.start_timer(step, "first step" if self._is_first_step else "step")
         self._is_first_step = False
 
     def on_work_begin(self, trainer: Trainer, step: int, what: str) -> None:
-        self.expect(step, what)
+        self.start_timer(step, what)
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._step_seconds.append(metrics["seconds"])
 
-    def expect(self, step: int, what: str = "step") -> None:
+    def start_timer(self, step: int, what: str = "step") -> None:
         """Says what is under way from now on: ``"step"``, limited by a multiple of the median of
         those before it, once there are enough; or what takes longer (``"first step"``,
         ``"evaluation"``, ``"save"``, ``"restore"``), limited by ``idle_seconds``."""
@@ -86,13 +86,13 @@ class Watchdog(Callback):
             typical = median(self._step_seconds)
             words += f" ({typical:.3g} s is the median)"
             limit = max(self._config.hang_seconds, self._config.hang_factor * typical)
-        self.awaited = AwaitedWork(step, words, time.monotonic(), limit)
+        self.awaited = WatchdogTimer(step, words, time.monotonic(), limit)
 
-    def restart(self) -> None:
+    def reset_timer(self) -> None:
         """Restarts the time of what is under way, which has made progress."""
         self.awaited = replace(self.awaited, began=time.monotonic())
 
-    def pause(self) -> None:
+    def stop_timer(self) -> None:
         """Expects nothing until the next :meth:`expect`."""
         self.awaited = replace(self.awaited, limit=float("inf"))
 
@@ -107,29 +107,29 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while True:
             awaited = self.awaited
-            seconds = time.monotonic() - awaited.began
-            if seconds >= awaited.limit:
+            seconds = time.monotonic() - awaited.start_seconds
+            if seconds >= awaited.timeout_seconds:
                 if self._handle_hang(awaited, seconds):
                     return
-            elif self._done.wait(min(awaited.limit - seconds, 1.0)):
+            elif self._done.wait(min(awaited.timeout_seconds - seconds, 1.0)):
                 return
 
-    def _handle_hang(self, awaited: AwaitedWork, seconds: float) -> bool:
+    def _handle_hang(self, awaited: WatchdogTimer, seconds: float) -> bool:
         """Reports a hang and ends the process, unless the work is done after all; then False."""
         # The disk that it writes to may be what hangs.
         report = threading.Thread(target=self._report, args=(awaited, seconds), daemon=True)
         report.start()
         report.join(_REPORT_SECONDS)
-        if self._done.wait(min(_GRACE_SHARE * awaited.limit, _MAX_GRACE_SECONDS)):
+        if self._done.wait(min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)):
             return True
         if self.awaited is awaited:
             self._end(LOST)
             return True
-        words = f"{self.folder}: process {self._process}: {awaited.words} is done after all"
+        words = f"{self.folder}: process {self._process}: {awaited.description} is done after all"
         print(f"{words}, training continues", file=sys.stderr, flush=True)
         return False
 
-    def _report(self, awaited: AwaitedWork, seconds: float) -> None:
+    def _report(self, awaited: WatchdogTimer, seconds: float) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         path = self.folder / "hangs" / f"process-{self._process}-step-{awaited.step}.txt"
         try:
@@ -140,7 +140,7 @@ class Watchdog(Callback):
         except OSError as error:
             where = f"{path} cannot be written: {error.strerror}"
         print(
-            f"error: {self.folder}: process {self._process} hangs: {awaited.words} has taken "
+            f"error: {self.folder}: process {self._process} hangs: {awaited.description} has taken "
             f"{seconds:.3g} s; {where}; run the same command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,

@@ -8,7 +8,7 @@ dK and dV are its own, and its dQ is a term of the sum over steps.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.params import wide_type
+from pallas_kernels.attention.params import accumulation_dtype
 
 
 def merge_attention(
@@ -32,7 +32,7 @@ def merge_attention(
 
 def compute_row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
     """Computes d_o · o a query and head, which softmax's gradient subtracts: fp32 [B, S, N]."""
-    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=wide_type(o))
+    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=accumulation_dtype(o))
 
 
 def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class BlockVisits(NamedTuple):
     second_cut: jax.Array
     second_length: jax.Array
 
-    def masked(self, t: jax.Array) -> jax.Array:
+    def masked_block(self, t: jax.Array) -> jax.Array:
         """Returns the block of masked visit t: ``begin`` + t, past the runs that are cut out."""
         at = self.begin + t
         at = at + jnp.where(at >= self.first_cut, self.first_length, 0)

@@ -109,11 +109,11 @@ def forward(
         "k": blocks,
         "v": blocks,
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.segments),
-        **parts.make_barriers(s, k=1 + s.segments, v=1),
+        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.has_segments),
+        **parts.make_barriers(s, k=1 + s.has_segments, v=1),
         "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
         **parts.make_staging_buffer("o", dtype, q.dtype),
-        **parts.make_segments(s, "q", "k"),
+        **parts.make_segment_buffers(s, "q", "k"),
     }
     shapes = (
         jax.ShapeDtypeStruct(q.shape, dtype),
@@ -151,7 +151,7 @@ def backward(
 
 
 def _forward_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    copy = partial(parts.copy_keys, s, refs, shared)
+    copy = partial(parts.copy_key_value_blocks, s, refs, shared)
     multiply = partial(_attend, s, refs, outputs, shared)
     parts.run_warpgroups(s, refs, copy, multiply, last_first=s.params.causal)
 
@@ -162,10 +162,10 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     q, H = shared["q"].at[me], shared["q"].shape[-1]
     mine = pl.ds(start, ROWS)
     sources = {"q": refs["q"].at[row, mine, head]}
-    if s.segments:
+    if s.has_segments:
         sources["q_segments"] = refs["q_segments"].at[row, mine]
-    parts.copy_own(shared, "q_ready", me, sources)
-    if s.segments:
+    parts.copy_own_tiles(shared, "q_ready", me, sources)
+    if s.has_segments:
         own_segments = parts.load_shared(shared["q_segments"].at[me], parts.ALONG_ROWS)
         own_segments = parts.broadcast_rows(own_segments, block_k)
 
@@ -181,7 +181,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
 
         products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
         segments = ()
-        if masked and s.segments:
+        if masked and s.has_segments:
             other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
             segments = own_segments, parts.broadcast_columns(other, ROWS)
         parts.release_slot(s, shared["k_free"].at[slot])
@@ -191,10 +191,10 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         if masked:
             scores = jnp.where(tile.visible(*segments), scores, -jnp.inf)
 
-        new_top = jnp.maximum(top, scores.max(axis=1) * s.unit)
+        new_top = jnp.maximum(top, scores.max(axis=1) * s.exp2_scale)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-        weights = jnp.exp2(scores * s.unit - parts.broadcast_rows(base, block_k))
+        weights = jnp.exp2(scores * s.exp2_scale - parts.broadcast_rows(base, block_k))
         decay = jnp.exp2(top - base)
         total = total * decay + weights.sum(axis=1)
         o = o * parts.broadcast_rows(decay, H)
@@ -225,4 +225,4 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
     o = o * parts.broadcast_rows(1 / safe, H)
-    parts.send_tile(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)
+    parts.store_tile(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)

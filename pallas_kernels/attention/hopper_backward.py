@@ -51,9 +51,9 @@ def compute_d_q(
     s = HopperStatics(params, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
     row = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
     scratch = _scratch(s, q, ("q", "d_o"), ("k", "v"), row, 4) | parts.make_barriers(
-        s, k=1 + s.segments, v=1
+        s, k=1 + s.has_segments, v=1
     )
-    scratch |= parts.make_segments(s, "q", "k")
+    scratch |= parts.make_segment_buffers(s, "q", "k")
     scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
     grid = N, pl.cdiv(S, block_q), B
@@ -81,9 +81,9 @@ def compute_d_kv(
     s = HopperStatics(params, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
     row = plgpu.SMEM((s.stages, s.block), jnp.float32)
     scratch = _scratch(s, q, ("k", "v"), ("q", "d_o"), row, 2) | parts.make_barriers(
-        s, q=2 + s.segments, d_o=2
+        s, q=2 + s.has_segments, d_o=2
     )
-    scratch |= parts.make_segments(s, "k", "q")
+    scratch |= parts.make_segment_buffers(s, "k", "q")
     scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
     grid = K, pl.cdiv(T, block_k), B
@@ -97,7 +97,7 @@ def _scratch(s: HopperStatics, q, own, visited, row, arrivals: int) -> dict[str,
     H = q.shape[3]
     rows = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
     blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
-    ready = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=arrivals + s.segments)
+    ready = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=arrivals + s.has_segments)
     buffers = dict.fromkeys(own, rows) | dict.fromkeys(visited, blocks)
     return buffers | {"lse": row, "delta": row, "own_ready": ready}
 
@@ -112,7 +112,7 @@ def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array
 
 
 def _d_q_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    copy = partial(parts.copy_keys, s, refs, shared)
+    copy = partial(parts.copy_key_value_blocks, s, refs, shared)
     multiply = partial(_sum_d_q, s, refs, outputs, shared)
     parts.run_warpgroups(s, refs, copy, multiply, last_first=s.params.causal)
 
@@ -122,9 +122,9 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
     mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
     sources = {name: refs[name].at[row, mine, head] for name in ("q", "d_o")}
     sources |= {name: refs[name].at[row, head, mine] for name in ("lse", "delta")}
-    if s.segments:
+    if s.has_segments:
         sources["q_segments"] = refs["q_segments"].at[row, mine]
-    parts.copy_own(shared, "own_ready", me, sources)
+    parts.copy_own_tiles(shared, "own_ready", me, sources)
 
     def own(name):
         return parts.broadcast_rows(
@@ -138,7 +138,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         k = shared["k"].at[slot]
         products = parts.multiply_transposed(shared["q"].at[me], k, lambda: None)
         segments = ()
-        if masked and s.segments:
+        if masked and s.has_segments:
             other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
             segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
         d_weights = parts.multiply_transposed(
@@ -149,7 +149,9 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, slope = tile.scores(products)
         seen = tile.visible(*segments) if masked else None
-        _, d_scores = tile.gradients(scores, slope, own("lse"), d_weights, own("delta"), seen)
+        _, d_scores = tile.weights_and_d_scores(
+            scores, slope, own("lse"), d_weights, own("delta"), seen
+        )
         d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
         parts.release_slot(s, shared["k_free"].at[slot])
         return d_q
@@ -157,7 +159,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
     d_q = parts.visit_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
     staged = shared.get("staged", shared["q"]).at[me]
-    parts.send_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
+    parts.store_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
 
 
 def _d_kv_kernel(s: HopperStatics, refs, outputs, shared) -> None:
@@ -193,7 +195,7 @@ def _copy_queries(s: HopperStatics, refs, shared, visits, row, kv_head) -> None:
                 (refs[name].at[row, queries, head], shared[name]),
                 (refs[beside].at[row, head, queries], shared[beside]),
             ]
-            if name == "q" and s.segments:
+            if name == "q" and s.has_segments:
                 copies.append((refs["q_segments"].at[row, queries], shared["q_segments"]))
             parts.copy_block(s, shared, name, at, slot, copies)
         return carry
@@ -205,9 +207,9 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
     """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
     mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
     sources = {name: refs[name].at[row, mine, kv_head] for name in ("k", "v")}
-    if s.segments:
+    if s.has_segments:
         sources["k_segments"] = refs["k_segments"].at[row, mine]
-    parts.copy_own(shared, "own_ready", me, sources)
+    parts.copy_own_tiles(shared, "own_ready", me, sources)
 
     def step(at, member, block, masked, carry):
         d_k, d_v = carry
@@ -227,11 +229,11 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
         scores, slope = tile.scores(products)
         seen, segments = None, ()
         if masked:
-            if s.segments:
+            if s.has_segments:
                 own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
                 segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
             seen = tile.visible(*segments)
-        weights, d_scores = tile.gradients(
+        weights, d_scores = tile.weights_and_d_scores(
             scores, slope, beside("lse"), d_weights, beside("delta"), seen
         )
         d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
@@ -243,4 +245,4 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
     d_k, d_v = _each(s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H)))
     target = (row, mine, kv_head)
     for name, ref, x in (("k", outputs[0], d_k * s.params.scale), ("v", outputs[1], d_v)):
-        parts.send_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)
+        parts.store_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)

@@ -50,18 +50,18 @@ class HopperStatics(NamedTuple):
     interpret: bool
 
     @property
-    def segments(self) -> bool:
+    def has_segments(self) -> bool:
         return "q_segments" in self.names
 
     @property
-    def plain(self) -> bool:
+    def scales_in_exponent(self) -> bool:
         """Whether products are scaled in the exponent alone."""
         return self.params.soft_cap is None and "slopes" not in self.names
 
     @property
-    def unit(self) -> float:
+    def exp2_scale(self) -> float:
         """The factor of scores before exp2."""
-        return self.params.scale * LOG2E if self.plain else 1.0
+        return self.params.scale * LOG2E if self.scales_in_exponent else 1.0
 
 
 def list_mask_inputs(
@@ -102,7 +102,7 @@ def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Cal
     masked = visits.count
 
     def block_of(at):
-        return jnp.where(at < masked, visits.masked(at), visits.full_begin + at - masked)
+        return jnp.where(at < masked, visits.masked_block(at), visits.full_begin + at - masked)
 
     return masked, masked + visits.full_end - visits.full_begin, block_of
 
@@ -133,7 +133,7 @@ class HopperScoreTile:
         """Returns scores, whose exp2 is taken after ``statics.unit``, and their derivative by the
         product times the scale; None: 1."""
         params, slope = self.params, None
-        if self.statics.plain:
+        if self.statics.scales_in_exponent:
             return products, slope
         if params.soft_cap is None:
             scores = products * (params.scale * LOG2E)
@@ -166,10 +166,12 @@ class HopperScoreTile:
             seen.append(self._iota(1 - self.q_axis) < T - self.k_start)
         return reduce(and_, seen)
 
-    def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
+    def weights_and_d_scores(
+        self, scores, slope, lse, d_weights, delta, seen
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns weights, and the gradient by the product times the scale (softmax's Jacobian).
         Masked keys and values may hold anything finite: d_weights may then not be."""
-        scores = scores * self.statics.unit
+        scores = scores * self.statics.exp2_scale
         if seen is not None:
             scores = jnp.where(seen, scores, -jnp.inf)
         weights = jnp.exp2(scores - lse)
@@ -217,7 +219,7 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def send_tile(staged, target, x: jax.Array) -> None:
+def store_tile(staged, target, x: jax.Array) -> None:
     """Copies a tile to global memory through shared memory, as many columns at a time as fit;
     rows past the last are dropped."""
     columns = staged.shape[1]
@@ -270,7 +272,7 @@ def visit_blocks(visits: BlockVisits | None, masked, count, step: Callable, carr
     return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
 
 
-def copy_own(shared, ready: str, me, sources: dict[str, Any]) -> None:
+def copy_own_tiles(shared, ready: str, me, sources: dict[str, Any]) -> None:
     """Copies what a warpgroup keeps all the time, and waits for it."""
     for name, source in sources.items():
         plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared[ready].at[me])
@@ -291,9 +293,9 @@ def make_barriers(s: HopperStatics, **arrivals: int) -> dict[str, Any]:
     return ready | free
 
 
-def make_segments(s: HopperStatics, own: str, visited: str) -> dict[str, Any]:
+def make_segment_buffers(s: HopperStatics, own: str, visited: str) -> dict[str, Any]:
     """Returns the buffers of segments, if there are any: a warpgroup's own, and the blocks'."""
-    if not s.segments:
+    if not s.has_segments:
         return {}
     return {
         f"{own}_segments": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
@@ -301,7 +303,9 @@ def make_segments(s: HopperStatics, own: str, visited: str) -> dict[str, Any]:
     }
 
 
-def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head) -> None:
+def copy_key_value_blocks(
+    s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head
+) -> None:
     """Copies blocks of keys and values, in the warpgroup that copies; keys past the last are
     zeros."""
     kv_head = lax.div(head, s.group)
@@ -313,7 +317,7 @@ def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, h
         keys = pl.ds(block_of(at) * s.block, s.block)
         for name in ("k", "v"):
             copies = [(refs[name].at[row, keys, kv_head], shared[name])]
-            if name == "k" and s.segments:
+            if name == "k" and s.has_segments:
                 copies.append((refs["k_segments"].at[row, keys], shared["k_segments"]))
             copy_block(s, shared, name, at, slot, copies)
 

@@ -118,7 +118,7 @@ def validate_arguments(
     q_segments, k_segments = get("segment_ids") or (None, None)
     static_q, traced_q = _offset("q", get("q_offset", 0), q_positions)
     static_k, traced_k = _offset("k", get("k_offset", 0), k_positions)
-    wide = wide_type(q)
+    wide = accumulation_dtype(q)
     operands = AttentionOperands(
         _array("q_positions", q_positions, jnp.int32, (B, S), (1, S)),
         _array("k_positions", k_positions, jnp.int32, (B, T), (1, T)),
@@ -135,7 +135,7 @@ def validate_arguments(
     return operands, AttentionParams(causal, window, soft_cap, scale, static_q, static_k)
 
 
-def wide_type(*operands: jax.Array) -> Any:
+def accumulation_dtype(*operands: jax.Array) -> Any:
     """Returns the dtype of scores and sums: fp32, or float64 where operands are."""
     return jnp.result_type(*operands, jnp.float32)
 

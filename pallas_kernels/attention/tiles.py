@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.attention.params import (
     AttentionOperands,
     AttentionParams,
+    accumulation_dtype,
     sum_offsets,
-    wide_type,
 )
 
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
@@ -21,7 +21,7 @@ MIN_TILE, MAX_TILES = 128, 16
 
 def einsum(maths: str, *operands: jax.Array) -> Any:
     """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
-    return jnp.einsum(maths, *operands, preferred_element_type=wide_type(*operands))
+    return jnp.einsum(maths, *operands, preferred_element_type=accumulation_dtype(*operands))
 
 
 class ScoreTile(NamedTuple):

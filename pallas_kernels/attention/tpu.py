@@ -66,14 +66,14 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     o, lse = call.run(
         tpu_forward.forward_kernel,
         operands=[
-            (call.queries(H), _heads_first(q, call.padded_q)),
-            (call.keys(H), k),
-            (call.keys(Hv), v),
+            (call.query_spec(H), _heads_first(q, call.padded_q_len)),
+            (call.key_spec(H), k),
+            (call.key_spec(Hv), v),
             *call.segments,
         ],
         results=[
-            (call.queries(Hv), (B * N, call.padded_q, Hv), dtype),
-            (call.query_row(), (B * N, 1, call.padded_q), F32),
+            (call.query_spec(Hv), (B * N, call.padded_q_len, Hv), dtype),
+            (call.query_row_spec(), (B * N, 1, call.padded_q_len), F32),
         ],
         scratch=[
             pltpu.VMEM((SUBLANES, bq), F32),
@@ -147,20 +147,20 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
     return call.run(
         tpu_backward.backward_kernel,
         operands=[
-            (call.queries(H), q),
-            (call.keys(H), k),
-            (call.keys(Hv), v),
-            (call.queries(Hv), d_o),
-            (call.query_row(), lse),
-            (call.query_row(), delta),
+            (call.query_spec(H), q),
+            (call.key_spec(H), k),
+            (call.key_spec(Hv), v),
+            (call.query_spec(Hv), d_o),
+            (call.query_row_spec(), lse),
+            (call.query_row_spec(), delta),
             *call.segments,
         ],
         results=[
-            (call.queries(H), q.shape, dtypes[0]),
-            (call.keys(H), k.shape, dtypes[1]),
-            (call.keys(Hv), v.shape, dtypes[1]),
+            (call.query_spec(H), q.shape, dtypes[0]),
+            (call.key_spec(H), k.shape, dtypes[1]),
+            (call.key_spec(Hv), v.shape, dtypes[1]),
         ],
-        continued=[(call.queries(H), d_q), (kept, d_k), (kept, d_v)],
+        continued=[(call.query_spec(H), d_q), (kept, d_k), (kept, d_v)],
         scratch=[
             pltpu.VMEM((H, blocks.q), F32),
             pltpu.VMEM((part.held, H), F32),

@@ -14,10 +14,10 @@ from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, TpuBlocks
 from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
     KernelStatics,
-    Spot,
+    TilePosition,
     apply_slope_and_mask,
+    broadcast_key_ids,
     interleave_stages,
-    key_ids,
     limit_in_flight,
     multiply,
     reshape_by_register,
@@ -70,9 +70,9 @@ def backward_kernel(
         s, slope = scale_scores(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
         segments = None, None
         if tile.packed:
-            own = key_ids(k_ids[:, keys(tile, j)])
+            own = broadcast_key_ids(k_ids[:, keys(tile, j)])
             segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-        spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
+        spot = TilePosition(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
         scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
         d_ps[slot][put] = multiply(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
         if slope is not None:

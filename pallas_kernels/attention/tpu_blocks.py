@@ -36,7 +36,7 @@ class TpuBlocks(NamedTuple):
     """Chunks of weights whose exponentials are under way at once; 0: any number."""
 
     @property
-    def slots(self) -> int:
+    def tiles_in_flight(self) -> int:
         """Tiles between their first and their last stage at once."""
         return 1 + self.ahead + self.behind
 
@@ -117,7 +117,7 @@ def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, keys: i
         results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
         sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
         tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
-    return 2 * (operands + results) + sums + blocks.slots * tile
+    return 2 * (operands + results) + sums + blocks.tiles_in_flight * tile
 
 
 def count_keys_in_vmem(

@@ -109,27 +109,27 @@ class TpuKernelCall(NamedTuple):
         own = jnp.where(operands.q_segments == 0, -1, operands.q_segments)[:, None]
         keys = operands.k_segments[:, None]
         segments = [
-            (call.query_row(shared=True), pad_last_axis(own, call.padded_q, -1)),
-            (call.key_row(), pad_last_axis(keys, part.held, 0)),
+            (call.query_row_spec(shared=True), pad_last_axis(own, call.padded_q_len, -1)),
+            (call.key_row_spec(), pad_last_axis(keys, part.held, 0)),
         ]
         return call._replace(segments=segments)
 
     @property
-    def padded_q(self) -> int:
+    def padded_q_len(self) -> int:
         return self.walk.nq * self.walk.bq
 
-    def queries(self, width: int) -> pl.BlockSpec:
+    def query_spec(self, width: int) -> pl.BlockSpec:
         group = self.setting.group
         return pl.BlockSpec(
             (None, self.walk.bq, width), lambda kv, g, i, *_: (kv * group + g, i, 0)
         )
 
-    def keys(self, width: int) -> pl.BlockSpec:
+    def key_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of all parts' keys."""
         index = self.part.index
         return pl.BlockSpec((None, self.part.held, width), lambda kv, g, i, *_: (kv, index, 0))
 
-    def query_row(self, shared: bool = False) -> pl.BlockSpec:
+    def query_row_spec(self, shared: bool = False) -> pl.BlockSpec:
         """Returns the spec of one number a query; ``shared``: the same for all heads."""
         group, heads = self.setting.group, self.setting.kv_heads
 
@@ -138,7 +138,7 @@ class TpuKernelCall(NamedTuple):
 
         return pl.BlockSpec((None, 1, self.walk.bq), index)
 
-    def key_row(self) -> pl.BlockSpec:
+    def key_row_spec(self) -> pl.BlockSpec:
         heads = self.setting.kv_heads
         return pl.BlockSpec(
             (None, 1, self.part.held), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)

@@ -29,10 +29,10 @@ from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
     MASKED,
     KernelStatics,
-    Spot,
+    TilePosition,
     apply_slope_and_mask,
+    broadcast_key_ids,
     interleave_stages,
-    key_ids,
     limit_in_flight,
     multiply,
     reshape_by_register,
@@ -116,7 +116,7 @@ def forward_kernel(
             if tile.packed:
                 own = ids[first : first + len(s)]
                 segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-            spot = Spot(distance + tile.q0 - first, j * walk.bk + first, *segments)
+            spot = TilePosition(distance + tile.q0 - first, j * walk.bk + first, *segments)
             s = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
             scores[slot][put, piece] = s
             top = jnp.max(reshape_by_register(s), axis=0)
@@ -170,7 +170,7 @@ def forward_kernel(
     def tiles(these, j, distance, first, last):
         if these[0].packed:
             at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
-            ids[...] = key_ids(k_ids[:, at])
+            ids[...] = broadcast_key_ids(k_ids[:, at])
         interleave_stages(
             len(these),
             [

@@ -44,12 +44,12 @@ class KernelStatics(NamedTuple):
     interpreted: bool = False
     """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
-    def scalars(self, ints: Any, floats: Any) -> "Scalars":
+    def scalars(self, ints: Any, floats: Any) -> "ProgramScalars":
         """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group, ...)."""
         kv, g = pl.program_id(0), pl.program_id(1)
         row = lax.div(kv, self.kv_heads)
         head = lax.rem(kv, self.kv_heads) * self.group + g
-        return Scalars(
+        return ProgramScalars(
             row,
             ints[0] if self.shift is None else self.shift,
             ints[1],
@@ -60,7 +60,7 @@ class KernelStatics(NamedTuple):
         )
 
 
-class Scalars(NamedTuple):
+class ProgramScalars(NamedTuple):
     row: Any
     """Row of the batch."""
     shift: Any
@@ -76,19 +76,19 @@ class Scalars(NamedTuple):
 
 
 def interleave_stages(
-    count: int, these: Sequence[tuple[int, Callable[[int], Iterator[None]]]]
+    count: int, stages: Sequence[tuple[int, Callable[[int], Iterator[None]]]]
 ) -> None:
     """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
     before the one with 0. Neighbours in the program overlap on the machine: the stages that run
     together take turns, each as far as its next ``yield``."""
-    first, last = max(a for a, _ in these), min(a for a, _ in these)
+    first, last = max(a for a, _ in stages), min(a for a, _ in stages)
     for n in range(-first, count - last):
-        running = [stage(n + ahead) for ahead, stage in these if 0 <= n + ahead < count]
+        running = [stage(n + ahead) for ahead, stage in stages if 0 <= n + ahead < count]
         while running:
             running = [stage for stage in running if next(stage, _DONE) is not _DONE]
 
 
-class Spot(NamedTuple):
+class TilePosition(NamedTuple):
     """Place of a tile."""
 
     distance: Any
@@ -139,13 +139,17 @@ def reshape_by_register(x: jax.Array) -> jax.Array:
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
-def key_ids(ids: jax.Array) -> jax.Array:
+def broadcast_key_ids(ids: jax.Array) -> jax.Array:
     """Returns [1, keys] as [keys, LANES]."""
     return jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
 
 
 def apply_slope_and_mask(
-    scores: jax.Array, masked: bool, spot: Spot, setting: KernelStatics, scalars: Scalars
+    scores: jax.Array,
+    masked: bool,
+    spot: TilePosition,
+    setting: KernelStatics,
+    scalars: ProgramScalars,
 ) -> jax.Array:
     """Gives scores [keys, queries] ALiBi's slope (Press et al. 2022), and MASKED where a query may
     not see a key: by its position, if ``masked``, and by its segment, where the spot has these.
@@ -173,7 +177,9 @@ def apply_slope_and_mask(
     return jnp.concatenate(rows, axis=0)
 
 
-def _near(behind, key, distance, first, setting: KernelStatics, scalars: Scalars) -> list[Any]:
+def _near(
+    behind, key, distance, first, setting: KernelStatics, scalars: ProgramScalars
+) -> list[Any]:
     """Returns the conditions, all of which hold where a query sees a key, by positions.
 
     Args:

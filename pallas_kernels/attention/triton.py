@@ -113,12 +113,12 @@ def forward(
     sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     tiles = sizes.forward
     call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
-    call.add(call.heads(tiles.q), q=q)
-    call.add(call.heads(tiles.k, call.group), k=k, v=v)
+    call.add(call.head_spec(tiles.q), q=q)
+    call.add(call.head_spec(tiles.k, call.group), k=k, v=v)
     call.add(whole_spec, sinks=operands.sinks)
     outputs = (
-        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), dtype), call.heads(tiles.q)),
-        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), call.rows(tiles.q)),
+        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), dtype), call.head_spec(tiles.q)),
+        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), call.query_row_spec(tiles.q)),
     )
     o, lse = call(_forward_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
     return o, lse.transpose(0, 2, 1)
@@ -148,18 +148,18 @@ def backward(
 
     tiles = sizes.d_q
     call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
-    call.add(call.heads(tiles.q), q=q, d_o=d_o)
-    call.add(call.heads(tiles.k, call.group), k=k, v=v)
-    call.add(call.rows(tiles.q), lse=lse, delta=delta)
-    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), call.heads(tiles.q)),)
+    call.add(call.head_spec(tiles.q), q=q, d_o=d_o)
+    call.add(call.head_spec(tiles.k, call.group), k=k, v=v)
+    call.add(call.query_row_spec(tiles.q), lse=lse, delta=delta)
+    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), call.head_spec(tiles.q)),)
     (d_q,) = call(_d_q_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
 
     tiles = sizes.d_kv
     call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=False)
-    call.add(call.groups(tiles.q), q=q, d_o=d_o)
-    call.add(call.heads(tiles.k), k=k, v=v)
-    call.add(call.rows(tiles.q, call.group), lse=lse, delta=delta)
-    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), call.heads(tiles.k)) for x in (k, v))
+    call.add(call.head_group_spec(tiles.q), q=q, d_o=d_o)
+    call.add(call.head_spec(tiles.k), k=k, v=v)
+    call.add(call.query_row_spec(tiles.q, call.group), lse=lse, delta=delta)
+    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), call.head_spec(tiles.k)) for x in (k, v))
     d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), outputs)
     return d_q, d_k, d_v
 
@@ -169,23 +169,23 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
     s, (block_q, block_k, *_) = p.statics, p.tiles
     i, head = _last_first(p), p.head
     start = i * block_q
-    q = p.rows("q", start, block_q, s.S if s.S % block_q else None)
-    queries = p.tokens("q", start, 1)
+    q = p.load_rows("q", start, block_q, s.S if s.S % block_q else None)
+    queries = p.load_token_block("q", start, 1)
 
     def body(j, _, masked, carry):
         o, top, total = carry
         length = s.T if masked and s.T % block_k else None
-        keys = p.tokens("k", j * block_k, 0)
-        k = p.rows("k", j * block_k, block_k, length)
+        keys = p.load_token_block("k", j * block_k, 0)
+        k = p.load_rows("k", j * block_k, block_k, length)
         scores, _ = p.scores(multiply_transposed(q, k), queries, keys, head)
         if masked:
             scores = jnp.where(p.visible(queries, keys), scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.unit)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.exp2_scale)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-        weights = p.exp2(scores * p.unit - base[:, None])
+        weights = p.exp2(scores * p.exp2_scale - base[:, None])
         decay = p.exp2(top - base)
-        v = p.rows("v", j * block_k, block_k, length)
+        v = p.load_rows("v", j * block_k, block_k, length)
         o = tuple(
             x * decay[:, None] + multiply(weights.astype(y.dtype), y)
             for x, y in zip(o, v, strict=True)
@@ -198,7 +198,7 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         carry = zeros, top, jnp.ones((block_q,), jnp.float32)
     else:
         carry = zeros, jnp.full((block_q,), -jnp.inf), jnp.zeros((block_q,), jnp.float32)
-    o, top, total = p.visit(i, pl.cdiv(s.T, block_k), body, carry)
+    o, top, total = p.visit_blocks(i, pl.cdiv(s.T, block_k), body, carry)
     some = total > 0
     inverse = 1 / jnp.where(some, total, 1.0)
     lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
@@ -212,24 +212,24 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
     i, head = _last_first(p), p.head
     start = i * block_q
     bound = s.S if s.S % block_q else None
-    q, d_o = p.rows("q", start, block_q, bound), p.rows("d_o", start, block_q, bound)
-    lse = p.row_scalars("lse", start, other=jnp.inf)[:, None]
-    delta = p.row_scalars("delta", start, other=0.0)[:, None]
-    queries = p.tokens("q", start, 1)
+    q, d_o = p.load_rows("q", start, block_q, bound), p.load_rows("d_o", start, block_q, bound)
+    lse = p.load_row_scalars("lse", start, other=jnp.inf)[:, None]
+    delta = p.load_row_scalars("delta", start, other=0.0)[:, None]
+    queries = p.load_token_block("q", start, 1)
 
     def body(j, _, masked, d_q):
         length = s.T if masked and s.T % block_k else None
-        keys = p.tokens("k", j * block_k, 0)
-        k = p.rows("k", j * block_k, block_k, length)
+        keys = p.load_token_block("k", j * block_k, 0)
+        k = p.load_rows("k", j * block_k, block_k, length)
         scores, slope = p.scores(multiply_transposed(q, k), queries, keys, head)
-        v = p.rows("v", j * block_k, block_k, length)
+        v = p.load_rows("v", j * block_k, block_k, length)
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
-        _, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
+        _, d_scores = p.weights_and_d_scores(scores, slope, lse, d_weights, delta, seen)
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
     zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.H))
-    d_q = p.visit(i, pl.cdiv(s.T, block_k), body, zeros)
+    d_q = p.visit_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
     store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
 
 
@@ -241,23 +241,23 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
     j, kv_head = p.block, p.head
     start = j * block_k
     bound = s.T if s.T % block_k else None
-    k, v = p.rows("k", start, block_k, bound), p.rows("v", start, block_k, bound)
-    keys = p.tokens("k", start, 1)
+    k, v = p.load_rows("k", start, block_k, bound), p.load_rows("v", start, block_k, bound)
+    keys = p.load_token_block("k", start, 1)
     q_bound = s.S if s.S % block_q else None
 
     def body(i, member, masked, carry):
         d_k, d_v = carry
         at = i * block_q
-        queries = p.tokens("q", at, 0)
-        q = p.rows("q", at, block_q, q_bound, member)
+        queries = p.load_token_block("q", at, 0)
+        q = p.load_rows("q", at, block_q, q_bound, member)
         head = kv_head * s.group + member
         scores, slope = p.scores(multiply_transposed(k, q), queries, keys, head)
-        d_o = p.rows("d_o", at, block_q, q_bound, member)
-        lse = p.row_scalars("lse", at, member, other=jnp.inf)[None]
-        delta = p.row_scalars("delta", at, member, other=0.0)[None]
+        d_o = p.load_rows("d_o", at, block_q, q_bound, member)
+        lse = p.load_row_scalars("lse", at, member, other=jnp.inf)[None]
+        delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(v, d_o)
-        weights, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
+        weights, d_scores = p.weights_and_d_scores(scores, slope, lse, d_weights, delta, seen)
         d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
         d_k = tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
         return d_k, d_v
@@ -266,7 +266,7 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head(size))
         for size in (s.H, s.Hv)
     )
-    d_k, d_v = p.visit(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
+    d_k, d_v = p.visit_blocks(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
     store_tile(d_k_ref, tuple(x * params.scale for x in d_k), start, block_k, s.T, s.H)
     store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
 

@@ -45,7 +45,7 @@ class TritonStatics(NamedTuple):
     interpret: bool
 
     @property
-    def plain(self) -> bool:
+    def scores_are_linear(self) -> bool:
         """Whether scores are q·k times a positive number, so that the exponent scales them."""
         return self.params.soft_cap is None and self.params.scale > 0
 
@@ -67,7 +67,9 @@ class TritonProgram:
         # Read once, outside all loops: the interpreter knows them nowhere else.
         self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
 
-    def rows(self, name: str, start, block: int, length: int | None, *at) -> tuple[jax.Array, ...]:
+    def load_rows(
+        self, name: str, start, block: int, length: int | None, *at
+    ) -> tuple[jax.Array, ...]:
         """Reads [block, width] of each part of a head: zeros past its size and, where ``length`` is
         given, past that many rows."""
         ref = self.refs[name]
@@ -79,7 +81,7 @@ class TritonProgram:
             parts.append(part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0))
         return tuple(parts)
 
-    def row_scalars(self, name: str, start, *at, other: float) -> jax.Array:
+    def load_row_scalars(self, name: str, start, *at, other: float) -> jax.Array:
         """Reads fp32 [block] of queries."""
         block, S = self.tiles.q, self.statics.S
         part = self.refs[name].at[(*at, pl.ds(start, block))]
@@ -87,7 +89,7 @@ class TritonProgram:
             return part[...]
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
-    def tokens(self, side: str, start, axis: int) -> TokenBlock:
+    def load_token_block(self, side: str, start, axis: int) -> TokenBlock:
         """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
         block, length = (
             (self.tiles.q, self.statics.S) if side == "q" else (self.tiles.k, self.statics.T)
@@ -136,7 +138,7 @@ class TritonProgram:
         """Returns scores from q·k, of which exp2 is to be taken after :attr:`unit`, and their slope
         by scale·q·k, 1 if that is None."""
         params, slope = self.params, None
-        if self.statics.plain and "slopes" not in self.refs:
+        if self.statics.scores_are_linear and "slopes" not in self.refs:
             return products, None
         scores = products * (params.scale * LOG2E)
         if params.soft_cap is not None:
@@ -149,16 +151,20 @@ class TritonProgram:
         return scores, slope
 
     @property
-    def unit(self) -> float:
+    def exp2_scale(self) -> float:
         """The factor of scores before exp2."""
         return (
-            self.params.scale * LOG2E if self.statics.plain and "slopes" not in self.refs else 1.0
+            self.params.scale * LOG2E
+            if self.statics.scores_are_linear and "slopes" not in self.refs
+            else 1.0
         )
 
-    def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
+    def weights_and_d_scores(
+        self, scores, slope, lse, d_weights, delta, seen
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and
         values may hold anything finite: d_weights may then not be."""
-        scores *= self.unit
+        scores *= self.exp2_scale
         if seen is not None:
             scores = jnp.where(seen, scores, -jnp.inf)
         weights = self.exp2(scores - lse)
@@ -180,7 +186,7 @@ class TritonProgram:
         )
         return y
 
-    def visit(self, i, blocks: int, body, carry, repeats: int = 1):
+    def visit_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
         """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i visits, each
         block ``repeats`` times."""
 
@@ -195,7 +201,7 @@ class TritonProgram:
         if not self.statics.masked:
             return loop(0, blocks, lambda at: at, False, carry)
         visits = BlockVisits(*(self.refs["visits"][i, field] for field in range(gpu_blocks.FIELDS)))
-        carry = loop(0, visits.count, visits.masked, True, carry)
+        carry = loop(0, visits.count, visits.masked_block, True, carry)
         full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, full, lambda at: at, False, carry)
 
@@ -235,12 +241,12 @@ class TritonKernelCall:
             for side, block in (("q", tiles.q), ("k", tiles.k)):
                 positions = getattr(operands, f"{side}_positions")
                 offset = getattr(operands, f"{side}_offset")
-                self.add(self.tokens(block), **{f"{side}_positions": positions})
+                self.add(self.token_spec(block), **{f"{side}_positions": positions})
                 if positions is None and offset is not None:
                     self.add(whole_spec, **{f"{side}_offset": jnp.asarray(offset, jnp.int32)[None]})
         if operands.q_segments is not None:
-            self.add(self.tokens(tiles.q), q_segments=operands.q_segments)
-            self.add(self.tokens(tiles.k), k_segments=operands.k_segments)
+            self.add(self.token_spec(tiles.q), q_segments=operands.q_segments)
+            self.add(self.token_spec(tiles.k), k_segments=operands.k_segments)
         self.add(whole_spec, prefix=operands.prefix, slopes=operands.slopes)
 
     def add(self, spec, **arrays: jax.Array | None) -> None:
@@ -280,11 +286,11 @@ class TritonKernelCall:
         shared = x.shape[0] == 1
         return pl.BlockSpec((None, *shape), lambda i, n, b: (0 if shared else b, *rest))
 
-    def tokens(self, block: int):
+    def token_spec(self, block: int):
         """Returns the spec of [B or 1, length]."""
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
-    def heads(self, block: int, share: int = 1):
+    def head_spec(self, block: int, share: int = 1):
         """Returns the spec of one head of [B, length, heads, H], which ``share`` heads read."""
 
         def spec(x):
@@ -293,7 +299,7 @@ class TritonKernelCall:
 
         return spec
 
-    def groups(self, block: int):
+    def head_group_spec(self, block: int):
         """Returns the spec of [B, length, N, H] → [length, group, H] of the program's kv head."""
 
         def spec(x):
@@ -302,7 +308,7 @@ class TritonKernelCall:
 
         return spec
 
-    def rows(self, block: int, group: int | None = None):
+    def query_row_spec(self, block: int, group: int | None = None):
         """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv head."""
 
         def spec(x):

@@ -57,10 +57,10 @@ class TunedEntry(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The entry's unique key, in the table's order."""
-        return self.chip, *self.head_sizes, self.dtype, self.kind, self.seq, self.direction
+        return self.chip, *self.head_sizes, self.dtype, self.mask_kind, self.seq, self.direction
 
     @property
-    def kind(self) -> str:
+    def mask_kind(self) -> str:
         return parse_mask_kind(self.mask)
 
 
@@ -109,7 +109,7 @@ def find_tuned_blocks(
     alike = [
         entry
         for entry in (load_table() if entries is None else entries)
-        if (entry.chip, entry.direction, entry.kind) == (chip.name, direction, kind)
+        if (entry.chip, entry.direction, entry.mask_kind) == (chip.name, direction, kind)
         and entry.head_sizes == (sizes.H, sizes.Hv)
         and jnp.dtype(entry.dtype).itemsize == sizes.bytes
     ]

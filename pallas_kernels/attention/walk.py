@@ -4,7 +4,7 @@ Both passes of the TPU kernels walk the same way. A block of queries visits a ru
 loops, three of them at most: masked, plain, masked; where each begins is an integer that the
 kernel reads (:func:`make_walk_table`). What the causal diagonal and the far edge of a window cut
 is the same for every block of queries, if these stand at multiples of the blocks: then it is no
-loop but a fixed list of tiles (:class:`WalkEdge`), without tiles that the mask empties.
+loop but a fixed list of tiles (:class:`EdgeKeyBlock`), without tiles that the mask empties.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class WalkTile(NamedTuple):
     """Whether segments are compared."""
 
 
-class WalkEdge(NamedTuple):
+class EdgeKeyBlock(NamedTuple):
     """Tiles of the key block that stands ``offset`` blocks after the queries' first position."""
 
     offset: int
@@ -53,14 +53,14 @@ class KeyWalk(NamedTuple):
     nk: int
     inner: tuple[WalkTile, ...]
     """The tiles of a block that is visited as a whole."""
-    edges: tuple[WalkEdge, ...]
+    edges: tuple[EdgeKeyBlock, ...]
     first: int | None
     """Blocks after the queries' first position at which the plain loop begins, with edges; None: at
     the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
     packed: bool
-    lead: WalkEdge | None
+    lead: EdgeKeyBlock | None
     """The edge that has every query in a single tile, if tiles are joined: it begins what the
     others go on with."""
 
@@ -102,7 +102,7 @@ def plan_walk(
             # A window's far edge ends in a run of tiles with the same keys.
             cut[offset] = join(seen) if joined or offset >= 0 else _apart(seen)
     far = max((offset for offset in cut if offset < 0), default=-reach - 1)
-    edges = tuple(WalkEdge(offset, tiles) for offset, tiles in cut.items() if tiles)
+    edges = tuple(EdgeKeyBlock(offset, tiles) for offset, tiles in cut.items() if tiles)
     first = None if params.window is None else far + 1
     rows = [(q, q + tq) for q in range(0, bq, tq)]
     whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams, wide_type
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, accumulation_dtype
 from pallas_kernels.attention.tiles import (
     MASKED,
     ScoreTile,
@@ -43,10 +43,10 @@ def forward(
 
         def one_part(out, i):
             own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = forward(own_q, own_k, own_v, part.operands(i, operands), params, dtype)
-            return part.put(i, out, own), None
+            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), params, dtype)
+            return part.put_part(i, out, own), None
 
-        out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), wide_type(q))
+        out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
         return o, lse
     if count := _loop_length(S, operands, params):
@@ -63,7 +63,7 @@ def forward(
     def block(tile: ScoreTile):
         if tile.begin >= tile.end:
             shape = (B, K, N // K, tile.stop - tile.start)
-            lse = jnp.full((*shape, 1), -jnp.inf, wide_type(q))
+            lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
         scores, _ = tile.scores(q, k, operands, params)
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -107,18 +107,18 @@ def backward(
             read = zip(part.cut(i, places), like, strict=True)
             own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
             own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
-            at = part.operands(i, operands)
+            at = part.cut_operands(i, operands)
             d_q, d_k, d_v, *terms = backward(
                 own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, params, dtype
             )
-            return (part.put(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
+            return (part.put_part(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
         places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
         carry = places, _no_biases(operands)
         (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.count))
         return *(x.astype(dtype) for x in grads), *d_biases
-    wide = wide_type(q)
+    wide = accumulation_dtype(q)
     zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(operands)
     if count := _loop_length(S, operands, params):
 
@@ -176,7 +176,7 @@ def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
-class BatchSlice(NamedTuple):
+class BatchPartition(NamedTuple):
     """Rows of the batch and kv heads, with their query heads, that are attended to at once. They
     are cut from arrays as they lie, and put back in place: no copy in another order."""
 
@@ -186,15 +186,15 @@ class BatchSlice(NamedTuple):
     kv_heads: int
 
     @classmethod
-    def of(cls, batch: int, kv_heads: int, most: int) -> "BatchSlice":
-        """Makes parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where
+    def of(cls, batch: int, kv_heads: int, max_pairs: int) -> "BatchPartition":
+        """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one: whole rows where
         these fit."""
-        if most >= kv_heads:
-            return cls((batch, kv_heads), _divisor(batch, most // kv_heads), kv_heads)
-        return cls((batch, kv_heads), 1, _divisor(kv_heads, most))
+        if max_pairs >= kv_heads:
+            return cls((batch, kv_heads), _divisor(batch, max_pairs // kv_heads), kv_heads)
+        return cls((batch, kv_heads), 1, _divisor(kv_heads, max_pairs))
 
     @property
-    def count(self) -> int:
+    def num_parts(self) -> int:
         return self.shape[0] // self.rows * (self.shape[1] // self.kv_heads)
 
     def cut(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -225,7 +225,7 @@ class BatchSlice(NamedTuple):
 
         return jax.tree.map(cut, tree)
 
-    def operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
+    def cut_operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
         """Cuts the operands of part i."""
         by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
         by_head = ("slopes", "sinks", "biases")
@@ -244,7 +244,7 @@ class BatchSlice(NamedTuple):
 
         return tuple(add(x, own) for x, own in zip(tree, terms, strict=True))
 
-    def put(
+    def put_part(
         self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
         """Puts these parts in their places in the arrays."""
@@ -267,12 +267,12 @@ def _divisor(n: int, most: int) -> int:
     return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
 
 
-def _part(q, k) -> BatchSlice | None:
+def _part(q, k) -> BatchPartition | None:
     """Returns the part attended to at once, so that a tile's scores stay in bounds; None: all."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
-    part = BatchSlice.of(B, K, SCORE_BYTES // score_bytes)
-    return part if part.count > 1 else None
+    part = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
+    return part if part.num_parts > 1 else None
 
 
 # Where every tile reads all keys, tiles of one size are a loop: the program is one tile's.

@@ -76,7 +76,7 @@ def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBloc
 
 
 def check_blocks(
-    blocks: GroupedBlocks, operands: GroupedOperands, needed: int, chip: TpuChip
+    blocks: GroupedBlocks, operands: GroupedOperands, needed_bytes: int, chip: TpuChip
 ) -> None:
     """Raises:
     ValueError: blocks that do not fit the chip's VMEM, or that it cannot cut."""
@@ -84,8 +84,8 @@ def check_blocks(
         f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
         f"{jnp.dtype(operands.left).name}, blocks {blocks.rows} × {blocks.inner} × {blocks.columns}"
     )
-    if needed > chip.vmem:
-        raise ValueError(f"{sizes}: {needed} bytes of VMEM, of which a core has {chip.vmem}")
+    if needed_bytes > chip.vmem:
+        raise ValueError(f"{sizes}: {needed_bytes} bytes of VMEM, of which a core has {chip.vmem}")
     if min(blocks) < 1 or blocks.rows % 32:
         raise ValueError(f"{sizes}: a block has at least one element, and a multiple of 32 rows")
     for block, whole in ((blocks.inner, operands.inner), (blocks.columns, operands.columns)):
@@ -110,7 +110,9 @@ def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tp
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
     """Returns the type in which a kernel's blocks are kept beside themselves, or None."""
-    if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies(operands.left, operands.right):
+    if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies_natively(
+        operands.left, operands.right
+    ):
         return None
     return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
 

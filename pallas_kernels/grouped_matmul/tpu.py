@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips import TpuChip, get_chip
 from pallas_kernels.grouped_matmul import blocks as sizing
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks, GroupedOperands
-from pallas_kernels.grouped_matmul.xla import sum_type
+from pallas_kernels.grouped_matmul.xla import accumulation_dtype
 
 # The sum of so many products of int8 is exact in fp32.
 _EXACT = 1024
@@ -69,7 +69,7 @@ def matmul(
         raise ValueError(f"blocks of {blocks.inner} do not divide the contracted {D}")
     tile, inner, columns = blocks
     parts_of_d = D // inner
-    sums = sum_type(rows.dtype, kernels.dtype)
+    sums = accumulation_dtype(rows.dtype, kernels.dtype)
     wide = sizing.widened_dtype(operands, chip)
     aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
@@ -186,7 +186,7 @@ def outer(
     needed = sizing.outer_vmem_bytes(blocks, operands)
     sizing.check_blocks(blocks, operands, needed, chip)
     tile, inner, columns = blocks
-    sums = sum_type(rows.dtype, others.dtype)
+    sums = accumulation_dtype(rows.dtype, others.dtype)
     aligned = _alignment(rows, others)
 
     def kernel(where, row_ref, other_ref, out_ref, sum_ref):
@@ -299,7 +299,7 @@ def _slice(number: jax.Array, part: int, whole: int) -> Any:
 def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChip) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in bf16."""
     contract = (((left_dim,), (right_dim,)), ((), ()))
-    if chip.multiplies(left.dtype, right.dtype):
+    if chip.multiplies_natively(left.dtype, right.dtype):
         return lax.dot_general(left, right, contract, preferred_element_type=sums)
     wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
     left, right = _widened(left, wide), _widened(right, wide)

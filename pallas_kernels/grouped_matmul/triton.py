@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
-from pallas_kernels.grouped_matmul.xla import split_into_tiles, sum_type
+from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_tiles
 
 # Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
 _BAND = 8
@@ -38,12 +38,12 @@ def matmul(
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(sizes)
     tile, inner, columns = blocks = _checked(blocks, rows, kernels)
-    group, start, count = split_into_tiles(
+    group, start, count = plan_group_tiles(
         jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile
     )
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
     scales = [s for s in (row_scales, column_scales) if s is not None]
-    sums = sum_type(rows.dtype, kernels.dtype)
+    sums = accumulation_dtype(rows.dtype, kernels.dtype)
 
     def kernel(group_ref, start_ref, count_ref, parts_ref, row_ref, kernel_ref, *refs):
         refs = list(refs)
@@ -100,7 +100,7 @@ def outer(
     (R, D), F = rows.shape, others.shape[1]
     depth, inner, columns = _checked(blocks, rows, others, outer=True)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    sums = sum_type(rows.dtype, others.dtype)
+    sums = accumulation_dtype(rows.dtype, others.dtype)
 
     def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
         n, m, g = (pl.program_id(i) for i in range(3))
@@ -169,7 +169,7 @@ def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    sums = sum_type(left.dtype, right.dtype)
+    sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype:
         wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
         left, right = left.astype(wide), right.astype(wide)

@@ -42,7 +42,7 @@ def matmul(
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
     out = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), dtype)
-    return lax.scan(body, out, split_into_tiles(sizes, len(rows), block))[0][: len(rows)]
+    return lax.scan(body, out, plan_group_tiles(sizes, len(rows), block))[0][: len(rows)]
 
 
 def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
@@ -60,11 +60,11 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -
         return total.at[group].add(_product(left, right, 0, 0)), None
 
     shape = len(sizes), rows.shape[1], others.shape[1]
-    zeros = jnp.zeros(shape, sum_type(rows.dtype, others.dtype))
-    return lax.scan(body, zeros, split_into_tiles(sizes, len(rows), block))[0].astype(dtype)
+    zeros = jnp.zeros(shape, accumulation_dtype(rows.dtype, others.dtype))
+    return lax.scan(body, zeros, plan_group_tiles(sizes, len(rows), block))[0].astype(dtype)
 
 
-def split_into_tiles(
+def plan_group_tiles(
     sizes: jax.Array, num_rows: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (group, first row, rows) of each block of rows of one group, as many as any sizes can
@@ -78,14 +78,14 @@ def split_into_tiles(
     return group, start, count
 
 
-def sum_type(left: Any, right: Any) -> Any:
+def accumulation_dtype(left: Any, right: Any) -> Any:
     """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
     integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
     return jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
 
 
 def _product(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:
-    sums = sum_type(left.dtype, right.dtype)
+    sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
         left, right = left.astype(sums), right.astype(sums)
     contract = (((left_dim,), (right_dim,)), ((), ()))

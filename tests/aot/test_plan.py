@@ -9,7 +9,7 @@ from maxlm.plan.network import describe_torus_dimensions
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import compile_step, get_topology_devices, has_compiler
-from maxlm.programs.plans import compare
+from maxlm.programs.plans import compare_plan_to_compiled
 from maxlm.sharding import MESH_AXES
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, D, small_run
 
@@ -29,7 +29,7 @@ def test_what_is_planned_is_compiled(machine):
     # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has all of
     # a layer's at once, with their gradients (docs/performance.md).
     least = 0.3 if found.topology.platform == "gpu" else 0.5
-    rows = compare(plan_run(config, found), step)
+    rows = compare_plan_to_compiled(plan_run(config, found), step)
     for what, off in (
         ("resting: state and batch, GB", 0.02),
         ("matrix products, TFLOP", 1e-3),

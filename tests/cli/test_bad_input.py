@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.config import load_config, to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.train.checkpoint import FolderTier
 from tests.programs import tiny
@@ -111,7 +111,7 @@ def home(tmp_path_factory) -> Path:
         if name == "trained":
             with FolderTier(folder / name / "checkpoints") as keeper:
                 metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
-                keeper.save(3, set_up(config, jax.devices()[:1]).init(), metadata)
+                keeper.save(3, set_up_run(config, jax.devices()[:1]).init_train_state(), metadata)
     return folder
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.run import SamplesConfig
+from maxlm.run import FinalSamplesConfig
 
 
 @pytest.fixture
@@ -17,7 +17,9 @@ def calls(monkeypatch):
 
     def load_run(folder, *, step):
         seen.folder, seen.step = folder, step
-        config = SimpleNamespace(samples=SamplesConfig(temperature=0.25, top_k=7, prompts=("x",)))
+        config = SimpleNamespace(
+            samples=FinalSamplesConfig(temperature=0.25, top_k=7, prompts=("x",))
+        )
         return SimpleNamespace(model=None, params=None, tokenizer=None, config=config)
 
     def generate_text(model, params, tokenizer, prompts, sampling):

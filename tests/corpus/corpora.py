@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
-from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, PerDocumentStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 
@@ -37,7 +37,7 @@ def make_corpus(
         with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), rows_per_group):
                 group = part[first : first + rows_per_group]
-                writer.add(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
+                writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
     return made
 
 
@@ -47,45 +47,47 @@ def add_labels(shards: Sequence[StageShardView], stage: str, **columns: pa.Array
     whole = pa.RecordBatch.from_pydict(columns)
     for shard in shards:
         with replace(shard, out=stage).writer(whole.schema) as writer:
-            for rows in shard.rows(["id"]):
-                writer.write(rows, whole.slice(first, rows.size))
+            for rows in shard.read_selected_rows(["id"]):
+                writer.write_selected_rows(rows, whole.slice(first, rows.size))
                 first += rows.size
 
 
 def run_stage(
-    stage: CorpusStage | LabelStage,
+    stage: CrossDocumentStage | PerDocumentStage,
     shards: Sequence[StageShardView],
     scratch: Path,
     workers: int = 1,
 ) -> None:
     """Run one stage over the shards, as the runner would."""
-    views = [replace(shard, out=stage.title) for shard in shards]
-    if isinstance(stage, LabelStage):
+    views = [replace(shard, out=stage.unique_name) for shard in shards]
+    if isinstance(stage, PerDocumentStage):
         for _ in map(ShardLabeller(stage), views):
             pass
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with WorkerPool(workers) as pool:
-        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
+        stage.label(views, scratch, JobRunner(stage.unique_name, pool, ignore_progress))
     shutil.rmtree(scratch)
 
 
 def labels(
-    shards: Sequence[StageShardView], stage: CorpusStage | LabelStage, *more: str
+    shards: Sequence[StageShardView], stage: CrossDocumentStage | PerDocumentStage, *more: str
 ) -> pa.Table:
     """The ids of all documents and the stage's labels (and `more` columns), in order."""
-    names = ["id", *(f"{stage.title}.{name}" for name in stage.schema().names), *more]
+    names = ["id", *(f"{stage.unique_name}.{name}" for name in stage.schema().names), *more]
     tables = []
     for shard in shards:
-        batches = [rows.batch for rows in shard.rows(names)]
+        batches = [rows.batch for rows in shard.read_selected_rows(names)]
         tables.append(pa.Table.from_batches(batches) if batches else None)
     table = pa.concat_tables(each for each in tables if each is not None)
     return table.rename_columns([name.rpartition(".")[2] for name in names])
 
 
-def label_texts(stage: LabelStage, *texts: str | None) -> list[dict]:
+def label_texts(stage: PerDocumentStage, *texts: str | None) -> list[dict]:
     """The labels of texts."""
-    batch = stage.open()(pa.record_batch({"text": pa.array(texts, pa.large_string())}))
+    batch = stage.make_batch_label_fn()(
+        pa.record_batch({"text": pa.array(texts, pa.large_string())})
+    )
     assert batch.schema == stage.schema()
     return batch.to_pylist()
 

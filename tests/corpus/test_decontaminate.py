@@ -9,8 +9,8 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.stages.decontaminate import (
+    ContaminatedItem,
     DecontaminateStage,
-    ItemCount,
     count_contaminated_documents,
 )
 from maxlm.data.documents.config import SourceConfig
@@ -106,7 +106,7 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
         run_stage(stage, made, tmp_path / "scratch")
         assert labels(made, stage)["contaminated"].to_pylist() == expected
     item = f"{tmp_path}/q.jsonl"
-    assert ItemCount("q", f"{item}:4", 1, 1.0) in count_contaminated_documents(stage, made)
+    assert ContaminatedItem("q", f"{item}:4", 1, 1.0) in count_contaminated_documents(stage, made)
 
 
 def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:
@@ -159,8 +159,10 @@ def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) 
 def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
     for items, message in ((["too short"], "no text of 8 words"), ([], "no text of 8 words")):
         with pytest.raises(MaxlmError, match=message):
-            DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)}).open()
+            DecontaminateStage(
+                sets={"q": write_set(tmp_path / "q.jsonl", items)}
+            ).make_batch_label_fn()
     items = write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])
     common = DecontaminateStage(sets={"q": items}, ngram=1, shortest=1, max_items=1)
     with pytest.raises(MaxlmError, match="common to more than 1 items"):
-        common.open()
+        common.make_batch_label_fn()

@@ -78,7 +78,7 @@ def test_logic_is_three_valued(expression, documents):
         heuristics__words=[row["words"] for row in documents],
         near__duplicate=[row["flag"] for row in documents],
     )
-    found = parse(written(expression), LABELS, "keep.x").true(data)
+    found = parse(written(expression), LABELS, "keep.x").evaluate(data)
     assert found.tolist() == [three_valued(expression, row) is True for row in documents]
 
 
@@ -112,7 +112,7 @@ def test_values(text, expected):
         source=["web", "books", "web"],
     )
     expression = parse(text, LABELS, "keep.x")
-    assert expression.true(data).tolist() == expected
+    assert expression.evaluate(data).tolist() == expected
     assert pickle.loads(pickle.dumps(expression)).true(data).tolist() == expected
 
 

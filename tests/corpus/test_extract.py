@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from maxlm.corpus import extraction
 from maxlm.corpus.encoding import decode
-from maxlm.corpus.extraction import Extractor
-from maxlm.corpus.pages import read_page
+from maxlm.corpus.extraction import HtmlExtractorProcess
+from maxlm.corpus.pages import extract_page
 from maxlm.corpus.stages.extract import ExtractStage
 
 STORY = (
@@ -40,11 +40,11 @@ SLOW = b"<select>" + b"<option>x" * 400_000  # Takes trafilatura and resiliparse
 
 @pytest.mark.parametrize("quality", [True, False])
 def test_main_text_code_tables_and_what_the_page_says_of_itself(quality):
-    page = read_page(PAGE.encode(), None, quality, markdown=False)
+    page = extract_page(PAGE.encode(), None, quality, markdown=False)
     encoded = ("\ufeff" + PAGE).encode("utf-16-le")
-    assert read_page(encoded, "utf-8", quality, markdown=False).text == page.text
+    assert extract_page(encoded, "utf-8", quality, markdown=False).text == page.text
     if quality:
-        assert "```\ndef sail(wind):" in (read_page(PAGE.encode(), None, True, True).text or "")
+        assert "```\ndef sail(wind):" in (extract_page(PAGE.encode(), None, True, True).text or "")
     assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
     assert (page.title, page.date) == ("Boats & storms", "2024-03-05")
     assert (page.language_hint, page.encoding) == ("pt-br", "utf-8")
@@ -96,7 +96,7 @@ def test_utf8_is_told_whatever_is_declared(charset):
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode), st.booleans())
 def test_text_is_unicode_without_nul(data, quality):
     data = b"<html><body><p>" + data + b"&#0;&#xD800;&#1;" + STORY.encode()
-    page = read_page(data, None, quality, markdown=False)
+    page = extract_page(data, None, quality, markdown=False)
     for text in (page.text or "", page.title or "", decode(data)[0]):
         text.encode()
         assert "\0" not in text
@@ -119,7 +119,7 @@ NASTY = {
 
 
 def test_nasty_pages_have_a_status():
-    extractor = Extractor(quality=True, markdown=False, seconds=10)
+    extractor = HtmlExtractorProcess(use_trafilatura=True, markdown=False, seconds=10)
     found = [extractor.read(data, None) for data, _ in NASTY.values()]
     assert {name: page.status for name, page in zip(NASTY, found, strict=True)} == {
         name: status for name, (_, status) in NASTY.items()
@@ -137,13 +137,16 @@ def test_a_thousand_unclosed_tags_cost_no_text(tag):
     sentence = "When boat {} came back, the harbour was quiet, and nobody on the quay expected it."
     lines = [sentence.format(i) for i in range(1000)]
     body = "".join(f"<{tag}>{UNCLOSED[tag].format(line)} " for line in lines)
-    page = read_page(f"<html><body>{body}</body></html>".encode(), None, True, markdown=False)
+    page = extract_page(f"<html><body>{body}</body></html>".encode(), None, True, markdown=False)
     assert (page.status, page.mode) == ("ok", "trafilatura" if tag == "p" else "fast")
     assert (page.text or "").split() == " ".join(lines).split()
 
 
 def test_a_page_that_takes_too_long_costs_only_itself():
-    extractor, good = Extractor(quality=False, markdown=False, seconds=0.5), PAGE.encode()
+    extractor, good = (
+        HtmlExtractorProcess(use_trafilatura=False, markdown=False, seconds=0.5),
+        PAGE.encode(),
+    )
     pages = [extractor.read(data, None) for data in (good, SLOW, good, SLOW, good)]
     assert [page.status for page in pages] == ["ok", "timeout", "ok", "timeout", "ok"]
     assert pages[0] == pages[2] == pages[4]
@@ -161,7 +164,7 @@ def children() -> list[psutil.Process]:
 @pytest.mark.parametrize(("fault", "status"), [("SIGSEGV", "broken"), ("SIGSTOP", "timeout")])
 def test_a_crash_or_hang_costs_one_page_at_most(quality, fault, status, monkeypatch):
     monkeypatch.setattr(extraction, "_GRACE", -398)  # A hang is told after 2 seconds.
-    extractor = Extractor(quality, markdown=False, seconds=20)
+    extractor = HtmlExtractorProcess(quality, markdown=False, seconds=20)
     before = {child.pid for child in children()}
     extractor.read(PAGE.encode(), None)
     [child] = [child for child in children() if child.pid not in before]
@@ -202,7 +205,7 @@ def test_stage():
     batch = pa.RecordBatch.from_arrays(
         [pa.array(html, pa.large_binary()), pa.array(meta)], list(stage.reads)
     )
-    label = stage.open()
+    label = stage.make_batch_label_fn()
     labels = label(batch)
     assert labels.schema == stage.schema()
     assert labels.column("status").to_pylist() == ["ok", None, "too_large", "not_html", "ok"]

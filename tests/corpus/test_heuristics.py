@@ -14,7 +14,7 @@ from maxlm.corpus.stages.heuristics import LABELS, PUBLISHED, HeuristicsStage
 from tests.corpus import naive_heuristics as naive
 from tests.corpus.corpora import label_texts
 
-LABEL = HeuristicsStage().open()
+LABEL = HeuristicsStage().make_batch_label_fn()
 TYPES = {f"heuristics.{name}": kind for name, kind in LABELS.items()}
 PIECES = [
     "\n", "\n", "\n\n", "\r\n", "\r", "\x0b", "\u2028", "\x85", " ", " ", "\t", "\u3000", "\x1f",
@@ -93,7 +93,7 @@ def test_published_rules_keep_prose():
     labels = pa.Table.from_pylist(label(*texts), pa.schema(list(LABELS.items())))
     labels = labels.rename_columns(list(TYPES))
     for rule in PUBLISHED.values():
-        assert parse(rule, TYPES, "").true(labels).tolist() == [True, False, False]
+        assert parse(rule, TYPES, "").evaluate(labels).tolist() == [True, False, False]
 
 
 def test_a_long_text_is_measured_up_to_a_whole_character():
@@ -106,6 +106,6 @@ def test_stop_words_are_a_setting():
     stage = HeuristicsStage(stop_words=("der", "die", "und"))
     [found] = label_texts(stage, "der Hund und die Katze und der Igel, Die")
     assert found["stop_words"] == 3
-    assert stage.key() != HeuristicsStage().key()
+    assert stage.fingerprint() != HeuristicsStage().fingerprint()
     with pytest.raises(MaxlmError, match="'to be' is 2 words"):
-        HeuristicsStage(stop_words=("to be",)).open()
+        HeuristicsStage(stop_words=("to be",)).make_batch_label_fn()

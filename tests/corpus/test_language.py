@@ -36,7 +36,7 @@ def library():
 
 @pytest.fixture(scope="module")
 def label():
-    return LanguageStage(paragraph_characters=40).open()
+    return LanguageStage(paragraph_characters=40).make_batch_label_fn()
 
 
 def rows(label, texts: list[str]) -> list[dict]:
@@ -94,23 +94,23 @@ def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
 
 def test_confident_means_the_languages_own_threshold():
     text = TEXTS["de"]
-    score = rows(LanguageStage().open(), [text])[0]["score"]
+    score = rows(LanguageStage().make_batch_label_fn(), [text])[0]["score"]
 
     def confident(**settings) -> bool:
-        return rows(LanguageStage(**settings).open(), [text])[0]["confident"]
+        return rows(LanguageStage(**settings).make_batch_label_fn(), [text])[0]["confident"]
 
     assert confident(default_threshold=1, thresholds={"de": score - 0.01})
     assert not confident(default_threshold=0, thresholds={"de": min(score + 0.01, 1)})
     assert confident(default_threshold=score - 0.01, thresholds={"en": 1})
-    assert not rows(LanguageStage(default_threshold=0).open(), [""])[0]["confident"]
+    assert not rows(LanguageStage(default_threshold=0).make_batch_label_fn(), [""])[0]["confident"]
 
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(MaxlmError, match="no language eng"):
-        LanguageStage(thresholds={"eng": 0.5}).open()
+        LanguageStage(thresholds={"eng": 0.5}).make_batch_label_fn()
     with pytest.raises(MaxlmError, match="cannot be opened"):
-        LanguageStage(model=str(tmp_path / "no.ftz")).open()
+        LanguageStage(model=str(tmp_path / "no.ftz")).make_batch_label_fn()
     damaged = tmp_path / "damaged.ftz"
     damaged.write_bytes(b"no model at all")
     with pytest.raises(MaxlmError, match="no fastText model"):
-        LanguageStage(model=str(damaged)).open()
+        LanguageStage(model=str(damaged)).make_batch_label_fn()

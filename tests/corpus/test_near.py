@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
     find_pairs,
-    split_pairs,
+    unpack_pairs,
     write_bands,
 )
 from maxlm.corpus.dedup.columns import write_columns
-from maxlm.corpus.dedup.members import Members, get_member_path
+from maxlm.corpus.dedup.members import SelectedDocuments, get_member_path
 from maxlm.corpus.dedup.minhash import (
     choose_banding,
     make_shingle_set,
@@ -121,7 +121,7 @@ def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> No
             raise KeyboardInterrupt
 
     with WorkerPool(1) as pool:
-        run = JobRunner(stage.title, pool, stop)
+        run = JobRunner(stage.unique_name, pool, stop)
         for _ in range(5):
             with pytest.raises(KeyboardInterrupt):
                 stage.label(views, tmp_path / "scratch", run)
@@ -160,7 +160,7 @@ def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None
     assert "max_shares: {books: " in message
     assert not made[0].path("near").exists()
     allowed = NearStage(max_shares={"books": 0.95})
-    assert allowed.key() == NearStage().key()
+    assert allowed.fingerprint() == NearStage().fingerprint()
     run_stage(allowed, made, tmp_path / "scratch")
     assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4
 
@@ -214,9 +214,9 @@ def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
     rank = np.random.default_rng(size).permutation(size).astype(float)
     write_columns(get_member_path(tmp_path, "s"), {"rank": rank})
     write_bands(tmp_path, "s", np.full((1, size), 7, np.uint64), np.ones(size, np.bool_))
-    members = Members(tmp_path, ("s",), (0, size))
+    members = SelectedDocuments(tmp_path, ("s",), (0, size))
     found = np.unique(np.concatenate([*find_pairs(members, 1, 1, 0, limit)]))
-    low, high = split_pairs(found)
+    low, high = unpack_pairs(found)
     assert (low < high).all()
     if size <= limit:
         assert len(found) == size * (size - 1) // 2

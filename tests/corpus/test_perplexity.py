@@ -14,10 +14,10 @@ from maxlm.corpus.stages.perplexity import (
     PerplexityStage,
     choose_bucket,
     open_model,
-    read_cutoffs,
+    read_perplexity_metadata,
     train_perplexity,
 )
-from maxlm.corpus.text import WordsConfig, open_lines
+from maxlm.corpus.text import LineNormalizerConfig, make_line_normalizer
 
 # The reference manual of the running Python: half a megabyte of English.
 PARAGRAPHS = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 300]
@@ -26,7 +26,7 @@ CONFIG = PerplexityConfig(ngrams=SMALL, hold_out=5)
 
 
 def lines(text, **options):
-    return list(open_lines(WordsConfig(**options))(text))
+    return list(make_line_normalizer(LineNormalizerConfig(**options))(text))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_perplexity_is_that_of_kenlm_over_all_lines(trained):
 
 def test_documents_that_set_the_cutoffs_are_not_trained_on(tmp_path):
     texts = [f"{p} unique{i}x" for i, p in enumerate(PARAGRAPHS[:300])]
-    config = CONFIG.model_copy(update={"words": WordsConfig(digits=False), "hold_out": 10})
+    config = CONFIG.model_copy(update={"words": LineNormalizerConfig(digits=False), "hold_out": 10})
     report = train_perplexity(texts, tmp_path, config)
     theirs = kenlm.Model(str(tmp_path / "model.arpa"))
     known = [f"unique{i}x" in theirs for i in range(300)]
@@ -96,7 +96,7 @@ def test_too_few_documents_are_an_error_and_no_model(tmp_path):
         train_perplexity(PARAGRAPHS[:99], tmp_path, CONFIG)
     assert "reference" in str(error.value)
     with pytest.raises(MaxlmError, match="no perplexity model"):
-        read_cutoffs(tmp_path)
+        read_perplexity_metadata(tmp_path)
 
 
 def label(stage, texts, languages=None):
@@ -126,12 +126,12 @@ def test_a_stage_labels_by_language(trained, tmp_path):
 
 def test_a_missing_or_damaged_model_names_the_command_that_trains_one(trained, tmp_path):
     stage = PerplexityStage(models={"en": tmp_path / "none"})
-    for call in (stage.open, stage.key):
+    for call in (stage.make_batch_label_fn, stage.fingerprint):
         with pytest.raises(MaxlmError, match="maxlm corpus train-perplexity"):
             call()
     (tmp_path / "cutoffs.json").write_text("{}")
     with pytest.raises(MaxlmError, match="train it again"):
-        PerplexityStage(models={"en": tmp_path}).open()
+        PerplexityStage(models={"en": tmp_path}).make_batch_label_fn()
     (tmp_path / "cutoffs.json").write_bytes((trained[0] / "cutoffs.json").read_bytes())
     (tmp_path / "model.arpa").write_text("nothing")
     with pytest.raises(MaxlmError, match="train it again"):
@@ -142,8 +142,8 @@ def test_the_key_refuses_a_model_of_other_cutoffs(trained, tmp_path):
     stage = PerplexityStage(models={"en": tmp_path})
     for name in ("model.arpa", "cutoffs.json"):
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
-    stage.key()
+    stage.fingerprint()
     with (tmp_path / "model.arpa").open("ab") as file:
         file.write(b"x")
     with pytest.raises(MaxlmError, match="not the one"):
-        stage.key()
+        stage.fingerprint()

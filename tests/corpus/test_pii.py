@@ -272,4 +272,4 @@ def test_a_long_line_takes_time_in_proportion(unit):
 
 def test_mistakes_are_named():
     with pytest.raises(MaxlmError, match="numbering plan"):
-        PiiStage(regions=("UK",)).open()
+        PiiStage(regions=("UK",)).make_batch_label_fn()

@@ -129,13 +129,13 @@ def test_the_stage(trained, tmp_path):
     (model, _), good, bad = trained
     path = tmp_path / "quality.safetensors"
     stage = QualityStage(model=path)
-    for call in (stage.key, stage.open):
+    for call in (stage.fingerprint, stage.make_batch_label_fn):
         with pytest.raises(MaxlmError, match="train one: maxlm corpus train-quality"):
             call()
     model.save(path)
-    first = stage.key()
+    first = stage.fingerprint()
     replace(model, offset=model.offset + 1).save(path)
-    assert stage.key() != first
+    assert stage.fingerprint() != first
     model.save(path)
     strange = ["", " \n", "\x00", "日本語 😀", "x" * 1_500_000]
     rows = [good[0].decode(), bad[0].decode(), *strange]

@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource
-from maxlm.corpus.reading import plan_shards, read_shard
+from maxlm.corpus.reading import plan_shards, write_document_shard
 from maxlm.corpus.shards import DOCUMENTS, read_counts
 
 
@@ -19,7 +19,7 @@ def read(folder, shard_bytes=1 << 20, **settings):
     source = CrawlSource(name="web", **settings)
     rows, counts = [], Counter()
     for job in plan_shards(folder / "corpus", [source], shard_bytes).jobs:
-        read_shard(job)
+        write_document_shard(job)
         rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()
         counts += read_counts(job.shard.path(DOCUMENTS))
     return rows, {k: n for k, n in counts.items() if k not in ("rows", "labelled")}
@@ -166,12 +166,12 @@ def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
     source = CrawlSource(name="web", documents=(str(path),))
     jobs = plan_shards(tmp_path / "c", [source], 200).jobs
     assert len(jobs) > 2
-    read_shard(jobs[0])
+    write_document_shard(jobs[0])
     with path.open("a") as file:
         file.write('{"text": "more"}\n')
     for job in jobs[1:]:
         with pytest.raises(MaxlmError) as error:
-            read_shard(job)
+            write_document_shard(job)
         assert str(error.value) == (
             f"{path}: the file changed while the corpus was being built; run the build again"
         )

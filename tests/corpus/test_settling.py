@@ -13,10 +13,10 @@ from maxlm.config import MaxlmError
 from maxlm.corpus import settling
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
-from maxlm.corpus.report import count_lost
+from maxlm.corpus.report import estimate_lost_text
 from maxlm.corpus.report import lost as lost_text
 from maxlm.corpus.run import run_recipe
-from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import load_tokenizer
@@ -97,8 +97,8 @@ def lost(corpus: OpenCorpus, rows: list[dict[str, str]]) -> tuple[list[str], lis
     taken, originals = read(corpus), {row["id"]: row["text"] for row in rows}
     kept = [grams(originals[name]) for name in taken]
     documents, cuts = [], []
-    for shard in settle_duplicates(corpus, corpus.rules()):
-        for table in shard.groups(["id", "url", "substring.cuts", "substring.cut_share"]):
+    for shard in resolve_duplicates_for_rules(corpus, corpus.rules()):
+        for table in shard.read_row_groups(["id", "url", "substring.cuts", "substring.cut_share"]):
             for name, url, spans, share in zip(
                 *(c.to_pylist() for c in table.columns), strict=True
             ):
@@ -125,7 +125,7 @@ def test_no_text_is_lost(tmp_path, seed):
     corpus = make(tmp_path, rows)
     assert lost(corpus, rows) == ([], [])
     with WorkerPool(1) as pool:
-        found = count_lost(corpus, corpus.rules(), pool)
+        found = estimate_lost_text(corpus, corpus.rules(), pool)
     assert (found.documents, found.passages) == (0, 0)
     assert found.documents_dropped > 5 < found.passages_cut
 
@@ -133,9 +133,9 @@ def test_no_text_is_lost(tmp_path, seed):
 def test_text_that_is_lost_is_counted(tmp_path, monkeypatch):
     """With duplicates as the stages label them, whatever the other rules say."""
     corpus = make(tmp_path, crawl(0))
-    monkeypatch.setattr(lost_text, "settle_duplicates", lambda corpus, *_: corpus.shards)
+    monkeypatch.setattr(lost_text, "resolve_duplicates_for_rules", lambda corpus, *_: corpus.shards)
     with WorkerPool(1) as pool:
-        found = count_lost(corpus, corpus.rules(), pool)
+        found = estimate_lost_text(corpus, corpus.rules(), pool)
     assert found.documents > 2 < found.passages
 
 

@@ -26,11 +26,11 @@ def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     (shard,) = make_corpus(tmp_path, texts, shards=1, rows_per_group=3)
     where = parse('id != "d3"', {"id": pa.string()}, "where")
     label(StageShardView(tmp_path, shard.name, where=where, out="made"), by_length)
-    read = [r for g in shard.groups(["id", "made.words", "text"]) for r in g.to_pylist()]
+    read = [r for g in shard.read_row_groups(["id", "made.words", "text"]) for r in g.to_pylist()]
     assert [row["id"] for row in read] == [f"d{i}" for i in range(7)]
     assert [row["text"] for row in read] == texts
     assert [row["made.words"] for row in read] == [2, None, 0, None, 1, None, 2]
-    assert [g.num_rows for g in shard.groups(["made.words"])] == [3, 3, 1]
+    assert [g.num_rows for g in shard.read_row_groups(["made.words"])] == [3, 3, 1]
     counts = read_counts(shard.path("made"))
     assert counts == {
         "rows": 7,
@@ -48,7 +48,7 @@ def test_the_newest_version_of_each_text_is_read(tmp_path):
     add_labels([shard], "extract", text=pa.array([None, None, "new 2", "new 3"], pa.large_string()))
     add_labels([shard], "pii", text=pa.array([None, "<EMAIL>", None, "<IP>"], pa.large_string()))
     view = StageShardView(tmp_path, shard.name, ("documents", "extract", "pii"))
-    (group,) = view.groups(["text"])
+    (group,) = view.read_row_groups(["text"])
     assert group.column("text").to_pylist() == ["raw 0", "<EMAIL>", "new 2", "<IP>"]
 
 

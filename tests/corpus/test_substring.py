@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.corpus.cuts import cut
+from maxlm.corpus.cuts import remove_spans
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
@@ -152,7 +152,11 @@ THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจ�
 )
 def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memory):
     cuts, shares = run(tmp_path, docs, SubstringStage(memory=memory))
-    kept = [cut(text, spans) for text, spans in zip(docs, cuts, strict=True) if text is not None]
+    kept = [
+        remove_spans(text, spans)
+        for text, spans in zip(docs, cuts, strict=True)
+        if text is not None
+    ]
     assert sum(text.count(passage) for text in kept) == 1
     assert passage in kept[[passage in (text or "") for text in docs].index(True)]
     assert sum(text.count(passage[: len(passage) // 2]) for text in kept) == 1
@@ -168,7 +172,7 @@ def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memo
         assert all(start in words and end in ends for start, end in spans)
         # What is there but once stays.
         assert [w for w in text.split() if w[0] == "w"] == [
-            w for w in cut(text, spans).split() if w[0] == "w"
+            w for w in remove_spans(text, spans).split() if w[0] == "w"
         ]
 
 
@@ -240,7 +244,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     expected, _ = run(tmp_path / "whole", texts, SubstringStage(min_tokens=4), shards=4)
     stage = SubstringStage(min_tokens=4, memory=1 << 12)
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
-    views = [replace(shard, out=stage.title) for shard in made]
+    views = [replace(shard, out=stage.unique_name) for shard in made]
     with pytest.raises(KeyboardInterrupt):
         stage.label(views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress))
     left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}

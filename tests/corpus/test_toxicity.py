@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stages.toxicity import ToxicityStage, chunk_text, read_lists
+from maxlm.corpus.stages.toxicity import ToxicityStage, chunk_text, read_word_lists
 from tests.corpus.corpora import label_texts
 
 LISTS = resources.files("maxlm.corpus") / "lists" / "toxic"
@@ -47,17 +47,17 @@ def test_shipped_lists():
         assert all(phrase == phrase.strip().lower() for phrase in phrases)
         stage = ToxicityStage(classifier=False, lists=(name.removesuffix(".txt"),))
         assert label_texts(stage, " | ".join(phrases))[0]["words"] == len(phrases)
-    both = read_lists(("de", "fr"))
-    assert set(both) == set(read_lists(("de",))) | set(read_lists(("fr",)))
+    both = read_word_lists(("de", "fr"))
+    assert set(both) == set(read_word_lists(("de",))) | set(read_word_lists(("fr",)))
 
 
 def test_a_list_that_cannot_be_read(tmp_path):
     with pytest.raises(MaxlmError, match=r"'xx'.*one of: de, en, es, fr"):
-        ToxicityStage(lists=("xx",)).open()
+        ToxicityStage(lists=("xx",)).make_batch_label_fn()
     path = tmp_path / "latin.txt"
     path.write_bytes("Scheiß".encode("latin-1"))
     with pytest.raises(MaxlmError, match="cannot read the list"):
-        ToxicityStage(lists=(str(path),)).key()
+        ToxicityStage(lists=(str(path),)).fingerprint()
 
 
 def test_the_score_is_the_packages_own():

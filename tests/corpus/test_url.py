@@ -11,7 +11,7 @@ from maxlm.corpus.stages.url import UrlStage
 
 def look(stage: UrlStage, urls: Sequence[str | None]) -> list[dict]:
     batch = pa.RecordBatch.from_arrays([pa.array(urls, pa.string())], ["url"])
-    labels = stage.open()(batch)
+    labels = stage.make_batch_label_fn()(batch)
     assert labels.schema == stage.schema()
     return labels.to_pylist()
 

@@ -14,7 +14,7 @@ from maxlm.config import Config
 from maxlm.inference.decode import decode, prefill
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import register_mixer
-from maxlm.models.caches import CacheArray
+from maxlm.models.caches import CacheArraySpec
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.params import (
@@ -26,7 +26,7 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.timing import count_other_flops
+from maxlm.plan.timing import count_non_matmul_flops
 from maxlm.plan.workload import count_cache_bytes
 from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
@@ -82,7 +82,7 @@ class DiagonalSsm(nnx.Module):
         return self.out(y, seq="residual"), None if cache is None else StateCache(last)
 
     def cache_spec(self, batch, length, window):
-        return StateCache(CacheArray((batch, self.width), ("batch", "mlp"), jnp.float32))
+        return StateCache(CacheArraySpec((batch, self.width), ("batch", "mlp"), jnp.float32))
 
     def costs(self):
         return LayerCosts(group_matrices(self), flops=3 * self.width, flops_axes=("mlp",))
@@ -149,8 +149,8 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     assert plan.layout.parameters == matrices + norms + LAYERS * F + 2 * VOCAB * D
     recurrence = LAYERS * 3 * F if stated else 0
     assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
-    assert count_other_flops(plan.shape) == recurrence * 8 * SEQ
-    assert "ssm: gate, up" in [group.name for group in plan.shape.work.matmuls]
+    assert count_non_matmul_flops(plan.shape) == recurrence * 8 * SEQ
+    assert "ssm: gate, up" in [group.name for group in plan.shape.work.matmul_layer_counts]
     assert "a layer's mixer" in plan.memory.working_sets
     assert (plan.step_seconds or 0) > 0
     model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)
@@ -175,9 +175,9 @@ def test_it_trains_and_resumes_as_any_model_does(tmp_path):
         make_run(tmp_path, mesh=mesh, train={"steps": steps}, checkpoint={"every_steps": 2})
         for steps in (2, 4)
     )
-    assert train_model(short, say=lambda _: None).start == 0
+    assert train_model(short, say=lambda _: None).start_step == 0
     again = train_model(long, say=lambda _: None)
-    assert (again.start, int(again.state.step)) == (2, 4)
+    assert (again.start_step, int(again.state.step)) == (2, 4)
     saved = (again.folder / "config.yaml").read_text()
     assert "diagonal_ssm" in saved
 

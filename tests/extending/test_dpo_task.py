@@ -13,19 +13,19 @@ import pytest
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArray, BatchSource
+from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.rows import make_row_source, open_rows
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import plan_run
 from maxlm.programs.load import load_frozen_models
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
-from maxlm.tasks import FrozenModelSource, Models, SourceInputs, Task, register_task
+from maxlm.tasks import FrozenModelSource, SourceInputs, Task, TaskModels, register_task
 from maxlm.tasks.text import compute_log_probs
-from maxlm.train.batch import put_batch
+from maxlm.train.batch import make_global_batch
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
 
@@ -48,9 +48,9 @@ class DpoTask(Task):
     def frozen_models(self) -> Mapping[str, FrozenModelSource]:
         return {"reference": FrozenModelSource(self.reference)}
 
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         names = ("tokens", "targets", "segment_ids", "positions")
-        tokens, weights = (BatchArray.of_tokens(seq_len, t) for t in (np.int32, np.float32))
+        tokens, weights = (BatchArraySpec.of_tokens(seq_len, t) for t in (np.int32, np.float32))
         arrays = {f"{side}_{name}": tokens for side in SIDES for name in names}
         return arrays | {f"{side}_weights": weights for side in SIDES}
 
@@ -64,7 +64,7 @@ class DpoTask(Task):
             seed=inputs.seed,
         )
 
-    def loss(self, models: Models, batch: Any, key: jax.Array) -> Any:
+    def loss(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
         margins = {}
         for name, model in {"trained": models.trained, **models.frozen}.items():
             chosen, rejected = (self._log_probs(model, batch, side) for side in SIDES)
@@ -129,20 +129,21 @@ def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
         batch |= {f"{side}_{name}": array for name, array in own.items()}
     losses = []
     for mesh in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}):
-        setup = set_up(
+        setup = set_up_run(
             config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 1} | mesh)}),
             jax.devices()[: int(np.prod(list(mesh.values())))],
         )
         rows = [batch, setup.config.task.batch_arrays(16), range(8), setup.compute, setup.mesh]
         put = {
-            name: array[0] for name, array in put_batch(*rows, (1, 8), setup.token_order).items()
+            name: array[0]
+            for name, array in make_global_batch(*rows, (1, 8), setup.token_order).items()
         }
-        params = setup.init().params
+        params = setup.init_train_state().params
         other = jax.tree.map(lambda p: p * 1.5 + 0.01, params)
 
         def loss(params, other, batch, setup=setup):
             trained, reference = (bind(setup.model, p) for p in (params, other))
-            models = Models(trained, {"reference": reference})
+            models = TaskModels(trained, {"reference": reference})
             return setup.config.task.loss(models, batch, jax.random.key(0))
 
         run = bind_mesh(setup.mesh, jax.jit(jax.value_and_grad(loss, has_aux=True)))

@@ -15,12 +15,12 @@ from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.params import (
     GatheredParam,
     Leaf,
+    ParamReader,
     Params,
     ParamSpec,
-    ParamUse,
-    Weight,
+    ShardedWeight,
     bind,
-    declare_at_rest,
+    bind_specs,
     flatten_names,
     init_params,
     param_specs,
@@ -29,8 +29,8 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import init_state, load_run
-from maxlm.programs.setup import set_up
+from maxlm.programs.load import init_or_warm_start_state, load_run
+from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
@@ -53,10 +53,10 @@ class Lora(Leaf):
     lora_b: Any
     scale: float = field(metadata={"static": True})
 
-    def read_kernel(self, use: ParamUse) -> Weight:
+    def read_kernel(self, use: ParamReader) -> ShardedWeight:
         return use.read(self.base)
 
-    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamUse) -> jax.Array:
+    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamReader) -> jax.Array:
         (h,) = use.multiply(x, use.read(self.lora_a, (*use.input_axes, None)))
         (added,) = use.multiply(h, use.read(self.lora_b, (None, *use.output_axes)))
         return y + self.scale * added
@@ -76,7 +76,7 @@ class LoraAdapter(Adapter):
     def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
-        lead, inputs = spec.lead, spec.lead + len(spec.contract)
+        lead, inputs = spec.num_layer_axes, spec.num_layer_axes + len(spec.contract)
         a = replace(
             spec,
             shape=(*spec.shape[:inputs], self.rank),
@@ -109,7 +109,7 @@ def models():
     with jax.set_mesh(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))):
         base = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
         specs = param_specs(base)
-        adapted = declare_at_rest(base, LoraAdapter().adapt(specs))
+        adapted = bind_specs(base, LoraAdapter().adapt(specs))
         params = init_params(specs, jax.random.key(0))
         fresh = init_params(param_specs(adapted), jax.random.key(1))
         yield base, adapted, params, replace_base(fresh, params)
@@ -159,10 +159,10 @@ def test_a_gathered_array_of_a_leaf_lies_as_its_own_axes_say(mesh):
     """Under ZeRO-2 A of [embed, rank] has not the layout of the kernel's last two dimensions."""
     axes = ("embed", "heads", "head_dim")
     spec = ParamSpec((8, 4, 6), axes, jax.nn.initializers.zeros, "matrix", (0,))
-    use = ParamUse(spec, AxisRules(heads=("tensor",)), jnp.float32)
+    use = ParamReader(spec, AxisRules(heads=("tensor",)), jnp.float32)
     with jax.set_mesh(mesh(tensor=2)):
         a = jnp.zeros((8, RANK))
-        assert use.read(GatheredParam(a, a), ("embed", None)).used == ((), ())
+        assert use.read(GatheredParam(a, a), ("embed", None)).compute_layout == ((), ())
 
 
 @pytest.fixture
@@ -227,8 +227,8 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     # A run that starts from an adapted one has its A and B too.
     assert are_equal(load_run(whole.folder).params, whole.state.params)
     again = {"steps": 1, "start_from": str(whole.folder)}
-    setup = set_up(make_config("again", mesh, again, adapter=adapter))
-    assert are_equal(init_state(setup).params, whole.state.params)
+    setup = set_up_run(make_config("again", mesh, again, adapter=adapter))
+    assert are_equal(init_or_warm_start_state(setup).params, whole.state.params)
 
 
 def test_the_plan_counts_no_gradients_and_no_optimizer_for_the_base(make_config):

@@ -110,7 +110,7 @@ def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatc
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     for name, lead in LEADS.items():
-        with reader.slices(name, lead, scratch) as read:
+        with reader.open_slice_reader(name, lead, scratch) as read:
             assert bool(list(scratch.iterdir())) == bool(lead and not small)
             for index in np.ndindex(*SHAPES[name][:lead]):
                 np.testing.assert_array_equal(read(index), want[name][index])
@@ -126,7 +126,7 @@ def test_reads_slices_of_what_it_wrote_each_in_files_of_its_own(tmp_path):
     assert RunCheckpointReader(tmp_path).step == 10
     reader = RunCheckpointReader(tmp_path, 3)
     for name, lead in LEADS.items():
-        with reader.slices(name, lead, tmp_path / "unused") as read:
+        with reader.open_slice_reader(name, lead, tmp_path / "unused") as read:
             for index in np.ndindex(*SHAPES[name][:lead]):
                 np.testing.assert_array_equal(read(index), want[name][index])
         array = reader.open(name)

@@ -124,7 +124,9 @@ def test_every_bit_comes_back(tmp_path, dtype):
     want = tensors(dtype, norm="F32", embed="F16")
     want["embed"][0] = [np.inf, -np.inf, np.nan, -0.0, 0.0, 6e-8]
     dtypes = imported(save(tmp_path / "theirs", want, 500), tmp_path / "checkpoints")
-    assert {name: NUMPY[dtypes.of(name)] for name in want} == {n: v.dtype for n, v in want.items()}
+    assert {name: NUMPY[dtypes.get_dtype(name)] for name in want} == {
+        n: v.dtype for n, v in want.items()
+    }
     reader = RunCheckpointReader(tmp_path / "checkpoints")
     assert TensorDtypes.model_validate(read_metadata(reader.folder)["safetensors"]) == dtypes
     same_bits(export(reader, dtypes, tmp_path / "again", 500), want)

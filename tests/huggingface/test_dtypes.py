@@ -56,5 +56,5 @@ def test_the_commonest_format_is_the_default():
     kinds = {"a": "BF16", "b": "F32", "c": "BF16"}
     dtypes = TensorDtypes.from_dtypes(kinds)
     assert dtypes == TensorDtypes(default="BF16", exceptions={"b": "F32"})
-    assert {name: dtypes.of(name) for name in kinds} == kinds
+    assert {name: dtypes.get_dtype(name) for name in kinds} == kinds
     assert TensorDtypes.model_validate(dtypes.model_dump()) == dtypes

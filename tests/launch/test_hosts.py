@@ -23,4 +23,4 @@ def test_tpu_slices(name, count, chips, topology, kind):
     assert (found.count, found.devices, found.gke_topology) == (count, chips, topology)
     assert found.accelerator_type == kind
     hosts = f"{count} host{'s' if count > 1 else ''} of {chips}"
-    assert parse_topology(name).words.endswith(hosts)
+    assert parse_topology(name).description.endswith(hosts)

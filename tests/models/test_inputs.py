@@ -99,7 +99,7 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(name, one_dev
     @jax.jit(compiler_options=QUICK)
     def advance(params, tokens, positions, cache):
         bound = bind(model, params)
-        hidden, cache = bound.cached(tokens, positions, cache)
+        hidden, cache = bound.forward_with_cache(tokens, positions, cache)
         return bound.logits(hidden), cache
 
     with jax.set_mesh(mesh):

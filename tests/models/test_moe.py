@@ -163,7 +163,7 @@ def test_fewer_experts_are_possible_and_routed_alike(most, groups, size, met, pe
         groups_per_token=met,
         group_score=rank,
     )
-    small = config.fewer(most)
+    small = config.limit_experts(most)
     assert small == MoeConfig.model_validate(small.model_dump())
     assert small.num_experts <= most
     assert (small == config) == (experts <= most)

@@ -23,7 +23,7 @@ from maxlm.models.layers.rope import (
     YarnScaling,
     compute_frequencies,
     compute_rotary,
-    rotary_factor,
+    rope_attention_factor,
 )
 from tests.models import reference
 
@@ -189,7 +189,7 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
     ],
 )
 def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
-    assert rotary_factor(scaling) == pytest.approx(expected, rel=1e-12)
+    assert rope_attention_factor(scaling) == pytest.approx(expected, rel=1e-12)
     found = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
     np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
 

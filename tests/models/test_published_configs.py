@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.models.families import find_family
-from maxlm.models.families.rope import write_positions
+from maxlm.models.families.rope import write_position_settings
 from maxlm.models.layers.positions import PositionsConfig
 from tests.models.published import PUBLISHED
 from tests.parity.compare import Holder
@@ -223,5 +223,5 @@ def test_a_share_of_a_head_is_written_so_that_it_is_read_again():
     """int(head_dim * share), as the published code has it: 44 * (30 / 44) is below 30."""
     for head in range(2, 257, 2):
         for size in range(2, head, 2):
-            values = write_positions(PositionsConfig(kind="rope", rotary_dim=size), head)
+            values = write_position_settings(PositionsConfig(kind="rope", rotary_dim=size), head)
             assert int(head * values["partial_rotary_factor"]) == size

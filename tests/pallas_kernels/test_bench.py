@@ -29,7 +29,7 @@ def kernel(cycles: int, backward: bool, *regions: RegionCosts) -> KernelCosts:
 
 def costs(forward: float, backward: float = 0.0, temp: int = 0, spills: int = 0) -> CallCosts:
     """Of so many microseconds on a v5p."""
-    clock = CHIPS["v5p"].clock / 1e6
+    clock = CHIPS["v5p"].clock_hz / 1e6
     loops = [region(spill_stores=spills), region(spill_stores=1, innermost=False)]
     kernels = [kernel(round(forward * clock), False, region(spill_stores=3))]
     if backward:

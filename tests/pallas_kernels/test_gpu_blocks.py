@@ -23,7 +23,7 @@ def tables(S, T, block_q, block_k, options):
 def visited(table) -> list[list[tuple[list[int], list[int]]]]:
     """(blocks with a mask, blocks without) that each block of each row visits."""
     visits = BlockVisits(*np.moveaxis(np.asarray(table), 2, 0)[..., None])
-    masked = np.asarray(visits.masked(np.arange(32)))
+    masked = np.asarray(visits.masked_block(np.arange(32)))
 
     def of_block(b, i):
         count, begin, end = (

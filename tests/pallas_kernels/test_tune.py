@@ -55,7 +55,7 @@ def test_every_entry_of_the_table_fits_its_chip():
         assert one.made_with
         problem.segment_ids()
         # The row that a program of this shape would ask for.
-        assert tuned.find_tuned_blocks(chip, one.direction, problem.sizes, one.kind) == blocks
+        assert tuned.find_tuned_blocks(chip, one.direction, problem.sizes, one.mask_kind) == blocks
     assert tuned.format_table(entries) == tuned.TABLE.read_text()
 
 

@@ -276,12 +276,12 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     computed, work = set(), []
     with jax.set_mesh(mesh(context=ways)):
         split = SequenceSplit(("context",), "ring", balanced, True, window)
-        rows = size * split.chunks
+        rows = size * split.chunks_per_device
         block = KeyValueBlock(jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None)
         for own in range(ways):
             queries = _Queries.cut(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
             before = len(computed)
-            for t in range(split.last_step(rows) + 1):
+            for t in range(split.last_ring_step(rows) + 1):
                 other = (own - t) % ways
                 for pair in queries.pairs(block, jnp.int32(other) if t else None):
                     if pair.live is None or pair.live:

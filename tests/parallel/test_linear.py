@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.parallel.linear import project
+from maxlm.parallel.linear import multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec
 from tests.models.building import QUICK
 
@@ -81,7 +81,9 @@ def lowered(case: Case, on: Mesh):
 
     def run(x, kernels, d_ys):
         wholes = (None,) * len(kernels)
-        ys, back = jax.vjp(lambda x, k: project(x, k, wholes, case.used, case.tokens), x, kernels)
+        ys, back = jax.vjp(
+            lambda x, k: multiply_kernels(x, k, wholes, case.used, case.tokens), x, kernels
+        )
         d_x, d_kernels = back(d_ys)
         for got, kernel in zip(d_kernels, kernels, strict=True):
             assert get_layout(got) == get_layout(kernel)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from maxlm.parallel.pipeline import _backward_turn, _circular, bubble_ratio
 from maxlm.plan.compiled.cost import COLLECTIVES
 from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
 from maxlm.train.batch import batch_sharding
@@ -125,7 +125,7 @@ def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
             "compute_dtype": "float32",
         }
     )
-    setup = set_up(config, jax.devices()[: 2 * prod(mesh.values())])
+    setup = set_up_run(config, jax.devices()[: 2 * prod(mesh.values())])
     sharding = batch_sharding(setup.compute, setup.mesh)
     shape = (micro_batches, 4, 64)
     integers = ("tokens", "targets", "positions", "segment_ids")
@@ -133,7 +133,7 @@ def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, dtype in {**dict.fromkeys(integers, "int32"), "weights": "float32"}.items()
     }
-    step = setup.step_function().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    step = setup.jit_train_step().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     lowered = bind_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
     return lowered.compile(compiler_options=QUICK)
 
@@ -178,7 +178,8 @@ def loops_with_collectives(body: Computation, module: HloModule) -> list[str]:
     return [
         i.name
         for i in body.instructions.values()
-        if i.opcode == "while" and communicates(module.computations[i.calls("body")[0]])
+        if i.opcode == "while"
+        and communicates(module.computations[i.called_computations("body")[0]])
     ]
 
 

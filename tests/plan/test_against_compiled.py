@@ -15,7 +15,7 @@ from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.programs.compile import make_abstract_batch
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan import architectures
@@ -60,9 +60,9 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
 
 
 def compiled(config: RunConfig):
-    setup = set_up(config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)])
+    setup = set_up_run(config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)])
     arguments = setup.abstract_state, make_abstract_batch(setup)
-    step: Any = setup.step_function()
+    step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
         program = step.__wrapped__.lower(*arguments).compile()
     sizes = dict(setup.mesh.shape)
@@ -80,7 +80,7 @@ def sent(shape: StepShape) -> Counter[tuple[str, str]]:
     for c in list_collectives(shape):
         axes = "+".join(a for a in sizes if a in c.axes and sizes[a] > 1)
         if axes:
-            total[c.kind, axes] += float(c.sent(shape.split))
+            total[c.kind, axes] += float(c.wire_bytes(shape.split))
     return total
 
 
@@ -97,8 +97,8 @@ def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
 
 
 def products(shape: StepShape) -> float:
-    flops, slots = count_device_flops(shape), shape.slots
-    return float(flops.products(slots) + flops.attention(slots))
+    flops, slots = count_device_flops(shape), shape.stage_passes_with_bubble
+    return float(flops.step_matmul_flops(slots) + flops.step_attention_flops(slots))
 
 
 SLOW = {"zero1", "tp, 8 ways, kv heads whole", "cp ring in order, 8 ways", "ep × fsdp × tp"}

@@ -9,7 +9,7 @@ from maxlm.plan.layout import lay_out_run
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
-from maxlm.plan.timing import count_device_flops, count_scores, score_traffic
+from maxlm.plan.timing import attention_score_bytes, count_device_flops, count_scores
 from maxlm.plan.working import list_layer_working_sets
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
@@ -76,8 +76,12 @@ def test_layers_over_the_last_pattern_count_like_others():
     """Eight layers, kinds by turns of three: windows 7, 5, none."""
     whole, more = work("pattern"), work("pattern", num_layers=8)
     assert [s.name for s in more.stacks] == ["layers", "last_layers"]
-    assert {own.window: n for own, n in more.attention.items()} == {7: 3, 5: 3, None: 2}
-    assert [*more.matmuls.values()] == [8] * len(whole.matmuls)
+    assert {own.window: n for own, n in more.attention_layer_counts.items()} == {
+        7: 3,
+        5: 3,
+        None: 2,
+    }
+    assert [*more.matmul_layer_counts.values()] == [8] * len(whole.matmul_layer_counts)
     assert device_flops(more).forward == pytest.approx(device_flops(whole).forward * 8 / 6)
 
 
@@ -110,14 +114,14 @@ def test_no_kernel_adds_learnt_biases():
     assert (
         count_device_flops(biased).attention_forward == count_device_flops(plain).attention_forward
     )
-    assert score_traffic(plain) == (0, 0)
+    assert attention_score_bytes(plain) == (0, 0)
     # Its share of all scores: an encoder of two layers beside a decoder of four.
     crossing = 4 * 16 * 32 / (2 * 32 * 32 + 4 * 16 * 16 + 4 * 16 * 32)
     assert count_scores(biased, fused=True) == pytest.approx(
         crossing * count_scores(plain, fused=True)
     )
     whole = StepShape(biased.work, biased.split, 1, "full")  # no kernel at all
-    got, most = (score_traffic(shape)[0] for shape in (biased, whole))
+    got, most = (attention_score_bytes(shape)[0] for shape in (biased, whole))
     assert got == pytest.approx((1 - crossing) * most)
     tiles = {
         phase: parts["scores of a tile"]

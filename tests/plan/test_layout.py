@@ -13,7 +13,7 @@ from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.show import format_bytes, format_count
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.programs import tiny
@@ -34,8 +34,8 @@ def llama(**settings) -> RunConfig:
 def test_a_run_makes_the_arrays_that_were_planned():
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh=axes)
-    setup, layout = set_up(run), lay_out_run(run, sizes(**axes))
-    state = setup.init()
+    setup, layout = set_up_run(run), lay_out_run(run, sizes(**axes))
+    state = setup.init_train_state()
     arrays = flatten_names(state.params)
     assert [row.path for row in layout.rows] == list(arrays)
     for row in layout.rows:
@@ -60,7 +60,7 @@ def bytes_on_a_device(tree) -> int:
 def test_other_optimizers_lie_as_planned(kind):
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
-    state = set_up(run).abstract_state.opt_state
+    state = set_up_run(run).abstract_state.opt_state
     assert lay_out_run(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(state)
 
 

@@ -40,7 +40,7 @@ def test_products_follow_from_parameters_and_tokens_and_recomputing_trades_memor
 
 def test_one_device_sends_nothing():
     plan = plan_run(run("gpt2", "data.batch_size=8"), Machine.from_name("v5e-1"))
-    assert plan.sends == ()
+    assert plan.collectives == ()
     assert float(plan.time.communication) == float(plan.time.exposed) == 0
 
 
@@ -90,7 +90,7 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
 
     def rows(on: str) -> float:
         plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name(on))
-        return sum(s.sent_bytes for s in plan.sends if s.what.startswith("experts: "))
+        return sum(s.sent_bytes for s in plan.collectives if s.what.startswith("experts: "))
 
     assert rows("v5e-64") == pytest.approx(4 * rows("v6e-64"))
 

@@ -37,7 +37,7 @@ def brute_force(config: RunConfig, machine: Machine) -> float:
                 plan = plan_run(RunConfig.model_validate(settings), machine)
             except MaxlmError:
                 continue
-            if plan.fits and not plan.close:
+            if plan.fits and not plan.barely_fits:
                 best = min(best, plan.step_seconds or inf)
     return best
 

@@ -61,7 +61,7 @@ def test_names_of_no_machine(name):
 def test_what_a_name_counts(name, words, wraps):
     """From the vendors' pages: what a name counts, and which dimensions close to a ring."""
     found = parse_topology(name)
-    assert words in found.words
+    assert words in found.description
     assert list(found.wraps) == wraps
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.models.params import flatten_names
 from maxlm.parallel.config import ParallelConfig
-from maxlm.programs.setup import Setup, set_up
+from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, bind_mesh
-from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
-from maxlm.train.checkpoint import FolderTier, group_sizes
+from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
+from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
 
@@ -259,7 +259,7 @@ def refusal(model: str, cell: Cell) -> str | None:
     """Why a layout of a model is refused before anything is compiled; None: it is not."""
     try:
         config = config_of(model, cell)
-        set_up(config, devices_of(config))
+        set_up_run(config, devices_of(config))
     except MaxlmError as error:
         return str(error)
     return None
@@ -293,29 +293,29 @@ def devices_of(config: RunConfig) -> list[Any]:
     return jax.devices()[:count]
 
 
-def start_from(folder: Path, setup: Setup) -> TrainState:
+def start_from(folder: Path, setup: RunSetup) -> TrainState:
     """The one checkpoint, written by one device, that all layouts of a model start from."""
     if not folder.exists():
         alone = setup.config.model_copy(
             update={"mesh": MeshConfig(fsdp=1), "parallel": ParallelConfig()}
         )
-        fresh = set_up(alone, devices_of(alone))
+        fresh = set_up_run(alone, devices_of(alone))
         with FolderTier(folder) as keeper:
-            keeper.save(0, fresh.init(), {})
+            keeper.save(0, fresh.init_train_state(), {})
     with FolderTier(folder, read_only=True) as keeper:
         return keeper.restore(0, setup.abstract_state)
 
 
-def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str, float], Any]]:
+def train(setup: RunSetup, state: TrainState, packed: bool) -> list[tuple[dict[str, float], Any]]:
     """Metrics and state after each step."""
-    jitted: Any = setup.step_function().__wrapped__
+    jitted: Any = setup.jit_train_step().__wrapped__
     lead, rules, mesh = (MICRO, ROWS), setup.compute, setup.mesh
     arrays = setup.config.task.batch_arrays(SEQ)
     rows = get_local_rows(batch_sharding(rules, mesh, ()), lead)
     results, step = [], None
     for batch in batches(setup.config.model.vocab_size, packed):
         own = {name: array[rows] for name, array in batch.items()}
-        put = put_batch(own, arrays, rows, rules, mesh, lead, setup.token_order)
+        put = make_global_batch(own, arrays, rows, rules, mesh, lead, setup.token_order)
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
             step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
         state, metrics = step(jax.tree.map(jnp.copy, state), put)
@@ -323,9 +323,9 @@ def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str,
     return results
 
 
-def canonical(setup: Setup, params: Any) -> dict[str, np.ndarray]:
+def canonical(setup: RunSetup, params: Any) -> dict[str, np.ndarray]:
     """Every parameter under its canonical name, layers on one axis."""
-    groups = group_sizes(setup.specs)
+    groups = layer_group_shapes(setup.specs)
     return {
         name: np.asarray(value).reshape(-1, *value.shape[2:])
         if name in groups

@@ -9,7 +9,11 @@ import jax
 import psutil
 import pytest
 
-from maxlm.programs.run_folder import describe_environment, get_process_start, read_git_state
+from maxlm.programs.run_folder import (
+    describe_environment,
+    get_process_start_unix_seconds,
+    read_git_state,
+)
 
 
 def test_what_is_here(monkeypatch):
@@ -54,4 +58,4 @@ def test_the_state_of_a_checkout(tmp_path, monkeypatch):
 def test_a_process_knows_when_it_was_started():
     """Not when it got round to asking."""
     want = psutil.Process().create_time()
-    assert get_process_start() == pytest.approx(want, abs=1.5)
+    assert get_process_start_unix_seconds() == pytest.approx(want, abs=1.5)

@@ -13,7 +13,7 @@ import pytest
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError, load_config
 from maxlm.programs.evaluation import HeldOutEvaluator
-from maxlm.programs.prepare import prepare
+from maxlm.programs.prepare import prepare_data
 from maxlm.programs.run_folder import lock_run_folder
 from maxlm.programs.runs import read_run
 from maxlm.run import RunConfig
@@ -58,7 +58,7 @@ def config(tmp_path_factory):
     how["checkpoint"] = {"every_steps": 6, "keep_last": 4}
     config = tiny.write_config(folder, tiny.write_text(folder / "text"), **how)
     made = folder / "prepared"
-    prepare(load_config(RunConfig, config, ["name=prepared"]).value, made)
+    prepare_data(load_config(RunConfig, config, ["name=prepared"]).value, made)
     stores = {split: str(made / "data" / "text" / split) for split in ("train", "heldout")}
     source = {"name": "text", "store": stores["train"], "heldout_store": stores["heldout"]}
     data = tiny.settings(folder, "")["data"] | {"sources": [source]}

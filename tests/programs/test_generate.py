@@ -17,8 +17,8 @@ from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs
 from maxlm.programs import report
 from maxlm.programs.generate import generate_text, get_separator
-from maxlm.programs.prepare import prepare
-from maxlm.programs.setup import set_up
+from maxlm.programs.prepare import prepare_data
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from tests.programs import tiny
@@ -141,8 +141,8 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
         residual = {"compute": {"residual": ["context", "tensor"]}}
         mesh, train = {"fsdp": 1, **sizes}, {"micro_batches": 2}
         config = sampling_run(tmp_path, mesh=mesh, train=train, sharding=residual)
-        setup = set_up(config, jax.devices()[: prod(sizes.values())])
-        run = SimpleNamespace(setup=setup, state=setup.init())
+        setup = set_up_run(config, jax.devices()[: prod(sizes.values())])
+        run = SimpleNamespace(setup=setup, state=setup.init_train_state())
         run.corpus = SimpleNamespace(tokenizer=ByteTokenizer())
         texts.append(report.generate_samples(run))
     assert texts[0] == texts[1] != ""
@@ -152,7 +152,7 @@ def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(t
     learned = {"positions": {"kind": "learned"}}
     config = sampling_run(tmp_path, model=sampling_run(tmp_path).model.model_dump() | learned)
     with pytest.raises(MaxlmError) as error:
-        prepare(config, tmp_path / "run")
+        prepare_data(config, tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     tokens = 1 + len(tokenizer.encode(config.samples.prompts[2]))

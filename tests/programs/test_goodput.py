@@ -20,9 +20,9 @@ EVENTS = st.fixed_dictionaries(
 @given(st.lists(EVENTS, max_size=25), st.floats(0, 2e4))
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
     told = summarize_events(events, now)
-    assert sum(told.seconds.values()) == pytest.approx(told.wall, abs=1e-6)
+    assert sum(told.seconds_by_activity.values()) == pytest.approx(told.wall_seconds, abs=1e-6)
     assert all(a.end == b.begin for a, b in zip(told.spans, told.spans[1:], strict=False))
-    assert all(span.end > span.begin and span.part in PARTS for span in told.spans)
+    assert all(span.end > span.begin and span.activity in PARTS for span in told.spans)
     assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
     for attempt in told.attempts:
         assert attempt.ended >= attempt.began
@@ -117,12 +117,12 @@ def test_parts_are_those_of_a_run_played_out(data):
     # What was run and never gone back from is all that is kept: the last attempt's is still.
     seconds["productive"] = sum(play.kept.values())
     seconds["lost"] = play.stepped - seconds["productive"]
-    assert told.seconds == pytest.approx(seconds, abs=1e-4)
-    assert told.wall == pytest.approx(play.clock - 1e9, abs=1e-4)
+    assert told.seconds_by_activity == pytest.approx(seconds, abs=1e-4)
+    assert told.wall_seconds == pytest.approx(play.clock - 1e9, abs=1e-4)
     assert [attempt.end for attempt in told.attempts] == ends
     interrupted = [end for end in ends if end != "done"]
     assert told.interruptions == Counter(interrupted)
-    ran = told.wall - seconds["down"] - seconds["finished"]
+    ran = told.wall_seconds - seconds["down"] - seconds["finished"]
     mean = pytest.approx(ran / len(interrupted), abs=1e-4) if interrupted else None
     assert told.mean_time_to_interruption == mean
 
@@ -140,7 +140,7 @@ def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
     events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))
     told = summarize_events(events, now=10 + silent)
     assert told.attempts[0].end == end
-    assert told.wall == wall
+    assert told.wall_seconds == wall
     assert told.interruptions == ({} if end == "running" else {"killed": 1})
 
 
@@ -150,5 +150,5 @@ def test_a_hang_that_ended_by_itself_is_not_taken_for_steps():
         ("hang", 5, 60, {"process": 1, "seconds": 50}),
         ("progress", 6, 70, {"stepping": 70}),
     )
-    seconds = summarize_events(events, now=1e6).seconds
+    seconds = summarize_events(events, now=1e6).seconds_by_activity
     assert (seconds["hanging"], seconds["productive"]) == (50, 20)

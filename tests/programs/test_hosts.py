@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from tests.ports import free_port
 from tests.programs import cells, tiny
 from tests.programs.test_parity import differences, with_metrics
@@ -28,7 +28,7 @@ REST = [name for name in NAMES if name not in FEW]
 def test_two_processes_equal_one_device(tmp_path, names):
     for model in sorted({name.split("/")[0] for name in names}):
         config = cells.config_of(model, cells.ALONE)
-        setup = set_up(config, cells.devices_of(config))
+        setup = set_up_run(config, cells.devices_of(config))
         state = cells.start_from(tmp_path / model, setup)
         for step, (metrics, after) in enumerate(cells.train(setup, state, packed=True)):
             known = with_metrics(cells.canonical(setup, after.params), metrics)
@@ -63,7 +63,7 @@ def main() -> None:
     for name in names:
         model, cell = name.split("/")
         config = cells.config_of(model, cells.HOST_CELLS[cell])
-        setup = set_up(config)
+        setup = set_up_run(config)
         state = cells.start_from(Path(folder) / model, setup)
         for step, (metrics, after) in enumerate(cells.train(setup, state, packed=True)):
             whole = multihost_utils.process_allgather(after.params, tiled=True)

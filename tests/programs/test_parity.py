@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.programs.setup import set_up
-from maxlm.train.checkpoint import FolderTier, group_sizes
+from maxlm.programs.setup import set_up_run
+from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from tests.programs import cells
 
 TOLERANCE = 1e-5
@@ -53,7 +53,7 @@ def one_device(tmp_path_factory):
     def find(model: str, packed: bool):
         if (model, packed) not in made:
             config = cells.config_of(model, cells.ALONE)
-            setup = set_up(config, cells.devices_of(config))
+            setup = set_up_run(config, cells.devices_of(config))
             state = cells.start_from(folder / model, setup)
             made[model, packed] = setup, cells.train(setup, state, packed), folder / model
         return made[model, packed]
@@ -65,7 +65,7 @@ def one_device(tmp_path_factory):
 def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
     alone, want, checkpoint = one_device(model, packed=True)
     config = cells.config_of(model, cells.CELLS[name])
-    setup = set_up(config, cells.devices_of(config))
+    setup = set_up_run(config, cells.devices_of(config))
     got = cells.train(setup, cells.start_from(checkpoint, setup), packed=True)
     for step, ((metrics, state), (one_metrics, one)) in enumerate(zip(got, want, strict=True)):
         ours, theirs = cells.canonical(setup, state.params), cells.canonical(alone, one.params)
@@ -76,7 +76,7 @@ def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
 
 
 def written_here_is_read_there(setup, state, alone, folder) -> None:
-    with FolderTier(folder, grouped=group_sizes(setup.specs)) as keeper:
+    with FolderTier(folder, layer_groups=layer_group_shapes(setup.specs)) as keeper:
         keeper.save(cells.STEPS, state, {})
     with FolderTier(folder, read_only=True) as keeper:
         restored = keeper.restore(cells.STEPS, alone.abstract_state)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from maxlm.config import MaxlmError
 from maxlm.programs.runs import read_run
-from maxlm.programs.setup import set_up
+from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from tests.data.loader.test_prefetch import alive, wait_until, worker_pids
 from tests.programs import tiny
@@ -131,7 +131,7 @@ def test_two_processes_end_together_when_one_hangs(jobs):
             "the last checkpoint"
         )
         assert ("a_place_to_hang" if number == 0 else "_finish_step") in path.read_text()
-    assert read_run(run).history.counts["hang"] == 1
+    assert read_run(run).history.event_counts["hang"] == 1
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
 def test_a_machine_that_the_batch_does_not_divide_over(tmp_path):
     run = RunConfig.model_validate(tiny.settings(tmp_path, "", train={"max_device_rows": 2}))
     with pytest.raises(MaxlmError) as error:
-        set_up(run, jax.devices()[:3])
+        set_up_run(run, jax.devices()[:3])
     assert str(error.value) == (
         "train.max_device_rows: a batch of 8 sequences does not divide over 3 devices into parts "
         "of 2 or less; use a mesh whose batch axes and stages divide the batch"

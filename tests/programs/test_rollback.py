@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.programs import resume as resume_module
-from maxlm.programs.resume import StateSource
+from maxlm.programs.resume import StateRestorer
 from maxlm.train.checkpoint import FolderTier
 from maxlm.train.skips import read_skips
 from tests.programs import tiny
@@ -172,7 +172,7 @@ def test_a_kill_in_a_rollback_to_the_beginning_leaves_a_run_that_goes_on(
     how = {"checkpoint": {"every_steps": 1}}
     whole, _ = train(tmp_path, text, "whole", "train.steps=6", **how)
     assert [e["batches"] for e in read_events(whole.folder, "rollback")] == [[0, 1]]
-    original = StateSource.rollback
+    original = StateRestorer.rollback
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_a_kill_in_a_rollback_to_the_beginning_leaves_a_run_that_goes_on(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StateSource, "rollback", rollback)
+        patch.setattr(StateRestorer, "rollback", rollback)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, text, "cut", "train.steps=6", **how)
     again, _ = train(tmp_path, text, "cut", "train.steps=6", **how)

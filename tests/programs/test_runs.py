@@ -92,7 +92,7 @@ def test_a_folder_may_hold_next_to_nothing(tmp_path):
 def test_events_of_an_older_version_are_time_of_no_known_use(tmp_path):
     events = [event("start", 0, 0, devices=8), event("checkpoint", 5, 10), event("stop", 5, 11)]
     write_lines(tmp_path / "old" / "events.jsonl", events)
-    seconds = read_run(tmp_path / "old").history.seconds
+    seconds = read_run(tmp_path / "old").history.seconds_by_activity
     assert {part: value for part, value in seconds.items() if value} == {"other": 11}
 
 
@@ -133,10 +133,10 @@ def test_the_plot_shows_all_of_the_time(tmp_path, monkeypatch):
     assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
     assert [path.name for path in image.parent.iterdir()] == ["goodput.png"]
     assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
-    seconds = told.seconds
+    seconds = told.seconds_by_activity
     assert set(areas) == {part for part in PARTS if seconds[part]}
     for part, heights in areas.items():
-        assert heights.sum() * told.wall / COLUMNS == pytest.approx(seconds[part])
+        assert heights.sum() * told.wall_seconds / COLUMNS == pytest.approx(seconds[part])
     # Both attempts, with a mark at the end of each. In minutes.
     assert [(y[0], y[-1]) for _, y in lines] == [(0, 60), (60, 60), (51, 102), (102, 102)]
     assert lines[0][0][-1] == lines[1][0][0] == pytest.approx(150 / 60)

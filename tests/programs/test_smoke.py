@@ -10,7 +10,7 @@ from maxlm.cli.main import main
 from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
 from maxlm.programs import smoke as smoke_program
-from maxlm.programs.setup import Setup
+from maxlm.programs.setup import RunSetup
 from maxlm.programs.smoke import shrink_config, smoke
 from maxlm.run import RunConfig
 from maxlm.train.checkpoint import FolderTier
@@ -70,7 +70,7 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
 
 
 def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(monkeypatch, capsys):
-    step_function, restore = Setup.step_function, FolderTier.restore
+    step_function, restore = RunSetup.jit_train_step, FolderTier.restore
 
     def broken(self):
         step = step_function(self)
@@ -86,7 +86,7 @@ def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(m
         state = restore(self, step, abstract)
         return replace(state, params=jax.tree.map(lambda p: p * (1 + 1e-3), state.params))
 
-    monkeypatch.setattr(Setup, "step_function", broken)
+    monkeypatch.setattr(RunSetup, "step_function", broken)
     monkeypatch.setattr(FolderTier, "restore", lossy)
     first = jax.devices()[:1]
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: first)

@@ -45,16 +45,16 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text
     kept = {"checkpoint": {"every_steps": 1, "keep_last": 1}}
     first = tmp_path / "first" / "tiny"
     train(tmp_path / "first", text, train={"steps": 1}, **kept)
-    prepare = program.prepare_on_all_hosts
+    prepare = program.prepare_data_on_all_hosts
 
     def slowly(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(program, "prepare_on_all_hosts", prepare)
+            patch.setattr(program, "prepare_data_on_all_hosts", prepare)
             train(tmp_path / "first", text, train={"steps": 3}, **kept)
         assert not (first / "checkpoints" / "1").exists()
         return prepare(*arguments)
 
-    monkeypatch.setattr(program, "prepare_on_all_hosts", slowly)
+    monkeypatch.setattr(program, "prepare_data_on_all_hosts", slowly)
     steps, resume = {"steps": 4}, None
     if how == "start_from":
         steps |= {"start_from": str(first)}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.setup import Setup, load_training_batches, set_up
-from maxlm.programs.smoke import make_counting_source
+from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run
+from maxlm.programs.smoke import make_counting_batch_source
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
-from maxlm.tasks import Models
+from maxlm.tasks import TaskModels
 
 SEQ_LEN, STEPS = 48, 3
 BLOCK = {
@@ -53,7 +53,7 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def prepared(kind: str, **mesh: int) -> Setup:
+def prepared(kind: str, **mesh: int) -> RunSetup:
     model, task = CASES[kind]
     run = RunConfig.model_validate(
         {
@@ -67,14 +67,14 @@ def prepared(kind: str, **mesh: int) -> Setup:
             "schedule": {"learning_rate": 1e-2, "warmup_steps": 0, "kind": "constant"},
         }
     )
-    return set_up(run, jax.devices()[: int(np.prod([*mesh.values(), 1]))])
+    return set_up_run(run, jax.devices()[: int(np.prod([*mesh.values(), 1]))])
 
 
-def trained(setup: Setup) -> tuple[Any, list[float]]:
+def trained(setup: RunSetup) -> tuple[Any, list[float]]:
     """The state after the last step, and the losses of all. The step is compiled once, takes its
     state's memory, and hands it back laid out as it was."""
-    state, step, losses = setup.init(), setup.step_function(), []
-    with load_training_batches(setup, make_counting_source(setup.config), 0) as batches:
+    state, step, losses = setup.init_train_state(), setup.jit_train_step(), []
+    with open_training_batches(setup, make_counting_batch_source(setup.config), 0) as batches:
         for batch in batches:
             before = state
             state, metrics = step(state, batch)
@@ -99,11 +99,11 @@ def test_a_mesh_trains_as_one_device_does(kind):
 def test_gradients_are_slopes_of_the_loss(kind):
     """Along random directions of each parameter, by central differences."""
     setup = prepared(kind)
-    with load_training_batches(setup, make_counting_source(setup.config), 0) as batches:
+    with open_training_batches(setup, make_counting_batch_source(setup.config), 0) as batches:
         batch = {name: array[0] for name, array in next(batches).items()}
 
     def loss(params, batch):
-        models = Models(bind(setup.model, params))
+        models = TaskModels(bind(setup.model, params))
         value, sums = setup.config.task.loss(models, batch, jax.random.key(0))
         return value / sums["tokens"]
 
@@ -112,7 +112,7 @@ def test_gradients_are_slopes_of_the_loss(kind):
     # Far from the start, where biases and scales matter too.
     params = jax.tree.map(
         lambda p: p + jnp.asarray(0.2 * random.standard_normal(p.shape), p.dtype),
-        setup.init().params,
+        setup.init_train_state().params,
     )
     gradients = bind_mesh(setup.mesh, jax.jit(jax.grad(loss)))(params, batch)
     flat = flatten_names(gradients)

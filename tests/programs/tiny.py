@@ -95,7 +95,7 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     from maxlm.programs import train
     from maxlm.train.skips import get_batch_number
 
-    original = train.load_training_batches
+    original = train.open_training_batches
 
     @contextmanager
     def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):

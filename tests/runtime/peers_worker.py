@@ -19,7 +19,7 @@ def main() -> int:
     action, cluster, peers = sys.argv[1], find_cluster(os.environ), None
     assert cluster
     try:
-        peers = join_cluster(cluster, {}, wait_seconds=120, peer_seconds=10)
+        peers = join_cluster(cluster, {}, wait_seconds=120, peer_timeout_seconds=10)
         add_up(action)
     except Exception as error:
         if isinstance(error, MaxlmError):
@@ -28,7 +28,7 @@ def main() -> int:
             code, text = (LOST if describe_lost_peer(error) else FAILED), repr(error)
         print(text, flush=True)
         if peers:
-            peers.end_all(code, text)
+            peers.abort_all_processes(code, text)
         return code
     if action == "late" and cluster.process_id == 0:
         time.sleep(600)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import Lost
+from maxlm.config.errors import ProcessLost
 from maxlm.runtime import cluster
 from maxlm.runtime.cluster import Cluster, find_cluster, parse_first_host
 from maxlm.runtime.peers import describe_lost_peer
@@ -161,7 +161,9 @@ def test_the_metadata_server_is_asked_where_there_are_tpus(tmp_path, monkeypatch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert ask(200) == "name"
         assert ask(404) is None
-        with pytest.raises(Lost, match=r"/name: this machine's metadata cannot be read \(HTTP Err"):
+        with pytest.raises(
+            ProcessLost, match=r"/name: this machine's metadata cannot be read \(HTTP Err"
+        ):
             ask(503)
         assert ask(503, vendor="0x10de") is None
         # A machine with GPUs, on Google's own network card and disk.
@@ -245,7 +247,7 @@ def test_missing_processes():
             f"waited 2 s at 127.0.0.1:{port}: 2 of 5 processes came: 0 ({HERE}), 2 ({HERE}); "
             "missing: 1, 3, 4; see the logs of the missing, and whether they can reach that address"
         )
-        assert met.result() == [(Lost, message)] * 2
+        assert met.result() == [(ProcessLost, message)] * 2
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_process_0_out_of_reach():
     port, problem = free_port(), "connection refused: nothing listens there"
     [(kind, text)] = meet(port, (1, 2), wait=1)
     words = f"process 1 on {HERE} cannot reach process 0 at 127.0.0.1:{port}: {problem} (tried for "
-    assert (kind, text[: len(words)]) == (Lost, words)
+    assert (kind, text[: len(words)]) == (ProcessLost, words)
 
 
 def test_the_port_of_another():

@@ -25,7 +25,7 @@ def test_a_schedulers_signal_ends_what_is_going_on_and_handlers_come_back(number
 
 def test_in_the_loop_they_are_only_written_down():
     with handle_signals("runs/x") as signals:
-        with signals.deferred():
+        with signals.defer_signals():
             assert signals.request == StopRequest.NONE
             for number in (*PREEMPTION_SIGNALS, signal.SIGTERM):
                 signal.raise_signal(number)
@@ -40,7 +40,7 @@ def test_in_the_loop_they_are_only_written_down():
 def test_one_that_the_loop_did_not_act_on_is_heeded_after_it():
     def told(number):
         with handle_signals("runs/x") as signals:
-            with signals.deferred():
+            with signals.defer_signals():
                 signal.raise_signal(number)
             signals.raise_if_signaled()
 

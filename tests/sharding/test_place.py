@@ -18,7 +18,7 @@ from maxlm.sharding import (
     MeshConfig,
     Placement,
     ShardingConfig,
-    check_activations,
+    check_activation_rules,
     check_unsharded_share,
     make_mesh,
     resolve_placement,
@@ -144,5 +144,5 @@ def test_what_cannot_be_placed_is_refused(shape, axes, rules, expected):
     ],
 )
 def test_activations_split_twice_or_in_their_width_are_refused(rules, expected):
-    check_activations(ShardingConfig().compute)
-    assert message(check_activations, AxisRules(**rules)) == expected
+    check_activation_rules(ShardingConfig().compute)
+    assert message(check_activation_rules, AxisRules(**rules)) == expected

@@ -98,7 +98,7 @@ def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
     opens = np.sum(noise[1:] & ~noise[:-1])
     inputs, targets = replace_spans(text(n), noise, SENTINELS)
     assert denoiser.max_lengths(n) == (inputs.size, targets.size)
-    assert denoiser.count_noise(n) == (noise.sum(), opens)
+    assert denoiser.count_noise_and_spans(n) == (noise.sum(), opens)
     if n == 1:
         assert not noise.any()
         return

@@ -5,10 +5,10 @@ from statistics import NormalDist
 import numpy as np
 
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.config import FaultsConfig
+from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import RollbackDecision
 
-CONFIG = FaultsConfig(max_skipped=3, spike_threshold=10.0, spike_steps=2, spike_window=16)
+CONFIG = FaultToleranceConfig(max_skipped=3, spike_threshold=10.0, spike_steps=2, spike_window=16)
 NAN = float("nan")
 
 
@@ -70,7 +70,7 @@ def test_an_update_left_out_among_spikes_is_in_their_row():
 
 def test_a_loss_that_falls_or_is_noise_is_no_spike():
     falling = [10 / (1 + n / 20) + x for n, x in enumerate(noise(3000, level=0, width=0.2))]
-    watch = LossSpikeDetector(FaultsConfig())
+    watch = LossSpikeDetector(FaultToleranceConfig())
     assert see(watch, falling) == [None] * 3000
 
 
@@ -93,5 +93,5 @@ def test_a_run_that_was_started_again_judges_as_one_that_never_stopped():
     for cut in range(1, len(losses)):
         first = LossSpikeDetector(CONFIG)
         parts = see(first, losses[:cut])
-        parts += see(LossSpikeDetector(CONFIG, first.memory), losses[cut:], first=cut + 1)
+        parts += see(LossSpikeDetector(CONFIG, first.state_dict), losses[cut:], first=cut + 1)
         assert parts == whole

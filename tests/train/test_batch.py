@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.data.batch_source import BatchArray
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.sharding import ShardingConfig
-from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
+from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
 
-ARRAYS = {name: BatchArray.of_tokens(5) for name in ("tokens", "weights")}
+ARRAYS = {name: BatchArraySpec.of_tokens(5) for name in ("tokens", "weights")}
 LEADS = {"one": (1, 12), "three": (3, 4)}
 
 
@@ -22,7 +22,9 @@ def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
     assert rows == list(range(12))
 
     tokens = np.arange(60, dtype=np.int32).reshape(12, 5)
-    batch = put_batch({"tokens": tokens, "weights": tokens / 2}, ARRAYS, rows, rules, grid, lead)
+    batch = make_global_batch(
+        {"tokens": tokens, "weights": tokens / 2}, ARRAYS, rows, rules, grid, lead
+    )
     np.testing.assert_array_equal(batch["tokens"], tokens.reshape(*lead, 5))
     np.testing.assert_array_equal(batch["weights"], tokens.reshape(*lead, 5) / 2)
     assert {array.sharding for array in batch.values()} == {sharding}
@@ -36,13 +38,13 @@ def test_arrays_may_have_any_shape_and_rows_and_tokens_any_order(mesh):
     grid = mesh(data=2, context=2)
     rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     arrays = {
-        "pairs": BatchArray((2, 4), np.int32, (None, "seq")),
-        "scores": BatchArray((), np.float32, ()),
+        "pairs": BatchArraySpec((2, 4), np.int32, (None, "seq")),
+        "scores": BatchArraySpec((), np.float32, ()),
     }
     rows = {"pairs": np.arange(32).reshape(4, 2, 4), "scores": np.arange(4.0)}
     order, numbers = np.array([3, 0, 1, 2]), [2, 0, 3, 1]
     shuffled = {name: array[numbers] for name, array in rows.items()}
-    batch = put_batch(shuffled, arrays, numbers, rules, grid, (2, 2), order)
+    batch = make_global_batch(shuffled, arrays, numbers, rules, grid, (2, 2), order)
     want = rows["pairs"][..., order].reshape(2, 2, 2, 4)
     np.testing.assert_array_equal(batch["pairs"], want)
     np.testing.assert_array_equal(batch["scores"], [[0, 1], [2, 3]])

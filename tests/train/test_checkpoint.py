@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import FolderTier, check_same
+from maxlm.train.checkpoint import FolderTier, check_same_settings
 from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
@@ -186,7 +186,7 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
                 "trained with, or another run folder"
             )
         del more["params"]["embed"]
-        text = message(checkpoints.check_params, 1, abstract(more["params"]))
+        text = message(checkpoints.check_param_shapes, 1, abstract(more["params"]))
         assert "params.embed.table is [10, 8] in it, absent in this run" in text
 
 
@@ -202,7 +202,7 @@ def test_layers_held_in_groups_are_stored_in_a_row_and_read_either_way(tmp_path,
         "opt_state": {"mu": {"layers": {"up": held}}, "v_row": {"layers": {"up": factor}}},
         "v": {"layers": {"up": place_holder}},
     }
-    with FolderTier(tmp_path, grouped={"layers.up": (2, 4)}) as checkpoints:
+    with FolderTier(tmp_path, layer_groups={"layers.up": (2, 4)}) as checkpoints:
         checkpoints.save(1, state, {})
     abstract_of = partial(
         jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -219,10 +219,10 @@ def test_layers_held_in_groups_are_stored_in_a_row_and_read_either_way(tmp_path,
 
 def test_a_different_config_is_refused_where_it_must_be_the_same():
     saved = {"model": {"layers": 2, "norm": {"eps": 1e-5}}, "seed": 1, "steps": 10}
-    check_same(saved, saved | {"steps": 20}, ["model", "seed"])
-    check_same(saved, saved | {"model_name": "x"}, ["model", "seed"])
+    check_same_settings(saved, saved | {"steps": 20}, ["model", "seed"])
+    check_same_settings(saved, saved | {"model_name": "x"}, ["model", "seed"])
     changed = {"model": {"layers": 3, "norm": {"eps": 1e-5}}, "seed": 2, "steps": 20}
-    assert message(check_same, saved, changed, ["model", "seed"], "runs/a") == (
+    assert message(check_same_settings, saved, changed, ["model", "seed"], "runs/a") == (
         "runs/a: the checkpoint was written with another config: model.layers=2 became 3, "
         "seed=1 became 2; set them back, or train in another run folder"
     )

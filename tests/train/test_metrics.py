@@ -21,7 +21,7 @@ from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.reporting import ReportingConfig
 from maxlm.train.step import global_norm
-from maxlm.train.trainer import measure_memory
+from maxlm.train.trainer import measure_peak_memory_bytes
 
 QUIET = ReportingConfig(tensorboard=False)
 
@@ -42,7 +42,7 @@ def test_a_norm_is_global_and_summed_in_fp32():
 
 
 def test_memory_is_labelled_by_what_was_measured():
-    record = measure_memory()
+    record = measure_peak_memory_bytes()
     assert list(record) == ["process_memory_peak"]  # the CPU backend counts nothing
     assert 50e6 < record["process_memory_peak"] < 1e12
 

@@ -167,13 +167,13 @@ def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeyp
     ):
         with monkeypatch.context() as patch:
             patch.setattr(reporting_module, "find_spec", lambda name: None)
-            text = message(ReportingConfig(**settings).check)
+            text = message(ReportingConfig(**settings).check_packages)
         assert text.startswith(where)
         assert "pip install 'maxlm[reporting]'" in text
-    ReportingConfig(wandb=WandbConfig(mode="disabled")).check()
+    ReportingConfig(wandb=WandbConfig(mode="disabled")).check_packages()
     # A folder that wandb has made beside a script is no package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(MaxlmError, match="not installed"):
-        ReportingConfig(wandb=WandbConfig()).check()
+        ReportingConfig(wandb=WandbConfig()).check_packages()

@@ -12,7 +12,7 @@ from flax import nnx
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import declare, param_specs
-from maxlm.tasks import ClmTask, Models
+from maxlm.tasks import ClmTask, TaskModels
 from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from maxlm.train.state import TrainState
 from maxlm.train.step import evaluate_step, train_step
@@ -174,7 +174,7 @@ class TwoLines(nnx.Module):
 def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms():
     def loss(models, batch, key):
         slope = models.trained.first[...] + models.trained.second[...] + models.frozen["other"]
-        return squares(Models(SimpleNamespace(slope=slope)), batch, key)
+        return squares(TaskModels(SimpleNamespace(slope=slope)), batch, key)
 
     specs = param_specs(TwoLines())
     trained = select_trainable(specs, ["f*"])
@@ -191,7 +191,7 @@ def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms()
             line_batch(2),
             model=TwoLines(),
             loss=lambda models, *rest: loss(
-                Models(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
+                TaskModels(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
             ),
             optimizer=optimizer,
             trainable=trained,

@@ -59,7 +59,7 @@ def write(folder, mesh, *steps, **config):
         for step in steps:
             tiers.save(step, state_of(mesh, step), {"config": {}})
             tiers.wait()
-            assert tiers.missing_copy is None  # waits for the copy
+            assert tiers.remote_copy_failure is None  # waits for the copy
 
 
 def newest(folder, mesh, **config):
@@ -72,7 +72,7 @@ def newest(folder, mesh, **config):
         jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, chosen.step))
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True):
             assert got.sharding == want.sharding
-        tiers.quarantine([*skipped, *more], chosen.step)
+        tiers.discard_skipped([*skipped, *more], chosen.step)
         return (chosen.step, chosen.tier.name), [*skipped, *more]
 
 
@@ -126,7 +126,7 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
         for step in (20, 30, 40, 50):  # the folder's and their copies, and local ones
             tiers.save(step, state_of(here, step), own)
             tiers.wait()
-        assert tiers.missing_copy is None
+        assert tiers.remote_copy_failure is None
         [local] = (tmp_path / "disk").glob("run-*/process-0/50.safetensors")
         remote = tmp_path / "there" / "run" / "40" / "metadata" / "metadata"
         for path in (local, remote, *files(tmp_path / "run" / "40")):
@@ -206,11 +206,11 @@ def test_time_asks_for_a_checkpoint_too(tmp_path, here, monkeypatch):
     monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
     config = CheckpointConfig(every_steps=0, every_minutes=2)
     with Checkpointer(tmp_path, "run", config) as tiers:
-        assert not tiers.is_late()
+        assert not tiers.is_due_by_time()
         now[0] = 120.0
-        assert tiers.is_late()
+        assert tiers.is_due_by_time()
         assert tiers.save(7, state_of(here, 7), {}, force=True) == "folder"
-        assert not tiers.is_late()
+        assert not tiers.is_due_by_time()
         assert tiers.save(8, state_of(here, 8), {}) is None
         assert tiers.save(7, state_of(here, 7), {}, force=True) is None  # there is one
 
@@ -260,7 +260,7 @@ def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
     [one] = skipped
     assert str(one).startswith("remote checkpoint 20 is skipped: unreadable")
     with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
-        tiers.tiers[1].quarantine({20: True}, 0)  # It may be readable another day.
+        tiers.tiers[1].discard_skipped({20: True}, 0)  # It may be readable another day.
         assert tiers.tiers[1].steps() == []
     assert s3.head_object(Bucket="models", Key="a/run/20/COMPLETE")
     nowhere = CheckpointConfig(remote_folder="s3://nowhere/a")
@@ -294,11 +294,11 @@ def test_copy_that_fails_is_reported_and_made_later(tmp_path, here, monkeypatch,
     with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         (place / "1").write_text("in the way")
         tiers.save(1, state_of(here, 1), {})
-        assert tiers.missing_copy.startswith(f"the last checkpoint is not in {place}: ")
+        assert tiers.remote_copy_failure.startswith(f"the last checkpoint is not in {place}: ")
         assert capfd.readouterr().err.startswith(f"checkpoint 1 was not copied to {place}: ")
         (place / "1").unlink()
-        tiers.catch_up()
-        assert tiers.missing_copy is None
+        tiers.copy_newest_to_remote()
+        assert tiers.remote_copy_failure is None
     with monkeypatch.context() as patch:
 
         def refused(*_):
@@ -352,7 +352,7 @@ with Checkpointer(folder / "run", "run", config) as tiers:
     tiers.remote.save(1)
     while not list((folder / "there").glob("*/1/*")):
         time.sleep(0.001)
-    assert tiers.remote.busy_steps
+    assert tiers.remote.steps_being_copied
     sys.exit(75)
 """
 
@@ -389,8 +389,8 @@ def test_cancelled_copy_is_made_later(tmp_path, here, slow_copy):
         tiers.wait()
         assert copies(tmp_path / "there" / "run") == []
         resume.set()
-        tiers.catch_up()
-        assert tiers.missing_copy is None
+        tiers.copy_newest_to_remote()
+        assert tiers.remote_copy_failure is None
     assert copies(tmp_path / "there" / "run") == ["1"]
 
 
@@ -404,12 +404,12 @@ def test_checkpoint_stays_until_it_is_copied_and_only_the_newest_waits(tmp_path,
             tiers.save(step, state_of(here, step), {})
         tiers.wait()
         assert {path.name for path in (tmp_path / "run").iterdir()} >= {"1", "5"}
-        assert tiers.remote.busy_steps == {1, 5}
+        assert tiers.remote.steps_being_copied == {1, 5}
         resume.set()
-        assert tiers.missing_copy is None
+        assert tiers.remote_copy_failure is None
         assert tiers.save(6, state_of(here, 6), {}) == "folder"
         tiers.wait()
-        assert tiers.missing_copy is None
+        assert tiers.remote_copy_failure is None
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["6"]
     assert copies(tmp_path / "there" / "run") == ["6"]
 
@@ -451,11 +451,11 @@ def test_checkpoints_after_a_rollback_replace_those_before_it(tmp_path, here):
         found, _ = tiers.find()
         newer = [each for each in found if each.step > 20]
         left = [SkippedCheckpoint(f.step, f.tier, "left", is_damaged=False) for f in newer]
-        tiers.quarantine(left, 20)
+        tiers.discard_skipped(left, 20)
         for step in (21, 24, 27, 30):
             tiers.save(step, state_of(here, step), {})
             tiers.wait()
-        assert tiers.missing_copy is None
+        assert tiers.remote_copy_failure is None
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
     assert copies(tmp_path / "there" / "run") == ["20", "30"]
     [own] = (tmp_path / "disk").glob("run-*/process-0")
@@ -466,7 +466,7 @@ def test_last_good_checkpoint_stays_while_updates_are_suspect(tmp_path, here):
     config = CheckpointConfig(every_steps=1, keep_last=2)
     with Checkpointer(tmp_path, "run", config) as tiers:
         for step in range(1, 9):
-            tiers.save(step, state_of(here, step), {}, suspect=4 if step >= 4 else None)
+            tiers.save(step, state_of(here, step), {}, first_suspect_step=4 if step >= 4 else None)
             tiers.wait()
         assert tiers.folder_tier.steps() == [3, 7, 8]
         tiers.save(9, state_of(here, 9), {})

@@ -16,7 +16,7 @@ from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import handle_signals
 from maxlm.train import callbacks, trainer
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.config import FaultsConfig
+from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, StepTimer, Trainer
 from maxlm.train.watchdog import Watchdog
 
@@ -91,9 +91,9 @@ class Journal(Callback):
 
 
 def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
-    detector = LossSpikeDetector(FaultsConfig(), {"losses": [1.0] * start})
-    watchdog = Watchdog(FaultsConfig(), None)
-    with handle_signals("runs/x") as signals, signals.deferred():
+    detector = LossSpikeDetector(FaultToleranceConfig(), {"losses": [1.0] * start})
+    watchdog = Watchdog(FaultToleranceConfig(), None)
+    with handle_signals("runs/x") as signals, signals.defer_signals():
         reduce, late = FlagAllReduce(mesh), journal.is_late
         trainer = Trainer(
             journal.step,

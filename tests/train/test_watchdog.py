@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultsConfig
+from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.watchdog import Watchdog
 
-QUICK = FaultsConfig(hang_factor=5.0, hang_seconds=0.3, idle_seconds=1.5)
+QUICK = FaultToleranceConfig(hang_factor=5.0, hang_seconds=0.3, idle_seconds=1.5)
 
 
 def watch(folder, config=QUICK, process=1):
@@ -43,7 +43,7 @@ def test_a_hang_is_told_of_with_every_threads_stack(tmp_path, capfd):
         for _ in range(8):
             take(watchdog, 0.02)
         began = time.monotonic()
-        watchdog.expect(12)
+        watchdog.start_timer(12)
         a_place_to_hang(ends)
         seconds = time.monotonic() - began
     assert ends == [LOST]
@@ -87,11 +87,11 @@ def test_work_done_in_time_ends_nothing(tmp_path, monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr("maxlm.train.watchdog.time", clock)
     watchdog, ends, events = watch(tmp_path)
-    watchdog.expect(1, "save")
+    watchdog.start_timer(1, "save")
     now[0] += 1.4
-    watchdog.restart()
-    assert watchdog.awaited.began == now[0]
-    watchdog.pause()
+    watchdog.reset_timer()
+    assert watchdog.awaited.start_seconds == now[0]
+    watchdog.stop_timer()
     now[0] += 100.0
     with watchdog:
         pass
@@ -105,14 +105,14 @@ def test_what_comes_before_the_process_is_ended_spares_it(tmp_path, capfd):
     def event(kind, step, **_):
         steps.append(step)
         if step < 5:
-            watchdog.expect(step + 1, "save")
+            watchdog.start_timer(step + 1, "save")
         else:
-            watchdog.pause()
+            watchdog.stop_timer()
             last.set()
 
     watchdog.event = event
     with watchdog:
-        watchdog.expect(3, "save")
+        watchdog.start_timer(3, "save")
         assert last.wait(60)
     assert (steps, ends) == ([3, 4, 5], [])
     err = capfd.readouterr().err.splitlines()
@@ -128,13 +128,13 @@ def test_a_telling_that_never_ends_hides_no_later_hang(tmp_path, monkeypatch):
 
     def event(*_, **__):
         if not told.is_set():
-            watchdog.expect(4, "save")
+            watchdog.start_timer(4, "save")
             told.set()
             never.wait(60)
 
     watchdog.event = event
     with watchdog:
-        watchdog.expect(3, "save")
+        watchdog.start_timer(3, "save")
         assert told.wait(60)
         wait_for(ends)
     never.set()

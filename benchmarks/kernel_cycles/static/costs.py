@@ -108,7 +108,7 @@ class CallCosts:
 
     def microseconds(self, *, backward: bool | None = None) -> float:
         """Cycles at the chip's clock."""
-        return self.cycles(backward=backward) / self.chip.clock * 1e6
+        return self.cycles(backward=backward) / self.chip.clock_hz * 1e6
 
 
 def call_costs(

@@ -17,7 +17,7 @@ from maxlm.corpus.dedup.columns import (
     read_columns,
     write_columns,
 )
-from maxlm.corpus.dedup.members import Members
+from maxlm.corpus.dedup.members import SelectedDocuments
 
 _HALF = np.uint64(32)
 _LOW = np.uint64(2**32 - 1)
@@ -25,13 +25,13 @@ _PIECE = 1 << 20  # Pairs made at a time.
 _SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the same size.
 
 
-def join_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def pack_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Packs pairs of members into numbers: uint64, the smaller member in the upper half."""
     a, b = a.astype(np.uint64), b.astype(np.uint64)
     return np.minimum(a, b) << _HALF | np.maximum(a, b)
 
 
-def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unpack_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the smaller and the larger member of each pair: int64."""
     return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
@@ -41,22 +41,22 @@ def _band_file(scratch: Path, shard: str) -> Path:
     return scratch / "bands" / f"{shard}.arrow"
 
 
-def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray) -> None:
+def write_bands(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray) -> None:
     """Write keys (uint64 [bands, members]) of the members that have words (bool [members])."""
-    places = np.flatnonzero(worded).astype(np.int32)
+    places = np.flatnonzero(has_words).astype(np.int32)
     columns = {}
-    for band, row in enumerate(keys[:, worded], 1):
+    for band, row in enumerate(keys[:, has_words], 1):
         order = np.argsort(row, kind="stable")
         columns |= {f"key{band}": row[order], f"member{band}": places[order]}
     write_columns(_band_file(scratch, shard), columns)
 
 
 def find_pairs(
-    members: Members, band: int, num_ranges: int, range_index: int, limit: int
+    members: SelectedDocuments, band: int, num_ranges: int, range_index: int, max_group_size: int
 ) -> Iterator[np.ndarray]:
     """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.
 
-    In a group of up to `limit` members all are paired. In a larger one, such as the copies of a
+    In a group of up to `max_group_size` members all are paired. In a larger one, such as the copies of a
     text or the pages of a template, each is paired with the limit / 4 best and the limit / 4 that
     follow it, which is as many as a group of the limit has for a member: the pairs stay in
     proportion to the members.
@@ -68,7 +68,7 @@ def find_pairs(
         columns = read_columns(_band_file(members.folder, name))
         part = find_range(columns[f"key{band}"], starts, range_index)
         keys.append(columns[f"key{band}"][part])
-        found.append(columns[f"member{band}"][part] + np.int64(members.first[shard]))
+        found.append(columns[f"member{band}"][part] + np.int64(members.shard_offsets[shard]))
     key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
     del keys, found
     order = np.argsort(key, kind="stable")
@@ -79,18 +79,18 @@ def find_pairs(
     sizes = np.diff(starts, append=len(key))
     for size in np.unique(sizes):
         groups = starts[sizes == size]
-        if size > limit:
+        if size > max_group_size:
             for start in groups.tolist():
-                yield from _pair_large(members, member[start : start + size], limit)
+                yield from _pair_large(members, member[start : start + size], max_group_size)
             continue
         a, b = np.triu_indices(size, 1)
         step = max(1, _PIECE // len(a))
         for i in range(0, len(groups), step):
             rows = member[groups[i : i + step, None] + np.arange(size)]
-            yield join_pairs(rows[:, a].ravel(), rows[:, b].ravel())
+            yield pack_pairs(rows[:, a].ravel(), rows[:, b].ravel())
 
 
-def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+def _pair_large(members: SelectedDocuments, group: np.ndarray, limit: int) -> Iterator[np.ndarray]:
     few = max(1, limit // 4)
     group = group[np.argsort(-members.take("rank", group).to_numpy(), kind="stable")]
     step = max(1, _PIECE // (2 * few))
@@ -99,7 +99,7 @@ def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.
         best = np.broadcast_to(np.arange(few), (len(here), few))
         following = np.minimum(here + np.arange(1, few + 1), len(group) - 1)
         a, b = np.broadcast_arrays(here, np.concatenate([best, following], axis=1))
-        yield np.unique(join_pairs(group[a[a != b]], group[b[a != b]]))
+        yield np.unique(pack_pairs(group[a[a != b]], group[b[a != b]]))
 
 
 def count_pairs(files: Sequence[Path]) -> int:

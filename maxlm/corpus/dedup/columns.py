@@ -84,6 +84,6 @@ def mark_run_starts(values: np.ndarray) -> np.ndarray:
     return first
 
 
-def concatenate(parts: Sequence[np.ndarray], kind: type | str) -> np.ndarray:
+def concatenate(parts: Sequence[np.ndarray], dtype: type | str) -> np.ndarray:
     """Joins the parts one after another; of no parts, an empty array of that kind."""
-    return np.concatenate([np.empty(0, kind), *parts]) if parts else np.empty(0, kind)
+    return np.concatenate([np.empty(0, dtype), *parts]) if parts else np.empty(0, dtype)

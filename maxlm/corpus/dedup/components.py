@@ -10,18 +10,18 @@ from maxlm.corpus.dedup.columns import mark_run_starts
 
 
 @dataclass(frozen=True)
-class DuplicateMarks:
+class DuplicateClusters:
     """Every member that is like another one, in order."""
 
     member: np.ndarray
     """Numbers of the members: int64 [marks], rising."""
-    of: np.ndarray
+    duplicate_of: np.ndarray
     """The kept member of which each is a duplicate, or -1: it is kept."""
     jaccard: np.ndarray
     """Jaccard similarity to that member; float64."""
     cluster: np.ndarray
     """Connected component of the verified pairs; numbered by their first members."""
-    size: np.ndarray
+    cluster_size: np.ndarray
     """Members of that component."""
 
 
@@ -42,7 +42,7 @@ def resolve_duplicates(
     alike: SimilarPairs,
     rank_of: Callable[[np.ndarray], np.ndarray],
     may_keep: np.ndarray | None = None,
-) -> DuplicateMarks:
+) -> DuplicateClusters:
     """Decide which documents are kept.
 
     Likeness does not carry over: with A like B and B like C, A and C may have little in common,
@@ -87,12 +87,12 @@ def resolve_duplicates(
     member, node, component = member[sort], node[sort], component[sort]
     copy = may[node] & (of[node] < 0) & (member != stands[node])
     cluster, size = _number(component)
-    return DuplicateMarks(
+    return DuplicateClusters(
         member=member,
-        of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),
+        duplicate_of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),
         jaccard=np.where(copy, 1.0, likeness[node]),
         cluster=cluster,
-        size=size,
+        cluster_size=size,
     )
 
 

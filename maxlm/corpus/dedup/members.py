@@ -18,7 +18,7 @@ from maxlm.corpus.shards import RowGroup, StageShardView
 
 
 @dataclass(frozen=True)
-class Members:
+class SelectedDocuments:
     """The members of a corpus. Picklable; their columns stay on disk.
 
     A shard's file has the columns row (int64, within the shard, rising), rank (float64, the higher
@@ -27,28 +27,28 @@ class Members:
 
     folder: Path
     shards: tuple[str, ...]
-    first: tuple[int, ...]
+    shard_offsets: tuple[int, ...]
     """The first member of each shard, and behind them the number of all."""
-    first_document: tuple[int, ...] = ()
+    document_offsets: tuple[int, ...] = ()
     """The first document of each shard, counted over the corpus, members or not."""
 
     @property
     def total(self) -> int:
-        return self.first[-1]
+        return self.shard_offsets[-1]
 
     def file(self, shard: int) -> Path:
         return get_member_path(self.folder, self.shards[shard])
 
     def by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Yields each shard that has some of the sorted `members`, and the slice of these."""
-        ends = np.searchsorted(members, self.first)
+        ends = np.searchsorted(members, self.shard_offsets)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
 
-    def documents(self, members: np.ndarray) -> np.ndarray:
+    def get_document_indices(self, members: np.ndarray) -> np.ndarray:
         """Returns the members' numbers among all documents of the corpus; int64."""
-        shard = np.searchsorted(self.first, members, "right") - 1
-        return self.take("row", members).to_numpy() + np.array(self.first_document)[shard]
+        shard = np.searchsorted(self.shard_offsets, members, "right") - 1
+        return self.take("row", members).to_numpy() + np.array(self.document_offsets)[shard]
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order."""
@@ -56,7 +56,7 @@ class Members:
         parts = []
         for shard, part in self.by_shard(unique):
             values = read_columns(self.file(shard)).array(column)
-            parts.append(values.take(pa.array(unique[part] - self.first[shard])))
+            parts.append(values.take(pa.array(unique[part] - self.shard_offsets[shard])))
         if not parts:
             kinds = {"rank": pa.float64(), "row": pa.int64()}
             return pa.array([], kinds.get(column, pa.string()))
@@ -68,7 +68,7 @@ def get_member_path(folder: Path, shard: str) -> Path:
     return folder / "members" / f"{shard}.arrow"
 
 
-class MemberList:
+class SelectedDocumentsWriter:
     """The members of one shard, as they are read."""
 
     reads = ("id", "source")
@@ -83,7 +83,7 @@ class MemberList:
     def add(self, group: RowGroup) -> None:
         """Adds the members of one row group."""
         self._rows.append(group.index + group.first)
-        self._ranks.append(rank_documents(group.batch, self._keep_by))
+        self._ranks.append(compute_keep_scores(group.batch, self._keep_by))
         for name, parts in self._names.items():
             parts.append(group.batch.column(name))
 
@@ -96,19 +96,21 @@ class MemberList:
         return rank
 
 
-def number_members(folder: Path, shards: Sequence[StageShardView]) -> Members:
+def load_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
-    return Members(folder, names, tuple(accumulate(sizes, initial=0)), count_documents(shards)[:-1])
+    return SelectedDocuments(
+        folder, names, tuple(accumulate(sizes, initial=0)), compute_document_offsets(shards)[:-1]
+    )
 
 
-def count_documents(shards: Sequence[StageShardView]) -> tuple[int, ...]:
+def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
     """The first document of each shard, and behind them the number of all."""
     return tuple(accumulate((shard.num_documents() for shard in shards), initial=0))
 
 
-def rank_documents(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
+def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
     """Ranks documents, best highest: float64 [rows], -inf where the label is null or no number."""
     if keep_by is None:
         return np.zeros(batch.num_rows)
@@ -132,7 +134,9 @@ def write_labels(
     arrays = [pa.array(labels[field.name], field.type) for field in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     with shard.writer(schema) as writer:
-        for group in shard.rows(["id"]):
+        for group in shard.read_selected_rows(["id"]):
             start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
             index = rows[start:stop] - group.first
-            writer.write(replace(group, index=index), batch.slice(start, stop - start))
+            writer.write_selected_rows(
+                replace(group, index=index), batch.slice(start, stop - start)
+            )

@@ -55,11 +55,11 @@ def hash_windows(
     text: np.ndarray,
     starts: np.ndarray,
     stops: np.ndarray,
-    first: np.ndarray,
-    size: int,
+    document_word_offsets: np.ndarray,
+    window_words: int,
     base: int = _BASE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes each run of `size` words within a document, white space between them included, from
+    """Hashes each run of `window_words` words within a document, white space between them included, from
     what `find_words` found.
 
     The hash is a polynomial of the characters: the difference of two sums up to its ends, times a
@@ -68,12 +68,15 @@ def hash_windows(
     Returns:
         uint64 [windows], and the word with which each begins, int64 [windows].
     """
-    begins = np.flatnonzero(np.arange(len(starts)) + size <= np.repeat(first[1:], np.diff(first)))
+    begins = np.flatnonzero(
+        np.arange(len(starts)) + window_words
+        <= np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
+    )
     powers = _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
     np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
     inverse = _list_powers(pow(base, -1, 2**64), len(text))
-    start, stop = starts[begins], stops[begins + size - 1]
+    start, stop = starts[begins], stops[begins + window_words - 1]
     return mix_bits((sums[stop] - sums[start]) * inverse[start]), begins
 
 
@@ -83,7 +86,7 @@ def _list_powers(base: int, number: int) -> np.ndarray:
     return np.multiply.accumulate(powers)
 
 
-def find_first_copies(runs: np.ndarray, may_keep: np.ndarray) -> np.ndarray:
+def match_earlier_copies(runs: np.ndarray, may_keep: np.ndarray) -> np.ndarray:
     """Finds which parts of runs whose source is dropped are in another such run before.
 
     Args:

@@ -15,8 +15,13 @@ import pyarrow as pa
 from maxlm.corpus.dedup.columns import concatenate
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, make_shingle_set
 from maxlm.corpus.opened import OpenCorpus, cut_texts, mark_kept
-from maxlm.corpus.recipe import Rules, find_comparing_stages
-from maxlm.corpus.settling import Compared, add_verdicts, list_rule_inputs, settle_duplicates
+from maxlm.corpus.recipe import FilterRules, find_dedup_stages
+from maxlm.corpus.settling import (
+    DedupStages,
+    add_verdicts,
+    list_rule_inputs,
+    resolve_duplicates_for_rules,
+)
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.pool import Executor
@@ -45,12 +50,12 @@ class LostText:
         )
 
 
-def count_lost(
-    corpus: OpenCorpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
+def estimate_lost_text(
+    corpus: OpenCorpus, rules: FilterRules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
     """Look for some 10,000 dropped duplicates and as many cut passages in what the rules keep."""
-    stages = find_comparing_stages(corpus.recipe, rules)
-    shards = settle_duplicates(corpus, rules, progress)
+    stages = find_dedup_stages(corpus.recipe, rules)
+    shards = resolve_duplicates_for_rules(corpus, rules, progress)
     if not stages or not shards:
         return LostText()
     size = min(getattr(stage, "ngram", 5) for stage, _ in stages)
@@ -62,7 +67,7 @@ def count_lost(
     wanted = np.unique(concatenate([*chain(*texts)], np.uint64))
     # What is cut for another reason is no repeat.
     cut = {label for stage, _ in stages for label in stage.verdict_labels} & {*rules.cut}
-    find = partial(_find_hashes, Rules(rules.keep, tuple(cut)), wanted, size)
+    find = partial(_find_hashes, FilterRules(rules.keep, tuple(cut)), wanted, size)
     seen = np.any(run(find, [shards[i::_JOBS] for i in range(min(_JOBS, len(shards)))], "kept"), 0)
     lost = (
         sum(bool(found[np.searchsorted(wanted, hashes)].mean() < share) for hashes in some)
@@ -72,12 +77,12 @@ def count_lost(
 
 
 def _sample_removed(
-    rules: Rules, stages: Compared, size: int, most: int, shard: StageShardView
+    rules: FilterRules, stages: DedupStages, size: int, most: int, shard: StageShardView
 ) -> list[tuple[int, list[np.ndarray]]]:
     """Counts dropped documents and cut passages, and hashes the first of each."""
     inputs, counts, samples = ["text", *list_rule_inputs(rules, stages)], [0, 0], ([], [])
-    verdicts = [f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts]
-    for table in shard.groups([*dict.fromkeys([*inputs, *verdicts])]):
+    verdicts = [f"{stage.unique_name}.{label}" for stage, _ in stages for label in stage.verdicts]
+    for table in shard.read_row_groups([*dict.fromkeys([*inputs, *verdicts])]):
         # By no verdict, by those on whole documents, and by all.
         none = add_verdicts(table.select(inputs), stages, {})
         whole = {name for name in verdicts if name.endswith((".duplicate", ".jaccard"))}
@@ -102,12 +107,12 @@ def _sample_removed(
 
 
 def _find_hashes(
-    rules: Rules, wanted: np.ndarray, size: int, shards: Sequence[StageShardView]
+    rules: FilterRules, wanted: np.ndarray, size: int, shards: Sequence[StageShardView]
 ) -> np.ndarray:
     """Marks hashes found in kept documents, and in what stays of them: bool [2, hashes]."""
     seen = np.zeros((2, len(wanted)), np.bool_)
-    columns = [*dict.fromkeys(["text", *rules.names, *rules.cut])]
-    for table in chain.from_iterable(shard.groups(columns) for shard in shards):
+    columns = [*dict.fromkeys(["text", *rules.label_names, *rules.cut])]
+    for table in chain.from_iterable(shard.read_row_groups(columns) for shard in shards):
         kept = table.filter(pa.array(mark_kept(table, rules)))
         texts = kept.column("text").to_pylist()
         whole = [make_shingle_set(text, size) for text in texts]

@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.corpus.expression import Threshold
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.recipe import Rules
+from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import Summary
 from maxlm.corpus.shards import DOCUMENTS
 from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_contaminated_documents
@@ -22,7 +22,7 @@ _WIDTH, _HEIGHT = 440, 120
 
 
 def write_report(
-    corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
+    corpus: OpenCorpus, rules: FilterRules, summary: Summary, path: Path, lost: str = ""
 ) -> None:
     """Write the page, whole or not at all; `lost` is a sentence about text lost."""
     from jinja2 import Environment
@@ -45,7 +45,7 @@ def write_report(
         sources=sources,
         read=corpus.manifest(DOCUMENTS)["counts"],
         funnel=compute_funnel(rules, summary, sources),
-        stages=[(stage.title, corpus.manifest(stage.title)) for stage in stages],
+        stages=[(stage.unique_name, corpus.manifest(stage.unique_name)) for stage in stages],
         histograms=_draw_histograms(rules, summary),
         rules=[(n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()],
         kept=summary.kept,
@@ -57,7 +57,9 @@ def write_report(
         new.write_text(page, "utf-8")
 
 
-def compute_funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> list[dict[str, Any]]:
+def compute_funnel(
+    rules: FilterRules, summary: Summary, sources: Sequence[str]
+) -> list[dict[str, Any]]:
     """Computes what is left after each rule, from all documents down."""
     rows, before = [], None
     for rule in ("", "has text", *rules.keep):
@@ -89,7 +91,7 @@ def _list_mixture(summary: Summary) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw_histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
+def _draw_histograms(rules: FilterRules, summary: Summary) -> list[dict[str, Any]]:
     """Labels that rules compare first, each with the values at which it is cut."""
     thresholds: dict[str, list[Threshold]] = {}
     for rule in rules.keep.values():

@@ -19,7 +19,7 @@ import pyarrow.types as types
 
 from maxlm.corpus.opened import OpenCorpus, cut_texts
 from maxlm.corpus.recipe import Rules
-from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.pool import Executor
@@ -97,7 +97,7 @@ def summarize(
         if (types.is_integer(type_) or types.is_floating(type_))
         and not name.endswith(".cluster")  # A number that is a name.
     ]
-    shards = settle_duplicates(corpus, rules, progress)
+    shards = resolve_duplicates_for_rules(corpus, rules, progress)
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     total = Summary()
     for each in JobRunner("report", engine, progress)(job, shards):

@@ -14,7 +14,7 @@ from maxlm.corpus.cuts import CUTS, join_spans
 from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.stage import PerDocumentStage
 from maxlm.corpus.text import UNICODE, WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import list_files
@@ -52,27 +52,25 @@ def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
 
 
 def build_gram_index(
-    sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
+    sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items_per_ngram: int
 ) -> GramIndex:
     """Builds the index of evaluation sets' n-grams.
 
     Args:
         n: words in an n-gram. An item of fewer words is looked for as a whole,
         shortest: if it has this many; else it is left out.
-        max_items: n-grams of more different items of a set are left out, as text of a template, if
+        max_items_per_ngram: n-grams of more different items of a set are left out, as text of a template, if
             they are not of a long passage; see `_wanted`.
     """
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
     for name, source in sets.items():
         items = _read_items(source, n, shortest)
-        wanted = _wanted(items, n, max_items)
+        wanted = _wanted(items, n, max_items_per_ngram)
         if not wanted.any():
             what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
             if items.words.any():
-                what = (
-                    f'all text of evaluation set "{name}" is common to more than {max_items} items'
-                )
+                what = f'all text of evaluation set "{name}" is common to more than {max_items_per_ngram} items'
             fix = "check its files and text_field, lower shortest, or raise max_items"
             raise MaxlmError(what, fix=fix)
         is_size[np.minimum(items.words[items.words > 0], n)] = True
@@ -181,7 +179,7 @@ def find_grams(index: GramIndex, text: str) -> np.ndarray:
     return np.concatenate(found)
 
 
-class DecontaminateStage(LabelStage):
+class DecontaminateStage(PerDocumentStage):
     """Labels documents that have n-grams of words in common with evaluation sets: by default 13, as
     in "Language Models are Few-Shot Learners" (Brown et al. 2020, arXiv 2005.14165, appendix C).
 
@@ -222,10 +220,10 @@ class DecontaminateStage(LabelStage):
             ]
         )
 
-    def key(self) -> str:
-        return f"{super().key()} {UNICODE} {hash_evaluation_sets(self.sets)}"
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
-    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         index = build_gram_index(
             self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
         )
@@ -253,7 +251,7 @@ class DecontaminateStage(LabelStage):
 
 
 @dataclass(frozen=True)
-class ItemCount:
+class ContaminatedItem:
     """Documents in which an item of an evaluation set was found, and the most of it in any."""
 
     set: str
@@ -264,20 +262,20 @@ class ItemCount:
 
 def count_contaminated_documents(
     stage: DecontaminateStage, shards: Sequence[StageShardView]
-) -> list[ItemCount]:
+) -> list[ContaminatedItem]:
     """Counts the items of evaluation sets that have contaminated documents, most first.
 
     A document counts for the item it has most of.
     """
-    title, found = stage.title, {}
+    title, found = stage.unique_name, {}
     columns = [f"{title}.{name}" for name in ("contaminated", "set", "item", "overlap")]
     for shard in shards:
-        for rows in shard.rows(columns):
+        for rows in shard.read_selected_rows(columns):
             for contaminated, name, item, overlap in zip(
                 *rows.batch.to_pydict().values(), strict=True
             ):
                 if contaminated:
                     documents, most = found.get((name, item), (0, 0.0))
                     found[name, item] = documents + 1, max(most, overlap)
-    counts = [ItemCount(*key, *value) for key, value in found.items()]
+    counts = [ContaminatedItem(*key, *value) for key, value in found.items()]
     return sorted(counts, key=lambda each: (-each.documents, each.set, each.item))

@@ -23,14 +23,14 @@ from maxlm.corpus.dedup.columns import (
     write_columns,
 )
 from maxlm.corpus.dedup.members import (
-    MemberList,
-    Members,
+    SelectedDocuments,
+    SelectedDocumentsWriter,
     get_member_path,
-    number_members,
+    load_selected_documents,
     write_labels,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.corpus.text import normalize
 from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 
@@ -39,7 +39,7 @@ _DIGEST = "S32"  # Compared with trailing zeros ignored, which is right for one 
 _ENTRY = re.compile(r"\d{6}-[\w-]+\.digests")
 
 
-class ExactStage(CorpusStage):
+class ExactStage(CrossDocumentStage):
     """Documents with the same SHA-256 of their normalised text are copies; the best is kept.
 
     Normalisation decides what "the same" means: by default Unicode's form C, folded case, and each
@@ -97,7 +97,7 @@ class ExactStage(CorpusStage):
                 self._check_index(folder)
                 earlier, own = _find_entries(folder, shards[0].folder)
             run(partial(_hash_shard, self, scratch), shards, "hash")
-            members = number_members(scratch, shards)
+            members = load_selected_documents(scratch, shards)
             number = max(1, -(-members.total * _BYTES // self.memory))
             # A killed run may have had other ranges, or another index.
             out = scratch / "ranges" / f"{number}-{len(earlier)}"
@@ -142,8 +142,8 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
     out = _digest_file(scratch, shard.name)
     if out.exists():
         return
-    members, digests = MemberList(stage.keep_by), []
-    for group in shard.rows((*members.reads, *stage.reads)):
+    members, digests = SelectedDocumentsWriter(stage.keep_by), []
+    for group in shard.read_selected_rows((*members.reads, *stage.reads)):
         texts = (stage.normalise(text.as_py()) for text in group.batch.column("text"))
         digests += [hashlib.sha256(text.encode()).digest() for text in texts]
         members.add(group)
@@ -154,7 +154,7 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
 
 
 def _group_range(
-    members: Members, folder: Path, number: int, earlier: tuple[Path, ...], which: int
+    members: SelectedDocuments, folder: Path, number: int, earlier: tuple[Path, ...], which: int
 ) -> None:
     """Find the best copy of each text in one of `number` ranges of digests.
 
@@ -172,7 +172,7 @@ def _group_range(
         places = np.flatnonzero(mark_run_starts(columns["digest"][part]))
         counts.append(np.diff(places, append=part.stop - part.start))
         digests.append(columns["digest"][part][places])
-        best.append(columns["member"][part][places] + members.first[shard])
+        best.append(columns["member"][part][places] + members.shard_offsets[shard])
         rank.append(columns["rank"][part][places])
         origin.append(np.full(len(places), shard, np.int32))
     digest, member = concatenate(digests, _DIGEST), concatenate(best, np.int64)
@@ -202,7 +202,7 @@ def _group_range(
 
 def _label_shard(
     schema: pa.Schema,
-    members: Members,
+    members: SelectedDocuments,
     folder: Path,
     number: int,
     part: tuple[int, StageShardView],
@@ -218,7 +218,7 @@ def _label_shard(
     text = np.empty(len(columns), np.int64)  # Of each member: which of the shard's texts.
     text[columns["member"]] = np.cumsum(mark_run_starts(columns["digest"])) - 1
     kept = concatenate(found["kept"], np.int64)[text]
-    duplicate = kept != np.arange(len(text)) + members.first[which]
+    duplicate = kept != np.arange(len(text)) + members.shard_offsets[which]
     ids = members.take("id", kept[duplicate]).cast(pa.large_string())
     places = np.cumsum(duplicate) - 1
     copies = concatenate(found["copies"], np.int64)[text]
@@ -227,7 +227,7 @@ def _label_shard(
         "of": ids.take(pa.array(places, mask=~duplicate)),
         "copies": copies,
         "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
-        "cluster": pa.array(members.documents(kept), mask=copies == 1),
+        "cluster": pa.array(members.get_document_indices(kept), mask=copies == 1),
     }
     write_labels(shard, schema, read_columns(members.file(which))["row"], labels)
 

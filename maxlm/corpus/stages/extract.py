@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.extraction import Extractor
-from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.extraction import HtmlExtractorProcess
+from maxlm.corpus.stage import PerDocumentStage
 
 
-class ExtractStage(LabelStage):
+class ExtractStage(PerDocumentStage):
     """The main text of each document that came as HTML: a new version of its text.
 
     Documents that came as text have null labels, and keep their text. The work is done in a child
@@ -54,8 +54,8 @@ class ExtractStage(LabelStage):
             ("trafilatura", "lxml", "resiliparse") if self.mode == "quality" else ("resiliparse",)
         )
 
-    def open_row(self) -> Callable[..., dict[str, Any]]:
-        extractor = Extractor(self.mode == "quality", self.markdown, self.seconds)
+    def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
+        extractor = HtmlExtractorProcess(self.mode == "quality", self.markdown, self.seconds)
 
         def label(html: bytes | None, meta: str | None) -> dict[str, Any]:
             if html is None:

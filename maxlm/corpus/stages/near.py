@@ -27,21 +27,21 @@ from maxlm.corpus.dedup.candidates import (
     find_pair_range_starts,
     find_pairs,
     read_pairs_in_range,
-    split_pairs,
+    unpack_pairs,
     write_bands,
 )
 from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateMarks, SimilarPairs, resolve_duplicates
+from maxlm.corpus.dedup.components import DuplicateClusters, SimilarPairs, resolve_duplicates
 from maxlm.corpus.dedup.members import (
-    MemberList,
-    Members,
+    SelectedDocuments,
+    SelectedDocumentsWriter,
     get_member_path,
-    number_members,
+    load_selected_documents,
     write_labels,
 )
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
@@ -49,7 +49,7 @@ _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
 
-class NearStage(CorpusStage):
+class NearStage(CrossDocumentStage):
     """Finds documents whose sets of word n-grams overlap: Jaccard similarity >= `jaccard`.
 
     MinHash signatures in bands (`dedup.minhash`) give candidates and nothing else: each pair is
@@ -91,7 +91,7 @@ class NearStage(CorpusStage):
     needs: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     by_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
-    neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
+    neutral = (*CrossDocumentStage.neutral, "max_share", "max_shares", "alarm_from")
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -109,23 +109,25 @@ class NearStage(CorpusStage):
         return choose_banding(self.jaccard, self.recall, self.hashes)
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """See `CorpusStage.label`."""
-        members, alike = find_alike(self, shards, scratch, run)
+        """See `CrossDocumentStage.label`."""
+        members, alike = find_similar_pairs(self, shards, scratch, run)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         parts = list(enumerate(shards))
         counts = run(partial(_count_sources, members), parts, "count")
         if shards:
             self._check_shares(members, marks, counts, shards[0].folder)
-            ends = {name: members.documents(getattr(alike, name)) for name in ("low", "high")}
-            path = shards[0].path(self.title).with_name("pairs.arrow")
+            ends = {
+                name: members.get_document_indices(getattr(alike, name)) for name in ("low", "high")
+            }
+            path = shards[0].path(self.unique_name).with_name("pairs.arrow")
             write_columns(path, ends | {"jaccard": alike.jaccard})
         run(partial(_label_shard, members, self.schema()), parts, "label")
 
     def _check_shares(
         self,
-        members: Members,
-        marks: DuplicateMarks,
+        members: SelectedDocuments,
+        marks: DuplicateClusters,
         counts: Sequence[tuple[Counter, Counter]],
         corpus: Path,
     ) -> None:
@@ -138,16 +140,16 @@ class NearStage(CorpusStage):
                 raise MaxlmError(
                     f'source "{source}" would lose {lost[source]} of {documents[source]} documents'
                     f" ({share:.1%}; allowed: {most:.1%}). {_largest(members, marks, source)}",
-                    where=self.title,
+                    where=self.unique_name,
                     fix=f"look at these documents (maxlm corpus show {corpus} ID): if they are to "
                     f"go, set max_shares: {{{source}: {min(1.0, share + 0.01):.2f}}}; if not, "
                     "raise jaccard or leave them out by where",
                 )
 
 
-def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
+def _largest(members: SelectedDocuments, marks: DuplicateClusters, source: str) -> str:
     """A sentence about the clusters in which a source would lose most."""
-    lost = np.flatnonzero(marks.of >= 0)
+    lost = np.flatnonzero(marks.duplicate_of >= 0)
     sources = members.take("source", marks.member[lost]).to_numpy(zero_copy_only=False)
     lost = lost[sources == source]
     cluster, counts = np.unique(marks.cluster[lost], return_counts=True)
@@ -155,55 +157,61 @@ def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
     for which in np.argsort(-counts, kind="stable")[:_SHOWN]:
         here = lost[marks.cluster[lost] == cluster[which]][:_SHOWN]
         ids = members.take("id", marks.member[here]).to_pylist()
-        kept = members.take("id", marks.of[here[:1]])[0]
+        kept = members.take("id", marks.duplicate_of[here[:1]])[0]
         more = ", ..." if counts[which] > len(ids) else ""
         told.append(f"{counts[which]} like {kept} ({', '.join(ids)}{more})")
     return f"Largest clusters: {'; '.join(told)}"
 
 
-def _read_marks(members: Members, number: int) -> DuplicateMarks:
+def _read_marks(members: SelectedDocuments, number: int) -> DuplicateClusters:
     """Reads the marks of a shard's members."""
     columns = read_columns(members.folder / "marks.arrow")
-    part = slice(*np.searchsorted(columns["member"], members.first[number : number + 2]))
-    return DuplicateMarks(*(columns[name][part] for name in DuplicateMarks.__dataclass_fields__))
+    part = slice(*np.searchsorted(columns["member"], members.shard_offsets[number : number + 2]))
+    return DuplicateClusters(
+        *(columns[name][part] for name in DuplicateClusters.__dataclass_fields__)
+    )
 
 
-def _count_sources(members: Members, part: tuple[int, StageShardView]) -> tuple[Counter, Counter]:
+def _count_sources(
+    members: SelectedDocuments, part: tuple[int, StageShardView]
+) -> tuple[Counter, Counter]:
     """Documents of each source, and those of them that are marked."""
     marks = _read_marks(members, part[0])
-    marked = marks.member[marks.of >= 0] - members.first[part[0]]
+    marked = marks.member[marks.duplicate_of >= 0] - members.shard_offsets[part[0]]
     sources = read_columns(members.file(part[0])).array("source")
     return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
 
 
-def _label_shard(members: Members, schema: pa.Schema, part: tuple[int, StageShardView]) -> None:
+def _label_shard(
+    members: SelectedDocuments, schema: pa.Schema, part: tuple[int, StageShardView]
+) -> None:
     number, shard = part
     marks = _read_marks(members, number)
     rows = read_columns(members.file(number))["row"]
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
-    mark[marks.member - members.first[number]] = np.arange(len(marks.member))
+    mark[marks.member - members.shard_offsets[number]] = np.arange(len(marks.member))
     clustered = pa.array(mark, mask=mark < 0)
-    of = pa.array(marks.of, mask=marks.of < 0).take(clustered)
+    of = pa.array(marks.duplicate_of, mask=marks.duplicate_of < 0).take(clustered)
     lost = pa.array(np.cumsum(of.is_valid()) - 1, mask=of.is_null().to_numpy(False))
     labels = {
         "duplicate": of.is_valid(),
         "of": members.take("id", of.drop_null().to_numpy()).cast(pa.large_string()).take(lost),
-        "jaccard": pa.array(marks.jaccard, mask=marks.of < 0).take(clustered),
+        "jaccard": pa.array(marks.jaccard, mask=marks.duplicate_of < 0).take(clustered),
         "cluster": pa.array(marks.cluster).take(clustered),
-        "cluster_size": pc.fill_null(pa.array(marks.size).take(clustered), 1),
+        "cluster_size": pc.fill_null(pa.array(marks.cluster_size).take(clustered), 1),
     }
     write_labels(shard, schema, rows, labels)
 
 
-def find_alike(
+def find_similar_pairs(
     stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run: JobRunner
-) -> tuple[Members, SimilarPairs]:
+) -> tuple[SelectedDocuments, SimilarPairs]:
     """Find the pairs of documents that are as alike as is asked for.
 
     The memory of this process grows with what is found: 24 bytes for each pair.
     """
     run(partial(_sign_shard, stage, scratch), shards, "signatures")
-    members = number_members(scratch, shards)
+    members = load_selected_documents(scratch, shards)
     number = max(1, -(-members.total * _KEY_BYTES // stage.memory))
     folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
     parts = list(product(range(1, stage.choose_banding().bands + 1), range(number)))
@@ -220,7 +228,7 @@ def find_alike(
         columns = read_columns(file)
         verified.append(columns["pair"])
         jaccard.append(columns["jaccard"])
-    low, high = split_pairs(concatenate(verified, np.uint64))
+    low, high = unpack_pairs(concatenate(verified, np.uint64))
     return members, SimilarPairs(low, high, concatenate(jaccard, np.float64))
 
 
@@ -233,12 +241,12 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     out, file = get_member_path(scratch, shard.name), _set_file(scratch, shard.name)
     if out.exists() and file.exists():
         return
-    members, banding = MemberList(stage.keep_by), stage.choose_banding()
+    members, banding = SelectedDocumentsWriter(stage.keep_by), stage.choose_banding()
     keys, sizes = [np.empty((banding.bands, 0), np.uint64)], []
     with convert_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as new, new.open("wb") as stream:
-        for group in shard.rows((*members.reads, *stage.reads)):
+        for group in shard.read_selected_rows((*members.reads, *stage.reads)):
             texts = group.batch.column("text").to_pylist()
             sets = [make_shingle_set(text, stage.ngram) for text in texts]
             concatenate(sets, np.uint64).tofile(stream)
@@ -251,7 +259,7 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
 
 
 def _write_pairs(
-    stage: NearStage, members: Members, folder: Path, number: int, part: tuple[int, int]
+    stage: NearStage, members: SelectedDocuments, folder: Path, number: int, part: tuple[int, int]
 ) -> None:
     """Write the candidates of a band and range in files of bounded size, each sorted."""
     band, which = part
@@ -276,7 +284,7 @@ def _write_pairs(
 
 def _verify(
     least: float,
-    members: Members,
+    members: SelectedDocuments,
     found: Sequence[Path],
     starts: np.ndarray,
     part: tuple[int, Path],
@@ -286,7 +294,7 @@ def _verify(
     if out.exists():
         return
     candidates = read_pairs_in_range(found, starts, which)
-    low, high = split_pairs(candidates)
+    low, high = unpack_pairs(candidates)
     jaccard = np.empty(len(candidates))
     for shard, here in members.by_shard(low):
         order = np.argsort(high[here], kind="stable") + here.start
@@ -301,12 +309,12 @@ def _verify(
     write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})
 
 
-def _read_sets(members: Members, shard: int, which: np.ndarray) -> Iterator[np.ndarray]:
+def _read_sets(members: SelectedDocuments, shard: int, which: np.ndarray) -> Iterator[np.ndarray]:
     """Yields the sets of members of a shard, which have n-grams: no file is empty."""
     file = _set_file(members.folder, members.shards[shard])
     hashes = np.memmap(file, np.uint64, "r")
     start = read_columns(file.with_suffix(".arrow"))["start"]
-    for place in (which - members.first[shard]).tolist():
+    for place in (which - members.shard_offsets[shard]).tolist():
         yield hashes[start[place] : start[place + 1]]
 
 

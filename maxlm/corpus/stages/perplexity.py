@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
-from maxlm.corpus.stage import LabelStage, check_packages
-from maxlm.corpus.text import UNICODE, Lines, WordsConfig, open_lines
+from maxlm.corpus.stage import PerDocumentStage, check_packages
+from maxlm.corpus.text import UNICODE, LineNormalizer, LineNormalizerConfig, make_line_normalizer
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
@@ -34,7 +34,7 @@ _FEWEST = 20  # Documents whose thirds mean something.
 class PerplexityConfig(Config):
     """Settings of a perplexity model's training."""
 
-    words: WordsConfig = WordsConfig()
+    words: LineNormalizerConfig = LineNormalizerConfig()
     ngrams: KneserNeyConfig = KneserNeyConfig()
     percentiles: tuple[float, float] = (100 / 3, 200 / 3)
     """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
@@ -72,7 +72,7 @@ class PerplexityReport:
 class PerplexityModel:
     """A trained model, opened."""
 
-    lines: Lines
+    lines: LineNormalizer
     score: Callable[[str], float]
     """log10 of a line's probability, its end included."""
     cutoffs: tuple[float, float] = (0.0, 0.0)
@@ -90,9 +90,9 @@ class PerplexityModel:
 
 
 def open_model(folder: Path) -> PerplexityModel:
-    """Raises: MaxlmError: see `read_cutoffs`; KenLM cannot read the model."""
-    kept = read_cutoffs(folder)
-    return PerplexityModel(open_lines(kept.words), _load(folder / MODEL), kept.cutoffs)
+    """Raises: MaxlmError: see `read_perplexity_metadata`; KenLM cannot read the model."""
+    kept = read_perplexity_metadata(folder)
+    return PerplexityModel(make_line_normalizer(kept.words), _load(folder / MODEL), kept.cutoffs)
 
 
 def _load(path: Path) -> Callable[[str], float]:
@@ -107,20 +107,20 @@ def _load(path: Path) -> Callable[[str], float]:
         raise _unreadable(path, str(error)) from error
 
 
-class Cutoffs(Config):
+class PerplexityMetadata(Config):
     """The content of `cutoffs.json`."""
 
     cutoffs: tuple[float, float]
-    words: WordsConfig
+    words: LineNormalizerConfig
     model_sha256: str
     report: dict[str, Any]
 
 
-def read_cutoffs(folder: Path) -> Cutoffs:
+def read_perplexity_metadata(folder: Path) -> PerplexityMetadata:
     """Reads what a model's training recorded."""
     path = folder / CUTOFFS
     try:
-        return Cutoffs.model_validate_json(path.read_bytes())
+        return PerplexityMetadata.model_validate_json(path.read_bytes())
     except OSError as error:
         what = f"there is no perplexity model: {error.strerror}"
         raise MaxlmError(what, where=str(path), fix=f"train one: {TRAIN}") from error
@@ -130,7 +130,7 @@ def read_cutoffs(folder: Path) -> Cutoffs:
 
 def hash_model(folder: Path) -> str:
     """Hashes all that decides a model's perplexities: its files and its tokenizer's."""
-    kept, path = read_cutoffs(folder), folder / MODEL
+    kept, path = read_perplexity_metadata(folder), folder / MODEL
     if not path.is_file() or hash_file(path) != kept.model_sha256:
         raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
     parts = [kept.model_dump_json()]
@@ -175,7 +175,7 @@ def train_perplexity(
         # Without it, a model that is being replaced is not taken for a whole one.
         (folder / CUTOFFS).unlink(missing_ok=True)
     held: list[str] = []
-    lines, most = open_lines(config.words), config.reference_documents
+    lines, most = make_line_normalizer(config.words), config.reference_documents
     documents = 0
 
     def sentences() -> Iterator[str]:
@@ -198,7 +198,7 @@ def train_perplexity(
     low, high = np.percentile(perplexities, config.percentiles)
     shown: dict[int, float] = {p: float(np.percentile(perplexities, p)) for p in _SHOWN}
     whole = PerplexityReport(documents, report, len(perplexities), shown, (float(low), float(high)))
-    kept = Cutoffs(
+    kept = PerplexityMetadata(
         cutoffs=whole.cutoffs,
         words=config.words,
         model_sha256=hash_file(folder / MODEL),
@@ -213,7 +213,7 @@ ANY = "*"
 """The key in `models` for every language that is not named."""
 
 
-class PerplexityStage(LabelStage):
+class PerplexityStage(PerDocumentStage):
     """Perplexity under a 5-gram Kneser-Ney model, and CCNet's buckets (arXiv 1911.00359).
 
     The models are those of `maxlm corpus train-perplexity`. Low is not always good: repetition and
@@ -248,22 +248,24 @@ class PerplexityStage(LabelStage):
         return ("text",) if self.language is None else ("text", self.language)
 
     @property
-    def strings(self) -> tuple[str, ...]:
+    def string_input_columns(self) -> tuple[str, ...]:
         """Labels it reads that must hold strings."""
         return self.reads[1:]
 
     def schema(self) -> pa.Schema:
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Hashes the models' content too."""
         contents = map(hash_model, self.models.values())
-        return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([super().fingerprint(), UNICODE, *contents]).encode()
+        ).hexdigest()
 
-    def open_row(self) -> Callable[..., dict[str, Any]]:
+    def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         """Reads models when the first document in their language comes."""
         for folder in self.models.values():
-            read_cutoffs(folder)
+            read_perplexity_metadata(folder)
         opened: Callable[[Path], PerplexityModel] = cache(open_model)
 
         def label(text: str, language: str | None = None) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
-from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.stage import PerDocumentStage
 
 _PLACES = ("start", "end", "kind", "masked_start", "masked_end")
 _SPAN = pa.struct([(n, pa.string() if n == "kind" else pa.int32()) for n in _PLACES])
 
 
-class PiiStage(LabelStage):
+class PiiStage(PerDocumentStage):
     """Finds e-mail addresses, telephone numbers, public IP addresses, IBANs, payment cards, US
     Social Security numbers, and keys and tokens, and puts a typed placeholder in their place.
 
@@ -51,7 +51,7 @@ class PiiStage(LabelStage):
         counts = [(kind, pa.int32()) for kind in KINDS]
         return pa.schema([*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))])
 
-    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a region has no numbering plan."""
         finder = PiiFinder(self.regions)
         placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.stage import LabelStage, check_packages
+from maxlm.corpus.stage import PerDocumentStage, check_packages
 from maxlm.corpus.text import WORD_PATTERN
 from maxlm.data.documents.document import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -103,7 +103,7 @@ class Classifier:
     threshold: float
     """The suggested one."""
 
-    def predict(self, texts: Sequence[str]) -> np.ndarray:
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Predicts the probability of each text to be a positive one, by its first 2^20 characters:
         float64 [texts]; not a number for a text without words."""
         features = _make_features(texts, self.settings)
@@ -120,11 +120,11 @@ class Classifier:
             new.write_bytes(save({"weights": self.weights}, metadata))
 
 
-def load_classifier(path: Path, where: str | None = None) -> Classifier:
-    """Reads a file that `Classifier.save` wrote; `where` is its config key, for errors."""
+def load_classifier(path: Path, error_location: str | None = None) -> Classifier:
+    """Reads a file that `Classifier.save` wrote; `error_location` is its config key, for errors."""
     fix = f"train one: {TRAIN} (see its --help)"
     if not path.is_file():
-        raise MaxlmError(f"there is no classifier {path}", where=where, fix=fix)
+        raise MaxlmError(f"there is no classifier {path}", where=error_location, fix=fix)
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
@@ -135,7 +135,9 @@ def load_classifier(path: Path, where: str | None = None) -> Classifier:
                 raise ValueError(f"weights {weights.dtype}{weights.shape}")
             return Classifier(settings, weights, **json.loads(metadata["numbers"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MaxlmError(f"{path} holds no classifier ({error})", where=where, fix=fix) from error
+        raise MaxlmError(
+            f"{path} holds no classifier ({error})", where=error_location, fix=fix
+        ) from error
 
 
 def train_classifier(
@@ -248,7 +250,7 @@ def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConf
                 raise MaxlmError(what, fix=fix)
 
 
-class QualityStage(LabelStage):
+class QualityStage(PerDocumentStage):
     """Gives the probability that a text is one of the positive examples a classifier was trained on
     (`maxlm.corpus.stages.quality`; the idea is GPT-3's, arXiv 2005.14165, appendix A).
 
@@ -265,20 +267,20 @@ class QualityStage(LabelStage):
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Hashes the model's content too."""
         try:
             content = hashlib.sha256(self.model.read_bytes()).hexdigest()
         except OSError as error:
             what = f"cannot read the classifier {self.model}: {error.strerror}"
-            raise MaxlmError(what, where=self.title, fix=f"train one: {TRAIN}") from error
-        return hashlib.sha256(f"{super().key()} {content}".encode()).hexdigest()
+            raise MaxlmError(what, where=self.unique_name, fix=f"train one: {TRAIN}") from error
+        return hashlib.sha256(f"{super().fingerprint()} {content}".encode()).hexdigest()
 
-    def open_row(self) -> Callable[[str], dict[str, Any]]:
-        model = load_classifier(self.model, self.title)
+    def make_row_label_fn(self) -> Callable[[str], dict[str, Any]]:
+        model = load_classifier(self.model, self.unique_name)
 
         def label(text: str) -> dict[str, Any]:
-            score = model.predict([text])[0]
+            score = model.predict_proba([text])[0]
             return {} if np.isnan(score) else {"score": score}
 
         return label

@@ -22,7 +22,7 @@ of 128 bits a word gives the same groups as sorting a suffix a character, in a f
 and hashes of parts are merged by ranges without their texts.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `write_shard_blocks` sorts the windows of each block; `match_range` finds the first
+hashes: `write_shard_blocks` sorts the windows of each block; `find_repeated_windows` finds the first
 occurrence of each window that comes several times, for one range of hashes; `find_cuts` takes the
 union of a document's copies. It also lists where each copied run came first, for which documents
 are kept is not known yet: what is cut of them is settled later (`corpus.settling`).
@@ -48,7 +48,7 @@ from maxlm.corpus.dedup.columns import (
     read_columns,
     write_columns,
 )
-from maxlm.corpus.dedup.members import count_documents, rank_documents, write_labels
+from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores, write_labels
 from maxlm.corpus.dedup.windows import (
     CHECK_BASE,
     concatenate_texts,
@@ -57,7 +57,7 @@ from maxlm.corpus.dedup.windows import (
     hash_windows,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.runtime.files import convert_write_errors
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
@@ -79,7 +79,11 @@ _SCHEMA = pa.schema(
 
 
 def write_shard_blocks(
-    folder: Path, size: int, block_characters: int, keep_by: str | None, shard: StageShardView
+    folder: Path,
+    window_words: int,
+    block_characters: int,
+    keep_by: str | None,
+    shard: StageShardView,
 ) -> None:
     """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
 
@@ -98,10 +102,10 @@ def write_shard_blocks(
         write_columns(_block_file(folder, name, "documents"), columns)
         write_columns(_block_file(folder, name, "text"), {"text": text})
         starts, stops, first = find_words(text, offsets)
-        hashes, begins = hash_windows(text, starts, stops, first, size)
+        hashes, begins = hash_windows(text, starts, stops, first, window_words)
         order = np.argsort(hashes, kind="stable")
         columns = {"hash": hashes[order], "place": starts[begins[order]].astype(np.uint32)}
-        checks, _ = hash_windows(text, starts, stops, first, size, CHECK_BASE)
+        checks, _ = hash_windows(text, starts, stops, first, window_words, CHECK_BASE)
         columns |= {"check": checks[order]}
         write_columns(_block_file(folder, name, "hashes"), columns)
         windows.append(len(hashes))
@@ -114,9 +118,9 @@ def _blocks(
     """Yields the texts, rows and ranks of some documents of a shard at a time."""
     texts, rows, ranks, size = [], [], [], 0
     columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
-    for group in shard.rows(columns):
+    for group in shard.read_selected_rows(columns):
         column = group.batch.column("text")
-        good = rank_documents(group.batch, keep_by)
+        good = compute_keep_scores(group.batch, keep_by)
         for i, row in enumerate((group.index + group.first).tolist()):
             text = get_code_points(column[i].as_py())
             if len(text) > _LONGEST:
@@ -134,8 +138,8 @@ def _blocks(
         yield texts, np.array(rows, np.int64), np.array(ranks)
 
 
-def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
-    """Write the list of all blocks, in order, for `match_range` and `find_cuts`.
+def write_block_list(folder: Path, shards: Sequence[StageShardView]) -> int:
+    """Write the list of all blocks, in order, for `find_repeated_windows` and `find_cuts`.
 
     Returns:
         How many windows the blocks have.
@@ -144,7 +148,9 @@ def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
     windows = [read_columns(file)["windows"].tolist() for file in files]
     blocks = [
         (shard.name, f"{shard.name}-{i}", first)
-        for shard, first, counts in zip(shards, count_documents(shards), windows, strict=False)
+        for shard, first, counts in zip(
+            shards, compute_document_offsets(shards), windows, strict=False
+        )
         for i in range(len(counts))
     ]
     path = folder / "blocks.json"
@@ -158,7 +164,7 @@ def _read_list(folder: Path) -> list[tuple[str, str, int]]:
     return json.loads((folder / "blocks.json").read_text())
 
 
-def match_range(folder: Path, num_ranges: int, ranked: bool, range_index: int) -> None:
+def find_repeated_windows(folder: Path, num_ranges: int, ranked: bool, range_index: int) -> None:
     """Write the positions of windows that occur earlier, rising, and where the first of all is:
     FOLDER/ranges/NUMBER-WHICH.
 
@@ -194,7 +200,7 @@ def match_range(folder: Path, num_ranges: int, ranked: bool, range_index: int) -
     write_columns(path, {"position": positions[order], "source": source[order]})
 
 
-def find_cuts(folder: Path, shard: str, num_ranges: int, size: int) -> pa.RecordBatch:
+def find_cuts(folder: Path, shard: str, num_ranges: int, window_words: int) -> pa.RecordBatch:
     """Finds what to cut from the documents of a shard.
 
     Args:
@@ -205,7 +211,7 @@ def find_cuts(folder: Path, shard: str, num_ranges: int, size: int) -> pa.Record
     """
     listed = _read_list(folder)
     mine = [block for block, (other, _, _) in enumerate(listed) if other == shard]
-    parts = [_cut_block(folder, listed, block, num_ranges, size) for block in mine]
+    parts = [_cut_block(folder, listed, block, num_ranges, window_words) for block in mine]
     table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
     columns = [pa.concat_arrays([pa.nulls(0, c.type), *c.chunks]) for c in table.columns]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
@@ -312,7 +318,7 @@ def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
     return folder / "ranges" / f"{num_ranges}-{range_index}.arrow"
 
 
-class SubstringStage(CorpusStage):
+class SubstringStage(CrossDocumentStage):
     """Passages of at least `min_tokens` words that stand elsewhere too, within a document or in
     another, become spans to cut; the first copy stays (Lee et al. 2022, arXiv 2107.06499).
 
@@ -337,14 +343,14 @@ class SubstringStage(CorpusStage):
         return pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """See `CorpusStage.label`. The scratch files take ten times the text."""
+        """See `CrossDocumentStage.label`. The scratch files take ten times the text."""
         folder = scratch / f"windows-{self.memory}"  # A killed run may have had another.
         largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
         index = partial(write_shard_blocks, folder, self.min_tokens, largest, self.keep_by)
         run(index, shards, "index")
-        windows = list_blocks(folder, shards)
+        windows = write_block_list(folder, shards)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        match = partial(match_range, folder, number, self.keep_by is not None)
+        match = partial(find_repeated_windows, folder, number, self.keep_by is not None)
         run(match, range(number), "match")
         run(partial(_cut, self, folder, number), shards, "cut")
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelStage
-from maxlm.corpus.text import UNICODE, is_word, split_tokens
+from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.text import UNICODE, is_word, split_words_and_symbols
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
 
 
-class ToxicityStage(LabelStage):
+class ToxicityStage(PerDocumentStage):
     """Scores how offensive a text reads, by a small classifier of English and by lists of words.
 
     Labels, for thresholds and for a look at samples, not verdicts: the classifier knows single
@@ -52,13 +52,13 @@ class ToxicityStage(LabelStage):
         scores = [("score", pa.float32()), ("max_score", pa.float32())]
         return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float64())])
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Hashes the lists' content too."""
-        content = repr(read_lists(self.lists))
-        return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
+        content = repr(read_word_lists(self.lists))
+        return hashlib.sha256(f"{super().fingerprint()} {UNICODE} {content}".encode()).hexdigest()
 
-    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
-        listed = _index_phrases(read_lists(self.lists))
+    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
+        listed = _index_phrases(read_word_lists(self.lists))
         predict = None
         if self.classifier:
             from profanity_check import predict_prob as predict
@@ -91,7 +91,7 @@ def chunk_text(text: str, size: int) -> Iterator[str]:
         start = stop
 
 
-def read_lists(names: Sequence[str]) -> tuple[str, ...]:
+def read_word_lists(names: Sequence[str]) -> tuple[str, ...]:
     """Reads the words and phrases of lists, shipped ones by name or files by path."""
     phrases: dict[str, None] = {}
     for name in names:
@@ -112,7 +112,7 @@ def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple
     Args:
         listed: phrases as tokens in lower case, by their first, the longest first.
     """
-    tokens = split_tokens(text.lower())
+    tokens = split_words_and_symbols(text.lower())
     found = end = 0
     for i, token in enumerate(tokens):
         if i >= end and token in listed:
@@ -125,7 +125,9 @@ def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple
 
 def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
     listed: dict[str, list[list[str]]] = {}
-    for tokens in sorted((split_tokens(p.lower()) for p in phrases), key=len, reverse=True):
+    for tokens in sorted(
+        (split_words_and_symbols(p.lower()) for p in phrases), key=len, reverse=True
+    ):
         if tokens:
             listed.setdefault(tokens[0], []).append(tokens)
     return listed

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.stage import PerDocumentStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _LISTS = Path(__file__).parents[1] / "lists"
@@ -22,7 +22,7 @@ _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WORD = re.compile(r"[^\W_]+")
 
 
-class UrlStage(LabelStage):
+class UrlStage(PerDocumentStage):
     """Tells whether an address is on a list, or made of words that are.
 
     The rules are RefinedWeb's (arXiv:2306.01116, appendix G.1), which FineWeb kept
@@ -66,14 +66,14 @@ class UrlStage(LabelStage):
         types = {"host": large, "domain": large, "blocked": pa.bool_(), "rule": small}
         return pa.schema(list(types.items()))
 
-    def key(self) -> str:
-        digest = hashlib.sha256(super().key().encode())
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(super().fingerprint().encode())
         lists = [self.domains, self.words, self.subwords, self.soft_words]
         for path in chain(*lists, *(_NSFW_LISTS if self.nsfw else ())):
             digest.update(hashlib.sha256(_content(Path(path))).digest())
         return digest.hexdigest()
 
-    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a list cannot be read."""
         from tldextract import TLDExtract
 

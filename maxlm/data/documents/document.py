@@ -64,7 +64,7 @@ class Document:
     """UTF-8, except under the policy `on_bad_bytes="keep"`. Never empty."""
 
 
-class LeftOut(Enum):
+class SkipReason(Enum):
     """The reason why a document is not taken."""
 
     EMPTY = "empty, or not decodable under the policy skip"

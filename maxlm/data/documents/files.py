@@ -17,7 +17,7 @@ from typing import Protocol, cast
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
 _SNIFF_BYTES = 8192
@@ -26,7 +26,7 @@ _SNIFF_BYTES = 8192
 class DocumentReader(Protocol):
     """Reads the files of a format."""
 
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
         """Yields the documents of a part of a file, and for each one left out the reason."""
         ...
 
@@ -153,7 +153,7 @@ def find_files(config: FilesConfig) -> Listing:
     num_binary = 0
     for entry in config.documents:
         found = binary = 0
-        for root in find_roots(entry):
+        for root in resolve_glob(entry):
             if folder_format := find_folder_format(root):
                 reader = load_folder_reader(folder_format, entry)
                 for file in reader.list_files(root, config):
@@ -174,7 +174,7 @@ def find_files(config: FilesConfig) -> Listing:
     return Listing(tuple(files.values()), num_binary)
 
 
-def find_roots(entry: str) -> list[Path]:
+def resolve_glob(entry: str) -> list[Path]:
     """Finds the files and folders that an entry stands for."""
     path = Path(entry).expanduser()
     if entry == PYTHON_STDLIB or path.exists():

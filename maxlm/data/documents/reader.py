@@ -13,7 +13,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import BadBytes, FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
 from maxlm.data.documents.files import list_files, load_reader
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
@@ -57,7 +57,7 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
         yield from (document for document in found if isinstance(document, Document))
 
 
-def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
     """Reads a part of a file of any format: its documents, and for each one left out the reason."""
     return load_reader(part.file.format, str(part.file.path)).read(source, part)
 
@@ -65,11 +65,11 @@ def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | Lef
 class FileReader:
     """Reads text, JSONL and Parquet; see `files.DocumentReader`."""
 
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
         for record in read_records(source, part):
             if record.error is not None:
                 raise record.error
-            yield Document(record.id, record.text) if record.text else LeftOut.EMPTY
+            yield Document(record.id, record.text) if record.text else SkipReason.EMPTY
 
 
 FILE_READER = FileReader()

@@ -84,12 +84,12 @@ def make_whole_slice(file: SourceFile) -> FileSlice:
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
 
-def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
-    """Checks that a file is as it was when it was listed and scanned; `making` is for the error."""
+def check_unchanged(file: SourceFile, mtime_ns: int, artifact: str) -> None:
+    """Checks that a file is as it was when it was listed and scanned; `artifact` is for the error."""
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
     if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
-        what = f"the file changed while the {making} was being built"
+        what = f"the file changed while the {artifact} was being built"
         raise MaxlmError(what, where=str(file.path), fix="run the build again")
 
 

@@ -77,9 +77,13 @@ class Batches:
             sequences[here] = within
         return stores, sequences
 
-    def rows(self, step: int, rows: Sequence[int] | ArrayLike | None = None) -> Batch:
+    def rows(self, step: int, row_numbers: Sequence[int] | ArrayLike | None = None) -> Batch:
         """Returns the given global rows [n] of the batch of `step`, in this order; None is all."""
-        wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows, dtype=np.int64)
+        wanted = (
+            np.arange(self.batch_size)
+            if row_numbers is None
+            else np.asarray(row_numbers, dtype=np.int64)
+        )
         stores, sequences = self.locate(step * self.batch_size + wanted)
         shape = (wanted.size, self.seq_len)
         names = ("tokens", "targets", "segment_ids", "positions")
@@ -140,7 +144,7 @@ def _read(
 
 
 @dataclass(frozen=True)
-class MixtureRow:
+class SourceUsage:
     """The share of some steps that is read from one source."""
 
     source: str
@@ -153,16 +157,21 @@ class MixtureRow:
     """Times that these steps read the source."""
 
 
-def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:
-    """Returns what steps `start` to `stop` of a mixture's batches read from each source; the steps
+def summarize_source_usage(batches: Batches, start_step: int, stop_step: int) -> list[SourceUsage]:
+    """Returns what steps `start_step` to `stop_step` of a mixture's batches read from each source; the steps
     past its end count as nothing. O(1) in the number of steps.
     """
     mixture = batches.mixture
-    first, last = (mixture.counts(step * batches.batch_size) for step in (start, stop))
+    first, last = (
+        mixture.count_sequences_before(step * batches.batch_size)
+        for step in (start_step, stop_step)
+    )
     counts = [b - a for a, b in zip(first, last, strict=True)]
     rows = []
     for name, count, source in zip(mixture.names, counts, batches.sources, strict=True):
         epochs = count / source.num_sequences
         share = count / max(1, sum(counts))
-        rows.append(MixtureRow(name, count, share, round(epochs * source.store.num_tokens), epochs))
+        rows.append(
+            SourceUsage(name, count, share, round(epochs * source.store.num_tokens), epochs)
+        )
     return rows

@@ -79,19 +79,19 @@ class Mixture:
         key: int | None,
         *,
         changes: Sequence[tuple[int, Weights]] = (),
-        most: Mapping[str, int] | None = None,
+        max_sequences: Mapping[str, int] | None = None,
     ) -> "Mixture":
         """Makes a mixture of stores numbered in the order of `weights`, which need not sum to 1.
 
         Args:
             changes: (first index, weights of every store) of later phases, in rising order.
-            most: how many sequences a store gives in all, for stores that do not go on for ever.
+            max_sequences: how many sequences a store gives in all, for stores that do not go on for ever.
                 Its weight then goes to the others, in proportion to theirs.
         """
         names = tuple(weights)
         phases = [(0, weights), *changes]
         _check(names, phases)
-        limits = [(most or {}).get(name, ENDLESS) for name in names]
+        limits = [(max_sequences or {}).get(name, ENDLESS) for name in names]
         before, segments = [0] * len(names), list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
             while start < stop:
@@ -128,7 +128,7 @@ class Mixture:
             streams[at] += np.array(segment.before)[stores[at]]
         return stores, streams
 
-    def counts(self, index: int) -> tuple[int, ...]:
+    def count_sequences_before(self, index: int) -> tuple[int, ...]:
         """Counts each store's sequences among the first `index`, but for the shuffling of the block
         that `index` cuts."""
         segment = self._segment_at(index)
@@ -289,7 +289,9 @@ class Mixing:
             key,
             changes=[(step * batch_size, weights) for step, weights in changes],
             # 0 would be a source that nobody meant to leave out.
-            most={name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()},
+            max_sequences={
+                name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()
+            },
         )
 
 

@@ -86,7 +86,7 @@ class Packing(Protocol):
     @property
     def num_sequences(self) -> int: ...
 
-    def pieces(self, sequences: Int64s) -> DocumentSpans:
+    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
         """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
         ...
 
@@ -102,7 +102,7 @@ class ConcatPacking:
     def num_sequences(self) -> int:
         return -(-self.store.num_tokens // self.seq_len)
 
-    def pieces(self, sequences: Int64s) -> DocumentSpans:
+    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
         offsets = self.store.offsets
         begins = sequences * self.seq_len
         ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
@@ -163,7 +163,7 @@ class BestFitPacking:
     def num_sequences(self) -> int:
         return self.index.sequence_offsets.size - 1
 
-    def pieces(self, sequences: Int64s) -> DocumentSpans:
+    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
         index = self.index
         first = index.sequence_offsets[sequences]
         counts = index.sequence_offsets[sequences + 1] - first

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from maxlm.config.errors import Lost, MaxlmError
+from maxlm.config.errors import MaxlmError, ProcessLost
 from maxlm.data.loader.batches import Batch
 from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
@@ -123,9 +123,9 @@ def _close(
     gc.collect()
 
 
-def _describe_death(signal_number: int) -> Lost:
+def _describe_death(signal_number: int) -> ProcessLost:
     name, cause = signal.strsignal(signal_number), _LIKELY_CAUSES.get(signal_number, "")
-    return Lost(
+    return ProcessLost(
         f"a loader worker was killed by signal {signal_number} ({name}){cause}",
         where="data.workers",
         fix="run the same command to go on from the last checkpoint, with fewer data.workers or "

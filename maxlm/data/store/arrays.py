@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.storage import Place, join_place, make_kvstore_spec, read_failure_hint
+from maxlm.runtime.storage import Place, get_read_failure_fix, join_place, make_kvstore_spec
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
@@ -53,7 +53,7 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
         array[start : start + len(values)].write(values).result()
     except (ValueError, OSError) as error:
         fix = "free some disk space, or check the folder and its permissions"
-        raise describe_array_error(folder, error, fix) from error
+        raise make_array_error(folder, error, fix) from error
 
 
 def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
@@ -84,13 +84,13 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
     try:
         return ts.open(spec | options, **kwargs).result()
     except (ValueError, OSError) as error:
-        fix = read_failure_hint(
+        fix = get_read_failure_fix(
             path, "check the disk, or build the store again with maxlm corpus build"
         )
-        raise describe_array_error(path, error, fix) from error
+        raise make_array_error(path, error, fix) from error
 
 
-def describe_array_error(
+def make_array_error(
     path: Place, error: Exception, fix: str, what: str = "array error"
 ) -> MaxlmError:
     """Describes a TensorStore error in one line, without its source locations."""

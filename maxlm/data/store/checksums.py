@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from maxlm.runtime.pool import count_workers
+from maxlm.runtime.pool import count_usable_cores
 from maxlm.runtime.storage import Place, hash_stored_file, read_file
 
 CHECKSUMS_NAME = "checksums.sha256"
@@ -14,7 +14,7 @@ CHECKSUMS_NAME = "checksums.sha256"
 def write_checksums(folder: Path) -> str:
     """Write the checksums of all files that are below the folder now; returns the list's own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    with ThreadPoolExecutor(count_workers()) as threads:
+    with ThreadPoolExecutor(count_usable_cores()) as threads:
         digests = threads.map(lambda name: hash_stored_file(folder, name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
     (folder / CHECKSUMS_NAME).write_text("".join(lines))
@@ -49,7 +49,7 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
         yield CHECKSUMS_NAME, "is empty"
         return
     digests, _, names = zip(*(line.partition("  ") for line in lines), strict=True)
-    with ThreadPoolExecutor(count_workers()) as threads:
+    with ThreadPoolExecutor(count_usable_cores()) as threads:
         for name, found in zip(names, threads.map(find_fault, digests, names), strict=True):
             if found:
                 yield name, found

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.documents.config import BadBytes
-from maxlm.runtime.files import verify_json_digest, write_json
-from maxlm.runtime.storage import Place, join_place, read_failure_hint, read_file
+from maxlm.runtime.files import verify_and_strip_json_digest, write_json_with_digest
+from maxlm.runtime.storage import Place, get_read_failure_fix, join_place, read_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -155,14 +155,14 @@ def segment_path(number: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into a store folder, whole or not at all."""
-    write_json(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+    write_json_with_digest(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
 
 
 def read_manifest(folder: Place) -> Manifest:
     """Reads the manifest of a store."""
     path = join_place(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
-    fix = read_failure_hint(folder, rebuild)
+    fix = get_read_failure_fix(folder, rebuild)
     try:
         text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -170,7 +170,7 @@ def read_manifest(folder: Place) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
-        manifest = Manifest.model_validate_json(verify_json_digest(text))
+        manifest = Manifest.model_validate_json(verify_and_strip_json_digest(text))
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):

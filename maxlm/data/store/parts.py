@@ -20,14 +20,14 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.documents.document import FileSlice, LeftOut, is_heldout
+from maxlm.data.documents.document import FileSlice, SkipReason, is_heldout
 from maxlm.data.documents.files import describe_selected_documents, find_files
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.streams import Scan, check_unchanged, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
 from maxlm.runtime.files import convert_write_errors, replace_file
-from maxlm.runtime.pool import count_workers
+from maxlm.runtime.pool import count_usable_cores
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def plan_build(
     if shard_bytes is None:
         even = sum(file.size for file in listing.files) // 64
         shard_bytes = min(max(even, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
-    with ThreadPoolExecutor(workers or count_workers()) as threads:
+    with ThreadPoolExecutor(workers or count_usable_cores()) as threads:
         scans = tuple(threads.map(lambda file: scan_file(file, shard_bytes), listing.files))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -215,9 +215,9 @@ def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
     for each in job.slices:
         count = counts.setdefault(each.source, Counter())
         for document in read_slice(job.config, each.slice):
-            if document is LeftOut.RULE:
+            if document is SkipReason.RULE:
                 count["num_dropped"] += 1
-            elif isinstance(document, LeftOut):
+            elif isinstance(document, SkipReason):
                 count["num_left_out"] += 1
             elif split == "all" or is_heldout(document.text, fraction) == (split == "heldout"):
                 count["num_documents"] += 1

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import describe_array_error, open_for_reading
+from maxlm.data.store.arrays import make_array_error, open_for_reading
 from maxlm.data.store.checksums import find_damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_path
 from maxlm.data.store.offsets import Offsets
-from maxlm.runtime.storage import Place, copy_folder, join_place, read_failure_hint, to_place
+from maxlm.runtime.storage import Place, download_folder, get_read_failure_fix, join_place, to_place
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -173,11 +173,11 @@ class TokenStore:
     def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
         copy = tempfile.TemporaryDirectory(prefix="tokenizer-")
         try:
-            copy_folder(self.place, "tokenizer", Path(copy.name))
+            download_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
             what, where = f"cannot read the tokenizer: {error}", str(self.place)
             raise MaxlmError(
-                what, where=where, fix=read_failure_hint(self.place, _REBUILD)
+                what, where=where, fix=get_read_failure_fix(self.place, _REBUILD)
             ) from error
         return copy
 
@@ -214,7 +214,7 @@ class TokenStore:
             return future.result()
         except (ValueError, OSError) as error:
             where = join_place(self.place, name)
-            raise describe_array_error(where, error, _REBUILD, what) from error
+            raise make_array_error(where, error, _REBUILD, what) from error
 
     def _damaged(self, what: str) -> MaxlmError:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)
@@ -232,7 +232,7 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
         raise MaxlmError(what, where=str(store.place), fix=fix)
 
 
-def describe(store: TokenStore) -> dict[str, Any]:
+def describe_store(store: TokenStore) -> dict[str, Any]:
     """Returns the manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a disk here) and
     `bytes_per_token`.
 
@@ -251,7 +251,7 @@ def summary_table(store: TokenStore) -> Table:
     """Formats the description as a two-column table, with the sources summed up."""
     from rich.table import Table
 
-    about, manifest = describe(store), store.manifest
+    about, manifest = describe_store(store), store.manifest
     left_out = sum(source.num_left_out for source in manifest.sources)
     dropped = sum(source.num_dropped for source in manifest.sources)
     split = manifest.split

@@ -4,7 +4,7 @@ tokenizers."""
 from maxlm.data.tokenizer.chat import encode_chat, render_chat
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.files import has_tokenizer
+from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, measure_tokenizer
 from maxlm.data.tokenizer.train import train_tokenizer
@@ -17,7 +17,7 @@ __all__ = [
     "compare_tokenizers",
     "encode_chat",
     "export_tokenizer",
-    "has_tokenizer",
+    "has_tokenizer_files",
     "import_tokenizer",
     "load_tokenizer",
     "measure_tokenizer",

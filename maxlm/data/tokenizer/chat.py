@@ -30,7 +30,7 @@ _TEMPLATES = {
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
-def write_chat_files(config: TokenizerConfig) -> dict[str, bytes]:
+def make_chat_files(config: TokenizerConfig) -> dict[str, bytes]:
     """Returns the files, by name, from which other tools and ``render_chat`` know
     ``config.chat``."""
     if config.chat is None:
@@ -111,7 +111,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
 
     rendered = render_chat(tokenizer, **_map_strings(settings, disarm, disarm_end))
     rendered = rendered.replace(_escaped(mark), mark)
-    return tokenizer.encode_disarmed(rendered, mark if mark in rendered else None)
+    return tokenizer.encode_with_escapes(rendered, mark if mark in rendered else None)
 
 
 def _escaped(char: str) -> str:

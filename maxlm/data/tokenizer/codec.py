@@ -56,16 +56,18 @@ class Codec(Protocol):
         """Encode segments of valid Unicode without reserved characters, in parallel."""
         ...
 
-    def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
+    def encode_segments_with_special(
+        self, segments: list[str], escape_char: str | None = None
+    ) -> list[list[int]]:
         """Encodes segments with special tokens' ids for their literals, where ``finds_special``;
-        see ``Tokenizer.encode_disarmed`` for ``mark``."""
+        see ``Tokenizer.encode_with_escapes`` for ``escape_char``."""
         raise AssertionError("this library does not look for special tokens")
 
-    def first_bytes(self, i: int) -> bytes:
+    def bytes_at_text_start(self, i: int) -> bytes:
         """Returns the bytes of this id at the beginning of a text."""
         return self.token_bytes[i]
 
-    def content(self) -> bytes:
+    def fingerprint_input(self) -> bytes:
         """Everything that decides which ids a text gets, in a canonical form."""
         ...
 
@@ -173,17 +175,19 @@ class Tokenizer:
                 and prompts that we wrote ourselves. False encodes those literals as the ordinary
                 text they are: for anything a user or a corpus supplied.
         """
-        return self.encode_disarmed(text) if allow_special else self.encode_batch([text])[0]
+        return self.encode_with_escapes(text) if allow_special else self.encode_batch([text])[0]
 
-    def encode_disarmed(self, text: str | bytes, mark: str | None = None) -> list[int]:
-        """Runs ``encode(text, allow_special=True)`` without the character ``mark``: literals that
+    def encode_with_escapes(self, text: str | bytes, escape_char: str | None = None) -> list[int]:
+        """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals that
         contain it stay ordinary text."""
         if self.codec.finds_special:
-            return self._encode([text], partial(self.codec.encode_marked, mark=mark))[0]
+            return self._encode(
+                [text], partial(self.codec.encode_segments_with_special, escape_char=escape_char)
+            )[0]
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         parts = self.special.split(raw)
-        if mark is not None:
-            parts = [part.replace(mark.encode(), b"") for part in parts]
+        if escape_char is not None:
+            parts = [part.replace(escape_char.encode(), b"") for part in parts]
         ids, *ordinary = self.encode_batch(parts[::2])
         for literal, following in zip(parts[1::2], ordinary, strict=True):
             ids += [self.special.ids[literal.decode()], *following]
@@ -215,7 +219,7 @@ class Tokenizer:
         pieces = [self.codec.token_bytes[i] for i in ids]
         first = None if continued else next((n for n, piece in enumerate(pieces) if piece), None)
         if first is not None:
-            pieces[first] = self.codec.first_bytes(ids[first])
+            pieces[first] = self.codec.bytes_at_text_start(ids[first])
         return b"".join(pieces)
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -236,11 +240,11 @@ class Tokenizer:
             carried=tuple(self.carried),
         )
         described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
-        contents = {**self.library_files(), files.METADATA: described}
+        contents = {**self.files_to_export(), files.METADATA: described}
         stale = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED} - {*contents}
         files.write_files(contents, Path(folder), stale)
 
-    def library_files(self) -> dict[str, bytes]:
+    def files_to_export(self) -> dict[str, bytes]:
         """The files that other tools read: the model file and the carried ones."""
         return {self.codec.file_name: self.codec.data, **self.carried}
 
@@ -320,10 +324,10 @@ def split_segments(text: str | bytes, *, reserved: str, cut: re.Pattern[str]) ->
     return segments
 
 
-def cut_text(text: str, limit: int, cut: re.Pattern[str]) -> Iterator[str]:
-    """Cut ``text`` at the first ``cut`` after every ``limit`` characters."""
+def cut_text(text: str, min_chars: int, cut: re.Pattern[str]) -> Iterator[str]:
+    """Cut ``text`` at the first ``cut`` after every ``min_chars`` characters."""
     start = 0
-    while len(text) - start > limit and (found := cut.search(text, start + limit)):
+    while len(text) - start > min_chars and (found := cut.search(text, start + min_chars)):
         yield text[start : found.end()]
         start = found.end()
     if start < len(text):
@@ -349,7 +353,7 @@ def _hash_tokenizer(kind: Kind, codec: Codec, special: SpecialTokens, opens: boo
     if not opens:
         roles.append("no opening")
     digest = hashlib.sha256(json.dumps(roles, sort_keys=True).encode())
-    content = codec.content()
+    content = codec.fingerprint_input()
     # Fingerprints of imported tokenizers have always been over a hash.
     nested = kind in ("huggingface", "wordpiece")
     digest.update(hashlib.sha256(content).digest() if nested else content)

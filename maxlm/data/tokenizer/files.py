@@ -50,7 +50,7 @@ class TokenizerMetadata(Config):
     """Names of further files, from ``CARRIED``."""
 
 
-def has_tokenizer(folder: str | PathLike[str]) -> bool:
+def has_tokenizer_files(folder: str | PathLike[str]) -> bool:
     """Whether ``folder`` has any file that ``Tokenizer.save`` would replace or remove."""
     names = (METADATA, JSON_FILE, SENTENCEPIECE_FILE, *CARRIED)
     return any((Path(folder) / name).exists() for name in names)
@@ -69,13 +69,13 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         fault = f"{field}: {first['msg']}" if field else first["msg"]
-        raise describe_damaged_file(path, fault) from error
+        raise make_damaged_file_error(path, fault) from error
     if metadata.format != FORMAT:
         what = f"tokenizer format {metadata.format} is not {FORMAT}"
         fix = "read it with the version of maxlm that wrote it"
         raise MaxlmError(what, where=str(path), fix=fix)
     if unknown := {*metadata.carried} - {*CARRIED}:
-        raise describe_damaged_file(path, f"carried: {min(unknown)}")
+        raise make_damaged_file_error(path, f"carried: {min(unknown)}")
     return metadata
 
 
@@ -110,7 +110,7 @@ def read_file(path: Path) -> bytes:
         raise MaxlmError(what, where=str(path), fix="make it readable") from error
 
 
-def describe_damaged_file(path: Path, fault: str) -> MaxlmError:
+def make_damaged_file_error(path: Path, fault: str) -> MaxlmError:
     """Makes the error for a tokenizer's file that cannot be used."""
     what = f"damaged tokenizer file ({' '.join(fault.split())})"
     fix = "copy it again from a good tokenizer, or train it again"

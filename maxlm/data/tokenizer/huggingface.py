@@ -86,10 +86,12 @@ class HuggingFaceModel(Codec):
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
 
-    def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
-        if mark is None:
+    def encode_segments_with_special(
+        self, segments: list[str], escape_char: str | None = None
+    ) -> list[list[int]]:
+        if escape_char is None:
             return _encode(self._marked, segments)
-        return [self._encode_disarmed(segment, mark) for segment in segments]
+        return [self._encode_disarmed(segment, escape_char) for segment in segments]
 
     def _encode_disarmed(self, segment: str, mark: str) -> list[int]:
         # The library sees the mark, so that no literal which contains it is one; its own ids go.
@@ -108,10 +110,10 @@ class HuggingFaceModel(Codec):
         parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
         return [i for part in parts for i in part]
 
-    def first_bytes(self, i: int) -> bytes:
+    def bytes_at_text_start(self, i: int) -> bytes:
         return self._bytes_of(i, first=True)
 
-    def content(self) -> bytes:
+    def fingerprint_input(self) -> bytes:
         spec = {"normalizer": None, "pre_tokenizer": None, **json.loads(self._known)}
         parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
         return json.dumps({part: spec[part] for part in parts}, sort_keys=True).encode()

@@ -15,9 +15,9 @@ from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 from maxlm.data.tokenizer.rank_files import (
     END_OF_TEXT,
     SCHEME,
-    convert_rank_file,
-    is_rank_file,
-    read_shipped_ranks,
+    convert_tiktoken_file,
+    is_tiktoken_file,
+    read_packaged_tiktoken_file,
 )
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
 
@@ -54,7 +54,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
 def import_tokenizer(
     source: str | PathLike[str],
     *,
-    rows: int | None = None,
+    embedding_rows: int | None = None,
     bos: str | None = None,
     eos: str | None = None,
     pad: str | None = None,
@@ -66,7 +66,7 @@ def import_tokenizer(
         source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
             or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
             "tiktoken:o200k_base". Of a single file only that file is looked at.
-        rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
+        embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
             tokenizer, in tokenizer.json alone; its files stay as they are. Some models were
             published with such, for images (Gemma 3) or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
@@ -76,9 +76,9 @@ def import_tokenizer(
     path = Path(source)
     is_shipped = str(source).startswith(SCHEME)
     if is_shipped or path.is_file():
-        data = read_shipped_ranks(str(source)) if is_shipped else read_file(path)
-        if is_rank_file(data):
-            data, special = convert_rank_file(data, str(path), pattern, eos)
+        data = read_packaged_tiktoken_file(str(source)) if is_shipped else read_file(path)
+        if is_tiktoken_file(data):
+            data, special = convert_tiktoken_file(data, str(path), pattern, eos)
             return _from_json(path, roles | {"eos": eos or END_OF_TEXT}, None, data, special)
         is_json = data.lstrip()[:1] == b"{"
     elif not path.exists():
@@ -91,7 +91,7 @@ def import_tokenizer(
     if pattern is not None:
         what = "this is no rank file, and says itself how text is split"
         raise MaxlmError(what, where=str(path), fix="leave the pattern out")
-    return _from_json(path, roles, rows) if is_json else _from_sentencepiece(path, roles)
+    return _from_json(path, roles, embedding_rows) if is_json else _from_sentencepiece(path, roles)
 
 
 def export_tokenizer(
@@ -101,7 +101,7 @@ def export_tokenizer(
     files of the folder stay."""
     if isinstance(tokenizer, (str, PathLike)):
         tokenizer = load_tokenizer(tokenizer)
-    files.write_files(tokenizer.library_files(), Path(folder))
+    files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
 def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes = b"") -> Codec:
@@ -122,7 +122,7 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
         raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
     except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
         fault = str(error).strip() or type(error).__name__
-        raise files.describe_damaged_file(path, fault) from error
+        raise files.make_damaged_file_error(path, fault) from error
 
 
 def _from_json(
@@ -164,7 +164,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     assert isinstance(codec, SentencePieceModel)
     control = codec.control_tokens()
     if path.is_file():
-        roles = {name: given or codec.role(name) for name, given in roles.items()}
+        roles = {name: given or codec.find_special_piece(name) for name, given in roles.items()}
     settings = _Settings(path, control, roles)
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):

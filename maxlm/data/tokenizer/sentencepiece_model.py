@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec, cut_text
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import SENTENCEPIECE_FILE
-from maxlm.runtime.pool import thread_count
+from maxlm.runtime.pool import tokenizer_thread_count
 
 _SPACE = "\u2581"
 _UNKNOWN = "<unk>"
@@ -63,13 +63,13 @@ class SentencePieceModel(Codec):
         return SentencePieceModel, (self.data,)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        threads = 1 if len(segments) == 1 else thread_count()
+        threads = 1 if len(segments) == 1 else tokenizer_thread_count()
         return self._model.encode(segments, out_type=int, num_threads=threads)
 
-    def content(self) -> bytes:
+    def fingerprint_input(self) -> bytes:
         return self.data
 
-    def first_bytes(self, i: int) -> bytes:
+    def bytes_at_text_start(self, i: int) -> bytes:
         if self.lossless or self._model.is_byte(i) or self._model.is_control(i):
             return self.token_bytes[i]
         return self._model.decode([i]).encode()  # Without the space that it put before the text.
@@ -79,7 +79,7 @@ class SentencePieceModel(Codec):
         ids = range(self._model.get_piece_size())
         return {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
 
-    def role(self, name: str) -> str | None:
+    def find_special_piece(self, name: str) -> str | None:
         """The piece that the model itself calls bos, eos or pad, if it has one."""
         i: int = getattr(self._model, f"{name}_id")()
         return self._model.id_to_piece(i) if i >= 0 else None
@@ -159,20 +159,20 @@ def _sentences(segments: Iterator[str]) -> Iterator[str]:
 def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
     message = str(error)
     if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return describe_small_text(config, int(found[1]))
+        return make_small_text_error(config, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return describe_small_vocabulary(config, int(found[1]))
+        return make_small_vocabulary_error(config, int(found[1]))
     what = f"SentencePiece could not train on this text: {message.strip()}"
     return MaxlmError(what, fix="give more text or another vocab_size")
 
 
-def describe_small_text(config: TokenizerConfig, reached: int) -> MaxlmError:
+def make_small_text_error(config: TokenizerConfig, reached: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
     what = f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens"
     return MaxlmError(what, fix=f"give more text or set vocab_size to {reached} or less")
 
 
-def describe_small_vocabulary(config: TokenizerConfig, needed: int) -> MaxlmError:
+def make_small_vocabulary_error(config: TokenizerConfig, needed: int) -> MaxlmError:
     """Makes the error for a vocabulary that the text's characters alone would fill."""
     what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
     return MaxlmError(what, fix=f"set vocab_size to {needed} or more")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.chat import write_chat_files
+from maxlm.data.tokenizer.chat import make_chat_files
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.huggingface import (
@@ -24,8 +24,8 @@ from maxlm.data.tokenizer.huggingface import (
 )
 from maxlm.data.tokenizer.sentencepiece_model import (
     SentencePieceModel,
-    describe_small_text,
-    describe_small_vocabulary,
+    make_small_text_error,
+    make_small_vocabulary_error,
     train_sentencepiece,
 )
 
@@ -65,7 +65,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         codec = HuggingFaceModel(*learn(config, segments))
         ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
-    return Tokenizer(config.kind, codec, special, carried=write_chat_files(config))
+    return Tokenizer(config.kind, codec, special, carried=make_chat_files(config))
 
 
 def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, tuple[str, ...]]:
@@ -134,7 +134,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     pieces = _learn(words, config.vocab_size - len(literals))
     reached = len(pieces) + len(literals)
     if reached > config.vocab_size:
-        raise describe_small_vocabulary(config, reached)
+        raise make_small_vocabulary_error(config, reached)
     _require_size(config, reached)
     vocab = {piece: i for i, piece in enumerate([*literals, *pieces])}
     tokenizer = Tokenizer(
@@ -156,7 +156,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
 
 def _require_size(config: TokenizerConfig, reached: int) -> None:
     if reached < config.vocab_size:
-        raise describe_small_text(config, reached)
+        raise make_small_text_error(config, reached)
 
 
 def _learn(words: Counter[str], size: int) -> list[str]:

@@ -203,7 +203,7 @@ class TransformerConfig(Config):
         """All layers, in the order in which they are run."""
         return (TrunkParts(self.parts),)
 
-    def place_of(self, layer: int) -> tuple[str, int]:
+    def locate_layer(self, layer: int) -> tuple[str, int]:
         """Returns the stack of a layer, and its index there."""
         for part in self.parts:
             if layer < part.depth:
@@ -227,7 +227,7 @@ class TransformerConfig(Config):
         return self.max_seq_len if self.positions.kind == "learned" else None
 
     @property
-    def expert_share(self) -> float:
+    def active_expert_fraction(self) -> float:
         """The share of a layer's routed experts that a token meets; 1 without experts."""
         return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
 
@@ -270,7 +270,7 @@ class TransformerConfig(Config):
                 "max_seq_len": seq_len,
                 "attention": small,
                 "mlp": narrowed(self.mlp),
-                "moe": narrowed(self.moe and self.moe.fewer(8)),
+                "moe": narrowed(self.moe and self.moe.limit_experts(8)),
                 "dense_layers": min(self.dense_layers, 1),
                 "pattern": pattern,
                 "positions": turned(self.positions),

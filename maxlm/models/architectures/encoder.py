@@ -42,7 +42,7 @@ class EncoderConfig(TransformerConfig):
         return Encoder(self, **how)
 
 
-class HeadLayer(nnx.Module):
+class PredictionHeadTransform(nnx.Module):
     """``norm(activation(x · kernel + bias))`` (Devlin et al. 2019, published code)."""
 
     def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any):
@@ -68,12 +68,12 @@ class Encoder(Transformer):
         super().__init__(config, causal=False, **how, **kw)
         rows = (None, config.token_types, config.d_model, config.init_std)
         self.types = Embedding(*rows, **kw) if config.token_types else None
-        self.head_layer = HeadLayer(config, **kw) if config.head_activation else None
+        self.head_layer = PredictionHeadTransform(config, **kw) if config.head_activation else None
 
-    def list_lookups(self) -> dict[str, tuple[str, ...]]:
-        """See :meth:`Transformer.list_lookups`."""
+    def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`Transformer.list_embedding_tables`."""
         types = {"types.table": ("",)} if self.types is not None else {}
-        return super().list_lookups() | types
+        return super().list_embedding_tables() | types
 
     def __call__(
         self,

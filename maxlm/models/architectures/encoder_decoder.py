@@ -45,14 +45,14 @@ class EncoderDecoderConfig(TransformerConfig):
         return self
 
     @property
-    def encoder(self) -> TransformerConfig:
+    def encoder_config(self) -> TransformerConfig:
         """Config of the encoder by itself."""
         return self.model_copy(update={"num_layers": self.encoder_layers})
 
     @property
     def trunks(self) -> tuple[TrunkParts, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        encoder = TrunkParts(self.encoder.parts, "encoder.", causal=False, is_encoder=True)
+        encoder = TrunkParts(self.encoder_config.parts, "encoder.", causal=False, is_encoder=True)
         return encoder, TrunkParts(self.parts, cross_attention=True)
 
     def build(self, **how: Any) -> "EncoderDecoder":
@@ -74,18 +74,18 @@ class EncoderDecoder(Transformer):
 
     def __init__(self, config: EncoderDecoderConfig, **how: Any):
         super().__init__(config, cross_attention=True, **how)
-        self.encoder = Trunk(config.encoder, causal=False, **how)
+        self.encoder = Trunk(config.encoder_config, causal=False, **how)
 
     @property
     def trunks(self) -> dict[str, Trunk]:
         """See :attr:`Transformer.trunks`."""
         return {"encoder.": self.encoder, "": self}
 
-    def list_lookups(self) -> dict[str, tuple[str, ...]]:
-        """See :meth:`Transformer.list_lookups`; both trunks share the table of tokens."""
-        return super().list_lookups() | {"embedding.table": ("", "encoder.")}
+    def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`Transformer.list_embedding_tables`; both trunks share the table of tokens."""
+        return super().list_embedding_tables() | {"embedding.table": ("", "encoder.")}
 
-    def encoded(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
+    def encode(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
         """Runs the encoder over the input."""
         tokens, positions, segment_ids = inputs
         x = self.encoder.embed_inputs(self.embedding(tokens), positions)
@@ -94,7 +94,7 @@ class EncoderDecoder(Transformer):
 
     def init_cross_cache(self, inputs: Tokens) -> CrossAttentionCache:
         """Makes, for inference, the keys and values that every layer looks up of the input."""
-        memory, _ = self.encoded(inputs)
+        memory, _ = self.encode(inputs)
 
         def keys(stacked: Block) -> KeysValues:
             return lax.map(
@@ -115,6 +115,6 @@ class EncoderDecoder(Transformer):
     ) -> tuple[jax.Array, Aux]:
         """Hidden states of the output's tokens; see :class:`Transformer`. Segments of equal number
         of these and of the encoder's ``inputs`` belong together."""
-        memory, aux = self.encoded(inputs)
+        memory, aux = self.encode(inputs)
         x, more = self.run_layers(self.embed(tokens, positions), (positions, segment_ids), memory)
         return self.apply_final_norm(x), aux.plus(more)

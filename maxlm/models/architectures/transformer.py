@@ -10,11 +10,11 @@ from jax.sharding import reshard
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, EncoderOutput, scan_cached
+from maxlm.models.blocks import Block, EncoderOutput, scan_blocks_with_cache
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
-from maxlm.models.params import Weight, declare, read_weight
+from maxlm.models.params import ShardedWeight, declare, read_weight
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
@@ -40,12 +40,12 @@ class Frontend(Protocol):
         ...
 
 
-class Head(NamedTuple):
+class LogitsInputs(NamedTuple):
     """Logits are cap·tanh((hidden · kernel + bias) / cap)."""
 
     hidden: jax.Array
     """[..., S, D]."""
-    kernel: Weight
+    kernel: ShardedWeight
     """[D, V], in the compute dtype."""
     bias: jax.Array | None
     """fp32 [V], as it is stored."""
@@ -73,7 +73,7 @@ class Transformer(Trunk):
         """All trunks, in the order in which they are run, by the prefix of their parameters."""
         return {"": self}
 
-    def list_lookups(self) -> dict[str, tuple[str, ...]]:
+    def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
         """Lists the parameters in which rows are looked up, that of tokens first; each with the
         trunks whose tokens these are, by their prefixes."""
         tables: dict[str, tuple[str, ...]] = {"embedding.table": ("",)}
@@ -125,7 +125,7 @@ class Transformer(Trunk):
             for part in self.config.parts
         }
 
-    def cached(
+    def forward_with_cache(
         self,
         tokens: jax.Array,
         positions: jax.Array,
@@ -150,33 +150,33 @@ class Transformer(Trunk):
             ]
             keys = memory and memory.keys[part.name]  # such layers are all alike
             held = tuple((own, keys) for own in cache[part.name])
-            x, written[part.name] = scan_cached(self.parts[part.name], bodies, x, held)
+            x, written[part.name] = scan_blocks_with_cache(self.parts[part.name], bodies, x, held)
         return self.apply_final_norm(x), written
 
-    def unembedding(self) -> Weight:
+    def unembedding(self) -> ShardedWeight:
         """Returns the output head [D, V] in the compute dtype."""
         if self.head is not None:
             return read_weight(self.head.kernel, self.rules, self.dtype)
         table = read_weight(self.embedding.table, self.rules, self.dtype)
-        whole = None if table.whole is None else table.whole.T
-        return Weight(table.value.T, table.used[::-1], whole)
+        whole = None if table.gathered is None else table.gathered.T
+        return ShardedWeight(table.value.T, table.compute_layout[::-1], whole)
 
-    def head_of(self, hidden: jax.Array) -> "Head":
+    def prepare_logits(self, hidden: jax.Array) -> "LogitsInputs":
         """Returns the maps from hidden states to logits; training fuses them with the loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
             hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
         if self.head_bias is not None:
             bias = read_weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
-        return Head(hidden, self.unembedding(), bias, self.config.logit_cap)
+        return LogitsInputs(hidden, self.unembedding(), bias, self.config.logit_cap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
-        head, dtype = self.head_of(hidden), accumulation_dtype(self.dtype)
+        head, dtype = self.prepare_logits(hidden), accumulation_dtype(self.dtype)
         logits = jnp.einsum(
             "bsd,dv->bsv",
             head.hidden,
-            reshard(head.kernel.value, make_spec(head.kernel.used)),
+            reshard(head.kernel.value, make_spec(head.kernel.compute_layout)),
             preferred_element_type=dtype,
             out_sharding=self.rules.spec("batch", "seq", "vocab"),
         )

@@ -31,7 +31,7 @@ Where = tuple[jax.Array, jax.Array | None]
 LayersFunction = Callable[[jax.Array, Where], tuple[jax.Array, Aux]]
 
 
-class Shared(NamedTuple):
+class SharedLayerInputs(NamedTuple):
     """Arrays that all layers read, with a gradient."""
 
     biases: jax.Array | None
@@ -83,14 +83,14 @@ class Trunk(nnx.Module):
         self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
 
     @property
-    def schedule(self) -> Schedule | None:
+    def pipeline_schedule(self) -> Schedule | None:
         """Schedule of layers over pipeline stages; None: they are not pipelined."""
         return self.parallel.schedule if self.rules.layers else None
 
     @property
     def layer_groups(self) -> int:
         """Groups of layers a pipeline stage holds."""
-        return self.parallel.layer_groups if self.schedule == "circular" else 1
+        return self.parallel.layer_groups if self.pipeline_schedule == "circular" else 1
 
     @property
     def parts(self) -> dict[str, Block]:
@@ -116,9 +116,9 @@ class Trunk(nnx.Module):
         self, x: jax.Array, where: Where, memory: EncoderOutput | None = None
     ) -> tuple[jax.Array, Aux]:
         """Runs all layers, one after the other or in a pipeline; reverse-mode differentiable."""
-        if self.schedule is not None:
+        if self.pipeline_schedule is not None:
             return run_circular_pipeline(
-                self.stage,
+                self.run_stage,
                 get_values(self.parts["layers"]),
                 x,
                 where,
@@ -131,7 +131,7 @@ class Trunk(nnx.Module):
             total = total.plus(aux)
         return x, total
 
-    def stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
+    def run_stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
         """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part of them
         along the layer axis."""
         part = next(part for part in self.config.parts if part.name == "layers")
@@ -145,7 +145,7 @@ class Trunk(nnx.Module):
         where: Where,
         memory: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
-        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Shared):
+        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: SharedLayerInputs):
             kinds, segments = context
             inputs = self._attention_inputs(part.kinds[number], kinds[number], shared.biases)
             encoder_output = (
@@ -157,7 +157,10 @@ class Trunk(nnx.Module):
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
         states: Any = memory and memory.states
         segments = memory and memory.segment_ids
-        context, shared = (self._contexts(part, where), segments), Shared(self.biases(), states)
+        context, shared = (
+            (self._contexts(part, where), segments),
+            SharedLayerInputs(self.relative_biases(), states),
+        )
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
 
@@ -165,7 +168,7 @@ class Trunk(nnx.Module):
         self, part: LayerStack, positions: jax.Array, lengths: jax.Array | None
     ) -> Iterator[AttentionInputs]:
         """Yields each kind of layer's inputs for tokens at these positions (inference)."""
-        biases, contexts = self.biases(), self._contexts(part, (positions, None), lengths)
+        biases, contexts = self.relative_biases(), self._contexts(part, (positions, None), lengths)
         for kind, context in zip(part.kinds, contexts, strict=True):
             inputs = self._attention_inputs(kind, context, biases)
             yield inputs._replace(lengths=lengths)
@@ -201,7 +204,7 @@ class Trunk(nnx.Module):
         how = (own.theta, own.scaling, accumulation_dtype(self.dtype))
         return compute_rotary(positions, size, *how, lengths=lengths)
 
-    def biases(self) -> jax.Array | None:
+    def relative_biases(self) -> jax.Array | None:
         """See :class:`Shared`."""
         if self.relative is None:
             return None

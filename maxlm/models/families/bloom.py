@@ -8,10 +8,10 @@ from maxlm.models.families.names import (
     QKV_BIASES,
     QKV_KERNELS,
     copy,
+    interleave_by_kv_head,
     map_linear,
     map_linears,
     map_norm,
-    split_heads,
 )
 from maxlm.models.families.reader import ConfigReader
 
@@ -20,8 +20,8 @@ TABLE = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
     **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
     **map_norm(f"{H}.input_layernorm", "attention_norm"),
-    f"{H}.self_attention.query_key_value.weight": split_heads(*QKV_KERNELS),
-    f"{H}.self_attention.query_key_value.bias": split_heads(*QKV_BIASES),
+    f"{H}.self_attention.query_key_value.weight": interleave_by_kv_head(*QKV_KERNELS),
+    f"{H}.self_attention.query_key_value.bias": interleave_by_kv_head(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
     **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
     **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),

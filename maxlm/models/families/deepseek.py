@@ -8,11 +8,11 @@ from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import (
     NameTable,
     copy,
+    interleave_by_kv_head,
     linear,
     map_linear,
     map_linears,
     permute_rotary,
-    split_heads,
 )
 from maxlm.models.families.reader import ConfigReader
 
@@ -36,7 +36,7 @@ def _table(config: Any) -> NameTable:
         f"{A}.kv_a_proj_with_mqa.weight": permute_rotary(down, latent.rotary_dim, each_head=False),
         f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(bias, latent.rotary_dim, each_head=False),
         f"{A}.kv_a_layernorm.weight": copy("attention.key_norm.scale"),
-        f"{A}.kv_b_proj.weight": split_heads(
+        f"{A}.kv_b_proj.weight": interleave_by_kv_head(
             "attention.key_up.kernel", "attention.value_up.kernel"
         ),
         **map_linear(f"{A}.o_proj", "attention.out"),

@@ -10,19 +10,19 @@ from maxlm.models.families.names import (
     QKV_KERNELS,
     NameTable,
     copy,
+    interleave_by_kv_head,
     linear,
     map_linear,
     map_linears,
     map_norm,
-    split_heads,
 )
 from maxlm.models.families.reader import ConfigReader
 
 H = "transformer.h.{layer}"
 TABLE = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
-    f"{H}.self_attention.query_key_value.weight": split_heads(*QKV_KERNELS),
-    f"{H}.self_attention.query_key_value.bias": split_heads(*QKV_BIASES),
+    f"{H}.self_attention.query_key_value.weight": interleave_by_kv_head(*QKV_KERNELS),
+    f"{H}.self_attention.query_key_value.bias": interleave_by_kv_head(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
     **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),
     **map_norm("transformer.ln_f", "final_norm"),

@@ -8,7 +8,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.families.fields import ConfigFields, put_nested, read_fields, write_fields
 from maxlm.models.families.names import NameTable, TensorEntry, list_entries
 from maxlm.models.families.reader import ConfigReader
-from maxlm.models.families.rope import read_positions, write_positions
+from maxlm.models.families.rope import read_position_settings, write_position_settings
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelFamily:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings that all its models have, by dotted path."""
     rope: Mapping[str, Any] | None = None
-    """Arguments of ``read_positions``; None: it has no rotary positions, or reads them itself."""
+    """Arguments of ``read_position_settings``; None: it has no rotary positions, or reads them itself."""
     read: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
     """Reads into the settings what ``fields`` cannot say."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
@@ -80,7 +80,7 @@ class ModelFamily:
         if self.rope is not None:
             latent = config.attention.latent
             turned = latent.rotary_dim if latent else config.attention.head_dim
-            values |= write_positions(config.positions, turned)
+            values |= write_position_settings(config.positions, turned)
         return values | self.write(config)
 
     def read_config(
@@ -120,7 +120,7 @@ class ModelFamily:
             settings["mlp"].setdefault("d_ff", 4 * width)
         if self.rope is not None:
             turned = attention.get("latent", {}).get("rotary_dim", attention["head_dim"])
-            settings["positions"] = read_positions(reader, turned, **self.rope)
+            settings["positions"] = read_position_settings(reader, turned, **self.rope)
         self.read(reader, settings)
         for key in ("initializer_range", "init_std"):
             if reader.has(key) and (std := reader.number(key, least=0)):

@@ -132,31 +132,31 @@ def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[key] = value
 
 
-def read_pattern(
-    reader: ConfigReader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
+def read_layer_pattern(
+    reader: ConfigReader, default_kinds: Sequence[str], kind_settings: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the shortest pattern that gives ``layer_types``, as settings of a decoder; none where
     all layers are as the model says.
 
     Args:
-        usual: each layer's kind where there is no such list.
-        meaning: of each kind, settings of ``LayerKind``.
+        default_kinds: each layer's kind where there is no such list.
+        kind_settings: of each kind, settings of ``LayerKind``.
     """
-    kinds = reader.get("layer_types", None) or usual
-    if not isinstance(kinds, Sequence) or len(kinds) != len(usual):
-        what = f"layer_types does not name the kinds of {len(usual)} layers"
+    kinds = reader.get("layer_types", None) or default_kinds
+    if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
+        what = f"layer_types does not name the kinds of {len(default_kinds)} layers"
         raise MaxlmError(what, where=reader.where, fix="take it from the published model")
     for kind in kinds:
-        if kind not in [*meaning]:
-            fix = f"only {' and '.join(meaning)} can be converted"
+        if kind not in [*kind_settings]:
+            fix = f"only {' and '.join(kind_settings)} can be converted"
             what = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(what, where=reader.where, fix=fix)
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
-    pattern = [meaning[kind] for kind in kinds[:period]]
+    pattern = [kind_settings[kind] for kind in kinds[:period]]
     return {"pattern": pattern} if any(pattern) else {}
 
 
-def write_pattern(config: Any) -> tuple[list[str], int | None]:
+def write_layer_types(config: Any) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has one)."""
     kinds = [config.kinds[layer % len(config.kinds)] for layer in range(config.num_layers)]
     windows = [kind.window for kind in kinds]

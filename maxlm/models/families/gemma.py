@@ -68,7 +68,7 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 
 def _write_local(config: Any) -> dict[str, Any]:
-    kinds, window = fields.write_pattern(config)
+    kinds, window = fields.write_layer_types(config)
     scale = config.attention.scale or config.attention.head_dim**-0.5
     divisor = round(scale**-2, 6)
     return {
@@ -84,7 +84,7 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     window = reader.size("sliding_window", 4096, nullable=True)
     reader.require("sliding_window_size", window)  # once more
-    settings |= fields.read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
+    settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
 def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
@@ -95,7 +95,9 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     local = both.read_nested(LOCAL)
     whole = both.read_nested(GLOBAL) if both.has(GLOBAL) else reader.read_nested("rope_scaling")
     head_dim = settings["attention"]["head_dim"]
-    settings["positions"] = rope.read_positions(reader, head_dim, theta=1_000_000.0, own=whole)
+    settings["positions"] = rope.read_position_settings(
+        reader, head_dim, theta=1_000_000.0, rope_reader=whole
+    )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
         reader.require("_sliding_window_pattern", None, period)
@@ -110,7 +112,7 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
             "scaling": rope.read_scaling(local, None),
         },
     }
-    settings |= fields.read_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
+    settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
 
 
 def _write_gemma3(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ TABLE = {
 }
 
 
-def write_scale(config: Any) -> float:
+def write_attention_scale(config: Any) -> float:
     """Returns the factor on q·k."""
     return config.attention.scale or config.attention.head_dim**-0.5
 
@@ -35,7 +35,7 @@ GROK1 = ModelFamily(
     {
         **llama.COMMON,
         "attn_output_multiplier": fields.ConfigField(
-            lambda own, key: own.number(key), "attention.scale", write_scale
+            lambda own, key: own.number(key), "attention.scale", write_attention_scale
         ),
         "max_attn_value": fields.map_number("attention.soft_cap", 30.0),
         "embedding_multiplier_scale": fields.map_number("embedding_scale"),

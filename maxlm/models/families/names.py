@@ -30,7 +30,7 @@ class ParamSlice(NamedTuple):
     """Leading indices: the layer, and maybe the expert; none for all of the parameter."""
 
 
-class ParamPiece(NamedTuple):
+class ParamShape(NamedTuple):
     """The shape of a parameter, or of a slice."""
 
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class ParamPiece(NamedTuple):
         return prod(self.shape[self.inputs :])
 
 
-class TensorForm(NamedTuple):
+class TensorConversion(NamedTuple):
     """A published tensor: its shape, and its split into pieces of ours and their join."""
 
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class TensorForm(NamedTuple):
 @dataclass(frozen=True)
 class TensorRule:
     ours: tuple[str, ...]
-    form: Callable[[tuple[ParamPiece, ...]], TensorForm]
+    form: Callable[[tuple[ParamShape, ...]], TensorConversion]
     aliases: tuple[str, ...] = ()
 
 
@@ -91,13 +91,13 @@ def linear(*ours: str) -> TensorRule:
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, 1))
 
 
-def split_heads(*ours: str) -> TensorRule:
+def interleave_by_kv_head(*ours: str) -> TensorRule:
     """Returns the rule of maps of one input, fused by kv head: for each, its rows of every map,
     those of queries for all heads that it serves."""
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
 
 
-def _stack_rows(pieces: tuple[ParamPiece, ...], groups: int) -> TensorForm:
+def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
     """Returns a form whose ``groups`` equal parts of rows have all pieces, one above the other."""
     first = pieces[0]
     inputs = (prod(first.shape[: first.inputs]),) if first.inputs else ()
@@ -113,7 +113,7 @@ def _stack_rows(pieces: tuple[ParamPiece, ...], groups: int) -> TensorForm:
         joined = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
         return joined.reshape(-1, *inputs)
 
-    return TensorForm((groups * int(stops[-1]), *inputs), split, join)
+    return TensorConversion((groups * int(stops[-1]), *inputs), split, join)
 
 
 def map_linear(theirs: str, ours: str) -> NameTable:
@@ -137,9 +137,9 @@ def map_norm(theirs: str, ours: str) -> NameTable:
 def transpose(*ours: str) -> TensorRule:
     """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         shape, split, join = _stack_rows(pieces, 1)
-        return TensorForm(shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T)
+        return TensorConversion(shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T)
 
     return TensorRule(ours, form)
 
@@ -147,18 +147,18 @@ def transpose(*ours: str) -> TensorRule:
 def copy(ours: str, *aliases: str) -> TensorRule:
     """Returns a table or a vector as it is."""
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        return TensorForm(pieces[0].shape, lambda x: [x], lambda parts: parts[0])
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        return TensorConversion(pieces[0].shape, lambda x: [x], lambda parts: parts[0])
 
     return TensorRule((ours,), form, aliases)
 
 
-def take_row(ours: str) -> TensorRule:
+def add_row_axis(ours: str) -> TensorRule:
     """Returns a vector as a matrix of one row."""
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         shape = (1, *pieces[0].shape)
-        return TensorForm(shape, lambda x: [x[0]], lambda parts: parts[0][None])
+        return TensorConversion(shape, lambda x: [x[0]], lambda parts: parts[0][None])
 
     return TensorRule((ours,), form)
 
@@ -167,7 +167,7 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
     """Returns the rule with the last ``rotary_dim`` rows of each head, or of all, reordered: theirs
     pair neighbours, ours halves."""
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain, last = rule.form(pieces), pieces[-1].shape[-1]
         size = last if each_head else plain.shape[0]
         order = np.arange(size)
@@ -177,7 +177,7 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
         def ordered(rows: Array, order: Array) -> Array:
             return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
-        return TensorForm(
+        return TensorConversion(
             plain.shape,
             lambda whole: plain.split(ordered(whole, order)),
             lambda parts: ordered(plain.join(parts), back),
@@ -191,9 +191,9 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     or, of another orientation, [E, D, d_ff]."""
     axes = (0, 1, 2) if same_orientation else (0, 2, 1)
 
-    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         e, d_ff, d = (pieces[0].shape[axis] for axis in axes)
-        return TensorForm(
+        return TensorConversion(
             (e * d_ff, d),
             lambda whole: [whole.reshape(e, d_ff, d).transpose(axes)],
             lambda parts: parts[0].transpose(axes).reshape(e * d_ff, d),
@@ -240,7 +240,7 @@ def _entry(
     return [TensorEntry(name, form.shape, places, form.split, form.join, rule.aliases)]
 
 
-def _piece(spec: ParamSpec, leading: int) -> ParamPiece:
+def _piece(spec: ParamSpec, leading: int) -> ParamShape:
     # An expert's inputs stand behind the expert axis, which an index may or may not have removed.
     inputs = 0 if not spec.contract else spec.contract[-1] + 1 - leading
-    return ParamPiece(spec.shape[leading:], inputs)
+    return ParamShape(spec.shape[leading:], inputs)

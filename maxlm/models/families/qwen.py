@@ -25,11 +25,11 @@ def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     first = reader.size("max_window_layers", 28, least=0)
     kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
     local = {"window": window if used else None}
-    settings |= fields.read_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
+    settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
 
 
 def _write_windows(config: Any) -> dict[str, Any]:
-    kinds, window = fields.write_pattern(config)
+    kinds, window = fields.write_layer_types(config)
     return {
         "layer_types": kinds,
         "use_sliding_window": window is not None,

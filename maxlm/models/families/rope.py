@@ -17,13 +17,13 @@ _SCALINGS = {
 """Our kinds, by theirs; the first of several is written."""
 
 
-def read_positions(
+def read_position_settings(
     reader: ConfigReader,
     head_dim: int,
     *,
     theta: float = 10_000.0,
     partial: float | None = None,
-    own: ConfigReader | None = None,
+    rope_reader: ConfigReader | None = None,
 ) -> dict[str, Any]:
     """Returns settings of ``PositionsConfig``.
 
@@ -31,17 +31,17 @@ def read_positions(
         theta: where the file names none.
         partial: the share of dimensions that turn, where the file names none; None: the published
             code turns all, whatever it names.
-        own: the nested mapping, where it has another place than usual.
+        rope_reader: the nested mapping, where it has another place than usual.
     """
     usual = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
-    own = own or reader.read_nested(usual)
-    theta, share = own.number("rope_theta", reader.number("rope_theta", theta)), 1.0
-    for source in (reader, own):
+    rope_reader = rope_reader or reader.read_nested(usual)
+    theta, share = rope_reader.number("rope_theta", reader.number("rope_theta", theta)), 1.0
+    for source in (reader, rope_reader):
         if partial is None:
             source.require("partial_rotary_factor", 1.0, None)
         else:
             share = partial = source.number("partial_rotary_factor", partial)
-    scaling = read_scaling(own, reader.get("max_position_embeddings", None))
+    scaling = read_scaling(rope_reader, reader.get("max_position_embeddings", None))
     size = int(head_dim * share)  # cut off, as in the published code
     found: dict[str, Any] = {"kind": "rope", "theta": theta, "scaling": scaling}
     return found | ({"rotary_dim": size} if size != head_dim else {})
@@ -77,8 +77,8 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
     return found
 
 
-def write_positions(positions: PositionsConfig, head_dim: int) -> dict[str, Any]:
-    """Writes what :func:`read_positions` reads."""
+def write_position_settings(positions: PositionsConfig, head_dim: int) -> dict[str, Any]:
+    """Writes what :func:`read_position_settings` reads."""
     found: dict[str, Any] = {"rope_theta": positions.theta}
     if (size := positions.rotary_dim) is not None:
         share = size / head_dim

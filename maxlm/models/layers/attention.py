@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.caches import kv_cache_spec
-from maxlm.models.costs import HeadCosts, LayerCosts, MatrixGroup, Side
+from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup, Side
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
@@ -201,7 +201,7 @@ class Attention(nnx.Module):
         else:
             inner = MatrixGroup(query, needed_raw=raw), MatrixGroup(keys, keys_of, raw)
         sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-        heads = HeadCosts(*sizes, qk_norm=config.qk_norm)
+        heads = AttentionCosts(*sizes, qk_norm=config.qk_norm)
         return LayerCosts((*inner, MatrixGroup(("out.kernel",), "heads")), heads)
 
     def project_keys_values(self, memory: jax.Array) -> KeysValues:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.caches import VisibleKeys, kv_cache_spec
-from maxlm.models.costs import HeadCosts, LayerCosts, MatrixGroup
+from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup
 from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
@@ -117,7 +117,7 @@ class LatentAttention(nnx.Module):
         if squeezed:
             groups.append(MatrixGroup(("query.kernel",), "latent"))
         sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-        return LayerCosts(tuple(groups), HeadCosts(*sizes, "heads", self.latent.rotary_dim))
+        return LayerCosts(tuple(groups), AttentionCosts(*sizes, "heads", self.latent.rotary_dim))
 
     def _attend_to_vectors(
         self, attend: Any, q: jax.Array, turned: jax.Array, keys: VisibleKeys

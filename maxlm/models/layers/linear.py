@@ -8,7 +8,7 @@ from flax import nnx
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
     Leaf,
-    ParamUse,
+    ParamReader,
     declare,
     get_spec,
     materialize,
@@ -66,7 +66,7 @@ def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array,
     """
     rules, dtype = layers[0].rules, layers[0].dtype
     tokens = parse_spec(rules.spec("batch", seq), 2)
-    uses = [ParamUse(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
+    uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
     pairs = list(zip(uses, held, strict=True))
     weights = [k.read_kernel(use) if isinstance(k, Leaf) else use.read(k) for use, k in pairs]
@@ -100,4 +100,6 @@ class Embedding(nnx.Module):
         table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
         lead = get_layout(ids)[:-1]
         residual, embed = parse_spec(self.rules.spec("residual", "embed"), 2)
-        return embed_tokens(table.value, ids, table.used, (*lead, residual, embed), self.dtype)
+        return embed_tokens(
+            table.value, ids, table.compute_layout, (*lead, residual, embed), self.dtype
+        )

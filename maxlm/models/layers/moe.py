@@ -96,13 +96,13 @@ class MoeConfig(Config):
             raise MaxlmError(what, fix="use group_score: max, or fewer groups")
         return self
 
-    def fewer(self, most: int) -> Self:
+    def limit_experts(self, max_experts: int) -> Self:
         """Returns the config with at most so many experts (4 or more), of which a token meets half
         at most; a token that met some groups alone still does."""
-        if self.num_experts <= most:
+        if self.num_experts <= max_experts:
             return self
-        groups = min(self.groups, most // 2)  # of two or more
-        size = most // groups
+        groups = min(self.groups, max_experts // 2)  # of two or more
+        size = max_experts // groups
         per_token = max(1, groups * self.groups_per_token // self.groups)
         met = min(self.experts_per_token, groups * size // 2, per_token * size)
         return self.model_copy(
@@ -247,7 +247,7 @@ class Moe(nnx.Module):
             chosen,
             {name: read_weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
             activation=ACTIVATIONS[config.activation],
-            compute={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
+            kernel_specs={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
             expert_capacity=room,
             ragged=self.ragged,
         )

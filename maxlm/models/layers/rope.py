@@ -100,16 +100,16 @@ class Rotary(NamedTuple):
     sin: jax.Array
 
 
-def compute_frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
-    """Computes radians a token of each pair of ``size`` dimensions, float64 [size / 2], of any
+def compute_frequencies(theta: float, rotary_dim: int, scaling: Any = None) -> np.ndarray:
+    """Computes radians a token of each pair of ``rotary_dim`` dimensions, float64 [size / 2], of any
     scaling but the dynamic one, which counts as none here."""
     if isinstance(scaling, NtkScaling):
-        theta *= scaling.factor ** (size / (size - 2))
-    plain = theta ** (-np.arange(0, size, 2) / size)
+        theta *= scaling.factor ** (rotary_dim / (rotary_dim - 2))
+    plain = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
     if isinstance(scaling, LinearScaling):
         return plain / scaling.factor
     if isinstance(scaling, YarnScaling):
-        return _yarn(plain, theta, size, scaling)
+        return _yarn(plain, theta, rotary_dim, scaling)
     if isinstance(scaling, Llama3Scaling):
         return _llama3(plain, scaling)
     return plain
@@ -141,7 +141,7 @@ def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotary_factor(scaling: Any) -> float:
+def rope_attention_factor(scaling: Any) -> float:
     """Returns the factor on cosines and sines."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
@@ -155,7 +155,7 @@ def rotary_factor(scaling: Any) -> float:
 
 def compute_rotary(
     positions: jax.Array,
-    size: int,
+    rotary_dim: int,
     theta: float,
     scaling: Any = None,
     dtype: Any = jnp.float32,
@@ -166,16 +166,16 @@ def compute_rotary(
 
     Args:
         positions: int [B, S].
-        size: R, the dimensions that are turned; even.
+        rotary_dim: R, the dimensions that are turned; even.
         dtype: of angles, cosines and sines; fp32 or wider.
         lengths: int [B], the tokens of each row; None: one more than its last position.
     """
-    turns: Any = compute_frequencies(theta, size, scaling).astype(dtype)
+    turns: Any = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
         lengths = 1 + positions.max(axis=1) if lengths is None else lengths
-        turns = _dynamic(lengths, size, theta, scaling, dtype)
+        turns = _dynamic(lengths, rotary_dim, theta, scaling, dtype)
     angle = positions[..., None, None].astype(dtype) * turns
-    scale = rotary_factor(scaling)
+    scale = rope_attention_factor(scaling)
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 

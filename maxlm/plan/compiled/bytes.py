@@ -32,7 +32,7 @@ def memory_traffic_bytes(
     operands = [_off_chip(o.shapes, on_chip) for o in computation.operands(instruction)]
     result = _off_chip(instruction.shapes, on_chip)
     if opcode == "fusion":
-        body = module.computations[instruction.calls("calls")[0]]
+        body = module.computations[instruction.called_computations("calls")[0]]
         if body.holds("AsyncCollectiveDone"):
             return 0
         reads = sum(
@@ -72,7 +72,7 @@ def _read(body: Computation, name: str, size: int, module: HloModule) -> int:
         elif _passes_on(user, name, body):
             continue
         elif user.opcode == "fusion":
-            inner = module.computations[user.calls("calls")[0]]
+            inner = module.computations[user.called_computations("calls")[0]]
             for parameter, operand in zip(inner.parameters, user.operands, strict=False):
                 total += _read(inner, parameter.name, size, module) if operand == name else 0
         else:
@@ -87,7 +87,7 @@ def _passes_on(user: Instruction, name: str, body: Computation) -> bool:
         return user.operands[0] == name
     if user.opcode == "tuple":
         return user.name == body.root
-    return body.goes_on(user)
+    return body.continues_async_collective(user)
 
 
 def _written(body: Computation, count: int) -> Iterator[int | None]:
@@ -102,7 +102,7 @@ def _written(body: Computation, count: int) -> Iterator[int | None]:
             found = body.instructions[found.operands[0]]
         if found.opcode == "dynamic-update-slice":
             yield body.instructions[found.operands[1]].nbytes
-        elif found.opcode == "parameter" or body.goes_on(found):
+        elif found.opcode == "parameter" or body.continues_async_collective(found):
             yield 0
         else:
             yield None

@@ -188,7 +188,9 @@ class _Reader:
         return self.known[computation.name]
 
     def _called(self, instruction: Instruction, *attributes: str) -> list[Computation]:
-        return [self.module.computations[name] for name in instruction.calls(*attributes)]
+        return [
+            self.module.computations[name] for name in instruction.called_computations(*attributes)
+        ]
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
         own = instruction, computation, self.module
@@ -227,11 +229,11 @@ class _Reader:
         opcode, op_name = instruction.opcode, instruction.op_name
         if opcode in _KINDS:
             collective = self._collective(instruction, within, scattered)
-            if collective.group_size > 1 and not within.goes_on(instruction):
+            if collective.group_size > 1 and not within.continues_async_collective(instruction):
                 total.collectives[collective] += 1
             return
         flops = matmul_flops(instruction, within)
-        if flops and _is_attention(self.module.source(instruction)):
+        if flops and _is_attention(self.module.source_files(instruction)):
             total.attention_flops += flops
         elif flops:
             total.matmul_flops += flops

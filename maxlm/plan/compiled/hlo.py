@@ -83,7 +83,7 @@ class Instruction:
         """An attribute that lists numbers: ``dimensions={0,1}``; absent: none."""
         return tuple(int(n) for n in re.findall(r"\d+", self.attribute(name) or ""))
 
-    def calls(self, *names: str) -> tuple[str, ...]:
+    def called_computations(self, *names: str) -> tuple[str, ...]:
         """Returns the computations under attributes of these names."""
         return tuple(n for name in names for n in _NAME.findall(self.attribute(name) or ""))
 
@@ -101,7 +101,7 @@ class Computation:
     def holds(self, custom_call: str) -> bool:
         return any(i.target == custom_call for i in self.instructions.values())
 
-    def goes_on(self, instruction: Instruction) -> bool:
+    def continues_async_collective(self, instruction: Instruction) -> bool:
         """Whether an instruction of a fusion's body is a collective that another fusion has
         started: XLA:TPU spreads one under several computations, and prints it in each of them.
 
@@ -134,7 +134,7 @@ class HloModule:
     files: Mapping[int, tuple[str, ...]]
     """Stack frame id → the source files on that stack, innermost first."""
 
-    def source(self, instruction: Instruction) -> tuple[str, ...]:
+    def source_files(self, instruction: Instruction) -> tuple[str, ...]:
         """The source files an instruction was traced through, innermost first; may be empty."""
         found = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes)
         if found:

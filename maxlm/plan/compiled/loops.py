@@ -17,7 +17,9 @@ def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> in
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
-    condition, body = (module.computations[loop.calls(n)[0]] for n in ("condition", "body"))
+    condition, body = (
+        module.computations[loop.called_computations(n)[0]] for n in ("condition", "body")
+    )
     compare = _origin(_Place(condition, condition.root), module)
     if compare.instruction.opcode != "compare":
         return None
@@ -58,7 +60,7 @@ def _origin(place: _Place, module: HloModule) -> _Place:
         if found.opcode in _MOVES:
             place = place.operands()[0]
         elif found.opcode == "fusion":
-            body = module.computations[found.calls("calls")[0]]
+            body = module.computations[found.called_computations("calls")[0]]
             place = _Place(body, body.root, place)
         elif found.opcode == "parameter" and place.outer is not None:
             place = place.outer.operands()[int(found.literal)]

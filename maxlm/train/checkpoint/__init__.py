@@ -4,8 +4,8 @@ from maxlm.train.checkpoint.checkpointer import Checkpointer, FoundCheckpoint, S
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.checkpoint.reading import (
     UnreadableCheckpoint,
-    check_same,
-    group_sizes,
+    check_same_settings,
+    layer_group_shapes,
     named_leaves,
 )
 

@@ -62,7 +62,7 @@ class Checkpointer:
         name: str,
         config: CheckpointConfig | None = None,
         *,
-        grouped: Groups | None = None,
+        layer_groups: Groups | None = None,
         read_only: bool = False,
     ):
         self._config = config or CheckpointConfig()
@@ -76,16 +76,20 @@ class Checkpointer:
             self.remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
         self._suspect_free: set[int] = set()
         self.folder_tier = FolderTier(
-            folder, config, grouped=grouped, read_only=read_only, get_held_steps=self._held_steps
+            folder,
+            config,
+            layer_groups=layer_groups,
+            read_only=read_only,
+            get_held_steps=self._held_steps,
         )
         tiers = (self.local, self.folder_tier, self.remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
 
     def _held_steps(self) -> set[int]:
-        return self._suspect_free | (self.remote.busy_steps if self.remote else set())
+        return self._suspect_free | (self.remote.steps_being_copied if self.remote else set())
 
-    def is_late(self) -> bool:
+    def is_due_by_time(self) -> bool:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
         this process's clock."""
         minutes = self._config.every_minutes
@@ -102,23 +106,27 @@ class Checkpointer:
         metadata: Mapping[str, Any],
         *,
         force: bool = False,
-        suspect: int | None = None,
+        first_suspect_step: int | None = None,
     ) -> str | None:
         """Starts writing a checkpoint, if one is due at ``step``; the arrays may then be donated.
         Returns the name of the tier; None: nothing was due, or the folder has this one.
 
         Args:
             force: write one to the run's folder in any case.
-            suspect: a step from which on updates may be bad: the newest checkpoint before it is
+            first_suspect_step: a step from which on updates may be bad: the newest checkpoint before it is
                 kept besides.
         """
         if force or self.folder_tier.is_due(step):
-            good = [each for each in self.folder_tier.begun_steps() if suspect and each < suspect]
+            good = [
+                each
+                for each in self.folder_tier.steps_including_unfinished()
+                if first_suspect_step and each < first_suspect_step
+            ]
             self._suspect_free = {max(good)} if good else set()
             if not self.folder_tier.save(step, state, metadata):
                 return None
             if self.remote:
-                self.remote.save(step)
+                self.remote.start_copy(step)
             self._saved_at = time.monotonic()
             return self.folder_tier.name
         if self.local and self.local.is_due(step):
@@ -126,15 +134,15 @@ class Checkpointer:
             return self.local.name
         return None
 
-    def catch_up(self) -> None:
+    def copy_newest_to_remote(self) -> None:
         """Copies the folder's newest checkpoint, if its copy is missing: a process was killed, or
         the remote place could not be reached."""
         newest = self.folder_tier.latest()
         if self.remote and newest is not None and newest not in self.remote.steps():
-            self.remote.save(newest)
+            self.remote.start_copy(newest)
 
     @property
-    def missing_copy(self) -> str | None:
+    def remote_copy_failure(self) -> str | None:
         """Returns why the newest checkpoint lacks a copy that it should have; waits for copies."""
         if not self.remote:
             return None
@@ -173,12 +181,12 @@ class Checkpointer:
                 skipped.append(SkippedCheckpoint(each.step, each.tier, error.what))
         return None, None, skipped
 
-    def quarantine(self, skipped: Sequence[SkippedCheckpoint], resume_step: int) -> None:
+    def discard_skipped(self, skipped: Sequence[SkippedCheckpoint], resume_step: int) -> None:
         """Takes checkpoints out of the way of those to come, in a run that resumes from
         ``resume_step`` (0: it starts)."""
         for tier in self.tiers:
             steps = {each.step: each.is_damaged for each in skipped if each.tier is tier}
-            tier.quarantine(steps, resume_step)
+            tier.discard_skipped(steps, resume_step)
         all_gather_json(None)  # Process 0 is done.
         self.folder_tier.reload()
 

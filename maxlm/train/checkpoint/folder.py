@@ -23,10 +23,10 @@ from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
     Groups,
     PyTree,
-    check_arrays,
+    add_integrity_fields,
+    check_saved_shapes,
     describe_error,
     flatten_layer_groups,
-    make_metadata,
     named_leaves,
     read_metadata,
     restore_from,
@@ -57,13 +57,13 @@ class FolderTier:
         config: CheckpointConfig | None = None,
         *,
         read_only: bool = False,
-        grouped: Groups | None = None,
+        layer_groups: Groups | None = None,
         get_held_steps: Callable[[], set[int]] = set,
     ):
         self.folder = Path(folder).absolute()
         self.place = str(self.folder)
         self._config = config or CheckpointConfig()
-        self._groups = grouped or {}
+        self._groups = layer_groups or {}
         self._pending: list[int] = []  # steps of saves, until ``pop_completed`` returns them
         # Orbax logs each file it touches, and the errors it raises besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -103,7 +103,7 @@ class FolderTier:
             return False
         arrays = flatten_layer_groups(named_leaves(state), self._groups)
         on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
-        metadata = make_metadata(step, on_devices, metadata)
+        metadata = add_integrity_fields(step, on_devices, metadata)
         with self._explain(*_NOT_WRITTEN):
             self._pending.append(step)
             return self._manager.save(
@@ -125,9 +125,9 @@ class FolderTier:
         """Returns the steps of all complete checkpoints, oldest first; waits for a save."""
         self.wait()  # Orbax lists a step as soon as its save begins.
         # In a folder that another run writes to, processes may see different steps.
-        return broadcast_from_process_0(self.begun_steps())
+        return broadcast_from_process_0(self.steps_including_unfinished())
 
-    def begun_steps(self) -> list[int]:
+    def steps_including_unfinished(self) -> list[int]:
         """Returns the steps of all checkpoints and of one being written; waits for nothing."""
         return sorted(map(int, self._manager.all_steps()))  # NumPy's, if broadcast
 
@@ -165,15 +165,15 @@ class FolderTier:
         else; see :meth:`restore`."""
         return restore_from(self.path(self._find_step(step)), abstract, subtree=name)
 
-    def check_params(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
+    def check_param_shapes(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
         """Checks, reading no array, that :meth:`restore_params` would find what it looks for;
         raises as it does."""
-        check_arrays(self.path(self._find_step(step)), abstract, subtree=name)
+        check_saved_shapes(self.path(self._find_step(step)), abstract, subtree=name)
 
-    def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
+    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to come:
         renames damaged ones to ``40.damaged``, as they may be repaired, and deletes others."""
-        for step, is_damaged in steps.items() if jax.process_index() == 0 else ():
+        for step, is_damaged in is_damaged_by_step.items() if jax.process_index() == 0 else ():
             if not (path := self.path(step)).exists():
                 continue
             # A kill leaves half of an old one that was being deleted.

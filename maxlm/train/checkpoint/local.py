@@ -23,9 +23,9 @@ from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
     PyTree,
     UnreadableCheckpoint,
+    add_integrity_fields,
     check_fingerprints,
     describe_error,
-    make_metadata,
     named_leaves,
     parse_metadata,
     with_retries,
@@ -69,7 +69,7 @@ class LocalTier:
         before this one. One copy of this process's shards is in its memory meanwhile."""
         self.wait()
         leaves = named_leaves(state)
-        header = {"metadata": json.dumps(make_metadata(step, leaves, metadata))}
+        header = {"metadata": json.dumps(add_integrity_fields(step, leaves, metadata))}
         arrays: dict[str, np.ndarray] = {}
         for name, leaf in leaves.items():
             for shard in leaf.addressable_shards:
@@ -145,7 +145,7 @@ class LocalTier:
         check_fingerprints(path, leaves, known, {})
         return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
 
-    def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
+    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
         """Deletes all files that are newer than the step that the run resumes from."""
         for step, path in self._list_files("process-*"):
             if step > resume_step:

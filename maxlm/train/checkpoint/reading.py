@@ -50,7 +50,7 @@ def named_leaves(tree: PyTree, prefix: str = "") -> Leaves:
     return {prefix + name(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def group_sizes(specs: PyTree) -> Groups:
+def layer_group_shapes(specs: PyTree) -> Groups:
     """Returns the ``grouped`` argument of ``FolderTier``, from declarations (``ParamSpec``)."""
     return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
 
@@ -101,7 +101,7 @@ def _fingerprint(array: jax.Array) -> jax.Array:
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def make_metadata(
+def add_integrity_fields(
     step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a checksum of
@@ -146,7 +146,7 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         known = read_metadata(path).get("fingerprints", {})
-        dtypes, wanted = check_arrays(path, abstract, subtree=subtree)
+        dtypes, wanted = check_saved_shapes(path, abstract, subtree=subtree)
         arguments = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -162,7 +162,7 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in held])
 
 
-def check_arrays(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
+def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
     """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads;
     raises as :meth:`FolderTier.restore`.
 
@@ -274,7 +274,7 @@ def describe_error(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
 
 
-def check_same(
+def check_same_settings(
     saved: Mapping[str, Any],
     current: Mapping[str, Any],
     keys: Sequence[str],

@@ -22,7 +22,7 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.storage import join_place, make_kvstore_spec, read_failure_hint, to_place
+from maxlm.runtime.storage import get_read_failure_fix, join_place, make_kvstore_spec, to_place
 from maxlm.train.checkpoint.reading import (
     PyTree,
     describe_error,
@@ -75,7 +75,9 @@ class RemoteTier:
 
         shutil.rmtree(self._folder / _FETCHED, ignore_errors=True)  # left by a kill
         with self._explain():
-            ts.KvStore.open(make_kvstore_spec(self._place, patient=False)).result().list().result()
+            ts.KvStore.open(
+                make_kvstore_spec(self._place, long_retries=False)
+            ).result().list().result()
             self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
             self._claim()
             keys = {key.decode() for key in self._store.list().result()}
@@ -102,11 +104,11 @@ class RemoteTier:
             )
 
     @property
-    def busy_steps(self) -> set[int]:
+    def steps_being_copied(self) -> set[int]:
         """Steps whose folders are being read, or wait to be: they must stay."""
         return {step for step, copy in list(self._copies.items()) if not copy.done()}
 
-    def save(self, step: int) -> None:
+    def start_copy(self, step: int) -> None:
         """Copies a checkpoint from the folder once it is complete there. While one is being copied
         the newest waits, and others are left out."""
         if self._is_lead:
@@ -157,9 +159,9 @@ class RemoteTier:
         """Returns a file of a copy, empty if it is missing; patient with the store."""
         return self._store.read(f"{step}/{name}").result().value
 
-    def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
+    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
         """Ignores damaged copies, which may be readable another day, and deletes others."""
-        for step, is_damaged in steps.items() if self._is_lead else ():
+        for step, is_damaged in is_damaged_by_step.items() if self._is_lead else ():
             if is_damaged:
                 self._complete_steps.remove(step)
             else:
@@ -240,6 +242,6 @@ class RemoteTier:
         try:
             yield
         except (ValueError, OSError) as error:
-            fix = read_failure_hint(self._place, "name a folder that can be written")
+            fix = get_read_failure_fix(self._place, "name a folder that can be written")
             what = f"cannot be reached ({describe_error(error)})"
             raise MaxlmError(what, where=str(self._place), fix=fix) from error

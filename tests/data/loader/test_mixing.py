@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.data.loader import Mixing, Phase, load_batches, make_batches, mixture_table
+from maxlm.data.loader import Mixing, Phase, load_batches, make_batches, summarize_source_usage
 from maxlm.data.loader.mixture import BLOCK, ENDLESS, Mixture
 from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
@@ -31,7 +31,7 @@ def mixture(first, later=(), most=None, key=5):
     phases = [({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]]
     most = {n: count for n, count in (most or {}).items() if n in read}
     later = [(t, w) for w, t in phases[1:]]
-    return Mixture.of(phases[0][0], key, changes=later, most=most), phases, most
+    return Mixture.of(phases[0][0], key, changes=later, max_sequences=most), phases, most
 
 
 ENDS_WITH_ITS_PHASE = {
@@ -69,7 +69,9 @@ def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most
 def test_counts_are_those_of_the_unshuffled_order(first, later, most, index):
     made, _, _ = mixture(first, later, most, None)
     stores, _ = made.locate(np.arange(min(index, made.end)))
-    assert made.counts(index) == tuple(np.bincount(stores, minlength=len(made.names)))
+    assert made.count_sequences_before(index) == tuple(
+        np.bincount(stores, minlength=len(made.names))
+    )
 
 
 @given(first=some_weights, later=changes, most=caps, key=keys, data=st.data())
@@ -176,13 +178,13 @@ def test_the_table_counts_what_batches_hold():
     )
     made = make_batches(stores, mixing, config(shuffle=False), seed=0)
     owners, _ = made.locate(np.arange(5 * 8, 200 * 8))
-    web, code = mixture_table(made, 5, 200)
+    web, code = summarize_source_usage(made, 5, 200)
     assert (web.source, code.source) == ("web", "code")
     assert [web.sequences, code.sequences] == np.bincount(owners).tolist()
     assert web.share + code.share == pytest.approx(1)
     assert code.epochs == code.sequences / 19
     assert code.tokens == round(300 * code.epochs)
-    assert mixture_table(made, 0, 10**6)[1].epochs == 4
+    assert summarize_source_usage(made, 0, 10**6)[1].epochs == 4
 
 
 def test_refusals():

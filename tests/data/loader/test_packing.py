@@ -21,7 +21,7 @@ methods = st.sampled_from(["concat", "best_fit"])
 def test_every_token_once_in_pieces_of_documents(lengths, seq_len, block, method):
     store = MemoryStore(lengths)
     packing = open_packing(store, method, seq_len, block)
-    pieces = packing.pieces(np.arange(packing.num_sequences))
+    pieces = packing.find_document_spans(np.arange(packing.num_sequences))
     assert pieces.counts.sum() == pieces.starts.size
     assert (pieces.counts > 0).all()
     assert (pieces.lengths > 0).all()
@@ -41,8 +41,8 @@ def test_any_sequences_alone_and_in_any_order(lengths, seq_len, method, data):
     packing = open_packing(MemoryStore(lengths), method, seq_len, 7)
     number = st.integers(0, packing.num_sequences - 1)
     some = data.draw(st.lists(number, min_size=1, max_size=9))
-    together = packing.pieces(np.array(some))
-    alone = [packing.pieces(np.array([i])) for i in some]
+    together = packing.find_document_spans(np.array(some))
+    alone = [packing.find_document_spans(np.array([i])) for i in some]
     for field, values in enumerate(together):
         assert np.array_equal(values, np.concatenate([one[field] for one in alone]))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import Lost
+from maxlm.config.errors import ProcessLost
 from maxlm.data.loader import load_batches, make_batches
 from maxlm.data.loader.prefetch import THREAD_STEPS, Prefetcher
 from tests.data.loader.memory import (
@@ -99,7 +99,7 @@ def test_a_killed_worker_is_named():
     with make_steps(workers=1) as loader:
         pid = int(take_until_workers_make(loader)[-1]["pid"])
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(Lost, match=r"worker was killed by signal 9 .*out of memory"):
+        with pytest.raises(ProcessLost, match=r"worker was killed by signal 9 .*out of memory"):
             collections.deque(loader, maxlen=0)
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArray
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.loader import load_batches
 from maxlm.data.rows import make_row_source, open_rows
 
 SEQ, ROWS, EXAMPLES = 16, 4, 37
 ARRAYS = {
-    **{name: BatchArray.of_tokens(SEQ) for name in ("tokens", "segment_ids", "positions")},
-    "weights": BatchArray.of_tokens(SEQ, np.float32),
+    **{name: BatchArraySpec.of_tokens(SEQ) for name in ("tokens", "segment_ids", "positions")},
+    "weights": BatchArraySpec.of_tokens(SEQ, np.float32),
 }
 
 
@@ -110,10 +110,10 @@ def test_one_pass_keeps_the_files_order_and_is_filled_up_with_padding(file):
 def test_arrays_under_a_prefix_have_lengths_and_numbers_of_their_own(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"chosen": [5, 6, 7], "rejected": [8], "score": 0.5}')
     arrays = {
-        f"{side}_{name}": BatchArray.of_tokens(4)
+        f"{side}_{name}": BatchArraySpec.of_tokens(4)
         for side in ("chosen", "rejected")
         for name in ("tokens", "segment_ids", "positions")
-    } | {"score": BatchArray((), np.float32, ())}
+    } | {"score": BatchArraySpec((), np.float32, ())}
 
     def encode(row):
         sides = {f"{side}_tokens": row[side] for side in ("chosen", "rejected")}

@@ -9,7 +9,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore
-from maxlm.data.store.store import describe, summary_table
+from maxlm.data.store.store import describe_store, summary_table
 from maxlm.runtime.storage import make_kvstore_spec, to_place
 from tests.ports import free_port
 
@@ -66,7 +66,7 @@ def test_reads_as_from_a_disk(url, appended):
         config = LoaderConfig(seq_len=32, batch_size=4, packing=packing)
         a, b = (make_batches({"a": s}, {"a": 1}, config, seed=0).rows(3) for s in (store, local))
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    assert describe(store)["path"] == summary_table(store).title == url
+    assert describe_store(store)["path"] == summary_table(store).title == url
 
 
 def test_what_is_wrong_is_said(s3, url):

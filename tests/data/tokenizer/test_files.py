@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from maxlm.data.tokenizer import has_tokenizer, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import has_tokenizer_files, load_tokenizer, train_tokenizer
 from tests.errors import message
 
 TEXT = "the quick <|user|> größer\n\u2581\t 12 猫"
@@ -54,8 +54,8 @@ def test_fingerprint_tells_roles_and_vocabularies_apart(make_config, texts):
 
 
 def test_what_is_no_folder_of_a_tokenizer(folder, tmp_path):
-    assert has_tokenizer(folder)
-    assert not has_tokenizer(tmp_path)
+    assert has_tokenizer_files(folder)
+    assert not has_tokenizer_files(tmp_path)
     (tmp_path / "file").write_text("")
     for name, what in (("missing", "no such folder"), ("file", "not a folder")):
         assert f"{tmp_path / name}: {what}; name" in message(load_tokenizer, tmp_path / name)

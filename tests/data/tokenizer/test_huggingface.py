@@ -188,7 +188,9 @@ def test_byte_tokens_marked_special_keep_the_librarys_ids(name):
     alphabet.append("👩🏽\u200d🚀")
     strings = ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(100)]
     strings += ["<0x41>", "a<0x0A>\n<0xE7>猫 <0x", "x</s><0xFF></s>"]
-    assert ours.encode_marked(strings) == [library_ids(library, text) for text in strings]
+    assert ours.encode_segments_with_special(strings) == [
+        library_ids(library, text) for text in strings
+    ]
     library.encode_special_tokens = True  # Literals are ordinary text.
     bytes_alone = [text for text in strings if "</s>" not in text]
     ids = [library_ids(library, text) for text in bytes_alone]
