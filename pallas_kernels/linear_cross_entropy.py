@@ -106,9 +106,9 @@ def loss_and_gradients(
         vocab_axes: the mesh axes that split the vocabulary.
 
     Returns:
-        The two sums, alike along ``vocab_axes``, not yet summed over devices that hold other tokens; and
-        the gradients of the first, or None. Along ``vocab_axes`` that of hidden is a term of a sum that
-        the caller takes.
+        The two sums, alike along ``vocab_axes``, not yet summed over devices that hold other
+        tokens; and the gradients of the first, or None. Along ``vocab_axes`` that of hidden is a
+        term of a sum that the caller takes.
     """
     _check(hidden, head, targets, weights, bias, soft_cap, chunk_tokens)
     options = {"axes": vocab_axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}

@@ -24,7 +24,7 @@ from maxlm.corpus.pages import ExtractedPage, extract_page, load_parsers
 
 _MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
 _GRACE = 60  # Seconds on the clock for a page, beside 20 for each of processor time.
-_CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve{arguments!r}"
+_CHILD = "import sys; sys.path[:] = {path!r}; import {module} as m; m.serve_extractor{arguments!r}"
 
 
 class HtmlExtractorProcess:
@@ -34,7 +34,7 @@ class HtmlExtractorProcess:
     """
 
     def __init__(self, use_trafilatura: bool, markdown: bool, seconds: float):
-        """See `extract_page`; `seconds`: processor time that a page may take, for each way of it."""
+        """See `extract_page`; `seconds`: processor time that each way of a page may take."""
         self._ways = [(True, markdown), (False, False)] if use_trafilatura else [(False, False)]
         self._seconds = seconds
         self._child: tuple[subprocess.Popen, Connection] | None = None
@@ -93,7 +93,7 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
-    """Read pages for the process at the other end, until it ends; see `Extractor`."""
+    """Read pages for the process at the other end, until it ends; see `HtmlExtractorProcess`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.cuts import cut
+from maxlm.corpus.cuts import remove_spans
 from maxlm.corpus.recipe import (
+    FilterRules,
     RecipeConfig,
-    Rules,
     get_label_types,
     get_recipe_path,
     get_text_stages,
@@ -89,7 +89,7 @@ class OpenCorpus:
 
     def list_stages(self) -> list[str]:
         """Lists the names of its stages, the reading of sources first."""
-        return [DOCUMENTS, *(stage.title for stage in self.recipe.stages)]
+        return [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
 
     @cached_property
     def labels(self) -> dict[str, pa.DataType]:
@@ -104,7 +104,7 @@ class OpenCorpus:
 
     def rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
-    ) -> Rules:
+    ) -> FilterRules:
         """Resolves rules for this corpus; None: those of its recipe. See `resolve_rules`."""
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
@@ -121,16 +121,16 @@ def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
     return first.model_copy(update={"keep": keep})
 
 
-def mark_kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
+def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     """Marks documents that fulfil all rules and have a text: bool [rows]."""
     keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
     for rule in rules.keep.values():
-        keep = keep & rule.true(table)
+        keep = keep & rule.evaluate(table)
     return keep
 
 
 def apply_rules(
-    shard: StageShardView, rules: Rules, columns: Sequence[str] = ("id",)
+    shard: StageShardView, rules: FilterRules, columns: Sequence[str] = ("id",)
 ) -> Iterator[tuple[tuple[Any, ...], str | None]]:
     """Yields (values of `columns`, text) of each document of a shard, in order; None for what the
     rules leave out.
@@ -140,7 +140,9 @@ def apply_rules(
     Args:
         shard: with duplicates settled (`resolve_duplicates_for_rules`).
     """
-    for table in shard.groups(list(dict.fromkeys([*columns, "text", *rules.names, *rules.cut]))):
+    for table in shard.read_row_groups(
+        list(dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut]))
+    ):
         keep = mark_kept(table, rules)
         texts = cut_texts(table.filter(pa.array(keep)), rules)
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
@@ -148,9 +150,9 @@ def apply_rules(
             yield row, next(texts) if keeps else None
 
 
-def cut_texts(table: pa.RecordBatch, rules: Rules) -> Iterator[str]:
+def cut_texts(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:
     """Yields the texts of documents without the spans of all the labels in `rules.cut`."""
     spans = [table.column(label).to_pylist() for label in rules.cut]
     for i, text in enumerate(table.column("text").to_pylist()):
         cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
-        yield cut(text, cuts) if cuts else text
+        yield remove_spans(text, cuts) if cuts else text

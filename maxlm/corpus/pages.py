@@ -67,10 +67,10 @@ def extract_page(
     Args:
         data: HTML.
         charset: of the HTTP header.
-        use_trafilatura: by trafilatura (Barbaresi, ACL 2021), without its fallbacks to other libraries:
-            they cost half its speed and lose on both labelled sets of
-            `benchmarks/corpus_extract.py`. Else, and where it finds nothing or would be cut short,
-            by resiliparse (Bevendorff et al., ECIR 2018).
+        use_trafilatura: (Barbaresi, ACL 2021) without its fallbacks to other libraries: they cost
+            half its speed and lose on both labelled sets of `benchmarks/corpus_extract.py`. Else,
+            and where it finds nothing or would be cut short, resiliparse is used (Bevendorff et
+            al., ECIR 2018).
         markdown: headings, emphasis and fences around code; only for trafilatura.
     """
     source, encoding = decode(data, charset)

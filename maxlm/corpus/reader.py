@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import OpenCorpus, apply_rules
-from maxlm.corpus.recipe import Rules, get_text_stages
+from maxlm.corpus.recipe import FilterRules, get_text_stages
 from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
@@ -28,7 +28,7 @@ class FilteredShard:
     """A shard of a corpus and the rules that say what is taken from it."""
 
     shard: StageShardView
-    rules: Rules
+    rules: FilterRules
     digests: dict[Path, str]
     """SHA-256 of its files, of those whose version recorded one."""
 
@@ -44,7 +44,7 @@ class CorpusReader:
         texts, files = get_text_stages(corpus.recipe), []
         digests = {s: corpus.manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()}
         for shard in resolve_duplicates_for_rules(corpus, rules):
-            labels = [*rules.names, *rules.cut]
+            labels = [*rules.label_names, *rules.cut]
             stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
             stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
             known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
@@ -104,11 +104,13 @@ def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any],
     """Finds a document: its newest text, columns and labels by name, and what each rule says."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
     for shard in resolve_duplicates_for_rules(corpus, corpus.rules()):
-        for group, ids in enumerate(shard.groups(["id"])):
+        for group, ids in enumerate(shard.read_row_groups(["id"])):
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
-                tables = shard.groups(list(dict.fromkeys(columns)))
+                tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                verdicts = {n: bool(rule.true(table)[0]) for n, rule in corpus.rules().keep.items()}
+                verdicts = {
+                    n: bool(rule.evaluate(table)[0]) for n, rule in corpus.rules().keep.items()
+                }
                 return table.to_pylist()[0], verdicts
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

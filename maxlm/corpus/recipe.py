@@ -93,31 +93,27 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
-        place = f"stages.{number}"
+        name, place = stage.unique_name, f"stages.{number}"
         where = None
         if stage.where is not None:
             where = parse(stage.where, labels, f"{place}.where")
         read = [*stage.reads, *(where.names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
-                raise make_unknown_label_error(column, labels, f"{place} ({stage.unique_name})")
+                raise make_unknown_label_error(column, labels, f"{place} ({name})")
         _check_names(stage, labels, [source.name for source in recipe.sources], place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
         seen = texts if "text" in stage.reads else []
-        parts = [
-            stage.fingerprint(),
-            stage.where,
-            sorted((s, keys[s]) for s in {*sources, *seen}),
-            seen,
-        ]
-        keys[stage.unique_name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        before = sorted((s, keys[s]) for s in {*sources, *seen})
+        parts = [stage.fingerprint(), stage.where, before, seen]
+        keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         whole = isinstance(stage, CrossDocumentStage) or bool(wholes & {*sources, *seen})
-        wholes |= {stage.unique_name} if whole else set()
-        steps.append(BoundStage(stage, tuple(texts), where, keys[stage.unique_name], whole))
+        wholes |= {name} if whole else set()
+        steps.append(BoundStage(stage, tuple(texts), where, keys[name], whole))
         labels |= _list_labels(stage)
         if "text" in stage.schema().names:
-            texts.append(stage.unique_name)
+            texts.append(name)
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
     return steps
 
@@ -234,29 +230,27 @@ def _check_settling(recipe: RecipeConfig, rules: FilterRules, where: str) -> Non
     # Label → the verdict that it depends on, and the place of the `where` by which it does.
     early: dict[str, tuple[str, str]] = {}
     for number, stage in enumerate(recipe.stages):
-        others = {f"{stage.unique_name}.{field.name}" for field in stage.schema()}
+        name = stage.unique_name
+        others = {f"{name}.{field.name}" for field in stage.schema()}
         needs = set(stage.reads)
         if stage.where is not None:
             needs |= set(parse(stage.where, labels, "").names)
         cause = next((label for label in early if label in needs), None)
         if isinstance(stage, CrossDocumentStage):
-            settled = others & {*stage.verdict_labels, f"{stage.unique_name}.of"}
+            settled = others & {*stage.verdict_labels, f"{name}.of"}
             early |= {label: (label, "") for label in settled}
             others -= settled
-            if "duplicate" in stage.verdicts and f"{stage.unique_name}.of" in used:
-                what = f"{stage.unique_name}.of is the copy that is best before any rule is applied"
-                fix = f"write {stage.unique_name}.duplicate"
-                raise MaxlmError(what, where=where or "keep", fix=fix)
+            if "duplicate" in stage.verdicts and f"{name}.of" in used:
+                what = f"{name}.of is the copy that is best before any rule is applied"
+                raise MaxlmError(what, where=where or "keep", fix=f"write {name}.duplicate")
         if cause is None:
             continue
         verdict, place = early[cause]
         place = place or f"stages.{number}.where"
         early |= dict.fromkeys(others, (verdict, place))
-        if (label := min(others & used, default=None)) or (
-            stages and f"{stage.unique_name}.text" in others
-        ):
+        if (label := min(others & used, default=None)) or (stages and f"{name}.text" in others):
             what = (
-                f"{stage.unique_name} leaves documents out by {verdict}, which is settled only when the "
+                f"{name} leaves documents out by {verdict}, which is settled only when the "
                 f"rules are applied, and they need {label or 'its text'} of whichever is kept"
             )
             raise MaxlmError(what, where=place, fix=f"leave {verdict} out of it")

@@ -2,9 +2,9 @@
 
 Stages that compare documents label them as if all were kept: the best copy is no duplicate, the
 others are. If a rule drops the best copy, its text would be in no kept document. So before rules
-are applied, the labels that say who loses (`CrossDocumentStage.verdicts`) are settled anew from what the
-stages found: clusters of copies, pairs that are alike, places of repeated passages. A document may
-keep a text for others only if every rule keeps it, and no later stage drops it:
+are applied, the labels that say who loses (`CrossDocumentStage.verdicts`) are settled anew from
+what the stages found: clusters of copies, pairs that are alike, places of repeated passages. A
+document may keep a text for others only if every rule keeps it, and no later stage drops it:
 
 1. Without any verdict, which documents do the rules keep? Only these *may keep*.
 2. Stage by stage its verdicts among them, those on documents first, and then which of them the

@@ -96,7 +96,7 @@ class StageShardView:
         for table in self.read_row_groups(list(needed)):
             keep = np.ones(table.num_rows, np.bool_)
             if self.where is not None:
-                keep = self.where.true(table)
+                keep = self.where.evaluate(table)
             if "text" in columns:
                 keep &= ~table.column("text").is_null().to_numpy(zero_copy_only=False)
             index = np.flatnonzero(keep)

@@ -1,8 +1,8 @@
 """Stages of the corpus pipeline: settings that know how to label documents.
 
-A stage that looks at documents one by one is a `PerDocumentStage`; one that compares documents with each
-other (deduplication) is a `CrossDocumentStage`. Neither changes a text, except that a stage whose schema
-has a column "text" writes a new version, which the stages after it read.
+A stage that looks at documents one by one is a `PerDocumentStage`; one that compares them with each
+other (deduplication) is a `CrossDocumentStage`. Neither changes a text, except that a stage whose
+schema has a column "text" writes a new version, which the stages after it read.
 """
 
 import hashlib

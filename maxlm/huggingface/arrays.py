@@ -79,7 +79,7 @@ def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
 
 
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
-    """Returns a new fp32 array, to be written whole, in slices at ``num_lead_axes`` leading indices."""
+    """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading indices."""
     tile, file = choose_tile_and_file_shapes(shape[num_lead_axes:])
     tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
     codecs = [

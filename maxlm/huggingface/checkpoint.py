@@ -39,7 +39,7 @@ class RunCheckpointWriter:
         self._arrays: dict[str, ZarrArray] = {}
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
-        """Announces a parameter, which will be written in slices at ``num_lead_axes`` leading indices."""
+        """Announces a parameter, written in slices at ``num_lead_axes`` leading indices."""
         full = f"params.{name}"
         self._arrays[name] = create_array(self._folder / "state" / full, shape, num_lead_axes)
 

@@ -119,7 +119,7 @@ def kv_cache_spec(
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
 
     Rows have ``length`` tokens at most, of which a token sees ``window``; a cache is no longer.
-    ``key_shape`` and ``value_shape`` are (heads, size) of each, ``heads_axis`` the logical axis of the heads.
+    ``key_shape`` and ``value_shape`` are (heads, size), ``heads_axis`` is the heads' logical axis.
     """
     slots = length if window is None else min(window, length)
     axes = ("batch", None, heads_axis, None)

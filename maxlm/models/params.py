@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from maxlm.config import MaxlmError
-from maxlm.parallel.linear import multiply_kernels as multiply_kernels
+from maxlm.parallel.linear import multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
@@ -173,7 +173,7 @@ class GatheredParam(Leaf):
     def materialize(self, use: ParamReader) -> ShardedWeight:
         own = use.read(self.value)
         whole = jax.lax.stop_gradient(self.whole).astype(use.dtype)
-        return own._replace(whole=reshard(whole, make_spec(own.compute_layout)))
+        return own._replace(gathered=reshard(whole, make_spec(own.compute_layout)))
 
 
 def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight:

@@ -27,7 +27,7 @@ def apply_remat(
     """Applies a policy to ``layer``; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
-        is_loop_body: whether it is all there is to the body of a loop. Otherwise a compiler could do the
+        is_loop_body: whether it is all there is to a loop's body. Otherwise a compiler could do the
             work of several layers again at once, and hold all of it, or, in one program with
             their forward pass, not do it again at all: a barrier makes each wait for its gradient.
     """

@@ -64,15 +64,15 @@ class SequenceSplit(NamedTuple):
         return 2 if self.balanced else 1
 
     def last_ring_step(self, tokens_per_device: int) -> int:
-        """Counts the devices before its own, of ``tokens_per_device`` tokens each, that hold keys a device may
-        need. Later devices' keys pass by as the ring closes."""
+        """Counts the devices before its own, of ``tokens_per_device`` tokens each, that hold keys a
+        device may need. Later devices' keys pass by as the ring closes."""
         if self.window is None or self.balanced:
             return self.ways - 1
         return min(self.ways - 1, (self.window + tokens_per_device - 2) // tokens_per_device)
 
     def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
-        """Returns the index in the sequence of the first token of each chunk, of ``chunk_size`` tokens,
-        of the device with a number along ``axes``."""
+        """Returns the index in the sequence of the first token of each chunk, of ``chunk_size``
+        tokens, of the device at ``device_index`` along ``axes``."""
         starts = [device_index * chunk_size]
         return (
             [*starts, (2 * self.ways - 1 - device_index) * chunk_size] if self.balanced else starts

@@ -109,8 +109,8 @@ def multiply_kernels(
     Args:
         x: [B, S, *inputs].
         kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
-        gathered_kernels: kernels in use, where they need not be gathered; gradients go to ``kernels``.
-        kernel_layouts: the mesh axes of every kernel's dimensions in use; they begin those in storage.
+        gathered_kernels: where they need not be gathered, else None; gradients go to ``kernels``.
+        kernel_layouts: mesh axes of each kernel's dimensions in use, which begin those in storage.
         token_layout: the mesh axes of B and S in the results.
 
     Returns:

@@ -111,7 +111,7 @@ class RunLayout:
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
-    """Training FLOPs of a token of text, causal attention at half; see count_training_flops_per_token."""
+    """Causal attention counts at half; see ``count_training_flops_per_token``."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
 

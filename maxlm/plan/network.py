@@ -31,9 +31,9 @@ _PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.
 
 
 def sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
-    """Returns the bytes that each device of a group of ``group_size`` sends in one run; ``whole_bytes`` are of
-    the whole array of an all-gather, a reduce-scatter or an all-reduce, of what one device holds
-    before an all-to-all, of what it passes on in a permute."""
+    """Returns the bytes that each device of a group of ``group_size`` sends in one run;
+    ``whole_bytes`` are of the whole array of an all-gather, a reduce-scatter or an all-reduce, of
+    what one device holds before an all-to-all, of what it passes on in a permute."""
     if kind == "collective-permute":
         return np.where(np.greater(group_size, 1), whole_bytes, 0.0)
     return _PASSES_OVER_ARRAY.get(kind, 1.0) * whole_bytes * (group_size - 1) / group_size

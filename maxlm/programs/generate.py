@@ -43,8 +43,8 @@ def generate_text(
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, as_documents: bool
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one; ``as_documents``: prompts are
-    documents, as an encoder reads them, rather than openings."""
+    """Return the ids that a model is given for each prompt, at least one; ``as_documents``: prompts
+    are documents, as an encoder reads them, rather than openings."""
     end = [tokenizer.eos_id] if as_documents else []
     encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
     # A model needs a token to start from, even where documents open without one.

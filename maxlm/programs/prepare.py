@@ -94,8 +94,8 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
     """Describes a tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
-    or what a WordPiece vocabulary does not mark as a continuation. Of the ``model_vocab_size`` rows of the
-    model's table those past the tokenizer's ids are special, and so are ids without a text.
+    or what a WordPiece vocabulary does not mark as a continuation. Of the ``model_vocab_size`` rows
+    of the model's table those past the tokenizer's ids are special, and so are ids without a text.
     """
     special = np.ones(model_vocab_size, bool)
     special[: tokenizer.vocab_size] = False

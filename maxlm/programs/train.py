@@ -122,8 +122,8 @@ def _roll_back(
     if count >= faults.max_rollbacks:
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
-            f"{decision.reason} at step {decision.last_bad_step}, and the run has rolled back {count} "
-            f"time{'' if count == 1 else 's'}",
+            f"{decision.reason} at step {decision.last_bad_step}, and the run has rolled back "
+            f"{count} time{'' if count == 1 else 's'}",
             where=str(run.folder),
             fix="lower schedule.learning_rate in another run folder (--resume), or raise "
             "faults.max_rollbacks",
@@ -140,8 +140,8 @@ def _roll_back(
     }
     run.log.event("rollback", position.step, **told)
     run.say(
-        f"rolling back from step {decision.last_bad_step} to step {position.step}: {decision.reason}; "
-        f"batches {first} to {last} are skipped"
+        f"rolling back from step {decision.last_bad_step} to step {position.step}: "
+        f"{decision.reason}; batches {first} to {last} are skipped"
     )
     return position
 

@@ -61,8 +61,8 @@ def write_json_with_digest(path: Path, text: str) -> None:
 
 
 def verify_and_strip_json_digest(text: str) -> str:
-    """Return the JSON that `write_json_with_digest` was given; JSON that something else wrote as it is. Raises
-    ValueError if the text has changed since it was written."""
+    """Return the JSON that `write_json_with_digest` was given; JSON that something else wrote as it
+    is. Raises ValueError if the text has changed since it was written."""
     text, found, rest = text.rpartition(_DIGEST)
     if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':
         raise ValueError("it has changed since it was written")

@@ -101,11 +101,12 @@ def join_cluster(
     """Meets the other processes and starts JAX's distributed runtime, before any other use of JAX.
 
     From here on this process ends, with a line on stderr and code LOST, when a peer dies before it
-    has left, or its host is silent for ``peer_timeout_seconds``; or as a peer says (``abort_all_processes``). When a
-    peer is alive but stopped, JAX's own service aborts the others (SIGABRT, with a report).
+    has left, or its host is silent for ``peer_timeout_seconds``; or as a peer says
+    (``abort_all_processes``). When a peer is alive but stopped, JAX's own service aborts the others
+    (SIGABRT, with a report).
 
-    ``must_match``, JSON values by name, must be the same on all, as versions of software must. Raises
-    Lost if processes did not come, or JAX's runtime did not start.
+    ``must_match``, JSON values by name, and versions of software must be the same on all. Raises
+    ProcessLost if processes did not come, or JAX's runtime did not start.
     """
     versions = {name: version(name) for name in ("maxlm", "jax", "jaxlib")}
     hosts, connections = join_processes(cluster, versions | must_match, wait_seconds=wait_seconds)

@@ -67,8 +67,8 @@ class Connection:
 def join_processes(
     cluster: Cluster, must_match: Mapping[str, Any], *, wait_seconds: float
 ) -> tuple[list[str], dict[int, Connection]]:
-    """Meets the other processes, whose ``must_match`` (JSON values by name) must be the same; raises
-    Lost if one does not come within ``wait_seconds``.
+    """Meets the other processes, whose ``must_match`` (JSON values by name) must be the same;
+    raises ProcessLost if one does not come within ``wait_seconds``.
 
     Returns:
         The hosts' names by process, and the connections: process 0 has one to each, the others one

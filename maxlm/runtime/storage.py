@@ -48,7 +48,7 @@ def make_kvstore_spec(place: Place, *, long_retries: bool = True) -> dict[str, A
     """Returns TensorStore's KvStore spec of a place.
 
     The address of an S3 service other than Amazon's is read from `AWS_ENDPOINT_URL` and its region
-    from `AWS_REGION`, as by its own tools. ``long_retries``: try for minutes to reach an object store.
+    from `AWS_REGION`, as by its own tools. ``long_retries``: try for minutes to reach a store.
     """
     if isinstance(place, Path):
         return {"driver": "file", "path": f"{place.resolve()}/"}

@@ -164,7 +164,8 @@ class Task(Config):
             reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
             other = "name ids of the tokenizer's own in the task"
             raise MaxlmError(
-                f"the tokenizer has {tokenizer_vocab_size} ids{reserved}, model.vocab_size={model_vocab_size}",
+                f"the tokenizer has {tokenizer_vocab_size} ids{reserved}, "
+                f"model.vocab_size={model_vocab_size}",
                 where="model.vocab_size",
                 fix=f"set it to {least} or more, or "
                 + (other if free else "train a smaller tokenizer"),

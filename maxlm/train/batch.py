@@ -88,10 +88,10 @@ def make_global_batch(
     lead_shape: tuple[int, ...],
     token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
-    """Puts a process's rows on its devices, as its part of global arrays of leading axes ``lead_shape``.
+    """Puts a process's rows on its devices, as its part of arrays of leading axes ``lead_shape``.
 
     Args:
-        batch: arrays [len(rows), ...], row i being global row ``rows[i]``.
+        batch: arrays [len(row_indices), ...], row i being global row ``row_indices[i]``.
         arrays: a row of each.
         token_order: the token that stands at each place of a sequence; default: its own.
     """

@@ -42,8 +42,8 @@ class TrainConfig(Config):
         self, batch_size: int, num_batch_shards: int, stages: int
     ) -> "TrainConfig":
         """Returns the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
-        fewest parts of the batch that leave every device no more sequences at once. ``num_batch_shards``:
-        devices that the rows of a micro-batch are split over; ``stages`` of a pipeline."""
+        fewest parts of the batch that leave every device no more sequences at once.
+        ``num_batch_shards`` devices share a micro-batch's rows; ``stages`` are a pipeline's."""
         most = self.max_device_rows
         if most is None:
             return self

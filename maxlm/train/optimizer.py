@@ -158,8 +158,8 @@ def shard_optimizer(
     optimizer_rules: AxisRules,
     storage_rules: AxisRules,
 ) -> optax.GradientTransformation:
-    """Makes an optimizer whose state, and so its work, lies by ``optimizer_rules``: each device updates its
-    share of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
+    """Makes an optimizer whose state, and so its work, lies by ``optimizer_rules``: each device
+    updates its share of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
     if optimizer_rules == storage_rules:
         return inner
 

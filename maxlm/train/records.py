@@ -15,8 +15,8 @@ from maxlm.train.reporting import Numbers, ReportingConfig, Sink, open_sinks
 
 
 def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the records of a JSONL file, none if it is missing; lines that hold none are added to
-    ``damaged_lines``, but not a last one without an end: a kill cut it short, or it is being written."""
+    """Yields the records of a JSONL file, none if it is missing. Adds lines that hold none to
+    ``damaged_lines``, but not a last one without an end: it was cut short, or is being written."""
     if path.exists():
         with path.open("rb") as file:
             for line in file:

@@ -139,7 +139,7 @@ def evaluate_step(
         total, sums = loss(models, batch, key)
         return {"loss": total, **sums}
 
-    if getattr(model, "schedule", None) is not None:
+    if getattr(model, "pipeline_schedule", None) is not None:
         return sums_of(batch)
 
     return jax.tree.map(lambda x: x.sum(0), lax.map(sums_of, batch))
@@ -168,7 +168,7 @@ def compute_loss_and_gradients(
     rest: Params = jax.tree.map(lambda _: None, params) if untrained is None else untrained
     if layouts is not None:
         params = jax.tree.map(reshard, params, layouts)
-    schedule = getattr(model, "schedule", None)
+    schedule = getattr(model, "pipeline_schedule", None)
     # The 1F1B program differentiates all parameters of a stage.
     if schedule == "1f1b" and jax.tree.leaves(rest):
         params, whole = merge_params(params, rest), merge_params(whole, rest)

@@ -12,8 +12,8 @@ Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Tiles 
 as in the backward pass: what a query has one of lies along the lanes, a tile's queries stay in the
 matrix unit while all of its keys pass through, and oᵀ = vᵀ·pᵀ fills the unit where p·v would leave
 half of it idle. vᵀ has rows of ones on top: the product's first rows are the sums of the weights.
-What goes from one stage to the next is staged in VMEM by hand (``Scalars.put``): the compiler would
-otherwise hold more than it has registers for.
+What goes from one stage to the next is staged in VMEM by hand (``ProgramScalars.put``): the
+compiler would otherwise hold more than it has registers for.
 """
 
 from typing import Any

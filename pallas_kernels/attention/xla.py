@@ -187,8 +187,8 @@ class BatchPartition(NamedTuple):
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, max_pairs: int) -> "BatchPartition":
-        """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one: whole rows where
-        these fit."""
+        """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one: whole rows
+        where these fit."""
         if max_pairs >= kv_heads:
             return cls((batch, kv_heads), _divisor(batch, max_pairs // kv_heads), kv_heads)
         return cls((batch, kv_heads), 1, _divisor(kv_heads, max_pairs))

@@ -178,8 +178,8 @@ def test_a_crash_or_hang_costs_one_page_at_most(quality, fault, status, monkeypa
 
 PARENT = """
 import sys
-from maxlm.corpus.extraction import Extractor
-extractor = Extractor(quality=False, markdown=False, seconds=1)
+from maxlm.corpus.extraction import HtmlExtractorProcess
+extractor = HtmlExtractorProcess(use_trafilatura=False, markdown=False, seconds=1)
 extractor.read(b"<p>hello", None)
 print(extractor._child[0].pid, flush=True)
 while True:

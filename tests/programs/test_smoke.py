@@ -70,10 +70,10 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
 
 
 def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(monkeypatch, capsys):
-    step_function, restore = RunSetup.jit_train_step, FolderTier.restore
+    jit_train_step, restore = RunSetup.jit_train_step, FolderTier.restore
 
     def broken(self):
-        step = step_function(self)
+        step = jit_train_step(self)
 
         def forgetful(state, batch):
             params = jax.tree.map(lambda p: p.copy(), state.params)
@@ -86,7 +86,7 @@ def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(m
         state = restore(self, step, abstract)
         return replace(state, params=jax.tree.map(lambda p: p * (1 + 1e-3), state.params))
 
-    monkeypatch.setattr(RunSetup, "step_function", broken)
+    monkeypatch.setattr(RunSetup, "jit_train_step", broken)
     monkeypatch.setattr(FolderTier, "restore", lossy)
     first = jax.devices()[:1]
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: first)

@@ -103,7 +103,7 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
             numbered = enumerate(batches, start)
             yield (change(get_batch_number(step, skips), batch) for step, batch in numbered)
 
-    monkeypatch.setattr(train, "load_training_batches", spoiled)
+    monkeypatch.setattr(train, "open_training_batches", spoiled)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -45,14 +45,14 @@ class Journal(Callback):
     def is_due(self, step):
         return self.save_every > 0 and step % self.save_every == 0
 
-    def is_late(self):
+    def is_due_by_time(self):
         return self.taken == self.late_at
 
-    def save(self, step, state, metadata, *, force=False, suspect=None):
+    def save(self, step, state, metadata, *, force=False, first_suspect_step=None):
         first = step
         while first in self.bad:
             first -= 1
-        assert suspect == (first + 1 if step in self.bad else None)
+        assert first_suspect_step == (first + 1 if step in self.bad else None)
         assert step == state.step
         assert metadata["meta"] == 1
         good = step - sum(each <= step for each in self.bad)
@@ -94,7 +94,7 @@ def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
     detector = LossSpikeDetector(FaultToleranceConfig(), {"losses": [1.0] * start})
     watchdog = Watchdog(FaultToleranceConfig(), None)
     with handle_signals("runs/x") as signals, signals.defer_signals():
-        reduce, late = FlagAllReduce(mesh), journal.is_late
+        reduce, late = FlagAllReduce(mesh), journal.is_due_by_time
         trainer = Trainer(
             journal.step,
             steps,

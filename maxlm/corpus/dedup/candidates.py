@@ -56,10 +56,10 @@ def find_pairs(
 ) -> Iterator[np.ndarray]:
     """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.
 
-    In a group of up to `max_group_size` members all are paired. In a larger one, such as the copies of a
-    text or the pages of a template, each is paired with the limit / 4 best and the limit / 4 that
-    follow it, which is as many as a group of the limit has for a member: the pairs stay in
-    proportion to the members.
+    In a group of up to `max_group_size` members all are paired. In a larger one, such as copies of
+    a text or pages of a template, each is paired with the `max_group_size` / 4 best and as many
+    after it, which is what a group of that size has for a member: the pairs stay in proportion to
+    the members.
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """

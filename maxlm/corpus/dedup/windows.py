@@ -59,8 +59,8 @@ def hash_windows(
     window_words: int,
     base: int = _BASE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes each run of `window_words` words within a document, white space between them included, from
-    what `find_words` found.
+    """Hashes each run of `window_words` words within a document, with the white space between them,
+    from what `find_words` found.
 
     The hash is a polynomial of the characters: the difference of two sums up to its ends, times a
     power that makes up for where it begins.

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.types as types
 
 from maxlm.corpus.opened import OpenCorpus, cut_texts
-from maxlm.corpus.recipe import Rules
+from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
@@ -85,7 +85,7 @@ class Summary:
 
 def summarize(
     corpus: OpenCorpus,
-    rules: Rules,
+    rules: FilterRules,
     engine: Executor,
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
@@ -107,12 +107,12 @@ def summarize(
 
 def find_language_label(corpus: OpenCorpus) -> str | None:
     """The label that names a document's language, if a stage gives one."""
-    found = [stage.title for stage in corpus.recipe.stages if stage.stage == "language"]
+    found = [stage.unique_name for stage in corpus.recipe.stages if stage.stage == "language"]
     return f"{found[0]}.name" if found else None
 
 
 def _summarize_shard(
-    rules: Rules,
+    rules: FilterRules,
     numeric: Sequence[str],
     language: str | None,
     tokenizer: Path | None,
@@ -122,10 +122,10 @@ def _summarize_shard(
 
     summary = Summary()
     languages = [language] if language else []
-    columns = ["id", "source", "text", *rules.names, *numeric, *languages, *rules.cut]
+    columns = ["id", "source", "text", *rules.label_names, *numeric, *languages, *rules.cut]
     seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
     random, codec = np.random.default_rng(seed), tokenizer and load_tokenizer(tokenizer)
-    for table in shard.groups(list(dict.fromkeys(columns))):
+    for table in shard.read_row_groups(list(dict.fromkeys(columns))):
         texts = table.column("text")
         sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
         sources = table.column("source")
@@ -134,12 +134,12 @@ def _summarize_shard(
         keep = keep & pc.is_valid(texts).to_numpy(zero_copy_only=False)
         _count(summary, "has text", sources, sizes, keep)
         for name, rule in rules.keep.items():
-            passes = rule.true(table)
+            passes = rule.evaluate(table)
             fell = _samples(table, np.flatnonzero(keep & ~passes), rule.names)
             summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
             keep = keep & passes
             _count(summary, name, sources, sizes, keep)
-        kept = _samples(table, np.flatnonzero(keep), rules.names)
+        kept = _samples(table, np.flatnonzero(keep), rules.label_names)
         summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
         for label in numeric:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
@@ -176,7 +176,7 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
 
 def _count_mixture(
     summary: Summary,
-    rules: Rules,
+    rules: FilterRules,
     language: str | None,
     tokenizer: "Tokenizer | None",
     table: pa.RecordBatch,

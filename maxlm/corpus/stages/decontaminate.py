@@ -59,8 +59,8 @@ def build_gram_index(
     Args:
         n: words in an n-gram. An item of fewer words is looked for as a whole,
         shortest: if it has this many; else it is left out.
-        max_items_per_ngram: n-grams of more different items of a set are left out, as text of a template, if
-            they are not of a long passage; see `_wanted`.
+        max_items_per_ngram: n-grams of more different items of a set are left out, as text of a
+            template, if they are not of a long passage; see `_wanted`.
     """
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
@@ -70,7 +70,8 @@ def build_gram_index(
         if not wanted.any():
             what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
             if items.words.any():
-                what = f'all text of evaluation set "{name}" is common to more than {max_items_per_ngram} items'
+                what = f'all text of evaluation set "{name}" is common to more than '
+                what += f"{max_items_per_ngram} items"
             fix = "check its files and text_field, lower shortest, or raise max_items"
             raise MaxlmError(what, fix=fix)
         is_size[np.minimum(items.words[items.words > 0], n)] = True

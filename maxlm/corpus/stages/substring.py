@@ -22,10 +22,10 @@ of 128 bits a word gives the same groups as sorting a suffix a character, in a f
 and hashes of parts are merged by ranges without their texts.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `write_shard_blocks` sorts the windows of each block; `find_repeated_windows` finds the first
-occurrence of each window that comes several times, for one range of hashes; `find_cuts` takes the
-union of a document's copies. It also lists where each copied run came first, for which documents
-are kept is not known yet: what is cut of them is settled later (`corpus.settling`).
+hashes: `write_shard_blocks` sorts the windows of each block; `find_repeated_windows` finds the
+first occurrence of each window that comes several times, for one range of hashes; `find_cuts` takes
+the union of a document's copies. It also lists where each copied run came first, for which
+documents are kept is not known yet: what is cut of them is settled later (`corpus.settling`).
 """
 
 import json

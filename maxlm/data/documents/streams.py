@@ -85,7 +85,7 @@ def make_whole_slice(file: SourceFile) -> FileSlice:
 
 
 def check_unchanged(file: SourceFile, mtime_ns: int, artifact: str) -> None:
-    """Checks that a file is as it was when it was listed and scanned; `artifact` is for the error."""
+    """Checks that a file is as when it was listed and scanned; `artifact` is for the error."""
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
     if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):

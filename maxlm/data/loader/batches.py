@@ -158,8 +158,8 @@ class SourceUsage:
 
 
 def summarize_source_usage(batches: Batches, start_step: int, stop_step: int) -> list[SourceUsage]:
-    """Returns what steps `start_step` to `stop_step` of a mixture's batches read from each source; the steps
-    past its end count as nothing. O(1) in the number of steps.
+    """Returns what steps `start_step` to `stop_step` of a mixture's batches read from each source;
+    the steps past its end count as nothing. O(1) in the number of steps.
     """
     mixture = batches.mixture
     first, last = (

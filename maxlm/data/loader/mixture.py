@@ -85,8 +85,8 @@ class Mixture:
 
         Args:
             changes: (first index, weights of every store) of later phases, in rising order.
-            max_sequences: how many sequences a store gives in all, for stores that do not go on for ever.
-                Its weight then goes to the others, in proportion to theirs.
+            max_sequences: how many a store gives in all, for stores that do not go on for ever. Its
+                weight then goes to the others, in proportion to theirs.
         """
         names = tuple(weights)
         phases = [(0, weights), *changes]

@@ -178,8 +178,8 @@ class Tokenizer:
         return self.encode_with_escapes(text) if allow_special else self.encode_batch([text])[0]
 
     def encode_with_escapes(self, text: str | bytes, escape_char: str | None = None) -> list[int]:
-        """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals that
-        contain it stay ordinary text."""
+        """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals
+        that contain it stay ordinary text."""
         if self.codec.finds_special:
             return self._encode(
                 [text], partial(self.codec.encode_segments_with_special, escape_char=escape_char)

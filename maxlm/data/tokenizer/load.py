@@ -66,9 +66,9 @@ def import_tokenizer(
         source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
             or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
             "tiktoken:o200k_base". Of a single file only that file is looked at.
-        embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
-            tokenizer, in tokenizer.json alone; its files stay as they are. Some models were
-            published with such, for images (Gemma 3) or of a larger relative (BART).
+        embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
+            unknown to the tokenizer, in tokenizer.json alone; its files stay as they are. Some
+            models were published with such, for images (Gemma 3) or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
         pattern: how a rank file that is not a known one splits text: a name in ``PATTERNS``.
     """

@@ -2,9 +2,9 @@
 
 An architecture is a config that builds its module. The rest of maxlm asks the config for
 ``build``, ``position_limit``, ``shrunk``, ``trunks`` and sizes; the module for a call, ``trunks``,
-``prepare_logits``, ``logits``, ``rules``, ``dtype`` and ``config``; one that decodes for ``cache_specs``
-and ``cached`` too. To add one, write both in a file here and join them to the two
-names below; pydantic tells configs apart by their ``architecture``.
+``prepare_logits``, ``logits``, ``rules``, ``dtype`` and ``config``; one that decodes for
+``cache_specs`` and ``forward_with_cache`` too. To add one, write both in a file here and join them
+to the two names below; pydantic tells configs apart by their ``architecture``.
 """
 
 from typing import Annotated

@@ -205,7 +205,7 @@ class Trunk(nnx.Module):
         return compute_rotary(positions, size, *how, lengths=lengths)
 
     def relative_biases(self) -> jax.Array | None:
-        """See :class:`Shared`."""
+        """See :class:`SharedLayerInputs`."""
         if self.relative is None:
             return None
         table = materialize(self.relative, self.rules, accumulation_dtype(self.dtype))

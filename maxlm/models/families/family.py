@@ -25,7 +25,7 @@ class ModelFamily:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings that all its models have, by dotted path."""
     rope: Mapping[str, Any] | None = None
-    """Arguments of ``read_position_settings``; None: it has no rotary positions, or reads them itself."""
+    """Arguments of ``read_position_settings``; None: no rotary positions, or ``read`` does."""
     read: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
     """Reads into the settings what ``fields`` cannot say."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}

@@ -217,7 +217,7 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
             found += _entry(name, rule, specs, rule.ours, ())
             continue
         for layer in range(config.num_layers):
-            part, index = config.place_of(layer)
+            part, index = config.locate_layer(layer)
             ours = tuple(f"{part}.{own}" for own in rule.ours)
             for expert in experts if "{expert}" in name else (None,):
                 full = name.format(layer=layer, expert=expert)

@@ -101,8 +101,8 @@ class Rotary(NamedTuple):
 
 
 def compute_frequencies(theta: float, rotary_dim: int, scaling: Any = None) -> np.ndarray:
-    """Computes radians a token of each pair of ``rotary_dim`` dimensions, float64 [size / 2], of any
-    scaling but the dynamic one, which counts as none here."""
+    """Computes radians a token of each pair of dimensions, float64 [rotary_dim / 2], of any scaling
+    but the dynamic one, which counts as none here."""
     if isinstance(scaling, NtkScaling):
         theta *= scaling.factor ** (rotary_dim / (rotary_dim - 2))
     plain = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)

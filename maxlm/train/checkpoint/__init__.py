@@ -15,7 +15,7 @@ __all__ = [
     "FoundCheckpoint",
     "SkippedCheckpoint",
     "UnreadableCheckpoint",
-    "check_same",
-    "group_sizes",
+    "check_same_settings",
+    "layer_group_shapes",
     "named_leaves",
 ]

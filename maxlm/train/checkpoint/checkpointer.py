@@ -113,7 +113,7 @@ class Checkpointer:
 
         Args:
             force: write one to the run's folder in any case.
-            first_suspect_step: a step from which on updates may be bad: the newest checkpoint before it is
+            first_suspect_step: from which on updates may be bad: the newest checkpoint before it is
                 kept besides.
         """
         if force or self.folder_tier.is_due(step):

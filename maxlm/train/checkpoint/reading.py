@@ -113,8 +113,8 @@ def add_integrity_fields(
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """Returns what :func:`make_metadata` returned, without its checksum; raises ValueError if it is
-    damaged."""
+    """Returns what :func:`add_integrity_fields` returned, without its checksum; raises ValueError
+    if it is damaged."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("its metadata is no JSON object")
