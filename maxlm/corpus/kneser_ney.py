@@ -56,7 +56,7 @@ class KneserNeyConfig(Config):
         return self
 
     @property
-    def thresholds(self) -> tuple[int, ...]:
+    def prune_thresholds(self) -> tuple[int, ...]:
         """`prune` for every order."""
         return self.prune + (self.prune[-1:] or (0,)) * (self.order - len(self.prune))
 
@@ -108,7 +108,7 @@ def estimate_kneser_ney(
     words, ids = _read_words(sentences)
     if len(words) <= len(_SPECIAL):
         raise MaxlmError("there are no words to estimate an n-gram model from")
-    orders = _count_ngrams(ids, len(words), config.thresholds)
+    orders = _count_ngrams(ids, len(words), config.prune_thresholds)
     _adjust_counts(orders)
     discounts = [
         _estimate_discounts(order, grams.count, config.discount_fallback)

@@ -224,7 +224,7 @@ def _backward(how: _Layouts, residuals, d_y):
         d_y = gather(d_y, how.tokens, how.whole)
         shape, k = d_y.shape, plan.slot.shape[1]
         kernels = _gathered(masters, rows.dtype, how)
-        d_out = plan.send(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
+        d_out = plan.send_to_experts(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
 
         def add(sums, own: Kernels):
             d_rows, d_scale = sums
@@ -245,8 +245,10 @@ def _backward(how: _Layouts, residuals, d_y):
         (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
         assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
-        d_x = _from_slots(plan.receive(d_rows), plan).astype(rows.dtype).reshape(shape)
-        d_weights = _taken(plan.receive(d_scale)[:, 0], plan.slot).reshape(*shape[:2], k)
+        d_x = _from_slots(plan.receive_from_experts(d_rows), plan).astype(rows.dtype).reshape(shape)
+        d_weights = _taken(plan.receive_from_experts(d_scale)[:, 0], plan.slot).reshape(
+            *shape[:2], k
+        )
         d_x, d_weights = (reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights))
         partials = tuple(a for a in how.spread if a not in how.expert_axes)
         # Reduced in the compute dtype, as the gradients of all other weights are.

@@ -238,7 +238,7 @@ def _one_f_one_b(
 
     (total, sums, aux), (d_ends, d_layers) = run_1f1b_pipeline(
         first,
-        model.stage,
+        model.run_stage,
         last,
         ends,
         params["layers"],

@@ -90,11 +90,11 @@ class Watchdog(Callback):
 
     def reset_timer(self) -> None:
         """Restarts the time of what is under way, which has made progress."""
-        self.awaited = replace(self.awaited, began=time.monotonic())
+        self.awaited = replace(self.awaited, start_seconds=time.monotonic())
 
     def stop_timer(self) -> None:
         """Expects nothing until the next :meth:`expect`."""
-        self.awaited = replace(self.awaited, limit=float("inf"))
+        self.awaited = replace(self.awaited, timeout_seconds=float("inf"))
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()

@@ -62,7 +62,7 @@ def forward(
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     (B, S, N, H), Hv = q.shape, v.shape[-1]
     call = TpuKernelCall.of(q.shape, len(k) // B, part, blocks, joined=True)
-    bq, slots, tile = blocks.q, blocks.slots, (blocks.k, blocks.tile_q)
+    bq, slots, tile = blocks.q, blocks.tiles_in_flight, (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.forward_kernel,
         operands=[
@@ -142,7 +142,7 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
     H, Hv = q.shape[-1], v.shape[-1]
     call = TpuKernelCall.of(shape, len(k) // shape[0], part, blocks, joined=False)
-    slots, tile = blocks.slots, (blocks.tile_k, blocks.tile_q)
+    slots, tile = blocks.tiles_in_flight, (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
         tpu_backward.backward_kernel,

@@ -113,7 +113,7 @@ def test_values(text, expected):
     )
     expression = parse(text, LABELS, "keep.x")
     assert expression.evaluate(data).tolist() == expected
-    assert pickle.loads(pickle.dumps(expression)).true(data).tolist() == expected
+    assert pickle.loads(pickle.dumps(expression)).evaluate(data).tolist() == expected
 
 
 def test_names_and_thresholds():

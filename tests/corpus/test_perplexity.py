@@ -104,7 +104,7 @@ def label(stage, texts, languages=None):
     if stage.language is not None:
         columns[stage.language] = pa.array(languages, pa.string())
     assert tuple(columns) == stage.reads
-    labels = stage.open()(pa.RecordBatch.from_pydict(columns))
+    labels = stage.make_batch_label_fn()(pa.RecordBatch.from_pydict(columns))
     assert labels.schema == stage.schema()
     return labels.to_pylist()
 

@@ -43,7 +43,7 @@ def probability(model, *documents: str | bytes) -> np.ndarray:
     decoded = [
         text if isinstance(text, str) else text.decode("utf-8", "replace") for text in documents
     ]
-    return model.predict(decoded)
+    return model.predict_proba(decoded)
 
 
 def test_it_tells_the_kinds_apart_on_documents_it_never_saw(trained):

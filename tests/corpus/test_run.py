@@ -262,7 +262,7 @@ def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monke
     real = run._run_step
 
     def stops(folder, step, *rest):
-        if step.stage.title == "pii":
+        if step.stage.unique_name == "pii":
             raise KeyboardInterrupt
         real(folder, step, *rest)
 

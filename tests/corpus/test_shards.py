@@ -12,9 +12,11 @@ SCHEMA = pa.schema([("words", pa.int32()), ("good", pa.bool_()), ("kind", pa.str
 
 def label(shard, make):
     with shard.writer(SCHEMA) as writer:
-        for rows in shard.rows(["text"]):
+        for rows in shard.read_selected_rows(["text"]):
             texts = rows.batch.column("text").to_pylist()
-            writer.write(rows, pa.RecordBatch.from_pylist([make(t) for t in texts], schema=SCHEMA))
+            writer.write_selected_rows(
+                rows, pa.RecordBatch.from_pylist([make(t) for t in texts], schema=SCHEMA)
+            )
 
 
 def by_length(text):

@@ -180,7 +180,9 @@ def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
 def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(make_config):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     whole = train(make_config("whole", mesh=mesh))
-    reference = load_frozen_models(whole.setup, lambda: whole.setup.init().params)["reference"]
+    reference = load_frozen_models(whole.setup, lambda: whole.setup.init_train_state().params)[
+        "reference"
+    ]
     assert jax.tree.all(jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"]))
     assert jax.tree.map(lambda x: x.sharding, whole.state) == whole.setup.shardings
     records = [
@@ -191,7 +193,7 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(m
 
     train(make_config("cut", mesh=mesh, train={"steps": 2}))
     cut = train(make_config("cut", mesh=mesh))
-    assert cut.start == 2
+    assert cut.start_step == 2
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, cut.state))
 
 

@@ -221,7 +221,7 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     # It resumes as if it had never stopped.
     train(make_config("cut", mesh, {"steps": 2, **start}, adapter=adapter))
     cut = train(make_config("cut", mesh, {"steps": 4, **start}, adapter=adapter))
-    assert cut.start == 2
+    assert cut.start_step == 2
     assert are_equal(whole.state, cut.state)
 
     # A run that starts from an adapted one has its A and B too.

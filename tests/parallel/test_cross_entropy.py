@@ -95,11 +95,11 @@ def exact(biased, cap, z_loss):
 
 def check(case, mesh, biased, cap, z_loss, whole=False):
     on = mesh(**case.mesh)
-    options = {"used": case.used, "soft_cap": cap, "chunk": 5}
+    options = {"head_layout": case.used, "soft_cap": cap, "chunk_tokens": 5}
 
     def run(hidden, head, bias, targets, weights, whole):
         def both(hidden, head, bias):
-            own = options | {"bias": bias if biased else None, "whole": whole}
+            own = options | {"bias": bias if biased else None, "gathered_head": whole}
             sums = fused_cross_entropy_loss(hidden, head, targets, weights, z_loss=z_loss, **own)
             return (sums[0], compute_fused_log_probs(hidden, head, targets, **own)), sums[1]
 
@@ -152,8 +152,8 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
         targets, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
 
         def loss(hidden, head, bias):
-            options = {"used": ((), ()), "bias": bias, "soft_cap": 30.0, "chunk": chunk}
-            return fused_cross_entropy_loss(hidden, head, targets, weights, **options)[0]
+            own = {"head_layout": ((), ()), "bias": bias, "soft_cap": 30.0, "chunk_tokens": chunk}
+            return fused_cross_entropy_loss(hidden, head, targets, weights, **own)[0]
 
         step = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
         text = step.lower(hidden, head, jnp.zeros(V)).compile().as_text()

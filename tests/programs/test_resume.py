@@ -42,7 +42,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
         for name in names:
             del part[name]
     file.write_text(json.dumps(metadata))
-    assert train(path, "train.steps=2")[0].start == 1
+    assert train(path, "train.steps=2")[0].start_step == 1
     with pytest.raises(MaxlmError, match=r"tokenizer\.chat=None became 'chatml'"):
         train(path, "tokenizer.chat=chatml", "train.steps=3")
 
@@ -85,7 +85,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     shutil.rmtree(home)
     first = next(i for i, line in enumerate(lines) if '"checkpoint"' in line)
     events.write_text("".join(lines[: first + 1]))
-    assert train(path, "train.steps=1")[0].start == 0
+    assert train(path, "train.steps=1")[0].start_step == 0
 
 
 def config_of_store(folder):
@@ -135,7 +135,7 @@ def test_a_store_that_grew_is_read_as_it_was(tmp_path):
         "; set store_segments: 1 for it, or train in another run folder"
     )
     grown = "data.sources.0.store_segments=1"
-    assert train(path, "train.steps=2", grown)[0].start == 1
+    assert train(path, "train.steps=2", grown)[0].start_step == 1
     # Both were read: the newest checkpoint is again one of the first segment.
     with pytest.raises(MaxlmError, match="set store_segments: 1"):
         train(path, "train.steps=3", "data.sources.0.store_segments=2")

@@ -106,7 +106,7 @@ def test_a_run_goes_back_and_is_then_the_run_without_those_batches(
     if how is no_number:
         train(tmp_path, text, "parts", "train.steps=16")
         parts, _ = train(tmp_path, text, "parts")
-        assert parts.start == 16
+        assert parts.start_step == 16
         assert_same_state(parts, trained)
         with FolderTier(parts.folder / "checkpoints", read_only=True) as keeper:
             assert keeper.metadata()["skipped_batches"] == [[12, last - 1]]

@@ -53,7 +53,7 @@ def test_a_spike_is_many_deviations_above_the_median_several_times_in_a_row():
     assert see(LossSpikeDetector(CONFIG), [*losses, over, 2.0, over, 2.0]) == [None] * 68
     *calm, verdict = see(LossSpikeDetector(CONFIG), [*losses, over, over + 1])
     assert calm == [None] * 65
-    assert (verdict.first, verdict.last) == (65, 66)
+    assert (verdict.first_bad_step, verdict.last_bad_step) == (65, 66)
     assert verdict.reason == (f"the loss is {over + 1:.4f}, above the spike limit of {limit:.4f}")
 
 
@@ -65,7 +65,7 @@ def test_an_update_left_out_among_spikes_is_in_their_row():
     assert see(watch, [NAN], first=18) == [None]
     assert watch.first_suspect_step(18) == 17
     [verdict] = see(watch, [9.0], first=19)
-    assert (verdict.first, verdict.last) == (17, 19)
+    assert (verdict.first_bad_step, verdict.last_bad_step) == (17, 19)
 
 
 def test_a_loss_that_falls_or_is_noise_is_no_spike():

@@ -137,7 +137,7 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, mo
 
     wandb = SimpleNamespace(init=init, Settings=dict, Error=ValueError, __spec__=sys.__spec__)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(ReportingConfig, "check", lambda self: None)
+    monkeypatch.setattr(ReportingConfig, "check_packages", lambda self: None)
     (tmp_path / "config.yaml").write_text("seed: 17\n")
     config = ReportingConfig(tensorboard=False, wandb=WandbConfig(project="tiny", mode="offline"))
     for step in (1, 2):

@@ -62,8 +62,8 @@ def test_a_hang_is_told_of_with_every_threads_stack(tmp_path, capfd):
 
 
 def limit_seconds(watchdog, what):
-    watchdog.expect(1, what)
-    return watchdog.awaited.limit
+    watchdog.start_timer(1, what)
+    return watchdog.awaited.timeout_seconds
 
 
 def test_step_has_a_multiple_of_the_median_and_other_work_has_longer(tmp_path):

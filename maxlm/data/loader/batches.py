@@ -92,7 +92,7 @@ class Batches:
         for number in np.unique(stores[stores != PADDING]):
             source = self.sources[number]
             here = np.flatnonzero(stores == number)
-            _fill(batch, here, source.pieces(sequences[here]), source.store)
+            _fill(batch, here, source.find_document_spans(sequences[here]), source.store)
         return batch
 
 
