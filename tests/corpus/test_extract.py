@@ -156,7 +156,7 @@ def children() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children():
         with suppress(psutil.Error):  # It has just ended.
-            found += [process] if "serve(" in " ".join(process.cmdline()) else []
+            found += [process] if "serve_extractor(" in " ".join(process.cmdline()) else []
     return found
 
 

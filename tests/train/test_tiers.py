@@ -349,7 +349,7 @@ for number in range(3000):
     (folder / "run" / "1" / str(number)).write_bytes(bytes(1000))
 config = CheckpointConfig(remote_folder=str(folder / "there"))
 with Checkpointer(folder / "run", "run", config) as tiers:
-    tiers.remote.save(1)
+    tiers.remote.start_copy(1)
     while not list((folder / "there").glob("*/1/*")):
         time.sleep(0.001)
     assert tiers.remote.steps_being_copied
