@@ -46,7 +46,10 @@ def one_device_mesh(mesh) -> Mesh:
 
 @pytest.fixture(scope="session")
 def _compilation_cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("compiled"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the base of one worker: both share
+        folder = folder.parent
+    return str(folder / "compiled")
 
 
 @pytest.fixture

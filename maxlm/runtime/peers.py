@@ -7,6 +7,7 @@ closes it when a process dies, and TCP's keepalive probes detect a host that is 
 """
 
 import os
+import queue
 import re
 import sys
 import threading
@@ -30,6 +31,8 @@ class Peers:
         self.cluster, self.hosts = cluster, hosts
         self._connections = connections  # process 0 has one to each, the others one to it
         self._ending, self._lead_left = threading.Lock(), threading.Event()
+        self._exit_code: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._enforce_exit, daemon=True).start()
         for process, connection in connections.items():
             arguments = (process, connection)
             threading.Thread(target=self._listen, args=arguments, daemon=True).start()
@@ -70,10 +73,7 @@ class Peers:
         self._send({"ended": code, "text": text}, except_for=told_by)
         if self.cluster.process_id == 0:
             time.sleep(NOTICE_SECONDS / 2)  # JAX aborts processes when its service is gone
-        # Nobody may read what is written, or another thread hold its lock.
-        timer = threading.Timer(NOTICE_SECONDS, os._exit, [code])
-        timer.daemon = True
-        timer.start()
+        self._exit_code.put(code)
         if told_by is not None:
             with suppress(OSError):
                 os.write(2, f"error: {text}\n".encode())
@@ -81,6 +81,13 @@ class Peers:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)  # the normal way out would wait for the peers
+
+    def _enforce_exit(self) -> NoReturn:
+        """Exits also where nobody reads what `_end` writes, or another thread holds its lock. It
+        waits from the beginning: to start a thread then would let JAX abort the process first."""
+        code = self._exit_code.get()
+        time.sleep(NOTICE_SECONDS)
+        os._exit(code)
 
     def _send(self, message: Mapping[str, Any], except_for: int | None = None) -> None:
         for process, connection in self._connections.items():

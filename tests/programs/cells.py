@@ -15,7 +15,7 @@ from maxlm.models.params import flatten_names
 from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
-from maxlm.sharding import MESH_AXES, MeshConfig, bind_mesh
+from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
 from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from maxlm.train.state import TrainState
@@ -202,27 +202,30 @@ PAIRS = [(name, model) for name, cell in CELLS.items() for model in cell.models]
 TRAINED = [(name, model) for name, model in PAIRS if model not in REFUSED.get(name, ())]
 
 
-def _level_pairs(name: str, model: str) -> set[tuple[tuple[str, Any], ...]]:
-    """Every two levels that meet in a cell: the model, mesh axes in use, values of settings."""
+def _parts_that_meet(name: str, model: str) -> set[tuple[str, ...]]:
+    """The model of a cell, its parts (axes in use and how they are used), and every two of them."""
     cell = CELLS[name]
-    levels = {"model": model} | {f"mesh.{axis}": cell.mesh.get(axis, 1) > 1 for axis in MESH_AXES}
-    levels["sharding"] = str(cell.settings.get("sharding"))
     parallel = ParallelConfig.model_validate(cell.settings.get("parallel", {}))
-    levels |= {f"parallel.{key}": value for key, value in parallel.model_dump().items()}
-    return set(combinations(sorted(levels.items()), 2))
+    how = {
+        "context": f"{parallel.context}, balanced: {parallel.balance_sequence}",
+        "stage": parallel.schedule,
+    }
+    parts = [f"{axis} {how.get(axis, '')}" for axis, size in cell.mesh.items() if size > 1]
+    parts += [str(rules) for rules in cell.settings.get("sharding", {}).items()]
+    return {(model,), *((part,) for part in parts), *combinations(sorted(parts), 2)}
 
 
-def _cover_pairs(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Few of `trained`, in which every two levels meet that meet in any."""
-    pairs = {each: _level_pairs(*each) for each in trained}
-    missing, chosen = set().union(*pairs.values()), []
+def _cover_parts(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Few of `trained`, with every model in one, and every two parts that meet in any."""
+    parts = {each: _parts_that_meet(*each) for each in trained}
+    missing, chosen = set().union(*parts.values()), []
     while missing:
-        chosen.append(max(trained, key=lambda each: len(pairs[each] & missing)))
-        missing -= pairs[chosen[-1]]
+        chosen.append(max(trained, key=lambda each: len(parts[each] & missing)))
+        missing -= parts[chosen[-1]]
     return chosen
 
 
-COVER = _cover_pairs(TRAINED)
+COVER = _cover_parts(TRAINED)
 
 # The same for eight devices of two processes, which every axis then crosses.
 HOST_CELLS: dict[str, Cell] = {
