@@ -102,7 +102,7 @@ def products(shape: StepShape) -> float:
 
 
 SLOW = {"zero1", "tp, 8 ways, kv heads whole", "cp ring in order, 8 ways", "ep × fsdp × tp"}
-SLOW |= {"parallel_shared", "encoder"}
+SLOW |= {"zero2", "cp all-gather", "parallel_shared", "encoder"}
 
 
 @pytest.mark.parametrize(
