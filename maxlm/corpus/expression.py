@@ -88,10 +88,8 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
     try:
         tree = _parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = getattr(error, "msg", str(error))
-        raise MaxlmError(
-            f"{text!r} is no expression: {reason}", where=error_location, fix=_FIX
-        ) from error
+        what = f"{text!r} is no expression: {getattr(error, 'msg', str(error))}"
+        raise MaxlmError(what, where=error_location, fix=_FIX) from error
     expression = Expression(text)
     try:
         names = expression.names

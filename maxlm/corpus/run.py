@@ -63,12 +63,10 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         raise MaxlmError(what, where="sources", fix="name each file once")
     documents = hashlib.sha256("".join(names).encode()).hexdigest()
     # Labels may depend on which other documents there are.
-    keys = {
-        s.stage.unique_name: f"{s.fingerprint} {documents}"
-        if s.depends_on_corpus
-        else s.fingerprint
-        for s in steps
-    }
+    keys = {}
+    for step in steps:
+        own = f"{step.fingerprint} {documents}" if step.depends_on_corpus else step.fingerprint
+        keys[step.stage.unique_name] = own
     keys[DOCUMENTS] = f"{documents} {planned.num_binary}"
     with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
@@ -130,9 +128,8 @@ def _read_sources(
 
     def read(pending: Sequence[StageShardView]) -> None:
         run = JobRunner(DOCUMENTS, engine, progress)
-        run(
-            write_document_shard, [jobs[s.name] for s in pending], num_done=len(jobs) - len(pending)
-        )
+        left = [jobs[shard.name] for shard in pending]
+        run(write_document_shard, left, num_done=len(jobs) - len(left))
 
     inputs = [
         {"shard": name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
@@ -152,12 +149,10 @@ def _run_step(
     engine: Executor,
     progress: Progress,
 ) -> None:
-    stage, home = step.stage, folder / step.stage.unique_name
-    views = [
-        StageShardView(folder, name, step.text_stages, step.where, stage.unique_name)
-        for name in names
-    ]
-    run = JobRunner(stage.unique_name, engine, progress)
+    stage, own = step.stage, step.stage.unique_name
+    home = folder / own
+    views = [StageShardView(folder, name, step.text_stages, step.where, own) for name in names]
+    run = JobRunner(own, engine, progress)
 
     def label(pending: list[StageShardView]) -> None:
         if isinstance(stage, PerDocumentStage):

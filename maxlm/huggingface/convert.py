@@ -93,23 +93,21 @@ def export_tensors(
         lossy: round to these formats; otherwise a value that would change is an error.
     """
     leads = check_coverage(entries, checkpoint.shapes)
-    kinds = {
-        entry.theirs: (dtypes.get_dtype(entry.theirs), tuple(entry.shape)) for entry in entries
-    }
+    kinds = {e.theirs: (dtypes.get_dtype(e.theirs), tuple(e.shape)) for e in entries}
     sizes = {name: prod(shape) * NUMPY[dtype].itemsize for name, (dtype, shape) in kinds.items()}
     total, done = sum(sizes.values()), 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
     # Parameter by parameter, so that each need only be decoded once.
     for names, group in groupby(sorted(entries, key=_names), key=_names):
         with ExitStack() as stack:
-            slices = {
-                name: stack.enter_context(
-                    checkpoint.open_slice_reader(name, leads[name], writer.folder)
-                )
-                for name in set(names)
-            }
+            slices: dict[str, ReadSlice] = {}
+            for name in set(names):
+                opened = checkpoint.open_slice_reader(name, leads[name], writer.folder)
+                slices[name] = stack.enter_context(opened)
             for entry in group:
-                _export_one(slices, entry, writer, lossy)
+                parts = [slices[place.name](place.index) for place in entry.ours]
+                writer.write(entry.theirs, entry.join(parts), lossy=lossy)
+                del parts  # before the next tensor is read
                 done += sizes[entry.theirs]
                 progress(done, total, entry.theirs)
 
@@ -132,13 +130,6 @@ def _import_one(
         assert part.shape == want, f"{entry.theirs}: {place} of {part.shape}, not {want}"
         writer.write(place.name, place.index, part)
     return bad
-
-
-def _export_one(
-    slices: Mapping[str, ReadSlice], entry: TensorEntry, writer: SafetensorsWriter, lossy: bool
-) -> None:
-    parts = [slices[place.name](place.index) for place in entry.ours]
-    writer.write(entry.theirs, entry.join(parts), lossy=lossy)
 
 
 def _names(entry: TensorEntry) -> tuple[str, ...]:

@@ -79,10 +79,8 @@ def prefill(
     rules, rows = model.rules, model.rules.spec("batch", None)
     cache = init_cache(model, tokens.shape[0], cache_length)
     bound, positions = bind(model, params), _places(model, tokens.shape)
-    lengths = reshard(lengths, rules.spec("batch"))
-    hidden, cache = bound.forward_with_cache(
-        reshard(tokens, rows), positions, cache, memory, lengths
-    )
+    tokens, lengths = reshard(tokens, rows), reshard(lengths, rules.spec("batch"))
+    hidden, cache = bound.forward_with_cache(tokens, positions, cache, memory, lengths)
     hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
 

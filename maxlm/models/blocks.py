@@ -278,12 +278,10 @@ def scan_blocks(
         x, aux = body(bind(block, own), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
-    specs = param_specs(block)
+    specs, cast_one = param_specs(block), partial(cast_without_hoisting, dtype=dtype)
 
     def cast(own: Params) -> Params:
-        return cast_params_by_role(
-            specs, own, partial(cast_without_hoisting, dtype=dtype), ("matrix",)
-        )
+        return cast_params_by_role(specs, own, cast_one, ("matrix",))
 
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)

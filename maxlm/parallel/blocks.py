@@ -173,9 +173,8 @@ class _Queries(NamedTuple):
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
         d_q, d_biases = self._nothing() if own is None else own
         d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
-        d_keys: list[Any] = [
-            [jnp.zeros(x.shape, jnp.float32) for x in chunks]
-        ] * self.split.chunks_per_device
+        zeros = [jnp.zeros(x.shape, jnp.float32) for x in chunks]
+        d_keys: list[Any] = [zeros] * self.split.chunks_per_device
         for pair in self.pairs(block, number):
             q, *saved = self.arrays[pair.query]
 
@@ -214,11 +213,8 @@ class _Pair(NamedTuple):
 
 
 def _cut(x: Any, split: SequenceSplit) -> tuple[Any, ...]:
-    return (
-        (None,) * split.chunks_per_device
-        if x is None
-        else tuple(jnp.split(x, split.chunks_per_device, axis=1))
-    )
+    number = split.chunks_per_device
+    return (None,) * number if x is None else tuple(jnp.split(x, number, axis=1))
 
 
 def _add(xs: Any, ys: Any) -> Any:

@@ -124,10 +124,8 @@ def _list_gradient_collectives(
 ) -> Iterator[PlannedCollective]:
     """A kernel's gradient, reduced into its shares and over the axes that split the tokens."""
     split, what = shape.split, f"{kernel.name}: gradient"
-    used, scattered = (
-        shape.gathered_weight_bytes(kernel),
-        split.gather_axes(split.gradients, kernel),
-    )
+    used = shape.gathered_weight_bytes(kernel)
+    scattered = split.gather_axes(split.gradients, kernel)
     yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     left = used / split.ways(scattered)
@@ -201,11 +199,8 @@ def _count_ring_steps(shape: StepShape, attention: AttentionShape, ways: Number)
 
 def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules = shape.work, shape.split, shape.split.compute
-    experts, router, groups = (
-        work.experts,
-        work.router,
-        [m for m in work.matmul_layer_counts if m.has_experts],
-    )
+    experts, router = work.experts, work.router
+    groups = [m for m in work.matmul_layer_counts if m.has_experts]
     if experts is None or router is None:
         return
     forward, runs = _count_passes(shape, work.expert_layers)
@@ -265,14 +260,11 @@ def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.loss_calls
-    head, hidden = (
-        work.head,
-        shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes,
-    )
-    yield from _list_weight_collectives(shape, head, runs, 0 * runs, ())
+    hidden = shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes
+    yield from _list_weight_collectives(shape, work.head, runs, 0 * runs, ())
     tokens = (*rules.batch, *rules.residual, *_stages(shape))
     rest = tuple(axis for axis in tokens if axis not in rules.vocab)
-    yield from _list_gradient_collectives(shape, head, runs, rest)
+    yield from _list_gradient_collectives(shape, work.head, runs, rest)
     sequence = split.sequence_parallel
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
     others = tuple(axis for axis in rules.vocab if axis not in sequence)

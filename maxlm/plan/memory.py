@@ -172,13 +172,11 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
     own, crossing = stack.heads(), stack.heads("cross_attention")
+    encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
     dense = [m for m in stack.matmul_groups if m.is_dense_ffn]
     hidden = sum(split.local_ffn_width(m) for m in dense)
     within = 0.0
-    for heads, seen in (
-        (own, stack.rate),
-        (crossing, work.tokens_per_row.encoder_tokens_per_decoder_token),
-    ):
+    for heads, seen in ((own, stack.rate), (crossing, encoder_rate)):
         sizes = split.local_attention_widths(heads)
         if "qkv" in kept:
             within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
@@ -194,11 +192,8 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
         sizes = split.local_attention_widths(own)
         within += sizes.queries + sizes.keys if own and own.qk_norm else 0.0
         if own is None:
-            within += sum(
-                split.local_non_residual_width(m)
-                for m in stack.matmul_groups
-                if m.branch == "mixer"
-            )
+            mixer = (m for m in stack.matmul_groups if m.branch == "mixer")
+            within += sum(map(split.local_non_residual_width, mixer))
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
     layers = shape.per_stage(stack.depth) / shape.layer_groups_per_stage
     tokens = stack.rate * (shape.micro_batch_tokens * within + shape.residual_tokens * residual)

@@ -128,18 +128,14 @@ class RunPlan:
 
     @property
     def fits(self) -> bool | None:
-        return (
-            None
-            if self.memory_limit_bytes is None
-            else float(self.memory.total) <= self.memory_limit_bytes
-        )
+        limit = self.memory_limit_bytes
+        return None if limit is None else float(self.memory.total) <= limit
 
     @property
     def barely_fits(self) -> bool:
         """Whether the run fits by less than the plan may be wrong."""
-        return bool(self.fits) and float(self.memory.total) > FILL * (
-            self.memory_limit_bytes or 0.0
-        )
+        limit = FILL * (self.memory_limit_bytes or 0.0)
+        return bool(self.fits) and float(self.memory.total) > limit
 
     @property
     def step_seconds(self) -> float | None:

@@ -41,20 +41,14 @@ class StepShape:
     @property
     def micro_batch_tokens(self) -> Number:
         """Tokens of a micro-batch on a device within layers."""
-        return (
-            self.micro_batch_size
-            * self.work.tokens_per_row.decoder
-            / self.split.ways(self.split.compute.seq)
-        )
+        tokens = self.micro_batch_size * self.work.tokens_per_row.decoder
+        return tokens / self.split.ways(self.split.compute.seq)
 
     @property
     def residual_tokens(self) -> Number:
         """Tokens of a micro-batch on a device in the residual stream."""
-        return (
-            self.micro_batch_size
-            * self.work.tokens_per_row.decoder
-            / self.split.ways(self.split.compute.residual)
-        )
+        tokens = self.micro_batch_size * self.work.tokens_per_row.decoder
+        return tokens / self.split.ways(self.split.compute.residual)
 
     @property
     def stages(self) -> Number:
@@ -103,9 +97,8 @@ class StepShape:
     @property
     def embedding_loss_tokens(self) -> Number:
         """Tokens that embedding and loss see at once on a device."""
-        return self.micro_batch_tokens * np.where(
-            self.is_batch_split_over_stages, self.micro_batches / self.stages, 1.0
-        )
+        split = self.is_batch_split_over_stages
+        return self.micro_batch_tokens * np.where(split, self.micro_batches / self.stages, 1.0)
 
     @property
     def embedding_loss_residual_tokens(self) -> Number:

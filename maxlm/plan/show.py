@@ -166,10 +166,8 @@ def _memory(plan: RunPlan) -> Group:
         "together": held.total,
     }
     if plan.memory_limit_bytes is not None:
-        parts |= {
-            "limit": plan.memory_limit_bytes,
-            "margin": plan.memory_limit_bytes - float(held.total),
-        }
+        margin = plan.memory_limit_bytes - float(held.total)
+        parts |= {"limit": plan.memory_limit_bytes, "margin": margin}
     sizes = ((name, float(size)) for name, size in parts.items())
     rows = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in sizes if size]
     title = "Memory of each device, at the peak of a step"

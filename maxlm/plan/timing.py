@@ -227,10 +227,8 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     work, split, model = shape.work, shape.split, shape.work.config.model
     stream = shape.residual_tokens * stack.rate * model.d_model
     tokens, each, narrow, hidden = shape.micro_batch_tokens * stack.rate, 0.0, 0.0, 0.0
-    for heads, seen in (
-        (stack.heads(), 1.0),
-        (stack.heads("cross_attention"), work.tokens_per_row.encoder_tokens_per_decoder_token),
-    ):
+    encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
+    for heads, seen in ((stack.heads(), 1.0), (stack.heads("cross_attention"), encoder_rate)):
         sizes = split.local_attention_widths(heads)
         each += sizes.queries + sizes.output + (sizes.keys + sizes.values) * seen
     for group in stack.matmul_groups:

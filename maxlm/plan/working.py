@@ -38,11 +38,8 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
         branch = 2 * _stream(shape, stack) / shape.work.dtype_bytes * FP32
         sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
     if stack.cross_attention:
-        whole = (
-            _stream(shape, stack)
-            / stack.rate
-            * shape.work.tokens_per_row.encoder_tokens_per_decoder_token
-        )
+        encoder_rate = shape.work.tokens_per_row.encoder_tokens_per_decoder_token
+        whole = _stream(shape, stack) / stack.rate * encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
     return sets
 
@@ -74,10 +71,8 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
 
 def _mixer(shape: StepShape, stack: Stack) -> Parts:
     """A mixer without heads: its matrices' products, their fp32 states and gradients."""
-    maps, tokens = (
-        [m for m in stack.matmul_groups if m.branch == "mixer"],
-        shape.micro_batch_tokens * stack.rate,
-    )
+    maps = [m for m in stack.matmul_groups if m.branch == "mixer"]
+    tokens = shape.micro_batch_tokens * stack.rate
     inner = tokens * sum(shape.split.local_non_residual_width(m) for m in maps)
     return {
         "kernels, gathered": sum(map(shape.gathered_weight_bytes, maps), start=0.0),

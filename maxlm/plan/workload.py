@@ -79,14 +79,13 @@ class RunWorkload:
 
         model, rows = build(config), TokensPerRow(*config.task.row_lengths(config.data.seq_len))
         tree = param_specs(model)
-        rates = {
-            t.prefix: rows.encoder_tokens_per_decoder_token if t.is_encoder else 1.0
-            for t in config.model.trunks
-        }
+        encoder_rate, trunks = rows.encoder_tokens_per_decoder_token, config.model.trunks
+        rates = {trunk.prefix: encoder_rate if trunk.is_encoder else 1.0 for trunk in trunks}
         trained = select_trainable(tree, config.train.trainable)
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
         frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
+        cache = count_cache_bytes(model, 1, rows.decoder) if isinstance(model, Decoder) else 0
         return cls(
             config=config,
             tokens_per_row=rows,
@@ -95,15 +94,13 @@ class RunWorkload:
             base_specs=flatten_names(select_base(tree)),
             stacks=tuple(list_stacks(model, *rows)),
             embedding_lookup_rates={
-                name: tuple(rates[prefix] for prefix in trunks)
-                for name, trunks in model.list_embedding_tables().items()
+                name: tuple(rates[prefix] for prefix in prefixes)
+                for name, prefixes in model.list_embedding_tables().items()
             },
             optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
             trained=frozenset(n for n, spec in flatten_names(trained).items() if spec is not None),
             frozen=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
-            cache_bytes=count_cache_bytes(model, 1, rows.decoder)
-            if isinstance(model, Decoder)
-            else 0,
+            cache_bytes=cache,
         )
 
     @property
@@ -138,9 +135,8 @@ class RunWorkload:
     @cached_property
     def attention_layer_counts(self) -> Counter[AttentionShape]:
         """Shapes of attention, and the number of layers with each."""
-        return sum(
-            (stack.attention_layer_counts for stack in self.stacks), start=Counter[AttentionShape]()
-        )
+        own = (stack.attention_layer_counts for stack in self.stacks)
+        return sum(own, start=Counter[AttentionShape]())
 
     @cached_property
     def non_layer_kernels(self) -> tuple[Kernel, ...]:

@@ -75,9 +75,8 @@ def convert(
     source, target = Path(source), Path(target)
     how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
-        return convert_run_to_huggingface(
-            source, target, shard_bytes=shard_bytes, progress=progress, **how
-        )
+        how |= {"shard_bytes": shard_bytes, "progress": progress}
+        return convert_run_to_huggingface(source, target, **how)
     if (source / "config.json").exists():
         how["shard-gb"] = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
         for option, value in how.items():

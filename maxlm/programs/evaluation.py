@@ -131,11 +131,8 @@ class MetricsCallback(Callback):
         }
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        data, layout, peak = (
-            self._config.data,
-            self._plan.layout,
-            self._plan.total_peak_flops_per_second,
-        )
+        data, layout = self._config.data, self._plan.layout
+        peak = self._plan.total_peak_flops_per_second
         tokens_per_step = data.batch_size * data.seq_len
         rate = tokens_per_step / metrics["seconds"]
         record = metrics | {"tokens": step * tokens_per_step, "tokens_per_second": rate}

@@ -69,12 +69,8 @@ def check_fit_by_compiling(
         return False, f"does not fit: {error.what}", {}
     fits = step.memory.peak <= machine.chip.memory
     words = f"{format_bytes(step.memory.peak)} of {format_bytes(machine.chip.memory)} a device"
-    verdict = "fits" if fits else "does not fit"
-    return (
-        fits,
-        f"{verdict} by the compiler's account: {words}",
-        compare_plan_to_compiled(plan, step),
-    )
+    verdict = f"{'fits' if fits else 'does not fit'} by the compiler's account: {words}"
+    return fits, verdict, compare_plan_to_compiled(plan, step)
 
 
 def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> Figures:
@@ -85,24 +81,14 @@ def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> Figures:
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
     counted, slots = count_device_flops(plan.shape), plan.shape.stage_passes_with_bubble
+    resting, more = held.total - held.transient_bytes, compiled.peak - compiled.argument
+    matmul, attention = counted.step_matmul_flops(slots), counted.step_attention_flops(slots)
     rows = {
-        "resting: state and batch, GB": (
-            (held.total - held.transient_bytes) / GB,
-            compiled.argument / GB,
-        ),
-        "more at the peak, GB": (
-            held.transient_bytes / GB,
-            (compiled.peak - compiled.argument) / GB,
-        ),
+        "resting: state and batch, GB": (resting / GB, compiled.argument / GB),
+        "more at the peak, GB": (held.transient_bytes / GB, more / GB),
         "peak, GB": (held.total / GB, compiled.peak / GB),
-        "matrix products, TFLOP": (
-            counted.step_matmul_flops(slots) / TERA,
-            cost.matmul_flops / TERA,
-        ),
-        "attention's products, TFLOP": (
-            counted.step_attention_flops(slots) / TERA,
-            cost.attention_flops / TERA,
-        ),
+        "matrix products, TFLOP": (matmul / TERA, cost.matmul_flops / TERA),
+        "attention's products, TFLOP": (attention / TERA, cost.attention_flops / TERA),
         "sent, GB": (sum(s.sent_bytes for s in plan.collectives) / GB, cost.wire_bytes() / GB),
     }
     planned: dict[tuple[str, str], float] = {}

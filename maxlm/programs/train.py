@@ -85,25 +85,17 @@ def train_model(
                 ConsoleDisplay(config.train.steps, position.step, show=run.lead) as display,
                 run.signals.defer_signals(),
             ):
-                trainer = Trainer(
-                    step_fn,
-                    config.train.steps,
-                    [
-                        watchdog,
-                        *profiler,
-                        MetricsCallback(setup, corpus, run.plan, log, display),
-                        detector,
-                        EvaluationCallback(evaluator.evaluate_metrics, every_steps),
-                        CheckpointCallback(saver, metadata, detector),
-                        StopCallback(
-                            run.signals,
-                            FlagAllReduce(setup.mesh),
-                            saver.is_due_by_time,
-                            str(run.folder),
-                        ),
-                    ],
-                    timer,
-                )
+                all_reduce = FlagAllReduce(setup.mesh)
+                callbacks = [
+                    watchdog,
+                    *profiler,
+                    MetricsCallback(setup, corpus, run.plan, log, display),
+                    detector,
+                    EvaluationCallback(evaluator.evaluate_metrics, every_steps),
+                    CheckpointCallback(saver, metadata, detector),
+                    StopCallback(run.signals, all_reduce, saver.is_due_by_time, str(run.folder)),
+                ]
+                trainer = Trainer(step_fn, config.train.steps, callbacks, timer)
                 return trainer.run(position.state, batches)
 
         position = run.position
@@ -133,12 +125,8 @@ def _roll_back(
     run.state_restorer.checkpointer.copy_newest_to_remote()
     run.log.rewind(position.step)
     first, last = position.skips[-1]
-    told = {
-        "from_step": decision.last_bad_step,
-        "reason": decision.reason,
-        "batches": (first, last),
-    }
-    run.log.event("rollback", position.step, **told)
+    told = {"reason": decision.reason, "batches": (first, last)}
+    run.log.event("rollback", position.step, from_step=decision.last_bad_step, **told)
     run.say(
         f"rolling back from step {decision.last_bad_step} to step {position.step}: "
         f"{decision.reason}; batches {first} to {last} are skipped"

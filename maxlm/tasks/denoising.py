@@ -87,9 +87,8 @@ class DenoisingTask(TextTask):
         return self.model_copy(update={"first_sentinel": first, "sentinels": number})
 
     def for_small_model(self) -> Self:
-        return (
-            super().for_small_model().model_copy(update={"encoder_len": None, "decoder_len": None})
-        )
+        lengths = {"encoder_len": None, "decoder_len": None}
+        return super().for_small_model().model_copy(update=lengths)
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)

@@ -78,12 +78,9 @@ def scale_by_factored_rms(
                 columns = decay * columns + (1 - decay) * square.mean(inputs, keepdims=True)
                 share = rows / rows.mean(inputs, keepdims=True)
                 out = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
-            layer = [
-                d
-                for d, axis in enumerate(spec.axes)
-                if d >= spec.num_layer_axes and axis != "expert"
-            ]
-            rms = jnp.sqrt(jnp.square(out).mean(tuple(layer), keepdims=True))
+            own = (d for d, axis in enumerate(spec.axes) if axis != "expert")
+            layer = tuple(d for d in own if d >= spec.num_layer_axes)
+            rms = jnp.sqrt(jnp.square(out).mean(layer, keepdims=True))
             return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
 
         results = jax.tree.map(one, specs, updates, state.rows, state.columns)

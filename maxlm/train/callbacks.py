@@ -73,10 +73,8 @@ class CheckpointCallback(Callback):
         metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
         with trainer.timer.time_activity("saving") as seconds:
-            saved = remove_frozen(state)
-            tier = self.checkpointer.save(
-                step, saved, metadata, force=force, first_suspect_step=suspect
-            )
+            how: Any = {"force": force, "first_suspect_step": suspect}
+            tier = self.checkpointer.save(step, remove_frozen(state), metadata, **how)
         if tier is not None:
             trainer.timer.log_progress(step)
             trainer.event("checkpoint", step, tier=tier, seconds=seconds())

@@ -85,9 +85,8 @@ class StepTimer:
     def log_progress(self, step: int) -> None:
         """Writes the totals as a ``progress`` event."""
         self._reported = time.monotonic()
-        self.event(
-            "progress", step, **{k: round(v, 6) for k, v in self.seconds_by_activity.items()}
-        )
+        seconds = {name: round(spent, 6) for name, spent in self.seconds_by_activity.items()}
+        self.event("progress", step, **seconds)
 
 
 def measure_peak_memory_bytes() -> dict[str, float]:

@@ -103,16 +103,14 @@ def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tp
     total += inner * columns * _kernel_bytes(operands, chip)
     total += 4 * rows * columns * (blocks.inner < operands.inner)
     total += 2 * 4 * (rows * LANES + 8 * columns)  # scales
-    return total + 2 * 4 * row_part_sizes(chip)[0] * _lanes(
-        column_part_size(blocks, operands, chip)
-    )
+    product = row_part_sizes(chip)[0] * _lanes(column_part_size(blocks, operands, chip))
+    return total + 2 * 4 * product
 
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
     """Returns the type in which a kernel's blocks are kept beside themselves, or None."""
-    if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies_natively(
-        operands.left, operands.right
-    ):
+    left, right = operands.left, operands.right
+    if jnp.dtype(right).itemsize > 1 or chip.multiplies_natively(left, right):
         return None
     return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
 

@@ -100,9 +100,8 @@ def load_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> S
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
-    return SelectedDocuments(
-        folder, names, tuple(accumulate(sizes, initial=0)), compute_document_offsets(shards)[:-1]
-    )
+    offsets = tuple(accumulate(sizes, initial=0))
+    return SelectedDocuments(folder, names, offsets, compute_document_offsets(shards)[:-1])
 
 
 def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
@@ -136,7 +135,5 @@ def write_labels(
     with shard.writer(schema) as writer:
         for group in shard.read_selected_rows(["id"]):
             start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
-            index = rows[start:stop] - group.first
-            writer.write_selected_rows(
-                replace(group, index=index), batch.slice(start, stop - start)
-            )
+            own = replace(group, index=rows[start:stop] - group.first)
+            writer.write_selected_rows(own, batch.slice(start, stop - start))

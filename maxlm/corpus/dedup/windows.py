@@ -68,10 +68,8 @@ def hash_windows(
     Returns:
         uint64 [windows], and the word with which each begins, int64 [windows].
     """
-    begins = np.flatnonzero(
-        np.arange(len(starts)) + window_words
-        <= np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
-    )
+    ends = np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
+    begins = np.flatnonzero(np.arange(len(starts)) + window_words <= ends)
     powers = _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
     np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])

@@ -117,11 +117,9 @@ class NearStage(CrossDocumentStage):
         counts = run(partial(_count_sources, members), parts, "count")
         if shards:
             self._check_shares(members, marks, counts, shards[0].folder)
-            ends = {
-                name: members.get_document_indices(getattr(alike, name)) for name in ("low", "high")
-            }
+            low, high = map(members.get_document_indices, (alike.low, alike.high))
             path = shards[0].path(self.unique_name).with_name("pairs.arrow")
-            write_columns(path, ends | {"jaccard": alike.jaccard})
+            write_columns(path, {"low": low, "high": high, "jaccard": alike.jaccard})
         run(partial(_label_shard, members, self.schema()), parts, "label")
 
     def _check_shares(
@@ -167,9 +165,8 @@ def _read_marks(members: SelectedDocuments, number: int) -> DuplicateClusters:
     """Reads the marks of a shard's members."""
     columns = read_columns(members.folder / "marks.arrow")
     part = slice(*np.searchsorted(columns["member"], members.shard_offsets[number : number + 2]))
-    return DuplicateClusters(
-        *(columns[name][part] for name in DuplicateClusters.__dataclass_fields__)
-    )
+    names = DuplicateClusters.__dataclass_fields__
+    return DuplicateClusters(*(columns[name][part] for name in names))
 
 
 def _count_sources(

@@ -258,9 +258,8 @@ class PerplexityStage(PerDocumentStage):
     def fingerprint(self) -> str:
         """Hashes the models' content too."""
         contents = map(hash_model, self.models.values())
-        return hashlib.sha256(
-            "\n".join([super().fingerprint(), UNICODE, *contents]).encode()
-        ).hexdigest()
+        parts = "\n".join([super().fingerprint(), UNICODE, *contents])
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         """Reads models when the first document in their language comes."""

@@ -135,9 +135,8 @@ def load_classifier(path: Path, error_location: str | None = None) -> Classifier
                 raise ValueError(f"weights {weights.dtype}{weights.shape}")
             return Classifier(settings, weights, **json.loads(metadata["numbers"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MaxlmError(
-            f"{path} holds no classifier ({error})", where=error_location, fix=fix
-        ) from error
+        what = f"{path} holds no classifier ({error})"
+        raise MaxlmError(what, where=error_location, fix=fix) from error
 
 
 def train_classifier(

@@ -146,11 +146,10 @@ def write_block_list(folder: Path, shards: Sequence[StageShardView]) -> int:
     """
     files = (_block_file(folder, shard.name, "windows") for shard in shards)
     windows = [read_columns(file)["windows"].tolist() for file in files]
+    places = zip(shards, compute_document_offsets(shards), windows, strict=False)
     blocks = [
         (shard.name, f"{shard.name}-{i}", first)
-        for shard, first, counts in zip(
-            shards, compute_document_offsets(shards), windows, strict=False
-        )
+        for shard, first, counts in places
         for i in range(len(counts))
     ]
     path = folder / "blocks.json"

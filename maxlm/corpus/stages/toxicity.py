@@ -125,9 +125,8 @@ def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple
 
 def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
     listed: dict[str, list[list[str]]] = {}
-    for tokens in sorted(
-        (split_words_and_symbols(p.lower()) for p in phrases), key=len, reverse=True
-    ):
+    split = (split_words_and_symbols(phrase.lower()) for phrase in phrases)
+    for tokens in sorted(split, key=len, reverse=True):
         if tokens:
             listed.setdefault(tokens[0], []).append(tokens)
     return listed

@@ -79,11 +79,8 @@ class Batches:
 
     def rows(self, step: int, row_numbers: Sequence[int] | ArrayLike | None = None) -> Batch:
         """Returns the given global rows [n] of the batch of `step`, in this order; None is all."""
-        wanted = (
-            np.arange(self.batch_size)
-            if row_numbers is None
-            else np.asarray(row_numbers, dtype=np.int64)
-        )
+        row_numbers = np.arange(self.batch_size) if row_numbers is None else row_numbers
+        wanted = np.asarray(row_numbers, dtype=np.int64)
         stores, sequences = self.locate(step * self.batch_size + wanted)
         shape = (wanted.size, self.seq_len)
         names = ("tokens", "targets", "segment_ids", "positions")
@@ -161,17 +158,12 @@ def summarize_source_usage(batches: Batches, start_step: int, stop_step: int) ->
     """Returns what steps `start_step` to `stop_step` of a mixture's batches read from each source;
     the steps past its end count as nothing. O(1) in the number of steps.
     """
-    mixture = batches.mixture
-    first, last = (
-        mixture.count_sequences_before(step * batches.batch_size)
-        for step in (start_step, stop_step)
-    )
+    mixture, size = batches.mixture, batches.batch_size
+    first, last = (mixture.count_sequences_before(n * size) for n in (start_step, stop_step))
     counts = [b - a for a, b in zip(first, last, strict=True)]
     rows = []
     for name, count, source in zip(mixture.names, counts, batches.sources, strict=True):
         epochs = count / source.num_sequences
-        share = count / max(1, sum(counts))
-        rows.append(
-            SourceUsage(name, count, share, round(epochs * source.store.num_tokens), epochs)
-        )
+        share, tokens = count / max(1, sum(counts)), round(epochs * source.store.num_tokens)
+        rows.append(SourceUsage(name, count, share, tokens, epochs))
     return rows

@@ -283,16 +283,11 @@ class Mixing:
             after = scaled(weights)
             steps += _ramp(phase, steps[-1][1], after)
         # What a later phase says of the same step is what holds.
-        (_, first), *changes = dict(steps).items()
-        return Mixture.of(
-            first,
-            key,
-            changes=[(step * batch_size, weights) for step, weights in changes],
-            # 0 would be a source that nobody meant to leave out.
-            max_sequences={
-                name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()
-            },
-        )
+        (_, first), *later = dict(steps).items()
+        changes = [(step * batch_size, weights) for step, weights in later]
+        # 0 would be a source that nobody meant to leave out.
+        most = {name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()}
+        return Mixture.of(first, key, changes=changes, max_sequences=most)
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:

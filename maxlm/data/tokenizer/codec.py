@@ -181,9 +181,8 @@ class Tokenizer:
         """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals
         that contain it stay ordinary text."""
         if self.codec.finds_special:
-            return self._encode(
-                [text], partial(self.codec.encode_segments_with_special, escape_char=escape_char)
-            )[0]
+            encode = partial(self.codec.encode_segments_with_special, escape_char=escape_char)
+            return self._encode([text], encode)[0]
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         parts = self.special.split(raw)
         if escape_char is not None:

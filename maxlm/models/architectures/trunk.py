@@ -148,19 +148,15 @@ class Trunk(nnx.Module):
         def layer(number: int, block: Block, x: jax.Array, context: Any, shared: SharedLayerInputs):
             kinds, segments = context
             inputs = self._attention_inputs(part.kinds[number], kinds[number], shared.biases)
-            encoder_output = (
-                None if shared.memory is None else EncoderOutput(shared.memory, segments)
-            )
-            x, _, aux = block(x, inputs, memory=encoder_output)
+            seen = None if shared.memory is None else EncoderOutput(shared.memory, segments)
+            x, _, aux = block(x, inputs, memory=seen)
             return x, aux
 
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
         states: Any = memory and memory.states
         segments = memory and memory.segment_ids
-        context, shared = (
-            (self._contexts(part, where), segments),
-            SharedLayerInputs(self.relative_biases(), states),
-        )
+        context = self._contexts(part, where), segments
+        shared = SharedLayerInputs(self.relative_biases(), states)
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
 

@@ -98,8 +98,5 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
         table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
-        lead = get_layout(ids)[:-1]
-        residual, embed = parse_spec(self.rules.spec("residual", "embed"), 2)
-        return embed_tokens(
-            table.value, ids, table.compute_layout, (*lead, residual, embed), self.dtype
-        )
+        layout = *get_layout(ids)[:-1], *parse_spec(self.rules.spec("residual", "embed"), 2)
+        return embed_tokens(table.value, ids, table.compute_layout, layout, self.dtype)

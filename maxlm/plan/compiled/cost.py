@@ -188,9 +188,8 @@ class _Reader:
         return self.known[computation.name]
 
     def _called(self, instruction: Instruction, *attributes: str) -> list[Computation]:
-        return [
-            self.module.computations[name] for name in instruction.called_computations(*attributes)
-        ]
+        names = instruction.called_computations(*attributes)
+        return [self.module.computations[name] for name in names]
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
         own = instruction, computation, self.module

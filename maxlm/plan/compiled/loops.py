@@ -17,9 +17,8 @@ def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> in
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
-    condition, body = (
-        module.computations[loop.called_computations(n)[0]] for n in ("condition", "body")
-    )
+    names = loop.called_computations("condition", "body")
+    condition, body = (module.computations[name] for name in names)
     compare = _origin(_Place(condition, condition.root), module)
     if compare.instruction.opcode != "compare":
         return None

@@ -75,13 +75,8 @@ class Checkpointer:
         if place := self._config.remote_folder:
             self.remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
         self._suspect_free: set[int] = set()
-        self.folder_tier = FolderTier(
-            folder,
-            config,
-            layer_groups=layer_groups,
-            read_only=read_only,
-            get_held_steps=self._held_steps,
-        )
+        options: Any = {"layer_groups": layer_groups, "read_only": read_only}
+        self.folder_tier = FolderTier(folder, config, get_held_steps=self._held_steps, **options)
         tiers = (self.local, self.folder_tier, self.remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
@@ -117,11 +112,8 @@ class Checkpointer:
                 kept besides.
         """
         if force or self.folder_tier.is_due(step):
-            good = [
-                each
-                for each in self.folder_tier.steps_including_unfinished()
-                if first_suspect_step and each < first_suspect_step
-            ]
+            known, suspect = self.folder_tier.steps_including_unfinished(), first_suspect_step or 0
+            good = [each for each in known if each < suspect]
             self._suspect_free = {max(good)} if good else set()
             if not self.folder_tier.save(step, state, metadata):
                 return None

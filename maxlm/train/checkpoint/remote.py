@@ -75,9 +75,8 @@ class RemoteTier:
 
         shutil.rmtree(self._folder / _FETCHED, ignore_errors=True)  # left by a kill
         with self._explain():
-            ts.KvStore.open(
-                make_kvstore_spec(self._place, long_retries=False)
-            ).result().list().result()
+            probe = make_kvstore_spec(self._place, long_retries=False)
+            ts.KvStore.open(probe).result().list().result()
             self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
             self._claim()
             keys = {key.decode() for key in self._store.list().result()}
