@@ -3,26 +3,27 @@
 An implementation is a module here with
 
 - ``supports(q, k, v, operands, params) -> bool``, by shapes, dtypes and which arrays are given,
-- ``forward(q, k, v, operands, params, dtype, block_sizes=None, interpret=False) -> (o, lse)`` and
-- ``backward(q, k, v, lse, delta, d_o, operands, params, dtype, ...) -> (d_q, d_k, d_v)``, and the
-  biases' gradient where it supports these: as :func:`attention_forward` and
-  :func:`attention_backward`, results in ``dtype``,
+- ``forward(q, k, v, operands, call) -> (o, lse)`` and
+- ``backward(arrays, operands, call) -> (d_q, d_k, d_v)``, and the biases' gradient where it
+  supports these: as :func:`attention_forward` and :func:`attention_backward`,
 
 imported when first wanted: each needs a part of Pallas that others do not.
 """
 
 import importlib
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.combine import compute_row_delta, sink_gradient
 from pallas_kernels.attention.params import (
+    AttentionCall,
     AttentionOperands,
     AttentionOptions,
     AttentionParams,
+    BackwardArrays,
     validate_arguments,
 )
 from pallas_kernels.chips import get_platform
@@ -74,7 +75,7 @@ def attention(
         ValueError: shapes that do not belong together; options of another shape or sense; a
             ``backend`` that does not know these sizes.
     """
-    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
+    operands, call = _prepare(q, k, v, v.dtype, backend, block_sizes, interpret, options)
     rest = operands._replace(sinks=None, biases=None)
     o: Any = _attention(q, k, v, operands.sinks, operands.biases, rest, call)
     return o
@@ -98,8 +99,9 @@ def attention_forward(
         its sink included, fp32 [B, S, N], −inf where it has neither key nor sink. A TPU sums the
         weights as it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
     """
-    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
-    return call.run("forward", q, k, v, operands, dtype or v.dtype)
+    dtype = dtype or v.dtype
+    operands, call = _prepare(q, k, v, dtype, backend, block_sizes, interpret, options)
+    return _module(call.backend).forward(q, k, v, operands, call)
 
 
 def attention_backward(
@@ -132,9 +134,9 @@ def attention_backward(
         dQ, dK, dV, shaped as q, k and v; and, where there are ``biases``, theirs, fp32
         [N, 2R + 1].
     """
-    operands, call = _Call.of(q, k, v, backend, block_sizes, interpret, options)
-    operands = operands._replace(sinks=None)
-    return call.run("backward", q, k, v, lse, delta, d_o, operands, dtype)
+    operands, call = _prepare(q, k, v, dtype, backend, block_sizes, interpret, options)
+    arrays = BackwardArrays(q, k, v, lse, delta, d_o)
+    return _module(call.backend).backward(arrays, operands._replace(sinks=None), call)
 
 
 def choose_backend(
@@ -179,44 +181,29 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"pallas_kernels.attention.{name}")
 
 
-class _Call(NamedTuple):
-    """Everything static about one call."""
-
-    params: AttentionParams
-    backend: str
-    block_sizes: Any
-    interpret: Any
-
-    @classmethod
-    def of(cls, q, k, v, backend, block_sizes, interpret, options: AttentionOptions):
-        """Returns the arrays among the options, and the call."""
-        operands, params = validate_arguments(q, k, v, **options)
-        name = choose_backend(backend, q, k, v, operands, params)
-        return operands, cls(params, name, block_sizes, interpret)
-
-    def run(self, direction: str, *arguments: Any) -> Any:
-        """Calls the implementation's function with (*arrays, operands, dtype)."""
-        *arrays, dtype = arguments
-        options = {"block_sizes": self.block_sizes, "interpret": self.interpret}
-        function = getattr(_module(self.backend), direction)
-        return function(*arrays, self.params, dtype, **({} if self.backend == XLA else options))
+def _prepare(q, k, v, dtype, backend, block_sizes, interpret, options: AttentionOptions):
+    """Returns the arrays among the options, and the call."""
+    operands, params = validate_arguments(q, k, v, **options)
+    name = choose_backend(backend, q, k, v, operands, params)
+    return operands, AttentionCall(params, name, dtype, block_sizes, interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, sinks, biases, operands: AttentionOperands, call: _Call):
+def _attention(q, k, v, sinks, biases, operands: AttentionOperands, call: AttentionCall):
     return _attention_forward(q, k, v, sinks, biases, operands, call)[0]
 
 
 def _attention_forward(q, k, v, sinks, biases, operands, call):
     operands = operands._replace(biases=biases)
-    o, lse = call.run("forward", q, k, v, operands._replace(sinks=sinks), v.dtype)
+    o, lse = _module(call.backend).forward(q, k, v, operands._replace(sinks=sinks), call)
     return o, (q, k, v, sinks, operands, o, lse)
 
 
 def _attention_backward(call, saved, d_o):
     q, k, v, sinks, operands, o, lse = saved
     delta = compute_row_delta(o, d_o)
-    d_q, d_k, d_v, *d_biases = call.run("backward", q, k, v, lse, delta, d_o, operands, q.dtype)
+    arrays, call = BackwardArrays(q, k, v, lse, delta, d_o), call._replace(dtype=q.dtype)
+    d_q, d_k, d_v, *d_biases = _module(call.backend).backward(arrays, operands, call)
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     (d_biases,) = d_biases or (None,)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_biases, None

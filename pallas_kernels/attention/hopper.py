@@ -21,7 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    BackwardArrays,
+    merge_offsets,
+)
 from pallas_kernels.attention.triton_program import LN2, LOG2E
 
 _BACKWARD_HEADS = 128
@@ -79,19 +85,12 @@ def default_block_sizes(H: int, dtype: Any) -> HopperBlockSizes:
 
 
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    *,
-    block_sizes: HopperBlockSizes | None = None,
-    interpret: Any = False,
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it."""
-    sizes = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).forward
-    operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
+    params, interpret = call.params, parts.resolve_interpreter(call.interpret)
+    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[-1], q.dtype)).forward
+    operands = merge_offsets(operands, params)
     (B, S, N, H), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
     tiles = pl.cdiv(S, block_q)
@@ -112,11 +111,11 @@ def forward(
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.has_segments),
         **parts.make_barriers(s, k=1 + s.has_segments, v=1),
         "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
-        **parts.make_staging_buffer("o", dtype, q.dtype),
+        **parts.make_staging_buffer("o", call.dtype, q.dtype),
         **parts.make_segment_buffers(s, "q", "k"),
     }
     shapes = (
-        jax.ShapeDtypeStruct(q.shape, dtype),
+        jax.ShapeDtypeStruct(q.shape, call.dtype),
         jax.ShapeDtypeStruct((B, N, tiles * block_q), jnp.float32),
     )
     o, lse = parts.run_kernel(_forward_kernel, s, inputs, shapes, scratch, (N, tiles, B), interpret)
@@ -124,30 +123,22 @@ def forward(
 
 
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    d_o: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    *,
-    block_sizes: HopperBlockSizes | None = None,
-    interpret: Any = False,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the backward pass as :mod:`api` calls it; by Triton's kernels where sums of dK and dV do
     not fit in registers."""
-    sizes: Any = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
-    if q.shape[-1] > _BACKWARD_HEADS:
-        options = {"block_sizes": sizes, "interpret": bool(interpret)}
-        return triton.backward(q, k, v, lse, delta, d_o, operands, params, dtype, **options)
-    operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
-    arrays = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
-    d_q = hopper_backward.compute_d_q(arrays, operands, params, dtype, sizes, interpret)
-    return d_q, *hopper_backward.compute_d_kv(arrays, operands, params, dtype, sizes, interpret)
+    H, dtype = arrays.q.shape[-1], arrays.q.dtype
+    sizes = _checked(call.block_sizes or default_block_sizes(H, dtype))
+    call = call._replace(block_sizes=sizes.backward)
+    if H > _BACKWARD_HEADS:
+        return triton.backward(arrays, operands, call._replace(interpret=bool(call.interpret)))
+    operands = merge_offsets(operands, call.params)
+    call = call._replace(interpret=parts.resolve_interpreter(call.interpret))
+    lse = jnp.where(arrays.lse == -jnp.inf, jnp.inf, arrays.lse * LOG2E).transpose(0, 2, 1)
+    delta, d_o = arrays.delta.transpose(0, 2, 1), arrays.d_o.astype(dtype)
+    arrays = arrays._replace(lse=lse, delta=delta, d_o=d_o)
+    d_q = hopper_backward.compute_d_q(arrays, operands, call)
+    return d_q, *hopper_backward.compute_d_kv(arrays, operands, call)
 
 
 def _forward_kernel(s: HopperStatics, refs, outputs, shared) -> None:

@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.attention.params import AttentionCall, AttentionOperands, BackwardArrays
+from pallas_kernels.attention.triton_program import weights_and_d_scores
 
 
 class HopperBackwardBlocks(NamedTuple):
@@ -31,16 +32,11 @@ def default_block_sizes(H: int) -> HopperBackwardBlocks:
 
 
 def compute_d_q(
-    arrays,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    sizes: HopperBackwardBlocks,
-    interpret: Any,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> jax.Array:
-    """Computes dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf
-    where a query has no key."""
-    q, k, v, d_o, lse, delta = arrays
+    """Computes dQ with lse and delta [B, N, S], lse in base 2 and +inf where a query has no key,
+    and :class:`HopperBackwardBlocks` as block sizes."""
+    (q, k, v, lse, delta, d_o), (params, _, dtype, sizes, interpret) = arrays, call
     (B, S, N, _), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, block_q)}
@@ -50,9 +46,8 @@ def compute_d_q(
     group = N // k.shape[2]
     s = HopperStatics(params, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
     row = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
-    scratch = _scratch(s, q, ("q", "d_o"), ("k", "v"), row, 4) | parts.make_barriers(
-        s, k=1 + s.has_segments, v=1
-    )
+    scratch = _scratch(s, q, ("q", "d_o"), ("k", "v"), row, 4)
+    scratch |= parts.make_barriers(s, k=1 + s.has_segments, v=1)
     scratch |= parts.make_segment_buffers(s, "q", "k")
     scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
@@ -62,15 +57,10 @@ def compute_d_q(
 
 
 def compute_d_kv(
-    arrays,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    sizes: HopperBackwardBlocks,
-    interpret: Any,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """Computes dK, dV summed over a kv head's query heads, from what :func:`compute_d_q` takes."""
-    q, k, v, d_o, lse, delta = arrays
+    (q, k, v, lse, delta, d_o), (params, _, dtype, sizes, interpret) = arrays, call
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     block_k = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, sizes.q)}
@@ -80,9 +70,8 @@ def compute_d_kv(
         inputs["visits"] = gpu_blocks.plan_key_visits(S, T, sizes.q, block_k, operands, params)
     s = HopperStatics(params, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
     row = plgpu.SMEM((s.stages, s.block), jnp.float32)
-    scratch = _scratch(s, q, ("k", "v"), ("q", "d_o"), row, 2) | parts.make_barriers(
-        s, q=2 + s.has_segments, d_o=2
-    )
+    scratch = _scratch(s, q, ("k", "v"), ("q", "d_o"), row, 2)
+    scratch |= parts.make_barriers(s, q=2 + s.has_segments, d_o=2)
     scratch |= parts.make_segment_buffers(s, "k", "q")
     scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
@@ -105,10 +94,7 @@ def _scratch(s: HopperStatics, q, own, visited, row, arrivals: int) -> dict[str,
 def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array]:
     """Whole blocks of queries, those past the last with no weight."""
     pad = (0, 0), (0, 0), (0, -lse.shape[2] % block)
-    return {
-        "lse": jnp.pad(lse, pad, constant_values=jnp.inf),
-        "delta": jnp.pad(delta, pad),
-    }
+    return {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
 
 
 def _d_q_kernel(s: HopperStatics, refs, outputs, shared) -> None:
@@ -149,8 +135,8 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, slope = tile.scores(products)
         seen = tile.visible(*segments) if masked else None
-        _, d_scores = tile.weights_and_d_scores(
-            scores, slope, own("lse"), d_weights, own("delta"), seen
+        _, d_scores = weights_and_d_scores(
+            scores, slope, own("lse"), d_weights, own("delta"), seen, s.exp2_scale
         )
         d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
         parts.release_slot(s, shared["k_free"].at[slot])
@@ -233,8 +219,8 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
                 own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
                 segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
             seen = tile.visible(*segments)
-        weights, d_scores = tile.weights_and_d_scores(
-            scores, slope, beside("lse"), d_weights, beside("delta"), seen
+        weights, d_scores = weights_and_d_scores(
+            scores, slope, beside("lse"), d_weights, beside("delta"), seen, s.exp2_scale
         )
         d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
         parts.release_slot(s, shared["d_o_free"].at[slot])

@@ -130,8 +130,8 @@ class HopperScoreTile:
         return self._iota(self.q_axis) - self._iota(1 - self.q_axis) + ahead
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns scores, whose exp2 is taken after ``statics.unit``, and their derivative by the
-        product times the scale; None: 1."""
+        """Returns scores, whose exp2 is taken after ``statics.exp2_scale``, and their derivative
+        by the product times the scale; None: 1."""
         params, slope = self.params, None
         if self.statics.scales_in_exponent:
             return products, slope
@@ -165,20 +165,6 @@ class HopperScoreTile:
         if T % self.shape[1 - self.q_axis]:
             seen.append(self._iota(1 - self.q_axis) < T - self.k_start)
         return reduce(and_, seen)
-
-    def weights_and_d_scores(
-        self, scores, slope, lse, d_weights, delta, seen
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns weights, and the gradient by the product times the scale (softmax's Jacobian).
-        Masked keys and values may hold anything finite: d_weights may then not be."""
-        scores = scores * self.statics.exp2_scale
-        if seen is not None:
-            scores = jnp.where(seen, scores, -jnp.inf)
-        weights = jnp.exp2(scores - lse)
-        d_scores = weights * (d_weights - delta)
-        if slope is not None:
-            d_scores *= slope
-        return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
 
 
 def multiply_transposed(a, b, meanwhile: Callable[[], None]) -> jax.Array:

@@ -85,6 +85,30 @@ class AttentionOperands(NamedTuple):
     """fp32 [N, 2R + 1]."""
 
 
+class AttentionCall(NamedTuple):
+    """Everything static about one call."""
+
+    params: AttentionParams
+    backend: str
+    """The module here that implements it."""
+    dtype: Any
+    """Of results."""
+    block_sizes: Any = None
+    """Of the implementation's kernels; None: its choice."""
+    interpret: Any = False
+
+
+class BackwardArrays(NamedTuple):
+    """What a backward pass reads, as of :func:`~pallas_kernels.attention.attention_backward`."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    d_o: jax.Array
+
+
 def validate_arguments(
     q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> tuple[AttentionOperands, AttentionParams]:

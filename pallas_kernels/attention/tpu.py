@@ -10,14 +10,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tpu_backward, tpu_forward
 from pallas_kernels.attention.combine import merge_attention
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    BackwardArrays,
+)
 from pallas_kernels.attention.tpu_blocks import (
     BACKWARD,
     FORWARD,
     LANES,
     SUBLANES,
     AttentionSizes,
-    TpuBlockSizes,
     count_keys_in_vmem,
     count_value_rows,
     vmem_bytes,
@@ -37,26 +41,19 @@ def supports(
 
 
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    block_sizes: TpuBlockSizes | None = None,
-    interpret: Any = False,
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
     in parts, whose results are merged."""
-    sizes = AttentionSizes.of(q, v, dtype)
-    blocks = choose_blocks(FORWARD, sizes, name_mask_kind(params, operands), block_sizes)
+    sizes = AttentionSizes.of(q, v, call.dtype)
+    blocks = choose_blocks(FORWARD, sizes, name_mask_kind(call.params, operands), call.block_sizes)
     held = count_keys_in_vmem(FORWARD, blocks, sizes, get_chip())
-    parts = _parts(k.shape[1], operands, params, held)
+    parts = _parts(k.shape[1], operands, call.params, held)
     k, v = (_heads_first(x, len(parts) * held) for x in (k, v))
-    out = dtype if len(parts) == 1 else F32
-    results = [_forward(q, k, v, sizes, part, out, blocks, interpret) for part in parts]
+    out = call.dtype if len(parts) == 1 else F32
+    results = [_forward(q, k, v, sizes, part, out, blocks, call.interpret) for part in parts]
     o, lse = reduce(merge_attention, results)
-    return o.astype(dtype), lse
+    return o.astype(call.dtype), lse
 
 
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
@@ -93,25 +90,16 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
 
 
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    d_o: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    block_sizes: TpuBlockSizes | None = None,
-    interpret: Any = False,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
     in parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
+    q, k, v, lse, delta, d_o = arrays
     (B, S), T = q.shape[:2], k.shape[1]
-    sizes = AttentionSizes.of(q, v, dtype)
-    blocks = choose_blocks(BACKWARD, sizes, name_mask_kind(params, operands), block_sizes)
+    sizes = AttentionSizes.of(q, v, call.dtype)
+    blocks = choose_blocks(BACKWARD, sizes, name_mask_kind(call.params, operands), call.block_sizes)
     held = count_keys_in_vmem(BACKWARD, blocks, sizes, get_chip())
-    parts = _parts(T, operands, params, held)
+    parts = _parts(T, operands, call.params, held)
     rows = -(-S // blocks.q) * blocks.q
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     saved = (
@@ -124,8 +112,8 @@ def backward(
     )
     sums: tuple[Any, Any, Any] = (None, None, None)
     for part in parts:
-        dtypes = (dtype if part is parts[-1] else F32), dtype
-        sums = _backward(q.shape, saved, sizes, part, sums, dtypes, blocks, interpret)
+        dtypes = (call.dtype if part is parts[-1] else F32), call.dtype
+        sums = _backward(q.shape, saved, sizes, part, sums, dtypes, blocks, call.interpret)
     d_q, d_k, d_v = sums
     return _heads_last(d_q, B, S), _heads_last(d_k, B, T), _heads_last(d_v, B, T)
 

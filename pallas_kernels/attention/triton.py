@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    BackwardArrays,
+    merge_offsets,
+)
 from pallas_kernels.attention.triton_program import (
     LN2,
     LOG2E,
@@ -27,6 +33,7 @@ from pallas_kernels.attention.triton_program import (
     split_head,
     store_row,
     store_tile,
+    weights_and_d_scores,
     whole_spec,
 )
 
@@ -97,70 +104,52 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
 
 
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    *,
-    block_sizes: TritonBlockSizes | None = None,
-    interpret: bool = False,
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
     B, S, N, _ = q.shape
-    operands = merge_offsets(operands, params)
-    sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
+    operands = merge_offsets(operands, call.params)
+    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     tiles = sizes.forward
-    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
-    call.add(call.head_spec(tiles.q), q=q)
-    call.add(call.head_spec(tiles.k, call.group), k=k, v=v)
-    call.add(whole_spec, sinks=operands.sinks)
+    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=True)
+    run.add(run.head_spec(tiles.q), q=q)
+    run.add(run.head_spec(tiles.k, run.group), k=k, v=v)
+    run.add(whole_spec, sinks=operands.sinks)
     outputs = (
-        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), dtype), call.head_spec(tiles.q)),
-        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), call.query_row_spec(tiles.q)),
+        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), call.dtype), run.head_spec(tiles.q)),
+        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), run.query_row_spec(tiles.q)),
     )
-    o, lse = call(_forward_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
+    o, lse = run(_forward_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
     return o, lse.transpose(0, 2, 1)
 
 
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    d_o: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    *,
-    block_sizes: TritonBlockSizes | None = None,
-    interpret: bool = False,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
+    (q, k, v, lse, delta, d_o), dtype = arrays, call.dtype
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
-    operands = merge_offsets(operands, params)
-    sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
+    operands = merge_offsets(operands, call.params)
+    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
 
     tiles = sizes.d_q
-    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
-    call.add(call.head_spec(tiles.q), q=q, d_o=d_o)
-    call.add(call.head_spec(tiles.k, call.group), k=k, v=v)
-    call.add(call.query_row_spec(tiles.q), lse=lse, delta=delta)
-    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), call.head_spec(tiles.q)),)
-    (d_q,) = call(_d_q_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
+    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=True)
+    run.add(run.head_spec(tiles.q), q=q, d_o=d_o)
+    run.add(run.head_spec(tiles.k, run.group), k=k, v=v)
+    run.add(run.query_row_spec(tiles.q), lse=lse, delta=delta)
+    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), run.head_spec(tiles.q)),)
+    (d_q,) = run(_d_q_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
 
     tiles = sizes.d_kv
-    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=False)
-    call.add(call.head_group_spec(tiles.q), q=q, d_o=d_o)
-    call.add(call.head_spec(tiles.k), k=k, v=v)
-    call.add(call.query_row_spec(tiles.q, call.group), lse=lse, delta=delta)
-    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), call.head_spec(tiles.k)) for x in (k, v))
-    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), outputs)
+    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=False)
+    run.add(run.head_spec(tiles.q, group=run.group), q=q, d_o=d_o)
+    run.add(run.head_spec(tiles.k), k=k, v=v)
+    run.add(run.query_row_spec(tiles.q, run.group), lse=lse, delta=delta)
+    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), run.head_spec(tiles.k)) for x in (k, v))
+    d_k, d_v = run(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), outputs)
     return d_q, d_k, d_v
 
 
@@ -225,7 +214,9 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         v = p.load_rows("v", j * block_k, block_k, length)
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
-        _, d_scores = p.weights_and_d_scores(scores, slope, lse, d_weights, delta, seen)
+        _, d_scores = weights_and_d_scores(
+            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+        )
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
     zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.H))
@@ -257,7 +248,9 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(v, d_o)
-        weights, d_scores = p.weights_and_d_scores(scores, slope, lse, d_weights, delta, seen)
+        weights, d_scores = weights_and_d_scores(
+            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+        )
         d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
         d_k = tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
         return d_k, d_v

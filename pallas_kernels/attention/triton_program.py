@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.attention.params import AttentionCall, AttentionOperands, AttentionParams
 
 LOG2E = log2(2.718281828459045)
 LN2 = log(2)
@@ -43,11 +43,6 @@ class TritonStatics(NamedTuple):
     masked: bool
     """Whether blocks are visited as a table says, some with a mask."""
     interpret: bool
-
-    @property
-    def scores_are_linear(self) -> bool:
-        """Whether scores are q·k times a positive number, so that the exponent scales them."""
-        return self.params.soft_cap is None and self.params.scale > 0
 
 
 class TokenBlock(NamedTuple):
@@ -135,10 +130,10 @@ class TritonProgram:
         return seen
 
     def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
-        """Returns scores from q·k, of which exp2 is to be taken after :attr:`unit`, and their slope
-        by scale·q·k, 1 if that is None."""
+        """Returns scores from q·k, of which exp2 is to be taken after :attr:`exp2_scale`, and their
+        slope by scale·q·k, 1 if that is None."""
         params, slope = self.params, None
-        if self.statics.scores_are_linear and "slopes" not in self.refs:
+        if self.scores_are_linear:
             return products, None
         scores = products * (params.scale * LOG2E)
         if params.soft_cap is not None:
@@ -151,27 +146,15 @@ class TritonProgram:
         return scores, slope
 
     @property
+    def scores_are_linear(self) -> bool:
+        """Whether scores are q·k times a positive number, so that the exponent scales them."""
+        linear = self.params.soft_cap is None and "slopes" not in self.refs
+        return linear and self.params.scale > 0
+
+    @property
     def exp2_scale(self) -> float:
         """The factor of scores before exp2."""
-        return (
-            self.params.scale * LOG2E
-            if self.statics.scores_are_linear and "slopes" not in self.refs
-            else 1.0
-        )
-
-    def weights_and_d_scores(
-        self, scores, slope, lse, d_weights, delta, seen
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and
-        values may hold anything finite: d_weights may then not be."""
-        scores *= self.exp2_scale
-        if seen is not None:
-            scores = jnp.where(seen, scores, -jnp.inf)
-        weights = self.exp2(scores - lse)
-        d_scores = weights * (d_weights - delta)
-        if slope is not None:
-            d_scores *= slope
-        return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
+        return self.params.scale * LOG2E if self.scores_are_linear else 1.0
 
     def exp2(self, x: jax.Array) -> jax.Array:
         """Computes exp2 in one instruction: JAX's own, exact below 2^-126 too, is four."""
@@ -221,18 +204,17 @@ class TritonKernelCall:
         k: jax.Array,
         v: jax.Array,
         operands: AttentionOperands,
-        params: AttentionParams,
+        call: AttentionCall,
         tiles: TritonTiles,
-        interpret: bool,
         *,
         per_query: bool,
     ):
-        (S, N, H), (T, K, Hv) = q.shape[1:], v.shape[1:]
+        (S, N, H), (T, K, Hv), params = q.shape[1:], v.shape[1:], call.params
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         self.group = N // K
         masked = gpu_blocks.needs_mask(params, operands, T if per_query else tiles.k, tiles.k)
-        self.statics = TritonStatics(params, tiles, S, T, H, Hv, self.group, masked, interpret)
+        self.statics = TritonStatics(params, tiles, S, T, H, Hv, self.group, masked, call.interpret)
         plan = gpu_blocks.plan_query_visits if per_query else gpu_blocks.plan_key_visits
         table = plan(S, T, tiles.q, tiles.k, operands, params)
         if masked:
@@ -290,21 +272,13 @@ class TritonKernelCall:
         """Returns the spec of [B or 1, length]."""
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
-    def head_spec(self, block: int, share: int = 1):
-        """Returns the spec of one head of [B, length, heads, H], which ``share`` heads read."""
+    def head_spec(self, block: int, share: int = 1, group: int | None = None):
+        """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads read; or
+        [length, group, H] of the program's kv head."""
 
         def spec(x):
-            shape = None, round_up(x.shape[1], block), None, pad_head_size(x.shape[3])
+            shape = None, round_up(x.shape[1], block), group, pad_head_size(x.shape[3])
             return pl.BlockSpec(shape, lambda i, n, b: (b, 0, lax.div(n, share), 0))
-
-        return spec
-
-    def head_group_spec(self, block: int):
-        """Returns the spec of [B, length, N, H] → [length, group, H] of the program's kv head."""
-
-        def spec(x):
-            shape = None, round_up(x.shape[1], block), self.group, pad_head_size(x.shape[3])
-            return pl.BlockSpec(shape, lambda i, n, b: (b, 0, n, 0))
 
         return spec
 
@@ -316,6 +290,21 @@ class TritonKernelCall:
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
         return spec
+
+
+def weights_and_d_scores(
+    scores, slope, lse, d_weights, delta, seen, exp2_scale: float, exp2=jnp.exp2
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
+    may hold anything finite: d_weights may then not be."""
+    scores = scores * exp2_scale
+    if seen is not None:
+        scores = jnp.where(seen, scores, -jnp.inf)
+    weights = exp2(scores - lse)
+    d_scores = weights * (d_weights - delta)
+    if slope is not None:
+        d_scores *= slope
+    return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
 
 
 def whole_spec(x) -> pl.BlockSpec:

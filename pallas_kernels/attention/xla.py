@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams, accumulation_dtype
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    BackwardArrays,
+    accumulation_dtype,
+)
 from pallas_kernels.attention.tiles import (
     MASKED,
     ScoreTile,
@@ -29,21 +35,16 @@ SCORE_BYTES = 1 << 26
 
 
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.attention.attention_forward`."""
+    params, dtype = call.params, call.dtype
     operands = fill_positions(operands, params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
 
         def one_part(out, i):
-            own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), params, dtype)
+            own = forward(*part.cut(i, (q, k, v)), part.cut_operands(i, operands), call)
             return part.put_part(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
@@ -53,7 +54,7 @@ def forward(
 
         def one(rows):
             (q,), own = rows
-            return forward(q, k, v, operands._replace(**own), params, dtype)
+            return forward(q, k, v, operands._replace(**own), call)
 
         return _joined(lax.map(one, _rows((q,), operands, S, count)))
 
@@ -85,18 +86,11 @@ def forward(
 
 
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    d_o: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
+    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, ...]:
     """See :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
     and log-sum-exps."""
+    (q, k, v, lse, delta, d_o), params, dtype = arrays, call.params, call.dtype
     operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
@@ -105,12 +99,10 @@ def backward(
         def one_part(carry, i):
             places, sums = carry
             read = zip(part.cut(i, places), like, strict=True)
-            own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
-            own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
-            at = part.cut_operands(i, operands)
-            d_q, d_k, d_v, *terms = backward(
-                own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, params, dtype
+            own = BackwardArrays(
+                *(x.astype(whole.dtype) for x, whole in read), *part.cut(i, (lse, delta, d_o))
             )
+            d_q, d_k, d_v, *terms = backward(own, part.cut_operands(i, operands), call)
             return (part.put_part(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
@@ -124,8 +116,8 @@ def backward(
 
         def add(sums, rows):
             (q, lse, delta, d_o), own = rows
-            own = operands._replace(**own)
-            d_q, *terms = backward(q, k, v, lse, delta, d_o, own, params, wide)
+            arrays, own = BackwardArrays(q, k, v, lse, delta, d_o), operands._replace(**own)
+            d_q, *terms = backward(arrays, own, call._replace(dtype=wide))
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
         rows = _rows((q, lse, delta, d_o), operands, S, count)

@@ -63,19 +63,19 @@ class Kernel:
     """Records what it is asked to do, and gives its name's length everywhere."""
 
     def __init__(self, name: str, *, supported: bool):
-        self.value, self.supported, self.options = len(name), supported, []
+        self.value, self.supported, self.calls = len(name), supported, []
 
     def supports(self, q, k, v, operands, params):
         return self.supported
 
-    def forward(self, q, k, v, operands, params, dtype, **options):
-        self.options.append(options)
-        o = jnp.full((*q.shape[:3], v.shape[3]), self.value, dtype)
+    def forward(self, q, k, v, operands, call):
+        self.calls.append((call.backend, call.block_sizes, call.interpret))
+        o = jnp.full((*q.shape[:3], v.shape[3]), self.value, call.dtype)
         return o, jnp.zeros(q.shape[:3], jnp.float32)
 
-    def backward(self, q, k, v, lse, delta, d_o, operands, params, dtype, **options):
-        self.options.append(options)
-        return tuple(jnp.full(x.shape, self.value, dtype) for x in (q, k, v))
+    def backward(self, arrays, operands, call):
+        self.calls.append((call.backend, call.block_sizes, call.interpret))
+        return tuple(jnp.full(x.shape, self.value, call.dtype) for x in arrays[:3])
 
 
 def device(platform, kind):
@@ -112,8 +112,7 @@ def test_the_platform_of_the_mesh_in_use_chooses_the_kernel(
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(run, q, k, v)
     for name, used in kernels.items():
-        given = {} if name == "xla" else {"block_sizes": (8, 9), "interpret": False}
-        assert used.options == (2 * [given] if name == chosen else [])
+        assert used.calls == (2 * [(name, (8, 9), False)] if name == chosen else [])
 
 
 def test_without_a_mesh_it_is_the_default_device_that_chooses(monkeypatch):
