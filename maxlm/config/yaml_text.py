@@ -97,9 +97,8 @@ class _Loader(yaml.SafeLoader):
         self.num_copies += id(node) in self.seen
         self.seen.add(id(node))
         if self.num_copies > MAX_COPIES:
-            raise MaxlmError(
-                f"aliases stand for more than {MAX_COPIES:,} values", where=str(origin)
-            )
+            what = f"aliases stand for more than {MAX_COPIES:,} values"
+            raise MaxlmError(what, where=str(origin))
 
     def _list_pairs(self, node: yaml.MappingNode, origin: SettingOrigin) -> dict[str, Any]:
         """Name → its place and value; those of ``<<`` count less than a mapping's own."""

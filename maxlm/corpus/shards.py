@@ -123,18 +123,14 @@ class StageShardView:
         arrays = []
         for stage, name in self.find_column_sources(column):
             if name not in files[stage].schema_arrow.names:
-                raise MaxlmError(
-                    f'there is no column "{name}": another version of maxlm made this file',
-                    where=str(self.path(stage)),
-                    fix="delete the stage's folder and run the recipe again",
-                )
+                what = f'there is no column "{name}": another version of maxlm made this file'
+                fix = "delete the stage's folder and run the recipe again"
+                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
             if table.num_rows != size:
-                raise MaxlmError(
-                    f"{table.num_rows} labels for {size} documents (row group {group})",
-                    where=str(self.path(stage)),
-                    fix="delete the file and run the recipe again",
-                )
+                what = f"{table.num_rows} labels for {size} documents (row group {group})"
+                fix = "delete the file and run the recipe again"
+                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             nothing = pa.nulls(0, table.schema.field(name).type)
             arrays.append(pa.concat_arrays(table.column(name).chunks or [nothing]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)

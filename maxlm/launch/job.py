@@ -107,11 +107,8 @@ def make_job(
     node_selector = parse_node_selectors(options.node_selector)
     plan = plan_run(run, machine)
     if not plan.fits and not force:
-        raise MaxlmError(
-            f"does not fit on {on}: {summarize_plan(plan)}",
-            where=run.name,
-            fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
-        )
+        fix = f"find what does: maxlm plan {source} --on {on} --search (or --force)"
+        raise MaxlmError(f"does not fit on {on}: {summarize_plan(plan)}", where=run.name, fix=fix)
     _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
     config, text, path = source, "", Path(source).expanduser()
     if path.is_file() or not find_shipped_config(source):
@@ -164,10 +161,8 @@ def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
 def _job_name(name: str) -> str:
     found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", found) or len(found) > _LONGEST_NAME:
-        raise MaxlmError(
-            f"'{name}' makes no name for a job",
-            fix=f"give --name: a letter, then letters, digits and dashes, {_LONGEST_NAME} at most",
-        )
+        fix = f"give --name: a letter, then letters, digits and dashes, {_LONGEST_NAME} at most"
+        raise MaxlmError(f"'{name}' makes no name for a job", fix=fix)
     return found
 
 

@@ -85,11 +85,8 @@ def submit_job(job: Job, path: Path) -> int:
     """Hand a job's file to its scheduler's client; return the client's exit code."""
     for command in list_submit_commands(job, path):
         if shutil.which(command[0]) is None:
-            raise MaxlmError(
-                f"{command[0]} is not on the PATH here; the job is kept in this file",
-                where=str(path),
-                fix=f"where it is, run: {' '.join(command)}",
-            )
+            what = f"{command[0]} is not on the PATH here; the job is kept in this file"
+            raise MaxlmError(what, where=str(path), fix=f"where it is, run: {' '.join(command)}")
         code = subprocess.run(command).returncode
         if code:
             return code

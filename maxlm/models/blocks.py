@@ -119,10 +119,8 @@ def parse_registered(
     with_kind = (config for config in registered if "kind" in config.model_fields)
     kinds = {config.model_fields["kind"].default: config for config in with_kind}
     if kind not in kinds:
-        raise MaxlmError(
-            f"no {what} of kind={kind}",
-            fix=f"use one of {', '.join(kinds)}" if kinds else "install the package that has it",
-        )
+        fix = f"use one of {', '.join(kinds)}" if kinds else "install the package that has it"
+        raise MaxlmError(f"no {what} of kind={kind}", fix=fix)
     return kinds[kind].model_validate(given)
 
 

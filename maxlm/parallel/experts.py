@@ -89,27 +89,20 @@ def apply_experts(
     tokens = get_layout(x)
     used = {name: parse_spec(kernel_specs[name], 3) for name in kernels}
     if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
-        raise MaxlmError(
-            f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole",
-            where="sharding.compute.embed",
-            fix="set it to null",
-        )
+        what = f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole"
+        raise MaxlmError(what, where="sharding.compute.embed", fix="set it to null")
     f_axes = used["up"][2]
     # Tokens that share F's axes are gathered over them: each device then computes its part of F.
     whole = tuple(tuple(a for a in axes if a not in f_axes) for axes in tokens)
     spread = whole[0] + whole[1]
     if missing := [a for a in used["up"][0] if a not in spread]:
-        raise MaxlmError(
-            f"experts are split over mesh axis '{missing[0]}', tokens are not",
-            where="sharding.compute",
-            fix=f"add '{missing[0]}' to the rule 'batch', or take it from the rule 'expert'",
-        )
+        what = f"experts are split over mesh axis '{missing[0]}', tokens are not"
+        fix = f"add '{missing[0]}' to the rule 'batch', or take it from the rule 'expert'"
+        raise MaxlmError(what, where="sharding.compute", fix=fix)
     if expert_capacity is not None and whole[1]:
-        raise MaxlmError(
-            f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}",
-            where="model.moe.dispatch",
-            fix="use dispatch=dropless, or mesh.context=1",
-        )
+        what = f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}"
+        fix = "use dispatch=dropless, or mesh.context=1"
+        raise MaxlmError(what, where="model.moe.dispatch", fix=fix)
     stored = {}
     for name, kernel in kernels.items():
         own = get_layout(kernel)

@@ -63,11 +63,8 @@ def place_frozen_models(
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
     if sources and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
-        raise MaxlmError(
-            f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run",
-            where="parallel.schedule",
-            fix="use circular, or mesh.stage=1",
-        )
+        what = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
+        raise MaxlmError(what, where="parallel.schedule", fix="use circular, or mesh.stage=1")
     placed = {}
     for name, own in read_frozen_configs(config, sources).items():
         run = config.model_copy(update={"model": own.model, "adapter": own.adapter})

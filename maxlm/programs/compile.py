@@ -44,10 +44,9 @@ class CompiledStep:
         try:
             return self.compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
-            raise MaxlmError(
-                f"this JAX cannot read what its compiler wrote ({str(error).splitlines()[0]})",
-                fix=f"install the versions maxlm is tested with: {_install(self.topology)}",
-            ) from error
+            what = f"this JAX cannot read what its compiler wrote ({str(error).splitlines()[0]})"
+            fix = f"install the versions maxlm is tested with: {_install(self.topology)}"
+            raise MaxlmError(what, fix=fix) from error
 
     @cached_property
     def cost(self) -> CompiledCost:
@@ -136,10 +135,8 @@ def get_topology_devices(topology: Topology) -> list[Any]:
             platform="cuda", topology=topology.compiler_name, target_config=target
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise MaxlmError(
-            f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})",
-            fix="name a shape that exists, such as v5p:4x4x2",
-        ) from error
+        what = f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})"
+        raise MaxlmError(what, fix="name a shape that exists, such as v5p:4x4x2") from error
 
 
 def has_compiler(platform: str) -> bool:

@@ -84,11 +84,9 @@ def convert(
                 what = f"--{option} {value} says how a run is written, and this is a published "
                 raise MaxlmError(f"{what}checkpoint", where=str(source), fix="leave it out")
         return convert_huggingface_to_run(source, target, progress=progress)
-    raise MaxlmError(
-        "no such folder" if not source.exists() else "neither config.json nor config.yaml here",
-        where=str(source),
-        fix="name a Hugging Face checkpoint's folder, or a run's such as runs/demo",
-    )
+    what = "no such folder" if not source.exists() else "neither config.json nor config.yaml here"
+    fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
+    raise MaxlmError(what, where=str(source), fix=fix)
 
 
 def convert_huggingface_to_run(
@@ -159,11 +157,9 @@ def convert_run_to_huggingface(
     """
     config = load_config(RunConfig, source / "config.yaml").value
     if config.adapter is not None:
-        raise MaxlmError(
-            f"no published model has adapter.kind={config.adapter.kind}, as this run's has",
-            where=str(source),
-            fix="name a run without one, such as the one that this began with",
-        )
+        what = f"no published model has adapter.kind={config.adapter.kind}, as this run's has"
+        fix = "name a run without one, such as the one that this began with"
+        raise MaxlmError(what, where=str(source), fix=fix)
     average = config.train.ema_decay is not None
     reader = RunCheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
     published = read_metadata(reader.folder).get("published") or {}
@@ -218,11 +214,9 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
     tokenizer = import_tokenizer(source, embedding_rows=rows)
     if tokenizer.vocab_size > rows:
         whole = import_tokenizer(source).vocab_size
-        raise MaxlmError(
-            f"the tokenizer has {whole} ids, the model's table {rows} rows",
-            where=str(source),
-            fix="use the tokenizer that the model was trained with",
-        )
+        what = f"the tokenizer has {whole} ids, the model's table {rows} rows"
+        fix = "use the tokenizer that the model was trained with"
+        raise MaxlmError(what, where=str(source), fix=fix)
     lost = getattr(tokenizer.codec, "left_out", ())
     return tokenizer, [
         f"left out of the tokenizer: {x}, which the table has no row for" for x in lost
@@ -256,19 +250,15 @@ def _choose_family(model: Any, name: str | None) -> ModelFamily:
         for family in FAMILIES.values():
             if _find_inexpressible(model, family) is None:
                 return family
-        raise MaxlmError(
-            "no published family computes what this model does",
-            where="config.yaml: model",
-            fix="--family NAME says what one of them has no word for",
-        )
+        what = "no published family computes what this model does"
+        fix = "--family NAME says what one of them has no word for"
+        raise MaxlmError(what, where="config.yaml: model", fix=fix)
     if name not in FAMILIES:
         raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
     if fault := _find_inexpressible(model, FAMILIES[name]):
-        raise MaxlmError(
-            f"{FAMILIES[name].architecture} has no word for {fault}",
-            where="config.yaml: model",
-            fix="name another --family, or change the model",
-        )
+        what = f"{FAMILIES[name].architecture} has no word for {fault}"
+        fix = "name another --family, or change the model"
+        raise MaxlmError(what, where="config.yaml: model", fix=fix)
     return FAMILIES[name]
 
 
@@ -318,11 +308,9 @@ def _whole(target: Path) -> Iterator[Path]:
             target.rmdir()
         part.rename(target)
     except OSError as error:
-        raise MaxlmError(
-            f"cannot write here ({error.strerror})",
-            where=str(target),
-            fix="free some space or rights, or name another folder",
-        ) from error
+        what = f"cannot write here ({error.strerror})"
+        fix = "free some space or rights, or name another folder"
+        raise MaxlmError(what, where=str(target), fix=fix) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):  # the first that is not empty

@@ -46,9 +46,8 @@ def load_run(
     on ``mesh`` (default: one device)."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
-        raise MaxlmError(
-            "no run here (no config.yaml)", where=str(folder), fix="name a folder like runs/demo"
-        )
+        what = "no run here (no config.yaml)"
+        raise MaxlmError(what, where=str(folder), fix="name a folder like runs/demo")
     config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up_run(config, None if mesh else jax.local_devices()[:1], for_training=False)

@@ -105,11 +105,9 @@ def open_run(
     elif start := config.train.start_from:
         say(f"starting from the parameters in {start}")
     if step > config.train.steps:
-        raise MaxlmError(
-            f"the run is at step {step}, train.steps={config.train.steps}",
-            where=str(folder),
-            fix=f"set train.steps to {step} or more, or train in another run folder",
-        )
+        what = f"the run is at step {step}, train.steps={config.train.steps}"
+        fix = f"set train.steps to {step} or more, or train in another run folder"
+        raise MaxlmError(what, where=str(folder), fix=fix)
     machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
     sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
     plan = plan_run(config, machine, sizes=sizes, links=links)

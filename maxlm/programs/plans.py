@@ -36,11 +36,8 @@ def read_or_compute_plan(source: str, on: str | None) -> dict[str, Any]:
     except ValueError:
         plan = None
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
-        raise MaxlmError(
-            "is no plan that this version reads",
-            where=str(path),
-            fix="write one with maxlm plan CONFIG --json",
-        )
+        what = "is no plan that this version reads"
+        raise MaxlmError(what, where=str(path), fix="write one with maxlm plan CONFIG --json")
     return plan
 
 

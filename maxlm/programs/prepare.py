@@ -48,9 +48,8 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     """
     sources = config.data.sources
     if not sources and config.task.reads_text:
-        raise MaxlmError(
-            "no text to train on", where="data.sources", fix="name documents or a store there"
-        )
+        what = "no text to train on"
+        raise MaxlmError(what, where="data.sources", fix="name documents or a store there")
     home = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
@@ -174,11 +173,9 @@ def _named_tokenizer(config: RunConfig) -> Path | None:
 def _training_text(config: RunConfig) -> Iterator[bytes]:
     sources = [source for source in config.data.sources if source.documents]
     if not sources and config.task.reads_text:
-        raise MaxlmError(
-            "a store was made with a tokenizer, and none is named",
-            where="tokenizer.path",
-            fix="name the folder of the tokenizer the stores were built with",
-        )
+        what = "a store was made with a tokenizer, and none is named"
+        fix = "name the folder of the tokenizer the stores were built with"
+        raise MaxlmError(what, where="tokenizer.path", fix=fix)
     for source in sources:
         for document in read_documents(source.corpus()):
             if not is_heldout(document.text, config.data.heldout_fraction):

@@ -62,11 +62,9 @@ def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> 
             with replace_file(path) as temporary:
                 temporary.write_text(to_yaml(config))
     except OSError as error:
-        raise MaxlmError(
-            f"cannot write the run folder ({error.strerror})",
-            where=str(folder),
-            fix="set folder=PATH to a place you may write to",
-        ) from error
+        what = f"cannot write the run folder ({error.strerror})"
+        fix = "set folder=PATH to a place you may write to"
+        raise MaxlmError(what, where=str(folder), fix=fix) from error
     try:
         yield
     except MaxlmError:

@@ -82,10 +82,8 @@ def _complete(explicit: Mapping[str, str | int], slurm: Cluster | None) -> Clust
     if missing:
         given = ", ".join(f"{_NAMES[name]} is {value}" for name, value in explicit.items())
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
-        raise MaxlmError(
-            f"{given}, but {' and '.join(missing)} not set{beside}",
-            fix="set all three, or none" + (" (SLURM's are used then)" if slurm else ""),
-        )
+        fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
+        raise MaxlmError(f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix)
     return Cluster(
         "settings",
         str(explicit["coordinator"]),

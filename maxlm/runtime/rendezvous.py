@@ -92,10 +92,8 @@ def check_same_facts(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -
     words = [f"{text} on {describe_processes(hosts, who)}" for text, who in groups.items()]
     if others:
         words.append(f"and on {', '.join(others[:4])}{_more(others, 4)}")
-    raise MaxlmError(
-        f"hosts disagree on {name}: {'; '.join(words)}",
-        fix="start all hosts with the same software, config and kind of machine",
-    )
+    what = f"hosts disagree on {name}: {'; '.join(words)}"
+    raise MaxlmError(what, fix="start all hosts with the same software, config and kind of machine")
 
 
 def describe_processes(hosts: Sequence[str], processes: Sequence[int]) -> str:
@@ -181,10 +179,8 @@ def _check_greeting(
             fix="give all of them the same number",
         )
     if process in hosts:
-        raise MaxlmError(
-            f"two processes say that they are process {process}: on {hosts[process]} and {host}",
-            fix="give each a process id of its own",
-        )
+        what = f"two processes say that they are process {process}: on {hosts[process]} and {host}"
+        raise MaxlmError(what, fix="give each a process id of its own")
 
 
 def _missing_error(cluster: Cluster, hosts: Mapping[int, str], seconds: float) -> ProcessLost:

@@ -48,10 +48,8 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
         except (NotImplementedError, TypeError, ValueError):  # as JAX words that it finds no way
             continue
     axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
-    raise MaxlmError(
-        f"the mesh {axes} cannot be laid along this torus",
-        fix="choose axes whose sizes are products of its sides, or of parts of them",
-    )
+    fix = "choose axes whose sizes are products of its sides, or of parts of them"
+    raise MaxlmError(f"the mesh {axes} cannot be laid along this torus", fix=fix)
 
 
 def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
@@ -74,11 +72,8 @@ def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:
     """Raises MaxlmError where the axis `tensor` does not stay within a host."""
     if gpus_per_host % sizes["tensor"]:
-        raise MaxlmError(
-            f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs",
-            where="mesh.tensor",
-            fix=f"use a divisor of {gpus_per_host}",
-        )
+        what = f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs"
+        raise MaxlmError(what, where="mesh.tensor", fix=f"use a divisor of {gpus_per_host}")
 
 
 def describe_links(mesh: Mesh) -> dict[str, str]:

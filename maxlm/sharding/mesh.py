@@ -81,11 +81,9 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         sizes[free[0]] = num_devices // fixed
     elif free or fixed != num_devices:
         wanted = f"a multiple of {fixed}" if free else str(fixed)
-        raise MaxlmError(
-            f"{described} needs {wanted} devices, {num_devices} here",
-            where="mesh",
-            fix=f"set the axes so that their product is {num_devices}, or one of them to -1",
-        )
+        what = f"{described} needs {wanted} devices, {num_devices} here"
+        fix = f"set the axes so that their product is {num_devices}, or one of them to -1"
+        raise MaxlmError(what, where="mesh", fix=fix)
     return sizes
 
 

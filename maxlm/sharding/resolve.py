@@ -84,11 +84,9 @@ def _check_distinct(
             if sizes is not None and sizes[name] == 1:
                 continue
             if name in seen:
-                raise MaxlmError(
-                    f"axes {seen[name]} and {axis} are both on mesh axis '{name}'",
-                    where=where,
-                    fix="give one of them another mesh axis, or null",
-                )
+                what = f"axes {seen[name]} and {axis} are both on mesh axis '{name}'"
+                fix = "give one of them another mesh axis, or null"
+                raise MaxlmError(what, where=where, fix=fix)
             seen[name] = axis
     return seen
 

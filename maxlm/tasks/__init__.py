@@ -55,10 +55,8 @@ def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
     longest = max(task.row_lengths(seq_len))
     if longest > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
-        raise MaxlmError(
-            f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}",
-            fix="shorten the sequences, or raise the model's limit",
-        )
+        what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
+        raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")
     task.check(seq_len, model.vocab_size)
 
 

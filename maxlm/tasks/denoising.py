@@ -104,11 +104,9 @@ class DenoisingTask(TextTask):
         needed = compute_max_lengths(seq_len, self.mixture)
         for (name, length), least in zip(given.items(), needed, strict=True):
             if length is not None and length < least:
-                raise MaxlmError(
-                    f"{length} is too short for what data.seq_len={seq_len} tokens become",
-                    where=f"task.{name}",
-                    fix=f"set it to {least} or more, to null, or shorten the sequences",
-                )
+                what = f"{length} is too short for what data.seq_len={seq_len} tokens become"
+                fix = f"set it to {least} or more, to null, or shorten the sequences"
+                raise MaxlmError(what, where=f"task.{name}", fix=fix)
 
     @model_validator(mode="after")
     def _all_sentinels(self):

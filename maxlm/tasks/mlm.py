@@ -90,10 +90,8 @@ class MlmTask(TextTask):
     @model_validator(mode="after")
     def _check_parts(self):
         if self.masked + self.random > 1:
-            raise MaxlmError(
-                f"masked={self.masked} and random={self.random} are more than all",
-                fix="let them add up to at most 1",
-            )
+            what = f"masked={self.masked} and random={self.random} are more than all"
+            raise MaxlmError(what, fix="let them add up to at most 1")
         return self
 
 

@@ -144,11 +144,9 @@ class Task(Config):
         raises MaxlmError naming the setting."""
         for name, reserved in self.reserved_ids.items():
             if reserved is not None and reserved >= vocab_size:
-                raise MaxlmError(
-                    f"{reserved} is no row of the model's table, model.vocab_size={vocab_size}",
-                    where=f"task.{name}",
-                    fix="name one of the tokenizer's ids, or null",
-                )
+                what = f"{reserved} is no row of the model's table, model.vocab_size={vocab_size}"
+                fix = "name one of the tokenizer's ids, or null"
+                raise MaxlmError(what, where=f"task.{name}", fix=fix)
 
     def name_row_lengths(self, seq_len: int) -> dict[str, int]:
         """Returns the lengths of :meth:`row_lengths` by the settings that decide them."""

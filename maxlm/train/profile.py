@@ -19,9 +19,8 @@ def parse_steps(text: str) -> tuple[int, int]:
     except ValueError:
         steps = 0, 0
     if not 1 <= steps[0] <= steps[1] or text.endswith(":"):
-        raise MaxlmError(
-            f"'{text}' names no steps", where="--profile", fix="write the first and last: 10:13"
-        )
+        what = f"'{text}' names no steps"
+        raise MaxlmError(what, where="--profile", fix="write the first and last: 10:13")
     return steps
 
 

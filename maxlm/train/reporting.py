@@ -157,11 +157,9 @@ class WandbSink(Sink):
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=15),
             )
         except wandb.Error as error:
-            raise MaxlmError(
-                f"Weights & Biases: {error}",
-                where="reporting.wandb",
-                fix="run wandb login, or set reporting.wandb.mode=offline",
-            ) from error
+            what = f"Weights & Biases: {error}"
+            fix = "run wandb login, or set reporting.wandb.mode=offline"
+            raise MaxlmError(what, where="reporting.wandb", fix=fix) from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Numbers) -> None:
@@ -187,11 +185,9 @@ class PrometheusSink(Sink):
         try:
             self._server, self._thread = start_http_server(port, address, self._registry)
         except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
-            raise MaxlmError(
-                f"cannot listen on {address} port {port}: {error}",
-                where="reporting.prometheus_port",
-                fix="name a free port, and an address of this host or 0.0.0.0 for all of them",
-            ) from error
+            what = f"cannot listen on {address} port {port}: {error}"
+            fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
+            raise MaxlmError(what, where="reporting.prometheus_port", fix=fix) from error
 
     def log(self, step: int, values: Numbers) -> None:
         for name, value in {**values, "step": step, "last_step_timestamp": time.time()}.items():

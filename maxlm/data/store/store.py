@@ -176,9 +176,8 @@ class TokenStore:
             download_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
             what, where = f"cannot read the tokenizer: {error}", str(self.place)
-            raise MaxlmError(
-                what, where=where, fix=get_read_failure_fix(self.place, _REBUILD)
-            ) from error
+            fix = get_read_failure_fix(self.place, _REBUILD)
+            raise MaxlmError(what, where=where, fix=fix) from error
         return copy
 
     def _hash(self, offsets) -> str:

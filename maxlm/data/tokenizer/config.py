@@ -80,10 +80,8 @@ class TokenizerConfig(Config):
     @model_validator(mode="after")
     def _check_kind(self):
         if self.kind == "huggingface" and self.path is None:
-            raise MaxlmError(
-                "a tokenizer of kind huggingface is imported, not trained",
-                fix="set path to the folder that `maxlm tokenizer import` wrote",
-            )
+            what = "a tokenizer of kind huggingface is imported, not trained"
+            raise MaxlmError(what, fix="set path to the folder that `maxlm tokenizer import` wrote")
         if self.lowercase and self.kind != "wordpiece":
             fix = "leave lowercase out, or set kind to wordpiece"
             raise MaxlmError(f"a tokenizer of kind {self.kind} keeps case", fix=fix)

@@ -98,11 +98,9 @@ class ModelFamily:
             return settings, reader.check_all_read(*self.inert)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
-            raise MaxlmError(
-                f"a value cannot be made sense of ({error})",
-                where=where,
-                fix="compare it with the published model's",
-            ) from error
+            what = f"a value cannot be made sense of ({error})"
+            fix = "compare it with the published model's"
+            raise MaxlmError(what, where=where, fix=fix) from error
 
     def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
         settings: dict[str, Any] = {"architecture": self.shape}

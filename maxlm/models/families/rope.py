@@ -52,11 +52,8 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
     original length where none is named."""
     kind = reader.get("rope_type", "default", also="type")
     if kind not in ("default", *_SCALINGS):
-        raise MaxlmError(
-            f"rope_type={kind!r} is not implemented",
-            where=reader.where,
-            fix="linear, dynamic, yarn, llama3 and default can be converted",
-        )
+        fix = "linear, dynamic, yarn, llama3 and default can be converted"
+        raise MaxlmError(f"rope_type={kind!r} is not implemented", where=reader.where, fix=fix)
     if kind == "default":
         reader.get("factor", None)
         return None
@@ -97,10 +94,8 @@ def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
         return None
     kind = next((theirs for theirs, ours in _SCALINGS.items() if ours == scaling.kind), None)
     if kind is None:
-        raise MaxlmError(
-            f"positions.scaling.kind={scaling.kind} has no name in config.json",
-            fix="write it as a larger positions.theta: theta · factor^(d/(d−2))",
-        )
+        what = f"positions.scaling.kind={scaling.kind} has no name in config.json"
+        raise MaxlmError(what, fix="write it as a larger positions.theta: theta · factor^(d/(d−2))")
     values = scaling.model_dump(exclude={"kind"}, exclude_none=True, exclude_defaults=True)
     if kind == "dynamic":
         del values["original_length"]

@@ -187,11 +187,9 @@ def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tu
         here = str(list(wanted[name].shape)) if name in wanted else "absent"
         if there != here:
             other = "model" if name.startswith("params.") else "optimizer or training state"
-            raise MaxlmError(
-                f"checkpoint of another {other}: {name} is {there} in it, {here} in this run",
-                where=str(path),
-                fix="use the config it was trained with, or another run folder",
-            )
+            what = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
+            fix = "use the config it was trained with, or another run folder"
+            raise MaxlmError(what, where=str(path), fix=fix)
     return {name: stored[name].dtype for name in wanted}, wanted
 
 
