@@ -108,9 +108,8 @@ def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any],
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                verdicts = {
-                    n: bool(rule.evaluate(table)[0]) for n, rule in corpus.rules().keep.items()
-                }
+                keep = corpus.rules().keep.items()
+                verdicts = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
                 return table.to_pylist()[0], verdicts
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

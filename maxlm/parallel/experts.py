@@ -239,9 +239,8 @@ def _backward(how: _Layouts, residuals, d_y):
         assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
         d_x = _from_slots(plan.receive_from_experts(d_rows), plan).astype(rows.dtype).reshape(shape)
-        d_weights = _taken(plan.receive_from_experts(d_scale)[:, 0], plan.slot).reshape(
-            *shape[:2], k
-        )
+        d_scale = plan.receive_from_experts(d_scale)[:, 0]
+        d_weights = _taken(d_scale, plan.slot).reshape(*shape[:2], k)
         d_x, d_weights = (reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights))
         partials = tuple(a for a in how.spread if a not in how.expert_axes)
         # Reduced in the compute dtype, as the gradients of all other weights are.

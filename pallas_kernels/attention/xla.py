@@ -48,7 +48,7 @@ def forward(
             return part.put_part(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
-        (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
+        (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.num_parts))
         return o, lse
     if count := _loop_length(S, operands, params):
 
@@ -108,7 +108,7 @@ def backward(
         # A part's gradients take the places of its q, k and v, which nobody reads again.
         places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
         carry = places, _no_biases(operands)
-        (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.count))
+        (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.num_parts))
         return *(x.astype(dtype) for x in grads), *d_biases
     wide = accumulation_dtype(q)
     zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(operands)

@@ -52,11 +52,8 @@ def named_leaves(tree: PyTree, prefix: str = "") -> Leaves:
 
 def layer_group_shapes(specs: PyTree) -> Groups:
     """Returns the ``grouped`` argument of ``FolderTier``, from declarations (``ParamSpec``)."""
-    return {
-        name: spec.shape[:2]
-        for name, spec in named_leaves(specs).items()
-        if spec.num_layer_axes == 2
-    }
+    leaves = named_leaves(specs).items()
+    return {name: spec.shape[:2] for name, spec in leaves if spec.num_layer_axes == 2}
 
 
 def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Leaves:
