@@ -39,9 +39,8 @@ def get_manifest_path(stage_folder: Path) -> Path:
 def read_recipe(folder: Path) -> RecipeConfig:
     """Reads the recipe that a corpus was made by."""
     try:
-        return RecipeConfig.model_validate_json(
-            verify_and_strip_json_digest(get_recipe_path(folder).read_text("utf-8"))
-        )
+        text = get_recipe_path(folder).read_text("utf-8")
+        return RecipeConfig.model_validate_json(verify_and_strip_json_digest(text))
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
         raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error

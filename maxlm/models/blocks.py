@@ -199,10 +199,8 @@ class Block(nnx.Module):
         y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if memory is not None and self.cross is not None:
-            y = self._before(self.cross_norm, x)
-            y = self.cross.cross_attend(
-                y, self.project_keys_values(memory), memory.pair_segment_ids(inputs)
-            )
+            y, keys = self._before(self.cross_norm, x), self.project_keys_values(memory)
+            y = self.cross.cross_attend(y, keys, memory.pair_segment_ids(inputs))
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux

@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config.requirements import check_requirements
 from maxlm.parallel import blocks, ulysses
-from maxlm.parallel.context import ContextMethod, DistanceBias, SequenceSplit, require_context
+from maxlm.parallel.context import (
+    ContextMethod,
+    DistanceBias,
+    SequenceShard,
+    SequenceSplit,
+    require_context,
+)
 from maxlm.parallel.local import Axes, axis_indices, axis_size, make_spec, map_shards
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
@@ -135,14 +141,13 @@ def _forward(q, k, v, added, where, rules, split):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, where[1], added)
+            shard = SequenceShard(split, numbers["seq"][0], q, k, v, where[1], added)
+            return run.attend_shard_forward(shard)
         return attention_forward(q, k, v, **_whole(split, added, where))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
-    specs = at.operands(added, where)
-    o, lse = map_shards(local, in_specs=specs, out_specs=(at.queries, at.lse))(
-        q, k, v, added, where, numbers
-    )
+    attend = map_shards(local, in_specs=at.operands(added, where), out_specs=(at.queries, at.lse))
+    o, lse = attend(q, k, v, added, where, numbers)
     # Named here and not outside: the backward pass wants both, or attention is computed again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (q, k, v, added, where, o, lse)
@@ -156,8 +161,8 @@ def _backward(rules, split, saved, d_o):
         own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            saved = (q, own_k, own_v, where[1], added, o, lse, d_o)
-            grads = run.attend_shard_backward(split, numbers["seq"][0], *saved)
+            shard = SequenceShard(split, numbers["seq"][0], q, own_k, own_v, where[1], added)
+            grads = run.attend_shard_backward(shard, o, lse, d_o)
         else:
             options = _whole(split, added, where)
             delta = compute_row_delta(o, d_o)

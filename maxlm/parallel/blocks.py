@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.context import DistanceBias, SequenceSplit
+from maxlm.parallel.context import DistanceBias, SequenceShard, SequenceSplit
 from maxlm.parallel.local import gather, reduce
 from pallas_kernels.attention import (
     attention_backward,
@@ -20,8 +20,6 @@ from pallas_kernels.attention import (
     compute_row_delta,
     merge_attention,
 )
-
-Segments = tuple[jax.Array, jax.Array] | None
 
 
 class KeyValueBlock(NamedTuple):
@@ -40,51 +38,28 @@ PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
 """(o, log-sum-exp) over the keys seen so far for each chunk of queries, fp32."""
 
 
-def attend_shard_forward(
-    split: SequenceSplit,
-    device_index: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments,
-    added: DistanceBias,
-) -> tuple[jax.Array, jax.Array]:
+def attend_shard_forward(shard: SequenceShard) -> tuple[jax.Array, jax.Array]:
     """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and their
-    log-sum-exps, fp32 [B, S / n, N].
-
-    Args:
-        device_index: int32 scalar, this device's number along the context axes.
-        q, k, v: this device's rows, [B, S / n, ...], and of k and v those kv heads that the query
-            heads read.
-        segments: int [B, S / n] of queries and of keys, or None.
-        added: of these query heads.
-    """
+    log-sum-exps, fp32 [B, S / n, N]."""
+    split, number, q, k, v, segments, added = shard
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries.cut(split, device_index, q_segments, q, added=added)
+    queries = _Queries.cut(split, number, q_segments, q, added=added)
     o, lse = zip(*run(queries, KeyValueBlock(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
 
 def attend_shard_backward(
-    split: SequenceSplit,
-    device_index: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments,
-    added: DistanceBias,
-    o: jax.Array,
-    lse: jax.Array,
-    d_o: jax.Array,
+    shard: SequenceShard, o: jax.Array, lse: jax.Array, d_o: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Returns fp32 gradients of this device's q, k and v; and of biases, where there are any, a
     term of the sum over devices. Keys and values are sent again, not kept from the forward pass:
     memory for one layer's, not for every layer's."""
+    split, number, q, k, v, segments, added = shard
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o
-    queries = _Queries.cut(split, device_index, q_segments, *arrays, added=added)
+    queries = _Queries.cut(split, number, q_segments, *arrays, added=added)
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
     return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
 

@@ -31,6 +31,7 @@ from maxlm.parallel.local import Axes, axis_size
 from maxlm.sharding import AxisRules
 
 ContextMethod = Literal["all_gather", "ring", "ulysses"]
+Segments = tuple[jax.Array, jax.Array] | None
 
 
 class SequenceSplit(NamedTuple):
@@ -73,10 +74,9 @@ class SequenceSplit(NamedTuple):
     def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
         """Returns the index in the sequence of the first token of each chunk, of ``chunk_size``
         tokens, of the device at ``device_index`` along ``axes``."""
-        starts = [device_index * chunk_size]
-        return (
-            [*starts, (2 * self.ways - 1 - device_index) * chunk_size] if self.balanced else starts
-        )
+        if not self.balanced:
+            return [device_index * chunk_size]
+        return [device_index * chunk_size, (2 * self.ways - 1 - device_index) * chunk_size]
 
 
 class DistanceBias(NamedTuple):
@@ -86,6 +86,23 @@ class DistanceBias(NamedTuple):
     """fp32 [N], constants."""
     biases: jax.Array | None = None
     """fp32 [N, 2R + 1], with gradients."""
+
+
+class SequenceShard(NamedTuple):
+    """One device's rows of an attention over a split sequence."""
+
+    split: SequenceSplit
+    number: jax.Array
+    """int32 scalar, the device's number along the context axes."""
+    q: jax.Array
+    """[B, S / n, N, H]."""
+    k: jax.Array
+    """[B, S / n, K, H], those kv heads that the query heads read; v likewise."""
+    v: jax.Array
+    segments: Segments
+    """int [B, S / n] of queries and of keys."""
+    added: DistanceBias
+    """That of these query heads."""
 
 
 def require_context(

@@ -206,17 +206,15 @@ def plan_capacity(
     place = place.reshape(b, k, s).swapaxes(1, 2)
     kept = (place < expert_capacity) & (chosen < num_experts)
     rows = jnp.arange(b)[:, None, None]
-    slot = jnp.where(
-        kept, (chosen * b + rows) * expert_capacity + place, num_experts * b * expert_capacity
-    )
+    nowhere = num_experts * b * expert_capacity
+    slot = jnp.where(kept, (chosen * b + rows) * expert_capacity + place, nowhere)
     slot = slot.reshape(-1, k).astype(jnp.int32)
     # Of slot c of expert e, in each row: the c-th of its assignments, if there are as many.
     within = jnp.arange(expert_capacity)
     index = jnp.minimum(first[:, :num_experts, None] + within, k * s - 1)  # [b, E, C]
     rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), s)
-    order = jnp.where(
-        within < counts[:, :num_experts, None], (rows * s + token) * k + rank, b * s * k
-    )
+    filled = within < counts[:, :num_experts, None]
+    order = jnp.where(filled, (rows * s + token) * k + rank, b * s * k)
     order = order.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
     return CapacityDispatch(order, slot, axes, num_experts // axis_size(axes))
 

@@ -221,11 +221,8 @@ def _backward(how: _Layouts, residuals, d_y):
 
         def add(sums, own: Kernels):
             d_rows, d_scale = sums
-            weighted, transpose = jax.vjp(
-                partial(_weighted, activation=how.activation),
-                _hidden(plan, rows, own),
-                saved["scale"],
-            )
+            weigh = partial(_weighted, activation=how.activation)
+            weighted, transpose = jax.vjp(weigh, _hidden(plan, rows, own), saved["scale"])
             d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], transposed=True))
             grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
             grads["down"] = plan.outer(weighted, d_out)

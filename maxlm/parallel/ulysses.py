@@ -11,54 +11,43 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlm.parallel.context import DistanceBias, SequenceSplit, sequence_order_indices
+from maxlm.parallel.context import (
+    DistanceBias,
+    Segments,
+    SequenceShard,
+    SequenceSplit,
+    sequence_order_indices,
+)
 from maxlm.parallel.local import gather
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
-Segments = tuple[jax.Array, jax.Array] | None
 
-
-def attend_shard_forward(
-    split: SequenceSplit,
-    device_index: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments,
-    added: DistanceBias,
-) -> tuple[jax.Array, jax.Array]:
+def attend_shard_forward(shard: SequenceShard) -> tuple[jax.Array, jax.Array]:
     """See :func:`blocks.attend_shard_forward`; n divides N, and log-sum-exps are of all rows in
     sequence order and this device's share of heads, fp32 [B, S, N / n]."""
+    split, number, q, k, v, segments, added = shard
     q, k, v = _whole_rows(split, q, k, v)
-    o, lse = attention_forward(q, k, v, **_options(split, device_index, segments, added))
+    o, lse = attention_forward(q, k, v, **_options(split, number, segments, added))
     return _to_rows(o, split), lse
 
 
 def attend_shard_backward(
-    split: SequenceSplit,
-    device_index: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments,
-    added: DistanceBias,
-    o: jax.Array,
-    lse: jax.Array,
-    d_o: jax.Array,
+    shard: SequenceShard, o: jax.Array, lse: jax.Array, d_o: jax.Array
 ) -> tuple[jax.Array, ...]:
     """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
+    split, number, q, k, v, segments, added = shard
     copies = _copies(k.shape[2], split.ways)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
-    options = _options(split, device_index, segments, added)
+    options = _options(split, number, segments, added)
     grads = attention_backward(q, k, v, lse, delta, d_o, **options)
     grads, d_biases = grads[:3], grads[3:]
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
     d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
-    return d_q, d_k, d_v, *(_among_all(x, split, device_index) for x in d_biases)
+    return d_q, d_k, d_v, *(_among_all(x, split, number) for x in d_biases)
 
 
 def _copies(kv_heads: int, ways: int) -> int:

@@ -84,9 +84,8 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
     sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
     totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in sizes)))
     peak = np.argmax(totals, axis=0)
-    gradients, activations, working = (
-        np.choose(peak, np.broadcast_arrays(*parts)) for parts in zip(*sizes, strict=True)
-    )
+    at_peak = (np.choose(peak, np.broadcast_arrays(*own)) for own in zip(*sizes, strict=True))
+    gradients, activations, working = at_peak
     return DeviceMemory(
         **resting_bytes(shape),
         gradients=gradients,

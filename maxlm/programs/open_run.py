@@ -75,9 +75,8 @@ def open_run(
     if lead:
         stack.enter_context(lock_run_folder(folder))
     home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
-    checkpointer = stack.enter_context(
-        Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
-    )
+    own = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
+    checkpointer = stack.enter_context(own)
     source = find_resume_source(setup, checkpointer, resume, stack, say)
     saved = source.metadata if source else check_init_checkpoint(setup)
     corpus = prepare_data_on_all_hosts(config, folder)

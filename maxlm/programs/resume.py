@@ -150,9 +150,8 @@ class StateRestorer:
             return "it was trained on batches that are skipped since"
 
         checkpointer = source.checkpointer
-        state, found, skipped = checkpointer.restore_newest(
-            source.found, remove_frozen(self.setup.abstract_state), refuse
-        )
+        wanted = remove_frozen(self.setup.abstract_state)
+        state, found, skipped = checkpointer.restore_newest(source.found, wanted, refuse)
         skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
         if found is None:
             if any(each.tier.name != "local" for each in skipped):
@@ -163,10 +162,8 @@ class StateRestorer:
         if source.is_own:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
-        losses = found.metadata.get("losses")
-        return self._add_frozen(
-            TrainingPosition(state, found.step, skips, found.tier.place, losses, newer)
-        )
+        where, losses = found.tier.place, found.metadata.get("losses")
+        return self._add_frozen(TrainingPosition(state, found.step, skips, where, losses, newer))
 
     def _add_frozen(self, position: TrainingPosition) -> TrainingPosition:
         return replace(position, state=replace(position.state, frozen=self.load_frozen()))

@@ -85,10 +85,8 @@ def check_same_config(config: RunConfig, saved: Mapping[str, Any], where: str) -
     # wrong with a config that is not valid.
     with suppress(ValidationError, MaxlmError):
         saved = RunConfig.model_validate(saved).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    check_same_settings(
-        remove_changeable_settings(saved), remove_changeable_settings(now), IDENTITY, where
-    )
+    both = map(remove_changeable_settings, (saved, config.model_dump(mode="json")))
+    check_same_settings(*both, IDENTITY, where)
 
 
 def remove_changeable_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,9 +105,8 @@ def make_counting_batch_source(config: RunConfig) -> BatchSource:
     text = CountingTokenSource(config.model.vocab_size)
     start_id = getattr(config.model, "start_id", 0)
     stores, mixing = {"text": text}, {"text": 1.0}
-    return config.task.batch_source(
-        SourceInputs(config.data, config.seed, text.vocabulary, None, stores, {}, mixing, start_id)
-    )
+    text_inputs = config.data, config.seed, text.vocabulary, None, stores
+    return config.task.batch_source(SourceInputs(*text_inputs, {}, mixing, start_id))
 
 
 def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:

@@ -216,13 +216,11 @@ def _reach(cluster: Cluster, seconds: float, use: Callable[[socket.socket], Any]
     """Connects to process 0, and again while ``use`` returns None for the connection; returns what
     it returns."""
     host, _, port = cluster.coordinator.rpartition(":")
-    began = time.monotonic()
+    address, began = (host.strip("[]"), int(port)), time.monotonic()
     while True:
         try:
             left = began + seconds - time.monotonic()
-            connection = socket.create_connection(
-                (host.strip("[]"), int(port)), min(max(left, 1), 10)
-            )
+            connection = socket.create_connection(address, min(max(left, 1), 10))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if (result := use(connection)) is not None:
                 return result

@@ -79,9 +79,8 @@ def _check_same_devices(peers: Peers) -> None:
 
     devices = [jax.local_devices(process) for process in range(jax.process_count())]
     try:
-        check_same_facts(
-            peers.hosts, [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
-        )
+        facts = [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
+        check_same_facts(peers.hosts, facts)
     except MaxlmError as error:
         error.on_all_processes = True  # each sees all devices
         raise

@@ -102,9 +102,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """Returns the same mesh without devices, for planning and ahead-of-time work."""
-    return AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
-    )
+    types = (AxisType.Explicit,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:

@@ -113,9 +113,8 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
     parts.copy_own_tiles(shared, "own_ready", me, sources)
 
     def own(name):
-        return parts.broadcast_rows(
-            parts.load_shared(shared[name].at[me], parts.ALONG_ROWS), block_k
-        )
+        x = parts.load_shared(shared[name].at[me], parts.ALONG_ROWS)
+        return parts.broadcast_rows(x, block_k)
 
     def step(at, d_q, masked):
         slot = lax.rem(at, jnp.int32(s.stages))
@@ -127,9 +126,8 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         if masked and s.has_segments:
             other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
             segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
-        d_weights = parts.multiply_transposed(
-            shared["d_o"].at[me], shared["v"].at[slot], lambda: None
-        )
+        d_o, v = shared["d_o"].at[me], shared["v"].at[slot]
+        d_weights = parts.multiply_transposed(d_o, v, lambda: None)
         parts.release_slot(s, shared["v_free"].at[slot])
         starts = start, block_of(at) * block_k
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))

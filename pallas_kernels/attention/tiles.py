@@ -126,10 +126,8 @@ class ScoreTile(NamedTuple):
                 seen |= (k_at < operands.prefix[:, None])[:, None]
             parts.append(seen)
         if operands.q_segments is not None and operands.k_segments is not None:
-            own, other = (
-                operands.q_segments[:, self.rows, None],
-                operands.k_segments[:, None, self.keys],
-            )
+            own = operands.q_segments[:, self.rows, None]
+            other = operands.k_segments[:, None, self.keys]
             parts += [own == other, own != 0]
         return reduce(and_, parts) if parts else None
 

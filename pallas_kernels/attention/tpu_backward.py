@@ -87,9 +87,8 @@ def backward_kernel(
         for a in range(0, tile.k1 - tile.k0, CHUNK):
             at = slice(a, a + CHUNK)
             s = scores[slot][get, at]
-            p = jnp.exp2(reshape_by_register(s) - limit_in_flight(lse, begun, blocks.pace)).reshape(
-                s.shape
-            )
+            p = reshape_by_register(s) - limit_in_flight(lse, begun, blocks.pace)
+            p = jnp.exp2(p).reshape(s.shape)
             begun.append(p[:SUBLANES])
             ps[slot][put, at] = p.astype(do_ref.dtype)
             d_s = p * (d_ps[slot][get, at] - delta)

@@ -139,9 +139,8 @@ def forward_kernel(
             for a in range(piece.start, piece.stop, chunk):
                 at = slice(a, a + chunk)
                 s = scores[slot][get, at]
-                p = jnp.exp2(
-                    reshape_by_register(s) - limit_in_flight(top, begun, blocks.pace)
-                ).reshape(s.shape)
+                p = reshape_by_register(s) - limit_in_flight(top, begun, blocks.pace)
+                p = jnp.exp2(p).reshape(s.shape)
                 begun.append(p[:SUBLANES])
                 weights[slot][put, at] = p.astype(vt.dtype)
             yield

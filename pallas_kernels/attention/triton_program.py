@@ -86,9 +86,8 @@ class TritonProgram:
 
     def load_token_block(self, side: str, start, axis: int) -> TokenBlock:
         """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
-        block, length = (
-            (self.tiles.q, self.statics.S) if side == "q" else (self.tiles.k, self.statics.T)
-        )
+        tiles, s = self.tiles, self.statics
+        block, length = (tiles.q, s.S) if side == "q" else (tiles.k, s.T)
         index = start + jnp.arange(block, dtype=jnp.int32)
 
         def read(name):
@@ -103,11 +102,8 @@ class TritonProgram:
         if position is None:
             offset = self.refs.get(f"{side}_offset")
             position = index if offset is None else index + offset[0]
-        segment = read(f"{side}_segments")
-        index, position = jnp.expand_dims(index, axis), jnp.expand_dims(position, axis)
-        return TokenBlock(
-            index, position, None if segment is None else jnp.expand_dims(segment, axis)
-        )
+        tokens = TokenBlock(index, position, read(f"{side}_segments"))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
     def visible(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
         """Returns the mask, bool, broadcast over a tile."""

@@ -114,9 +114,8 @@ def matmul(
         @pl.when(where.padding[visit] == 0)
         def _():
             part = sizing.column_part_size(blocks, operands, chip)
-            _over_parts(
-                multiply, begin, end, aligned, tile, sizing.row_part_sizes(chip), columns, part
-            )
+            lengths = sizing.row_part_sizes(chip)
+            _over_parts(multiply, begin, end, aligned, tile, lengths, columns, part)
 
         @pl.when(where.padding[visit] == 1)
         def _():

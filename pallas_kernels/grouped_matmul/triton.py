@@ -38,9 +38,8 @@ def matmul(
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(sizes)
     tile, inner, columns = blocks = _checked(blocks, rows, kernels)
-    group, start, count = plan_group_tiles(
-        jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile
-    )
+    lengths = jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype))
+    group, start, count = plan_group_tiles(lengths, R, tile)
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
     scales = [s for s in (row_scales, column_scales) if s is not None]
     sums = accumulation_dtype(rows.dtype, kernels.dtype)

@@ -225,9 +225,8 @@ class DecontaminateStage(PerDocumentStage):
         return f"{super().fingerprint()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
-        index = build_gram_index(
-            self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
-        )
+        shortest = min(self.shortest, self.ngram)
+        index = build_gram_index(self.sets, self.ngram, shortest, self.max_items)
 
         def label(text: str | None) -> dict[str, Any]:
             found = find_grams(index, text or "")

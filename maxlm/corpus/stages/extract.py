@@ -50,9 +50,8 @@ class ExtractStage(PerDocumentStage):
         return pa.schema([*large, *((name, pa.string()) for name in small)])
 
     def packages(self) -> tuple[str, ...]:
-        return (
-            ("trafilatura", "lxml", "resiliparse") if self.mode == "quality" else ("resiliparse",)
-        )
+        slower = ("trafilatura", "lxml") if self.mode == "quality" else ()
+        return (*slower, "resiliparse")
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         extractor = HtmlExtractorProcess(self.mode == "quality", self.markdown, self.seconds)

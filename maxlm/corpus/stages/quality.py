@@ -183,9 +183,8 @@ def train_classifier(
     platt = LogisticRegression(C=100).fit(scores[middle, None], labels[middle])
     scale, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
     scores = _sigmoid(scale * scores + offset)
-    threshold, reached = choose_threshold(
-        scores[middle], labels[middle], settings.target, settings.target_value
-    )
+    target = settings.target, settings.target_value
+    threshold, reached = choose_threshold(scores[middle], labels[middle], *target)
     truth, taken = labels[last], scores[last] >= threshold
     report = ClassifierReport(
         trained=(int(labels[train].sum()), int((~labels[train]).sum())),

@@ -168,9 +168,8 @@ class BestFitPacking:
         first = index.sequence_offsets[sequences]
         counts = index.sequence_offsets[sequences + 1] - first
         at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        return DocumentSpans(
-            counts, index.starts[at], index.lengths[at].astype(np.int64), index.ends[at]
-        )
+        lengths = index.lengths[at].astype(np.int64)
+        return DocumentSpans(counts, index.starts[at], lengths, index.ends[at])
 
 
 def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:

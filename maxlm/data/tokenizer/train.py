@@ -137,9 +137,8 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
         raise make_small_vocabulary_error(config, reached)
     _require_size(config, reached)
     vocab = {piece: i for i, piece in enumerate([*literals, *pieces])}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocab, unk_token=UNKNOWN, max_input_chars_per_word=_WORD_CHARS)
-    )
+    model = models.WordPiece(vocab, unk_token=UNKNOWN, max_input_chars_per_word=_WORD_CHARS)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,9 +179,8 @@ def _learn(words: Counter[str], size: int) -> list[str]:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.train_from_iterator(
-        texts(), trainers.BpeTrainer(vocab_size=max(size, 0), show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=max(size, 0), show_progress=False)
+    tokenizer.train_from_iterator(texts(), trainer)
     vocab = tokenizer.get_vocab()
     letters = sorted(places)
 

@@ -61,10 +61,8 @@ class EncoderDecoderConfig(TransformerConfig):
 
     def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
         """See :meth:`TransformerConfig.shrunk`."""
-        small = super().shrunk(**sizes)
-        return small.model_copy(
-            update={"encoder_layers": min(self.encoder_layers, sizes["num_layers"])}
-        )
+        layers = min(self.encoder_layers, sizes["num_layers"])
+        return super().shrunk(**sizes).model_copy(update={"encoder_layers": layers})
 
 
 class EncoderDecoder(Transformer):
@@ -96,14 +94,13 @@ class EncoderDecoder(Transformer):
         """Makes, for inference, the keys and values that every layer looks up of the input."""
         memory, _ = self.encode(inputs)
 
-        def keys(stacked: Block) -> KeysValues:
+        def project(stacked: Block) -> KeysValues:
             return lax.map(
                 lambda own: bind(stacked, own).project_keys_values(memory), get_values(stacked)
             )
 
-        return CrossAttentionCache(
-            {name: keys(s) for name, s in self.parts.items()}, memory.segment_ids
-        )
+        keys = {name: project(stacked) for name, stacked in self.parts.items()}
+        return CrossAttentionCache(keys, memory.segment_ids)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -109,11 +109,8 @@ class ModelFamily:
         read_fields(reader, self.fields, settings)
         width, attention = settings["d_model"], settings["attention"]
         heads = attention["num_heads"]
-        settings["attention"] = attention = {
-            "num_kv_heads": heads,
-            "head_dim": width // heads,
-            **attention,
-        }
+        attention = {"num_kv_heads": heads, "head_dim": width // heads, **attention}
+        settings["attention"] = attention
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * width)
         if self.rope is not None:

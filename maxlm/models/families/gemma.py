@@ -38,9 +38,8 @@ def _read(reader: ConfigReader, settings: dict[str, Any], *, local: bool = False
     settings["embedding_scale"] = settings["d_model"] ** 0.5
     # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation came later,
     # and stands beside hidden_act in many files of Gemma 2 and 3.
-    key, other = (
-        ("hidden_activation", "hidden_act") if local else ("hidden_act", "hidden_activation")
-    )
+    names = "hidden_act", "hidden_activation"
+    key, other = names[::-1] if local else names
     if not local and reader.values.get(key) == "gelu":
         reader.values[key] = TANH
     settings["mlp"]["activation"] = fields.read_activation(reader, key, TANH)

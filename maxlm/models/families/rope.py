@@ -80,9 +80,8 @@ def write_position_settings(positions: PositionsConfig, head_dim: int) -> dict[s
     if (size := positions.rotary_dim) is not None:
         share = size / head_dim
         # Who reads it cuts the product off, which rounding can leave just below a whole number.
-        found["partial_rotary_factor"] = (
-            share if int(head_dim * share) == size else nextafter(share, 1)
-        )
+        exact = int(head_dim * share) == size
+        found["partial_rotary_factor"] = share if exact else nextafter(share, 1)
     scaling = write_scaling(positions)
     return found | ({"rope_scaling": scaling} if scaling else {})
 

@@ -61,17 +61,14 @@ class AttentionConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide(self):
-        if self.num_heads % self.num_kv_heads:
-            raise MaxlmError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-                fix="let every kv head serve as many query heads as the others",
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            what = f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+            raise MaxlmError(what, fix="let every kv head serve as many query heads as the others")
         if self.latent is None:
             return self
-        if self.num_kv_heads != self.num_heads:
-            what = (
-                f"latent attention with num_kv_heads={self.num_kv_heads} of {self.num_heads} heads"
-            )
+        if kv_heads != heads:
+            what = f"latent attention with num_kv_heads={kv_heads} of {heads} heads"
             fix = "every query head has its own keys there: set it to num_heads"
             raise MaxlmError(what, fix=fix)
         if self.latent.rotary_dim >= self.head_dim:

@@ -30,11 +30,10 @@ class Norm(nnx.Module):
     def __init__(self, config: NormConfig, size: int, *, rules: AxisRules, dtype: Any):
         self.config, self.rules, self.dtype = config, rules, dtype
         # The scale is whole on every device: a few kilobytes that every residual element needs.
-        start = jax.nn.initializers.zeros if config.zero_centred else jax.nn.initializers.ones
+        zeros = jax.nn.initializers.zeros
+        start = zeros if config.zero_centred else jax.nn.initializers.ones
         self.scale = declare((size,), (None,), start, "vector")
-        self.bias = (
-            declare((size,), (None,), jax.nn.initializers.zeros, "vector") if config.bias else None
-        )
+        self.bias = declare((size,), (None,), zeros, "vector") if config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] → the same shape in the compute dtype."""

@@ -79,9 +79,8 @@ def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.nda
     exact = buckets // 2
     # In fp32, as where weights were trained: a distance on a border must fall on the same side.
     ratio = np.log(np.maximum(behind, 1).astype(np.float32) / np.float32(exact))
-    far = exact + (ratio / np.float32(np.log(reach / exact)) * np.float32(buckets - exact)).astype(
-        int
-    )
+    beyond = ratio / np.float32(np.log(reach / exact)) * np.float32(buckets - exact)
+    far = exact + beyond.astype(int)
     return side + np.where(behind < exact, behind, np.minimum(far, buckets - 1))
 
 
