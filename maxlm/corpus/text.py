@@ -110,7 +110,7 @@ _LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff
 WORD_PATTERN = rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]"
 """A word, a character of a script without spaces, or a symbol."""
 _WORD = re.compile(WORD_PATTERN)
-_ACCENT = re.compile("[\u0300-\u036f]")
+ACCENT = re.compile("[\u0300-\u036f]")
 _DIGIT = re.compile(r"\d")
 # None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other line.
 _PUNCTUATION = str.maketrans(
@@ -167,7 +167,7 @@ def make_line_normalizer(config: LineNormalizerConfig) -> LineNormalizer:
 def _normalize(text: str, config: LineNormalizerConfig) -> str:
     if not text.isascii():
         if config.accents:
-            text = _ACCENT.sub("", normalize("NFKD", text))
+            text = ACCENT.sub("", normalize("NFKD", text))
         text = normalize("NFKC", text).translate(_PUNCTUATION)
     if config.lower:  # After NFKC, which has capital letters for some signs.
         text = text.lower()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from maxlm.parallel.local import (
     Dims,
@@ -56,11 +57,7 @@ def _own_rows(ids, table, number):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def embed_tokens(
-    table: jax.Array,
-    ids: jax.Array,
-    table_layout: Dims,
-    out_layout: Dims,
-    dtype: jax.typing.DTypeLike,
+    table: jax.Array, ids: jax.Array, table_layout: Dims, out_layout: Dims, dtype: DTypeLike
 ) -> jax.Array:
     """Returns rows of a table, [..., S, D]; reverse-mode differentiable in the table.
 

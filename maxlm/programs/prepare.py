@@ -106,14 +106,8 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
         # Bytes of a character in the middle are neither, and go on with what came before.
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
-    return Vocabulary(
-        model_vocab_size,
-        tokenizer.vocab_size,
-        tuple(tokenizer.opening),
-        tokenizer.eos_id,
-        special,
-        starts_word,
-    )
+    sizes, opening = (model_vocab_size, tokenizer.vocab_size), tuple(tokenizer.opening)
+    return Vocabulary(*sizes, opening, tokenizer.eos_id, special, starts_word)
 
 
 def check_prepared_data(config: RunConfig, folder: Path) -> None:

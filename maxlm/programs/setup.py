@@ -205,8 +205,7 @@ def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[
     lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
     rows = get_local_rows(batch_sharding(setup.compute, mesh, ()), lead)
+    where = setup.compute, mesh, lead, setup.token_order
     with load_batches(source, rows, **how) as loader:
         for batch in loader:
-            yield make_global_batch(
-                batch, arrays, rows, setup.compute, mesh, lead, setup.token_order
-            )
+            yield make_global_batch(batch, arrays, rows, *where)

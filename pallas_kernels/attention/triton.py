@@ -87,20 +87,14 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
         wide, tall = TritonTiles(rows, columns, 4, 1), TritonTiles(columns, rows, 4, 1)
         return TritonBlockSizes(wide, wide, tall)
     if max(H, Hv) <= 64:
-        return TritonBlockSizes(
-            TritonTiles(128, 64, 4, 3), TritonTiles(128, 64, 8, 2), TritonTiles(64, 128, 8, 2)
-        )
-    if max(H, Hv) <= 128:
-        forward = TritonTiles(128, 64, 8, 2 if small else 3)
-        return TritonBlockSizes(
-            forward, TritonTiles(128, 64, 8, 2), TritonTiles(32 if old else 64, 128, 8, 2)
-        )
-    if small:
-        return TritonBlockSizes(
-            TritonTiles(64, 32, 4, 1), TritonTiles(32, 32, 4, 1), TritonTiles(32, 32, 4, 1)
-        )
-    forward = TritonTiles(64, 32, 4, 2) if old else TritonTiles(128, 32, 8, 2)
-    return TritonBlockSizes(forward, TritonTiles(64, 32, 8, 2), TritonTiles(32, 64, 8, 2))
+        tiles = (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)
+    elif max(H, Hv) <= 128:
+        tiles = (128, 64, 8, 2 if small else 3), (128, 64, 8, 2), (32 if old else 64, 128, 8, 2)
+    elif small:
+        tiles = (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)
+    else:
+        tiles = (64, 32, 4, 2) if old else (128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)
+    return TritonBlockSizes(*(TritonTiles(*each) for each in tiles))
 
 
 def forward(

@@ -7,7 +7,6 @@ Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
 """
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from math import ceil, log, log1p
 
 import numpy as np
 
-from maxlm.corpus.text import WORD, normalize
+from maxlm.corpus.text import ACCENT, WORD, normalize
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 _CHUNK = 1 << 12  # Shingles that are hashed together.
-_ACCENT = re.compile("[\u0300-\u036f]")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def _hash_word(word: str) -> int:
     A letter counts as its canonical decomposition, so that texts in NFC and in NFD have the same
     words.
     """
-    plain = _ACCENT.sub("", normalize("NFD", word)).casefold()
+    plain = ACCENT.sub("", normalize("NFD", word)).casefold()
     if not plain.isalnum():
         plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
     return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")

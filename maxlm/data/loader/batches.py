@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from maxlm.data.loader.mixture import ENDLESS, Mixture
 from maxlm.data.loader.packing import DocumentSpans, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_keys, permute
+from maxlm.data.store.offsets import Int64s
 
-Int64s = NDArray[np.int64]
 PADDING = -1
 
 Batch = dict[str, np.ndarray]

@@ -21,22 +21,21 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.permutation import derive_keys, permute
+from maxlm.data.store.offsets import Int64s
 
 # Global indices shuffled together. Smaller keeps each batch closer to the weights.
 BLOCK = 256
-# Past any index: what `permute` and the arithmetic of the tree can take.
+# Past any index: what `permute`, the arithmetic of the tree and Grain's counts can take.
 ENDLESS = 1 << 62
 _SHARE_BITS = 31
 
 # A ramp is so many steps of a stair: each change of weights costs a look-up one segment more.
 RAMP_STAIRS = 16
 
-Int64s = NDArray[np.int64]
 Weights = Mapping[str, float]
 
 

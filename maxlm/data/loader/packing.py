@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.store.checksums import find_damaged_files, write_checksums
+from maxlm.data.store.offsets import Int64s
 
-Int64s = NDArray[np.int64]
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
 Offsets = Any
 """int64 [num_documents + 1], from 0 to num_tokens: an array, or what can be indexed by slices and

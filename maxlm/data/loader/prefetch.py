@@ -23,6 +23,7 @@ from absl import flags
 
 from maxlm.config.errors import MaxlmError, ProcessLost
 from maxlm.data.loader.batches import Batch
+from maxlm.data.loader.mixture import ENDLESS
 from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
 MakeBatch = Callable[[int], Batch]
@@ -30,8 +31,6 @@ MakeBatch = Callable[[int], Batch]
 
 # Steps that threads make while worker processes start, which takes seconds.
 THREAD_STEPS = 32
-# Stands for "no end". Grain counts steps in Python ints and C ssize_t.
-ENDLESS = 1 << 62
 _CLOSE_SECONDS = 30.0
 _THREADS = 2
 # Grain says in words alone that a worker died; a negative code is the signal that killed it.
