@@ -151,9 +151,8 @@ def _print_funnel(
     if as_json:
         print_json({"funnel": rows, "text_lost": asdict(lost)})
         return
-    table = make_numeric_table(
-        "rule", ("dropped", "left", "MB", *sources), title=str(corpus.folder)
-    )
+    columns = ("dropped", "left", "MB", *sources)
+    table = make_numeric_table("rule", columns, title=str(corpus.folder))
     for row in rows:
         counts = [f"{row['by_source'][source]:,}" for source in sources]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")

@@ -154,11 +154,9 @@ def require_pipeline(
     def starved() -> MaxlmError:
         few = "less than" if micro_batches < stages else "not a multiple of"
         fewer = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
-        return MaxlmError(
-            f"{micro_batches} is {few} the {stages} pipeline stages",
-            where="train.micro_batches",
-            fix=f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}",
-        )
+        what = f"{micro_batches} is {few} the {stages} pipeline stages"
+        fix = f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}"
+        return MaxlmError(what, where="train.micro_batches", fix=fix)
 
     yield Requirement(alone | is_divisor(stages, micro_batches), starved)
     yield Requirement(

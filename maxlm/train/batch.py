@@ -41,11 +41,9 @@ def require_batch_split(
         axes = getattr(compute, rule)
         split = "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         name = setting.rpartition(".")[2]
-        return MaxlmError(
-            f"{what} does not divide over {split} (sharding.compute.{rule})",
-            where=setting,
-            fix=f"use a {name} that is a multiple of {multiple}, or a smaller mesh",
-        )
+        what = f"{what} does not divide over {split} (sharding.compute.{rule})"
+        fix = f"use a {name} that is a multiple of {multiple}, or a smaller mesh"
+        return MaxlmError(what, where=setting, fix=fix)
 
     rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
     yield Requirement(

@@ -52,11 +52,9 @@ class ReportingConfig(Config):
         for package, wanted in needed.items():
             # A folder of that name, such as wandb makes beside a script, has no origin.
             if wanted and getattr(find_spec(package), "origin", None) is None:
-                raise MaxlmError(
-                    f"the package {package} is not installed",
-                    where=f"reporting.{package.replace('_client', '_port')}",
-                    fix="pip install 'maxlm[reporting]', or leave the setting out",
-                )
+                setting = f"reporting.{package.replace('_client', '_port')}"
+                fix = "pip install 'maxlm[reporting]', or leave the setting out"
+                raise MaxlmError(f"the package {package} is not installed", where=setting, fix=fix)
 
 
 class Sink:

@@ -297,10 +297,8 @@ def _verify(
         order = np.argsort(high[here], kind="stable") + here.start
         for other, there in members.by_shard(high[order]):
             pairs = order[there]
-            ones, others = (
-                _read_sets(members, number, ends[pairs])
-                for number, ends in ((shard, low), (other, high))
-            )
+            ones = _read_sets(members, shard, low[pairs])
+            others = _read_sets(members, other, high[pairs])
             jaccard[pairs] = [compute_jaccard(a, b) for a, b in zip(ones, others, strict=True)]
     alike = jaccard >= least
     write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})

@@ -28,11 +28,8 @@ class DamagedFile(MaxlmError):
 
 def make_missing_package_error(path: Path) -> MaxlmError:
     """Makes the error for a format that pyarrow reads, which is not installed."""
-    return MaxlmError(
-        "reading this file needs pyarrow, which is not installed",
-        where=str(path),
-        fix="pip install 'maxlm[data]'",
-    )
+    what = "reading this file needs pyarrow, which is not installed"
+    return MaxlmError(what, where=str(path), fix="pip install 'maxlm[data]'")
 
 
 @contextmanager

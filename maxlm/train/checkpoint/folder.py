@@ -226,9 +226,8 @@ class FolderTier:
         except MaxlmError:
             raise
         except Exception as error:
-            raise MaxlmError(
-                f"{what} ({describe_error(error)})", where=self.place, fix=fix
-            ) from error
+            what = f"{what} ({describe_error(error)})"
+            raise MaxlmError(what, where=self.place, fix=fix) from error
 
 
 @dataclass(frozen=True)

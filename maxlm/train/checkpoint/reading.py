@@ -258,10 +258,8 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
             raise
         except Exception as error:
             if (pause := next(pauses, None)) is None:
-                what = f"unreadable ({describe_error(error)})"
-                raise UnreadableCheckpoint(
-                    what, where=str(place), fix="restore another step"
-                ) from error
+                what, fix = f"unreadable ({describe_error(error)})", "restore another step"
+                raise UnreadableCheckpoint(what, where=str(place), fix=fix) from error
         time.sleep(pause)
 
 
@@ -293,8 +291,6 @@ def check_same_settings(
         if any(key == top or key.startswith((f"{top}.", f"{top}[")) for top in keys)
     ]
     if different:
-        raise MaxlmError(
-            f"{what} with another config: {', '.join(different)}",
-            where=where,
-            fix="set them back, or train in another run folder",
-        )
+        what = f"{what} with another config: {', '.join(different)}"
+        fix = "set them back, or train in another run folder"
+        raise MaxlmError(what, where=where, fix=fix)
