@@ -28,6 +28,7 @@ from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_t
 
 MakeBatch = Callable[[int], Batch]
 """Returns the batch of a step."""
+_Pipeline = tuple[grain.DatasetIterator, list[Future]]  # with its next batch
 
 # Steps that threads make while worker processes start, which takes seconds.
 THREAD_STEPS = 32
@@ -62,7 +63,7 @@ class Prefetcher(Iterator[Batch]):
         self._stop = ENDLESS if stop is None else stop
         turn = min(start + THREAD_STEPS, self._stop) if workers else self._stop
         pipelines = [_open_pipeline(make, start, turn, 0, prefetch)]
-        if turn < self._stop:
+        if has_workers := turn < self._stop:
             pipelines.append(_open_pipeline(make, turn, self._stop, workers, prefetch))
         # Grain starts its workers in one of these threads, and they inherit its signal mask.
         block_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
@@ -70,7 +71,7 @@ class Prefetcher(Iterator[Batch]):
         self._threads = threads
         self._pipelines = [(each, [threads.submit(_fetch, each)]) for each in pipelines]
         # Also closes when the prefetcher is dropped, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._pipelines, threads)
+        self._finalizer = weakref.finalize(self, _close, self._pipelines, threads, has_workers)
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
@@ -106,9 +107,7 @@ class Prefetcher(Iterator[Batch]):
         self.close()
 
 
-def _close(
-    pipelines: list[tuple[grain.DatasetIterator, list[Future]]], threads: ThreadPoolExecutor
-) -> None:
+def _close(pipelines: list[_Pipeline], threads: ThreadPoolExecutor, has_workers: bool) -> None:
     while pipelines:
         iterator, next_batch = pipelines.pop()
         # Grain loses workers that it is still starting when closed: let the fetch end first.
@@ -117,9 +116,10 @@ def _close(
         iterator.close()
     del iterator
     threads.shutdown()
-    # Grain's iterators are caught in cycles that hold semaphores and the last batch's shared
-    # memory; left to the interpreter's end, they would fail loudly there.
-    gc.collect()
+    # Grain's iterators over workers are caught in cycles that hold semaphores and the last batch's
+    # shared memory; left to the interpreter's end, they would fail loudly there.
+    if has_workers:
+        gc.collect()
 
 
 def _describe_death(signal_number: int) -> ProcessLost:

@@ -78,12 +78,14 @@ def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     the difference); elements that change places, or several changes at once, go unseen once in
     2^32.
     """
-    if not arrays:
-        return {}
     mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)
-    compute = jax.jit(lambda arrays: {name: _fingerprint(array) for name, array in arrays.items()})
-    values = (bind_mesh(mesh, compute) if mesh is not None else compute)(dict(arrays))
-    return {name: int(value) for name, value in jax.device_get(values).items()}
+    compute = bind_mesh(mesh, _fingerprint_all) if mesh is not None else _fingerprint_all
+    return {name: int(value) for name, value in jax.device_get(compute(dict(arrays))).items()}
+
+
+@jax.jit
+def _fingerprint_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _fingerprint(array) for name, array in arrays.items()}
 
 
 def _fingerprint(array: jax.Array) -> jax.Array:
