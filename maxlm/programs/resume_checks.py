@@ -85,8 +85,9 @@ def check_same_config(config: RunConfig, saved: Mapping[str, Any], where: str) -
     # wrong with a config that is not valid.
     with suppress(ValidationError, MaxlmError):
         saved = RunConfig.model_validate(saved).model_dump(mode="json")
-    both = map(remove_changeable_settings, (saved, config.model_dump(mode="json")))
-    check_same_settings(*both, IDENTITY, where)
+    saved = remove_changeable_settings(saved)
+    current = remove_changeable_settings(config.model_dump(mode="json"))
+    check_same_settings(saved, current, IDENTITY, where)
 
 
 def remove_changeable_settings(config: Mapping[str, Any]) -> dict[str, Any]:

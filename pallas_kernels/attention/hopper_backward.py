@@ -14,7 +14,7 @@ from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
 from pallas_kernels.attention.params import AttentionCall, AttentionOperands, BackwardArrays
-from pallas_kernels.attention.triton_program import weights_and_d_scores
+from pallas_kernels.attention.triton_program import compute_weights_and_d_scores
 
 
 class HopperBackwardBlocks(NamedTuple):
@@ -133,7 +133,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, slope = tile.scores(products)
         seen = tile.visible(*segments) if masked else None
-        _, d_scores = weights_and_d_scores(
+        _, d_scores = compute_weights_and_d_scores(
             scores, slope, own("lse"), d_weights, own("delta"), seen, s.exp2_scale
         )
         d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
@@ -217,7 +217,7 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
                 own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
                 segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
             seen = tile.visible(*segments)
-        weights, d_scores = weights_and_d_scores(
+        weights, d_scores = compute_weights_and_d_scores(
             scores, slope, beside("lse"), d_weights, beside("delta"), seen, s.exp2_scale
         )
         d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)

@@ -90,11 +90,11 @@ class AttentionCall(NamedTuple):
 
     params: AttentionParams
     backend: str
-    """The module here that implements it."""
+    """Name of the module here that implements it."""
     dtype: Any
-    """Of results."""
+    """Dtype of the results."""
     block_sizes: Any = None
-    """Of the implementation's kernels; None: its choice."""
+    """Blocks of the implementation's kernels; None: its choice."""
     interpret: Any = False
 
 

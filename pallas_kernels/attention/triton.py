@@ -33,7 +33,7 @@ from pallas_kernels.attention.triton_program import (
     split_head,
     store_row,
     store_tile,
-    weights_and_d_scores,
+    compute_weights_and_d_scores,
     whole_spec,
 )
 
@@ -208,7 +208,7 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         v = p.load_rows("v", j * block_k, block_k, length)
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
-        _, d_scores = weights_and_d_scores(
+        _, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
         )
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
@@ -242,7 +242,7 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
         seen = p.visible(queries, keys) if masked else None
         d_weights = multiply_transposed(v, d_o)
-        weights, d_scores = weights_and_d_scores(
+        weights, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
         )
         d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))

@@ -288,7 +288,7 @@ class TritonKernelCall:
         return spec
 
 
-def weights_and_d_scores(
+def compute_weights_and_d_scores(
     scores, slope, lse, d_weights, delta, seen, exp2_scale: float, exp2=jnp.exp2
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values

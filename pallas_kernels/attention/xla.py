@@ -44,7 +44,8 @@ def forward(
     if part := _part(q, k):
 
         def one_part(out, i):
-            own = forward(*part.cut(i, (q, k, v)), part.cut_operands(i, operands), call)
+            own_q, own_k, own_v = part.cut(i, (q, k, v))
+            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), call)
             return part.put_part(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
