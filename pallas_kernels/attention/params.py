@@ -99,7 +99,7 @@ class AttentionCall(NamedTuple):
 
 
 class BackwardArrays(NamedTuple):
-    """What a backward pass reads, as of :func:`~pallas_kernels.attention.attention_backward`."""
+    """Arrays read by :func:`~pallas_kernels.attention.attention_backward`."""
 
     q: jax.Array
     k: jax.Array

@@ -28,12 +28,12 @@ from pallas_kernels.attention.triton_program import (
     TritonKernelCall,
     TritonProgram,
     TritonTiles,
+    compute_weights_and_d_scores,
     multiply,
     multiply_transposed,
     split_head,
     store_row,
     store_tile,
-    compute_weights_and_d_scores,
     whole_spec,
 )
 
