@@ -21,11 +21,11 @@ from pathlib import Path
 
 RUN = """
 import resource, sys
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.run import run_recipe
 if __name__ == "__main__":
-    run_recipe(load(RecipeConfig, sys.argv[1], sys.argv[2:]).value)
+    run_recipe(load_config(RecipeConfig, sys.argv[1], sys.argv[2:]).value)
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     print(max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1e3)
 """
