@@ -45,7 +45,8 @@ train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
 # The tests' programs run for an instant: LLVM's optimizations would cost more than they give.
-pytest := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2
+pytest := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
+	--dist loadfile --no-loadscope-reorder
 corpus_tests := tests/corpus tests/data/documents
 
 test: $(ready) ## run the test suite

@@ -75,7 +75,7 @@ def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, soft_cap, biased, se
     bias = np.random.default_rng(7).standard_normal(V).astype(np.float32) if biased else None
     options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias": bias}
     true = reference(*arguments, **options)
-    for own, exact in zip(found(arguments, chunk=chunk, **options), true, strict=True):
+    for own, exact in zip(found(arguments, chunk_tokens=chunk, **options), true, strict=True):
         np.testing.assert_allclose(own, exact, atol=3e-6 * max(1.0, np.abs(exact).max()))
 
 
