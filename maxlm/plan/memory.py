@@ -173,7 +173,7 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     own, crossing = stack.heads(), stack.heads("cross_attention")
     encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
     dense = [m for m in stack.matmul_groups if m.is_dense_ffn]
-    hidden = sum(split.local_ffn_width(m) for m in dense)
+    hidden = sum(split.local_ffn_elements_per_token(m) for m in dense)
     within = 0.0
     for heads, seen in ((own, stack.rate), (crossing, encoder_rate)):
         sizes = split.local_attention_widths(heads)
@@ -185,7 +185,7 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        within += sum(split.local_ffn_width(m) / len(m.kernels) for m in dense)
+        within += sum(split.local_ffn_elements_per_token(m) / len(m.kernels) for m in dense)
         # Narrow vectors before their norms and after, and heads before theirs.
         within += 2 * sum(m.latent_width for m in stack.matmul_groups)
         sizes = split.local_attention_widths(own)

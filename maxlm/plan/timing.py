@@ -233,7 +233,7 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
         each += sizes.queries + sizes.output + (sizes.keys + sizes.values) * seen
     for group in stack.matmul_groups:
         served = shape.expert_rows_per_token if group.has_experts else 1.0
-        hidden += tokens * served * split.local_ffn_width(group)
+        hidden += tokens * served * split.local_ffn_elements_per_token(group)
         narrow += 2 * group.latent_width
     streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)
     return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden

@@ -56,7 +56,7 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     work, itemsize = shape.work, shape.work.dtype_bytes
     beside = (m for m in stack.matmul_groups if m.module == group.module)
     count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.rate
-    one = tokens * shape.split.local_ffn_width(group) / count * itemsize
+    one = tokens * shape.split.local_ffn_elements_per_token(group) / count * itemsize
     kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
     outputs = 0 if shape.remat == "none" else kept
     stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
@@ -116,7 +116,7 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     weights = sum(map(shape.gathered_weight_bytes, maps))
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
     inner = next(m for m in maps if m.output_side == "mlp")
-    hidden = rows * shape.split.local_ffn_width(inner) / len(inner.kernels) * itemsize
+    hidden = rows * shape.split.local_ffn_elements_per_token(inner) / len(inner.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),

@@ -254,7 +254,7 @@ class MeshPartitioning:
         size, value = heads.head_dim, heads.value_dim
         return LocalAttentionWidths(own * size, own * value, kv * size, kv * value, own)
 
-    def local_ffn_width(self, group: MatmulGroup) -> Number:
+    def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write into the FFN's width on a device."""
         if group.output_side != "mlp":
             return 0.0

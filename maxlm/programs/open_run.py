@@ -85,7 +85,7 @@ def open_run(
     states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
-    frozen = describe_frozen_models(setup, states.load_frozen())
+    frozen = describe_frozen_models(setup, states.load_or_copy_frozen())
     metadata = make_run_metadata(config, corpus, saved, frozen)
     if source:
         where = str(source.checkpointer.folder)

@@ -133,7 +133,7 @@ class StateRestorer:
         skips = (*skips, skip)
         return replace(position, skips=skips) if position else self._restore_latest(source, skips)
 
-    def load_frozen(self) -> dict[str, Params]:
+    def load_or_copy_frozen(self) -> dict[str, Params]:
         """Returns the parameters of the models that the task reads and does not train."""
         return load_frozen_models(self.setup, lambda: init_or_warm_start_state(self.setup).params)
 
@@ -166,4 +166,4 @@ class StateRestorer:
         return self._add_frozen(TrainingPosition(state, found.step, skips, where, losses, newer))
 
     def _add_frozen(self, position: TrainingPosition) -> TrainingPosition:
-        return replace(position, state=replace(position.state, frozen=self.load_frozen()))
+        return replace(position, state=replace(position.state, frozen=self.load_or_copy_frozen()))

@@ -93,7 +93,7 @@ class Watchdog(Callback):
         self.awaited = replace(self.awaited, start_seconds=time.monotonic())
 
     def stop_timer(self) -> None:
-        """Expects nothing until the next :meth:`expect`."""
+        """Expects nothing until the next :meth:`start_timer`."""
         self.awaited = replace(self.awaited, timeout_seconds=float("inf"))
 
     def __enter__(self) -> "Watchdog":

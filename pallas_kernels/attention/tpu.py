@@ -23,7 +23,7 @@ from pallas_kernels.attention.tpu_blocks import (
     SUBLANES,
     AttentionSizes,
     count_keys_in_vmem,
-    count_value_rows,
+    count_value_and_sum_rows,
     vmem_bytes,
 )
 from pallas_kernels.attention.tpu_call import KeyPart, TpuKernelCall, pad_last_axis
@@ -74,8 +74,8 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
         ],
         scratch=[
             pltpu.VMEM((SUBLANES, bq), F32),
-            pltpu.VMEM((count_value_rows(Hv), bq), F32),
-            pltpu.VMEM((count_value_rows(Hv), part.held), v.dtype),
+            pltpu.VMEM((count_value_and_sum_rows(Hv), bq), F32),
+            pltpu.VMEM((count_value_and_sum_rows(Hv), part.held), v.dtype),
             pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.packed else None,
             *_tiles(slots, tile, F32),
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),

@@ -16,12 +16,12 @@ from pallas_kernels.attention.tpu_scores import (
     KernelStatics,
     TilePosition,
     apply_slope_and_mask,
-    broadcast_key_ids,
     interleave_stages,
     limit_in_flight,
     multiply,
     reshape_by_register,
     scale_scores,
+    transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 
@@ -70,7 +70,7 @@ def backward_kernel(
         s, slope = scale_scores(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
         segments = None, None
         if tile.packed:
-            own = broadcast_key_ids(k_ids[:, keys(tile, j)])
+            own = transpose_ids_to_lanes(k_ids[:, keys(tile, j)])
             segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
         spot = TilePosition(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
         scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)

@@ -97,7 +97,7 @@ def has_little_padding(n: int, size: int) -> bool:
     return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
-def count_value_rows(Hv: int) -> int:
+def count_value_and_sum_rows(Hv: int) -> int:
     """Returns the rows of the transposed values and of the sums of weights, in the forward pass."""
     return SUMS + -(-Hv // SUBLANES) * SUBLANES
 
@@ -109,8 +109,8 @@ def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, keys: i
     if direction == FORWARD:
         operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
         results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-        sums = sizes.bytes * keys * count_value_rows(sizes.Hv)
-        sums += 4 * blocks.q * (SUBLANES + count_value_rows(sizes.Hv))
+        sums = sizes.bytes * keys * count_value_and_sum_rows(sizes.Hv)
+        sums += 4 * blocks.q * (SUBLANES + count_value_and_sum_rows(sizes.Hv))
         tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
     else:
         operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4

@@ -31,12 +31,12 @@ from pallas_kernels.attention.tpu_scores import (
     KernelStatics,
     TilePosition,
     apply_slope_and_mask,
-    broadcast_key_ids,
     interleave_stages,
     limit_in_flight,
     multiply,
     reshape_by_register,
     scale_scores,
+    transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 
@@ -169,7 +169,7 @@ def forward_kernel(
     def tiles(these, j, distance, first, last):
         if these[0].packed:
             at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
-            ids[...] = broadcast_key_ids(k_ids[:, at])
+            ids[...] = transpose_ids_to_lanes(k_ids[:, at])
         interleave_stages(
             len(these),
             [

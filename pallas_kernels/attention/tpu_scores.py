@@ -139,7 +139,7 @@ def reshape_by_register(x: jax.Array) -> jax.Array:
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
-def broadcast_key_ids(ids: jax.Array) -> jax.Array:
+def transpose_ids_to_lanes(ids: jax.Array) -> jax.Array:
     """Returns [1, keys] as [keys, LANES]."""
     return jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
 

@@ -96,7 +96,7 @@ class SelectedDocumentsWriter:
         return rank
 
 
-def load_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
+def number_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (len(read_columns(get_member_path(folder, name))) for name in names)

@@ -10,7 +10,7 @@ from maxlm.corpus.pii.addresses import find_emails, find_ips
 from maxlm.corpus.pii.match import KINDS, Kind, PiiMatch, remove_overlaps
 from maxlm.corpus.pii.numbers import find_cards, find_ibans, find_ssns
 from maxlm.corpus.pii.phones import PhoneFinder
-from maxlm.corpus.pii.secrets import find_keys
+from maxlm.corpus.pii.secrets import find_credentials
 
 __all__ = ["KINDS", "Kind", "PiiFinder", "PiiMatch"]
 
@@ -30,7 +30,7 @@ class PiiFinder:
 
     def find(self, text: str) -> list[PiiMatch]:
         """Finds the personal data of a text, in order and without overlaps."""
-        found = [*find_keys(text)]
+        found = [*find_credentials(text)]
         if "@" in text:
             found += find_emails(text)
         if _DIGITS.search(text):

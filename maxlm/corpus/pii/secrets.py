@@ -55,7 +55,7 @@ _STAND_IN = re.compile(
 _LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
 
 
-def find_keys(text: str) -> Iterator[PiiMatch]:
+def find_credentials(text: str) -> Iterator[PiiMatch]:
     """Finds access tokens, private keys, passwords in URLs, random values given to a secret."""
     if any(prefix in text for prefix in _TOKENS):
         for found in _TOKEN.finditer(text):

@@ -26,7 +26,7 @@ from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     SelectedDocumentsWriter,
     get_member_path,
-    load_selected_documents,
+    number_selected_documents,
     write_labels,
 )
 from maxlm.corpus.shards import StageShardView
@@ -97,7 +97,7 @@ class ExactStage(CrossDocumentStage):
                 self._check_index(folder)
                 earlier, own = _find_entries(folder, shards[0].folder)
             run(partial(_hash_shard, self, scratch), shards, "hash")
-            members = load_selected_documents(scratch, shards)
+            members = number_selected_documents(scratch, shards)
             number = max(1, -(-members.total * _BYTES // self.memory))
             # A killed run may have had other ranges, or another index.
             out = scratch / "ranges" / f"{number}-{len(earlier)}"

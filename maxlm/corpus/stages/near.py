@@ -36,7 +36,7 @@ from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     SelectedDocumentsWriter,
     get_member_path,
-    load_selected_documents,
+    number_selected_documents,
     write_labels,
 )
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
@@ -208,7 +208,7 @@ def find_similar_pairs(
     The memory of this process grows with what is found: 24 bytes for each pair.
     """
     run(partial(_sign_shard, stage, scratch), shards, "signatures")
-    members = load_selected_documents(scratch, shards)
+    members = number_selected_documents(scratch, shards)
     number = max(1, -(-members.total * _KEY_BYTES // stage.memory))
     folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
     parts = list(product(range(1, stage.choose_banding().bands + 1), range(number)))

@@ -45,7 +45,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     heads, d_ff = settings["attention"]["num_heads"], settings["mlp"]["d_ff"]
     for key, own in (("encoder_attention_heads", heads), ("encoder_ffn_dim", d_ff)):
         reader.size(key)  # transformers has a default of its own, not the decoder's.
-        reader.require(key, own)
+        reader.read_implemented(key, own)
     start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
     settings["start_id"] = reader.size("bos_token_id", 0, least=0) if start is None else start
     scaled = reader.flag("scale_embedding", False)

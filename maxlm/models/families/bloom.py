@@ -30,7 +30,7 @@ TABLE = {
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    reader.require("n_inner", None, settings["mlp"]["d_ff"])
+    reader.read_implemented("n_inner", None, settings["mlp"]["d_ff"])
 
 
 BLOOM = ModelFamily(

@@ -26,12 +26,14 @@ TABLE = {
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     own, rope = reader.read_nested("attn_config"), reader.read_nested("rope_parameters")
-    rope.require("rope_type", "default")
+    rope.read_implemented("rope_type", "default")
     theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
-    rope.require("rope_theta", None, theta)  # the published code reads one, the library the other
+    rope.read_implemented(
+        "rope_theta", None, theta
+    )  # the published code reads one, the library the other
     settings["positions"] = {"kind": "rope", "theta": theta}
     ffn = reader.read_nested("ffn_config")
-    ffn.require("hidden_size", None, settings["d_model"])
+    ffn.read_implemented("hidden_size", None, settings["d_model"])
 
 
 def _write(config: Any) -> dict[str, Any]:

@@ -47,15 +47,15 @@ def _table(config: Any) -> NameTable:
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     attention = settings["attention"]
     heads, turned = attention["num_heads"], attention["latent"]["rotary_dim"]
-    reader.require("num_key_value_heads", heads)
+    reader.read_implemented("num_key_value_heads", heads)
     attention["head_dim"] = reader.size("qk_nope_head_dim") + turned
-    limited = reader.require("topk_method", "greedy", "group_limited_greedy") != "greedy"
+    limited = reader.read_implemented("topk_method", "greedy", "group_limited_greedy") != "greedy"
     groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
     if limited and groups != chosen:
         settings["moe"] |= {"groups": groups, "groups_per_token": chosen}
     settings["dense_layers"] = dense = reader.size("first_k_dense_replace", 0, least=0)
     mlp = {"d_ff": reader.size("intermediate_size", 11_008)}
-    mlp["bias"] = reader.require("mlp_bias", False)
+    mlp["bias"] = reader.read_implemented("mlp_bias", False)
     if dense:
         settings["mlp"] = mlp
 

@@ -48,7 +48,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     norms = reader.size("num_ln_in_parallel_attn", None) or (2 if new else 1)
     if new or parallel:
         settings["placement"] = "parallel" if new and norms == 2 else "parallel_shared"
-    reader.require("ff_factor", mlp["d_ff"] / settings["d_model"])
+    reader.read_implemented("ff_factor", mlp["d_ff"] / settings["d_model"])
     mlp["bias"] = attention["bias"]
 
 

@@ -55,7 +55,7 @@ def map_flag(ours: str, default: bool) -> ConfigField:
 def require_value(*allowed: Any, ours: str = "", written: bool = False) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is usual."""
     write = (lambda config: allowed[0]) if ours or written else None
-    return ConfigField(lambda own, key: own.require(key, *allowed), ours, write)
+    return ConfigField(lambda own, key: own.read_implemented(key, *allowed), ours, write)
 
 
 def map_activation(ours: str, default: str) -> ConfigField:
@@ -96,7 +96,9 @@ SIZES = map_sizes(
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Reads our name of an activation."""
     name = reader.get(key, default)
-    return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.require(key, *ACTIVATIONS)]
+    return ACTIVATIONS[
+        name if name in [*ACTIVATIONS] else reader.read_implemented(key, *ACTIVATIONS)
+    ]
 
 
 def to_hf_activation(name: str) -> str:

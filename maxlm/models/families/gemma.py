@@ -43,7 +43,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any], *, local: bool = False
     if not local and reader.values.get(key) == "gelu":
         reader.values[key] = TANH
     settings["mlp"]["activation"] = fields.read_activation(reader, key, TANH)
-    reader.require(other, None, reader.get(key, TANH))
+    reader.read_implemented(other, None, reader.get(key, TANH))
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
     _read_local(reader, settings)
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     window = reader.size("sliding_window", 4096, nullable=True)
-    reader.require("sliding_window_size", window)  # once more
+    reader.read_implemented("sliding_window_size", window)  # once more
     settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
@@ -99,10 +99,10 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
-        reader.require("_sliding_window_pattern", None, period)
+        reader.read_implemented("_sliding_window_pattern", None, period)
     layers = range(1, settings["num_layers"] + 1)
     kinds = [LOCAL if layer % period else GLOBAL for layer in layers]
-    local.require("partial_rotary_factor", 1.0, None)
+    local.read_implemented("partial_rotary_factor", 1.0, None)
     nearby = {
         "window": reader.size("sliding_window", 4096, nullable=True),
         "positions": {

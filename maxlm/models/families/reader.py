@@ -84,7 +84,7 @@ class ConfigReader:
         what = f"{key} is {'null' if key in self.values else 'missing'}"
         raise MaxlmError(what, where=self.where, fix=_TAKE_IT)
 
-    def require(self, key: str, *allowed: Any) -> Any:
+    def read_implemented(self, key: str, *allowed: Any) -> Any:
         """Reads a value that must be one of those implemented, or absent (the first); a null means
         what false and 0 do."""
         self._seen.add(key)

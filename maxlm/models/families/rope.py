@@ -38,7 +38,7 @@ def read_position_settings(
     theta, share = rope_reader.number("rope_theta", reader.number("rope_theta", theta)), 1.0
     for source in (reader, rope_reader):
         if partial is None:
-            source.require("partial_rotary_factor", 1.0, None)
+            source.read_implemented("partial_rotary_factor", 1.0, None)
         else:
             share = partial = source.number("partial_rotary_factor", partial)
     scaling = read_scaling(rope_reader, reader.get("max_position_embeddings", None))
@@ -67,7 +67,7 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
     if kind == "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
             found |= {} if (value := reader.number(key, None, least=0)) is None else {key: value}
-        found["truncate"] = reader.require("truncate", True, False)
+        found["truncate"] = reader.read_implemented("truncate", True, False)
     elif kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
             found[key] = reader.number(key)

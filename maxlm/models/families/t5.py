@@ -42,12 +42,12 @@ def _table(config: Any) -> NameTable:
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     kinds = [f"{x}{y}" for x in ("", "gated-") for y in fields.ACTIVATIONS]
-    how = reader.require("feed_forward_proj", "relu", *kinds)
+    how = reader.read_implemented("feed_forward_proj", "relu", *kinds)
     gated, name = how.startswith("gated-"), how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
     name = "gelu_new" if how == "gated-gelu" else name
-    reader.require("dense_act_fn", None, name)
-    reader.require("is_gated_act", None, gated)
+    reader.read_implemented("dense_act_fn", None, name)
+    reader.read_implemented("is_gated_act", None, gated)
     settings["mlp"] |= {"activation": fields.ACTIVATIONS[name], "gated": gated}
     settings.setdefault("num_layers", settings["encoder_layers"])
     # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
