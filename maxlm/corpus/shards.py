@@ -145,7 +145,7 @@ class StageShardView:
         return [(stage, label)] if dot else [(DOCUMENTS, column)]
 
     def writer(self, schema: pa.Schema) -> "ShardWriter":
-        """Writes this shard's labels: one `write` for each of `rows`, in order."""
+        """Writes this shard's labels: `write_selected_rows` for each of `read_selected_rows`."""
         return ShardWriter(self.path(self.out), schema)
 
 

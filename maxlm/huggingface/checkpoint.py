@@ -86,7 +86,7 @@ class RunCheckpointReader:
         """Shapes of all parameters, by canonical name."""
 
     def open(self, name: str) -> ZarrArray:
-        """Opens a parameter's array; to read all its slices see :meth:`slices`."""
+        """Opens a parameter's array; to read all its slices see :meth:`open_slice_reader`."""
         return open_array(self.folder / "state", self._prefix + name)
 
     @contextmanager

@@ -1,8 +1,9 @@
 """Dispatch of tokens to experts, and the way back. All of it runs on shards.
 
 A token's k choices are its *assignments*, numbered t·k + j. A plan puts them into *slots*, sorted
-by expert; ``send`` takes an array of slots to the devices that hold the experts, ``receive``
-brings one back. Each is the other's transpose: the gradient of a sent array is received.
+by expert; ``send_to_experts`` takes an array of slots to the devices that hold the experts,
+``receive_from_experts`` brings one back. Each is the other's transpose: the gradient of a sent
+array is received.
 """
 
 from dataclasses import dataclass, field

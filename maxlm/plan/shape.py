@@ -112,7 +112,7 @@ class StepShape:
 
     @property
     def embedding_calls(self) -> Number:
-        """Times that the embedding runs: once, or in each of ``slots``."""
+        """Times that the embedding runs: once, or in each pass of a stage."""
         return np.where(self.is_batch_split_over_stages, 1.0, self.stage_passes_with_bubble)
 
     @property

@@ -11,7 +11,7 @@ bandwidth, and communication beside them where it can. Per micro-batch, forward 
     exposed      of communication: all but the share ``hidden`` of it, and but what there is
                  computation for to run beside it
 
-A pipeline's idle turns take as long as its others (``Shape.slots``).
+A pipeline's idle turns take as long as its others (``StepShape.stage_passes_with_bubble``).
 
 The constants (``EFFICIENCY``) are fitted to published runs by ``benchmarks/plan_mfu.py``, for all
 rows of a family together; a CPU's to runs here (``benchmarks/plan_cpu.py``).

@@ -20,8 +20,7 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RollbackDecision:
-    """The updates of steps ``first`` to ``last`` are bad: the run must return to a checkpoint from
-    before them."""
+    """The updates of a range of steps are bad: the run must return to a checkpoint before them."""
 
     first_bad_step: int
     last_bad_step: int

@@ -19,7 +19,7 @@ _FAR = 2**30
 
 
 class BlockVisits(NamedTuple):
-    """The visits of one block: scalars in a kernel. Masked visit t goes to block :meth:`masked`."""
+    """The visits of one block: scalars in a kernel. Masked visit t goes to :meth:`masked_block`."""
 
     begin: jax.Array
     count: jax.Array

@@ -1,7 +1,6 @@
 """Promise: ``maxlm config`` prints what a run resolves to, its schema and the shipped names."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -9,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import tiny
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -46,8 +47,7 @@ def test_a_page_made_from_the_code_is_what_the_code_says(name):
 def test_the_example_of_the_api_runs(tmp_path):
     """A model is trained, saved, loaded and asked to continue a text."""
     code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[0]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment = {**os.environ, **flags, "HOME": str(tmp_path), "PYTHONPATH": str(DOCS.parent)}
+    environment = tiny.environment(tmp_path) | {"HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     out = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
     assert [words in out for words in ("fits: True", "'bits_per_byte': ", "Document")] == [True] * 3

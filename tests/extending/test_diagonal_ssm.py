@@ -96,28 +96,32 @@ CONFIG = DecoderConfig.model_validate(LLAMA_GQA.model_dump() | OWN)
 
 
 @pytest.fixture
-def trained():
+def model():
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        model = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
-        yield model, init_params(param_specs(model), jax.random.key(0))
+        yield CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
 
 
-def test_its_config_reads_back_and_its_parameters_are_declared(trained):
+def test_its_config_reads_back_and_its_parameters_are_declared(model):
     assert DecoderConfig.model_validate(CONFIG.model_dump()) == CONFIG
     assert isinstance(CONFIG.mixer, DiagonalSsmConfig)
-    names = [n for n in flatten_names(trained[1]) if n.startswith("layers.ssm.")]
+    names = [n for n in flatten_names(param_specs(model)) if n.startswith("layers.ssm.")]
     assert names == [f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")]
 
 
-def test_cached_decoding_equals_the_full_forward_pass(trained):
+def test_cached_decoding_equals_the_full_forward_pass(model):
     """Rows of unequal length, padded on the right: padding leaves the state as it was."""
-    model, params = trained
+    params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
     texts = np.random.default_rng(0).integers(0, 31, (3, 20)).astype(np.int32)
     lengths = np.array([1, 9, 6], np.int32)
     places = np.broadcast_to(np.arange(20, dtype=np.int32), texts.shape)
-    bound = bind(model, params)
-    full = bound.logits(bound(texts, places)[0])
+
+    @jax.jit
+    def read(params):
+        bound = bind(model, params)
+        return bound.logits(bound(texts, places)[0])
+
+    full = read(params)
     start = jax.jit(lambda p, t, n: prefill(model, p, t, n, cache_length=24))
     logits, cache = start(params, np.where(places < lengths[:, None], texts, 7)[:, :10], lengths)
     assert {x.shape for x in jax.tree.leaves(cache)} == {(3, 3, WIDTH)}  # whatever the length
@@ -134,6 +138,7 @@ LAYERS, D, FF, F, VOCAB, SEQ = 2, 32, 64, 16, 304, 32
 
 def make_run(folder: Path, **top: Any) -> RunConfig:
     settings = tiny.settings(folder, str(folder / "text"))
+    settings["data"]["heldout_fraction"] = 0
     own = {"mixer": {"kind": "diagonal_ssm", "width": F}, "positions": {"kind": "none"}}
     settings["model"] = {**settings["model"], "attention": None, **own}
     return RunConfig.model_validate({**settings, "optimizer": {"kind": "adamw"}, **top})
@@ -158,6 +163,7 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
         assert count_cache_bytes(model, 5, length) == LAYERS * 5 * F * 4
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
     shape, cost, _ = compiled(make_run(tmp_path, mesh={"fsdp": 4, "tensor": 2}))
     assert products(shape) == cost.matmul_flops
@@ -170,11 +176,8 @@ def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
 @pytest.mark.usefixtures("compiled_once")
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):
     tiny.write_text(tmp_path / "text")
-    mesh = {"fsdp": 4, "tensor": 2}
-    short, long = (
-        make_run(tmp_path, mesh=mesh, train={"steps": steps}, checkpoint={"every_steps": 2})
-        for steps in (2, 4)
-    )
+    how = {"mesh": {"fsdp": 4, "tensor": 2}, "reporting": {"tensorboard": False}}
+    short, long = (make_run(tmp_path, train={"steps": steps}, **how) for steps in (2, 4))
     assert train_model(short, say=lambda _: None).start_step == 0
     again = train_model(long, say=lambda _: None)
     assert (again.start_step, int(again.state.step)) == (2, 4)

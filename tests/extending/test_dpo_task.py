@@ -2,6 +2,7 @@
 task with a frozen reference model, on pairs of a JSON Lines file."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from maxlm.programs.load import load_frozen_models
 from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
-from maxlm.sharding import bind_mesh
+from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import FrozenModelSource, SourceInputs, Task, TaskModels, register_task
 from maxlm.tasks.text import compute_log_probs
 from maxlm.train.batch import make_global_batch
@@ -105,7 +106,9 @@ def make_config(tmp_path):
         task = {"kind": "test_dpo", "path": str(tmp_path / "pairs.jsonl"), "beta": 0.5}
         task |= parts.pop("task", {})
         settings = tiny.settings(tmp_path, text) | {"name": name, "task": task}
-        settings |= {"mesh": {"fsdp": 8}, "train": {"steps": 4}, "checkpoint": {"every_steps": 2}}
+        settings["data"]["heldout_fraction"] = 0
+        settings |= {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "train": {"steps": 4}}
+        settings |= {"checkpoint": {"every_steps": 2}, "reporting": {"tensorboard": False}}
         return RunConfig.model_validate(settings | parts)
 
     return make
@@ -128,9 +131,9 @@ def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
         own["positions"] = np.tile(np.arange(16, dtype=np.int32), (8, 1))
         batch |= {f"{side}_{name}": array for name, array in own.items()}
     losses = []
-    for mesh in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}):
+    for mesh in ({"fsdp": 1}, {"fsdp": 2, "context": 2, "tensor": 2}):
         setup = set_up_run(
-            config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 1} | mesh)}),
+            config.model_copy(update={"mesh": MeshConfig(**{"fsdp": 1} | mesh)}),
             jax.devices()[: int(np.prod(list(mesh.values())))],
         )
         rows = [batch, setup.config.task.batch_arrays(16), range(8), setup.compute, setup.mesh]
@@ -151,16 +154,15 @@ def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
         if len(losses) > 1:
             continue
 
-        def logits(params, side, setup=setup, put=put):
+        def logits(params, own, setup=setup):
             model = bind(setup.model, params)
-            own = (put[f"{side}_{n}"] for n in ("tokens", "positions", "segment_ids"))
             return model.logits(model(*own)[0])
 
-        sums = []
+        sums, run = [], bind_mesh(setup.mesh, jax.jit(logits))
         for each in (params, other):
             for side in SIDES:
-                found = np.asarray(bind_mesh(setup.mesh, jax.jit(partial(logits, side=side)))(each))
-                found = found.astype(np.float64)
+                own = [put[f"{side}_{n}"] for n in ("tokens", "positions", "segment_ids")]
+                found = np.asarray(run(each, own)).astype(np.float64)
                 found -= np.log(np.exp(found).sum(-1, keepdims=True))
                 own = np.take_along_axis(found, batch[f"{side}_targets"][..., None], -1)[..., 0]
                 sums.append((own * batch[f"{side}_weights"]).sum(-1))
@@ -178,11 +180,9 @@ def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
 
 
 def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(make_config):
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    whole = train(make_config("whole", mesh=mesh))
-    reference = load_frozen_models(whole.setup, lambda: whole.setup.init_train_state().params)[
-        "reference"
-    ]
+    whole = train(make_config("whole"))
+    own = load_frozen_models(whole.setup, lambda: whole.setup.init_train_state().params)
+    reference = own["reference"]
     assert jax.tree.all(jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"]))
     assert jax.tree.map(lambda x: x.sharding, whole.state) == whole.setup.shardings
     records = [
@@ -191,25 +191,23 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(m
     assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # both are one model
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
 
-    train(make_config("cut", mesh=mesh, train={"steps": 2}))
-    cut = train(make_config("cut", mesh=mesh))
+    # A run that was killed before its last checkpoint.
+    other = shutil.copytree(whole.folder, whole.folder.with_name("cut"))
+    shutil.rmtree(other / "checkpoints" / "4")
+    cut = train(make_config("cut"))
     assert cut.start_step == 2
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, cut.state))
 
-
-def test_the_reference_is_saved_by_where_it_came_from_and_must_stay_what_it_was(make_config):
-    base = train(make_config("base", seed=1))
-    config = make_config("own", task={"reference": str(base.folder)}, train={"steps": 2})
+    # Another's reference is saved by where it came from, and must stay what it was.
+    config = make_config("own", task={"reference": str(whole.folder)}, train={"steps": 2})
     first = train(config)
     found = first.state.frozen["reference"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, found, base.state.params))
-    path = first.folder / "checkpoints" / "2"
-    saved = read_metadata(path)
-    assert saved["frozen"]["reference"]["source"] == str(base.folder)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, whole.state.params))
+    saved = read_metadata(first.folder / "checkpoints" / "2")
+    assert saved["frozen"]["reference"]["source"] == str(whole.folder)
     assert not [name for name in saved["fingerprints"] if name.startswith("frozen")]
-
-    train(make_config("base", seed=1, train={"steps": 6}))  # it goes on, and is another model
-    with pytest.raises(MaxlmError, match=r"the frozen model 'reference' from .*base is not"):
+    shutil.rmtree(whole.folder / "checkpoints" / "4")  # the model that is left is another
+    with pytest.raises(MaxlmError, match=r"the frozen model 'reference' from .*whole is not"):
         train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})}))
 
 

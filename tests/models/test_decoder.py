@@ -1,6 +1,8 @@
 """Decoders compute what the papers say: hidden states, logits, loss and gradients equal those of
 a float64 NumPy implementation, packed rows and padding included."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -29,12 +31,17 @@ def computed(config, mesh, params):
         return jax.device_get(step(placed, building.placed_batch(config.vocab_size, mesh)))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def run(request, one_device_mesh):
+@cache
+def results(name, mesh):
     """One model's results, and all that the reference needs to recompute them."""
-    config, mesh = CONFIGS[request.param], one_device_mesh
+    config = CONFIGS[name]
     params = building.random_params(config, mesh)
     return config, params, *computed(config, mesh, params)
+
+
+@pytest.fixture(params=CONFIGS)
+def run(request, one_device_mesh):
+    return results(request.param, one_device_mesh)
 
 
 def test_hidden_states_logits_and_loss_equal_the_reference(run):
@@ -70,7 +77,7 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
     """Five layers of two kinds are two periods and a rest; as a pattern of five, one period, in
     which every layer is written out."""
     mesh = one_device_mesh
-    params = building.random_params(PATTERN, mesh)
+    _, params, (loss, aux), grads = results("pattern", mesh)
     kinds = tuple(PATTERN.pattern[i % 2] for i in range(5))
     unrolled = PATTERN.model_copy(update={"pattern": kinds})
     assert [part.depth for part in PATTERN.parts] == [4, 1]
@@ -81,7 +88,6 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stacks)
         return {k: v for k, v in tree.items() if k != "last_layers"} | {"layers": joined}
 
-    (loss, aux), grads = computed(PATTERN, mesh, params)
     (expected, same), wanted = computed(unrolled, mesh, as_one(params))
     assert loss == pytest.approx(expected, rel=1e-6)
     # XLA orders sums by the processor: 1.4e-5 apart was seen.

@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import compute_row_delta, sink_gradient
+from tests.models.building import QUICK
 from tests.pallas_kernels import reference
 
 # What stands in the keys and values that no query sees: finite, and its products overflow.
@@ -204,8 +205,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*operands: Any, **options: Any) -> Any:
         traced = {name: x for name, x in options.items() if not np.isscalar(x)}
         static = {name: x for name, x in options.items() if np.isscalar(x)}
-        # Compiling is most of these tests' time, and twice as fast without optimisation.
-        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        quick = QUICK if jax.default_backend() == "cpu" else None
         return jax.jit(partial(function, **static), compiler_options=quick)(*operands, **traced)
 
     return run

@@ -162,7 +162,7 @@ FAR = Case(128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, Non
 EDGES = FAR._replace(S=640, T=640, blocks=(256, 256), window=None, shift=0)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(cases())
 @example(FAR)
 @example(FAR._replace(window=1400, segments="packed"))

@@ -38,27 +38,19 @@ class Case(NamedTuple):
 
 CAPPED = {"scale": 0.9, "soft_cap": 1.5}
 BOTH_WAYS = {"causal": False}
+WINDOW = {"window": 7, **CAPPED}
 SPLIT = {
-    "packed, grouped": Case(
-        {"context": 2, "tensor": 2, "fsdp": 2}, (2, 28, 28, 8, 4, 3, 3), {}, packed=True
+    "packed, fewer kv heads than tensor, latent heads": Case(
+        {"context": 2, "tensor": 4}, (1, 20, 20, 8, 2, 6, 4), CAPPED, packed=True
     ),
-    "window, multi-query": Case(
-        {"context": 4, "tensor": 2}, (1, 24, 24, 8, 1, 5, 5), {"window": 5}, packed=True
-    ),
-    "fewer kv heads than tensor": Case(
-        {"context": 2, "tensor": 4}, (1, 20, 20, 8, 2, 3, 3), {}, packed=True
+    "window, slopes, multi-query": Case(
+        {"context": 4, "tensor": 2}, (1, 24, 24, 8, 1, 3, 3), WINDOW, slopes=True, packed=True
     ),
     "window within a device": Case(
         {"context": 4, "data": 2}, (2, 32, 32, 4, 2, 3, 3), {"window": 3}
     ),
     "both ways, slopes": Case(
         {"context": 3}, (2, 12, 12, 3, 3, 4, 4), BOTH_WAYS, slopes=True, packed=True
-    ),
-    "capped, latent heads": Case(
-        {"context": 4, "data": 2}, (2, 16, 16, 4, 4, 6, 4), CAPPED, packed=True
-    ),
-    "slopes, window": Case(
-        {"context": 4, "tensor": 2}, (1, 24, 24, 8, 2, 3, 3), {"window": 7, **CAPPED}, slopes=True
     ),
     "biases": Case(
         {"context": 2, "tensor": 2, "fsdp": 2}, (2, 12, 12, 4, 2, 3, 3), {}, reach=4, packed=True

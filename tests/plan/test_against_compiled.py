@@ -18,31 +18,34 @@ from maxlm.programs.compile import make_abstract_batch
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
+from tests.models.building import QUICK
 from tests.plan import architectures
 from tests.programs.cells import CAPACITY, MODELS
 
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so small, the
-# more with experts, whose routing sends a few numbers a token. `make test-layouts` tries all.
+# more with experts, whose routing sends a few numbers a token. `make test` tries those in which
+# every collective is and every kind of layer (architectures.py), `make test-layouts` the rest too.
 CASES = (
+    ("cp all-gather", "gqa_window", 0.01),
+    ("cp ulysses", "mha", 0.02),
+    ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
+    ("ep × zero2", "moe", 0.03),
+    ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
+    ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
+    ("fsdp", "pattern", 0.01),
+    ("tp+sp", "latent", 0.03),
+    ("tp+sp", "encoder_decoder", 0.01),
+)
+REST = (
     ("zero1", "gqa_window", 0.01),
     ("zero2", "gqa_window", 0.01),
     ("tp, 8 ways, kv heads whole", "gqa_window", 0.01),
-    ("cp all-gather", "gqa_window", 0.01),
     ("cp ring in order, 8 ways", "gqa_window", 0.01),
-    ("cp ulysses", "mha", 0.02),
-    ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
     ("ep × fsdp × tp", "moe", 0.03),
-    ("ep × zero2", "moe", 0.03),
     ("tp", "moe capacity", 0.02),
-    ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
-    ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
     ("zero2 × pp 1f1b", "gqa_window", 0.03),
-    # Every kind of layer (architectures.py).
-    ("fsdp", "pattern", 0.01),
-    ("tp+sp", "latent", 0.03),
     ("tp+sp", "parallel_shared", 0.01),
     ("tp+sp", "encoder", 0.01),
-    ("tp+sp", "encoder_decoder", 0.01),
     ("fsdp", "sandwich_experts", 0.01),
 )
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.
@@ -64,7 +67,7 @@ def compiled(config: RunConfig):
     arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
-        program = step.__wrapped__.lower(*arguments).compile()
+        program = step.__wrapped__.lower(*arguments).compile(compiler_options=QUICK)
     sizes = dict(setup.mesh.shape)
     work = RunWorkload.of(config, jnp.float32)
     shape = StepShape(
@@ -101,13 +104,9 @@ def products(shape: StepShape) -> float:
     return float(flops.step_matmul_flops(slots) + flops.step_attention_flops(slots))
 
 
-SLOW = {"zero1", "tp, 8 ways, kv heads whole", "cp ring in order, 8 ways", "ep × fsdp × tp"}
-SLOW |= {"zero2", "cp all-gather", "parallel_shared", "encoder"}
-
-
 @pytest.mark.parametrize(
     ("layout", "model", "off"),
-    [pytest.param(*c, marks=[pytest.mark.slow] if SLOW & {*c[:2]} else []) for c in CASES],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
 )
 def test_bytes_sent_and_products(layout, model, off):
     if OLD and "pp" in layout:

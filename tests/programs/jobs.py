@@ -77,8 +77,7 @@ class Jobs:
                 "MAXLM_PROCESS_ID": str(number),
                 "JAX_NUM_CPU_DEVICES": str(devices),
             }
-            fault = (faults or {}).get(number)
-            program = [WORKER, *fault] if fault else ["-m", "maxlm.cli.main"]
+            program = [WORKER, *(faults or {}).get(number, ("none", 0))]
             log = self.folder / f"{name}-{len(self._started)}"
             command = [sys.executable, *program, *arguments, *(own or {}).get(number, ())]
             begun.append(Process(command, log, tiny.environment(self.folder) | cluster))

@@ -21,24 +21,23 @@ from tests.programs import tiny
 from tests.programs.jobs import HERE, Jobs
 from tests.programs.tiny import read_events, read_metrics, read_results
 
-STEPS = 24
+STEPS = 16
 SLOW = {0: ("slow", 0), 1: ("slow", 0)}
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """``one`` is trained without a fault, on two devices of one process, with a checkpoint each 5
-    steps."""
+    """``one`` is trained without a fault, on two devices of one process."""
     folder = tmp_path_factory.mktemp("processes")
     config = tiny.write_config(
         folder,
         tiny.write_text(folder / "text"),
-        train={"steps": STEPS, "eval_every": 8, "max_device_rows": 4, "ema_decay": 0.9},
+        train={"steps": STEPS, "max_device_rows": 4, "ema_decay": 0.9},
         checkpoint={"every_steps": 5, "keep_last": 4},
         reporting={"tensorboard": False},
     )
     started = Jobs(folder, config)
-    started.trained("one", devices=2)
+    started.trained("one", "checkpoint.every_steps=0", devices=2)
     yield started
     started.end()
 
@@ -55,7 +54,7 @@ def as_if_saved_elsewhere(path: Path) -> None:
 
 
 def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_path):
-    own = ["checkpoint.every_steps=10", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
+    own = ["checkpoint.every_steps=6", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
     own += [f"checkpoint.local_folder={tmp_path}/fast"]
     run = jobs.folder / "pair"
     home = run / "checkpoints"
@@ -78,12 +77,12 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
     def beginning(said):
         return [line for line in said if "skipped" in line or "resuming" in line]
 
-    (code, _, err), _ = told(1, signal.SIGKILL, 8)
+    (code, _, err), _ = told(1, signal.SIGKILL, 4)
     words = f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
     assert (code, any(words in line for line in err)) == (76, True)  # JAX may write beside it
 
     newest = max(steps_in(disks[0]) & steps_in(disks[1]))
-    ended = told(1, signal.SIGTERM, 16)
+    ended = told(1, signal.SIGTERM, 8)
     assert beginning(ended[0][1]) == [f"resuming from step {newest} in {disks[0]}"]
     words = f"preempted at step {jobs.step('pair')} of {STEPS}, which is saved"
     line = f"error: {run}: {words}; run the same command to resume"
@@ -118,7 +117,7 @@ def test_two_processes_end_together_when_one_hangs(jobs):
     """Both say where they are, also the one that finds it later."""
     run = jobs.folder / "hung"
     hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
-    faults = {0: ("hang", 15), 1: ("slow", 0)}
+    faults = {0: ("hang", 12), 1: ("slow", 0)}
     ended = [process.ended() for process in jobs.train("hung", *hasty, processes=2, faults=faults)]
     for number, (code, _, err) in enumerate(ended):
         [line] = [line for line in err if f"process {number} hangs" in line]

@@ -3,6 +3,7 @@ held."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,16 +21,27 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
 
 
-def saved_metadata(run, step):
-    (path,) = (run / "checkpoints" / str(step)).rglob("metadata/metadata")
-    return path
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("resume") / "text")
 
 
-def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
+@pytest.fixture
+def path(tmp_path, text, compiled_once):
+    """The config of a run that has taken 3 steps, of which a copy is beside it."""
+    trained = Path(text).with_name("trained")
+    own = {"train": {"steps": 3}, "checkpoint": {"every_steps": 2}}
+    own["data"] = tiny.settings(tmp_path, text)["data"] | {"heldout_fraction": 0}
+    own["reporting"] = {"tensorboard": False}
+    if not trained.exists():
+        train(tiny.write_config(trained, text, **own))
+    shutil.copytree(trained / "tiny", tmp_path / "tiny")
+    return tiny.write_config(tmp_path, text, **own)
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
     """One that knows nothing of settings that came after it, of stores, nor of its checksum."""
-    path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), train={"steps": 1})
-    train(path)
-    file = saved_metadata(tmp_path / "tiny", 1)
+    file = tmp_path / "tiny/checkpoints/3/metadata/metadata"
     metadata = json.loads(file.read_text())
     data, tokenizer = metadata["config"]["data"], metadata["config"]["tokenizer"]
     for part, names in (
@@ -42,15 +54,12 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
         for name in names:
             del part[name]
     file.write_text(json.dumps(metadata))
-    assert train(path, "train.steps=2")[0].start_step == 1
+    assert train(path, "train.steps=4")[0].start_step == 3
     with pytest.raises(MaxlmError, match=r"tokenizer\.chat=None became 'chatml'"):
-        train(path, "tokenizer.chat=chatml", "train.steps=3")
+        train(path, "tokenizer.chat=chatml", "train.steps=5")
 
 
-def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
-    text = tiny.write_text(tmp_path / "text")
-    path = tiny.write_config(tmp_path, text, train={"steps": 3}, checkpoint={"every_steps": 2})
-    train(path)
+def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch):
     run, other = tmp_path / "tiny", tmp_path / "other"
     home, records, events = (run / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl"))
     before = records.read_bytes()
@@ -88,49 +97,36 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     assert train(path, "train.steps=1")[0].start_step == 0
 
 
-def config_of_store(folder):
-    return tiny.write_config(
-        folder,
-        "unused",
-        train={"steps": 1},
-        tokenizer={"path": str(folder / "tokenizer")},
-        data={
-            "sources": [{"name": "text", "store": str(folder / "store")}],
-            "seq_len": 32,
-            "batch_size": 8,
-            "workers": 0,
-        },
-    )
-
-
-def test_a_store_of_other_texts_of_the_same_lengths_is_another(tmp_path):
+def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path):
+    """The other has other texts of the same lengths."""
     for name, letter in (("old", "a"), ("new", "b")):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
     tokenizer.save(tmp_path / "tokenizer")
-    for name in ("old", "new"):
-        source = SourceConfig(documents=(str(tmp_path / f"{name}.jsonl"),))
+    texts = {n: SourceConfig(documents=(str(tmp_path / f"{n}.jsonl"),)) for n in ("old", "new")}
+    for name, source in texts.items():
         build_store(source, tmp_path / "tokenizer", tmp_path / name)
-    path = config_of_store(tmp_path)
-    shutil.copytree(tmp_path / "old", tmp_path / "store")
+    store = shutil.copytree(tmp_path / "old", tmp_path / "store")
+    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
+    path = tiny.write_config(
+        tmp_path,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(tmp_path / "tokenizer")},
+        data=data | {"workers": 0},
+        reporting={"tensorboard": False},
+    )
     train(path)
-    shutil.rmtree(tmp_path / "store")
-    shutil.copytree(tmp_path / "new", tmp_path / "store")
+    shutil.rmtree(store)
+    shutil.copytree(tmp_path / "new", store)
     with pytest.raises(MaxlmError, match="the store of source 'text' is not what it was"):
         train(path, "train.steps=2")
-
-
-def test_a_store_that_grew_is_read_as_it_was(tmp_path):
-    texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
-    words = [path.read_bytes() for path in sorted((tmp_path / "old").iterdir())]
-    train_tokenizer(TokenizerConfig(vocab_size=300), words).save(tmp_path / "tokenizer")
-    build_store(SourceConfig(documents=(texts[0],)), tmp_path / "tokenizer", tmp_path / "store")
-    path = config_of_store(tmp_path)
-    train(path)
-    append_store(SourceConfig(documents=(texts[1],)), tmp_path / "store", workers=1)
+    shutil.rmtree(store)
+    shutil.copytree(tmp_path / "old", store)
+    append_store(texts["new"], store, workers=1)
     with pytest.raises(MaxlmError) as error:
         train(path, "train.steps=2")
-    assert "the store of source 'text' is not what it was (12 documents, " in str(error.value)
+    assert "the store of source 'text' is not what it was (40 documents, " in str(error.value)
     assert str(error.value).endswith(
         "; set store_segments: 1 for it, or train in another run folder"
     )

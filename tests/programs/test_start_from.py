@@ -1,6 +1,9 @@
 """A run that starts from another's parameters: refused at once if they do not fit, and on its own
 once it has begun; and one that is traced."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from maxlm.config import MaxlmError
@@ -12,7 +15,9 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
-    return tiny.train(tiny.write_config(folder, text, **top), *overrides, resume=resume)[1]
+    top |= {"checkpoint": {"every_steps": 1, "keep_last": 1}, "reporting": {"tensorboard": False}}
+    own = ("data.heldout_fraction=0", *overrides)
+    return tiny.train(tiny.write_config(folder, text, **top), *own, resume=resume)[1]
 
 
 @pytest.fixture(scope="module")
@@ -20,64 +25,73 @@ def text(tmp_path_factory):
     return tiny.write_text(tmp_path_factory.mktemp("text"))
 
 
-def test_another_model_is_refused_before_anything_is_written(tmp_path, text):
-    train(tmp_path / "first", text, train={"steps": 1})
-    start = {"steps": 1, "start_from": str(tmp_path / "first/tiny")}
+@pytest.fixture
+def other(text, tmp_path, compiled_once):
+    """A run after one step. It may be deleted; ``later/tiny`` beside the text is how it goes on."""
+    one, later = (Path(text).with_name(name) for name in ("one", "later"))
+    if not later.exists():
+        train(one, text, train={"steps": 1})
+        shutil.copytree(one, later)
+        train(later, text, train={"steps": 2})
+    return shutil.copytree(one / "tiny", tmp_path / "first")
+
+
+def test_another_model_is_refused_before_anything_is_written(tmp_path, text, other):
+    start = {"steps": 1, "start_from": str(other)}
     with pytest.raises(MaxlmError, match=r"checkpoint of another model: params\.layers\.mlp"):
         train(tmp_path / "second", text, "model.mlp.d_ff=72", train=start)
     assert [path.name for path in (tmp_path / "second").iterdir()] == ["tiny.yaml"]
 
 
-def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text):
-    train(tmp_path / "first", text, train={"steps": 1})
-    start = {"steps": 1, "start_from": str(tmp_path / "first/tiny")}
+def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
+    start = {"steps": 1, "start_from": str(other)}
     train(tmp_path / "second", text, train=start)
-    (tmp_path / "first").rename(tmp_path / "gone")
-    train(tmp_path / "second", text, train=start | {"steps": 2})
+    shutil.rmtree(other)
+    train(tmp_path / "second", text, "checkpoint.keep_last=2", train=start | {"steps": 2})
     assert load_run(tmp_path / "second/tiny").step == 2
     (tmp_path / "second/tiny/checkpoints/2/metadata/metadata").write_text("")
     assert load_run(tmp_path / "second/tiny", step=1).step == 1  # whatever became of the newest
 
 
 @pytest.mark.parametrize("how", ["start_from", "resume"])
-def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text, monkeypatch, how):
+def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
+    tmp_path, text, other, monkeypatch, how
+):
     """It deletes its old checkpoints, while this one prepares its text."""
-    kept = {"checkpoint": {"every_steps": 1, "keep_last": 1}}
-    first = tmp_path / "first" / "tiny"
-    train(tmp_path / "first", text, train={"steps": 1}, **kept)
     prepare = program.prepare_data_on_all_hosts
 
     def slowly(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(program, "prepare_data_on_all_hosts", prepare)
-            train(tmp_path / "first", text, train={"steps": 3}, **kept)
-        assert not (first / "checkpoints" / "1").exists()
+        shutil.rmtree(other)
+        shutil.copytree(Path(text).with_name("later") / "tiny", other)
+        assert not (other / "checkpoints" / "1").exists()
         return prepare(*arguments)
 
     monkeypatch.setattr(program, "prepare_data_on_all_hosts", slowly)
-    steps, resume = {"steps": 4}, None
+    steps, resume = {"steps": 3}, None
     if how == "start_from":
-        steps |= {"start_from": str(first)}
+        steps |= {"start_from": str(other)}
     else:
-        resume = first
-    said = train(tmp_path / "second", text, train=steps, resume=resume, **kept)
+        resume = other
+    said = train(tmp_path / "second", text, train=steps, resume=resume)
     assert said[0] == (
-        f"starting from the parameters in {first}"
+        f"starting from the parameters in {other}"
         if how == "start_from"
-        else f"resuming from step 3 in {first / 'checkpoints'}"
+        else f"resuming from step 2 in {other / 'checkpoints'}"
     )
 
 
 def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
-    path, run = tiny.write_config(tmp_path, text, train={"steps": 2}), tmp_path / "tiny"
+    how = {"train": {"steps": 2}, "reporting": {"tensorboard": False}}
+    path, run = tiny.write_config(tmp_path, text, **how), tmp_path / "tiny"
+    none = "data.heldout_fraction=0"
     with pytest.raises(MaxlmError) as error:
-        tiny.train(path, profile=(3, 5))
+        tiny.train(path, none, profile=(3, 5))
     assert str(error.value) == (
         "--profile: step 3 never comes: the run has 2 steps; name steps that it takes"
     )
     assert not run.exists()
-    _, said = tiny.train(path, profile=(2, 5))
+    _, said = tiny.train(path, none, profile=(2, 5))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert not [line for line in said if "trace" in line]
-    _, said = tiny.train(path, "train.steps=3", profile=(1, 2))  # as one that is started again does
+    _, said = tiny.train(path, none, "train.steps=3", profile=(1, 2))  # as one started again does
     assert "no trace is taken: step 2, the last to trace, has been taken" in said

@@ -20,11 +20,13 @@ SAME = ("loss", "grad_norm", "param_norm", "update_norm", "eval_loss", "tokens")
 
 def environment(folder: Path) -> dict[str, str]:
     """For a process that runs maxlm: compiles quickly, and what another has compiled not at all."""
+    from tests.models.building import QUICK
+
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(f"--{name}={int(value)}" for name, value in QUICK.items()),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -78,6 +80,20 @@ def write_config(folder: Path, text: str, **top: Any) -> str:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings(folder, text, **top)))
     return str(path)
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Makes a tokenizer and stores for many runs, and returns the ``data`` and ``tokenizer`` of
+    their settings, without evaluation; ``data/text/heldout`` may be their ``heldout_store``."""
+    from maxlm.config import load_config
+    from maxlm.programs.prepare import prepare_data
+    from maxlm.run import RunConfig
+
+    config = write_config(folder, write_text(folder / "text"))
+    prepare_data(load_config(RunConfig, config).value, folder)
+    source = {"name": "text", "store": str(folder / "data/text/train")}
+    data = settings(folder, "")["data"] | {"sources": [source]}
+    return {"data": data, "tokenizer": {"path": str(folder / "tokenizer")}}
 
 
 def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]]:

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
+from maxlm.sharding import MeshConfig, make_mesh
 from maxlm.train.checkpoint import FolderTier, check_same_settings
 from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.config import CheckpointConfig
@@ -78,35 +79,44 @@ def finish(*processes):
         assert out.endswith("done\n"), err[-3000:]
 
 
-# Restores argv[2] onto a mesh, checks every bit and layout, and saves what it got to argv[3].
-ON_EIGHT_DEVICES = """
-import jax, numpy as np, runpy, sys
-_, here, source, target, *cluster = sys.argv
-jax.config.update("jax_num_cpu_devices", 4 if cluster else 8)
-if cluster:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{cluster[0]}", 2, int(cluster[1]))
-from jax.sharding import NamedSharding, PartitionSpec as P
-from maxlm.sharding import MeshConfig, make_mesh
-from maxlm.train.checkpoint import FolderTier
-from maxlm.train.config import CheckpointConfig
-mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-want = runpy.run_path(here)["make_state"]()
-specs = {0: P(), 2: P("tensor", "fsdp"), 3: P(None, "fsdp", "tensor")}
-asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=NamedSharding(mesh, specs[x.ndim])), want)
-with FolderTier(source, read_only=True) as checkpoints:
-    state = checkpoints.restore(None, asked)
-    params = checkpoints.restore_params(12, asked["params"])
-assert jax.tree.structure(state) == jax.tree.structure(want)
-def check(got, asked, want):
-    assert got.sharding == asked.sharding
-    for shard in got.addressable_shards:
-        np.testing.assert_array_equal(shard.data, want[shard.index])
-jax.tree.map(check, state, asked, want)
-jax.tree.map(check, params, asked["params"], want["params"])
-with FolderTier(target, CheckpointConfig()) as checkpoints:
-    assert checkpoints.save(12, state, {"config": {}})
+def pass_on(source, target):
+    """Restores a checkpoint onto a mesh, checks every bit and layout, and saves what it got."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    want = make_state()
+    specs = {
+        0: PartitionSpec(),
+        2: PartitionSpec("tensor", "fsdp"),
+        3: PartitionSpec(None, "fsdp", "tensor"),
+    }
+    asked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, specs[x.ndim])
+        ),
+        want,
+    )
+    with FolderTier(source, read_only=True) as checkpoints:
+        state = checkpoints.restore(None, asked)
+        params = checkpoints.restore_params(12, asked["params"])
+    assert jax.tree.structure(state) == jax.tree.structure(want)
+
+    def check(got, asked, want):
+        assert got.sharding == asked.sharding
+        for shard in got.addressable_shards:
+            np.testing.assert_array_equal(shard.data, want[shard.index])
+
+    jax.tree.map(check, state, asked, want)
+    jax.tree.map(check, params, asked["params"], want["params"])
+    with FolderTier(target, CheckpointConfig()) as checkpoints:
+        assert checkpoints.save(12, state, {"config": {}})
+
+
+ON_TWO_PROCESSES = """
+import jax, runpy, sys
+_, here, source, target, port, process = sys.argv
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+runpy.run_path(here)["pass_on"](source, target)
 print("done")
 """
 
@@ -114,9 +124,9 @@ print("done")
 def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_path):
     one, eight, two = tmp_path / "one", tmp_path / "eight", tmp_path / "two"
     save(one, 12)
-    finish(start(ON_EIGHT_DEVICES, one, eight))
+    pass_on(one, eight)
     port = free_port()
-    finish(*(start(ON_EIGHT_DEVICES, eight, two, port, process) for process in (0, 1)))
+    finish(*(start(ON_TWO_PROCESSES, eight, two, port, process) for process in (0, 1)))
     want = make_state()
     for folder in (one, eight, two):
         with FolderTier(folder, read_only=True) as checkpoints:

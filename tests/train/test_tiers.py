@@ -53,6 +53,12 @@ def here(mesh):
     return mesh(fsdp=2, tensor=2)
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Between two tries to read."""
+    monkeypatch.setattr(reading, "_RETRY_SECONDS", (0.0,))
+
+
 def write(folder, mesh, *steps, **config):
     """Checkpointer that saved these steps, closed."""
     with Checkpointer(folder, "run", CheckpointConfig(**config)) as tiers:
@@ -123,7 +129,7 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
     own = {"config": {"seed": 7, "rate": 1e-05}, "skipped_batches": [[3, 5]], "losses": None}
     random, seen = np.random.default_rng(0), Counter()
     with Checkpointer(tmp_path / "run", "run", config) as tiers:
-        for step in (20, 30, 40, 50):  # the folder's and their copies, and local ones
+        for step in (20, 40, 50):  # the folder's and their copies, and a local one
             tiers.save(step, state_of(here, step), own)
             tiers.wait()
         assert tiers.remote_copy_failure is None
@@ -133,7 +139,7 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
             good = path.read_bytes()
             end = good.index(b'}"}') if path is local else len(good)
             checked = path is local or path.name == "metadata"
-            for place in random.integers(8 * end, size=25 if checked else 3):
+            for place in random.integers(8 * end, size=10 if checked else 3):
                 bad = bytearray(good)
                 bad[place // 8] ^= 1 << int(place % 8)
                 path.write_bytes(bad)
@@ -157,7 +163,7 @@ LOCAL = {"every_steps": 10, "local_every_steps": 3}
 
 def test_local_checkpoints_between_the_folder_s_keep_the_two_newest(tmp_path, here, mesh):
     config = LOCAL | {"local_folder": str(tmp_path / "disk")}
-    write(tmp_path / "run", here, *range(1, 15), **config)
+    write(tmp_path / "run", here, 6, 9, 10, 12, **config)
     [own] = (tmp_path / "disk").glob("run-*/process-0")
     assert sorted(path.name for path in own.iterdir()) == ["12.safetensors", "9.safetensors"]
     with Checkpointer(tmp_path / "other", "run", CheckpointConfig(**config)) as tiers:
@@ -192,7 +198,7 @@ def test_local_checkpoint_that_cannot_be_written_is_only_reported(
 
     config = LOCAL | {"local_folder": str(tmp_path / "disk")}
     monkeypatch.setattr("safetensors.numpy.save_file", full)
-    write(tmp_path / "run", here, *range(1, 4), **config)
+    write(tmp_path / "run", here, 3, **config)
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith(f"local checkpoint 3 was not written to {tmp_path}/disk/run-")
     assert line.endswith("No space left on device); training continues")
@@ -446,7 +452,7 @@ def test_error_that_passes_hides_no_checkpoint(tmp_path, here, monkeypatch):
 def test_checkpoints_after_a_rollback_replace_those_before_it(tmp_path, here):
     config = LOCAL | {"local_folder": str(tmp_path / "disk")}
     config |= {"remote_folder": str(tmp_path / "there")}
-    write(tmp_path / "run", here, *range(1, 40), **config)
+    write(tmp_path / "run", here, 10, 20, 30, 36, 39, **config)
     with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         found, _ = tiers.find()
         newer = [each for each in found if each.step > 20]
@@ -465,9 +471,9 @@ def test_checkpoints_after_a_rollback_replace_those_before_it(tmp_path, here):
 def test_last_good_checkpoint_stays_while_updates_are_suspect(tmp_path, here):
     config = CheckpointConfig(every_steps=1, keep_last=2)
     with Checkpointer(tmp_path, "run", config) as tiers:
-        for step in range(1, 9):
+        for step in range(2, 7):
             tiers.save(step, state_of(here, step), {}, first_suspect_step=4 if step >= 4 else None)
             tiers.wait()
-        assert tiers.folder_tier.steps() == [3, 7, 8]
-        tiers.save(9, state_of(here, 9), {})
-        assert tiers.folder_tier.steps() == [8, 9]
+        assert tiers.folder_tier.steps() == [3, 5, 6]
+        tiers.save(7, state_of(here, 7), {})
+        assert tiers.folder_tier.steps() == [6, 7]

@@ -1,16 +1,16 @@
 """Substring deduplication: passages that a corpus has more than once, and which copies to cut.
 
-A *window* is a run of `size` words of one document, from the first character of its first word to
+A *window* is a run of so many words of one document, from the first character of its first word to
 the last of its last, white space between included; two windows are equal if their characters are.
 The words of a corpus have a total order: better documents first, those as good in the order of the
 corpus, and within a document from left to right. The rule:
 
     A word is cut if it lies in a window whose characters occur earlier, without overlap.
 
-Every repeat of at least `size` words is a chain of repeated windows, so what is cut is all but the
+Every repeat of at least as many words is a chain of repeated windows, so what is cut is all but the
 first copy of each repeat. What follows from the rule, whatever is nested, chained or periodic:
 
-- Nothing else is cut: each word cut is part of a run of `size` words that occurs earlier.
+- Nothing else is cut: each word cut is part of a run of as many words that occurs earlier.
 - All of it is cut: of a window that occurs earlier, no word is kept.
 - Nothing is lost: the word at the same place of the earlier window comes earlier in the order, so
   going from copy to copy ends, at a word that is kept. A window that overlaps each earlier copy of
