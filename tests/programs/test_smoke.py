@@ -51,7 +51,10 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_passes(name):
+def test_every_shipped_config_passes(name, tmp_path, monkeypatch):
+    (tmp_path / "corpora/demo").mkdir(parents=True)  # `make corpus-demo` makes it
+    (tmp_path / "corpora/demo/a.txt").write_text("a text")
+    monkeypatch.chdir(tmp_path)
     run = read(name, *(MORE if "deepseek" in name else ()))
     checks = list(smoke(run, jax.devices()[:1]))
     # An encoder continues nothing.
