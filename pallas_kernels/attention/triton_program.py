@@ -171,7 +171,8 @@ class TritonProgram:
 
         def loop(begin, count, block_of, masked, carry):
             def step(t, carry):
-                repeat = 0 if repeats == 1 else lax.div(t, count)
+                # An array: JAX's interpreter takes no Python int beside a mask.
+                repeat = jnp.int32(0) if repeats == 1 else lax.div(t, count)
                 at = begin + (t if repeats == 1 else t - repeat * count)
                 return body(block_of(at), repeat, masked, carry)
 

@@ -41,7 +41,7 @@ CASES = {
     "any positions": Case(
         (2, 50, 77, 4, 2, 16, 16), window=30, packed=True, sinks=True, place="positions"
     ),
-    "any positions, one document": Case((2, 40, 33, 2, 1, 16, 16), place="positions", seed=3),
+    "any positions, one document": Case((2, 40, 33, 2, 2, 16, 16), place="positions", seed=3),
     "full, slopes, packed": Case((2, 45, 70, 4, 2, 40, 40), causal=False, slopes=True, packed=True),
 }
 
