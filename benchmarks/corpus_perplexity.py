@@ -26,7 +26,7 @@ import numpy as np
 
 from maxlm.corpus.kneser_ney import KneserNeyConfig, estimate_kneser_ney
 from maxlm.corpus.stages.perplexity import PerplexityConfig, open_model, train_perplexity
-from maxlm.corpus.text import LineNormalizerConfig, make_line_normalizer
+from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 from maxlm.data.documents import SourceConfig, read_documents
 
 Result = TypeVar("Result")
@@ -52,7 +52,7 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
 
     quiet = kenlm.Config()
     quiet.show_progress, quiet.arpa_complain = False, kenlm.ARPALoadComplain.NONE
-    lines = make_line_normalizer(LineNormalizerConfig())
+    lines = make_line_splitter(LineSplitterConfig())
     corpus, test = folder / "lines.txt", [line for text in held for line in lines(text)]
     corpus.write_text("".join(f"{line}\n" for text in texts for line in lines(text)))
     size = corpus.stat().st_size / 1e6

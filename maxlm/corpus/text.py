@@ -129,7 +129,7 @@ _PUNCTUATION = str.maketrans(
 )
 
 
-class LineNormalizerConfig(Config):
+class LineSplitterConfig(Config):
     """Rules by which a text becomes lines of words, the same in training and in use."""
 
     lower: bool = True
@@ -143,11 +143,11 @@ class LineNormalizerConfig(Config):
     digits, other characters one by one, as are those of scripts that put no spaces."""
 
 
-LineNormalizer = Callable[[str], Iterator[str]]
+LineSplitter = Callable[[str], Iterator[str]]
 """Maps a text to its lines, of words separated by spaces; none without words."""
 
 
-def make_line_normalizer(config: LineNormalizerConfig) -> LineNormalizer:
+def make_line_splitter(config: LineSplitterConfig) -> LineSplitter:
     """Makes a function from texts to lines of words. Punctuation is unified as in CCNet."""
     split = _WORD.findall
     if config.tokenizer is not None:
@@ -164,7 +164,7 @@ def make_line_normalizer(config: LineNormalizerConfig) -> LineNormalizer:
     return lines
 
 
-def _normalize(text: str, config: LineNormalizerConfig) -> str:
+def _normalize(text: str, config: LineSplitterConfig) -> str:
     if not text.isascii():
         if config.accents:
             text = ACCENT.sub("", normalize("NFKD", text))

@@ -113,7 +113,7 @@ class RunLayout:
     notes: tuple[str, ...]
 
 
-def lay_out_run(
+def compute_run_layout(
     config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
 ) -> RunLayout:
     """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""

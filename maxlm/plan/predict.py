@@ -13,7 +13,7 @@ from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.hardware import CHIPS, find_chip, measure_cpu
-from maxlm.plan.layout import RunLayout, lay_out_run
+from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimensions
 from maxlm.plan.shape import StepShape
@@ -218,7 +218,7 @@ def plan_run(
     config = resolve_micro_batches(config, sizes)
     if links is None and machine:
         links = _links(machine, MeshPartitioning(config, sizes))
-    layout = lay_out_run(config, sizes, links)
+    layout = compute_run_layout(config, sizes, links)
     work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
     held, sends, time = estimate_costs(shape, machine)

@@ -99,13 +99,13 @@ class DeviceFlops:
     loss: Number
     """Forward FLOPs of the loss, for all micro-batches; the backward part is twice that."""
 
-    def step_matmul_flops(self, stage_passes: Number) -> Number:
+    def step_matmul_flops(self, stage_passes_with_bubble: Number) -> Number:
         """Counts a step's FLOPs without attention's, a pipeline's idle turns included."""
-        return stage_passes * (self.forward + self.backward) + 3 * self.loss
+        return stage_passes_with_bubble * (self.forward + self.backward) + 3 * self.loss
 
-    def step_attention_flops(self, stage_passes: Number) -> Number:
+    def step_attention_flops(self, stage_passes_with_bubble: Number) -> Number:
         """Counts a step's FLOPs of attention, a pipeline's idle turns included."""
-        return stage_passes * (self.attention_forward + self.attention_backward)
+        return stage_passes_with_bubble * (self.attention_forward + self.attention_backward)
 
 
 def count_device_flops(shape: StepShape) -> DeviceFlops:
@@ -189,7 +189,7 @@ def computed_score_ratio(own: AttentionShape) -> float:
     return float(np.sum(keys * (stops - starts)) / length**2)
 
 
-def update_flops(shape: StepShape) -> Number:
+def count_newton_schulz_flops(shape: StepShape) -> Number:
     """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products, three an
     iteration, of each hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were
     split as the moments are."""
@@ -303,7 +303,7 @@ def estimate_time(
     new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
-        products=parts[0] + (3 * flops.loss + update_flops(shape)) / rate,
+        products=parts[0] + (3 * flops.loss + count_newton_schulz_flops(shape)) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,
         exposed=exposed * (1 - share) + once,

@@ -17,7 +17,7 @@ from maxlm.data.documents import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
-from maxlm.plan.layout import lay_out_run
+from maxlm.plan.layout import compute_run_layout
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.prepare import read_vocab_size
 from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
@@ -116,7 +116,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     a mesh, a schedule, a batch, a tokenizer's size or missing documents make impossible raises a
     MaxlmError.
     """
-    lay_out_run(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
+    compute_run_layout(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
     config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:

@@ -207,7 +207,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     )
     pl.when(me == 1)(take_turn)
     carry = parts.make_zeros(ROWS, H), top, total
-    o, top, total = parts.visit_blocks(visits, masked, count, step, carry)
+    o, top, total = parts.visit_visible_blocks(visits, masked, count, step, carry)
     pl.when(me == 0)(take_turn)
 
     safe = jnp.where(total > 0, total, 1.0)

@@ -141,7 +141,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         return d_q
 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    d_q = parts.visit_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
+    d_q = parts.visit_visible_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
     staged = shared.get("staged", shared["q"]).at[me]
     parts.store_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
 

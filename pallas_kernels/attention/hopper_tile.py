@@ -251,7 +251,7 @@ def run_warpgroups(
         multiply(visits, row, head, (tile * WARPGROUPS + me) * ROWS, me)
 
 
-def visit_blocks(visits: BlockVisits | None, masked, count, step: Callable, carry: Any) -> Any:
+def visit_visible_blocks(visits: BlockVisits | None, masked, count, step: Callable, carry) -> Any:
     """Runs ``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
     if visits is not None:
         carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)

@@ -20,7 +20,7 @@ from pallas_kernels.attention.tpu_scores import (
     limit_in_flight,
     multiply,
     reshape_by_register,
-    scale_scores,
+    scale_scores_to_log2,
     transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
@@ -49,7 +49,7 @@ def backward_kernel(
         ps, d_ss: likewise as q.
     """
     g, i = pl.program_id(1), pl.program_id(2)
-    scalars = setting.scalars(ints, floats)
+    scalars = setting.read_program_scalars(ints, floats)
     params = setting.params
 
     @pl.when((g == 0) & (i == 0))
@@ -67,7 +67,7 @@ def backward_kernel(
 
     def score(n, tile, j, distance):
         rows, slot = slice(tile.q0, tile.q1), n % slots
-        s, slope = scale_scores(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
+        s, slope = scale_scores_to_log2(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
         segments = None, None
         if tile.packed:
             own = transpose_ids_to_lanes(k_ids[:, keys(tile, j)])

@@ -35,7 +35,7 @@ from pallas_kernels.attention.tpu_scores import (
     limit_in_flight,
     multiply,
     reshape_by_register,
-    scale_scores,
+    scale_scores_to_log2,
     transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
@@ -72,7 +72,7 @@ def forward_kernel(
         weights: likewise [1, keys, queries] as v.
     """
     g, i = pl.program_id(1), pl.program_id(2)
-    scalars = setting.scalars(ints, floats)
+    scalars = setting.read_program_scalars(ints, floats)
     params, put, get, slots = setting.params, scalars.put, scalars.get, len(scores)
     Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is not.
@@ -111,7 +111,7 @@ def forward_kernel(
         slot, rows = n % slots, slice(tile.q0, tile.q1)
         for piece in pieces(tile):
             at, first = keys(tile, j, piece), tile.k0 + piece.start
-            s, _ = scale_scores(multiply(k_ref[at], q_ref[rows], 1, 1), params)
+            s, _ = scale_scores_to_log2(multiply(k_ref[at], q_ref[rows], 1, 1), params)
             segments = None, None
             if tile.packed:
                 own = ids[first : first + len(s)]

@@ -44,19 +44,19 @@ class KernelStatics(NamedTuple):
     interpreted: bool = False
     """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
-    def scalars(self, ints: Any, floats: Any) -> "ProgramScalars":
+    def read_program_scalars(self, int_ref: Any, float_ref: Any) -> "ProgramScalars":
         """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group, ...)."""
         kv, g = pl.program_id(0), pl.program_id(1)
         row = lax.div(kv, self.kv_heads)
         head = lax.rem(kv, self.kv_heads) * self.group + g
         return ProgramScalars(
             row,
-            ints[0] if self.shift is None else self.shift,
-            ints[1],
-            ints[2],
-            ints[3 + row] if self.prefix else None,
-            floats[0, head] if self.slopes else None,
-            floats[1, head] if self.sinks else None,
+            int_ref[0] if self.shift is None else self.shift,
+            int_ref[1],
+            int_ref[2],
+            int_ref[3 + row] if self.prefix else None,
+            float_ref[0, head] if self.slopes else None,
+            float_ref[1, head] if self.sinks else None,
         )
 
 
@@ -108,7 +108,7 @@ def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     )
 
 
-def scale_scores(
+def scale_scores_to_log2(
     products: jax.Array, params: AttentionParams
 ) -> tuple[jax.Array, jax.Array | None]:
     """Scales fp32 q · k to scores · log2 e; also gives a cap's derivative by scale·q·k."""

@@ -181,7 +181,7 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         carry = zeros, top, jnp.ones((block_q,), jnp.float32)
     else:
         carry = zeros, jnp.full((block_q,), -jnp.inf), jnp.zeros((block_q,), jnp.float32)
-    o, top, total = p.visit_blocks(i, pl.cdiv(s.T, block_k), body, carry)
+    o, top, total = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, carry)
     some = total > 0
     inverse = 1 / jnp.where(some, total, 1.0)
     lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
@@ -214,7 +214,7 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
     zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.H))
-    d_q = p.visit_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
+    d_q = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
     store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
 
 
@@ -253,7 +253,7 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head(size))
         for size in (s.H, s.Hv)
     )
-    d_k, d_v = p.visit_blocks(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
+    d_k, d_v = p.visit_visible_blocks(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
     store_tile(d_k_ref, tuple(x * params.scale for x in d_k), start, block_k, s.T, s.H)
     store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
 

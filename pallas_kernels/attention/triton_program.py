@@ -165,7 +165,7 @@ class TritonProgram:
         )
         return y
 
-    def visit_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
+    def visit_visible_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
         """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i visits, each
         block ``repeats`` times."""
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
-from maxlm.corpus.text import LineNormalizerConfig, make_line_normalizer
+from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
 TEXTS = [
@@ -167,4 +167,4 @@ def test_a_long_run_of_marks_takes_time_in_proportion():
     text = "a" + "\u0301\u0323" * 300_000
     assert ExactStage().normalise(text).startswith("\u1ea1\u0323")
     for accents in (True, False):
-        assert len(list(make_line_normalizer(LineNormalizerConfig(accents=accents))(text))) == 1
+        assert len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text))) == 1

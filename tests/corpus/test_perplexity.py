@@ -17,7 +17,7 @@ from maxlm.corpus.stages.perplexity import (
     read_perplexity_metadata,
     train_perplexity,
 )
-from maxlm.corpus.text import LineNormalizerConfig, make_line_normalizer
+from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 
 # The reference manual of the running Python: half a megabyte of English.
 PARAGRAPHS = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 300]
@@ -26,7 +26,7 @@ CONFIG = PerplexityConfig(ngrams=SMALL, hold_out=5)
 
 
 def lines(text, **options):
-    return list(make_line_normalizer(LineNormalizerConfig(**options))(text))
+    return list(make_line_splitter(LineSplitterConfig(**options))(text))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_perplexity_is_that_of_kenlm_over_all_lines(trained):
 
 def test_documents_that_set_the_cutoffs_are_not_trained_on(tmp_path):
     texts = [f"{p} unique{i}x" for i, p in enumerate(PARAGRAPHS[:300])]
-    config = CONFIG.model_copy(update={"words": LineNormalizerConfig(digits=False), "hold_out": 10})
+    config = CONFIG.model_copy(update={"words": LineSplitterConfig(digits=False), "hold_out": 10})
     report = train_perplexity(texts, tmp_path, config)
     theirs = kenlm.Model(str(tmp_path / "model.arpa"))
     known = [f"unique{i}x" in theirs for i in range(300)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan.layout import lay_out_run
+from maxlm.plan.layout import compute_run_layout
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
@@ -37,21 +37,22 @@ def test_deepseek_by_hand():
     expert, router, dense, table = 3 * d * 1408, d * 64, 3 * d * 10944, 102400 * d
     norms = 27 * (2 * d + rank) + d
     met = 27 * attention + dense + 26 * (router + (6 + 2) * expert)
-    layout = lay_out_run(preset("deepseek_v2_lite", "clm"), ALONE)
+    layout = compute_run_layout(preset("deepseek_v2_lite", "clm"), ALONE)
     assert layout.active_parameters == met + norms + 2 * table
     assert layout.parameters == layout.active_parameters + 26 * (64 - 6) * expert == 15_706_484_224
     # Scores of queries and keys, and of weights and values, forward and twice backward.
     pairs = 27 * SEQ * heads * 3 * 2 * (plain + rotary + value)
     assert layout.flops_per_token_full_attention == 6 * (met + table) + pairs
     assert layout.flops_per_token == 6 * (met + table) + pairs / 2
-    both_ways = lay_out_run(preset("bert_base", "mlm"), ALONE)  # nothing is masked in an encoder
+    # Nothing is masked in an encoder.
+    both_ways = compute_run_layout(preset("bert_base", "mlm"), ALONE)
     assert both_ways.flops_per_token == both_ways.flops_per_token_full_attention
 
 
 def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
     config = preset("t5_small", "ul2", "task.encoder_len=464", "task.decoder_len=312")
-    layout = lay_out_run(config, ALONE)
+    layout = compute_run_layout(config, ALONE)
     d, heads = 512, 8 * 64
     projection, mlp = d * heads, 2 * d * 2048
     of_inputs = 6 * (4 * projection + mlp) + 6 * 2 * projection  # the decoder's keys and values
@@ -143,7 +144,7 @@ def test_what_layers_cannot_be_split_so_is_refused(model, axis, words):
     config = run(model, "dp")
     train = config.train.model_copy(update={"micro_batches": 2})
     with pytest.raises(MaxlmError, match=words):
-        lay_out_run(config.model_copy(update={"train": train}), ALONE | {axis: 2})
+        compute_run_layout(config.model_copy(update={"train": train}), ALONE | {axis: 2})
 
 
 @pytest.mark.parametrize("model", ["latent", "encoder_decoder"])

@@ -11,7 +11,7 @@ from maxlm.cli.main import main
 from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
-from maxlm.plan.layout import RunLayout, lay_out_run
+from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.show import format_bytes, format_count
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
@@ -34,7 +34,7 @@ def llama(**settings) -> RunConfig:
 def test_a_run_makes_the_arrays_that_were_planned():
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh=axes)
-    setup, layout = set_up_run(run), lay_out_run(run, sizes(**axes))
+    setup, layout = set_up_run(run), compute_run_layout(run, sizes(**axes))
     state = setup.init_train_state()
     arrays = flatten_names(state.params)
     assert [row.path for row in layout.rows] == list(arrays)
@@ -61,7 +61,7 @@ def test_other_optimizers_lie_as_planned(kind):
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
     state = set_up_run(run).abstract_state.opt_state
-    assert lay_out_run(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(state)
+    assert compute_run_layout(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(state)
 
 
 @pytest.mark.parametrize("name", list_shipped_configs())
@@ -136,7 +136,7 @@ def test_figures_for_people():
 
 def lay_out(mesh: dict[str, int], links=None, **settings: object) -> RunLayout:
     run = llama(**{"data.batch_size": 512, **settings})
-    return lay_out_run(run, sizes(**mesh), links)
+    return compute_run_layout(run, sizes(**mesh), links)
 
 
 def test_axes_are_named_with_what_they_run_over():

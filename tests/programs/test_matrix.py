@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from maxlm.config import load_config
-from maxlm.plan.layout import lay_out_run
+from maxlm.plan.layout import compute_run_layout
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from tests.programs import cells
@@ -90,7 +90,7 @@ def test_what_the_page_tells_to_write_is_planned_as_it_says(settings, says, tmp_
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
     config = load_config(RunConfig, file).value
-    notes = lay_out_run(config, mesh_sizes(config.mesh, DEVICES)).notes
+    notes = compute_run_layout(config, mesh_sizes(config.mesh, DEVICES)).notes
     assert set(says.splitlines()) <= set(notes), notes
 
 

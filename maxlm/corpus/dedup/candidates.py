@@ -127,7 +127,7 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     return starts
 
 
-def read_pairs_in_range(
+def read_unique_pairs_in_range(
     files: Sequence[Path], range_starts: np.ndarray, range_index: int
 ) -> np.ndarray:
     """Reads the pairs, each once, in one of the ranges of `find_pair_range_starts`."""

@@ -26,7 +26,7 @@ from maxlm.corpus.dedup.candidates import (
     count_pairs,
     find_pair_range_starts,
     find_pairs,
-    read_pairs_in_range,
+    read_unique_pairs_in_range,
     unpack_pairs,
     write_bands,
 )
@@ -290,7 +290,7 @@ def _verify(
     which, out = part
     if out.exists():
         return
-    candidates = read_pairs_in_range(found, starts, which)
+    candidates = read_unique_pairs_in_range(found, starts, which)
     low, high = unpack_pairs(candidates)
     jaccard = np.empty(len(candidates))
     for shard, here in members.by_shard(low):

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
 from maxlm.corpus.stage import PerDocumentStage, check_packages
-from maxlm.corpus.text import UNICODE, LineNormalizer, LineNormalizerConfig, make_line_normalizer
+from maxlm.corpus.text import UNICODE, LineSplitter, LineSplitterConfig, make_line_splitter
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
@@ -34,7 +34,7 @@ _FEWEST = 20  # Documents whose thirds mean something.
 class PerplexityConfig(Config):
     """Settings of a perplexity model's training."""
 
-    words: LineNormalizerConfig = LineNormalizerConfig()
+    words: LineSplitterConfig = LineSplitterConfig()
     ngrams: KneserNeyConfig = KneserNeyConfig()
     percentiles: tuple[float, float] = (100 / 3, 200 / 3)
     """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
@@ -72,7 +72,7 @@ class PerplexityReport:
 class PerplexityModel:
     """A trained model, opened."""
 
-    lines: LineNormalizer
+    lines: LineSplitter
     score: Callable[[str], float]
     """log10 of a line's probability, its end included."""
     cutoffs: tuple[float, float] = (0.0, 0.0)
@@ -92,7 +92,7 @@ class PerplexityModel:
 def open_model(folder: Path) -> PerplexityModel:
     """Raises: MaxlmError: see `read_perplexity_metadata`; KenLM cannot read the model."""
     kept = read_perplexity_metadata(folder)
-    return PerplexityModel(make_line_normalizer(kept.words), _load(folder / MODEL), kept.cutoffs)
+    return PerplexityModel(make_line_splitter(kept.words), _load(folder / MODEL), kept.cutoffs)
 
 
 def _load(path: Path) -> Callable[[str], float]:
@@ -111,7 +111,7 @@ class PerplexityMetadata(Config):
     """The content of `cutoffs.json`."""
 
     cutoffs: tuple[float, float]
-    words: LineNormalizerConfig
+    words: LineSplitterConfig
     model_sha256: str
     report: dict[str, Any]
 
@@ -175,7 +175,7 @@ def train_perplexity(
         # Without it, a model that is being replaced is not taken for a whole one.
         (folder / CUTOFFS).unlink(missing_ok=True)
     held: list[str] = []
-    lines, most = make_line_normalizer(config.words), config.reference_documents
+    lines, most = make_line_splitter(config.words), config.reference_documents
     documents = 0
 
     def sentences() -> Iterator[str]:

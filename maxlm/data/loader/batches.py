@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maxlm.data.loader.mixture import ENDLESS, Mixture
+from maxlm.data.loader.mixture import ENDLESS, MixtureOrder
 from maxlm.data.loader.packing import DocumentSpans, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_keys, permute
 from maxlm.data.store.offsets import Int64s
@@ -39,7 +39,7 @@ class Batches:
     """
 
     sources: tuple[Packing, ...]
-    order: Mixture | None
+    order: MixtureOrder | None
     """None: one pass over the only source; past its end there is padding."""
     shuffle_keys: tuple[int, ...] | None
     """A key for each store; None reads every epoch in store order."""
@@ -47,7 +47,7 @@ class Batches:
     batch_size: int
 
     @property
-    def mixture(self) -> Mixture:
+    def mixture(self) -> MixtureOrder:
         """The mixture that rows are drawn from; one pass has none."""
         assert self.order is not None
         return self.order

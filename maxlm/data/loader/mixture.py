@@ -61,7 +61,7 @@ class MixtureSegment:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOrder:
     """Maps a global sequence index to (store number, index within that store's own stream)."""
 
     names: tuple[str, ...]
@@ -79,7 +79,7 @@ class Mixture:
         *,
         changes: Sequence[tuple[int, Weights]] = (),
         max_sequences: Mapping[str, int] | None = None,
-    ) -> "Mixture":
+    ) -> "MixtureOrder":
         """Makes a mixture of stores numbered in the order of `weights`, which need not sum to 1.
 
         Args:
@@ -260,7 +260,7 @@ class Mixing:
         sequences: Mapping[str, int],
         batch_size: int,
         key: int | None,
-    ) -> Mixture:
+    ) -> MixtureOrder:
         """Makes the mixture of stores of these sizes, numbered in the order of `tokens`."""
         check_phases(self.phases, tuple(self.weights))
         sizes = dict.fromkeys(tokens, 1.0)
@@ -286,7 +286,7 @@ class Mixing:
         changes = [(step * batch_size, weights) for step, weights in later]
         # 0 would be a source that nobody meant to leave out.
         most = {name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()}
-        return Mixture.of(first, key, changes=changes, max_sequences=most)
+        return MixtureOrder.of(first, key, changes=changes, max_sequences=most)
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def build_store(
     split: Split = "all",
     heldout_fraction: float = 0.0,
     workers: int | None = None,
-    shard_bytes: int | None = None,
+    part_bytes: int | None = None,
     progress: Progress = ignore_progress,
     force: bool = False,
     join: bool = False,
@@ -65,7 +65,7 @@ def build_store(
         split: which documents to take: those held out, the others, or all.
         heldout_fraction: the share held out, by `is_heldout`; not used for "all".
         workers: processes; by default the cores this process may use. 1 works in this process.
-        shard_bytes: source bytes per part, the unit of work and of resumption; by default a
+        part_bytes: source bytes per part, the unit of work and of resumption; by default a
             64th of the corpus within 256 KiB to 64 MiB. Does not change the result.
         force: replace a store of other inputs.
         join: work beside other builders of this store, on this machine or on others that share
@@ -78,7 +78,7 @@ def build_store(
             cannot be written; a build of the same store by another process, without `join`.
     """
     out, tokenizer_folder = Path(check_local_path(out)), Path(tokenizer_folder)
-    plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, shard_bytes)
+    plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, part_bytes)
     building = out.with_name(f".{out.name}.building")
     if existing := _check_replaceable(out, plan.manifest, force):
         return existing
@@ -109,7 +109,7 @@ def append_store(
     out: Path | str,
     *,
     workers: int | None = None,
-    shard_bytes: int | None = None,
+    part_bytes: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Manifest:
     """Add the documents of more files to the store in folder `out`, as a new segment.
@@ -122,7 +122,7 @@ def append_store(
     out = Path(check_local_path(out))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction
-    plan = plan_build(source, out / "tokenizer", *split, workers, shard_bytes)
+    plan = plan_build(source, out / "tokenizer", *split, workers, part_bytes)
     building = out.with_name(f".{out.name}.building")
     with WorkerPool(workers or count_usable_cores()) as pool, lock_folder(building):
         existing = TokenStore.open(out).manifest

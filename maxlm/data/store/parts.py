@@ -32,8 +32,8 @@ from maxlm.runtime.pool import count_usable_cores
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
 
-MAX_SHARD_BYTES = 64 << 20
-MIN_SHARD_BYTES = 256 << 10
+MAX_PART_BYTES = 64 << 20
+MIN_PART_BYTES = 256 << 10
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 4096
 
@@ -80,20 +80,20 @@ class BuildPlan:
     manifest: Manifest
     """Manifest of the inputs, without counts."""
     scans: tuple[Scan, ...]
-    shard_bytes: int
+    part_bytes: int
 
     def parts_folder(self, building: Path) -> Path:
         """Returns the folder that the parts are made in; parts of other inputs lie elsewhere."""
-        text = f"{self.shard_bytes} {self.manifest.model_dump_json()}"
+        text = f"{self.part_bytes} {self.manifest.model_dump_json()}"
         return building / f"parts-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def jobs(self, folder: Path) -> list[PartJob]:
-        """Groups consecutive slices into parts of at least `shard_bytes`."""
+        """Groups consecutive slices into parts of at least `part_bytes`."""
         units: list[list[PartSlice]] = [[]]
         size = 0
         for index, scan in enumerate(self.scans):
             for each in scan.slices:
-                if size >= self.shard_bytes:
+                if size >= self.part_bytes:
                     units.append([])
                     size = 0
                 units[-1].append(PartSlice(index, scan.mtime_ns, each))
@@ -110,7 +110,7 @@ def plan_build(
     split: Split,
     heldout_fraction: float,
     workers: int | None,
-    shard_bytes: int | None,
+    part_bytes: int | None,
 ) -> BuildPlan:
     """Lists, hashes and cuts the files. Raises as `build_store`."""
     from maxlm.data.tokenizer import load_tokenizer
@@ -122,11 +122,11 @@ def plan_build(
         raise MaxlmError(f"workers={workers} is less than 1", fix="give 1 or more")
     tokenizer = load_tokenizer(tokenizer_folder)
     listing = find_files(source)
-    if shard_bytes is None:
+    if part_bytes is None:
         even = sum(file.size for file in listing.files) // 64
-        shard_bytes = min(max(even, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+        part_bytes = min(max(even, MIN_PART_BYTES), MAX_PART_BYTES)
     with ThreadPoolExecutor(workers or count_usable_cores()) as threads:
-        scans = tuple(threads.map(lambda file: scan_file(file, shard_bytes), listing.files))
+        scans = tuple(threads.map(lambda file: scan_file(file, part_bytes), listing.files))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -146,7 +146,7 @@ def plan_build(
             for file, scan in zip(listing.files, scans, strict=True)
         ),
     )
-    return BuildPlan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
+    return BuildPlan(source, tokenizer_folder, tokenizer, manifest, scans, part_bytes)
 
 
 def part_path(folder: Path, index: int, suffix: str) -> Path:

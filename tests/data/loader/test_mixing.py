@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.data.loader import Mixing, Phase, load_batches, make_batches, summarize_source_usage
-from maxlm.data.loader.mixture import BLOCK, ENDLESS, Mixture
+from maxlm.data.loader.mixture import BLOCK, ENDLESS, MixtureOrder
 from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
 
@@ -31,7 +31,7 @@ def mixture(first, later=(), most=None, key=5):
     phases = [({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]]
     most = {n: count for n, count in (most or {}).items() if n in read}
     later = [(t, w) for w, t in phases[1:]]
-    return Mixture.of(phases[0][0], key, changes=later, max_sequences=most), phases, most
+    return MixtureOrder.of(phases[0][0], key, changes=later, max_sequences=most), phases, most
 
 
 ENDS_WITH_ITS_PHASE = {
@@ -225,7 +225,7 @@ weight_lists = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=6)
 
 
 def even(weights, key=5):
-    return Mixture.of({str(i): w for i, w in enumerate(weights)}, key)
+    return MixtureOrder.of({str(i): w for i, w in enumerate(weights)}, key)
 
 
 @given(weights=weight_lists, total=st.integers(1, 5000))
@@ -245,6 +245,6 @@ def test_no_sequence_is_lost_where_the_arithmetic_is_split(weights, key, high):
 
 
 def test_the_order_of_the_mapping_does_not_matter():
-    a = Mixture.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
-    b = Mixture.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
+    a = MixtureOrder.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
+    b = MixtureOrder.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
     assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])

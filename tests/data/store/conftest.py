@@ -90,5 +90,5 @@ def sources(tmp_path, small_shards):
 def appended(tmp_path, sources, byte_tokenizer):
     build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
     for source in sources[1:]:
-        append_store(source, tmp_path / "store", workers=1, shard_bytes=300)
+        append_store(source, tmp_path / "store", workers=1, part_bytes=300)
     return tmp_path / "store"

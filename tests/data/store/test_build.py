@@ -89,9 +89,9 @@ def test_width_follows_the_vocabulary(tmp_path, corpus, byte_tokenizer, vocab_si
 
 def test_part_size_does_not_change_the_store(tmp_path, corpus, byte_tokenizer, folder_bytes):
     stores = []
-    for shard_bytes in (1, 100, None):
-        out = tmp_path / f"store-{shard_bytes}"
-        build_store(corpus, byte_tokenizer(), out, workers=1, shard_bytes=shard_bytes)
+    for part_bytes in (1, 100, None):
+        out = tmp_path / f"store-{part_bytes}"
+        build_store(corpus, byte_tokenizer(), out, workers=1, part_bytes=part_bytes)
         stores.append(folder_bytes(out))
     assert stores[0] == stores[1] == stores[2]
 

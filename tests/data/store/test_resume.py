@@ -52,7 +52,7 @@ def build_until_stopped(source, tokenizer, out, count, name="make_part", **setti
     return made
 
 
-SETTINGS = {"workers": 1, "shard_bytes": 100}
+SETTINGS = {"workers": 1, "part_bytes": 100}
 
 
 def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
@@ -101,7 +101,7 @@ def test_parts_of_other_inputs_are_not_used(tmp_path, corpus, byte_tokenizer, ch
     elif change == "tokenizer":
         tokenizer = byte_tokenizer(7)
     else:
-        settings["shard_bytes"] = 200
+        settings["part_bytes"] = 200
     build_store(corpus, tokenizer, out, **settings)
     build_store(corpus, tokenizer, tmp_path / "fresh", **settings)
     stores = [TokenStore.open(path) for path in (out, tmp_path / "fresh")]
@@ -137,7 +137,7 @@ JOINED = """
         return part
     parts._make_claimed_part = make
     source = SourceConfig(documents=(str(root / "a.jsonl"),))
-    build_store(source, "t", root / "store", workers=1, shard_bytes=100, join=True)
+    build_store(source, "t", root / "store", workers=1, part_bytes=100, join=True)
 """
 
 
@@ -162,7 +162,7 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
 
 @pytest.mark.parametrize("name", ["make_part", "assemble", "write_checksums", "write_manifest"])
 def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
-    out, settings = tmp_path / "again", {"workers": 1, "shard_bytes": 300}
+    out, settings = tmp_path / "again", {"workers": 1, "part_bytes": 300}
     build_store(sources[0], byte_tokenizer(), out, workers=1)
     append_store(sources[1], out, **settings)
     before = (out / "manifest.json").read_bytes()

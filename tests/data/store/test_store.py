@@ -28,7 +28,7 @@ def store(tmp_path, byte_tokenizer, small_shards):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS))
     source = SourceConfig(documents=(str(path),))
-    build_store(source, byte_tokenizer(), tmp_path / "store", workers=1, shard_bytes=300)
+    build_store(source, byte_tokenizer(), tmp_path / "store", workers=1, part_bytes=300)
     return TokenStore.open(tmp_path / "store")
 
 
