@@ -85,15 +85,15 @@ def open_run(
     states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
-    frozen = describe_frozen_models(setup, states.load_or_copy_frozen())
-    metadata = make_run_metadata(config, corpus, saved, frozen)
+    frozen = states.load_or_copy_frozen()
+    metadata = make_run_metadata(config, corpus, saved, describe_frozen_models(setup, frozen))
     if source:
         where = str(source.checkpointer.folder)
         check_same_inputs(config, corpus, source.metadata, metadata, where)
     skips = read_skips(folder)
     if skips is None:
         skips = get_skips(source.metadata) if source else ()
-    position = states.restore(skips)
+    position = states.restore(skips, frozen)
     step = position.step
     if not position.checkpoint_place:
         check_no_lost_checkpoint(checkpointer, resume)

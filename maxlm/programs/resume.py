@@ -99,11 +99,14 @@ class StateRestorer:
     checkpointer: Checkpointer
     resume_source: ResumeSource | None
 
-    def restore(self, skips: Skips) -> TrainingPosition:
-        """Returns the position to start or resume at; raises MaxlmError if none can be read."""
+    def restore(self, skips: Skips, frozen: dict[str, Params]) -> TrainingPosition:
+        """Returns the position to start or resume at, with the ``frozen`` models in its state;
+        raises MaxlmError if none can be read."""
         if self.resume_source:
-            return self._restore_latest(self.resume_source, skips)
-        return self._add_frozen(TrainingPosition(init_or_warm_start_state(self.setup), 0, skips))
+            position = self._restore_latest(self.resume_source, skips)
+        else:
+            position = TrainingPosition(init_or_warm_start_state(self.setup), 0, skips)
+        return _add_frozen(position, frozen)
 
     def rollback(
         self, decision: RollbackDecision, skips: Skips, event: Callable[..., None]
@@ -119,7 +122,7 @@ class StateRestorer:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
         good = [each.step for each in source.found if each.step < decision.first_bad_step]
-        position = None if good else self.restore(skips)
+        position = None if good else self.restore(skips, self.load_or_copy_frozen())
         base = position.step if position else max(good)
         skip = get_batch_number(base, skips), get_batch_number(decision.last_bad_step - 1, skips)
         if position:
@@ -131,7 +134,9 @@ class StateRestorer:
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
-        return replace(position, skips=skips) if position else self._restore_latest(source, skips)
+        if position:
+            return replace(position, skips=skips)
+        return _add_frozen(self._restore_latest(source, skips), self.load_or_copy_frozen())
 
     def load_or_copy_frozen(self) -> dict[str, Params]:
         """Returns the parameters of the models that the task reads and does not train."""
@@ -158,12 +163,13 @@ class StateRestorer:
                 raise_unreadable(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
             fresh = init_or_warm_start_state(self.setup)
-            return self._add_frozen(TrainingPosition(fresh, 0, skips, skipped=skipped))
+            return TrainingPosition(fresh, 0, skips, skipped=skipped)
         if source.is_own:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
         where, losses = found.tier.place, found.metadata.get("losses")
-        return self._add_frozen(TrainingPosition(state, found.step, skips, where, losses, newer))
+        return TrainingPosition(state, found.step, skips, where, losses, newer)
 
-    def _add_frozen(self, position: TrainingPosition) -> TrainingPosition:
-        return replace(position, state=replace(position.state, frozen=self.load_or_copy_frozen()))
+
+def _add_frozen(position: TrainingPosition, frozen: dict[str, Params]) -> TrainingPosition:
+    return replace(position, state=replace(position.state, frozen=frozen))
