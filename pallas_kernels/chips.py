@@ -17,13 +17,13 @@ class TpuChip(NamedTuple):
     name: str
     topology: str
     """The smallest topology that ``jax.experimental.topologies`` knows."""
-    vmem: int
+    vmem_bytes: int
     """Bytes of VMEM of a core."""
-    cores: int
+    num_cores: int
     """TensorCores that share a device, and a kernel's grid (megacore)."""
-    mxu: int
+    mxu_size: int
     """Rows and columns of a matrix unit."""
-    mxus: int
+    mxus_per_core: int
     """Matrix units of a core."""
     flops_per_mxu_cycle: int
     """bf16 FLOPs of a matrix unit in a cycle. A 256-wide unit takes two rows a cycle."""
@@ -45,7 +45,7 @@ class TpuChip(NamedTuple):
     @property
     def clock_hz(self) -> float:
         """Clock rate at which every matrix unit, always busy, gives the stated peak; Hz."""
-        return self.peak_flops / (self.cores * self.mxus * self.flops_per_mxu_cycle)
+        return self.peak_flops / (self.num_cores * self.mxus_per_core * self.flops_per_mxu_cycle)
 
 
 CHIPS = {

@@ -175,7 +175,7 @@ def report(benchmark: Benchmark, rows: Sequence[Row], chip: TpuChip, name: str) 
     bounds = {of.name: of.flops / chip.peak_flops * 1e6 for of in benchmark.passes}
     lines = [
         f"{benchmark.title}, on one {name}: {chip.clock_hz / 1e9:.2f} GHz, "
-        f"{chip.cores} core{'s' * (chip.cores > 1)}; matrix units' lower bound "
+        f"{chip.num_cores} core{'s' * (chip.num_cores > 1)}; matrix units' lower bound "
         f"{', '.join(f'{bound:.1f} µs {name}' for name, bound in bounds.items())}.",
         "",
         *_table(

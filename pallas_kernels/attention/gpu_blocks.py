@@ -21,21 +21,21 @@ _FAR = 2**30
 class BlockVisits(NamedTuple):
     """The visits of one block: scalars in a kernel. Masked visit t goes to :meth:`masked_block`."""
 
-    begin: jax.Array
-    count: jax.Array
+    masked_begin: jax.Array
+    num_masked: jax.Array
     """Masked visits."""
     full_begin: jax.Array
     full_end: jax.Array
-    first_cut: jax.Array
-    first_length: jax.Array
-    second_cut: jax.Array
-    second_length: jax.Array
+    first_gap_begin: jax.Array
+    first_gap_length: jax.Array
+    second_gap_begin: jax.Array
+    second_gap_length: jax.Array
 
     def masked_block(self, t: jax.Array) -> jax.Array:
-        """Returns the block of masked visit t: ``begin`` + t, past the runs that are cut out."""
-        at = self.begin + t
-        at = at + jnp.where(at >= self.first_cut, self.first_length, 0)
-        return at + jnp.where(at >= self.second_cut, self.second_length, 0)
+        """Returns the block of masked visit t: ``masked_begin`` + t, past the gaps."""
+        at = self.masked_begin + t
+        at = at + jnp.where(at >= self.first_gap_begin, self.first_gap_length, 0)
+        return at + jnp.where(at >= self.second_gap_begin, self.second_gap_length, 0)
 
 
 def needs_mask(params: AttentionParams, operands: AttentionOperands, T: int, block_k: int) -> bool:

@@ -180,7 +180,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, _ = tile.scores(products)
         if masked:
-            scores = jnp.where(tile.visible(*segments), scores, -jnp.inf)
+            scores = jnp.where(tile.compute_mask(*segments), scores, -jnp.inf)
 
         new_top = jnp.maximum(top, scores.max(axis=1) * s.exp2_scale)
         # Rows that have seen no key: −inf − −inf is NaN.

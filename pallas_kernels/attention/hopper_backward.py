@@ -132,7 +132,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         starts = start, block_of(at) * block_k
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, slope = tile.scores(products)
-        seen = tile.visible(*segments) if masked else None
+        seen = tile.compute_mask(*segments) if masked else None
         _, d_scores = compute_weights_and_d_scores(
             scores, slope, own("lse"), d_weights, own("delta"), seen, s.exp2_scale
         )
@@ -216,7 +216,7 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
             if s.has_segments:
                 own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
                 segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
-            seen = tile.visible(*segments)
+            seen = tile.compute_mask(*segments)
         weights, d_scores = compute_weights_and_d_scores(
             scores, slope, beside("lse"), d_weights, beside("delta"), seen, s.exp2_scale
         )

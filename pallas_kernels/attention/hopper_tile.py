@@ -99,7 +99,7 @@ def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Cal
     """Returns (visits with a mask, which come first; all visits; the block of a visit)."""
     if visits is None:
         return 0, blocks, lambda at: at
-    masked = visits.count
+    masked = visits.num_masked
 
     def block_of(at):
         return jnp.where(at < masked, visits.masked_block(at), visits.full_begin + at - masked)
@@ -111,12 +111,12 @@ class HopperScoreTile:
     """Scores of queries from ``q_start``, along ``q_axis``, with keys from ``k_start``."""
 
     def __init__(
-        self, statics: HopperStatics, refs, shape: tuple[int, int], q_axis: int, starts, at
+        self, statics: HopperStatics, refs, shape: tuple[int, int], q_axis: int, starts, row_head
     ):
         self.statics, self.refs, self.params = statics, refs, statics.params
         self.shape, self.q_axis = shape, q_axis
         self.q_start, self.k_start = starts
-        self.row, self.head = at
+        self.row, self.head = row_head
 
     def _iota(self, axis: int) -> jax.Array:
         return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
@@ -147,7 +147,7 @@ class HopperScoreTile:
             scores -= distance * (self.refs["slopes"][self.head] * LOG2E)
         return scores, slope
 
-    def visible(self, q_segments=None, k_segments=None) -> jax.Array:
+    def compute_mask(self, q_segments=None, k_segments=None) -> jax.Array:
         """Returns bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
         params, T, seen = self.params, self.statics.T, []
         if params.causal:
@@ -167,22 +167,22 @@ class HopperScoreTile:
         return reduce(and_, seen)
 
 
-def multiply_transposed(a, b, meanwhile: Callable[[], None]) -> jax.Array:
-    """Multiplies a·bᵀ in shared memory; calls ``meanwhile`` before it waits for the result."""
+def multiply_transposed(a, b, overlapped: Callable[[], None]) -> jax.Array:
+    """Multiplies a·bᵀ in shared memory; calls ``overlapped`` before it waits for the result."""
 
     def multiply(sums):
         plgpu.wgmma(sums, a, b.transpose((1, 0)))
-        meanwhile()
+        overlapped()
         return sums[...]
 
     return pl.run_scoped(multiply, ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def add_product(s: HopperStatics, to: jax.Array, a: jax.Array, b) -> jax.Array:
-    """Adds a·b to ``to``, a in registers and b in shared memory."""
+def add_product(s: HopperStatics, accumulator: jax.Array, a: jax.Array, b) -> jax.Array:
+    """Adds a·b to ``accumulator``, a in registers and b in shared memory."""
     if s.interpret:  # which knows no operand in registers
-        return to + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(ACC.init(to))
+        return accumulator + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(ACC.init(accumulator))
     return sums
 
 
@@ -217,9 +217,9 @@ def store_tile(staged, target, x: jax.Array) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def make_staging_buffer(name: str, dtype: Any, own: Any) -> dict[str, Any]:
+def make_staging_buffer(name: str, dtype: Any, operand_dtype: Any) -> dict[str, Any]:
     """Returns the buffer for columns of a warpgroup's results, if not of the operands' dtype."""
-    if jnp.dtype(dtype) == own:
+    if jnp.dtype(dtype) == operand_dtype:
         return {}
     columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
     return {name: plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)}
@@ -258,11 +258,11 @@ def visit_visible_blocks(visits: BlockVisits | None, masked, count, step: Callab
     return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
 
 
-def copy_own_tiles(shared, ready: str, me, sources: dict[str, Any]) -> None:
+def copy_own_tiles(shared, ready: str, warpgroup, sources: dict[str, Any]) -> None:
     """Copies what a warpgroup keeps all the time, and waits for it."""
     for name, source in sources.items():
-        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared[ready].at[me])
-    plgpu.barrier_wait(shared[ready].at[me])
+        plgpu.copy_gmem_to_smem(source, shared[name].at[warpgroup], shared[ready].at[warpgroup])
+    plgpu.barrier_wait(shared[ready].at[warpgroup])
 
 
 def make_barriers(s: HopperStatics, **arrivals: int) -> dict[str, Any]:

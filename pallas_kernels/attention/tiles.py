@@ -19,26 +19,26 @@ MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
 
 
-def einsum(maths: str, *operands: jax.Array) -> Any:
+def einsum(subscripts: str, *operands: jax.Array) -> Any:
     """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
-    return jnp.einsum(maths, *operands, preferred_element_type=accumulation_dtype(*operands))
+    return jnp.einsum(subscripts, *operands, preferred_element_type=accumulation_dtype(*operands))
 
 
 class ScoreTile(NamedTuple):
     """Queries [start, stop) and the keys [begin, end) that they may see; none where begin ≥ end."""
 
-    start: int
-    stop: int
-    begin: int
-    end: int
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
 
     @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
+    def q_slice(self) -> slice:
+        return slice(self.q_start, self.q_stop)
 
     @property
-    def keys(self) -> slice:
-        return slice(self.begin, self.end)
+    def k_slice(self) -> slice:
+        return slice(self.k_start, self.k_stop)
 
     def scores(
         self, q: jax.Array, k: jax.Array, operands: AttentionOperands, params: AttentionParams
@@ -52,7 +52,7 @@ class ScoreTile(NamedTuple):
         Returns:
             fp32 [B, K, G, stop − start, end − begin], MASKED where a query may not see a key.
         """
-        scores = einsum("bskgh,btkh->bkgst", q[:, self.rows], k[:, self.keys]) * params.scale
+        scores = einsum("bskgh,btkh->bkgst", q[:, self.q_slice], k[:, self.k_slice]) * params.scale
         derivatives = None
         if params.soft_cap is not None:
             tanh = jnp.tanh(scores / params.soft_cap)
@@ -88,7 +88,7 @@ class ScoreTile(NamedTuple):
         # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
         # begins with the last number that the one above left, and those of keys before the first
         # query stand at the repeated row's end.
-        s, t = self.stop - self.start, self.end - self.begin
+        s, t = self.q_stop - self.q_start, self.k_stop - self.k_start
         q_at, k_at = self._positions(operands, params)
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
@@ -105,12 +105,12 @@ class ScoreTile(NamedTuple):
         self, operands: AttentionOperands, params: AttentionParams
     ) -> tuple[jax.Array, jax.Array]:
         if operands.q_positions is None or operands.k_positions is None:
-            q_at = jnp.arange(self.start, self.stop, dtype=jnp.int32)
-            k_at = jnp.arange(self.begin, self.end, dtype=jnp.int32)
+            q_at = jnp.arange(self.q_start, self.q_stop, dtype=jnp.int32)
+            k_at = jnp.arange(self.k_start, self.k_stop, dtype=jnp.int32)
             q_at += sum_offsets(params.q_offset, operands.q_offset)
             k_at += sum_offsets(params.k_offset, operands.k_offset)
             return q_at[None], k_at[None]
-        return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
+        return operands.q_positions[:, self.q_slice], operands.k_positions[:, self.k_slice]
 
     def _mask(
         self, behind: jax.Array, operands: AttentionOperands, params: AttentionParams
@@ -126,8 +126,8 @@ class ScoreTile(NamedTuple):
                 seen |= (k_at < operands.prefix[:, None])[:, None]
             parts.append(seen)
         if operands.q_segments is not None and operands.k_segments is not None:
-            own = operands.q_segments[:, self.rows, None]
-            other = operands.k_segments[:, None, self.keys]
+            own = operands.q_segments[:, self.q_slice, None]
+            other = operands.k_segments[:, None, self.k_slice]
             parts += [own == other, own != 0]
         return reduce(and_, parts) if parts else None
 

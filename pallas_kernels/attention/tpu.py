@@ -58,7 +58,7 @@ def forward(
 
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     (B, S, N, H), Hv = q.shape, v.shape[-1]
-    call = TpuKernelCall.of(q.shape, len(k) // B, part, blocks, joined=True)
+    call = TpuKernelCall.of(q.shape, len(k) // B, part, blocks, join_tiles=True)
     bq, slots, tile = blocks.q, blocks.tiles_in_flight, (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.forward_kernel,
@@ -75,13 +75,13 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
         scratch=[
             pltpu.VMEM((SUBLANES, bq), F32),
             pltpu.VMEM((count_value_and_sum_rows(Hv), bq), F32),
-            pltpu.VMEM((count_value_and_sum_rows(Hv), part.held), v.dtype),
-            pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.packed else None,
+            pltpu.VMEM((count_value_and_sum_rows(Hv), part.num_rows), v.dtype),
+            pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.compares_segments else None,
             *_tiles(slots, tile, F32),
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
         ],
-        vmem=vmem_bytes(FORWARD, blocks, sizes, part.held),
+        vmem=vmem_bytes(FORWARD, blocks, sizes, part.num_rows),
         products=H + Hv,
         interpret=interpret,
         name="attention_forward",
@@ -129,7 +129,7 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
     """
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
     H, Hv = q.shape[-1], v.shape[-1]
-    call = TpuKernelCall.of(shape, len(k) // shape[0], part, blocks, joined=False)
+    call = TpuKernelCall.of(shape, len(k) // shape[0], part, blocks, join_tiles=False)
     slots, tile = blocks.tiles_in_flight, (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
@@ -151,13 +151,13 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
         continued=[(call.query_spec(H), d_q), (kept, d_k), (kept, d_v)],
         scratch=[
             pltpu.VMEM((H, blocks.q), F32),
-            pltpu.VMEM((part.held, H), F32),
-            pltpu.VMEM((part.held, Hv), F32),
+            pltpu.VMEM((part.num_rows, H), F32),
+            pltpu.VMEM((part.num_rows, Hv), F32),
             *_tiles(slots, tile, F32, F32),
             *(_tiles(slots, tile, F32) if part.params.soft_cap is not None else [None]),
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
-        vmem=vmem_bytes(BACKWARD, blocks, sizes, part.held),
+        vmem=vmem_bytes(BACKWARD, blocks, sizes, part.num_rows),
         products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",

@@ -32,7 +32,7 @@ CHUNK = 32
 def backward_kernel(
     table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
     dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
-    *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
+    *, walk: KeyWalk, statics: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
     """Computes one block of queries of one head.
 
@@ -49,8 +49,8 @@ def backward_kernel(
         ps, d_ss: likewise as q.
     """
     g, i = pl.program_id(1), pl.program_id(2)
-    scalars = setting.read_program_scalars(ints, floats)
-    params = setting.params
+    scalars = statics.read_program_scalars(ints, floats)
+    params = statics.params
 
     @pl.when((g == 0) & (i == 0))
     def _():
@@ -63,17 +63,17 @@ def backward_kernel(
     def keys(tile, j):
         return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
 
-    put, get, slots = scalars.put, scalars.get, len(scores)
+    put, get, slots = scalars.store_zero, scalars.load_zero, len(scores)
 
     def score(n, tile, j, distance):
         rows, slot = slice(tile.q0, tile.q1), n % slots
         s, slope = scale_scores_to_log2(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
         segments = None, None
-        if tile.packed:
+        if tile.compares_segments:
             own = transpose_ids_to_lanes(k_ids[:, keys(tile, j)])
             segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
         spot = TilePosition(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
-        scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
+        scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
         d_ps[slot][put] = multiply(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
         if slope is not None:
             slopes[slot][put] = slope
@@ -94,7 +94,7 @@ def backward_kernel(
             d_s = p * (d_ps[slot][get, at] - delta)
             if slopes is not None:
                 d_s = d_s * slopes[slot][get, at]
-            if tile.masked or tile.packed:
+            if tile.masked or tile.compares_segments:
                 # Products with a masked key or value may have overflown.
                 d_s = jnp.where(p > 0, d_s, 0.0)
             d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
@@ -118,7 +118,7 @@ def backward_kernel(
             ],
         )
 
-    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    row = [table[(scalars.row if statics.num_tables > 1 else 0), i, c] for c in range(COLUMNS)]
 
     def finish():
         if dq_in is None:
@@ -126,9 +126,9 @@ def backward_kernel(
         else:
             dq_ref[...] = (dq[...].T * params.scale + dq_in[...]).astype(dq_ref.dtype)
 
-    visit_key_blocks(walk, row, i, scalars.shift, start, tiles, finish)
+    visit_key_blocks(walk, row, i, scalars.qk_offset, start, tiles, finish)
 
-    @pl.when((g == setting.group - 1) & (i == pl.num_programs(2) - 1))
+    @pl.when((g == statics.group - 1) & (i == pl.num_programs(2) - 1))
     def _():
         dk_ref[...] = (dk[...] * params.scale).astype(dk_ref.dtype)
         dv_ref[...] = dv[...].astype(dv_ref.dtype)

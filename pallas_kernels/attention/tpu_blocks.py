@@ -53,7 +53,7 @@ class AttentionSizes(NamedTuple):
     T: int
     H: int
     Hv: int
-    bytes: int
+    element_bytes: int
     """Bytes of a number in q, k and v."""
     out_bytes: int
     """Bytes of a number in the results."""
@@ -69,16 +69,17 @@ def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) 
     as wide as the matrix unit, of which little spills; backward, tiles so small that nothing
     spills. From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all.
     """
-    stages = {"ahead": 3, "pace": 3} if chip.mxu == 256 else {"ahead": 3, "behind": 2}
+    stages = {"ahead": 3, "pace": 3} if chip.mxu_size == 256 else {"ahead": 3, "behind": 2}
 
     def blocks(most: int) -> TpuBlocks:
         q = _fit(sizes.S, most)
         k = min(q, _fit(sizes.T, most))
         if direction == BACKWARD:
-            return TpuBlocks(q, k, LANES, min(chip.mxu, k))
-        return TpuBlocks(q, k, min(chip.mxu, q), min(chip.mxu, k), **stages)
+            return TpuBlocks(q, k, LANES, min(chip.mxu_size, k))
+        return TpuBlocks(q, k, min(chip.mxu_size, q), min(chip.mxu_size, k), **stages)
 
-    most, room, keys = 1024, int(chip.vmem * _USABLE), -(-min(sizes.T, _KEYS) // LANES) * LANES
+    most, room = 1024, int(chip.vmem_bytes * _USABLE)
+    keys = -(-min(sizes.T, _KEYS) // LANES) * LANES
     while most > LANES and vmem_bytes(direction, blocks(most), sizes, keys) > room:
         most //= 2
     return blocks(most)
@@ -102,21 +103,21 @@ def count_value_and_sum_rows(Hv: int) -> int:
     return SUMS + -(-Hv // SUBLANES) * SUBLANES
 
 
-def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
+def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_keys: int) -> int:
     """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch; of
     the backward pass, the sums of dK and dV over all queries too."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     if direction == FORWARD:
-        operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
+        operands = sizes.element_bytes * (blocks.q * H + num_keys * (H + Hv))
         results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-        sums = sizes.bytes * keys * count_value_and_sum_rows(sizes.Hv)
+        sums = sizes.element_bytes * num_keys * count_value_and_sum_rows(sizes.Hv)
         sums += 4 * blocks.q * (SUBLANES + count_value_and_sum_rows(sizes.Hv))
-        tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
+        tile = blocks.tile_q * (blocks.k * (4 + sizes.element_bytes) + 2 * SUBLANES * 4)
     else:
-        operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
-        results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
-        sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
-        tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
+        operands = sizes.element_bytes * (blocks.q + num_keys) * (H + Hv) + 2 * blocks.q * 8 * 4
+        results = blocks.q * H * (sizes.out_bytes + 4) + num_keys * (H + Hv) * sizes.out_bytes
+        sums = 4 * num_keys * (H + Hv) + 4 * blocks.q * H
+        tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.element_bytes)
     return 2 * (operands + results) + sums + blocks.tiles_in_flight * tile
 
 
@@ -128,14 +129,14 @@ def count_keys_in_vmem(
     Raises:
         ValueError: not one block.
     """
-    keys, room = -(-sizes.T // blocks.k) * blocks.k, int(chip.vmem * _USABLE)
+    keys, room = -(-sizes.T // blocks.k) * blocks.k, int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = -(-(keys // 2) // blocks.k) * blocks.k
     needed = vmem_bytes(direction, blocks, sizes, keys)
     if needed > room:
         raise ValueError(
             f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take {needed} bytes "
-            f"of VMEM, of which a {chip.name} has {chip.vmem}"
+            f"of VMEM, of which a {chip.name} has {chip.vmem_bytes}"
         )
     return keys
 

@@ -24,9 +24,9 @@ class KeyPart(NamedTuple):
     """A run of keys that VMEM holds."""
 
     index: int
-    held: int
+    num_rows: int
     """Rows in VMEM: block ``index`` of so many."""
-    keys: int
+    num_keys: int
     """Keys among these rows; the rest is padding."""
     operands: AttentionOperands
     params: AttentionParams
@@ -36,12 +36,12 @@ class TpuKernelCall(NamedTuple):
     """One kernel over all queries and a part of the keys."""
 
     walk: KeyWalk
-    setting: KernelStatics
+    statics: KernelStatics
     blocks: TpuBlocks
     part: KeyPart
-    rows: int
+    batch_size: int
     """Rows of the batch."""
-    pairs: int
+    pairs_per_head: int
     """Pairs of a query and a key of a head that causality and window allow, as far as static."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
     """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
@@ -57,16 +57,16 @@ class TpuKernelCall(NamedTuple):
         kv_heads: int,
         part: KeyPart,
         blocks: TpuBlocks,
-        joined: bool,
+        join_tiles: bool,
     ) -> "TpuKernelCall":
         """
         Args:
             shape: of the queries.
-            joined: see :func:`walk.plan_walk`.
+            join_tiles: see :func:`walk.plan_walk`.
         """
-        (B, S, N, _), T, operands, params = shape, part.keys, part.operands, part.params
+        (B, S, N, _), T, operands, params = shape, part.num_keys, part.operands, part.params
         tile = blocks.tile_q, blocks.tile_k
-        walk = plan_walk(S, T, params, operands, blocks[:2], tile, joined=joined)
+        walk = plan_walk(S, T, params, operands, blocks[:2], tile, join_tiles=join_tiles)
         q_first = sum_offsets(params.q_offset, operands.q_offset)
         k_first = sum_offsets(params.k_offset, operands.k_offset)
         shift = q_first - k_first
@@ -83,20 +83,20 @@ class TpuKernelCall(NamedTuple):
                 for x in (operands.slopes, operands.sinks)
             ]
         )
-        setting = KernelStatics(
+        statics = KernelStatics(
             params=params,
             kv_heads=kv_heads,
             group=N // kv_heads,
-            shift=shift if static else None,
-            keys=T if T % walk.bk and not walk.edges else None,
-            tables=len(rows),
-            prefix=operands.prefix is not None,
-            slopes=operands.slopes is not None,
-            sinks=operands.sinks is not None,
+            qk_offset=shift if static else None,
+            num_keys=T if T % walk.bk and not walk.edges else None,
+            num_tables=len(rows),
+            has_prefix=operands.prefix is not None,
+            has_slopes=operands.slopes is not None,
+            has_sinks=operands.sinks is not None,
         )
         call = cls(
             walk,
-            setting,
+            statics,
             blocks,
             part,
             B,
@@ -110,7 +110,7 @@ class TpuKernelCall(NamedTuple):
         keys = operands.k_segments[:, None]
         segments = [
             (call.query_row_spec(shared=True), pad_last_axis(own, call.padded_q_len, -1)),
-            (call.key_row_spec(), pad_last_axis(keys, part.held, 0)),
+            (call.key_row_spec(), pad_last_axis(keys, part.num_rows, 0)),
         ]
         return call._replace(segments=segments)
 
@@ -119,7 +119,7 @@ class TpuKernelCall(NamedTuple):
         return self.walk.nq * self.walk.bq
 
     def query_spec(self, width: int) -> pl.BlockSpec:
-        group = self.setting.group
+        group = self.statics.group
         return pl.BlockSpec(
             (None, self.walk.bq, width), lambda kv, g, i, *_: (kv * group + g, i, 0)
         )
@@ -127,11 +127,11 @@ class TpuKernelCall(NamedTuple):
     def key_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of all parts' keys."""
         index = self.part.index
-        return pl.BlockSpec((None, self.part.held, width), lambda kv, g, i, *_: (kv, index, 0))
+        return pl.BlockSpec((None, self.part.num_rows, width), lambda kv, g, i, *_: (kv, index, 0))
 
     def query_row_spec(self, shared: bool = False) -> pl.BlockSpec:
         """Returns the spec of one number a query; ``shared``: the same for all heads."""
-        group, heads = self.setting.group, self.setting.kv_heads
+        group, heads = self.statics.group, self.statics.kv_heads
 
         def index(kv, g, i, *_):
             return lax.div(kv, heads) if shared else kv * group + g, 0, i
@@ -139,19 +139,19 @@ class TpuKernelCall(NamedTuple):
         return pl.BlockSpec((None, 1, self.walk.bq), index)
 
     def key_row_spec(self) -> pl.BlockSpec:
-        heads = self.setting.kv_heads
+        heads = self.statics.kv_heads
         return pl.BlockSpec(
-            (None, 1, self.part.held), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
+            (None, 1, self.part.num_rows), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
         )
 
-    def cost(self, products: int, arrays, results) -> pl.CostEstimate:
+    def estimate_cost(self, products: int, arrays, results) -> pl.CostEstimate:
         """Estimates the cost of queries with the keys that they see, segments aside; bytes are of
         whole arrays, too many where keys go in parts.
 
         Args:
             products: multiplications a pair.
         """
-        pairs = self.rows * self.setting.kv_heads * self.setting.group * self.pairs
+        pairs = self.batch_size * self.statics.kv_heads * self.statics.group * self.pairs_per_head
         read = sum(x.nbytes for x in arrays if x is not None)
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results)
         return pl.CostEstimate(
@@ -178,20 +178,20 @@ class TpuKernelCall(NamedTuple):
             if before is not None and before.dtype == dtype:
                 aliases[at] = n
             at += before is not None
-        setting = self.setting._replace(interpreted=bool(interpret))
-        limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem)
+        statics = self.statics._replace(interpret=bool(interpret))
+        limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem_bytes)
         return pl.pallas_call(
-            partial(body, walk=self.walk, setting=setting, blocks=self.blocks),
+            partial(body, walk=self.walk, statics=statics, blocks=self.blocks),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(self.scalars),
-                grid=(self.rows * setting.kv_heads, setting.group, self.walk.nq),
+                grid=(self.batch_size * statics.kv_heads, statics.group, self.walk.nq),
                 in_specs=specs,
                 out_specs=[spec for spec, *_ in results],
                 scratch_shapes=scratch,
             ),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
             input_output_aliases=aliases,
-            cost_estimate=self.cost(products, arrays, results),
+            cost_estimate=self.estimate_cost(products, arrays, results),
             compiler_params=pltpu.CompilerParams(
                 # The cores of a chip share out the kv heads. What follows sums up over queries.
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),

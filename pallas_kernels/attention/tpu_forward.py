@@ -12,7 +12,7 @@ Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Tiles 
 as in the backward pass: what a query has one of lies along the lanes, a tile's queries stay in the
 matrix unit while all of its keys pass through, and oᵀ = vᵀ·pᵀ fills the unit where p·v would leave
 half of it idle. vᵀ has rows of ones on top: the product's first rows are the sums of the weights.
-What goes from one stage to the next is staged in VMEM by hand (``ProgramScalars.put``): the
+What goes from one stage to the next is staged in VMEM by hand (``ProgramScalars.store_zero``): the
 compiler would otherwise hold more than it has registers for.
 """
 
@@ -54,7 +54,7 @@ NO_KEY = MASKED / 2
 def forward_kernel(
     table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
     m, acc, vt, ids, scores, tops, fades, weights,
-    *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
+    *, walk: KeyWalk, statics: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
     """Computes one block of queries of one head.
 
@@ -72,11 +72,11 @@ def forward_kernel(
         weights: likewise [1, keys, queries] as v.
     """
     g, i = pl.program_id(1), pl.program_id(2)
-    scalars = setting.read_program_scalars(ints, floats)
-    params, put, get, slots = setting.params, scalars.put, scalars.get, len(scores)
+    scalars = statics.read_program_scalars(ints, floats)
+    params, put, get, slots = statics.params, scalars.store_zero, scalars.load_zero, len(scores)
     Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is not.
-    m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if setting.sinks else NO_KEY
+    m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if statics.has_sinks else NO_KEY
 
     @pl.when((g == 0) & (i == 0))
     def _():
@@ -95,7 +95,7 @@ def forward_kernel(
     def start():
         m[...] = jnp.full(m.shape, m_start, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
-        if setting.sinks:
+        if statics.has_sinks:
             acc[:SUMS] = jnp.ones((SUMS, walk.bq), jnp.float32)
 
     def pieces(tile):
@@ -113,11 +113,11 @@ def forward_kernel(
             at, first = keys(tile, j, piece), tile.k0 + piece.start
             s, _ = scale_scores_to_log2(multiply(k_ref[at], q_ref[rows], 1, 1), params)
             segments = None, None
-            if tile.packed:
+            if tile.compares_segments:
                 own = ids[first : first + len(s)]
                 segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
             spot = TilePosition(distance + tile.q0 - first, j * walk.bk + first, *segments)
-            s = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
+            s = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
             scores[slot][put, piece] = s
             top = jnp.max(reshape_by_register(s), axis=0)
             if piece.start > 0:
@@ -131,7 +131,7 @@ def forward_kernel(
         before = m_start if first else m[:, rows]
         top = jnp.maximum(before, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
         m[:, rows] = top
-        if not first or setting.sinks:
+        if not first or statics.has_sinks:
             fades[slot][put] = jnp.exp2(before - top)
         begun: list[jax.Array] = []
         for piece in pieces(tile):
@@ -155,19 +155,19 @@ def forward_kernel(
                 y += (reshape_by_register(acc[:, rows]) * fades[slot][get]).reshape(y.shape)
             acc[:, rows] = y
             yield
-        if first and setting.sinks:
+        if first and statics.has_sinks:
             acc[:SUMS, rows] += jnp.tile(fades[slot][get], (SUMS // SUBLANES, 1))
         if last:
             write(rows)
 
     def write(rows):
         """The output of these queries, which have seen all of their keys."""
-        total = _reciprocal(acc[:SUBLANES, rows], setting.interpreted)
+        total = _reciprocal(acc[:SUBLANES, rows], statics.interpret)
         o = (reshape_by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[:Hv]
         o_ref[rows] = o.astype(o_ref.dtype).T
 
     def tiles(these, j, distance, first, last):
-        if these[0].packed:
+        if these[0].compares_segments:
             at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
             ids[...] = transpose_ids_to_lanes(k_ids[:, at])
         interleave_stages(
@@ -179,8 +179,10 @@ def forward_kernel(
             ],
         )
 
-    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    visit_key_blocks(walk, row, i, scalars.shift, start, tiles, lambda: write(slice(0, walk.bq)))
+    row = [table[(scalars.row if statics.num_tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    visit_key_blocks(
+        walk, row, i, scalars.qk_offset, start, tiles, lambda: write(slice(0, walk.bq))
+    )
     top = m[:1]
     lse_ref[...] = jnp.where(top > NO_KEY, top / LOG2_E + jnp.log(acc[:1]), -jnp.inf)
 

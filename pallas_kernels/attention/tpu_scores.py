@@ -32,16 +32,16 @@ class KernelStatics(NamedTuple):
     kv_heads: int
     group: int
     """Query heads a kv head."""
-    shift: int | None
+    qk_offset: int | None
     """Position of the first query less that of the first key; None: ``ints[0]``."""
-    keys: int | None
+    num_keys: int | None
     """Keys that are no padding; None: all."""
-    tables: int
+    num_tables: int
     """Rows of the batch with a table of their own, or 1."""
-    prefix: bool
-    slopes: bool
-    sinks: bool
-    interpreted: bool = False
+    has_prefix: bool
+    has_slopes: bool
+    has_sinks: bool
+    interpret: bool = False
     """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
     def read_program_scalars(self, int_ref: Any, float_ref: Any) -> "ProgramScalars":
@@ -51,22 +51,23 @@ class KernelStatics(NamedTuple):
         head = lax.rem(kv, self.kv_heads) * self.group + g
         return ProgramScalars(
             row,
-            int_ref[0] if self.shift is None else self.shift,
+            int_ref[0] if self.qk_offset is None else self.qk_offset,
             int_ref[1],
             int_ref[2],
-            int_ref[3 + row] if self.prefix else None,
-            float_ref[0, head] if self.slopes else None,
-            float_ref[1, head] if self.sinks else None,
+            int_ref[3 + row] if self.has_prefix else None,
+            float_ref[0, head] if self.has_slopes else None,
+            float_ref[1, head] if self.has_sinks else None,
         )
 
 
 class ProgramScalars(NamedTuple):
     row: Any
     """Row of the batch."""
-    shift: Any
-    put: Any
-    get: Any
-    """Zeros, which the compiler does not know: what is stored at [put] it must read back at [get].
+    qk_offset: Any
+    store_zero: Any
+    load_zero: Any
+    """Zeros, which the compiler does not know: what is stored at [store_zero] it must read back at
+    [load_zero].
     Were both the same to it, values would stay in registers between the stages of a tile, until
     there are too many and it spills them at the wrong time."""
     prefix: Any
@@ -91,9 +92,9 @@ def interleave_stages(
 class TilePosition(NamedTuple):
     """Place of a tile."""
 
-    distance: Any
+    qk_offset: Any
     """Position of its first query less that of its first key."""
-    key: Any
+    k_start: Any
     """Index of its first key."""
     q_segments: jax.Array | None
     """Ids, broadcast against ``k_segments``; −1 sees nothing."""
@@ -118,19 +119,19 @@ def scale_scores_to_log2(
     return tanh * (params.soft_cap * LOG2_E), 1.0 - tanh * tanh
 
 
-def limit_in_flight(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
-    """Returns x, but where ``pace`` chunks of weights are ``begun``, not before the first of them
+def limit_in_flight(x: jax.Array, started: list[jax.Array], pace: int) -> jax.Array:
+    """Returns x, but where ``pace`` chunks of weights are ``started``, not before the first of them
     is known, and drops that: otherwise differences that the unit of exponentials has no time for
     yet would wait in registers.
 
     Args:
         x: fp32 [SUBLANES, queries], a multiple of LANES.
-        begun: of each chunk weights of the same queries, as x.
+        started: of each chunk weights of the same queries, as x.
         pace: 0: x as it is.
     """
-    if not pace or len(begun) < pace:
+    if not pace or len(started) < pace:
         return x
-    p = jnp.tile(begun.pop(0)[:, :LANES], (1, x.shape[1] // LANES))
+    p = jnp.tile(started.pop(0)[:, :LANES], (1, x.shape[1] // LANES))
     return jnp.minimum(x, p + _HUGE)
 
 
@@ -147,8 +148,8 @@ def transpose_ids_to_lanes(ids: jax.Array) -> jax.Array:
 def apply_slope_and_mask(
     scores: jax.Array,
     masked: bool,
-    spot: TilePosition,
-    setting: KernelStatics,
+    position: TilePosition,
+    statics: KernelStatics,
     scalars: ProgramScalars,
 ) -> jax.Array:
     """Gives scores [keys, queries] ALiBi's slope (Press et al. 2022), and MASKED where a query may
@@ -157,43 +158,43 @@ def apply_slope_and_mask(
     A register's worth of keys at a time, so that positions are compared with numbers: positions of
     a whole tile would be the same for many tiles, and wait for them in registers.
     """
-    if not masked and not setting.slopes and spot.q_segments is None:
+    if not masked and not statics.has_slopes and position.q_segments is None:
         return scores
     shape = SUBLANES, scores.shape[1]
     key = lax.broadcasted_iota(jnp.int32, shape, 0)
     behind = lax.broadcasted_iota(jnp.int32, shape, 1) - key
     rows = []
     for a in range(0, len(scores), SUBLANES):
-        own, distance = scores[a : a + SUBLANES], spot.distance - a
-        if setting.slopes:
+        own, distance = scores[a : a + SUBLANES], position.qk_offset - a
+        if statics.has_slopes:
             away = jnp.abs(behind + distance).astype(jnp.float32)
             own = own - away * (scalars.slope * LOG2_E)
         seen = []
-        if spot.k_segments is not None:
-            seen.append(spot.q_segments == spot.k_segments[a : a + SUBLANES])
+        if position.k_segments is not None:
+            seen.append(position.q_segments == position.k_segments[a : a + SUBLANES])
         if masked:
-            seen += _near(behind, key, distance, spot.key + a, setting, scalars)
+            seen += _near(behind, key, distance, position.k_start + a, statics, scalars)
         rows.append(jnp.where(reduce(and_, seen), own, MASKED) if seen else own)
     return jnp.concatenate(rows, axis=0)
 
 
 def _near(
-    behind, key, distance, first, setting: KernelStatics, scalars: ProgramScalars
+    behind, key, distance, first, statics: KernelStatics, scalars: ProgramScalars
 ) -> list[Any]:
     """Returns the conditions, all of which hold where a query sees a key, by positions.
 
     Args:
-        behind: of each query and key, the query's position less the key's, less ``distance``.
+        behind: of each query and key, the query's position less the key's, less ``qk_offset``.
         key: of each key, its index less ``first``.
     """
-    params, seen = setting.params, []
+    params, seen = statics.params, []
     if params.causal:
         near = behind >= -distance
         if params.window is not None:
             near &= behind < params.window - distance
-        if setting.prefix:
+        if statics.has_prefix:
             near |= key < scalars.prefix - first
         seen.append(near)
-    if setting.keys is not None:
-        seen.append(key < setting.keys - first)
+    if statics.num_keys is not None:
+        seen.append(key < statics.num_keys - first)
     return seen

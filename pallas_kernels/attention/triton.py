@@ -29,12 +29,12 @@ from pallas_kernels.attention.triton_program import (
     TritonProgram,
     TritonTiles,
     compute_weights_and_d_scores,
+    full_spec,
     multiply,
     multiply_transposed,
-    split_head,
+    split_head_dim,
     store_row,
     store_tile,
-    whole_spec,
 )
 
 # Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
@@ -108,7 +108,7 @@ def forward(
     run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=True)
     run.add(run.head_spec(tiles.q), q=q)
     run.add(run.head_spec(tiles.k, run.group), k=k, v=v)
-    run.add(whole_spec, sinks=operands.sinks)
+    run.add(full_spec, sinks=operands.sinks)
     outputs = (
         (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), call.dtype), run.head_spec(tiles.q)),
         (jax.ShapeDtypeStruct((B, N, S), jnp.float32), run.query_row_spec(tiles.q)),
@@ -162,7 +162,7 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         k = p.load_rows("k", j * block_k, block_k, length)
         scores, _ = p.scores(multiply_transposed(q, k), queries, keys, head)
         if masked:
-            scores = jnp.where(p.visible(queries, keys), scores, -jnp.inf)
+            scores = jnp.where(p.compute_mask(queries, keys), scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.exp2_scale)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
@@ -175,7 +175,7 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         )
         return o, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.Hv))
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.Hv))
     if "sinks" in p.refs:
         top = jnp.full((block_q,), p.refs["sinks"][head] * LOG2E, jnp.float32)
         carry = zeros, top, jnp.ones((block_q,), jnp.float32)
@@ -206,14 +206,14 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         k = p.load_rows("k", j * block_k, block_k, length)
         scores, slope = p.scores(multiply_transposed(q, k), queries, keys, head)
         v = p.load_rows("v", j * block_k, block_k, length)
-        seen = p.visible(queries, keys) if masked else None
+        seen = p.compute_mask(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
         _, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
         )
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.H))
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.H))
     d_q = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
     store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
 
@@ -240,7 +240,7 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         d_o = p.load_rows("d_o", at, block_q, q_bound, member)
         lse = p.load_row_scalars("lse", at, member, other=jnp.inf)[None]
         delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
-        seen = p.visible(queries, keys) if masked else None
+        seen = p.compute_mask(queries, keys) if masked else None
         d_weights = multiply_transposed(v, d_o)
         weights, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
@@ -250,7 +250,7 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         return d_k, d_v
 
     zeros = tuple(
-        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head(size))
+        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head_dim(size))
         for size in (s.H, s.Hv)
     )
     d_k, d_v = p.visit_visible_blocks(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)

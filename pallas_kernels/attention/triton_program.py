@@ -70,7 +70,7 @@ class TritonProgram:
         ref = self.refs[name]
         H = {"q": self.statics.H, "k": self.statics.H}.get(name, self.statics.Hv)
         parts = []
-        for begin, width in split_head(H):
+        for begin, width in split_head_dim(H):
             part = ref.at[(pl.ds(start, block), *at, pl.ds(begin, width))]
             mask = _inside(start, block, length, begin, width, H)
             parts.append(part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0))
@@ -105,7 +105,7 @@ class TritonProgram:
         tokens = TokenBlock(index, position, read(f"{side}_segments"))
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
-    def visible(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
+    def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
         """Returns the mask, bool, broadcast over a tile."""
         params, T = self.params, self.statics.T
         seen = None
@@ -181,7 +181,7 @@ class TritonProgram:
         if not self.statics.masked:
             return loop(0, blocks, lambda at: at, False, carry)
         visits = BlockVisits(*(self.refs["visits"][i, field] for field in range(gpu_blocks.FIELDS)))
-        carry = loop(0, visits.count, visits.masked_block, True, carry)
+        carry = loop(0, visits.num_masked, visits.masked_block, True, carry)
         full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, full, lambda at: at, False, carry)
 
@@ -222,11 +222,11 @@ class TritonKernelCall:
                 offset = getattr(operands, f"{side}_offset")
                 self.add(self.token_spec(block), **{f"{side}_positions": positions})
                 if positions is None and offset is not None:
-                    self.add(whole_spec, **{f"{side}_offset": jnp.asarray(offset, jnp.int32)[None]})
+                    self.add(full_spec, **{f"{side}_offset": jnp.asarray(offset, jnp.int32)[None]})
         if operands.q_segments is not None:
             self.add(self.token_spec(tiles.q), q_segments=operands.q_segments)
             self.add(self.token_spec(tiles.k), k_segments=operands.k_segments)
-        self.add(whole_spec, prefix=operands.prefix, slopes=operands.slopes)
+        self.add(full_spec, prefix=operands.prefix, slopes=operands.slopes)
 
     def add(self, spec, **arrays: jax.Array | None) -> None:
         for name, x in arrays.items():
@@ -290,25 +290,25 @@ class TritonKernelCall:
 
 
 def compute_weights_and_d_scores(
-    scores, slope, lse, d_weights, delta, seen, exp2_scale: float, exp2=jnp.exp2
+    scores, slope, lse, d_weights, delta, mask, exp2_scale: float, exp2=jnp.exp2
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
     may hold anything finite: d_weights may then not be."""
     scores = scores * exp2_scale
-    if seen is not None:
-        scores = jnp.where(seen, scores, -jnp.inf)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
     weights = exp2(scores - lse)
     d_scores = weights * (d_weights - delta)
     if slope is not None:
         d_scores *= slope
-    return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
+    return weights, d_scores if mask is None else jnp.where(mask, d_scores, 0.0)
 
 
-def whole_spec(x) -> pl.BlockSpec:
+def full_spec(x) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * len(x.shape))
 
 
-def split_head(H: int) -> list[tuple[int, int]]:
+def split_head_dim(H: int) -> list[tuple[int, int]]:
     """Splits into (begin, width) of parts that are powers of two, 16 at least: 80 = 64 + 16."""
     parts, begin = [], 0
     while begin < H:
@@ -319,7 +319,7 @@ def split_head(H: int) -> list[tuple[int, int]]:
 
 
 def pad_head_size(H: int) -> int:
-    return sum(split_head(H)[-1])
+    return sum(split_head_dim(H)[-1])
 
 
 def round_up(length: int, block: int) -> int:
@@ -339,7 +339,7 @@ def _inside(start, block: int, length: int | None, begin: int, width: int, H: in
 def store_tile(ref, parts, start, block: int, length: int, H: int) -> None:
     """Stores the part of a block of rows that lies in the array, in the parts of a head."""
     bound = length if length % block else None
-    for (begin, width), x in zip(split_head(H), parts, strict=True):
+    for (begin, width), x in zip(split_head_dim(H), parts, strict=True):
         at = ref.at[pl.ds(start, block), pl.ds(begin, width)]
         mask = _inside(start, block, bound, begin, width, H)
         plgpu.store(at, x.astype(ref.dtype), mask=mask)

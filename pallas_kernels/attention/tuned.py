@@ -86,14 +86,14 @@ def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
 
 
 def choose_blocks(
-    direction: str, sizes: AttentionSizes, kind: str, given: TpuBlockSizes | None
+    direction: str, sizes: AttentionSizes, mask_kind: str, override: TpuBlockSizes | None
 ) -> TpuBlocks:
     """Returns a TPU kernel's blocks, for the chip that the program being traced is for: those
     given, checked, or from the table, or by rule."""
-    if given is not None:
-        check_blocks(getattr(given, direction))
-        return getattr(given, direction)
-    found = find_tuned_blocks(get_chip(), direction, sizes, kind)
+    if override is not None:
+        check_blocks(getattr(override, direction))
+        return getattr(override, direction)
+    found = find_tuned_blocks(get_chip(), direction, sizes, mask_kind)
     return found or choose_blocks_by_rule(get_chip(), direction, sizes)
 
 
@@ -101,7 +101,7 @@ def find_tuned_blocks(
     chip: TpuChip,
     direction: str,
     sizes: AttentionSizes,
-    kind: str,
+    mask_kind: str,
     entries: Iterable[TunedEntry] | None = None,
 ) -> TpuBlocks | None:
     """Returns a kernel's blocks in the table, or in another one; None: there is no entry that
@@ -109,9 +109,9 @@ def find_tuned_blocks(
     alike = [
         entry
         for entry in (load_table() if entries is None else entries)
-        if (entry.chip, entry.direction, entry.mask_kind) == (chip.name, direction, kind)
+        if (entry.chip, entry.direction, entry.mask_kind) == (chip.name, direction, mask_kind)
         and entry.head_sizes == (sizes.H, sizes.Hv)
-        and jnp.dtype(entry.dtype).itemsize == sizes.bytes
+        and jnp.dtype(entry.dtype).itemsize == sizes.element_bytes
     ]
     alike.sort(key=lambda entry: abs(math.log(entry.seq / max(sizes.S, sizes.T, 1))))
     found = (TpuBlocks(**entry.blocks) for entry in alike)

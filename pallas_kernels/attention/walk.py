@@ -33,7 +33,7 @@ class WalkTile(NamedTuple):
     k1: int
     masked: bool
     """Whether positions mask it."""
-    packed: bool = False
+    compares_segments: bool = False
     """Whether segments are compared."""
 
 
@@ -59,7 +59,7 @@ class KeyWalk(NamedTuple):
     the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
-    packed: bool
+    compares_segments: bool
     lead: EdgeKeyBlock | None
     """The edge that has every query in a single tile, if tiles are joined: it begins what the
     others go on with."""
@@ -73,20 +73,20 @@ def plan_walk(
     blocks: tuple[int, int],
     tile: tuple[int, int],
     *,
-    joined: bool,
+    join_tiles: bool,
 ) -> KeyWalk:
     """Returns the walk over blocks of (queries, keys), in tiles of that many (queries, keys).
 
     Args:
         tile: divides ``blocks``.
-        joined: tiles of the same queries become one, as wide as their keys reach.
+        join_tiles: tiles of the same queries become one, as wide as their keys reach.
     """
     bq, bk = blocks
     nq, nk = -(-S // bq), -(-T // bk)
     tq, tk = tile
     packed = operands.q_segments is not None
     corners = [(q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)]
-    join = _joined if joined else tuple
+    join = _joined if join_tiles else tuple
     inner = join([WalkTile(*at, False) for at in corners])
     if not _aligned(S, T, params, operands, bq, bk):
         masked = params.causal or packed or T % bk > 0
@@ -100,13 +100,13 @@ def plan_walk(
         if any(tile is None or tile.masked for tile in tiles):
             seen = [tile for tile in tiles if tile is not None]
             # A window's far edge ends in a run of tiles with the same keys.
-            cut[offset] = join(seen) if joined or offset >= 0 else _apart(seen)
+            cut[offset] = join(seen) if join_tiles or offset >= 0 else _apart(seen)
     far = max((offset for offset in cut if offset < 0), default=-reach - 1)
     edges = tuple(EdgeKeyBlock(offset, tiles) for offset, tiles in cut.items() if tiles)
     first = None if params.window is None else far + 1
     rows = [(q, q + tq) for q in range(0, bq, tq)]
     whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)
-    lead = next(whole, None) if joined else None
+    lead = next(whole, None) if join_tiles else None
     return KeyWalk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
 
 
@@ -224,19 +224,19 @@ def visit_key_blocks(
     walk: KeyWalk,
     row: list[Any],
     i: Any,
-    shift: Any,
+    qk_offset: Any,
     start: Callable[[], None],
-    tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
+    visit_tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
     finish: Callable[[], None],
 ) -> None:
-    """Calls, in a kernel, ``tiles`` for every key block that block i of the queries visits.
+    """Calls, in a kernel, ``visit_tiles`` for every key block that block i of the queries visits.
 
     Args:
         row: its integers of the :func:`make_walk_table`.
-        shift: position of the first query less that of the first key.
-        start: makes the state that ``tiles`` goes on with; called before, if at all.
-        tiles: of (tiles, key block, distance, first, last): the distance is the position of the
-            block of queries less that of the block of keys, a Python int at an edge. ``first``:
+        qk_offset: position of the first query less that of the first key.
+        start: makes the state that ``visit_tiles`` goes on with; called before, if at all.
+        visit_tiles: of (tiles, key block, distance, first, last): the distance is the position of
+            the block of queries less that of the block of keys, a Python int at an edge. ``first``:
             these are the first for their queries, each one's only; there was no ``start``.
             ``last``: they are also the last; there will be no ``finish``.
         finish: makes results of the state; called after, if at all.
@@ -245,27 +245,27 @@ def visit_key_blocks(
 
     def loop(low, high, these):
         def body(j, _):
-            tiles(these, j, i * walk.bq + shift - j * walk.bk, False, False)
+            visit_tiles(these, j, i * walk.bq + qk_offset - j * walk.bk, False, False)
             return 0
 
         lax.fori_loop(low, high, body, 0)
 
     def block(edge):
-        return i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+        return i * (walk.bq // walk.bk) + qk_offset // walk.bk + edge.offset
 
     def at_edge(edge, leads):
         j = block(edge)
         visited = (j >= begin) & (j < end)
         ways = [(visited, edge.tiles)]
-        if walk.packed:
+        if walk.compares_segments:
             one = (j >= one_from) & (j < one_to)
-            packed = tuple(tile._replace(packed=True) for tile in edge.tiles)
+            packed = tuple(tile._replace(compares_segments=True) for tile in edge.tiles)
             ways = [(visited & one, edge.tiles), (visited & ~one, packed)]
         for when, these in ways:
 
             @pl.when(when)
             def _(these=these):
-                tiles(these, j, -edge.offset * walk.bk, leads, False)
+                visit_tiles(these, j, -edge.offset * walk.bk, leads, False)
 
         if leads:
             pl.when(~visited)(start)
@@ -278,7 +278,8 @@ def visit_key_blocks(
         if walk.masked:
             # Where there are edges, positions mask no block before them.
             masked = tuple(
-                tile._replace(masked=not walk.edges, packed=walk.packed) for tile in walk.inner
+                tile._replace(masked=not walk.edges, compares_segments=walk.compares_segments)
+                for tile in walk.inner
             )
             loop(masked_from, plain_from, masked)
             loop(plain_to, masked_to, masked)
@@ -288,11 +289,11 @@ def visit_key_blocks(
                 at_edge(edge, False)
         finish()
 
-    if walk.lead is None or not walk.packed:
+    if walk.lead is None or not walk.compares_segments:
         walk_on()
         return
     # One segment, and no other block to visit: short documents.
     lead, j = walk.lead, block(walk.lead)
     alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
-    pl.when(alone)(lambda: tiles(lead.tiles, j, -lead.offset * walk.bk, True, True))
+    pl.when(alone)(lambda: visit_tiles(lead.tiles, j, -lead.offset * walk.bk, True, True))
     pl.when(~alone)(walk_on)

@@ -44,8 +44,8 @@ def forward(
     if part := _part(q, k):
 
         def one_part(out, i):
-            own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), call)
+            own_q, own_k, own_v = part.slice(i, (q, k, v))
+            own = forward(own_q, own_k, own_v, part.slice_operands(i, operands), call)
             return part.put_part(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
@@ -63,8 +63,8 @@ def forward(
     sinks = None if operands.sinks is None else reshape_by_head(operands.sinks, K)
 
     def block(tile: ScoreTile):
-        if tile.begin >= tile.end:
-            shape = (B, K, N // K, tile.stop - tile.start)
+        if tile.k_start >= tile.k_stop:
+            shape = (B, K, N // K, tile.q_stop - tile.q_start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
         scores, _ = tile.scores(q, k, operands, params)
@@ -75,7 +75,7 @@ def forward(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sinks - top)
-        o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.keys])
+        o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.k_slice])
         some = top > MASKED / 2  # rows with a key or a sink
         o = jnp.where(some, o / total, 0.0)
         return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
@@ -99,11 +99,11 @@ def backward(
 
         def one_part(carry, i):
             places, sums = carry
-            read = zip(part.cut(i, places), like, strict=True)
+            read = zip(part.slice(i, places), like, strict=True)
             own = BackwardArrays(
-                *(x.astype(whole.dtype) for x, whole in read), *part.cut(i, (lse, delta, d_o))
+                *(x.astype(whole.dtype) for x, whole in read), *part.slice(i, (lse, delta, d_o))
             )
-            d_q, d_k, d_v, *terms = backward(own, part.cut_operands(i, operands), call)
+            d_q, d_k, d_v, *terms = backward(own, part.slice_operands(i, operands), call)
             return (part.put_part(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
@@ -133,13 +133,13 @@ def backward(
     d_q, (d_k, d_v, *d_biases) = [], zeros
 
     for tile in list_score_tiles(S, T, operands, params):
-        rows, keys = tile.rows, tile.keys
+        rows, keys = tile.q_slice, tile.k_slice
         # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
         sums = d_k, d_v, d_biases
         read = q, d_o, operands.biases
         (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
         operands = operands._replace(biases=biases)
-        if tile.begin >= tile.end:
+        if tile.k_start >= tile.k_stop:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         scores, derivatives = tile.scores(q, k, operands, params)
@@ -190,7 +190,7 @@ class BatchPartition(NamedTuple):
     def num_parts(self) -> int:
         return self.shape[0] // self.rows * (self.shape[1] // self.kv_heads)
 
-    def cut(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def slice(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Cuts part i of arrays [B, S, N or K, ...]."""
         return tuple(
             lax.dynamic_slice(
@@ -201,14 +201,14 @@ class BatchPartition(NamedTuple):
             for x in arrays
         )
 
-    def cut_rows(self, i: jax.Array, tree: Any) -> Any:
+    def slice_rows(self, i: jax.Array, tree: Any) -> Any:
         """Cuts the rows of part i of arrays [B or 1, ...] that all heads share."""
         row = i // self._head_parts * self.rows
         return jax.tree.map(
             lambda x: x if len(x) == 1 else lax.dynamic_slice_in_dim(x, row, self.rows), tree
         )
 
-    def cut_heads(self, i: jax.Array, tree: Any) -> Any:
+    def slice_heads(self, i: jax.Array, tree: Any) -> Any:
         """Cuts the query heads of part i of arrays [N, ...]."""
         head = i % self._head_parts
 
@@ -218,12 +218,12 @@ class BatchPartition(NamedTuple):
 
         return jax.tree.map(cut, tree)
 
-    def cut_operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
+    def slice_operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
         """Cuts the operands of part i."""
         by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
         by_head = ("slopes", "sinks", "biases")
-        own = self.cut_rows(i, {name: getattr(operands, name) for name in by_row})
-        own |= self.cut_heads(i, {name: getattr(operands, name) for name in by_head})
+        own = self.slice_rows(i, {name: getattr(operands, name) for name in by_row})
+        own |= self.slice_heads(i, {name: getattr(operands, name) for name in by_head})
         return operands._replace(**own)
 
     def add_heads(self, i: jax.Array, tree: Any, terms: Any) -> Any:

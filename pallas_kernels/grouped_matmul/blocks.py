@@ -36,10 +36,10 @@ class GroupedOperands(NamedTuple):
     """D."""
     columns: int
     """F."""
-    left: Any
+    left_dtype: Any
     """Data types of both operands and the result."""
-    right: Any
-    out: Any
+    right_dtype: Any
+    out_dtype: Any
 
 
 def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
@@ -49,7 +49,7 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     """
     D, F, budget = operands.inner, operands.columns, _budget(chip)
     room = budget // 2 // _kernel_bytes(operands, chip)
-    inner, narrow = D, min(F, 4 * chip.mxu)
+    inner, narrow = D, min(F, 4 * chip.mxu_size)
     if D * narrow > room and D % LANES == 0:
         inner = LANES * _divisor(D // LANES, max(1, room // narrow // LANES))
     widest = min(_COLUMNS, room // inner)
@@ -67,7 +67,7 @@ def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBloc
     """Chooses as much of [D, F] as fits: every part of it reads rows or others again."""
     for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
         inner = _even(operands.inner, most, chip)
-        columns = _even(operands.columns, most, chip._replace(cores=1))
+        columns = _even(operands.columns, most, chip._replace(num_cores=1))
         for rows in (_tile(operands), min(_tile(operands), _ROWS // 2)):
             blocks = GroupedBlocks(rows, inner, columns)
             if outer_vmem_bytes(blocks, operands) <= _budget(chip):
@@ -82,10 +82,11 @@ def check_blocks(
     ValueError: blocks that do not fit the chip's VMEM, or that it cannot cut."""
     sizes = (
         f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
-        f"{jnp.dtype(operands.left).name}, blocks {blocks.rows} × {blocks.inner} × {blocks.columns}"
+        f"{jnp.dtype(operands.left_dtype).name}, blocks {' × '.join(map(str, blocks))}"
     )
-    if needed_bytes > chip.vmem:
-        raise ValueError(f"{sizes}: {needed_bytes} bytes of VMEM, of which a core has {chip.vmem}")
+    if needed_bytes > chip.vmem_bytes:
+        room = chip.vmem_bytes
+        raise ValueError(f"{sizes}: {needed_bytes} bytes of VMEM, of which a core has {room}")
     if min(blocks) < 1 or blocks.rows % 32:
         raise ValueError(f"{sizes}: a block has at least one element, and a multiple of 32 rows")
     for block, whole in ((blocks.inner, operands.inner), (blocks.columns, operands.columns)):
@@ -109,16 +110,16 @@ def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tp
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
     """Returns the type in which a kernel's blocks are kept beside themselves, or None."""
-    left, right = operands.left, operands.right
+    left, right = operands.left_dtype, operands.right_dtype
     if jnp.dtype(right).itemsize > 1 or chip.multiplies_natively(left, right):
         return None
-    return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
+    return jnp.float32 if operands.left_dtype == jnp.float32 else jnp.bfloat16
 
 
 def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:
     """Bytes of an element of a kernel's block: two copies, and a wide one."""
     wide = widened_dtype(operands, chip)
-    size = 2 * jnp.dtype(operands.right).itemsize
+    size = 2 * jnp.dtype(operands.right_dtype).itemsize
     return size if wide is None else size + jnp.dtype(wide).itemsize
 
 
@@ -133,19 +134,19 @@ def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
 def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
     """Returns rows multiplied at once where a group has many left, and at its end. Fewer than
     fill the matrix unit's weights take as long as these."""
-    return 2 * LANES, (64 if chip.mxu == LANES else LANES)
+    return 2 * LANES, (64 if chip.mxu_size == LANES else LANES)
 
 
 def contracted_part_size(chip: TpuChip) -> int:
     """Returns rows that an outer product contracts at once: what the matrix unit holds."""
-    return chip.mxu
+    return chip.mxu_size
 
 
 def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
     """Returns the columns multiplied at once: a divisor of the block's."""
-    words = jnp.dtype(operands.left).itemsize
-    most = chip.mxu * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
-    unit = chip.mxu if blocks.columns % chip.mxu == 0 else LANES
+    words = jnp.dtype(operands.left_dtype).itemsize
+    most = chip.mxu_size * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
+    unit = chip.mxu_size if blocks.columns % chip.mxu_size == 0 else LANES
     if blocks.columns % unit:
         return blocks.columns
     # The nearest divisor: a block of 7 units of which 4 would do is not made one by one.
@@ -158,7 +159,7 @@ def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tpu
 
 def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[int, int]:
     """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
-    fewer = 4 if jnp.dtype(operands.left).itemsize == 4 else 1
+    fewer = 4 if jnp.dtype(operands.left_dtype).itemsize == 4 else 1
     inner, columns = (
         LANES * _divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n
         for n, most in ((blocks.inner, 1024), (blocks.columns, 2048))
@@ -167,7 +168,7 @@ def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[
 
 
 def _budget(chip: TpuChip) -> int:
-    return chip.vmem * 7 // 8
+    return chip.vmem_bytes * 7 // 8
 
 
 def _tile(operands: GroupedOperands) -> int:
@@ -176,11 +177,11 @@ def _tile(operands: GroupedOperands) -> int:
 
 def _even(whole: int, most: int, chip: TpuChip) -> int:
     """Equal blocks of at most ``most``, in multiples of lanes, as many for every core."""
-    if whole <= most and (chip.cores == 1 or whole <= 2 * LANES):
+    if whole <= most and (chip.num_cores == 1 or whole <= 2 * LANES):
         return whole
     count = -(-whole // most)
-    count = -(-count // chip.cores) * chip.cores
-    unit = chip.mxu if whole >= 2 * chip.mxu * count else LANES
+    count = -(-count // chip.num_cores) * chip.num_cores
+    unit = chip.mxu_size if whole >= 2 * chip.mxu_size * count else LANES
     return min(-(-whole // (count * unit)) * unit, max(most // unit * unit, LANES))
 
 

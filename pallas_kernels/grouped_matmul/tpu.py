@@ -45,7 +45,7 @@ class GroupVisits(NamedTuple):
 def matmul(
     rows: jax.Array,
     kernels: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
@@ -139,9 +139,9 @@ def matmul(
         arrays["row_scales"] = row_scales[:, None]
     if column_scales is not None:
         arrays["column_scales"] = column_scales[:, None]
-    where, count = plan_group_visits(sizes, R, tile, padding=True)
+    where, count = plan_group_visits(group_sizes, R, tile, padding=True)
     tiles_of_f = pl.cdiv(F, columns)
-    read = 1 if parts_of_d == 1 else max(1, R // tile // len(sizes))
+    read = 1 if parts_of_d == 1 else max(1, R // tile // len(group_sizes))
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((R, F), dtype),
@@ -171,7 +171,7 @@ def matmul(
 def outer(
     rows: jax.Array,
     others: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     *,
     dtype: Any,
     blocks: GroupedBlocks | None = None,
@@ -225,11 +225,11 @@ def outer(
         def _():
             out_ref[...] = jnp.zeros_like(out_ref)
 
-    where, count = plan_group_visits(sizes, R, tile, padding=False)
+    where, count = plan_group_visits(group_sizes, R, tile, padding=False)
     tiles = pl.cdiv(D, inner), pl.cdiv(F, columns)
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(sizes), D, F), dtype),
+        out_shape=jax.ShapeDtypeStruct((len(group_sizes), D, F), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(*tiles, count),
@@ -247,7 +247,7 @@ def outer(
             flops=2 * R * D * F,
             bytes_accessed=_bytes(rows) * tiles[1]
             + _bytes(others) * tiles[0]
-            + len(sizes) * D * F * jnp.dtype(dtype).itemsize,
+            + len(group_sizes) * D * F * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -342,7 +342,7 @@ def _where(own: jax.Array, x: jax.Array) -> jax.Array:
 def _params(needed: int, chip: TpuChip) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=min(needed + needed // 8 + (2 << 20), chip.vmem),
+        vmem_limit_bytes=min(needed + needed // 8 + (2 << 20), chip.vmem_bytes),
     )
 
 
@@ -351,17 +351,17 @@ def _bytes(x: jax.Array) -> int:
 
 
 def plan_group_visits(
-    sizes: jax.Array, num_rows: int, tile: int, *, padding: bool
+    group_sizes: jax.Array, num_rows: int, tile: int, *, padding: bool
 ) -> tuple[GroupVisits, jax.Array]:
     """Returns the visits to ``num_rows`` rows in tiles of ``tile``, and their count, int32 [].
 
     Args:
-        sizes: int32 [G], rows of each group; their sum is at most ``num_rows``.
+        group_sizes: int32 [G], rows of each group; their sum is at most ``num_rows``.
         padding: visit the rows behind the groups', but no empty group; otherwise every group, an
             empty one once with no rows, and no padding.
     """
-    num_groups, num_tiles = len(sizes), -(-num_rows // tile)
-    lengths = jnp.append(sizes, num_rows - sizes.sum(dtype=jnp.int32))
+    num_groups, num_tiles = len(group_sizes), -(-num_rows // tile)
+    lengths = jnp.append(group_sizes, num_rows - group_sizes.sum(dtype=jnp.int32))
     ends = jnp.cumsum(lengths, dtype=jnp.int32)
     starts = ends - lengths
     first = starts // tile

@@ -23,7 +23,7 @@ _FLOAT8_CARDS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "L4")
 def matmul(
     rows: jax.Array,
     kernels: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
@@ -36,9 +36,9 @@ def matmul(
     the padding is a group more, whose tiles only write zeros."""
     rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
-    G = len(sizes)
+    G = len(group_sizes)
     tile, inner, columns = blocks = _checked(blocks, rows, kernels)
-    lengths = jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype))
+    lengths = jnp.append(group_sizes, R - group_sizes.sum(dtype=group_sizes.dtype))
     group, start, count = plan_group_tiles(lengths, R, tile)
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
     scales = [s for s in (row_scales, column_scales) if s is not None]
@@ -88,7 +88,7 @@ def matmul(
 def outer(
     rows: jax.Array,
     others: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     *,
     dtype: Any,
     blocks: GroupedBlocks | None = None,
@@ -98,7 +98,7 @@ def outer(
     rows, others = _readable(rows), _readable(others)
     (R, D), F = rows.shape, others.shape[1]
     depth, inner, columns = _checked(blocks, rows, others, outer=True)
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     sums = accumulation_dtype(rows.dtype, others.dtype)
 
     def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
@@ -122,13 +122,13 @@ def outer(
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(sizes), D, F), dtype),
-        grid=(pl.cdiv(F, columns), pl.cdiv(D, inner), len(sizes)),
+        out_shape=jax.ShapeDtypeStruct((len(group_sizes), D, F), dtype),
+        grid=(pl.cdiv(F, columns), pl.cdiv(D, inner), len(group_sizes)),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         cost_estimate=_cost(R, D, F, rows, others),
         interpret=interpret,
         name="grouped_outer",
-    )(ends - sizes, ends, rows, others)
+    )(ends - group_sizes, ends, rows, others)
 
 
 def _checked(

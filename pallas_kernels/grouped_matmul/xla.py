@@ -17,7 +17,7 @@ _MAX_BLOCK, _MIN_BLOCK = 128, 8
 def matmul(
     rows: jax.Array,
     kernels: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
@@ -25,7 +25,7 @@ def matmul(
     dtype: Any,
 ) -> jax.Array:
     """See ``grouped_matmul``."""
-    block = _block(rows, sizes)
+    block = _block(rows, group_sizes)
     padded = _padded(rows, block)
     row_scales = None if row_scales is None else _padded(row_scales, block)
 
@@ -42,12 +42,12 @@ def matmul(
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
     out = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), dtype)
-    return lax.scan(body, out, plan_group_tiles(sizes, len(rows), block))[0][: len(rows)]
+    return lax.scan(body, out, plan_group_tiles(group_sizes, len(rows), block))[0][: len(rows)]
 
 
-def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
+def outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any) -> jax.Array:
     """See ``grouped_outer_product``."""
-    block = _block(rows, sizes)
+    block = _block(rows, group_sizes)
     padded = _padded(rows, block), _padded(others, block)
 
     def body(total, step):
@@ -59,22 +59,22 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -
         )
         return total.at[group].add(_product(left, right, 0, 0)), None
 
-    shape = len(sizes), rows.shape[1], others.shape[1]
+    shape = len(group_sizes), rows.shape[1], others.shape[1]
     zeros = jnp.zeros(shape, accumulation_dtype(rows.dtype, others.dtype))
-    return lax.scan(body, zeros, plan_group_tiles(sizes, len(rows), block))[0].astype(dtype)
+    return lax.scan(body, zeros, plan_group_tiles(group_sizes, len(rows), block))[0].astype(dtype)
 
 
 def plan_group_tiles(
-    sizes: jax.Array, num_rows: int, block: int
+    group_sizes: jax.Array, num_rows: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (group, first row, rows) of each block of rows of one group, as many as any sizes can
     need; unused ones come last, empty, and start where the last group ends."""
-    ends = jnp.cumsum(-(-sizes // block))
-    index = jnp.arange(num_rows // block + len(sizes))
-    group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(sizes) - 1)
+    ends = jnp.cumsum(-(-group_sizes // block))
+    index = jnp.arange(num_rows // block + len(group_sizes))
+    group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(group_sizes) - 1)
     done = (index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]) * block
-    count = jnp.clip(sizes[group] - done, 0, block)
-    start = (jnp.cumsum(sizes) - sizes)[group] + jnp.minimum(done, sizes[group])
+    count = jnp.clip(group_sizes[group] - done, 0, block)
+    start = (jnp.cumsum(group_sizes) - group_sizes)[group] + jnp.minimum(done, group_sizes[group])
     return group, start, count
 
 

@@ -105,7 +105,8 @@ def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     def on_chip_with_room(function, direction, blocks, out_bytes):
         _, S, T, _, _, H, Hv = own.shape
         sizes = AttentionSizes(S, T, H, Hv, jnp.dtype(own.dtype).itemsize, out_bytes)
-        chip = CHIPS["v4"]._replace(vmem=int(vmem_bytes(direction, blocks, sizes, keys) / 0.85) + 9)
+        room = int(vmem_bytes(direction, blocks, sizes, keys) / 0.85) + 9
+        chip = CHIPS["v4"]._replace(vmem_bytes=room)
 
         def run(*operands, **options):
             monkeypatch.setattr(tpu, "get_chip", lambda: chip)

@@ -107,7 +107,8 @@ def visited(case: Case, options: dict) -> list[Visited]:
         prefix=None if case.prefix is None else jnp.asarray(options["prefix"]),
     )
     params = AttentionParams(case.causal, case.window, None, 1.0, *((0, 0) if case.traced else at))
-    walk = plan_walk(case.S, case.T, params, operands, case.blocks, case.tile, joined=case.joined)
+    sizes = case.blocks, case.tile
+    walk = plan_walk(case.S, case.T, params, operands, *sizes, join_tiles=case.joined)
     rows = np.asarray(make_walk_table(walk, case.S, case.T, params, operands))
     found = []
     for b in range(2):
@@ -141,7 +142,7 @@ def recorders(case: Case, seen: Visited, i: int):
             seen.ended[q0:q1] += last
             seen.times[q0:q1, k0:k1] += 1
             seen.masked[q0:q1, k0:k1] |= tile.masked
-            seen.packed[q0:q1, k0:k1] |= tile.packed
+            seen.packed[q0:q1, k0:k1] |= tile.compares_segments
             seen.tiles.append((q0, q1, k0, k1))
 
     def finish():

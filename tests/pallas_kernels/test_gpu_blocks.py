@@ -27,7 +27,7 @@ def visited(table) -> list[list[tuple[list[int], list[int]]]]:
 
     def of_block(b, i):
         count, begin, end = (
-            int(x[b, i, 0]) for x in (visits.count, visits.full_begin, visits.full_end)
+            int(x[b, i, 0]) for x in (visits.num_masked, visits.full_begin, visits.full_end)
         )
         return masked[b, i, :count].tolist(), list(range(begin, end))
 

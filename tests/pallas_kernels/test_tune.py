@@ -49,7 +49,7 @@ def test_every_entry_of_the_table_fits_its_chip():
         )
         tpu_blocks.check_blocks(blocks)
         chip = CHIPS[one.chip]
-        assert bytes_needed(blocks, one.direction, problem.sizes) < chip.vmem
+        assert bytes_needed(blocks, one.direction, problem.sizes) < chip.vmem_bytes
         assert one.seq % blocks.q == one.seq % blocks.k == 0
         assert 0 < one.cost < math.inf
         assert one.made_with
@@ -88,7 +88,7 @@ def test_what_the_table_gives_is_valid_for_these_lengths(table, direction, S, T,
     if found is None:  # most tables have nothing for it
         return
     tpu_blocks.check_blocks(found)
-    assert bytes_needed(found, direction, sizes(S, T)) < V5P.vmem
+    assert bytes_needed(found, direction, sizes(S, T)) < V5P.vmem_bytes
     for n, size in ((S, found.q), (T, found.k)):
         padded, least = -(-n // size) * size, -(-n // 128) * 128
         assert padded <= least * 10 / 9

@@ -137,7 +137,8 @@ def call_costs(
         operands = _scalar_operands(schedule, text, hlo, left) if pallas else {}
         backward = "transpose(" in (re.search(r'op_name="([^"]*)"', text) or [""])[0]
         try:
-            costs = kernel_costs(schedule, chip.cores, operands, pallas=pallas, backward=backward)
+            given = schedule, chip.num_cores, operands
+            costs = kernel_costs(*given, pallas=pallas, backward=backward)
         except ValueError:
             if pallas:
                 raise
