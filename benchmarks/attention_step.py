@@ -162,8 +162,8 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
     given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
     text: Any = jax.jit(function).lower(*given).compile().as_text()
-    cost = read_compiled_cost(text, {}, on_chip=(1,))
-    seconds = cost.memory_bytes / CHIPS[CHIP].bandwidth
+    cost = read_compiled_cost(text, {}, on_chip_spaces=(1,))
+    seconds = cost.memory_bytes / CHIPS[CHIP].memory_bandwidth
     return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
 
 
@@ -194,8 +194,8 @@ def row(case: str) -> tuple[list[str], str]:
     cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
     bound = "≥ " if case == "xla" else ""
     cells = [
-        f"{step.memory.temp / GIB:.2f}",
-        f"{step.memory.argument / GIB:.2f}",
+        f"{step.memory.temp_bytes / GIB:.2f}",
+        f"{step.memory.argument_bytes / GIB:.2f}",
         *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
         *map(str, runs),
         f"{bound}{cycles / STATIC[CHIP].clock_hz / MILLI:,.0f}",

@@ -152,10 +152,10 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     memory, cost = step.memory, step.cost
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
     ours: dict[str, float] = {
-        "arguments, GB": memory.argument / GB,
-        "temp, GB": memory.temp / GB,
-        "arguments + temp, GB": (memory.argument + memory.temp) / GB,
-        "peak, GB": memory.peak / GB,
+        "arguments, GB": memory.argument_bytes / GB,
+        "temp, GB": memory.temp_bytes / GB,
+        "arguments + temp, GB": (memory.argument_bytes + memory.temp_bytes) / GB,
+        "peak, GB": memory.peak_bytes / GB,
         "matmul, TFLOP": cost.matmul_flops / TERA,
         "attention matmul, TFLOP": cost.attention_flops / TERA,
         "main memory traffic, GB": cost.memory_bytes / GB,

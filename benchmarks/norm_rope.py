@@ -182,7 +182,7 @@ def moved_and_least(case: str, chip: str) -> tuple[int, int]:
     compiled = jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
     ends = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
     least = sum(prod(a.shape) * a.dtype.itemsize for a in ends)
-    return read_compiled_cost(compiled.as_text(), {}, on_chip=(1,)).memory_bytes, least
+    return read_compiled_cost(compiled.as_text(), {}, on_chip_spaces=(1,)).memory_bytes, least
 
 
 def microseconds(case: str, chip: str, *, pallas: bool) -> float:
@@ -206,7 +206,7 @@ def main() -> None:
         for case in names:
             moved, least = moved_and_least(case, chip)
             times = (
-                moved / CHIPS[chip].bandwidth / MICRO,
+                moved / CHIPS[chip].memory_bandwidth / MICRO,
                 microseconds(case, chip, pallas=False),
                 microseconds(case, chip, pallas=True),
             )

@@ -127,7 +127,7 @@ def measure(name: str, seconds: float) -> None:
     t, chip = plan.time, plan.machine.chip
     assert t is not None
     parts = [float(part) for part in (t.products, t.attention, t.traffic, t.exposed)]
-    rates = [chip.peak["fp32"], chip.bandwidth, chip.pages]
+    rates = [chip.peak_flops["fp32"], chip.memory_bandwidth, chip.page_allocation_bandwidth]
     quartile = float(np.quantile(times, 0.25))
     print(json.dumps([plan.step_seconds, quartile, median(times), parts, rates]))
 

@@ -68,7 +68,8 @@ def measure(name: str) -> None:
     plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.collectives)
-    print(json.dumps([float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes()]))
+    peaks = float(plan.memory.total), step.memory.peak_bytes
+    print(json.dumps([*peaks, sent, step.cost.wire_bytes()]))
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def predict(row: Row, efficiency: Efficiency | None = None) -> tuple[float, Any]
     if row.causal == "rate":
         return rate, time
     flops = full if row.causal == "full" else half
-    return 100 * rate * flops / CHIPS[machine.kind].peak["bf16"], time
+    return 100 * rate * flops / CHIPS[machine.kind].peak_flops["bf16"], time
 
 
 _CACHE: dict[str, Any] = {}
@@ -173,7 +173,7 @@ def _prepared(row: Row) -> Any:
             **{part: v for part, v in row.settings.items() if part != "model"},
         }
     )
-    work = RunWorkload.of(config, jnp.bfloat16)
+    work = RunWorkload.from_config(config, jnp.bfloat16)
     counted = count_training_flops_per_token(work)
     split = MeshPartitioning(config, {a: sizes[a] for a in MESH_AXES})
     shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)

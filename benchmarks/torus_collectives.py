@@ -47,7 +47,7 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     x = jax.ShapeDtypeStruct(given, jnp.bfloat16, sharding=NamedSharding(mesh, rows))
     with jax.set_mesh(mesh):
         text = jax.jit(local.map_shards(run, (rows,), rows)).lower(x).compile().as_text()
-    cost = read_compiled_cost(text, dict(mesh.shape), on_chip=(1,))
+    cost = read_compiled_cost(text, dict(mesh.shape), on_chip_spaces=(1,))
     least = 2 * prod(shape) * (ways - 1) / ways
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()})
     return cost.wire_bytes() / least, ", ".join(kinds)

@@ -98,7 +98,7 @@ def command(
         from maxlm.plan.show import render_plan_tables, render_plan_vs_compiler_table
 
         console = open_console()
-        console.print(render_plan_tables(result, price=price))
+        console.print(render_plan_tables(result, price_per_device_hour=price))
         if compared:
             console.print(render_plan_vs_compiler_table(compared, "The plan beside the compiler"))
         if words:
@@ -168,20 +168,22 @@ def _search(
     from maxlm.programs.plans import compile_peak_memory_bytes
 
     found = search_layouts(run, machine, top=max(top, verify))
-    counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
+    counts: dict[str, Any] = {"tried": found.num_tried, "possible": found.num_divisible}
+    counts |= {"fitting": found.num_fitting, "taken": found.search_seconds}
     console = open_console(sys.stderr if quiet else sys.stdout)
-    limit = machine.chip.memory
+    limit = machine.chip.memory_bytes
     console.print(
-        f"{found.tried:,} candidates in {found.taken:.2f} s "
-        f"({found.tried / max(found.taken, 1e-9):,.0f} a second): {found.possible:,} divide, "
-        f"{found.fitting:,} fit"
+        f"{found.num_tried:,} candidates in {found.search_seconds:.2f} s "
+        f"({found.num_tried / max(found.search_seconds, 1e-9):,.0f} a second): "
+        f"{found.num_divisible:,} divide, {found.num_fitting:,} fit"
     )
     if not found.best:
         words = "none divides: batch, sequence, heads and layers must divide over the devices"
-        if found.possible:
-            words = f"none fits; the least that any needs is {format_bytes(found.least)} a device"
-        if found.fitting:
-            words = f"none that fits can be: {found.refusal}"
+        if found.num_divisible:
+            least = format_bytes(found.min_peak_bytes)
+            words = f"none fits; the least that any needs is {least} a device"
+        if found.num_fitting:
+            words = f"none that fits can be: {found.last_refusal}"
         console.print(words, markup=False)
         if quiet:
             print_json({"fits": False, "search": {**counts, "best": []}})

@@ -63,7 +63,7 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     cache_length: int,
-    memory: CrossAttentionCache | None = None,
+    cross_cache: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs whole prompts, padded on the right, through the model.
 
@@ -71,7 +71,7 @@ def prefill(
         tokens: int [B, S].
         lengths: int [B], tokens of each row that are not padding, ≥ 1.
         cache_length: slots T ≥ S to allocate for each row.
-        memory: what :func:`encode` made of the input, where there is an encoder.
+        cross_cache: what :func:`encode` made of the input, where there is an encoder.
 
     Returns:
         fp32 logits [B, V] after each row's own last token, and the cache.
@@ -80,7 +80,7 @@ def prefill(
     cache = init_cache(model, tokens.shape[0], cache_length)
     bound, positions = bind(model, params), _places(model, tokens.shape)
     tokens, lengths = reshard(tokens, rows), reshard(lengths, rules.spec("batch"))
-    hidden, cache = bound.forward_with_cache(tokens, positions, cache, memory, lengths)
+    hidden, cache = bound.forward_with_cache(tokens, positions, cache, cross_cache, lengths)
     hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
 
@@ -91,7 +91,7 @@ def decode(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    memory: CrossAttentionCache | None = None,
+    cross_cache: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs one token a row.
 
@@ -106,7 +106,7 @@ def decode(
     rows = model.rules.spec("batch", None)
     bound = bind(model, params)
     tokens, positions = (reshard(a[:, None], rows) for a in (tokens, positions))
-    hidden, cache = bound.forward_with_cache(tokens, positions, cache, memory)
+    hidden, cache = bound.forward_with_cache(tokens, positions, cache, cross_cache)
     return bound.logits(hidden)[:, 0], cache
 
 

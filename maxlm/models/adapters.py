@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import parse_registered
+from maxlm.models.blocks import parse_registered_config
 from maxlm.models.params import Params, bind_specs, param_specs
 
 
@@ -22,7 +22,7 @@ class Adapter(Config):
     kind: Any
 
     def adapt(self, specs: Params) -> Params:
-        """Return the declarations of a model with a :class:`~maxlm.models.params.Leaf` of
+        """Return the declarations of a model with a :class:`~maxlm.models.params.CompositeParam` of
         declarations in place of each parameter that is adapted."""
         raise NotImplementedError
 
@@ -36,11 +36,11 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-parse_adapter = partial(parse_registered, _ADAPTERS, "adapter", register=register_adapter)
+parse_adapter = partial(parse_registered_config, _ADAPTERS, "adapter", register=register_adapter)
 AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter)]
 
 
-def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **how: Any) -> Model:
-    """Builds a model whose parameters rest as its adapter says; ``how`` is for ``config.build``."""
-    model = config.build(**how)
+def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: Any) -> Model:
+    """Builds a model whose parameters rest as its adapter says, by ``config.build(**kwargs)``."""
+    model = config.build(**kwargs)
     return model if adapter is None else bind_specs(model, adapter.adapt(param_specs(model)))

@@ -103,29 +103,29 @@ def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> Non
     FEED_FORWARDS[config] = build
 
 
-def parse_registered(
+def parse_registered_config(
     registered: Iterable[type[Config]],
-    what: str,
-    given: Any,
+    role: str,
+    value: Any,
     register: Callable[[Any], object] = lambda found: found(),
 ) -> Any:
     """Reads the config of a registered kind from plain data with its ``kind``. Entry points of that
-    name in the group ``maxlm.<what>s`` are first passed to ``register``, or called by default."""
-    if not isinstance(given, Mapping):
-        return given
-    kind = given.get("kind")
-    for entry in entry_points(group=f"maxlm.{what}s", name=str(kind)):
+    name in the group ``maxlm.<role>s`` are first passed to ``register``, or called by default."""
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind")
+    for entry in entry_points(group=f"maxlm.{role}s", name=str(kind)):
         register(entry.load())
     with_kind = (config for config in registered if "kind" in config.model_fields)
     kinds = {config.model_fields["kind"].default: config for config in with_kind}
     if kind not in kinds:
         fix = f"use one of {', '.join(kinds)}" if kinds else "install the package that has it"
-        raise MaxlmError(f"no {what} of kind={kind}", fix=fix)
-    return kinds[kind].model_validate(given)
+        raise MaxlmError(f"no {role} of kind={kind}", fix=fix)
+    return kinds[kind].model_validate(value)
 
 
-parse_mixer = partial(parse_registered, MIXERS, "mixer")
-parse_ffn = partial(parse_registered, FEED_FORWARDS, "ffn")
+parse_mixer = partial(parse_registered_config, MIXERS, "mixer")
+parse_ffn = partial(parse_registered_config, FEED_FORWARDS, "ffn")
 
 
 class BlockConfig(NamedTuple):
@@ -186,7 +186,7 @@ class Block(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: Any = None,
-        memory: EncoderOutput | None = None,
+        encoder_output: EncoderOutput | None = None,
     ) -> tuple[jax.Array, Any, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
         adds to the loss and the log."""
@@ -198,9 +198,9 @@ class Block(nnx.Module):
             return x + y + z, cache, aux
         y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
-        if memory is not None and self.cross is not None:
-            y, keys = self._before(self.cross_norm, x), self.project_keys_values(memory)
-            y = self.cross.cross_attend(y, keys, memory.pair_segment_ids(inputs))
+        if encoder_output is not None and self.cross is not None:
+            y, keys = self._before(self.cross_norm, x), self.project_keys_values(encoder_output)
+            y = self.cross.cross_attend(y, keys, encoder_output.pair_segment_ids(inputs))
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
@@ -225,12 +225,12 @@ class Block(nnx.Module):
     def ffn(self) -> FeedForward:
         return getattr(self, self.ffn_name)
 
-    def project_keys_values(self, memory: EncoderOutput) -> KeysValues:
+    def project_keys_values(self, encoder_output: EncoderOutput) -> KeysValues:
         """Projects the keys and values that cross-attention reads of an encoder's output."""
-        if isinstance(memory.states, KeysValues):
-            return memory.states
+        if isinstance(encoder_output.states, KeysValues):
+            return encoder_output.states
         assert self.cross is not None
-        return self.cross.project_keys_values(memory.states)
+        return self.cross.project_keys_values(encoder_output.states)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)
@@ -263,7 +263,7 @@ def scan_blocks(
     Compile time does not grow with depth.
 
     Args:
-        params: of the block, whose structure alone is used (``params.stack``).
+        params: of the block, whose structure alone is used (``params.stack_layers``).
         bodies: what layers do with it, by turns.
         context, shared: arrays that every layer reads, without and with a gradient.
         dtype: of matrices in use, and of their gradients until all layers are through.
@@ -300,20 +300,20 @@ def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scan_blocks_with_cache(
-    stacked: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, held: Any
+    block: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, caches: Any
 ) -> tuple[Any, Any]:
-    """Runs a stack for inference, without gradient, by bodies ``(block, carry, held) -> (carry,
-    cache)`` with the block bound. ``held`` has what each body's layers hold, stacked by layer, as
+    """Runs a stack for inference, without gradient, by bodies ``(block, carry, cache) -> (carry,
+    cache)`` with the block bound. ``caches`` has what each body's layers read, stacked by layer, as
     have the caches that come back."""
     count = len(bodies)
 
     def period(carry, inputs):
-        own, caches = inputs
+        own, own_caches = inputs
         kept = []
         for place, body in enumerate(bodies):
-            block = bind(stacked, take_layer(own, place, count))
-            carry, cache = body(block, carry, caches[place])
+            layer = bind(block, take_layer(own, place, count))
+            carry, cache = body(layer, carry, own_caches[place])
             kept.append(cache)
         return carry, tuple(kept)
 
-    return lax.scan(period, carry, (split_periods(get_values(stacked), count), held))
+    return lax.scan(period, carry, (split_periods(get_values(block), count), caches))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
-from maxlm.models.params import flatten_names, param_specs, select_base
+from maxlm.models.params import flatten_names, param_specs, select_base_params
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
 """Sides of matrices: the residual stream, an encoder's output, a narrow vector of latent attention,
@@ -24,8 +24,8 @@ class MatrixGroup:
 
     names: tuple[str, ...]
     """Names of the parameters within the module, such as ``query.kernel``."""
-    reads: Side = "residual"
-    needed_raw: tuple[str, ...] = ()
+    input_side: Side = "residual"
+    needs_raw_output: tuple[str, ...] = ()
     """Parameters whose products the backward pass needs as they were before a norm or a clip."""
 
 
@@ -39,7 +39,7 @@ class AttentionCosts:
     value_dim: int
     kv_axis: str = "kv_heads"
     """Logical axis of the kv heads in use."""
-    shared_dim: int = 0
+    shared_key_dim: int = 0
     """Dimensions of a key that all heads share."""
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
@@ -64,9 +64,9 @@ class LayerCosts:
     """Costs of one layer of a module."""
 
     matrices: tuple[MatrixGroup, ...] = ()
-    heads: AttentionCosts | None = None
+    attention: AttentionCosts | None = None
     experts: ExpertCosts | None = None
-    flops: float = 0.0
+    extra_flops: float = 0.0
     """Forward FLOPs a token beside matrices and scores, such as those of a recurrence."""
     flops_axes: tuple[str, ...] = ()
     """Logical axes that these are split over."""
@@ -91,9 +91,9 @@ def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
     """Groups a module's matrices by submodule and input: heads or an MLP's hidden layer, where
     their axes say so, otherwise the residual stream."""
     groups: dict[tuple[str, Side], list[str]] = {}
-    for name, spec in flatten_names(select_base(param_specs(module))).items():
+    for name, spec in flatten_names(select_base_params(param_specs(module))).items():
         if spec.role == "matrix":
-            axes = {spec.axes[d] for d in spec.contract}
+            axes = {spec.axes[d] for d in spec.contracting_dims}
             reads = "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"
             submodule = name.removesuffix(".kernel").rpartition(".")[0]
             groups.setdefault((submodule, reads), []).append(name)

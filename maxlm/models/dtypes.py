@@ -7,7 +7,7 @@ import jax.numpy as jnp
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 
-def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
+def resolve_compute_dtype(setting: ComputeDtype, platform: str) -> Any:
     """Returns the dtype a setting means on a platform ("cpu", "gpu", "tpu").
 
     ``auto`` is bfloat16 where there are matrix units for it and float32 on CPUs, which emulate it.

@@ -39,7 +39,7 @@ class ParamSpec:
     role: Literal["matrix", "table", "vector"]
     """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings,
     the output head and routers (decayed); vector: norm scales and biases (neither)."""
-    contract: tuple[int, ...] = ()
+    contracting_dims: tuple[int, ...] = ()
     """Dimensions of a matrix summed over with the input; the others index the output."""
     sign_update: bool = False
     """Whether its gradient is no slope of the loss but what a rule says to move against; optimizers
@@ -65,11 +65,11 @@ def declare(
     axes: tuple[str | None, ...],
     init: Initializer,
     role: Literal["matrix", "table", "vector"],
-    contract: tuple[int, ...] = (),
+    contracting_dims: tuple[int, ...] = (),
     sign_update: bool = False,
 ) -> nnx.Param:
     """A parameter without values, to be assigned to a module's attribute."""
-    spec = ParamSpec(shape, axes, init, role, contract, sign_update)
+    spec = ParamSpec(shape, axes, init, role, contracting_dims, sign_update)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
 
@@ -102,26 +102,28 @@ class ParamReader:
     spec: ParamSpec
     rules: AxisRules
     dtype: Any
-    tokens: Dims = ()
+    token_layout: Dims = ()
     """The mesh axes of B and S in the results, where the parameter is multiplied with."""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
         """Logical axes of a matrix's inputs, for one layer."""
-        return tuple(self.spec.axes[d] for d in self.spec.contract)
+        return tuple(self.spec.axes[d] for d in self.spec.contracting_dims)
 
     @property
     def output_axes(self) -> tuple[str | None, ...]:
         """Logical axes of a matrix's outputs, for one layer."""
-        return self.spec.axes[self.spec.num_layer_axes + len(self.spec.contract) :]
+        return self.spec.axes[self.spec.num_layer_axes + len(self.spec.contracting_dims) :]
 
-    def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> ShardedWeight:
+    def read(
+        self, param: "jax.Array | CompositeParam", axes: tuple[str | None, ...] = ()
+    ) -> ShardedWeight:
         """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under ZeRO-3 the
         compute dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's."""
-        if isinstance(held, Leaf):
+        if isinstance(param, CompositeParam):
             own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
-            return held.materialize(own)
-        value = held.astype(self.dtype)
+            return param.materialize(own)
+        value = param.astype(self.dtype)
         own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
         used = parse_spec(self.rules.spec(*own), value.ndim)
         pairs = zip(get_layout(value), used, strict=True)
@@ -132,10 +134,10 @@ class ParamReader:
     def multiply(self, x: jax.Array, *weights: ShardedWeight) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S, *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
-        return multiply_kernels(x, values, wholes, used, self.tokens)
+        return multiply_kernels(x, values, wholes, used, self.token_layout)
 
 
-class Leaf:
+class CompositeParam:
     """A parameter at rest, where that is not one array.
 
     A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands in a tree of
@@ -148,31 +150,31 @@ class Leaf:
     """The field that holds the parameter as a model without this leaf has it; None: there is none.
     Parameters of such a model are read into it."""
 
-    def materialize(self, use: ParamReader) -> ShardedWeight:
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
         """Returns the parameter's value, as norms, tables, heads and experts read it."""
         raise NotImplementedError
 
-    def read_kernel(self, use: ParamReader) -> ShardedWeight:
+    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
         """Returns the array that inputs are multiplied with, beside maps of the same input."""
-        return self.materialize(use)
+        return self.materialize(reader)
 
-    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamReader) -> jax.Array:
+    def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         """Completes the map of x, from the product y of x and :meth:`read_kernel`."""
         return y
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GatheredParam(Leaf):
+class GatheredParam(CompositeParam):
     """A parameter that is kept whole too. ZeRO-2: the gradient is reduced straight to ``value``,
     the share it is kept for; ``whole`` is only read, and saves gathering it."""
 
     value: jax.Array
     whole: jax.Array
 
-    def materialize(self, use: ParamReader) -> ShardedWeight:
-        own = use.read(self.value)
-        whole = jax.lax.stop_gradient(self.whole).astype(use.dtype)
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
+        own = reader.read(self.value)
+        whole = jax.lax.stop_gradient(self.whole).astype(reader.dtype)
         return own._replace(gathered=reshard(whole, make_spec(own.compute_layout)))
 
 
@@ -188,14 +190,14 @@ def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     return reshard(own.value, make_spec(own.compute_layout))
 
 
-def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
-    """Gives every parameter of ``module`` a leading ``layers`` axis of size ``depth``; for several
-    groups of layers in a pipeline stage two, [groups, depth / groups], so that splitting the second
-    gives each stage its share of every group."""
-    if depth % groups:
-        what = f"{depth} layers do not divide into {groups} groups a stage"
-        raise MaxlmError(what, where="parallel.layer_groups", fix=f"use a divisor of {depth}")
-    lead = (depth,) if groups == 1 else (groups, depth // groups)
+def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> ModuleT:
+    """Gives every parameter of ``module`` a leading ``layers`` axis of size ``num_layers``; for
+    several groups of layers in a pipeline stage two, [groups, layers / groups], so that splitting
+    the second gives each stage its share of every group."""
+    if num_layers % num_groups:
+        what = f"{num_layers} layers do not divide into {num_groups} groups a stage"
+        raise MaxlmError(what, where="parallel.layer_groups", fix=f"use a divisor of {num_layers}")
+    lead = (num_layers,) if num_groups == 1 else (num_groups, num_layers // num_groups)
     graphdef, state = nnx.split(module)
 
     def deepen(param: nnx.Param) -> nnx.Param:
@@ -204,7 +206,7 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
             spec,
             shape=(*lead, *spec.shape),
             axes=(*(None,) * (len(lead) - 1), "layers", *spec.axes),
-            contract=tuple(d + len(lead) for d in spec.contract),
+            contracting_dims=tuple(d + len(lead) for d in spec.contracting_dims),
         )
         return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
@@ -222,29 +224,29 @@ def param_specs(module: nnx.Module) -> Params:
 
 def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     """Returns the module with other leaves for its parameters; pure. ``specs`` are its
-    :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
+    :func:`param_specs`, some replaced by a :class:`CompositeParam` of declarations."""
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
 
 
-def select_base(tree: Params) -> Params:
+def select_base_params(tree: Params) -> Params:
     """Return parameters (or their declarations) as a model without adapted leaves names them: in
-    place of each :class:`Leaf` that has one, its base."""
+    place of each :class:`CompositeParam` that has one, its base."""
 
     def select(held: Any) -> Any:
         field = getattr(held, "base_field", None)
         return held if field is None else getattr(held, field)
 
-    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, Leaf))
+    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, CompositeParam))
 
 
-def replace_base(tree: Params, base: Params) -> Params:
-    """Return parameters with other values for what :func:`select_base` selects."""
+def replace_base_params(tree: Params, base: Params) -> Params:
+    """Return parameters with other values for what :func:`select_base_params` selects."""
 
     def put(held: Any, own: Any) -> Any:
         field = getattr(held, "base_field", None)
         return own if field is None else replace(held, **{field: own})
 
-    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, Leaf))
+    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, CompositeParam))
 
 
 def get_values(module: nnx.Module) -> Params:

@@ -62,7 +62,7 @@ def require_trainable(
     yield from require_whole_sequences(model, sharding.compute, sizes)
     if model.attention is None:
         return
-    for window in dict.fromkeys(kind.window for kind in model.kinds):
+    for window in dict.fromkeys(kind.window for kind in model.layer_kinds):
         yield from require_context(
             shape.seq_len,
             model.attention.num_heads,
@@ -140,7 +140,7 @@ def require_pipeline(
 ) -> Iterator[Requirement]:
     """Requires that micro-batches fill a pipeline, and layers divide over its stages."""
     stages, layers, groups = sizes["stage"], model.num_layers, parallel.layer_groups
-    alone, period = np.equal(stages, 1), len(model.kinds)
+    alone, period = np.equal(stages, 1), len(model.layer_kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
     yield Requirement(
         alone | on_stages,

@@ -88,7 +88,7 @@ class _Queries(NamedTuple):
 
     def number_before(self, steps: Any) -> jax.Array:
         """The number of the device so many places before in the ring."""
-        return (self.number + self.split.ways - steps) % self.split.ways
+        return (self.number + self.split.num_shards - steps) % self.split.num_shards
 
     def pairs(self, block: KeyValueBlock, number: jax.Array | None) -> Iterator["_Pair"]:
         """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
@@ -204,7 +204,7 @@ def _steps(step: Any, carry: Any, stop: int) -> Any:
 
 def _rotate(tree: Any, split: SequenceSplit, places: int = 1) -> Any:
     """Everything to the next device of the ring, or so many on."""
-    around = [(i, (i + places) % split.ways) for i in range(split.ways)]
+    around = [(i, (i + places) % split.num_shards) for i in range(split.num_shards)]
     return jax.tree.map(lambda x: lax.ppermute(x, split.axes, around), tree)
 
 
@@ -251,7 +251,7 @@ def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
     own, block, sums = _steps(step, (own, coming, sums), last)
     arriving = _rotate(sums, split)
     own, terms = queries.pull(block, queries.number_before(last), own)
-    return own, _rotate(_add(arriving, terms), split, split.ways - last)
+    return own, _rotate(_add(arriving, terms), split, split.num_shards - last)
 
 
 # The all-gather takes the same steps over keys that are all here.
@@ -266,7 +266,7 @@ def _gathered(split: SequenceSplit, block: KeyValueBlock) -> KeyValueBlock:
 
 
 def _block_of(split: SequenceSplit, whole: KeyValueBlock, number: jax.Array) -> KeyValueBlock:
-    size = whole.k.shape[1] // split.ways
+    size = whole.k.shape[1] // split.num_shards
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole)
 
 

@@ -48,7 +48,7 @@ class SequenceSplit(NamedTuple):
     soft_cap: float | None = None
 
     @property
-    def ways(self) -> int:
+    def num_shards(self) -> int:
         return axis_size(self.axes)
 
     @property
@@ -68,15 +68,15 @@ class SequenceSplit(NamedTuple):
         """Counts the devices before its own, of ``tokens_per_device`` tokens each, that hold keys a
         device may need. Later devices' keys pass by as the ring closes."""
         if self.window is None or self.balanced:
-            return self.ways - 1
-        return min(self.ways - 1, (self.window + tokens_per_device - 2) // tokens_per_device)
+            return self.num_shards - 1
+        return min(self.num_shards - 1, (self.window + tokens_per_device - 2) // tokens_per_device)
 
     def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
         """Returns the index in the sequence of the first token of each chunk, of ``chunk_size``
         tokens, of the device at ``device_index`` along ``axes``."""
         if not self.balanced:
             return [device_index * chunk_size]
-        return [device_index * chunk_size, (2 * self.ways - 1 - device_index) * chunk_size]
+        return [device_index * chunk_size, (2 * self.num_shards - 1 - device_index) * chunk_size]
 
 
 class DistanceBias(NamedTuple):
@@ -92,7 +92,7 @@ class SequenceShard(NamedTuple):
     """One device's rows of an attention over a split sequence."""
 
     split: SequenceSplit
-    number: jax.Array
+    shard_index: jax.Array
     """int32 scalar, the device's number along the context axes."""
     q: jax.Array
     """[B, S / n, N, H]."""
@@ -101,7 +101,7 @@ class SequenceShard(NamedTuple):
     v: jax.Array
     segments: Segments
     """int [B, S / n] of queries and of keys."""
-    added: DistanceBias
+    distance_bias: DistanceBias
     """That of these query heads."""
 
 

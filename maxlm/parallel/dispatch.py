@@ -27,13 +27,13 @@ class DroplessDispatch:
     ways × tokens a device × min(k, experts a device), the size of every array of rows.
     """
 
-    order: jax.Array
+    slot_assignments: jax.Array
     """int32 [T·k]: the assignment in each slot."""
-    slot: jax.Array
+    assignment_slots: jax.Array
     """int32 [T, k]: the slot of each assignment."""
     counts: jax.Array
     """int32 [ways, E]: assignments of each device of the expert axes to each expert."""
-    here: jax.Array
+    device_index: jax.Array
     """int32 [1]: this device's number along the expert axes."""
     axes: Axes = field(metadata={"static": True})
     ragged: bool = field(metadata={"static": True})
@@ -52,7 +52,7 @@ class DroplessDispatch:
         first = there[0].reshape(ways, -1)[:, :1]
         got = self._swap(slots[jnp.minimum(first + jnp.arange(room), len(slots) - 1)])
         starts, sizes = (a.reshape(ways, -1).T for a in back[:2])  # [experts here, ways]
-        own = self.counts.reshape(ways, ways, -1)[:, self.here[0]]
+        own = self.counts.reshape(ways, ways, -1)[:, self.device_index[0]]
         at = room * jnp.arange(ways) + (jnp.cumsum(own, 1) - own).T
         return _pick(got, self._num_rows, starts.ravel(), sizes.ravel(), at.ravel())
 
@@ -62,39 +62,40 @@ class DroplessDispatch:
             return rows
         there, back = self._slices()
         if self.ragged:
-            out = jnp.zeros((len(self.order), *rows.shape[1:]), rows.dtype)
+            out = jnp.zeros((len(self.slot_assignments), *rows.shape[1:]), rows.dtype)
             return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
         ways, room = len(self.counts), self._num_rows // len(self.counts)
-        own = self.counts.reshape(ways, ways, -1)[:, self.here[0]]  # [ways, experts here]
+        own = self.counts.reshape(ways, ways, -1)[:, self.device_index[0]]  # [ways, experts here]
         block = jax.vmap(lambda *slices: _pick(rows, room, *slices))
         got = self._swap(block(jnp.cumsum(own, 1) - own, own, back[0].reshape(ways, -1)))
         starts, sizes = there[:2]
         first = starts.reshape(ways, -1)[:, :1]
         at = room * jnp.arange(ways)[:, None] + starts.reshape(ways, -1) - first
-        return _pick(got, len(self.order), starts, sizes, at.ravel())
+        return _pick(got, len(self.slot_assignments), starts, sizes, at.ravel())
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
         return grouped_matmul(
             rows, kernels, self._sizes, transpose_kernels=transposed, backend=get_platform()
         )
 
-    def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
+    def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
         return grouped_outer_product(rows, others, self._sizes, backend=get_platform())
 
     @property
     def _num_rows(self) -> int:
-        (tokens, k), (ways, experts) = self.slot.shape, self.counts.shape
+        (tokens, k), (ways, experts) = self.assignment_slots.shape, self.counts.shape
         return ways * tokens * min(k, experts // ways)
 
     @property
     def _sizes(self) -> jax.Array:
         """Rows of each expert here."""
-        return self.counts.sum(0, dtype=jnp.int32).reshape(len(self.counts), -1)[self.here[0]]
+        sizes = self.counts.sum(0, dtype=jnp.int32)
+        return sizes.reshape(len(self.counts), -1)[self.device_index[0]]
 
     def _slices(self):
         """Returns the slices of both ragged exchanges, there and back: (first row, rows) of each
         slice sent, its first row at the receiver, rows received; one for each peer and expert."""
-        ways, here = len(self.counts), self.here[0]
+        ways, here = len(self.counts), self.device_index[0]
         mine = self.counts[here]
         first = jnp.cumsum(self.counts, 1) - self.counts  # of each expert's slots, by origin
         per_owner = self.counts.reshape(ways, ways, -1)  # origin, owner, expert of the owner
@@ -121,19 +122,19 @@ class CapacityDispatch:
     matrix products, on any backend.
     """
 
-    order: jax.Array
+    slot_assignments: jax.Array
     """int32 [E·b·C]: the assignment in each slot; T·k in an empty one."""
-    slot: jax.Array
+    assignment_slots: jax.Array
     """int32 [T, k]: the slot of each assignment; E·b·C for one that is dropped."""
     axes: Axes = field(metadata={"static": True})
-    experts: int = field(metadata={"static": True})
+    experts_per_device: int = field(metadata={"static": True})
     """Experts a device."""
 
     def send_to_experts(self, slots: jax.Array) -> jax.Array:
         """Sends [E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
         if not self.axes:
             return slots
-        blocks = slots.reshape(axis_size(self.axes), self.experts, -1, *slots.shape[1:])
+        blocks = slots.reshape(axis_size(self.axes), self.experts_per_device, -1, *slots.shape[1:])
         got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
         return got.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
 
@@ -141,7 +142,7 @@ class CapacityDispatch:
         """Receives [R, ...] → [E·b·C, ...]."""
         if not self.axes:
             return rows
-        blocks = rows.reshape(self.experts, axis_size(self.axes), -1, *rows.shape[1:])
+        blocks = rows.reshape(self.experts_per_device, axis_size(self.axes), -1, *rows.shape[1:])
         got = lax.all_to_all(blocks.swapaxes(0, 1), self.axes, 0, 0, tiled=True)
         return got.reshape(-1, *rows.shape[1:])
 
@@ -151,30 +152,30 @@ class CapacityDispatch:
         out = lax.dot_general(self._split(rows), kernels, dims)
         return out.reshape(len(rows), -1)
 
-    def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
+    def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
         """Contracts [R, D] and [R, F] to [experts, D, F]."""
         dims = (((1,), (1,)), ((0,), (0,)))
         return lax.dot_general(self._split(rows), self._split(others), dims)
 
     def _split(self, rows: jax.Array) -> jax.Array:
-        return rows.reshape(self.experts, -1, rows.shape[-1])
+        return rows.reshape(self.experts_per_device, -1, rows.shape[-1])
 
 
 DispatchPlan = DroplessDispatch | CapacityDispatch
 
 
 def plan_dropless(
-    chosen: jax.Array, num_experts: int, axes: Axes, device_index: jax.Array, *, ragged: bool
+    expert_ids: jax.Array, num_experts: int, axes: Axes, device_index: jax.Array, *, ragged: bool
 ) -> DroplessDispatch:
     """Sorts this device's assignments by expert and learns the counts of its peers.
 
     Args:
-        chosen: int32 [b, s, k], a token's distinct experts; ``num_experts`` for nowhere.
+        expert_ids: int32 [b, s, k], a token's distinct experts; ``num_experts`` for nowhere.
         axes: mesh axes that split the experts; they also split the tokens.
         device_index: int32 [1], this device's number along them.
     """
-    k = chosen.shape[-1]
-    flat = chosen.reshape(-1)
+    k = expert_ids.shape[-1]
+    flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     slot = jnp.argsort(order).astype(jnp.int32)  # the inverse; a TPU sorts faster than it scatters
     counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
@@ -190,25 +191,25 @@ def compute_expert_capacity(
 
 
 def plan_capacity(
-    chosen: jax.Array, num_experts: int, expert_capacity: int, axes: Axes
+    expert_ids: jax.Array, num_experts: int, expert_capacity: int, axes: Axes
 ) -> CapacityDispatch:
     """Give each sequence's assignments their slots: all first choices in the order of tokens, then
     all second choices, and so on, until an expert has its capacity (GShard, algorithm 1).
 
     Args:
-        chosen: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere.
+        expert_ids: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere.
     """
-    b, s, k = chosen.shape
-    by_rank = chosen.swapaxes(1, 2).reshape(b, k * s)
+    b, s, k = expert_ids.shape
+    by_rank = expert_ids.swapaxes(1, 2).reshape(b, k * s)
     order = jnp.argsort(by_rank, axis=1, stable=True)
     counts = (by_rank[..., None] == jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
     first = jnp.cumsum(counts, 1) - counts  # [b, E + 1], of those that chose the same expert
     place = jnp.argsort(order, axis=1) - jnp.take_along_axis(first, by_rank, 1)
     place = place.reshape(b, k, s).swapaxes(1, 2)
-    kept = (place < expert_capacity) & (chosen < num_experts)
+    kept = (place < expert_capacity) & (expert_ids < num_experts)
     rows = jnp.arange(b)[:, None, None]
     nowhere = num_experts * b * expert_capacity
-    slot = jnp.where(kept, (chosen * b + rows) * expert_capacity + place, nowhere)
+    slot = jnp.where(kept, (expert_ids * b + rows) * expert_capacity + place, nowhere)
     slot = slot.reshape(-1, k).astype(jnp.int32)
     # Of slot c of expert e, in each row: the c-th of its assignments, if there are as many.
     within = jnp.arange(expert_capacity)

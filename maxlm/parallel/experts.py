@@ -53,8 +53,8 @@ Kernels = dict[str, jax.Array]
 
 def apply_experts(
     x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
+    routing_weights: jax.Array,
+    expert_ids: jax.Array,
     kernels: Kernels,
     *,
     activation: Callable[[jax.Array], jax.Array],
@@ -62,13 +62,13 @@ def apply_experts(
     expert_capacity: int | None = None,
     ragged: bool | None = None,
 ) -> jax.Array:
-    """Computes ``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where
-    hidden is ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
+    """Computes ``y[t] = Σ_j routing_weights[t, j] · down_e(hidden_e(x[t]))``, e = expert_ids[t, j],
+    where hidden is ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
 
     Args:
         x: [B, S, D] in the compute dtype, B and S split in any way, D whole.
-        weights: fp32 [B, S, k].
-        chosen: int32 [B, S, k], distinct for a token; E sends an assignment nowhere.
+        routing_weights: fp32 [B, S, k].
+        expert_ids: int32 [B, S, k], distinct for a token; E sends an assignment nowhere.
         kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], in their storage
             layouts; gradients come back in the same, and in their dtype.
         activation: element-wise; a module-level function, lest each trace compile anew.
@@ -80,7 +80,8 @@ def apply_experts(
             (:func:`supports_ragged_all_to_all`).
 
     Returns:
-        [B, S, D] in x's dtype and layout; differentiable in x, weights and kernels, reverse mode.
+        [B, S, D] in x's dtype and layout; differentiable in x, the weights and kernels, reverse
+        mode.
 
     Raises:
         MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
@@ -113,7 +114,7 @@ def apply_experts(
     ragged = supports_ragged_all_to_all() if ragged is None else ragged
     how = _Layouts(tokens, whole, used, stored, activation, expert_capacity, ragged)
     lies = make_spec((*tokens[:2], ()))
-    return _experts(x, reshard(weights, lies), reshard(chosen, lies), kernels, how)
+    return _experts(x, reshard(routing_weights, lies), reshard(expert_ids, lies), kernels, how)
 
 
 def supports_ragged_all_to_all() -> bool:
@@ -215,7 +216,7 @@ def _backward(how: _Layouts, residuals, d_y):
     def program(d_y, saved, masters):
         plan, rows = saved["plan"], saved["rows"]
         d_y = gather(d_y, how.tokens, how.whole)
-        shape, k = d_y.shape, plan.slot.shape[1]
+        shape, k = d_y.shape, plan.assignment_slots.shape[1]
         kernels = _gathered(masters, rows.dtype, how)
         d_out = plan.send_to_experts(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
 
@@ -224,8 +225,8 @@ def _backward(how: _Layouts, residuals, d_y):
             weigh = partial(_weighted, activation=how.activation)
             weighted, transpose = jax.vjp(weigh, _hidden(plan, rows, own), saved["scale"])
             d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], transposed=True))
-            grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
-            grads["down"] = plan.outer(weighted, d_out)
+            grads = {name: plan.outer_product(rows, d) for name, d in d_hidden.items()}
+            grads["down"] = plan.outer_product(weighted, d_out)
             for name, d in d_hidden.items():
                 d_rows += plan.dot(d, own[name], transposed=True)
             return (d_rows, d_scale + d_own_scale), grads
@@ -237,7 +238,7 @@ def _backward(how: _Layouts, residuals, d_y):
         d_rows = d_rows.astype(rows.dtype)
         d_x = _from_slots(plan.receive_from_experts(d_rows), plan).astype(rows.dtype).reshape(shape)
         d_scale = plan.receive_from_experts(d_scale)[:, 0]
-        d_weights = _taken(d_scale, plan.slot).reshape(*shape[:2], k)
+        d_weights = _taken(d_scale, plan.assignment_slots).reshape(*shape[:2], k)
         d_x, d_weights = (reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights))
         partials = tuple(a for a in how.spread if a not in how.expert_axes)
         # Reduced in the compute dtype, as the gradients of all other weights are.
@@ -312,13 +313,13 @@ def _weighted(
 
 def _to_slots(values: jax.Array, plan: DispatchPlan, k: int) -> jax.Array:
     """[T, ...], each for the k assignments of a token → one for each slot, zeros in empty ones."""
-    return _taken(values, plan.order // k)
+    return _taken(values, plan.slot_assignments // k)
 
 
 def _from_slots(slots: jax.Array, plan: DispatchPlan) -> jax.Array:
     """The sum over a token's assignments, [T, D] in fp32 or wider; those dropped add nothing."""
     wide = jnp.promote_types(slots.dtype, jnp.float32)
-    return jnp.sum(_taken(slots, plan.slot), axis=1, dtype=wide)
+    return jnp.sum(_taken(slots, plan.assignment_slots), axis=1, dtype=wide)
 
 
 def _taken(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -58,16 +58,16 @@ def scan_layers(
     return _scan(tuple(layers), cast, params, carry, context, shared)
 
 
-def split_periods(tree: Any, length: int) -> Any:
+def split_periods(tree: Any, period_length: int) -> Any:
     """Reshapes [L, ...] → [L / length, length, ...]; no copy."""
-    if length == 1:
+    if period_length == 1:
         return tree
-    return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), tree)
+    return jax.tree.map(lambda x: x.reshape(-1, period_length, *x.shape[1:]), tree)
 
 
-def take_layer(tree: Any, layer_index: int, length: int) -> Any:
+def take_layer(tree: Any, layer_index: int, period_length: int) -> Any:
     """Returns one layer of a period [length, ...]; a period of one has no such axis."""
-    return tree if length == 1 else jax.tree.map(lambda x: x[layer_index], tree)
+    return tree if period_length == 1 else jax.tree.map(lambda x: x[layer_index], tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

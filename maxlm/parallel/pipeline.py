@@ -240,7 +240,7 @@ def run_1f1b_pipeline(
     first: Callable[[Any, Any], tuple[jax.Array, Any]],
     stage: StageFn,
     last: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
-    end_params: Any,
+    first_last_params: Any,
     params: Any,
     batch: Any,
     *,
@@ -252,14 +252,14 @@ def run_1f1b_pipeline(
         first: (ends, one micro-batch) -> (input of the first layer, context of all layers).
         stage: as in :func:`run_circular_pipeline`.
         last: (ends, output of the last layer, one micro-batch) -> (loss, sums to log).
-        end_params: parameters of ``first`` and ``last``, whole over `stage`.
+        first_last_params: parameters of ``first`` and ``last``, whole over `stage`.
         params: the layers', [L, ...] split over `stage`.
         batch: arrays [M, ...], whole over `stage`.
         sums_cotangent: the loss's derivative in a stage's sums (of their shapes).
 
     Returns:
         ((loss, sums of ``last``, of ``stage``), each added up over micro-batches and stages),
-        (gradients of ``end_params``, of ``params``).
+        (gradients of ``first_last_params``, of ``params``).
     """
     stages = axis_size((STAGE,))
     layers, split, whole = _specs(1)
@@ -349,7 +349,8 @@ def run_1f1b_pipeline(
 
     specs = (whole, layers, whole, split), (whole, whole, whole, layers)
     mapped = map_shards(run, *specs, axes=(STAGE,))
-    totals, parts, d_ends, d_params = mapped(end_params, params, batch, axis_indices((STAGE,)))
+    own = axis_indices((STAGE,))
+    totals, parts, d_ends, d_params = mapped(first_last_params, params, batch, own)
     return (*totals, parts), (d_ends, d_params)
 
 

@@ -36,7 +36,7 @@ def attend_shard_backward(
 ) -> tuple[jax.Array, ...]:
     """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
     split, number, q, k, v, segments, added = shard
-    copies = _copies(k.shape[2], split.ways)
+    copies = _copies(k.shape[2], split.num_shards)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
@@ -61,7 +61,7 @@ def _copies(kv_heads: int, ways: int) -> int:
 
 
 def _whole_rows(split: SequenceSplit, q, k, v):
-    copies = _copies(k.shape[2], split.ways)
+    copies = _copies(k.shape[2], split.num_shards)
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
     return tuple(_to_heads(x, split) for x in (q, k, v))
 
@@ -72,7 +72,7 @@ def _options(
     """Returns the kernel's arguments, for all rows in order and this device's share of heads."""
 
     def own(x):
-        size = len(x) // split.ways
+        size = len(x) // split.num_shards
         return lax.dynamic_slice_in_dim(x, number * size, size)
 
     mask = {"segment_ids": _whole_segments(split, segments), **split.mask_kwargs}
@@ -81,7 +81,7 @@ def _options(
 
 def _among_all(x: jax.Array, split: SequenceSplit, number: jax.Array) -> jax.Array:
     """[N / n, ...] of this device's share of heads at their places among zeros, [N, ...]."""
-    zeros = jnp.zeros((len(x) * split.ways, *x.shape[1:]), x.dtype)
+    zeros = jnp.zeros((len(x) * split.num_shards, *x.shape[1:]), x.dtype)
     return lax.dynamic_update_slice_in_dim(zeros, x, number * len(x), axis=0)
 
 
@@ -111,7 +111,8 @@ def _in_order(x: jax.Array, split: SequenceSplit) -> jax.Array:
 
 
 def _chunk_order(split: SequenceSplit) -> np.ndarray:
-    return sequence_order_indices(split.ways * split.chunks_per_device, split.ways, split.balanced)
+    ways = split.num_shards
+    return sequence_order_indices(ways * split.chunks_per_device, ways, split.balanced)
 
 
 def _permute(x: jax.Array, split: SequenceSplit, order: np.ndarray) -> jax.Array:

@@ -51,9 +51,9 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
             yield from _list_matmul_collectives(shape, group, *_count_passes(shape, layers))
     for attention, layers in work.attention_layer_counts.items():
         yield from _list_attention_collectives(shape, attention, *_count_passes(shape, layers))
-    _, runs = _count_passes(shape, work.layers)
+    _, runs = _count_passes(shape, work.num_layers)
     vectors = (s for s in work.specs.values() if s.num_layer_axes and s.role == "vector")
-    size = sum(s.size for s in vectors if not s.sign_update) / work.layers * FP32
+    size = sum(s.size for s in vectors if not s.sign_update) / work.num_layers * FP32
     axes = (*compute.batch, *compute.residual)
     yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
 
@@ -70,14 +70,14 @@ def _list_matmul_collectives(
 ) -> Iterator[PlannedCollective]:
     work, rules, kernels = shape.work, shape.split.compute, group.kernels
     width = work.config.model.d_model if group.input_side != "latent" else group.input_width
-    size = shape.micro_batch_tokens * group.rate * work.dtype_bytes * width
+    size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
     again = backward if shape.remat != "none" and work.backward_needs_branch_output(group) else 0
     for kernel in kernels:
         tokens = (*rules.batch, *rules.seq)
         yield from _list_weight_collectives(shape, kernel, forward, backward, tokens)
-    inputs = {a for k in kernels for x in k.axes[: k.inputs] for a in rules.mesh_axes(x)}
-    outputs = {a for k in kernels for x in k.axes[k.inputs :] for a in rules.mesh_axes(x)}
+    inputs = {a for k in kernels for x in k.axes[: k.num_input_dims] for a in rules.mesh_axes(x)}
+    outputs = {a for k in kernels for x in k.axes[k.num_input_dims :] for a in rules.mesh_axes(x)}
 
     def send(what: str, kind: str, axes: tuple[str, ...], ahead: Number, back: Number):
         return _in_passes(f"{group.name}: {what}", kind, axes, size, ahead, back)
@@ -128,7 +128,7 @@ def _list_gradient_collectives(
     scattered = split.gather_axes(split.gradients, kernel)
     yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
-    left = used / split.ways(scattered)
+    left = used / split.num_devices(scattered)
     yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
 
 
@@ -139,16 +139,16 @@ def _list_attention_collectives(
     work, split, rules = shape.work, shape.split, shape.split.compute
     heads, axes = attention.heads, rules.seq
     kv_axes = rules.mesh_axes(heads.kv_axis)
-    ways, kv_ways = split.ways(axes), split.ways(kv_axes)
-    query_heads = heads.num_heads / split.ways(rules.heads)
+    ways, kv_ways = split.num_devices(axes), split.num_devices(kv_axes)
+    query_heads = heads.num_heads / split.num_devices(rules.heads)
     kv_heads = heads.num_kv_heads / kv_ways
-    tokens, value = shape.micro_batch_tokens * attention.rate, heads.value_dim
+    tokens, value = shape.micro_batch_tokens * attention.token_ratio, heads.value_dim
     # Of a key and its value, or a query and its output, each.
     either = tokens * (heads.head_dim + value) / 2
     itemsize = work.dtype_bytes
-    again = backward if work.attention_recomputed(shape.remat) else 0
+    again = backward if work.is_attention_recomputed(shape.remat) else 0
     # Each device takes those kv heads that its query heads read.
-    read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.ways(rules.heads), 1))
+    read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.num_devices(rules.heads), 1))
 
     def send(what: str, kind: str, size: Number, ahead: Number, back: Number):
         return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
@@ -178,8 +178,8 @@ def _list_attention_collectives(
             ("gradients of keys and values", keys * wire, 0, 2 * backward),
         ):
             yield from send(what, "all-to-all", size, ahead, back)
-    if heads.shared_dim:
-        what, shared = "attention: shared keys' gradient", tokens * heads.shared_dim * itemsize
+    if heads.shared_key_dim:
+        what, shared = "attention: shared keys' gradient", tokens * heads.shared_key_dim * itemsize
         yield PlannedCollective(what, "all-reduce", rules.heads, shared, backward, "backward")
     if rules.heads and not kv_axes:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
@@ -203,7 +203,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     groups = [m for m in work.matmul_layer_counts if m.has_experts]
     if experts is None or router is None:
         return
-    forward, runs = _count_passes(shape, work.expert_layers)
+    forward, runs = _count_passes(shape, work.num_expert_layers)
     again = runs if shape.remat != "none" else 0
     wanted = again if any(work.backward_needs_branch_output(group) for group in groups) else 0
     width = work.config.model.d_model * work.dtype_bytes
@@ -289,12 +289,12 @@ def _list_lookup_collectives(
     exchanged = tuple(a for a in split.gather_axes(split.gradients, table) if a in tokens)
     rows = shape.embedding_loss_tokens * rate * work.config.model.d_model * work.dtype_bytes
     what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
-    some = rows / split.ways(sequence)
+    some = rows / split.num_devices(sequence)
     yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward")
     yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward")
     summed = tuple(axis for axis in vocab if axis not in sequence)
     yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward")
-    held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
+    held = table.size * work.dtype_bytes / split.num_shards(split.gradients, table.axes)
     rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
     yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
     if first:  # once for all tables: rows of each are added up, and have the same gradient
@@ -316,7 +316,7 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     yield PlannedCollective("pipeline: to the next stage", kind, axes, one, runs, "forward")
     yield PlannedCollective("pipeline: to the one before", kind, axes, one, runs, "backward")
     if shape.one_f_one_b:
-        ends = split.held_bytes(split.gradients, work.non_layer_specs.values())
+        ends = split.local_bytes(split.gradients, work.non_layer_specs.values())
         yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once")
 
 
@@ -326,11 +326,11 @@ def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     if split.optimizer == split.storage:
         return
     for name, spec in work.specs.items():
-        if name not in work.trained:
+        if name not in work.trained_names:
             continue
         at_rest = {a for axis in spec.axes for a in split.storage.mesh_axes(axis)}
         finer = (a for axis in spec.axes for a in split.optimizer.mesh_axes(axis))
         axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
-        whole = split.held_bytes(split.storage, [spec])
+        whole = split.local_bytes(split.storage, [spec])
         what = f"{name.partition('.kernel')[0]}: update"
         yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once")

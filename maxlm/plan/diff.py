@@ -51,10 +51,10 @@ def _layout(row: Mapping[str, Any]) -> str:
     return f"{sizes}, {format_bytes(row['bytes_per_device'])} a device"
 
 
-def render_diff_tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
+def render_diff_tables(diff: Mapping[str, Any], names: tuple[str, str]) -> Group:
     """Renders a comparison for a terminal."""
     columns, tables = ("what", *names, ""), []
-    for part, pairs in found.items():
+    for part, pairs in diff.items():
         rows = [
             (k, _word(part, k, a), _word(part, k, b), _change(a, b)) for k, (a, b) in pairs.items()
         ]

@@ -62,24 +62,24 @@ def estimate_goodput(
         checkpoint_seconds=write,
         restart_seconds=restart,
         best_interval_seconds=best,
-        best=progress_ratio(best, mean, write, restart),
+        best=goodput_ratio(best, mean, write, restart),
         configured_interval_seconds=checkpoint_every * step_seconds,
-        configured=progress_ratio(checkpoint_every * step_seconds, mean, write, restart),
+        configured=goodput_ratio(checkpoint_every * step_seconds, mean, write, restart),
     )
 
 
-def best_interval_seconds(mean: float, write: float) -> float:
+def best_interval_seconds(mtbf: float, write: float) -> float:
     """Computes Daly's optimum interval; it, the mean time and the write are in seconds."""
-    if write >= 2 * mean:
-        return mean
-    x = write / (2 * mean)
-    return max(sqrt(2 * write * mean) * (1 + sqrt(x) / 3 + x / 9) - write, 1.0)
+    if write >= 2 * mtbf:
+        return mtbf
+    x = write / (2 * mtbf)
+    return max(sqrt(2 * write * mtbf) * (1 + sqrt(x) / 3 + x / 9) - write, 1.0)
 
 
-def progress_ratio(interval: float, mean: float, write: float, restart: float) -> float:
+def goodput_ratio(interval: float, mtbf: float, write: float, restart: float) -> float:
     """Returns the seconds of work done in a second of a run that checkpoints every ``interval``
     seconds of work."""
-    exponent = (interval + write) / mean
+    exponent = (interval + write) / mtbf
     if interval <= 0 or exponent > 500:  # there are no checkpoints, or hardly one is ever reached
         return 0.0
-    return interval / (mean * exp(min(restart / mean, 500.0)) * expm1(exponent))
+    return interval / (mtbf * exp(min(restart / mtbf, 500.0)) * expm1(exponent))

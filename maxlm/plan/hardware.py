@@ -24,24 +24,24 @@ class Chip:
     """Key of its efficiency (``plan/timing.py``)."""
     device_kinds: tuple[str, ...]
     """JAX's names for such a device."""
-    peak: Mapping[str, float]
+    peak_flops: Mapping[str, float]
     """FLOP/s (int8: OP/s) of matrix products, by dtype."""
-    memory: float
+    memory_bytes: float
     """Bytes that a program may use."""
-    bandwidth: float
+    memory_bandwidth: float
     """B/s between main memory and the chip."""
-    link: float
+    link_bandwidth: float
     """B/s one way: of each link of a TPU's torus; of a GPU's NVLinks together."""
-    network: float
+    network_bandwidth: float
     """B/s one way for each device between slices, or between GPU hosts."""
-    vector: float
+    vector_flops: float
     """fp32 operations a second outside of matrix units."""
-    latency: float
+    latency_seconds: float
     """Seconds that a collective takes with nothing in it: a hop on a torus, a whole one on GPUs."""
     sources: str
-    domain: int = 0
+    nvlink_domain_size: int = 0
     """GPUs that NVLink joins; 0: a TPU's torus does, or nothing."""
-    pages: float = inf
+    page_allocation_bandwidth: float = inf
     """B/s at which a step gets the memory that it gives back; a pool's costs nothing."""
 
 
@@ -89,25 +89,25 @@ CHIPS = {
             *("a100", "nvidia", ("NVIDIA A100-SXM4-80GB",), _A100),
             *(GPU_SHARE * 85_100_068_864.0, 2039 * GB, 300 * GB, 25 * GB, 9.7 * TERA, _NVIDIA),
             f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
-            domain=8,
+            nvlink_domain_size=8,
         ),
         Chip(
             *("h100", "nvidia", ("NVIDIA H100 80GB HBM3",), {**_H100, "fp8": 1978.9 * TERA}),
             *(GPU_SHARE * 84_942_979_072.0, 3350 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
             f"NVIDIA H100 architecture white paper, SXM5; network: DGX H100 datasheet; {_XLA}",
-            domain=8,
+            nvlink_domain_size=8,
         ),
         Chip(
             *("h200", "nvidia", ("NVIDIA H200",), {**_H100, "fp8": 1978.9 * TERA}),
             *(GPU_SHARE * 150 * GB, 4800 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
             "NVIDIA H200 datasheet, SXM; memory: of its 141 GB, what a driver reports",
-            domain=8,
+            nvlink_domain_size=8,
         ),
         Chip(
             *("b200", "nvidia", ("NVIDIA B200",), _B200),
             *(GPU_SHARE * 191_514_411_008.0, 7672 * GB, 900 * GB, 50 * GB, 37.2 * TERA, _NVIDIA),
             f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
-            domain=8,
+            nvlink_domain_size=8,
         ),
     )
 }
@@ -160,5 +160,5 @@ def measure_cpu(devices: int) -> Chip:
         *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, memory / devices),
         *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
         "measured on this machine",
-        pages=pages,
+        page_allocation_bandwidth=pages,
     )

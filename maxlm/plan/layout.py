@@ -118,11 +118,11 @@ def compute_run_layout(
 ) -> RunLayout:
     """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""
     placed = place_run(config, sizes, jnp.float32)
-    work, split = RunWorkload.of(config, jnp.float32), MeshPartitioning(config, sizes)
+    work, split = RunWorkload.from_config(config, jnp.float32), MeshPartitioning(config, sizes)
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
     rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)
-    gradients = split.held_bytes(split.gradients, work.select_trained(work.specs))
+    gradients = split.local_bytes(split.gradients, work.select_trained(work.specs))
     flops = count_training_flops_per_token(work)
     a_token = work.tokens_per_row.decoder / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
@@ -135,7 +135,7 @@ def compute_run_layout(
         rows=rows,
         parameter_bytes=parameter_bytes,
         gradient_bytes=round(gradients),
-        optimizer_bytes=round(split.held_bytes(split.optimizer, work.optimizer)),
+        optimizer_bytes=round(split.local_bytes(split.optimizer, work.optimizer)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
         tokens_total=tokens * config.train.steps,
@@ -243,17 +243,17 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     weights = float(sum(kernel.size for kernel in (*work.non_layer_kernels, work.head)))
     full = causal = 0.0
     for stack in work.stacks:
-        tokens = stack.depth * stack.rate
+        tokens = stack.num_layers * stack.token_ratio
         for group in stack.matmul_groups:
             met = work.config.model.active_expert_fraction if group.has_experts else 1
-            weights += group.size * stack.depth * group.rate * met
+            weights += group.size * stack.num_layers * group.token_ratio * met
         if stack.router is not None:
             weights += stack.router.size * tokens
-        other = sum(branch.costs.flops for branch in stack.branches) * tokens
+        other = sum(branch.costs.extra_flops for branch in stack.branches) * tokens
         full, causal = full + other, causal + other
         for own, layers in stack.attention_layer_counts.items():
             width = own.heads.num_heads * (own.heads.head_dim + own.heads.value_dim)
-            products = 2.0 * width * layers * own.rate * own.key_len
+            products = 2.0 * width * layers * own.token_ratio * own.key_len
             full += products
             causal += products * (0.5 if own.causal else 1.0)
     return TrainingFlopsPerToken(full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal)

@@ -87,7 +87,7 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
     at_peak = (np.choose(peak, np.broadcast_arrays(*own)) for own in zip(*sizes, strict=True))
     gradients, activations, working = at_peak
     return DeviceMemory(
-        **resting_bytes(shape),
+        **persistent_bytes(shape),
         gradients=gradients,
         activations=activations,
         working=working,
@@ -100,7 +100,7 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
     added = np.greater(shape.micro_batches, 1) | shape.pipelined
-    held = split.held_bytes(split.gradients, work.select_trained(work.specs))
+    held = split.local_bytes(split.gradients, work.select_trained(work.specs))
     sums = np.where(added, held, 0.0)
     saved = (_saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks)
     kept = list(accumulate(saved))
@@ -113,34 +113,34 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
         for phase, parts in list_layer_working_sets(shape, stack).items():
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts | turn)
-    outer = split.held_bytes(split.gradients, work.select_trained(work.non_layer_specs))
+    outer = split.local_bytes(split.gradients, work.select_trained(work.non_layer_specs))
     phases["the loss"] = (sums, kept[-1], list_loss_working_set(shape))
     phases["the update"] = (sum(own) + sums + outer, 0.0, list_update_working_set(shape))
     return phases
 
 
-def resting_bytes(shape: StepShape) -> dict[str, Number]:
+def persistent_bytes(shape: StepShape) -> dict[str, Number]:
     """Parameters, optimizer state, their moving average, frozen models, and the batch."""
     work, split, config = shape.work, shape.split, shape.work.config
-    parameters = split.held_bytes(split.storage, work.specs.values())
+    parameters = split.local_bytes(split.storage, work.specs.values())
     arrays = config.task.batch_arrays(config.data.seq_len).values()
     tokens = (*split.compute.batch, *split.compute.seq)
     row = sum(np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in arrays)
     return {
         "parameters": parameters,
-        "optimizer": split.held_bytes(split.optimizer, work.optimizer),
+        "optimizer": split.local_bytes(split.optimizer, work.optimizer),
         "average": parameters if config.train.ema_decay is not None else 0.0,
-        "frozen": split.held_bytes(split.storage, work.frozen),
-        "batch": config.data.batch_size * row / split.ways(tokens),
+        "frozen": split.local_bytes(split.storage, work.frozen_specs),
+        "batch": config.data.batch_size * row / split.num_devices(tokens),
     }
 
 
 def _turn_parameters(shape: StepShape, stack: Stack) -> Parts:
     """Counts what a scan whose turns have several layers takes out of their stack at once."""
-    if not 1 < stack.period < stack.depth:
+    if not 1 < stack.period < stack.num_layers:
         return {}
-    held = shape.split.held_bytes(shape.split.storage, stack.specs.values())
-    turns = stack.period / stack.depth
+    held = shape.split.local_bytes(shape.split.storage, stack.specs.values())
+    turns = stack.period / stack.num_layers
     return {"parameters of a turn's layers, gradients": (held + _gradients(shape, stack)) * turns}
 
 
@@ -148,7 +148,9 @@ def _gradients(shape: StepShape, stack: Stack) -> Number:
     """Counts gradients of scanned layers, in the compute dtype, while these are differentiated."""
     split, itemsize = shape.split, shape.work.dtype_bytes
     return sum(
-        s.size * (itemsize if s.role == "matrix" else FP32) / split.shards(split.gradients, s.axes)
+        s.size
+        * (itemsize if s.role == "matrix" else FP32)
+        / split.num_shards(split.gradients, s.axes)
         for s in shape.work.select_trained(stack.specs)
     )
 
@@ -158,7 +160,7 @@ def _scan_inputs(shape: StepShape, stack: Stack) -> Number:
     and an encoder's output for layers that look at it."""
     work, stages, micro = shape.work, shape.stages, shape.micro_batches
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.per_stage(stack.depth) / shape.layer_groups_per_stage * stack.rate
+    layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage * stack.token_ratio
     inputs = 2 * stages - 1 if shape.one_f_one_b else shape.pipeline_iterations + 3 * micro / stages
     memory = work.tokens_per_row.encoder_tokens_per_decoder_token if stack.cross_attention else 0.0
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
@@ -175,12 +177,12 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     dense = [m for m in stack.matmul_groups if m.is_dense_ffn]
     hidden = sum(split.local_ffn_elements_per_token(m) for m in dense)
     within = 0.0
-    for heads, seen in ((own, stack.rate), (crossing, encoder_rate)):
+    for heads, seen in ((own, stack.token_ratio), (crossing, encoder_rate)):
         sizes = split.local_attention_widths(heads)
         if "qkv" in kept:
-            within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
+            within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.token_ratio
         if "attention" in kept:
-            within += sizes.output + sizes.count * FP32 / itemsize
+            within += sizes.output + sizes.heads * FP32 / itemsize
     if "mlp_up" in kept:
         within += hidden
     residual = 0.0
@@ -194,8 +196,9 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
             mixer = (m for m in stack.matmul_groups if m.branch == "mixer")
             within += sum(map(split.local_non_residual_width, mixer))
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
-    layers = shape.per_stage(stack.depth) / shape.layer_groups_per_stage
-    tokens = stack.rate * (shape.micro_batch_tokens * within + shape.residual_tokens * residual)
+    layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage
+    elements = shape.micro_batch_tokens * within + shape.residual_tokens * residual
+    tokens = stack.token_ratio * elements
     experts = 0.0
     if stack.experts and shape.remat == "none":
         experts = shape.expert_buffer_rows * (model.d_model * itemsize + FP32)

@@ -57,7 +57,7 @@ class PlannedCollective:
 
     def wire_bytes(self, split: MeshPartitioning) -> Number:
         """Bytes that a device sends in a step."""
-        return self.count * sent_bytes(self.kind, split.ways(self.axes), self.whole_bytes)
+        return self.count * sent_bytes(self.kind, split.num_devices(self.axes), self.whole_bytes)
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Network:
     ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see :func:`sent_bytes` for
         ``whole_bytes``."""
-        ways, inner = split.ways(axes), self._inner(axes, split)
+        ways, inner = split.num_devices(axes), self._inner(axes, split)
         run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
         return run(kind, whole_bytes, ways, inner)
 
     def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""
-        ways, inner = split.ways(axes), self._inner(axes, split)
+        ways, inner = split.num_devices(axes), self._inner(axes, split)
         if self.topology.platform == "cpu":
             return "memory"
         near, far = ("ICI", "DCN") if self.topology.platform == "tpu" else ("NVLink", "network")
@@ -88,9 +88,9 @@ class Network:
     def _inner(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
         """Devices of a group within one slice, or within one host."""
         if self.topology.platform != "gpu":
-            return split.ways(axes) / self._across(axes, split)
+            return split.num_devices(axes) / self._across(axes, split)
         inner, stride = 1.0, 1.0
-        domain = min(self.chip.domain, self.topology.shape[-1])
+        domain = min(self.chip.nvlink_domain_size, self.topology.shape[-1])
         for axis in reversed(MESH_AXES):
             if axis in axes:
                 inner = inner * np.clip(domain / stride, 1, split.sizes[axis])
@@ -109,34 +109,37 @@ class Network:
 
     def _on_torus(self, kind: str, whole: Number, ways: Number, inner: Number) -> Number:
         shape, chip, across = self.topology.shape, self.chip, ways / inner
-        share = np.log(np.maximum(inner, 1)) / log(max(self.topology.slice_devices, 2))
+        share = np.log(np.maximum(inner, 1)) / log(max(self.topology.devices_per_slice, 2))
         closed = float(np.mean([1.0 if wraps else 0.5 for wraps in self.topology.wraps]))
         dimensions = sum(n > 1 for n in shape) or 1
         links = np.maximum(2 * dimensions * share * closed, 1.0)
         side = np.maximum(inner, 1) ** (1 / np.maximum(dimensions * share, 1))
         hops = np.where(np.greater(inner, 1), side * np.maximum(dimensions * share, 1), 0.0)
         if kind == "collective-permute":
-            near = np.where(np.greater(inner, 1), whole / chip.link, 0.0)
-            far = np.where(np.greater(across, 1), whole / chip.network, 0.0)
-            return np.maximum(near, far) + np.where(inner * across > 1, chip.latency, 0.0)
+            near = np.where(np.greater(inner, 1), whole / chip.link_bandwidth, 0.0)
+            far = np.where(np.greater(across, 1), whole / chip.network_bandwidth, 0.0)
+            return np.maximum(near, far) + np.where(inner * across > 1, chip.latency_seconds, 0.0)
         if kind.endswith("all-to-all"):
-            near = np.where(np.greater(inner, 1), whole * side / (8 * closed * chip.link), 0.0)
-            return near + sent_bytes(kind, across, whole) / chip.network + hops * chip.latency
-        near = sent_bytes(kind, inner, whole) / (links * chip.link)
+            near = whole * side / (8 * closed * chip.link_bandwidth)
+            near = np.where(np.greater(inner, 1), near, 0.0)
+            far = sent_bytes(kind, across, whole) / chip.network_bandwidth
+            return near + far + hops * chip.latency_seconds
+        near = sent_bytes(kind, inner, whole) / (links * chip.link_bandwidth)
         # Between slices each device exchanges its part of what its slice has summed up.
-        far = sent_bytes(kind, across, whole / inner) / chip.network
-        return near + far + hops * chip.latency
+        far = sent_bytes(kind, across, whole / inner) / chip.network_bandwidth
+        return near + far + hops * chip.latency_seconds
 
     def _on_hosts(self, kind: str, whole: Number, ways: Number, inner: Number) -> Number:
         chip, leaves = self.chip, np.greater(ways, inner)
-        latency = np.where(np.greater(ways, 1), chip.latency, 0.0)
+        latency = np.where(np.greater(ways, 1), chip.latency_seconds, 0.0)
         if kind == "collective-permute":
-            rate = np.where(leaves, chip.network, chip.link)
+            rate = np.where(leaves, chip.network_bandwidth, chip.link_bandwidth)
             return sent_bytes(kind, ways, whole) / rate + latency
         if kind.endswith("all-to-all"):
-            far = whole * (ways - inner) / ways / chip.network
-            return far + whole * (inner - 1) / ways / chip.link + latency
-        rate = np.where(leaves, np.minimum(inner * chip.network, chip.link), chip.link)
+            far = whole * (ways - inner) / ways / chip.network_bandwidth
+            return far + whole * (inner - 1) / ways / chip.link_bandwidth + latency
+        link, network = chip.link_bandwidth, inner * chip.network_bandwidth
+        rate = np.where(leaves, np.minimum(network, link), link)
         return sent_bytes(kind, ways, whole) / rate + latency
 
 

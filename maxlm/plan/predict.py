@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.models.dtypes import compute_dtype
+from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
@@ -54,13 +54,13 @@ class Machine(Network):
             return None
         with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
             limit = (first.memory_stats() or {}).get("bytes_limit")
-            chip = replace(chip, memory=float(limit or chip.memory))
+            chip = replace(chip, memory_bytes=float(limit or chip.memory_bytes))
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         shape = (len(devices),)
         if first.platform == "gpu":
             # Processes may have one GPU each: then a host is as many as NVLink joins.
             a_process = len(devices) // len({device.process_index for device in devices})
-            a_host = a_process if a_process > 1 else min(chip.domain, len(devices))
+            a_host = a_process if a_process > 1 else min(chip.nvlink_domain_size, len(devices))
             slices, shape = 1, (len(devices) // a_host, a_host)
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
@@ -86,8 +86,10 @@ class Machine(Network):
             "chip": chip.name,
             "shape": list(topology.shape),
             "slices": topology.slices,
-            **{part: getattr(chip, part) for part in ("memory", "bandwidth", "sources")},
-            "peak": chip.peak["bf16"],
+            "memory": chip.memory_bytes,
+            "bandwidth": chip.memory_bandwidth,
+            "sources": chip.sources,
+            "peak": chip.peak_flops["bf16"],
             "efficiency": asdict(EFFICIENCY[chip.family]),
         }
 
@@ -124,7 +126,7 @@ class RunPlan:
     @property
     def memory_limit_bytes(self) -> float | None:
         """Bytes of main memory that a program may use."""
-        return self.machine.chip.memory if self.machine else None
+        return self.machine.chip.memory_bytes if self.machine else None
 
     @property
     def fits(self) -> bool | None:
@@ -149,7 +151,7 @@ class RunPlan:
     @property
     def total_peak_flops_per_second(self) -> float | None:
         """FLOP/s of all devices together."""
-        return self.machine and self.machine.chip.peak["bf16"] * self.layout.devices
+        return self.machine and self.machine.chip.peak_flops["bf16"] * self.layout.devices
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
@@ -211,7 +213,7 @@ def plan_run(
         links: what each mesh axis runs over; default: the machine's.
     """
     platform = machine.topology.platform if machine else "tpu"
-    dtype = compute_dtype(config.compute_dtype, platform)
+    dtype = resolve_compute_dtype(config.compute_dtype, platform)
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
@@ -219,7 +221,7 @@ def plan_run(
     if links is None and machine:
         links = _links(machine, MeshPartitioning(config, sizes))
     layout = compute_run_layout(config, sizes, links)
-    work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
+    work, micro = RunWorkload.from_config(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
     held, sends, time = estimate_costs(shape, machine)
     good = None
@@ -257,7 +259,7 @@ def estimate_costs(
     # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass of bf16 on
     # TPUs.
     wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
-    dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak)
+    dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak_flops)
     time = estimate_time(shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes)
     return held, sends, time
 
@@ -279,7 +281,7 @@ def _cost(c: PlannedCollective, split: MeshPartitioning, network: Network | None
         seconds = float(c.count * one / EFFICIENCY[network.chip.family].network)
     return CollectiveCost(
         *(c.what, c.kind, axes, float(c.whole_bytes), round(float(c.count)), c.phase, c.waits),
-        devices=round(float(split.ways(axes))),
+        devices=round(float(split.num_devices(axes))),
         link=network.link(axes, split) if network else None,
         sent_bytes=float(c.wire_bytes(split)),
         seconds=seconds,

@@ -17,7 +17,7 @@ import yaml
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.requirements import is_divisor, valid_candidates_mask
-from maxlm.models.dtypes import compute_dtype
+from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
@@ -61,15 +61,15 @@ class SearchResult:
     """The quickest candidates, quickest first: all fit and pass all of a run's own checks."""
 
     best: tuple[Candidate, ...]
-    tried: int
-    possible: int
+    num_tried: int
+    num_divisible: int
     """Candidates that divide as they must."""
-    fitting: int
-    least: float
+    num_fitting: int
+    min_peak_bytes: float
     """Bytes at the peak of whichever needs least; infinite where none is possible."""
-    taken: float
+    search_seconds: float
     """Seconds."""
-    refusal: str | None
+    last_refusal: str | None
     """Why the last one that fits and is not among the best was refused."""
 
 
@@ -84,7 +84,7 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
         if len(batch.micro):
             batch = batch.evaluate(machine)
             least = min(least, float(batch.memory.min()))
-            batch = batch.select(batch.memory <= FILL * machine.chip.memory)
+            batch = batch.select(batch.memory <= FILL * machine.chip.memory_bytes)
             fitting += len(batch.micro)
             fitted.append(batch)
     ranked = heapq.merge(*map(_Batch.rank, fitted), key=lambda own: (own.seconds, own.memory))
@@ -137,7 +137,7 @@ class _Batch:
 
 def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _Batch]]:
     """Yields the number of candidates in each batch, and those that divide as they must."""
-    dtype = compute_dtype(config.compute_dtype, machine.topology.platform)
+    dtype = resolve_compute_dtype(config.compute_dtype, machine.topology.platform)
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
     meshes = list(_list_factorisations(machine.topology.devices, len(axes)))
@@ -149,7 +149,7 @@ def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _B
     for residual in dict.fromkeys((given, *_RESIDUAL)):
         compute = config.sharding.compute.model_copy(update={"residual": residual})
         rules = config.sharding.model_copy(update={"compute": compute})
-        work = RunWorkload.of(config.model_copy(update={"sharding": rules}), dtype)
+        work = RunWorkload.from_config(config.model_copy(update={"sharding": rules}), dtype)
         divides = _find_divisible(work, sizes, micro, machine)
         if residual != given:
             # Rules that differ over axes of one device are the same candidate.
@@ -179,7 +179,7 @@ def _find_divisible(
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):
-                good &= is_divisor(split.ways(own.mesh_axes(axis)), size)
+                good &= is_divisor(split.num_devices(own.mesh_axes(axis)), size)
     topology = machine.topology
     if topology.platform == "gpu":
         good &= topology.shape[-1] % sizes["tensor"] == 0

@@ -30,29 +30,29 @@ class StepShape:
         itemsize, split = self.work.dtype_bytes, self.split
         if isinstance(matrices, MatmulGroup):
             return sum(map(self.gathered_weight_bytes, matrices.kernels))
-        return matrices.size * itemsize / split.shards(split.compute, matrices.axes)
+        return matrices.size * itemsize / split.num_shards(split.compute, matrices.axes)
 
     @property
     def micro_batch_size(self) -> Number:
         """Sequences of a micro-batch on a device."""
         batch = self.work.config.data.batch_size
-        return batch / self.micro_batches / self.split.ways(self.split.compute.batch)
+        return batch / self.micro_batches / self.split.num_devices(self.split.compute.batch)
 
     @property
     def micro_batch_tokens(self) -> Number:
         """Tokens of a micro-batch on a device within layers."""
         tokens = self.micro_batch_size * self.work.tokens_per_row.decoder
-        return tokens / self.split.ways(self.split.compute.seq)
+        return tokens / self.split.num_devices(self.split.compute.seq)
 
     @property
     def residual_tokens(self) -> Number:
         """Tokens of a micro-batch on a device in the residual stream."""
         tokens = self.micro_batch_size * self.work.tokens_per_row.decoder
-        return tokens / self.split.ways(self.split.compute.residual)
+        return tokens / self.split.num_devices(self.split.compute.residual)
 
     @property
     def stages(self) -> Number:
-        return self.split.ways(self.split.compute.layers)
+        return self.split.num_devices(self.split.compute.layers)
 
     def per_stage(self, layers: Number) -> Number:
         return layers / self.stages
@@ -79,7 +79,7 @@ class StepShape:
     @property
     def score_recomputes(self) -> Number:
         """Times that the backward pass makes attention's scores as the forward pass did."""
-        return np.where(self.pipelined, 1, 0) + self.work.attention_recomputed(self.remat)
+        return np.where(self.pipelined, 1, 0) + self.work.is_attention_recomputed(self.remat)
 
     @property
     def stage_passes_with_bubble(self) -> Number:
@@ -130,7 +130,7 @@ class StepShape:
     @property
     def expert_buffer_rows(self) -> Number:
         """Rows of the buffers that experts receive: room for the worst case, or their capacity."""
-        experts, ways = self.work.experts, self.split.ways(self.split.compute.expert)
+        experts, ways = self.work.experts, self.split.num_devices(self.split.compute.expert)
         assert experts is not None
         if experts.capacity_factor is not None:
             return self.micro_batch_tokens * self.expert_rows_per_token

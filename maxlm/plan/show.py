@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.models.architectures.config import strip_stack
+from maxlm.models.architectures.config import strip_stack_name
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import SearchResult
@@ -57,13 +57,13 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
-    """Renders a plan, with the ``price`` of an accelerator's hour in whatever currency."""
+def render_plan_tables(plan: RunPlan, *, price_per_device_hour: float | None = None) -> Group:
+    """Renders a plan, with the price of an accelerator's hour in whatever currency."""
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
         parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
-        parts.append(Text(format_run_estimate(plan, price)))
+        parts.append(Text(format_run_estimate(plan, price_per_device_hour)))
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
         tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
@@ -176,7 +176,8 @@ def _memory(plan: RunPlan) -> Group:
 
 def _communication(plan: RunPlan) -> Group:
     """Kernels together, and both passes."""
-    kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows} | {"head"}
+    names = (strip_stack_name(row.path) for row in plan.layout.rows)
+    kernels = {name.partition(".kernel")[0] for name in names} | {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float]] = {}
     for s in plan.collectives:
         owner, _, rest = s.what.partition(": ")
@@ -210,7 +211,7 @@ def _time(plan: RunPlan) -> Group:
     return make_table("Time of a step", ("what", "time", "share"), rows, right=("time", "share"))
 
 
-def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
+def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = None) -> str:
     """Formats rates, the whole run, and the cost of failures."""
     layout, good, step, hours = plan.layout, plan.goodput, plan.step_seconds, plan.run_hours
     assert step is not None
@@ -225,7 +226,8 @@ def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
         steps = layout.tokens_total // layout.tokens_per_step
         words = f"{steps:,} steps in {format_seconds(3600 * hours)}, "
         words += f"{hours * layout.devices:,.0f} device-hours"
-        if price is not None:
+        if price_per_device_hour is not None:
+            price = price_per_device_hour
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
         lines.append(words)
     every, best = max(1, round(good.best_interval_seconds / step)), good.best_interval_seconds
@@ -249,20 +251,20 @@ def render_plan_vs_compiler_table(rows: Mapping[str, tuple[float, float]], title
 
 
 def render_candidates_table(
-    found: SearchResult, limit: float, verified: Mapping[int, float] = {}
+    result: SearchResult, memory_limit_bytes: float, compiled_peak_bytes: Mapping[int, float] = {}
 ) -> Group:
-    """Renders a search's best layouts, with the compiler's peak in bytes of those ``verified``, by
-    their place; infinite: no room."""
+    """Renders a search's best layouts, with the compiler's peak in bytes of those that are
+    compiled, by their place; infinite: no room."""
     rows = []
-    for place, own in enumerate(found.best):
+    for place, own in enumerate(result.best):
         mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
         residual = ", ".join(own.residual) or "whole"
-        peak = verified.get(place)
+        peak = compiled_peak_bytes.get(place)
         room = "" if peak is None else format_bytes(peak) if peak < inf else "no room"
-        share = f"{own.memory / limit:.0%}"
+        share = f"{own.memory / memory_limit_bytes:.0%}"
         figures = (format_seconds(own.seconds), format_bytes(own.memory), share, room)
         rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
-    right = ("step", "memory", "of\nlimit", "by the\ncompiler" if verified else "")
+    right = ("step", "memory", "of\nlimit", "by the\ncompiler" if compiled_peak_bytes else "")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
     return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
 

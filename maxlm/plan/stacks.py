@@ -8,9 +8,9 @@ from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.config import strip_stack
+from maxlm.models.architectures.config import strip_stack_name
 from maxlm.models.costs import AttentionCosts, Branch, BranchCosts, ExpertCosts, Side
-from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Kernel:
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    inputs: int
+    num_input_dims: int
     """Leading dimensions that are summed over; of an expert's, behind the first."""
-    needed_raw: bool = False
+    needs_raw_output: bool = False
     """Whether the backward pass needs the product as it was before a norm or a clip."""
 
     @property
@@ -31,7 +31,7 @@ class Kernel:
 
     @property
     def output_side(self) -> Side:
-        axes = set(self.axes[self.inputs + ("expert" in self.axes) :])
+        axes = set(self.axes[self.num_input_dims + ("expert" in self.axes) :])
         if "latent" in axes:
             return "latent"
         if axes & {"heads", "kv_heads", "head_dim"}:
@@ -39,11 +39,11 @@ class Kernel:
         return "mlp" if "mlp" in axes else "residual"
 
 
-def make_kernel(name: str, spec: ParamSpec, needed_raw: bool = False) -> Kernel:
+def make_kernel(name: str, spec: ParamSpec, needs_raw_output: bool = False) -> Kernel:
     """Makes a layer's own part of a stack of matrices."""
     shape, axes = spec.shape[spec.num_layer_axes :], spec.axes[spec.num_layer_axes :]
-    own = strip_stack(name).removesuffix(".kernel")
-    return Kernel(own, shape, axes, len(spec.contract), needed_raw)
+    own = strip_stack_name(name).removesuffix(".kernel")
+    return Kernel(own, shape, axes, len(spec.contracting_dims), needs_raw_output)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MatmulGroup:
     kernels: tuple[Kernel, ...]
     branch: Branch
     input_side: Side
-    rate: float
+    token_ratio: float
     """Tokens that it maps for each of the batch: an encoder may have more or fewer."""
 
     @property
@@ -85,7 +85,7 @@ class MatmulGroup:
     @property
     def input_width(self) -> int:
         """Width of the input; not for experts."""
-        return prod(self.kernels[0].shape[: self.kernels[0].inputs])
+        return prod(self.kernels[0].shape[: self.kernels[0].num_input_dims])
 
     @property
     def latent_width(self) -> int:
@@ -101,7 +101,7 @@ class AttentionShape(NamedTuple):
     causal: bool
     window: int | None
     heads: AttentionCosts
-    rate: float
+    token_ratio: float
     """Queries for each token of the batch."""
     biased: bool = False
     """Whether scores gain learnt biases by distance."""
@@ -112,7 +112,7 @@ class Stack:
     """Layers whose parameters lie in one stack."""
 
     name: str
-    depth: int
+    num_layers: int
     period: int
     """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
@@ -122,7 +122,7 @@ class Stack:
     router: Kernel | None
     attention_layer_counts: Counter[AttentionShape]
     """Number of layers of each shape."""
-    rate: float
+    token_ratio: float
     """Tokens that go through for each of the batch."""
 
     @property
@@ -130,7 +130,7 @@ class Stack:
         return any(branch.branch == "cross_attention" for branch in self.branches)
 
     def heads(self, branch: Branch = "mixer") -> AttentionCosts | None:
-        return next((own.costs.heads for own in self.branches if own.branch == branch), None)
+        return next((own.costs.attention for own in self.branches if own.branch == branch), None)
 
     @property
     def experts(self) -> ExpertCosts | None:
@@ -141,13 +141,13 @@ def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]
     """Lists all stacks, in the order in which they are run, of rows of ``encoder_len`` tokens in an
     encoder beside ``seq_len`` in its decoder."""
     tree, encoder_rate = param_specs(model), encoder_len / seq_len
-    all_specs, base_specs = flatten_names(tree), flatten_names(select_base(tree))
+    all_specs, base_specs = flatten_names(tree), flatten_names(select_base_params(tree))
     biased = model.config.positions.kind == "relative"
     for trunk in model.config.trunks:
         length, rate = (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
-        for part in trunk.parts:
+        for part in trunk.stacks:
             name = f"{trunk.prefix}{part.name}"
-            branches = model.trunks[trunk.prefix].parts[part.name].costs()
+            branches = model.trunks[trunk.prefix].stacks[part.name].costs()
             specs, base = (
                 {n: spec for n, spec in each.items() if n.startswith(f"{name}.")}
                 for each in (all_specs, base_specs)
@@ -155,28 +155,28 @@ def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]
             attention: Counter[AttentionShape] = Counter()
             router = None
             for branch in branches:
-                heads, experts = branch.costs.heads, branch.costs.experts
+                heads, experts = branch.costs.attention, branch.costs.experts
                 if heads and branch.branch == "cross_attention":
                     own = AttentionShape(length, encoder_len, False, None, heads, rate)
-                    attention[own] += part.depth
+                    attention[own] += part.num_layers
                 elif heads:
                     for kind in part.kinds:
                         seen = trunk.causal, kind.window, heads, rate, biased
                         own = AttentionShape(length, length, *seen)
-                        attention[own] += part.depth // len(part.kinds)
+                        attention[own] += part.num_layers // len(part.kinds)
                 if experts:
                     path = f"{name}.{branch.module}.{experts.router}"
                     router = make_kernel(path, base[path])
             yield Stack(
                 name=name,
-                depth=part.depth,
+                num_layers=part.num_layers,
                 period=len(part.kinds),
                 specs=specs,
                 branches=branches,
                 matmul_groups=_list_matmuls(name, branches, base, rate, encoder_rate),
                 router=router,
                 attention_layer_counts=attention,
-                rate=rate,
+                token_ratio=rate,
             )
 
 
@@ -194,10 +194,10 @@ def _list_matmuls(
             kernels = []
             for own in sorted(group.names):
                 name = f"{stack}.{branch.module}.{own}"
-                kernels.append(make_kernel(name, specs[name], own in group.needed_raw))
+                kernels.append(make_kernel(name, specs[name], own in group.needs_raw_output))
                 missing.discard(name)
-            tokens = encoder_rate if group.reads == "memory" else rate
-            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.reads, tokens))
+            tokens = encoder_rate if group.input_side == "memory" else rate
+            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.input_side, tokens))
     if missing:
         raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
     return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))

@@ -8,7 +8,7 @@ bandwidth, and communication beside them where it can. Per micro-batch, forward 
                  through memory where no kernel keeps them on the chip
     traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth;
                  on a CPU also a step's memory, which the system hands out page by page
-    exposed      of communication: all but the share ``hidden`` of it, and but what there is
+    exposed      of communication: all but the share ``overlap`` of it, and but what there is
                  computation for to run beside it
 
 A pipeline's idle turns take as long as its others (``StepShape.stage_passes_with_bubble``).
@@ -19,10 +19,11 @@ rows of a family together; a CPU's to runs here (``benchmarks/plan_cpu.py``).
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.plan.memory import resting_bytes
+from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Stack
@@ -48,7 +49,7 @@ class Efficiency:
 
     matmul: float
     """Share of the peak in large matrix products."""
-    hidden: float
+    overlap: float
     """Share of communication that computation hides."""
     network: float
     """Share of the links' rates in collectives."""
@@ -57,10 +58,10 @@ class Efficiency:
 
 
 EFFICIENCY = {
-    "tpu": Efficiency(matmul=0.82, hidden=0.65, network=0.63),
-    "nvidia": Efficiency(matmul=0.53, hidden=0.56, network=0.54),
+    "tpu": Efficiency(matmul=0.82, overlap=0.65, network=0.63),
+    "nvidia": Efficiency(matmul=0.53, overlap=0.56, network=0.54),
     # Copies and transpositions between products, which other compilers fuse, are in ``memory``.
-    "cpu": Efficiency(matmul=0.79, hidden=0.0, network=1.0, memory=0.4),
+    "cpu": Efficiency(matmul=0.79, overlap=0.0, network=1.0, memory=0.4),
 }
 
 
@@ -116,17 +117,17 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         share = 1.0
         if group.has_experts and work.experts is not None:
             share = shape.expert_rows_per_token / work.experts.num_experts
-        tokens = shape.per_stage(layers) * group.rate * shape.micro_batch_tokens
+        tokens = shape.per_stage(layers) * group.token_ratio * shape.micro_batch_tokens
         for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
-            one = 2 * kernel.size * share * tokens / split.shards(rules, axes)
+            one = 2 * kernel.size * share * tokens / split.num_shards(rules, axes)
             forward += one
-            backward += one * (3 if work.recomputed(group, kernel, shape.remat) else 2)
+            backward += one * (3 if work.is_kernel_recomputed(group, kernel, shape.remat) else 2)
             if group.has_experts and shape.remat == "none" and group.output_side == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if work.router is not None:
-        tokens = shape.per_stage(work.expert_layers) * shape.residual_tokens
+        tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
         router = 2 * work.router.size * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
@@ -136,8 +137,8 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         once += 2 * scores * (head + value)
         # Scores, and gradients of weights, queries, keys and values.
         gradients += 2 * scores * (3 * head + 2 * value)
-    loss = work.head.size * shape.embedding_loss_tokens / split.ways(rules.vocab)
-    outer = sum(k.size / split.shards(rules, k.axes) for k in work.non_layer_kernels)
+    loss = work.head.size * shape.embedding_loss_tokens / split.num_devices(rules.vocab)
+    outer = sum(k.size / split.num_shards(rules, k.axes) for k in work.non_layer_kernels)
     loss += outer * shape.embedding_loss_residual_tokens
     return DeviceFlops(
         forward=forward,
@@ -148,7 +149,7 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
     )
 
 
-def count_scores(shape: StepShape, *, fused: bool) -> Number:
+def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
     """Counts scores of attention on a device in one pass of its layers, as far as they are
     computed: those that a kernel keeps on the chip, or the others."""
     scores = (
@@ -160,8 +161,8 @@ def count_scores(shape: StepShape, *, fused: bool) -> Number:
 
 
 def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
-    seen = layers * own.rate * own.key_len * computed_score_ratio(own)
-    heads = own.heads.num_heads / shape.split.ways(shape.split.compute.heads)
+    seen = layers * own.token_ratio * own.key_len * computed_score_ratio(own)
+    heads = own.heads.num_heads / shape.split.num_devices(shape.split.compute.heads)
     return shape.per_stage(seen) * shape.micro_batch_tokens * heads
 
 
@@ -169,19 +170,20 @@ def count_non_matmul_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its layers."""
     work, split, flops = shape.work, shape.split, 0.0
     for stack in work.stacks:
-        for own in (branch.costs for branch in stack.branches if branch.costs.flops):
-            tokens = shape.per_stage(stack.depth) * stack.rate * shape.micro_batch_tokens
-            flops += own.flops * tokens / split.shards(split.compute, own.flops_axes)
+        for own in (branch.costs for branch in stack.branches if branch.costs.extra_flops):
+            layers = shape.per_stage(stack.num_layers)
+            tokens = layers * stack.token_ratio * shape.micro_batch_tokens
+            flops += own.extra_flops * tokens / split.num_shards(split.compute, own.flops_axes)
     return flops
 
 
-def computed_score_ratio(own: AttentionShape) -> float:
+def computed_score_ratio(attention: AttentionShape) -> float:
     """The share of all pairs that is computed: under a causal mask tiles of queries skip the keys
     after them, and those before their window."""
-    if not own.causal:
+    if not attention.causal:
         return 1.0
-    length = own.query_len
-    window = min(own.window or length, length)
+    length = attention.query_len
+    window = min(attention.window or length, length)
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
@@ -200,24 +202,33 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
         if spec.role == "matrix":
             m, n = sorted(prod(spec.shape[d] for d in dims) for dims in get_input_output_dims(spec))
             one = 4.0 * m * m * n + 2.0 * m**3
-            shards = shape.split.shards(shape.split.optimizer, spec.axes)
+            shards = shape.split.num_shards(shape.split.optimizer, spec.axes)
             total = total + config.ns_steps * one * spec.size / (m * n) / shards
     return total
 
 
-def estimate_elementwise_bytes(shape: StepShape) -> tuple[Number, Number, Number, Number]:
-    """Bytes that element-wise maps move between memory and chip: layers' forward and backward of
-    one micro-batch, the loss's of all, and of the update."""
+class ElementwiseBytes(NamedTuple):
+    """Bytes that element-wise maps move between memory and chip: of layers, for one micro-batch;
+    of the loss, for all; and of the optimizer's update."""
+
+    forward: Number
+    backward: Number
+    loss: Number
+    update: Number
+
+
+def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
+    """Estimates a device's element-wise traffic in a step."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
-    elements = sum(stack.depth * _count_elementwise(shape, stack) for stack in work.stacks)
+    elements = sum(stack.num_layers * _count_elementwise(shape, stack) for stack in work.stacks)
     forward = shape.per_stage(elements) * itemsize
-    chunk = model.vocab_size / split.ways(rules.vocab)
+    chunk = model.vocab_size / split.num_devices(rules.vocab)
     loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * chunk * FP32
-    state = resting_bytes(shape)
+    state = persistent_bytes(shape)
     # Parameters, their average and moments are read and written, and so are gradients.
     update = 2 * (2 * state["parameters"] + state["average"] + state["optimizer"])
-    return forward, forward * (2 + shape.layer_recomputes), loss, update
+    return ElementwiseBytes(forward, forward * (2 + shape.layer_recomputes), loss, update)
 
 
 def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
@@ -225,8 +236,8 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""
     work, split, model = shape.work, shape.split, shape.work.config.model
-    stream = shape.residual_tokens * stack.rate * model.d_model
-    tokens, each, narrow, hidden = shape.micro_batch_tokens * stack.rate, 0.0, 0.0, 0.0
+    stream = shape.residual_tokens * stack.token_ratio * model.d_model
+    tokens, each, narrow, hidden = shape.micro_batch_tokens * stack.token_ratio, 0.0, 0.0, 0.0
     encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
     for heads, seen in ((stack.heads(), 1.0), (stack.heads("cross_attention"), encoder_rate)):
         sizes = split.local_attention_widths(heads)
@@ -241,7 +252,7 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
 
 def attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
     """Bytes of attention's scores, forward and backward, where they go through memory."""
-    one = count_scores(shape, fused=False) * FP32
+    one = count_attention_scores(shape, fused=False) * FP32
     forward = one * _SCORE_PASSES["forward"]
     return forward, one * _SCORE_PASSES["backward"] + shape.score_recomputes * forward
 
@@ -264,16 +275,16 @@ def estimate_time(
     """
     chip, slots, micro = network.chip, shape.stage_passes_with_bubble, shape.micro_batches
     own = efficiency or EFFICIENCY[chip.family]
-    flops, bandwidth = count_device_flops(shape), chip.bandwidth * own.memory
-    rate = chip.peak[dtype] * own.matmul
+    flops, bandwidth = count_device_flops(shape), chip.memory_bandwidth * own.memory
+    rate = chip.peak_flops[dtype] * own.matmul
     # Attention is in bf16 where other products are in fp8.
-    attention_rate = chip.peak["bf16" if dtype == "fp8" else dtype] * own.matmul
-    kept = count_scores(shape, fused=True) if shape.fused_attention else 0.0
-    softmax, softmax_back = (kept * ops / chip.vector for ops in _SCORE_OPS.values())
+    attention_rate = chip.peak_flops["bf16" if dtype == "fp8" else dtype] * own.matmul
+    kept = count_attention_scores(shape, fused=True) if shape.fused_attention else 0.0
+    softmax, softmax_back = (kept * ops / chip.vector_flops for ops in _SCORE_OPS.values())
     softmax_back += shape.score_recomputes * softmax
     ahead, back, loss_bytes, update = estimate_elementwise_bytes(shape)
     scores, scores_back = attention_score_bytes(shape)
-    other = count_non_matmul_flops(shape) / chip.vector
+    other = count_non_matmul_flops(shape) / chip.vector_flops
     # Of matrix products, attention and the rest.
     passes = {
         "forward": (
@@ -296,7 +307,7 @@ def estimate_time(
     exposed, once = 0.0, sent["once"]
     for phase, end in zip(PASSES, loss, strict=True):
         busy = slots * sum(passes[phase]) + end
-        exposed += sent[phase] - np.minimum(sent[phase] * own.hidden, busy)
+        exposed += sent[phase] - np.minimum(sent[phase] * own.overlap, busy)
     share = (slots - micro) / slots
     parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
@@ -305,7 +316,7 @@ def estimate_time(
     return StepTime(
         products=parts[0] + (3 * flops.loss + count_newton_schulz_flops(shape)) / rate,
         attention=parts[1],
-        traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,
+        traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.page_allocation_bandwidth,
         exposed=exposed * (1 - share) + once,
         idle=idle,
         communication=sum(sent.values()),

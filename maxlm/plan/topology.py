@@ -102,12 +102,12 @@ class Topology:
         return 2 if self.kind == "tpu7x" else 1
 
     @property
-    def slice_devices(self) -> int:
+    def devices_per_slice(self) -> int:
         return prod(self.shape) * self.devices_per_chip
 
     @property
     def devices(self) -> int:
-        return self.slices * self.slice_devices
+        return self.slices * self.devices_per_slice
 
     @property
     def compiler_name(self) -> str:

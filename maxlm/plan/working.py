@@ -22,7 +22,7 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     sets = {}
     if heads := stack.heads():
         biased = shape.work.config.model.positions.kind == "relative"
-        sets["a layer's attention"] = _attention(shape, stack, heads, stack.rate, biased)
+        sets["a layer's attention"] = _attention(shape, stack, heads, stack.token_ratio, biased)
     else:
         sets["a layer's mixer"] = _mixer(shape, stack)
     if heads := stack.heads("cross_attention"):
@@ -39,7 +39,7 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
         sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
     if stack.cross_attention:
         encoder_rate = shape.work.tokens_per_row.encoder_tokens_per_decoder_token
-        whole = _stream(shape, stack) / stack.rate * encoder_rate
+        whole = _stream(shape, stack) / stack.token_ratio * encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
     return sets
 
@@ -47,7 +47,7 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
 def _stream(shape: StepShape, stack: Stack) -> Number:
     """One array of the residual stream's width."""
     width = shape.work.config.model.d_model * shape.work.dtype_bytes
-    return shape.residual_tokens * stack.rate * width
+    return shape.residual_tokens * stack.token_ratio * width
 
 
 def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
@@ -55,7 +55,7 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
     beside = (m for m in stack.matmul_groups if m.module == group.module)
-    count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.rate
+    count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.token_ratio
     one = tokens * shape.split.local_ffn_elements_per_token(group) / count * itemsize
     kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
     outputs = 0 if shape.remat == "none" else kept
@@ -72,7 +72,7 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
 def _mixer(shape: StepShape, stack: Stack) -> Parts:
     """A mixer without heads: its matrices' products, their fp32 states and gradients."""
     maps = [m for m in stack.matmul_groups if m.branch == "mixer"]
-    tokens = shape.micro_batch_tokens * stack.rate
+    tokens = shape.micro_batch_tokens * stack.token_ratio
     inner = tokens * sum(shape.split.local_non_residual_width(m) for m in maps)
     return {
         "kernels, gathered": sum(map(shape.gathered_weight_bytes, maps), start=0.0),
@@ -87,13 +87,13 @@ def _attention(
     """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases or not."""
     split, work = shape.split, shape.work
     sizes, itemsize = split.local_attention_widths(heads), work.dtype_bytes
-    tokens = shape.micro_batch_tokens * stack.rate
-    length, keys = (work.tokens_per_row.decoder * rate for rate in (stack.rate, seen))
+    tokens = shape.micro_batch_tokens * stack.token_ratio
+    length, keys = (work.tokens_per_row.decoder * rate for rate in (stack.token_ratio, seen))
     # A tile of queries with all keys.
-    scores = shape.micro_batch_size * sizes.count * min(max(128, length / 16), length) * keys * FP32
+    scores = shape.micro_batch_size * sizes.heads * min(max(128, length / 16), length) * keys * FP32
     fused = shape.fused_attention and not biased
     scores = 0.0 if fused else 3 * np.minimum(scores, _SCORE_BYTES)
-    whole = shape.micro_batch_tokens * seen * split.ways(split.compute.seq)
+    whole = shape.micro_batch_tokens * seen * split.num_devices(split.compute.seq)
     narrow = sum(group.latent_width for group in stack.matmul_groups)
     parts = {
         "queries, output and their gradients": tokens
@@ -128,10 +128,10 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
 def list_loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
-    size = work.head.size / split.shards(split.compute, work.head.axes)
+    size = work.head.size / split.num_shards(split.compute, work.head.axes)
     tokens, states = shape.embedding_loss_tokens, 5 + 3 * len(work.non_layer_kernels)
     chunk = np.minimum(work.config.task.chunk_tokens, tokens)
-    logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
+    logits = chunk * model.vocab_size / split.num_devices(split.compute.vocab)
     return {
         "head, gathered": shape.gathered_weight_bytes(work.head),
         "its gradient": size * FP32,
@@ -145,8 +145,8 @@ def list_update_working_set(shape: StepShape) -> Parts:
     the two largest parameters' are alive together."""
     work, split, whole = shape.work, shape.split, []
     for spec in work.select_trained(work.specs):
-        held = split.held_bytes(split.storage, [spec])
-        finer = split.held_bytes(split.optimizer, [spec]) < held
+        held = split.local_bytes(split.storage, [spec])
+        finer = split.local_bytes(split.optimizer, [spec]) < held
         whole.append(np.where(finer, held, 0.0))
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}

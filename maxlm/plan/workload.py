@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures import Decoder, Model
 from maxlm.models.costs import AttentionCosts, ExpertCosts
-from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, read_frozen_configs
@@ -63,15 +63,15 @@ class RunWorkload:
     """Parameters in which rows are looked up, that of tokens first, with the tokens of every way it
     is read for each of the batch's."""
     optimizer: tuple[OptStateSpec, ...]
-    trained: frozenset[str]
+    trained_names: frozenset[str]
     """Names of parameters."""
-    frozen: tuple[ParamSpec, ...] = ()
+    frozen_specs: tuple[ParamSpec, ...] = ()
     """The parameters of other models that the task reads."""
     cache_bytes: int = 0
     """Caches of one row in generation, on all devices together; 0: the model does not generate."""
 
     @classmethod
-    def of(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
+    def from_config(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
         """Reads a run's model, task and optimizer for maths in ``dtype``; allocates nothing."""
 
         def build(run: RunConfig) -> Model:
@@ -82,6 +82,7 @@ class RunWorkload:
         encoder_rate, trunks = rows.encoder_tokens_per_decoder_token, config.model.trunks
         rates = {trunk.prefix: encoder_rate if trunk.is_encoder else 1.0 for trunk in trunks}
         trained = select_trainable(tree, config.train.trainable)
+        trained_specs = flatten_names(trained).items()
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
         frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
@@ -91,21 +92,21 @@ class RunWorkload:
             tokens_per_row=rows,
             dtype_bytes=jnp.dtype(dtype).itemsize,
             specs=flatten_names(tree),
-            base_specs=flatten_names(select_base(tree)),
+            base_specs=flatten_names(select_base_params(tree)),
             stacks=tuple(list_stacks(model, *rows)),
             embedding_lookup_rates={
                 name: tuple(rates[prefix] for prefix in prefixes)
                 for name, prefixes in model.list_embedding_tables().items()
             },
             optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
-            trained=frozenset(n for n, spec in flatten_names(trained).items() if spec is not None),
-            frozen=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
+            trained_names=frozenset(name for name, spec in trained_specs if spec is not None),
+            frozen_specs=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
             cache_bytes=cache,
         )
 
     @property
-    def layers(self) -> int:
-        return sum(stack.depth for stack in self.stacks)
+    def num_layers(self) -> int:
+        return sum(stack.num_layers for stack in self.stacks)
 
     @property
     def experts(self) -> ExpertCosts | None:
@@ -116,20 +117,20 @@ class RunWorkload:
         return next((stack.router for stack in self.stacks if stack.router), None)
 
     @property
-    def expert_layers(self) -> int:
-        return sum(stack.depth for stack in self.stacks if stack.experts)
+    def num_expert_layers(self) -> int:
+        return sum(stack.num_layers for stack in self.stacks if stack.experts)
 
     @cached_property
     def non_layer_specs(self) -> dict[str, ParamSpec]:
         return {name: spec for name, spec in self.specs.items() if not spec.num_layer_axes}
 
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
-        return [spec for name, spec in specs.items() if name in self.trained]
+        return [spec for name, spec in specs.items() if name in self.trained_names]
 
     @cached_property
     def matmul_layer_counts(self) -> Counter[MatmulGroup]:
         """The matrix products of layers, by stack and in order of their names: layers of each."""
-        own = (Counter(dict.fromkeys(stack.matmul_groups, stack.depth)) for stack in self.stacks)
+        own = (Counter(dict.fromkeys(s.matmul_groups, s.num_layers)) for s in self.stacks)
         return sum(own, start=Counter[MatmulGroup]())
 
     @cached_property
@@ -151,7 +152,7 @@ class RunWorkload:
         model = self.config.model
         return Kernel("head", (model.d_model, model.vocab_size), ("embed", "vocab"), 1)
 
-    def recomputed(self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy) -> bool:
+    def is_kernel_recomputed(self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy) -> bool:
         """Whether the backward pass multiplies by a kernel again, for what it has not kept."""
         if remat == "none":
             return False
@@ -160,7 +161,7 @@ class RunWorkload:
             "residual": self.backward_needs_branch_output(group),
             "mlp": group.has_experts or group.branch != "ffn" or "mlp_up" not in kept,
             "latent": True,  # for what is made of it next
-            "heads": "qkv" not in kept or kernel.needed_raw,
+            "heads": "qkv" not in kept or kernel.needs_raw_output,
         }[kernel.output_side]
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
@@ -175,7 +176,7 @@ class RunWorkload:
         beside = self.config.model.placement in ("parallel", "parallel_shared")
         return beside and group.branch == "ffn"
 
-    def attention_recomputed(self, remat: RematPolicy) -> bool:
+    def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         return remat != "none" and "attention" not in SAVED[remat]
 
 
@@ -195,7 +196,7 @@ class LocalAttentionWidths(NamedTuple):
     output: Number
     keys: Number
     values: Number
-    count: Number
+    heads: Number
     """Query heads, and log-sum-exps."""
 
 
@@ -228,13 +229,13 @@ class MeshPartitioning:
         """Mesh axes that split the residual stream's sequence, but not that within layers."""
         return tuple(a for a in self.compute.residual if a not in self.compute.seq)
 
-    def ways(self, mesh_axes: Iterable[str]) -> Number:
+    def num_devices(self, mesh_axes: Iterable[str]) -> Number:
         """Returns the number of devices along mesh axes together."""
         return prod((self.sizes[axis] for axis in dict.fromkeys(mesh_axes)), start=1.0)
 
-    def shards(self, rules: AxisRules, axes: Iterable[str | None]) -> Number:
+    def num_shards(self, rules: AxisRules, axes: Iterable[str | None]) -> Number:
         """Counts the distinct pieces of an array."""
-        return self.ways(axis for logical in axes for axis in rules.mesh_axes(logical))
+        return self.num_devices(axis for logical in axes for axis in rules.mesh_axes(logical))
 
     def gather_axes(self, rules: AxisRules, kernel: Kernel) -> tuple[str, ...]:
         """Returns the mesh axes that split a kernel under rules and not in use."""
@@ -242,15 +243,15 @@ class MeshPartitioning:
         at_rest = (axis for logical in kernel.axes for axis in rules.mesh_axes(logical))
         return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
 
-    def held_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | OptStateSpec]) -> Number:
-        return sum((a.nbytes / self.shards(rules, a.axes) for a in arrays), start=0.0)
+    def local_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | OptStateSpec]) -> Number:
+        return sum((a.nbytes / self.num_shards(rules, a.axes) for a in arrays), start=0.0)
 
     def local_attention_widths(self, heads: AttentionCosts | None) -> LocalAttentionWidths:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
             return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
-        own = heads.num_heads / self.ways(self.compute.heads)
-        kv = heads.num_kv_heads / self.ways(self.compute.mesh_axes(heads.kv_axis))
+        own = heads.num_heads / self.num_devices(self.compute.heads)
+        kv = heads.num_kv_heads / self.num_devices(self.compute.mesh_axes(heads.kv_axis))
         size, value = heads.head_dim, heads.value_dim
         return LocalAttentionWidths(own * size, own * value, kv * size, kv * value, own)
 
@@ -258,12 +259,13 @@ class MeshPartitioning:
         """Elements a token that matrices write into the FFN's width on a device."""
         if group.output_side != "mlp":
             return 0.0
-        return sum(k.shape[-1] / self.shards(self.compute, k.axes[-1:]) for k in group.kernels)
+        return sum(k.shape[-1] / self.num_shards(self.compute, k.axes[-1:]) for k in group.kernels)
 
     def local_non_residual_width(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write within their layer on a device."""
         return sum(
-            prod(k.shape[k.inputs :]) / self.shards(self.compute, k.axes[k.inputs :])
+            prod(k.shape[k.num_input_dims :])
+            / self.num_shards(self.compute, k.axes[k.num_input_dims :])
             for k in group.kernels
             if k.output_side != "residual"
         )

@@ -51,7 +51,8 @@ class CompiledStep:
     @cached_property
     def cost(self) -> CompiledCost:
         on_chip = _ON_CHIP.get(self.topology.platform, ())
-        return read_compiled_cost(self.hlo_text, dict(self.setup.mesh.shape), on_chip=on_chip)
+        sizes = dict(self.setup.mesh.shape)
+        return read_compiled_cost(self.hlo_text, sizes, on_chip_spaces=on_chip)
 
     @property
     def memory(self) -> CompiledMemory:

@@ -112,7 +112,9 @@ def convert_huggingface_to_run(
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         dtypes = import_tensors(
-            source, entries, shapes, writer, progress, ignored=family.ignored, warn=notes.append
+            *(source, entries, shapes, writer, progress),
+            ignored=family.ignored_tensors,
+            warn=notes.append,
         )
         used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
         notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
@@ -256,7 +258,7 @@ def _choose_family(model: Any, name: str | None) -> ModelFamily:
     if name not in FAMILIES:
         raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
     if fault := _find_inexpressible(model, FAMILIES[name]):
-        what = f"{FAMILIES[name].architecture} has no word for {fault}"
+        what = f"{FAMILIES[name].hf_architecture} has no word for {fault}"
         fix = "name another --family, or change the model"
         raise MaxlmError(what, where="config.yaml: model", fix=fix)
     return FAMILIES[name]
@@ -264,7 +266,7 @@ def _choose_family(model: Any, name: str | None) -> ModelFamily:
 
 def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
     """Returns a setting that a family's config.json cannot express; None: all are."""
-    if model.architecture != family.shape:
+    if model.architecture != family.architecture:
         return f"model.architecture={model.architecture}"
     try:
         settings, _ = family.read_config(family.write_config(model), family.name)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.architectures import Model
-from maxlm.models.params import Params, replace_base, select_base
+from maxlm.models.params import Params, replace_base_params, select_base_params
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
@@ -70,7 +70,8 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     if start is None:
         return None
     with _open_checkpoints(start) as (tier, config, name):
-        tier.check_param_shapes(None, wanted if _is_adapted(config) else select_base(wanted), name)
+        own = wanted if _is_adapted(config) else select_base_params(wanted)
+        tier.check_param_shapes(None, own, name)
         return tier.metadata()
 
 
@@ -85,8 +86,8 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
         if _is_adapted(config):
             params = tier.restore_params(None, abstract, name)
         else:
-            base = tier.restore_params(None, select_base(abstract), name)
-            params = replace_base(state.params, base)
+            base = tier.restore_params(None, select_base_params(abstract), name)
+            params = replace_base_params(state.params, base)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)
 

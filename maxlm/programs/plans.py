@@ -49,7 +49,7 @@ def compile_peak_memory_bytes(
     peaks = {}
     for i, own in enumerate(candidates):
         try:
-            peaks[i] = float(compile_step(own.apply(run), machine.name).memory.peak)
+            peaks[i] = float(compile_step(own.apply(run), machine.name).memory.peak_bytes)
         except DoesNotFit:
             peaks[i] = inf
     return peaks
@@ -64,8 +64,8 @@ def check_fit_by_compiling(
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
         return False, f"does not fit: {error.what}", {}
-    fits = step.memory.peak <= machine.chip.memory
-    words = f"{format_bytes(step.memory.peak)} of {format_bytes(machine.chip.memory)} a device"
+    peak, limit = step.memory.peak_bytes, machine.chip.memory_bytes
+    fits, words = peak <= limit, f"{format_bytes(peak)} of {format_bytes(limit)} a device"
     verdict = f"{'fits' if fits else 'does not fit'} by the compiler's account: {words}"
     return fits, verdict, compare_plan_to_compiled(plan, step)
 
@@ -78,12 +78,12 @@ def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> Figures:
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
     counted, slots = count_device_flops(plan.shape), plan.shape.stage_passes_with_bubble
-    resting, more = held.total - held.transient_bytes, compiled.peak - compiled.argument
+    resting, more = held.total - held.transient_bytes, compiled.peak_bytes - compiled.argument_bytes
     matmul, attention = counted.step_matmul_flops(slots), counted.step_attention_flops(slots)
     rows = {
-        "resting: state and batch, GB": (resting / GB, compiled.argument / GB),
+        "resting: state and batch, GB": (resting / GB, compiled.argument_bytes / GB),
         "more at the peak, GB": (held.transient_bytes / GB, more / GB),
-        "peak, GB": (held.total / GB, compiled.peak / GB),
+        "peak, GB": (held.total / GB, compiled.peak_bytes / GB),
         "matrix products, TFLOP": (matmul / TERA, cost.matmul_flops / TERA),
         "attention's products, TFLOP": (attention / TERA, cost.attention_flops / TERA),
         "sent, GB": (sum(s.sent_bytes for s in plan.collectives) / GB, cost.wire_bytes() / GB),

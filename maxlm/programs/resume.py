@@ -20,7 +20,7 @@ from maxlm.programs.resume_checks import (
 from maxlm.programs.setup import RunSetup
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint
-from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
+from maxlm.train.skips import Skips, get_batch_index, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
 
 Say = Callable[[str], None]
@@ -124,7 +124,7 @@ class StateRestorer:
         good = [each.step for each in source.found if each.step < decision.first_bad_step]
         position = None if good else self.restore(skips, self.load_or_copy_frozen())
         base = position.step if position else max(good)
-        skip = get_batch_number(base, skips), get_batch_number(decision.last_bad_step - 1, skips)
+        skip = get_batch_index(base, skips), get_batch_index(decision.last_bad_step - 1, skips)
         if position:
             # Before the record: a run killed between the two would refuse all its checkpoints.
             event("discard", base)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import load_batches
 from maxlm.models.architectures import Model
-from maxlm.models.dtypes import compute_dtype
+from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.params import Params
 from maxlm.models.placement import PlacedModel
 from maxlm.parallel.context import sequence_order_indices
@@ -24,7 +24,7 @@ from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
-from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
+from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
 from maxlm.train.optimizer import make_optimizer, make_schedule, shard_optimizer
 from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
@@ -148,7 +148,7 @@ def set_up_run(
     mesh = make_mesh(config.mesh, devices)
     if for_training:
         config = resolve_micro_batches(config, dict(mesh.shape))
-    dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
+    dtype = resolve_compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     placed = place_run(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)
     trainable = select_trainable(placed.specs, config.train.trainable)
@@ -204,7 +204,7 @@ def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[
     config, mesh = setup.config, setup.mesh
     lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
-    rows = get_local_rows(batch_sharding(setup.compute, mesh, ()), lead)
+    rows = get_local_row_indices(batch_sharding(setup.compute, mesh, ()), lead)
     where = setup.compute, mesh, lead, setup.token_order
     with load_batches(source, rows, **how) as loader:
         for batch in loader:

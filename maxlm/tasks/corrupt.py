@@ -31,9 +31,9 @@ class SentinelIds(NamedTuple):
     first_sentinel: int
     """Span i's sentinel is ``first_sentinel − i``."""
     eos: int
-    start: int = 0
+    decoder_start_id: int = 0
     """The token that a decoder reads first; T5's is its padding."""
-    opening: tuple[int, ...] = ()
+    bos_ids: tuple[int, ...] = ()
     """Tokens that every input begins with; T5's with none, BART's with <s>."""
 
 
@@ -45,7 +45,7 @@ class Denoiser(NamedTuple):
     mean_span: float | None = 3.0
     """Mean tokens of a span. None: one suffix behind a prefix (prefix language modelling), of which
     every length is as likely as the others, up to twice the mean."""
-    mode: int | None = None
+    mode_token_id: int | None = None
     """An id put before the inputs, which tells the model the kind of task; None puts none."""
 
     def count_noise_and_spans(self, n: int) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class Denoiser(NamedTuple):
         n grows. A row of several documents takes more: each has its own ends and spans."""
         noise, spans = self.count_noise_and_spans(n)
         fewest = noise if self.mean_span else spans
-        return n - fewest + spans + 1 + int(self.mode is not None), noise + spans + 1
+        return n - fewest + spans + 1 + int(self.mode_token_id is not None), noise + spans + 1
 
     def draw_noise(self, n: int, rng: Generator) -> Flags:
         """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first
@@ -116,11 +116,11 @@ def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids,
 def corrupt_tokens(
     tokens: Ids, denoiser: Denoiser, special: SentinelIds, rng: Generator
 ) -> tuple[Ids, Ids]:
-    """Returns (inputs, targets) of one document's tokens [n], int32, with the opening, the mode
+    """Returns (inputs, targets) of one document's tokens [n], int32, with its bos, the mode
     token and their ends."""
     inputs, targets = replace_spans(tokens, denoiser.draw_noise(tokens.size, rng), special)
-    mode = () if denoiser.mode is None else (denoiser.mode,)
-    return np.array([*special.opening, *mode, *inputs], np.int32), targets
+    mode = () if denoiser.mode_token_id is None else (denoiser.mode_token_id,)
+    return np.array([*special.bos_ids, *mode, *inputs], np.int32), targets
 
 
 def corrupt_row(
@@ -173,12 +173,12 @@ def corrupt_row(
         free = encoder_len - used["input_"], decoder_len - used[""]
         inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
         if inputs.size > free[0] or targets.size > free[1]:
-            kept = _count_fitting(piece.size, denoiser, (free[0] - len(special.opening), free[1]))
+            kept = _count_fitting(piece.size, denoiser, (free[0] - len(special.bos_ids), free[1]))
             if kept == 0:
                 continue
             inputs, targets = corrupt_tokens(piece[:kept], denoiser, special, rng)
         place("input_", numbers[0], inputs.size, tokens=inputs)
-        shifted = np.concatenate([[special.start], targets[:-1]])
+        shifted = np.concatenate([[special.decoder_start_id], targets[:-1]])
         place("", numbers[0], targets.size, tokens=shifted, targets=targets, weights=1)
     return row
 

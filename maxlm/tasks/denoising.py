@@ -45,11 +45,11 @@ class DenoisingTask(TextTask):
 
     @property
     @abstractmethod
-    def mixture(self) -> tuple[Denoiser, ...]:
+    def denoisers(self) -> tuple[Denoiser, ...]:
         """The denoisers, one of which is drawn for each document."""
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
-        encoder, decoder = compute_max_lengths(seq_len, self.mixture)
+        encoder, decoder = compute_max_lengths(seq_len, self.denoisers)
         encoder, decoder = (-(-n // _MULTIPLE) * _MULTIPLE for n in (encoder, decoder))
         return self.decoder_len or decoder, self.encoder_len or encoder
 
@@ -66,11 +66,11 @@ class DenoisingTask(TextTask):
         self, vocabulary: Vocabulary, start_id: int, row: Row, rng: np.random.Generator
     ) -> Row:
         first = vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
-        ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.opening)
+        ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.bos_ids)
         decoder_len, encoder_len = self.row_lengths(row["tokens"].size)
         text = _remove_marks(row["tokens"], row["segment_ids"], vocabulary)
         lengths = {"encoder_len": encoder_len, "decoder_len": decoder_len}
-        return corrupt_row(*text, self.mixture, ids, rng, **lengths)
+        return corrupt_row(*text, self.denoisers, ids, rng, **lengths)
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
@@ -92,7 +92,7 @@ class DenoisingTask(TextTask):
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        spans = max(denoiser.count_noise_and_spans(seq_len)[1] for denoiser in self.mixture)
+        spans = max(denoiser.count_noise_and_spans(seq_len)[1] for denoiser in self.denoisers)
         if spans > self.sentinels:
             raise MaxlmError(
                 f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and there are "
@@ -101,7 +101,7 @@ class DenoisingTask(TextTask):
                 fix=f"set it to {spans} or more, or shorten the sequences",
             )
         given = {"encoder_len": self.encoder_len, "decoder_len": self.decoder_len}
-        needed = compute_max_lengths(seq_len, self.mixture)
+        needed = compute_max_lengths(seq_len, self.denoisers)
         for (name, length), least in zip(given.items(), needed, strict=True):
             if length is not None and length < least:
                 what = f"{length} is too short for what data.seq_len={seq_len} tokens become"
@@ -128,7 +128,7 @@ class SpanCorruptionTask(DenoisingTask):
     """Mean tokens of a span."""
 
     @property
-    def mixture(self) -> tuple[Denoiser, ...]:
+    def denoisers(self) -> tuple[Denoiser, ...]:
         return (Denoiser(density=self.density, mean_span=self.mean_span),)
 
 
@@ -149,7 +149,7 @@ class Ul2Task(DenoisingTask):
         return {**super().reserved_ids, **{name: getattr(self, name) for name in modes}}
 
     @property
-    def mixture(self) -> tuple[Denoiser, ...]:
+    def denoisers(self) -> tuple[Denoiser, ...]:
         return make_ul2_denoisers(self.regular_id, self.sequential_id, self.extreme_id)
 
 
@@ -159,5 +159,5 @@ def _remove_marks(
     """A row without the marks that documents open and close with: each piece gets its own."""
     opens = np.diff(segment_ids, prepend=0) != 0
     closes = np.diff(segment_ids, append=0) != 0
-    mark = (opens & np.isin(tokens, vocabulary.opening)) | (closes & (tokens == vocabulary.eos))
+    mark = (opens & np.isin(tokens, vocabulary.bos_ids)) | (closes & (tokens == vocabulary.eos))
     return tokens[~mark], segment_ids[~mark]

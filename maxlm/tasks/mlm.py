@@ -65,7 +65,7 @@ class MlmTask(TextTask):
             The row with int32 [S] ``tokens``, ``targets`` (the token that a chosen place held; 0
             elsewhere) and fp32 ``weights``, 1 where a place was chosen.
         """
-        tokens, segment_ids, special = row["tokens"], row["segment_ids"], vocabulary.special
+        tokens, segment_ids, special = row["tokens"], row["segment_ids"], vocabulary.is_special
         candidate = (segment_ids != 0) & ~special[tokens]
         places = np.flatnonzero(candidate)
         budget = max(1, round(self.share * places.size)) if places.size else 0

@@ -28,10 +28,10 @@ class Vocabulary:
     """Ids that text and reserved ids may have: the rows of the model's table."""
     num_tokenizer_ids: int
     """Ids that the tokenizer knows; those above are free."""
-    opening: tuple[int, ...]
+    bos_ids: tuple[int, ...]
     """The tokens that a document begins with in a store."""
     eos: int
-    special: np.ndarray
+    is_special: np.ndarray
     """bool [size]: ids that no text has."""
     starts_word: np.ndarray
     """bool [size]: ids with which a word begins."""

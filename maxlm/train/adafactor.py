@@ -28,7 +28,7 @@ class FactoredState(NamedTuple):
 def get_input_output_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (input, output) dimensions of a matrix or table; layers, experts are neither."""
     inner = [d for d, axis in enumerate(spec.axes) if d >= spec.num_layer_axes and axis != "expert"]
-    inputs = spec.contract or (inner[0],)
+    inputs = spec.contracting_dims or (inner[0],)
     return inputs, tuple(d for d in inner if d not in inputs)
 
 

@@ -64,7 +64,7 @@ def require_batch_split(
             )
 
 
-def get_local_rows(sharding: NamedSharding, lead_shape: tuple[int, ...]) -> list[int]:
+def get_local_row_indices(sharding: NamedSharding, lead_shape: tuple[int, ...]) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, ascending.
 
     Args:

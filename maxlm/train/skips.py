@@ -22,7 +22,7 @@ Skips = tuple[BatchRange, ...]
 _FILE = "skipped_batches.json"
 
 
-def get_batch_number(step: int, skips: Sequence[BatchRange]) -> int:
+def get_batch_index(step: int, skips: Sequence[BatchRange]) -> int:
     """Returns the number of the batch taken after ``step`` updates; without skips, ``step``."""
     for skipped in sorted({n for first, last in skips for n in range(first, last + 1)}):
         step += skipped <= step
@@ -35,15 +35,15 @@ def contiguous_ranges(
     """Yields (first batch, number of batches) for each range of consecutive batches taken by the
     updates after ``start`` to ``stop``."""
     while start < stop:
-        number = get_batch_number(start, skips)
+        number = get_batch_index(start, skips)
         count = min([stop - start, *(first - number for first, _ in skips if first > number)])
         yield number, count
         start += count
 
 
-def has_same_batches(step: int, one: Sequence[BatchRange], other: Sequence[BatchRange]) -> bool:
+def has_same_batches(step: int, skips: Sequence[BatchRange], other: Sequence[BatchRange]) -> bool:
     """Returns whether ``step`` updates take the same batches under both."""
-    return list(contiguous_ranges(0, step, one)) == list(contiguous_ranges(0, step, other))
+    return list(contiguous_ranges(0, step, skips)) == list(contiguous_ranges(0, step, other))
 
 
 def get_skips(metadata: Mapping[str, Any]) -> Skips:

@@ -125,7 +125,7 @@ class Callback:
     def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The state after ``step``, whose :meth:`on_step_end` has run, and no next step has."""
 
-    def on_work_begin(self, trainer: "Trainer", step: int, what: str) -> None:
+    def on_work_begin(self, trainer: "Trainer", step: int, activity: str) -> None:
         """Work that is no step begins: an ``"evaluation"`` or a ``"save"``."""
 
     def on_evaluation_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:

@@ -44,8 +44,8 @@ class Watchdog(Callback):
 
     Args:
         folder: the run's.
-        event: takes ``event("hang", step, process=..., seconds=...)``; may be set later.
-        end: ends the process with an exit code; tests replace it.
+        log_event: takes ``log_event("hang", step, process=..., seconds=...)``; see ``event``.
+        exit_process: ends the process with an exit code; tests replace it.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Watchdog(Callback):
         config: FaultToleranceConfig,
         folder: Path,
         process: int = 0,
-        event: Callable[..., None] = lambda *_, **__: None,
-        end: Callable[[int], Any] = os._exit,
+        log_event: Callable[..., None] = lambda *_, **__: None,
+        exit_process: Callable[[int], Any] = os._exit,
     ):
         self._config, self.folder, self._process = config, folder, process
-        self.event, self._end = event, end
+        self.event, self._end = log_event, exit_process
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
         self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
@@ -71,18 +71,18 @@ class Watchdog(Callback):
         self.start_timer(step, "first step" if self._is_first_step else "step")
         self._is_first_step = False
 
-    def on_work_begin(self, trainer: Trainer, step: int, what: str) -> None:
-        self.start_timer(step, what)
+    def on_work_begin(self, trainer: Trainer, step: int, activity: str) -> None:
+        self.start_timer(step, activity)
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._step_seconds.append(metrics["seconds"])
 
-    def start_timer(self, step: int, what: str = "step") -> None:
+    def start_timer(self, step: int, activity: str = "step") -> None:
         """Says what is under way from now on: ``"step"``, limited by a multiple of the median of
         those before it, once there are enough; or what takes longer (``"first step"``,
         ``"evaluation"``, ``"save"``, ``"restore"``), limited by ``idle_seconds``."""
-        words, limit = f"{what} {step}", self._config.idle_seconds
-        if what == "step" and len(self._step_seconds) >= _LEAST_STEPS:
+        words, limit = f"{activity} {step}", self._config.idle_seconds
+        if activity == "step" and len(self._step_seconds) >= _LEAST_STEPS:
             typical = median(self._step_seconds)
             words += f" ({typical:.3g} s is the median)"
             limit = max(self._config.hang_seconds, self._config.hang_factor * typical)

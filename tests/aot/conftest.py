@@ -106,6 +106,6 @@ def read_kernels(chip: str, text: str) -> list[str]:
             assert name
             assert limit
             assert used
-            assert 0 < int(used[1]) <= int(limit[1]) <= CHIPS[chip].vmem
+            assert 0 < int(used[1]) <= int(limit[1]) <= CHIPS[chip].vmem_bytes
             names.append(name[1])
     return names

@@ -68,7 +68,7 @@ def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():
     few, more = (
         compile_step(
             small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine
-        ).memory.temp
+        ).memory.temp_bytes
         for layers in (4, 8)
     )
     layer_input, gradients = 2 * rows * SEQ * D, 2 * (4 * D * D + 3 * D * FF) / n

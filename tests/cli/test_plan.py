@@ -123,7 +123,7 @@ def test_where_the_compiler_finds_no_room(run, monkeypatch):
     def no_room(run, machine):
         if run.train.micro_batches < 4:
             raise DoesNotFit("the compiler finds no room: 20G of 16G")
-        return SimpleNamespace(memory=SimpleNamespace(peak=7e9))
+        return SimpleNamespace(memory=SimpleNamespace(peak_bytes=7e9))
 
     monkeypatch.setattr("maxlm.programs.plans.compile_step", no_room)
     settings = ["plan", "gpt2", "data.batch_size=64", "--on", "v5e-8", "--json"]

@@ -79,13 +79,13 @@ class DiagonalSsm(nnx.Module):
         start = jnp.zeros_like(up[:, 0], jnp.float32) if cache is None else cache.state
         last, states = lax.scan(step, start, (up.swapaxes(0, 1), live.T))
         y = states.swapaxes(0, 1).astype(up.dtype) * jax.nn.silu(gate)
-        return self.out(y, seq="residual"), None if cache is None else StateCache(last)
+        return self.out(y, seq_axis="residual"), None if cache is None else StateCache(last)
 
     def cache_spec(self, batch, length, window):
         return StateCache(CacheArraySpec((batch, self.width), ("batch", "mlp"), jnp.float32))
 
     def costs(self):
-        return LayerCosts(group_matrices(self), flops=3 * self.width, flops_axes=("mlp",))
+        return LayerCosts(group_matrices(self), extra_flops=3 * self.width, flops_axes=("mlp",))
 
 
 register_mixer(DiagonalSsmConfig, DiagonalSsm)

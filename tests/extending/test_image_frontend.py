@@ -26,14 +26,14 @@ class ImageDecoder(Decoder):
         self.patches = Linear(*sizes, **own)
 
     def embed_image(self, patches: jax.Array, tokens: jax.Array) -> jax.Array:
-        seen = self.patches(patches, seq="residual")
+        seen = self.patches(patches, seq_axis="residual")
         x = jnp.concatenate([seen, self.embedding(tokens)], axis=1)
         return self.embed_inputs(x, places(x.shape[1]))
 
     def __call__(self, tokens, positions, segment_ids=None, *, patches):
         count = patches.shape[1]
         x = self.embed_image(patches, tokens)
-        x, aux = self.run_embedded(x, places(x.shape[1]), segment_ids)
+        x, aux = self.forward_embedded(x, places(x.shape[1]), segment_ids)
         return x[:, count:], aux
 
 

@@ -14,8 +14,8 @@ import pytest
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.params import (
+    CompositeParam,
     GatheredParam,
-    Leaf,
     ParamReader,
     Params,
     ParamSpec,
@@ -25,8 +25,8 @@ from maxlm.models.params import (
     flatten_names,
     init_params,
     param_specs,
-    replace_base,
-    select_base,
+    replace_base_params,
+    select_base_params,
     truncated_normal,
 )
 from maxlm.plan.predict import plan_run
@@ -44,7 +44,7 @@ RANK, SCALE = 4, 0.7
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Lora(Leaf):
+class Lora(CompositeParam):
     """``x · base + scale · (x · A) · B`` (Hu et al. 2021, arXiv 2106.09685, §4.1)."""
 
     base_field: ClassVar[str] = "base"
@@ -77,7 +77,7 @@ class LoraAdapter(Adapter):
     def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
-        lead, inputs = spec.num_layer_axes, spec.num_layer_axes + len(spec.contract)
+        lead, inputs = spec.num_layer_axes, spec.num_layer_axes + len(spec.contracting_dims)
         a = replace(
             spec,
             shape=(*spec.shape[:inputs], self.rank),
@@ -88,7 +88,7 @@ class LoraAdapter(Adapter):
             spec,
             shape=(*spec.shape[:lead], self.rank, *spec.shape[inputs:]),
             axes=(*spec.axes[:lead], None, *spec.axes[inputs:]),
-            contract=(lead,),
+            contracting_dims=(lead,),
             init=jax.nn.initializers.zeros,
         )
         return Lora(spec, a, b, self.scale)
@@ -113,7 +113,7 @@ def models():
         adapted = bind_specs(base, LoraAdapter().adapt(specs))
         params = init_params(specs, jax.random.key(0))
         fresh = init_params(param_specs(adapted), jax.random.key(1))
-        yield base, adapted, params, replace_base(fresh, params)
+        yield base, adapted, params, replace_base_params(fresh, params)
 
 
 @jax.jit(static_argnums=0)
@@ -208,7 +208,7 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     assert read_first_loss(whole) == read_first_loss(going_on)
 
     # The base stays as it was; A and B do not.
-    assert are_equal(select_base(whole.state.params), base.state.params)
+    assert are_equal(select_base_params(whole.state.params), base.state.params)
     trained = {n: x for n, x in flatten_names(whole.state.params).items() if ".lora_" in n}
     assert len(trained) == 14
     assert all(np.any(x) for x in trained.values())  # B began as zeros

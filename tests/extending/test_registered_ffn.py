@@ -34,7 +34,7 @@ class SquaredRelu(nnx.Module):
         self.down = Linear({"mlp": config.width}, {"embed": d_model}, **kw)
 
     def feed(self, x, segment_ids):
-        return self.down(jnp.square(jax.nn.relu(self.up(x))), seq="residual"), Aux()
+        return self.down(jnp.square(jax.nn.relu(self.up(x))), seq_axis="residual"), Aux()
 
 
 register_ffn(SquaredReluConfig, SquaredRelu)
@@ -51,7 +51,7 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
         assert own == ["layers.squared.down.kernel", "layers.squared.up.kernel"]
         x = np.random.default_rng(0).normal(size=(2, 5, 14)).astype(np.float32)
         layer = jax.tree.map(lambda p: p[0], params["layers"])
-        found, _ = bind(model.parts["layers"], layer).ffn.feed(x, None)
+        found, _ = bind(model.stacks["layers"], layer).ffn.feed(x, None)
     up, down = (np.asarray(layer["squared"][name]["kernel"]) for name in ("up", "down"))
     np.testing.assert_allclose(found, np.maximum(x @ up, 0) ** 2 @ down, atol=1e-6)
 

@@ -63,7 +63,7 @@ def test_a_layer_s_own_slopes_are_used(one_device_mesh):
     own = DecoderConfig.model_validate(own.model_dump() | {"pattern": kinds, "num_layers": 2})
     with jax.set_mesh(one_device_mesh):
         trunk = own.build(rules=AxisRules(), dtype=jnp.float32)
-        (part,) = own.parts
+        (part,) = own.layer_stacks
         first, second = trunk.attention_inputs_by_kind(part, jnp.zeros((1, 1), jnp.int32), None)
     np.testing.assert_allclose(first.slopes, 2.0 ** -np.arange(2, 9, 2))
     np.testing.assert_allclose(second.slopes, 2.0 ** (-np.arange(1, 5) / 2))

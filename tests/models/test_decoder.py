@@ -80,8 +80,8 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
     _, params, (loss, aux), grads = results("pattern", mesh)
     kinds = tuple(PATTERN.pattern[i % 2] for i in range(5))
     unrolled = PATTERN.model_copy(update={"pattern": kinds})
-    assert [part.depth for part in PATTERN.parts] == [4, 1]
-    assert [part.depth for part in unrolled.parts] == [5]
+    assert [part.num_layers for part in PATTERN.layer_stacks] == [4, 1]
+    assert [part.num_layers for part in unrolled.layer_stacks] == [5]
 
     def as_one(tree):
         stacks = tree["layers"], tree["last_layers"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.models.layers.moe import MoeConfig
-from maxlm.models.params import bind, flatten_names, param_specs, stack
+from maxlm.models.params import bind, flatten_names, param_specs, stack_layers
 from maxlm.sharding import AxisRules
 from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from tests.models import moe_building as building
@@ -106,7 +106,7 @@ def test_the_router_works_in_fp32_when_the_layer_does_not(one_device_mesh):
 
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])
 def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
-    specs = param_specs(stack(building.layer(MoeConfig(**SMALL), AxisRules()), 2))
+    specs = param_specs(stack_layers(building.layer(MoeConfig(**SMALL), AxisRules()), 2))
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), specs)
     params = jax.tree.map(np.zeros_like, grads)
@@ -118,7 +118,7 @@ def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
 
     whole = update(specs, params, grads)
     one = MoeConfig(**SMALL | {"num_experts": 1, "experts_per_token": 1})
-    alone = param_specs(stack(building.layer(one, AxisRules()), 2))
+    alone = param_specs(stack_layers(building.layer(one, AxisRules()), 2))
     names = ("gate", "up", "down")
     for e in (0, 5):
 

@@ -46,7 +46,7 @@ def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def test_declarations_of_a_llama():
     specs = flatten_names(param_specs(model(LLAMA_GQA)))
-    found = {n: (s.shape, s.axes, s.role, s.contract) for n, s in specs.items()}
+    found = {n: (s.shape, s.axes, s.role, s.contracting_dims) for n, s in specs.items()}
     queries = ("layers", "embed", "heads", "head_dim")
     keys = ("layers", "embed", "kv_heads", "head_dim")
     scale = ((3, 14), ("layers", None), "vector", ())

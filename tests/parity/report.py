@@ -20,7 +20,7 @@ def row(name: str) -> str:
     if measure.generates(name):
         here, there = measure.continued(name)
         same = "equal" if here == there else "**different**"
-    kind = measure.case(name).family.architecture
+    kind = measure.case(name).family.hf_architecture
     return f"| {' | '.join((name, f'`{kind}`', *figures, same))} |\n"
 
 

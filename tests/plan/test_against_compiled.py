@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.compiled.cost import read_compiled_cost, read_compiled_memory
-from maxlm.plan.memory import estimate_memory, resting_bytes
+from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
@@ -69,7 +69,7 @@ def compiled(config: RunConfig):
     with jax.set_mesh(setup.mesh):
         program = step.__wrapped__.lower(*arguments).compile(compiler_options=QUICK)
     sizes = dict(setup.mesh.shape)
-    work = RunWorkload.of(config, jnp.float32)
+    work = RunWorkload.from_config(config, jnp.float32)
     shape = StepShape(
         *(work, MeshPartitioning(config, sizes), config.train.micro_batches, config.model.remat),
         ragged=False,
@@ -96,7 +96,7 @@ def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
         return Counter()
     others = prod(sizes[a] for a in axes) - 1
     one = float(shape.residual_tokens) * moe.num_experts * 4 * others
-    return Counter({("all-gather", "+".join(axes)): 2 * shape.work.expert_layers * one})
+    return Counter({("all-gather", "+".join(axes)): 2 * shape.work.num_expert_layers * one})
 
 
 def products(shape: StepShape) -> float:
@@ -121,12 +121,12 @@ def test_bytes_sent_and_products(layout, model, off):
             assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
     # Relative biases leave positions of the batch unread, which the compiler drops.
     exact = 0.01 if model == "encoder_decoder" else 1e-3
-    assert sum(resting_bytes(shape).values()) == pytest.approx(held.argument, rel=exact)
+    assert sum(persistent_bytes(shape).values()) == pytest.approx(held.argument_bytes, rel=exact)
     if model == "moe" or "cp" in layout:
         return  # products in kernels, or of blocks that the mask skips as the program runs
     # Scores of one tile are computed once for two uses; beside maps and attention a decoder beside
     # an encoder makes biases of a table.
-    again = shape.work.attention_recomputed(shape.remat)
+    again = shape.work.is_attention_recomputed(shape.remat)
     exact = 1e-3 if model == "encoder_decoder" else 0.05 if again else 1e-6
     assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
 
@@ -136,8 +136,8 @@ def test_every_remat_policy(remat):
     """The peak is a CPU's, whose compiler keeps other copies than a TPU's;
     benchmarks/plan_memory.py has the machines that matter."""
     shape, cost, held = compiled(run("fsdp", "gqa_window", remat=remat))
-    exact = 0.05 if shape.work.attention_recomputed(remat) else 1e-6  # as above
+    exact = 0.05 if shape.work.is_attention_recomputed(remat) else 1e-6  # as above
     assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
     assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.02)
     if remat == "none":
-        assert float(estimate_memory(shape).total) == pytest.approx(held.peak, rel=0.25)
+        assert float(estimate_memory(shape).total) == pytest.approx(held.peak_bytes, rel=0.25)

@@ -9,7 +9,7 @@ from maxlm.plan.layout import compute_run_layout
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
-from maxlm.plan.timing import attention_score_bytes, count_device_flops, count_scores
+from maxlm.plan.timing import attention_score_bytes, count_attention_scores, count_device_flops
 from maxlm.plan.working import list_layer_working_sets
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig
@@ -66,7 +66,7 @@ def test_an_encoder_and_a_decoder_by_hand():
 
 
 def work(name: str, **changes) -> RunWorkload:
-    return RunWorkload.of(run(name, "dp", **changes), jnp.float32)
+    return RunWorkload.from_config(run(name, "dp", **changes), jnp.float32)
 
 
 def device_flops(own: RunWorkload):
@@ -96,7 +96,8 @@ def test_windows_by_turns_cost_less_than_none():
         update={"model": model.model_copy(update={"pattern": tuple(kinds[-1:])})}
     )
     by_turns, all_see = (
-        device_flops(RunWorkload.of(c, jnp.float32)).attention_forward for c in (config, plain)
+        device_flops(RunWorkload.from_config(c, jnp.float32)).attention_forward
+        for c in (config, plain)
     )
     # Of 16 tiles a window sees its own alone; without one, all before it: 17 / 32.
     own = (256 * 256 + 15 * 256 * (256 + 6)) / 4096**2, (256 * 256 + 15 * 256 * 260) / 4096**2
@@ -118,8 +119,8 @@ def test_no_kernel_adds_learnt_biases():
     assert attention_score_bytes(plain) == (0, 0)
     # Its share of all scores: an encoder of two layers beside a decoder of four.
     crossing = 4 * 16 * 32 / (2 * 32 * 32 + 4 * 16 * 16 + 4 * 16 * 32)
-    assert count_scores(biased, fused=True) == pytest.approx(
-        crossing * count_scores(plain, fused=True)
+    assert count_attention_scores(biased, fused=True) == pytest.approx(
+        crossing * count_attention_scores(plain, fused=True)
     )
     whole = StepShape(biased.work, biased.split, 1, "full")  # no kernel at all
     got, most = (attention_score_bytes(shape)[0] for shape in (biased, whole))
@@ -152,4 +153,4 @@ def test_a_search_proposes_nothing_that_is_refused(model):
     """Every candidate that divides passes the run's own checks."""
     config = run(model, "dp")
     found = search_layouts(config, Machine.from_name("h100x2"), top=10_000)
-    assert len(found.best) == found.fitting > 0, found.refusal
+    assert len(found.best) == found.num_fitting > 0, found.last_refusal

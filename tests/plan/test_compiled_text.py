@@ -155,7 +155,7 @@ custom_call_target="AsyncCollectiveDone"
 }}
 """,
     )
-    cost = read_compiled_cost(text, {"fsdp": 8}, on_chip=(1, 2))
+    cost = read_compiled_cost(text, {"fsdp": 8}, on_chip_spaces=(1, 2))
     assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
         "all-gather": (1, 7 * 16 * 64 * 2),
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from maxlm.plan.goodput import Reliability, best_interval_seconds, estimate_goodput, progress_ratio
+from maxlm.plan.goodput import Reliability, best_interval_seconds, estimate_goodput, goodput_ratio
 
 
 def simulated(interval: float, mean: float, write: float, restart: float, hours: float) -> float:
@@ -30,19 +30,19 @@ def simulated(interval: float, mean: float, write: float, restart: float, hours:
 
 @pytest.mark.parametrize("times", [(600, 7200, 30, 300), (900, 3600, 60, 900)])
 def test_progress_is_what_a_simulated_run_makes(times):
-    assert progress_ratio(*times) == pytest.approx(simulated(*times, hours=60_000), rel=0.02)
+    assert goodput_ratio(*times) == pytest.approx(simulated(*times, hours=60_000), rel=0.02)
 
 
 @given(mean=st.floats(1e3, 1e7), share=st.floats(1e-5, 0.2), restart=st.floats(0, 1e3))
 def test_the_best_interval_is(mean, share, restart):
     write = share * mean
     found = minimize_scalar(
-        lambda tau: -progress_ratio(tau, mean, write, restart),
+        lambda tau: -goodput_ratio(tau, mean, write, restart),
         bounds=(write / 100, 5 * mean),
         method="bounded",
         options={"xatol": 1e-4 * write},
     )
-    best = progress_ratio(best_interval_seconds(mean, write), mean, write, restart)
+    best = goodput_ratio(best_interval_seconds(mean, write), mean, write, restart)
     assert best == pytest.approx(-found.fun, rel=1e-3)
 
 
@@ -57,7 +57,7 @@ def test_a_larger_machine_fails_more_often():
 
 def test_the_ends_of_the_scale():
     assert estimate_goodput(Reliability(), 64, 1e9, 10.0, 0).configured == 0
-    assert progress_ratio(1e9, 60, 1, 1) == 0
+    assert goodput_ratio(1e9, 60, 1, 1) == 0
     found = estimate_goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 30.0, 100)
     assert found.best > 0.999
     assert found.best_interval_seconds == 30.0  # no oftener than there are steps

@@ -27,7 +27,7 @@ def test_products_follow_from_parameters_and_tokens_and_recomputing_trades_memor
     plans = []
     for remat, factor in (("none", 3.0), ("mlp", 4.0), ("full", 4.0)):
         plan = plan_run(run("llama3_8b", f"model.remat={remat}"), Machine.from_name("v5p-128"))
-        peak = 64 * CHIPS["v5p"].peak["bf16"]
+        peak = 64 * CHIPS["v5p"].peak_flops["bf16"]
         products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
         matrices = plan.layout.parameters - 128256 * 4096
         again = products / (2 * matrices * plan.layout.tokens_per_step)
@@ -53,7 +53,7 @@ def test_a_pipeline_idles_as_its_schedule_says():
 def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
     """As glibc's mallopt(3) has it: blocks of up to 32 MiB are kept, larger ones given back."""
     machine = Machine.from_name("v5e-1")
-    slow = replace(machine, chip=replace(machine.chip, pages=1e9))
+    slow = replace(machine, chip=replace(machine.chip, page_allocation_bandwidth=1e9))
     seen = set()
     for seq_len in range(48, 256, 8):
         config = run("demo", "data.batch_size=16", f"data.seq_len={seq_len}")
@@ -125,7 +125,7 @@ def test_the_machine_that_is_here():
         gpus = [gpu("H100 80GB HBM3", i // a_process) for i in range(16)]
         assert Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
     gpus[0].memory_stats = lambda: {"bytes_limit": 7}
-    assert Machine.from_devices(gpus).chip.memory == 7
+    assert Machine.from_devices(gpus).chip.memory_bytes == 7
     assert Machine.from_devices(jax.devices()).topology.shape == (8,)
     assert Machine.from_devices([gpu("A100-SXM4-40GB")]) is None
     for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x")):

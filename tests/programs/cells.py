@@ -16,7 +16,7 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, bind_mesh
-from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
+from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
 from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
@@ -314,7 +314,7 @@ def train(setup: RunSetup, state: TrainState, packed: bool) -> list[tuple[dict[s
     jitted: Any = setup.jit_train_step().__wrapped__
     lead, rules, mesh = (MICRO, ROWS), setup.compute, setup.mesh
     arrays = setup.config.task.batch_arrays(SEQ)
-    rows = get_local_rows(batch_sharding(rules, mesh, ()), lead)
+    rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
     results, step = [], None
     for batch in batches(setup.config.model.vocab_size, packed):
         own = {name: array[rows] for name, array in batch.items()}

@@ -127,7 +127,7 @@ def test_shrinking_keeps_the_structure(name):
     same = small.model.d_model**-0.5 if by_width else run.model.logit_scale
     assert small.model.logit_scale == pytest.approx(same)
     for trunk, was in zip(small.model.trunks, run.model.trunks, strict=True):
-        assert trunk.depth == min(was.depth, 2)
+        assert trunk.num_layers == min(was.num_layers, 2)
     assert turned(small.model.positions) == turned(run.model.positions)
     assert [bool(kind.window) for kind in small.model.pattern] == [
         bool(kind.window) for kind in dict.fromkeys(run.model.pattern)

@@ -58,11 +58,11 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
     last = max(ids.values())
     found = make_vocabulary(tokenizer, last + 1 + 7)
     assert (found.num_tokenizer_ids, found.size) == (last + 1, last + 8)
-    assert {piece for piece, i in ids.items() if found.special[i]} == special
-    assert found.special.shape == (last + 8,)
-    assert found.special[last + 1 :].all()
-    assert found.special[sorted(set(range(last)) - set(ids.values()))].all()  # qwen's has holes
-    assert (found.opening, found.eos) == (tuple(ids[piece] for piece in opening), ids[end])
+    assert {piece for piece, i in ids.items() if found.is_special[i]} == special
+    assert found.is_special.shape == (last + 8,)
+    assert found.is_special[last + 1 :].all()
+    assert found.is_special[sorted(set(range(last)) - set(ids.values()))].all()  # qwen's has holes
+    assert (found.bos_ids, found.eos) == (tuple(ids[piece] for piece in opening), ids[end])
 
 
 @pytest.mark.parametrize("name", PIECES)

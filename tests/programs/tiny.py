@@ -109,7 +109,7 @@ def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]
 def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     """Let ``change`` have each batch of a run, with its number, before it is trained on."""
     from maxlm.programs import train
-    from maxlm.train.skips import get_batch_number
+    from maxlm.train.skips import get_batch_index
 
     original = train.open_training_batches
 
@@ -117,7 +117,7 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
         with original(setup, source, start, skips) as batches:
             numbered = enumerate(batches, start)
-            yield (change(get_batch_number(step, skips), batch) for step, batch in numbered)
+            yield (change(get_batch_index(step, skips), batch) for step, batch in numbered)
 
     monkeypatch.setattr(train, "open_training_batches", spoiled)
 

@@ -22,7 +22,7 @@ from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.task import Vocabulary
 
 WORDS = 500
-SENTINELS = SentinelIds(first_sentinel=999, eos=501, start=502)
+SENTINELS = SentinelIds(first_sentinel=999, eos=501, decoder_start_id=502)
 MODES = {"regular": 510, "sequential": 511, "extreme": 512}
 
 sizes = st.integers(1, 300)
@@ -31,7 +31,7 @@ span_denoisers = st.builds(
     Denoiser,
     density=st.floats(0.01, 0.99),
     mean_span=st.floats(1, 70),
-    mode=st.sampled_from([None, 510]),
+    mode_token_id=st.sampled_from([None, 510]),
 )
 denoisers = st.one_of(
     span_denoisers,
@@ -74,7 +74,7 @@ def test_every_token_can_be_put_back(n, denoiser, seed):
     inputs, targets = corrupt_tokens(tokens, denoiser, SENTINELS, rng)
     assert inputs.dtype == targets.dtype == np.int32
     np.testing.assert_array_equal(recover(inputs, targets), tokens)
-    assert (inputs[0] == denoiser.mode) == (denoiser.mode is not None)
+    assert (inputs[0] == denoiser.mode_token_id) == (denoiser.mode_token_id is not None)
 
     own = inputs[is_sentinel(inputs)]
     np.testing.assert_array_equal(own, SENTINELS.first_sentinel - np.arange(own.size))
@@ -83,7 +83,7 @@ def test_every_token_can_be_put_back(n, denoiser, seed):
     # No span is empty, none touches the next, and none comes first.
     assert not (is_sentinel(inputs[:-1]) & is_sentinel(inputs[1:])).any()
     assert not (is_sentinel(targets[:-1]) & ~(targets[1:] < WORDS)).any()
-    assert not is_sentinel(inputs[int(denoiser.mode is not None)])
+    assert not is_sentinel(inputs[int(denoiser.mode_token_id is not None)])
     for size, least, most in zip(
         (inputs.size, targets.size), denoiser.max_lengths(n), denoiser.max_lengths(n + 1),
         strict=True,
@@ -144,7 +144,7 @@ def test_published_examples():
     assert targets.tolist() == [999, 3, 4, 998, 7, 501]
     assert Denoiser().max_lengths(568) == (512, 114)
     mixture = make_ul2_denoisers(**MODES)
-    assert sorted((d.mode, d.mean_span or 0, d.density) for d in mixture) == [
+    assert sorted((d.mode_token_id, d.mean_span or 0, d.density) for d in mixture) == [
         (510, 3, 0.15), (510, 8, 0.15), (511, 0, 0.25),
         (512, 3, 0.5), (512, 8, 0.5), (512, 64, 0.15), (512, 64, 0.5),
     ]  # fmt: skip
@@ -205,7 +205,8 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
         again = recover(inputs["tokens"], own["targets"])
         np.testing.assert_array_equal(again, whole[: again.size])
         assert again.size == whole.size or (again.size >= 2 and not has_room)
-        np.testing.assert_array_equal(own["tokens"], [SENTINELS.start, *own["targets"][:-1]])
+        shifted = [SENTINELS.decoder_start_id, *own["targets"][:-1]]
+        np.testing.assert_array_equal(own["tokens"], shifted)
         for side in (inputs, own):
             np.testing.assert_array_equal(side["positions"], np.arange(side["positions"].size))
 
@@ -217,7 +218,7 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
     numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(np.int32)
     found = corrupt_row(
-        *(text(568), numbers, (Denoiser(),), SENTINELS._replace(opening=opening), rng),
+        *(text(568), numbers, (Denoiser(),), SENTINELS._replace(bos_ids=opening), rng),
         encoder_len=512,
         decoder_len=120,
     )

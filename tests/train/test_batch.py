@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.sharding import ShardingConfig
-from maxlm.train.batch import batch_sharding, get_local_rows, make_global_batch
+from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
 
 ARRAYS = {name: BatchArraySpec.of_tokens(5) for name in ("tokens", "weights")}
 LEADS = {"one": (1, 12), "three": (3, 4)}
@@ -18,7 +18,7 @@ def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
     grid = mesh(**axes)
     rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     sharding = batch_sharding(rules, grid)
-    rows = get_local_rows(batch_sharding(rules, grid, ()), lead)
+    rows = get_local_row_indices(batch_sharding(rules, grid, ()), lead)
     assert rows == list(range(12))
 
     tokens = np.arange(60, dtype=np.int32).reshape(12, 5)
@@ -66,4 +66,4 @@ def test_a_process_makes_its_devices_rows_of_every_micro_batch(mesh):
     grid = mesh(data=2, fsdp=2, tensor=2)
     rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     half = TwoProcesses(batch_sharding(rules, grid, ()))
-    assert get_local_rows(half, (2, 8)) == [0, 1, 2, 3, 8, 9, 10, 11]  # type: ignore[arg-type]
+    assert get_local_row_indices(half, (2, 8)) == [0, 1, 2, 3, 8, 9, 10, 11]  # type: ignore[arg-type]

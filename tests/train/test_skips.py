@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.train.skips import contiguous_ranges, get_batch_number, has_same_batches
+from maxlm.train.skips import contiguous_ranges, get_batch_index, has_same_batches
 
 ranges = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda pair: (pair[0], sum(pair))),
@@ -21,7 +21,7 @@ def played(steps, skips):
 
 @given(st.integers(0, 80), ranges)
 def test_batches_are_those_that_are_not_left_out(steps, skips):
-    assert [get_batch_number(step, skips) for step in range(steps)] == played(steps, skips)
+    assert [get_batch_index(step, skips) for step in range(steps)] == played(steps, skips)
 
 
 @given(st.integers(0, 40), st.integers(0, 40), ranges)
@@ -41,4 +41,4 @@ def test_the_same_batches_are_told_from_others(step, one, other):
 
 def test_a_second_range_may_hold_the_first():
     # Back to step 8 after batches 10 to 12 were left out: 8 to 17 go as well.
-    assert [get_batch_number(step, ((10, 12), (8, 17))) for step in (7, 8, 9)] == [7, 18, 19]
+    assert [get_batch_index(step, ((10, 12), (8, 17))) for step in (7, 8, 9)] == [7, 18, 19]

@@ -34,9 +34,9 @@ class LayerStack(NamedTuple):
     """A run of layers whose parameters lie in one stack."""
 
     name: str
-    depth: int
+    num_layers: int
     kinds: tuple[LayerKind, ...]
-    """Kinds of its layers, by turns; ``depth`` is a multiple of their number."""
+    """Kinds of its layers, by turns; ``num_layers`` is a multiple of their number."""
     dense: bool
     """Whether layers have ``mlp``, not ``moe``."""
 
@@ -45,15 +45,15 @@ STACKS = ("first_layers", "layers", "last_layers")
 """Names that parts may have."""
 
 
-def strip_stack(name: str) -> str:
+def strip_stack_name(name: str) -> str:
     """Returns a parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
-class TrunkParts(NamedTuple):
+class TrunkSpec(NamedTuple):
     """A trunk's layers, and the tokens that their attention sees."""
 
-    parts: tuple[LayerStack, ...]
+    stacks: tuple[LayerStack, ...]
     prefix: str = ""
     """Prefix of its parameters' names."""
     causal: bool = True
@@ -64,8 +64,8 @@ class TrunkParts(NamedTuple):
     """Whether layers look at an encoder's output as well."""
 
     @property
-    def depth(self) -> int:
-        return sum(part.depth for part in self.parts)
+    def num_layers(self) -> int:
+        return sum(part.num_layers for part in self.stacks)
 
 
 class TransformerConfig(Config):
@@ -144,7 +144,7 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
-        for kind in self.kinds:
+        for kind in self.layer_kinds:
             self._check_positions(kind.positions or self.positions)
         scheme, own = self.positions.kind, [kind.positions for kind in self.pattern]
         if any(positions and positions.kind != scheme for positions in own):
@@ -180,35 +180,35 @@ class TransformerConfig(Config):
             raise MaxlmError(what, fix="turn more of them, or use another scaling")
 
     @property
-    def kinds(self) -> tuple[LayerKind, ...]:
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kinds of layers, by turns; at least one."""
         window = self.attention.window if self.attention else None
         return self.pattern or (LayerKind(window=window),)
 
     @property
-    def parts(self) -> tuple[LayerStack, ...]:
+    def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers, first to last. What a pattern leaves over at the end has its own,
         so that each is whole periods."""
         depth, dense = self.num_layers - self.dense_layers, self.moe is None
         before, among, behind = STACKS
-        first = LayerStack(before, self.dense_layers, self.kinds, True)
-        kinds = self.kinds[:depth]
+        first = LayerStack(before, self.dense_layers, self.layer_kinds, True)
+        kinds = self.layer_kinds[:depth]
         rest = depth % len(kinds)
         main = LayerStack(among, depth - rest, kinds, dense)
         last = LayerStack(behind, rest, kinds[:rest], dense)
-        return tuple(part for part in (first, main, last) if part.depth)
+        return tuple(part for part in (first, main, last) if part.num_layers)
 
     @property
-    def trunks(self) -> tuple[TrunkParts, ...]:
+    def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkParts(self.parts),)
+        return (TrunkSpec(self.layer_stacks),)
 
     def locate_layer(self, layer: int) -> tuple[str, int]:
         """Returns the stack of a layer, and its index there."""
-        for part in self.parts:
-            if layer < part.depth:
+        for part in self.layer_stacks:
+            if layer < part.num_layers:
                 return part.name, layer
-            layer -= part.depth
+            layer -= part.num_layers
         raise IndexError(layer)
 
     def score_scale(self, kind: LayerKind) -> float:

@@ -8,7 +8,7 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig, TrunkParts
+from maxlm.models.architectures.config import TransformerConfig, TrunkSpec
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
 from maxlm.models.layers.linear import Embedding, Linear
@@ -28,18 +28,18 @@ class EncoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _sees_both_ways(self):
-        if any(kind.window is not None for kind in self.kinds):
+        if any(kind.window is not None for kind in self.layer_kinds):
             raise MaxlmError("windows look back; an encoder sees both ways", fix="set it to null")
         return self
 
     @property
-    def trunks(self) -> tuple[TrunkParts, ...]:
+    def trunks(self) -> tuple[TrunkSpec, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        return (TrunkParts(self.parts, causal=False),)
+        return (TrunkSpec(self.layer_stacks, causal=False),)
 
-    def build(self, **how: Any) -> "Encoder":
-        """Builds the model; ``how``: arguments of :class:`Transformer`."""
-        return Encoder(self, **how)
+    def build(self, **kwargs: Any) -> "Encoder":
+        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
+        return Encoder(self, **kwargs)
 
 
 class PredictionHeadTransform(nnx.Module):
@@ -55,7 +55,7 @@ class PredictionHeadTransform(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., S, D] → the same."""
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x, seq="residual")))
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x, seq_axis="residual")))
 
 
 class Encoder(Transformer):
@@ -63,9 +63,9 @@ class Encoder(Transformer):
 
     config: EncoderConfig
 
-    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **how: Any):
+    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, causal=False, **how, **kw)
+        super().__init__(config, causal=False, **kwargs, **kw)
         rows = (None, config.token_types, config.d_model, config.init_std)
         self.types = Embedding(*rows, **kw) if config.token_types else None
         self.head_layer = PredictionHeadTransform(config, **kw) if config.head_activation else None
@@ -87,5 +87,5 @@ class Encoder(Transformer):
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)
-        x, aux = self.run_embedded(self.embed_inputs(x, positions), positions, segment_ids)
+        x, aux = self.forward_embedded(self.embed_inputs(x, positions), positions, segment_ids)
         return (x if self.head_layer is None else self.head_layer(x)), aux

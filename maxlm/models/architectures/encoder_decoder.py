@@ -8,7 +8,7 @@ from jax import lax
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig, TrunkParts
+from maxlm.models.architectures.config import TransformerConfig, TrunkSpec
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
@@ -31,7 +31,7 @@ class EncoderDecoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _plain(self):
-        if self.pattern or any(kind.window for kind in self.kinds) or self.dense_layers:
+        if self.pattern or any(kind.window for kind in self.layer_kinds) or self.dense_layers:
             what = "an encoder and a decoder with windows, a pattern or dense_layers"
             raise MaxlmError(what, fix="leave them out; such layers are for decoders alone")
         if self.placement not in ("pre", "post"):
@@ -50,14 +50,15 @@ class EncoderDecoderConfig(TransformerConfig):
         return self.model_copy(update={"num_layers": self.encoder_layers})
 
     @property
-    def trunks(self) -> tuple[TrunkParts, ...]:
+    def trunks(self) -> tuple[TrunkSpec, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        encoder = TrunkParts(self.encoder_config.parts, "encoder.", causal=False, is_encoder=True)
-        return encoder, TrunkParts(self.parts, cross_attention=True)
+        stacks = self.encoder_config.layer_stacks
+        encoder = TrunkSpec(stacks, "encoder.", causal=False, is_encoder=True)
+        return encoder, TrunkSpec(self.layer_stacks, cross_attention=True)
 
-    def build(self, **how: Any) -> "EncoderDecoder":
-        """Builds the model; ``how``: arguments of :class:`Transformer`."""
-        return EncoderDecoder(self, **how)
+    def build(self, **kwargs: Any) -> "EncoderDecoder":
+        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
+        return EncoderDecoder(self, **kwargs)
 
     def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
         """See :meth:`TransformerConfig.shrunk`."""
@@ -70,9 +71,9 @@ class EncoderDecoder(Transformer):
 
     config: EncoderDecoderConfig
 
-    def __init__(self, config: EncoderDecoderConfig, **how: Any):
-        super().__init__(config, cross_attention=True, **how)
-        self.encoder = Trunk(config.encoder_config, causal=False, **how)
+    def __init__(self, config: EncoderDecoderConfig, **kwargs: Any):
+        super().__init__(config, cross_attention=True, **kwargs)
+        self.encoder = Trunk(config.encoder_config, causal=False, **kwargs)
 
     @property
     def trunks(self) -> dict[str, Trunk]:
@@ -99,7 +100,7 @@ class EncoderDecoder(Transformer):
                 lambda own: bind(stacked, own).project_keys_values(memory), get_values(stacked)
             )
 
-        keys = {name: project(stacked) for name, stacked in self.parts.items()}
+        keys = {name: project(stacked) for name, stacked in self.stacks.items()}
         return CrossAttentionCache(keys, memory.segment_ids)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -25,10 +25,18 @@ Cache = dict[str, tuple[Any, ...]]
 class CrossAttentionCache(NamedTuple):
     """Keys and values of an encoder's output that a decoder's layers look up (inference)."""
 
-    keys: dict[str, KeysValues]
+    keys_values: dict[str, KeysValues]
     """Keys and values by stack, [L, B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]."""
+
+
+class StackCacheSpecs(NamedTuple):
+    """Caches of a stack's layers."""
+
+    layers_per_kind: int
+    kinds: tuple[Any, ...]
+    """Each kind's ``Mixer.cache_spec``."""
 
 
 class Frontend(Protocol):
@@ -53,11 +61,11 @@ class LogitsInputs(NamedTuple):
 
 
 class Transformer(Trunk):
-    """Maps tokens to hidden states to logits; ``how``: arguments of :class:`Trunk`."""
+    """Maps tokens to hidden states to logits; ``kwargs``: arguments of :class:`Trunk`."""
 
-    def __init__(self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **how: Any):
+    def __init__(self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, **how, **kw)
+        super().__init__(config, **kwargs, **kw)
         D, std, vocab = config.d_model, config.init_std, config.vocab_size
         self.embedding = Embedding("vocab", vocab, D, std, **kw)
         own = {"bias": False, "std": std, "role": "table", **kw}
@@ -95,9 +103,9 @@ class Transformer(Trunk):
         Returns:
             [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
         """
-        return self.run_embedded(self.embed(tokens, positions), positions, segment_ids)
+        return self.forward_embedded(self.embed(tokens, positions), positions, segment_ids)
 
-    def run_embedded(
+    def forward_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
         """Computes hidden states of inputs [..., S, D] that a frontend has embedded."""
@@ -112,17 +120,17 @@ class Transformer(Trunk):
             tokens, positions = reshard(tokens, split), reshard(positions, split)
         return self.embed_inputs(self.embedding(tokens), positions)
 
-    def cache_specs(self, batch: int, length: int) -> dict[str, tuple[int, tuple[Any, ...]]]:
-        """Returns by stack the layers of each kind, and each kind's ``Mixer.cache_spec``."""
+    def cache_specs(self, batch: int, length: int) -> dict[str, StackCacheSpecs]:
+        """Returns the caches of each stack, by its name."""
         return {
-            part.name: (
-                part.depth // len(part.kinds),
+            part.name: StackCacheSpecs(
+                part.num_layers // len(part.kinds),
                 tuple(
-                    self.parts[part.name].mixer.cache_spec(batch, length, kind.window)
+                    self.stacks[part.name].mixer.cache_spec(batch, length, kind.window)
                     for kind in part.kinds
                 ),
             )
-            for part in self.config.parts
+            for part in self.config.layer_stacks
         }
 
     def forward_with_cache(
@@ -130,7 +138,7 @@ class Transformer(Trunk):
         tokens: jax.Array,
         positions: jax.Array,
         cache: Cache,
-        memory: CrossAttentionCache | None = None,
+        cross_cache: CrossAttentionCache | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Computes, for inference, hidden states [B, S, D] of tokens int [B, S] that follow the
@@ -138,19 +146,19 @@ class Transformer(Trunk):
 
         def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):
             cache, keys = held
-            encoder_output = None if memory is None else EncoderOutput(keys, memory.segment_ids)
-            x, kept, _ = block(x, inputs, cache, encoder_output)
+            encoded = None if cross_cache is None else EncoderOutput(keys, cross_cache.segment_ids)
+            x, kept, _ = block(x, inputs, cache, encoded)
             return x, kept
 
         x, written = self.embed(tokens, positions), {}
-        for part in self.config.parts:
+        for part in self.config.layer_stacks:
             bodies = [
                 partial(layer, inputs)
                 for inputs in self.attention_inputs_by_kind(part, positions, lengths)
             ]
-            keys = memory and memory.keys[part.name]  # such layers are all alike
+            keys = cross_cache and cross_cache.keys_values[part.name]  # such layers are all alike
             held = tuple((own, keys) for own in cache[part.name])
-            x, written[part.name] = scan_blocks_with_cache(self.parts[part.name], bodies, x, held)
+            x, written[part.name] = scan_blocks_with_cache(self.stacks[part.name], bodies, x, held)
         return self.apply_final_norm(x), written
 
     def unembedding(self) -> ShardedWeight:
@@ -192,9 +200,9 @@ class DecoderConfig(TransformerConfig):
 
     architecture: Literal["decoder"] = "decoder"
 
-    def build(self, **how: Any) -> "Decoder":
-        """Builds the model; ``how``: arguments of :class:`Transformer`."""
-        return Decoder(self, **how)
+    def build(self, **kwargs: Any) -> "Decoder":
+        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
+        return Decoder(self, **kwargs)
 
 
 class Decoder(Transformer):

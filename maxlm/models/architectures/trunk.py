@@ -21,22 +21,29 @@ from maxlm.models.layers.positions import (
     compute_sinusoids,
 )
 from maxlm.models.layers.rope import Rotary, compute_rotary
-from maxlm.models.params import Params, declare, get_values, materialize, stack, truncated_normal
+from maxlm.models.params import (
+    Params,
+    declare,
+    get_values,
+    materialize,
+    stack_layers,
+    truncated_normal,
+)
 from maxlm.parallel.config import ParallelConfig, Schedule
 from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 
-Where = tuple[jax.Array, jax.Array | None]
+PositionsAndSegments = tuple[jax.Array, jax.Array | None]
 """Positions and segment ids."""
-LayersFunction = Callable[[jax.Array, Where], tuple[jax.Array, Aux]]
+LayersFunction = Callable[[jax.Array, PositionsAndSegments], tuple[jax.Array, Aux]]
 
 
 class SharedLayerInputs(NamedTuple):
     """Arrays that all layers read, with a gradient."""
 
-    biases: jax.Array | None
+    relative_biases: jax.Array | None
     """Terms added to scores by distance, fp32 [N, 2R+1], where the model learns them."""
-    memory: jax.Array | None
+    encoder_states: jax.Array | None
     """An encoder's output [B, T, D]."""
 
 
@@ -72,14 +79,14 @@ class Trunk(nnx.Module):
         relative = positions.kind == "relative"
         shape = (positions.buckets, config.attention.num_heads if relative else 0)
         self.relative = declare(shape, (None, "heads"), **biases) if relative else None
-        for part in config.parts:
+        for part in config.layer_stacks:
             ffn = config.ffn or (config.mlp if part.dense else config.moe)
             assert ffn is not None
             sizes = (config.placement, D, config.num_layers, std, cross_attention)
             layer = BlockConfig(config.mixer or config.attention, ffn, config.norm, *sizes)
             block = Block(layer, parallel=parallel, **kw)
-            groups = self.layer_groups if part.name == "layers" else 1
-            setattr(self, part.name, stack(block, part.depth, groups))
+            groups = self.num_layer_groups if part.name == "layers" else 1
+            setattr(self, part.name, stack_layers(block, part.num_layers, groups))
         self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
 
     @property
@@ -88,14 +95,14 @@ class Trunk(nnx.Module):
         return self.parallel.schedule if self.rules.layers else None
 
     @property
-    def layer_groups(self) -> int:
+    def num_layer_groups(self) -> int:
         """Groups of layers a pipeline stage holds."""
         return self.parallel.layer_groups if self.pipeline_schedule == "circular" else 1
 
     @property
-    def parts(self) -> dict[str, Block]:
+    def stacks(self) -> dict[str, Block]:
         """The stacks of layers by name."""
-        return {part.name: getattr(self, part.name) for part in self.config.parts}
+        return {part.name: getattr(self, part.name) for part in self.config.layer_stacks}
 
     def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Returns embeddings of tokens [..., S, D] as the first layer's input."""
@@ -113,64 +120,70 @@ class Trunk(nnx.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def run_layers(
-        self, x: jax.Array, where: Where, memory: EncoderOutput | None = None
+        self,
+        x: jax.Array,
+        context: PositionsAndSegments,
+        encoder_output: EncoderOutput | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Runs all layers, one after the other or in a pipeline; reverse-mode differentiable."""
         if self.pipeline_schedule is not None:
             return run_circular_pipeline(
                 self.run_stage,
-                get_values(self.parts["layers"]),
+                get_values(self.stacks["layers"]),
                 x,
-                where,
+                context,
                 micro_batches=x.shape[0],
-                groups=self.layer_groups,
+                groups=self.num_layer_groups,
             )
         total = Aux()
-        for part in self.config.parts:
-            x, aux = self._run(part, get_values(self.parts[part.name]), x, where, memory)
+        for part in self.config.layer_stacks:
+            x, aux = self._run(part, get_values(self.stacks[part.name]), x, context, encoder_output)
             total = total.plus(aux)
         return x, total
 
-    def run_stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
+    def run_stage(
+        self, layers: Params, x: jax.Array, context: PositionsAndSegments
+    ) -> tuple[jax.Array, Aux]:
         """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part of them
         along the layer axis."""
-        part = next(part for part in self.config.parts if part.name == "layers")
-        return self._run(part, layers, x, where, None)
+        part = next(part for part in self.config.layer_stacks if part.name == "layers")
+        return self._run(part, layers, x, context, None)
 
     def _run(
         self,
         part: LayerStack,
         layers: Params,
         x: jax.Array,
-        where: Where,
-        memory: EncoderOutput | None,
+        where: PositionsAndSegments,
+        encoder_output: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
         def layer(number: int, block: Block, x: jax.Array, context: Any, shared: SharedLayerInputs):
             kinds, segments = context
-            inputs = self._attention_inputs(part.kinds[number], kinds[number], shared.biases)
-            seen = None if shared.memory is None else EncoderOutput(shared.memory, segments)
-            x, _, aux = block(x, inputs, memory=seen)
+            biases, states = shared
+            inputs = self._attention_inputs(part.kinds[number], kinds[number], biases)
+            encoded = None if states is None else EncoderOutput(states, segments)
+            x, _, aux = block(x, inputs, encoder_output=encoded)
             return x, aux
 
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
-        states: Any = memory and memory.states
-        segments = memory and memory.segment_ids
+        states: Any = encoder_output and encoder_output.states
+        segments = encoder_output and encoder_output.segment_ids
         context = self._contexts(part, where), segments
         shared = SharedLayerInputs(self.relative_biases(), states)
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
-        return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
+        return scan_blocks(self.stacks[part.name], layers, bodies, x, context, shared, **how)
 
     def attention_inputs_by_kind(
-        self, part: LayerStack, positions: jax.Array, lengths: jax.Array | None
+        self, stack: LayerStack, positions: jax.Array, lengths: jax.Array | None
     ) -> Iterator[AttentionInputs]:
         """Yields each kind of layer's inputs for tokens at these positions (inference)."""
-        biases, contexts = self.relative_biases(), self._contexts(part, (positions, None), lengths)
-        for kind, context in zip(part.kinds, contexts, strict=True):
+        biases, contexts = self.relative_biases(), self._contexts(stack, (positions, None), lengths)
+        for kind, context in zip(stack.kinds, contexts, strict=True):
             inputs = self._attention_inputs(kind, context, biases)
             yield inputs._replace(lengths=lengths)
 
     def _contexts(
-        self, part: LayerStack, where: Where, lengths: jax.Array | None = None
+        self, part: LayerStack, where: PositionsAndSegments, lengths: jax.Array | None = None
     ) -> tuple[Any, ...]:
         """Returns positions, segment ids and angles for each kind of layer."""
         turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}

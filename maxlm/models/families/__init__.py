@@ -53,23 +53,23 @@ FAMILIES: Mapping[str, ModelFamily] = {
 }
 
 
-def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
+def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
     """Returns the family that a config.json is of."""
-    names, kind = values.get("architectures") or [], values.get("model_type")
+    names, kind = hf_config.get("architectures") or [], hf_config.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         what = f"architectures={names!r} is not a list of names"
-        raise MaxlmError(what, where=where, fix="take it from the published model")
+        raise MaxlmError(what, where=source, fix="take it from the published model")
     for family in FAMILIES.values():
-        known = {family.architecture, *family.other_architectures}
+        known = {family.hf_architecture, *family.other_hf_architectures}
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
         if kind not in (None, family.model_type):
-            what = f"model_type={kind!r} is not that of {family.architecture}"
-            raise MaxlmError(what, where=where, fix="take it from the published model")
+            what = f"model_type={kind!r} is not that of {family.hf_architecture}"
+            raise MaxlmError(what, where=source, fix="take it from the published model")
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
-    supported = [family.architecture for family in FAMILIES.values()]
+    supported = [family.hf_architecture for family in FAMILIES.values()]
     near = [name for name in supported if name.lower() == named.lower()]  # LLaMAForCausalLM
     what = f"the architecture {named} is not supported"
     fix = f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
-    raise MaxlmError(what, where=where, fix=fix)
+    raise MaxlmError(what, where=source, fix=fix)

@@ -54,11 +54,11 @@ BERT = ModelFamily(
         "embedding_norm": True,
         "head_bias": True,
     },
-    read=_read,
+    read_extra=_read,
     # Position numbers, and the head of the task that was trained beside.
-    ignored=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
-    spellings={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
-    inert=["directionality", *(f"pooler_{name}" for name in POOLER)],
-    other_architectures=["BertForPreTraining"],
-    shape="encoder",
+    ignored_tensors=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
+    suffix_aliases={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    ignored_keys=["directionality", *(f"pooler_{name}" for name in POOLER)],
+    other_hf_architectures=["BertForPreTraining"],
+    architecture="encoder",
 )

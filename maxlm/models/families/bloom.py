@@ -38,10 +38,10 @@ BLOOM = ModelFamily(
     "BloomForCausalLM",
     {
         "vocab_size": fields.map_size("vocab_size"),
-        "n_layer": fields.map_size("num_layers", also="num_hidden_layers"),
-        "hidden_size": fields.map_size("d_model", also="n_embed"),
+        "n_layer": fields.map_size("num_layers", alias="num_hidden_layers"),
+        "hidden_size": fields.map_size("d_model", alias="n_embed"),
         "seq_length": fields.map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
-        "n_head": fields.map_size("attention.num_heads", also="num_attention_heads"),
+        "n_head": fields.map_size("attention.num_heads", alias="num_attention_heads"),
         "layer_norm_epsilon": fields.map_number("norm.eps"),
         "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
         "apply_residual_connection_post_layernorm": fields.require_value(False),
@@ -53,9 +53,9 @@ BLOOM = ModelFamily(
         "positions.kind": "alibi",
         "embedding_norm": True,
     },
-    read=_read,
+    read_extra=_read,
     prefix="transformer.",
-    inert=[
+    ignored_keys=[
         "attention_softmax_in_fp32",
         "masked_softmax_fusion",
         "bias_dropout_fusion",

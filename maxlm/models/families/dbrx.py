@@ -55,7 +55,7 @@ DBRX = ModelFamily(
         "ffn_config.ffn_act_fn.name": fields.require_value("silu", ours="moe.activation"),
         "ffn_config.moe_num_experts": fields.map_size("moe.num_experts"),
         "ffn_config.moe_top_k": fields.map_size("moe.experts_per_token"),
-        "ffn_config.moe_normalize_expert_weights": fields.require_value(1.0, 1, written=True),
+        "ffn_config.moe_normalize_expert_weights": fields.require_value(1.0, 1, always_write=True),
         "ffn_config.moe_loss_weight": fields.map_balance_loss(0.01, "moe_top_k"),
         # Noise, in training alone.
         "ffn_config.moe_jitter_eps": fields.require_value(None, 0, 0.01),
@@ -64,8 +64,8 @@ DBRX = ModelFamily(
     },
     TABLE,
     {"norm.kind": "layernorm", "norm.eps": 1e-5},
-    read=_read,
-    write=_write,
+    read_extra=_read,
+    write_extra=_write,
     # Each says again what a nested mapping says, which the published code reads.
-    inert=["router_aux_loss_coef", "num_key_value_heads"],
+    ignored_keys=["router_aux_loss_coef", "num_key_value_heads"],
 )

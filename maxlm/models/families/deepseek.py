@@ -103,9 +103,9 @@ DEEPSEEK_V2 = ModelFamily(
         "moe_layer_freq": fields.require_value(1),
     },
     _table,
-    rope={},
-    read=_read,
-    write=_write,
-    ignored=llama.BUFFERS,
-    inert=["head_dim", "qk_head_dim"],  # which follow from others
+    rope_kwargs={},
+    read_extra=_read,
+    write_extra=_write,
+    ignored_tensors=llama.BUFFERS,
+    ignored_keys=["head_dim", "qk_head_dim"],  # which follow from others
 )

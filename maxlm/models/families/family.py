@@ -16,53 +16,53 @@ class ModelFamily:
     """A family of published models, and how they map to ours. Pure; nothing is allocated."""
 
     name: str
-    architecture: str
+    hf_architecture: str
     """The class that a converted checkpoint is for, first of config.json's architectures."""
     fields: ConfigFields
     """The keys of config.json."""
-    table: NameTable | Callable[[Any], NameTable]
+    name_table: NameTable | Callable[[Any], NameTable]
     """The names of its tensors; some follow the model's config."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed_settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that all its models have, by dotted path."""
-    rope: Mapping[str, Any] | None = None
-    """Arguments of ``read_position_settings``; None: no rotary positions, or ``read`` does."""
-    read: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
+    rope_kwargs: Mapping[str, Any] | None = None
+    """Arguments of ``read_position_settings``; None: no rotary ones, or ``read_extra`` does."""
+    read_extra: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
     """Reads into the settings what ``fields`` cannot say."""
-    write: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """Writes what ``read`` reads."""
-    published_type: str | None = None
+    write_extra: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """Writes what ``read_extra`` reads."""
+    hf_model_type: str | None = None
     """The family's ``model_type``, where that is not its name."""
-    ignored: Sequence[str] = ()
+    ignored_tensors: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
     prefix: str = ""
     """Prefix of all names but the head's; some published files leave it out."""
-    spellings: Mapping[str, str] = field(default_factory=dict)
+    suffix_aliases: Mapping[str, str] = field(default_factory=dict)
     """Ends of names, and how some published files spell them."""
-    inert: Sequence[str] = ()
+    ignored_keys: Sequence[str] = ()
     """Further names in config.json that say nothing of the maths."""
-    init_key: str | None = "initializer_range"
+    init_std_key: str | None = "initializer_range"
     """The deviation of initial weights there."""
-    other_architectures: Sequence[str] = ()
-    shape: str = "decoder"
+    other_hf_architectures: Sequence[str] = ()
+    architecture: str = "decoder"
     """The architecture of its models, as our configs name it."""
 
     @property
     def model_type(self) -> str:
         """Name of the family in config.json."""
-        return self.published_type or self.name
+        return self.hf_model_type or self.name
 
-    def list_entries(self, config: Any, tensors: Iterable[str] = ()) -> list[TensorEntry]:
+    def list_entries(self, config: Any, tensor_names: Iterable[str] = ()) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours; variants are followed of names
-        in files at hand, ``tensors``."""
-        table = self.table(config) if callable(self.table) else self.table
-        there, found = frozenset(tensors), list_entries(config, table)
+        in files at hand, ``tensor_names``."""
+        table = self.name_table(config) if callable(self.name_table) else self.name_table
+        there, found = frozenset(tensor_names), list_entries(config, table)
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
 
         def spelt(name: str) -> str:
             plain = name.removeprefix(self.prefix) if bare else name
-            for usual, other in self.spellings.items():
+            for usual, other in self.suffix_aliases.items():
                 if plain not in there and plain.endswith(usual):
                     return plain.removesuffix(usual) + other
             return plain
@@ -73,18 +73,18 @@ class ModelFamily:
 
     def write_config(self, config: Any) -> dict[str, Any]:
         """Returns a model's config.json."""
-        values: dict[str, Any] = {"architectures": [self.architecture]}
+        values: dict[str, Any] = {"architectures": [self.hf_architecture]}
         values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
-        if self.init_key:
-            values[self.init_key] = config.init_std
-        if self.rope is not None:
+        if self.init_std_key:
+            values[self.init_std_key] = config.init_std
+        if self.rope_kwargs is not None:
             latent = config.attention.latent
             turned = latent.rotary_dim if latent else config.attention.head_dim
             values |= write_position_settings(config.positions, turned)
-        return values | self.write(config)
+        return values | self.write_extra(config)
 
     def read_config(
-        self, values: Mapping[str, Any], where: str, tensors: Iterable[str] = ()
+        self, hf_config: Mapping[str, Any], source: str, tensor_names: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
         """Reads a config.json, with the names of the tensors beside it: returns a model's settings,
         and notes for the user.
@@ -92,19 +92,19 @@ class ModelFamily:
         Raises:
             MaxlmError: a value that maxlm does not implement, or one that is missing.
         """
-        reader = ConfigReader(values, where, frozenset(tensors))
+        reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         try:
             settings = self._read_settings(reader)
-            return settings, reader.check_all_read(*self.inert)
+            return settings, reader.check_all_read(*self.ignored_keys)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
             what = f"a value cannot be made sense of ({error})"
             fix = "compare it with the published model's"
-            raise MaxlmError(what, where=where, fix=fix) from error
+            raise MaxlmError(what, where=source, fix=fix) from error
 
     def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
-        settings: dict[str, Any] = {"architecture": self.shape}
-        for path, value in self.fixed.items():
+        settings: dict[str, Any] = {"architecture": self.architecture}
+        for path, value in self.fixed_settings.items():
             put_nested(settings, path, value)
         read_fields(reader, self.fields, settings)
         width, attention = settings["d_model"], settings["attention"]
@@ -113,10 +113,10 @@ class ModelFamily:
         settings["attention"] = attention
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * width)
-        if self.rope is not None:
+        if self.rope_kwargs is not None:
             turned = attention.get("latent", {}).get("rotary_dim", attention["head_dim"])
-            settings["positions"] = read_position_settings(reader, turned, **self.rope)
-        self.read(reader, settings)
+            settings["positions"] = read_position_settings(reader, turned, **self.rope_kwargs)
+        self.read_extra(reader, settings)
         for key in ("initializer_range", "init_std"):
             if reader.has(key) and (std := reader.number(key, least=0)):
                 settings["init_std"] = std

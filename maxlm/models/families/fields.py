@@ -37,14 +37,14 @@ ConfigFields = Mapping[str, ConfigField]
 """Fields by key; one of a nested mapping is ``attn_config.clip_qkv``."""
 
 
-def map_size(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
-    """Declares a number of things or dimensions; ``how``: see :meth:`ConfigReader.size`."""
-    return ConfigField(lambda own, key: own.size(key, default, **how), ours, attrgetter(ours))
+def map_size(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a number of things or dimensions; ``kwargs``: see :meth:`ConfigReader.size`."""
+    return ConfigField(lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours))
 
 
-def map_number(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
-    """Declares a finite number; ``how``: see :meth:`ConfigReader.number`."""
-    return ConfigField(lambda own, key: own.number(key, default, **how), ours, attrgetter(ours))
+def map_number(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a finite number; ``kwargs``: see :meth:`ConfigReader.number`."""
+    return ConfigField(lambda own, key: own.number(key, default, **kwargs), ours, attrgetter(ours))
 
 
 def map_flag(ours: str, default: bool) -> ConfigField:
@@ -52,9 +52,9 @@ def map_flag(ours: str, default: bool) -> ConfigField:
     return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
 
 
-def require_value(*allowed: Any, ours: str = "", written: bool = False) -> ConfigField:
+def require_value(*allowed: Any, ours: str = "", always_write: bool = False) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is usual."""
-    write = (lambda config: allowed[0]) if ours or written else None
+    write = (lambda config: allowed[0]) if ours or always_write else None
     return ConfigField(lambda own, key: own.read_implemented(key, *allowed), ours, write)
 
 
@@ -160,7 +160,7 @@ def read_layer_pattern(
 
 def write_layer_types(config: Any) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has one)."""
-    kinds = [config.kinds[layer % len(config.kinds)] for layer in range(config.num_layers)]
-    windows = [kind.window for kind in kinds]
+    kinds = config.layer_kinds
+    windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
     window = next((window for window in windows if window is not None), None)
     return [GLOBAL if window is None else LOCAL for window in windows], window

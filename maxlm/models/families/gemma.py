@@ -120,7 +120,7 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
         return {"rope_theta": positions.theta, **scaling}
 
     both = {GLOBAL: parameters(config.positions)}
-    for kind in config.kinds:
+    for kind in config.layer_kinds:
         if kind.window is not None:  # else all layers are global
             both[LOCAL] = parameters(kind.positions)
     return _write_local(config) | {"rope_parameters": both}
@@ -132,9 +132,9 @@ GEMMA = ModelFamily(
     _declare_fields(16),
     llama.TABLE,
     FIXED,
-    rope={},
-    read=_read,
-    write=_write,
+    rope_kwargs={},
+    read_extra=_read,
+    write_extra=_write,
 )
 GEMMA2 = ModelFamily(
     "gemma2",
@@ -142,10 +142,10 @@ GEMMA2 = ModelFamily(
     _declare_local_fields(50.0, 30.0),
     SANDWICH,
     {**FIXED, "placement": "sandwich"},
-    rope={},
-    read=_read_gemma2,
-    write=_write_local,
-    inert=INERT,
+    rope_kwargs={},
+    read_extra=_read_gemma2,
+    write_extra=_write_local,
+    ignored_keys=INERT,
 )
 GEMMA3 = ModelFamily(
     "gemma3",
@@ -157,8 +157,8 @@ GEMMA3 = ModelFamily(
     },
     SANDWICH,
     {**FIXED, "placement": "sandwich", "attention.qk_norm": True},
-    read=_read_gemma3,
-    write=_write_gemma3,
-    inert=INERT,
-    published_type="gemma3_text",
+    read_extra=_read_gemma3,
+    write_extra=_write_gemma3,
+    ignored_keys=INERT,
+    hf_model_type="gemma3_text",
 )

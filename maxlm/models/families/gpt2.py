@@ -44,7 +44,7 @@ GPT2 = ModelFamily(
     },
     TABLE,
     {**BIASED, "positions.kind": "learned"},
-    ignored=("*h.*.attn.bias", "*h.*.attn.masked_bias"),
+    ignored_tensors=("*h.*.attn.bias", "*h.*.attn.masked_bias"),
     prefix="transformer.",
-    inert=[f"summary_{x}" for x in ("activation", "proj_to_labels", "type", "use_proj")],
+    ignored_keys=[f"summary_{x}" for x in ("activation", "proj_to_labels", "type", "use_proj")],
 )

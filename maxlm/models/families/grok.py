@@ -48,6 +48,6 @@ GROK1 = ModelFamily(
     },
     TABLE,
     {"moe.activation": "gelu_tanh", "moe.renormalise": False, "placement": "sandwich"},
-    rope={},
-    published_type="grok-1",
+    rope_kwargs={},
+    hf_model_type="grok-1",
 )

@@ -50,7 +50,7 @@ def map_kv_heads(default: int | None) -> fields.ConfigFields:
 COMMON = {
     **fields.SIZES,
     # The second name is that of early files.
-    "max_position_embeddings": fields.map_size("max_seq_len", also="max_sequence_length"),
+    "max_position_embeddings": fields.map_size("max_seq_len", alias="max_sequence_length"),
     **map_kv_heads(None),
     "head_dim": fields.map_size("attention.head_dim", None, nullable=True),
     "rms_norm_eps": fields.map_number("norm.eps"),
@@ -76,8 +76,8 @@ LLAMA = ModelFamily(
         "rope_interleaved": fields.require_value(False),
     },
     TABLE,
-    rope={},
-    ignored=BUFFERS,
+    rope_kwargs={},
+    ignored_tensors=BUFFERS,
 )
 MISTRAL = ModelFamily(
     "mistral",
@@ -89,8 +89,8 @@ MISTRAL = ModelFamily(
         "sliding_window": fields.map_size("attention.window", 4096, nullable=True),
     },
     TABLE,
-    rope={},
-    ignored=BUFFERS,
+    rope_kwargs={},
+    ignored_tensors=BUFFERS,
 )
 MIXTRAL = ModelFamily(
     "mixtral",
@@ -99,12 +99,12 @@ MIXTRAL = ModelFamily(
         **COMMON,
         **map_kv_heads(8),
         **EXPERTS,
-        "num_local_experts": fields.map_size("moe.num_experts", also="num_experts"),
+        "num_local_experts": fields.map_size("moe.num_experts", alias="num_experts"),
         "intermediate_size": fields.map_size("moe.d_ff"),
         "sliding_window": fields.map_size("attention.window", None),
         "router_jitter_noise": fields.require_value(0.0),
     },
     MIXTRAL_TABLE,
-    rope={"theta": 1_000_000.0},
-    ignored=BUFFERS,
+    rope_kwargs={"theta": 1_000_000.0},
+    ignored_tensors=BUFFERS,
 )

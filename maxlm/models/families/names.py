@@ -34,13 +34,13 @@ class ParamShape(NamedTuple):
     """The shape of a parameter, or of a slice."""
 
     shape: tuple[int, ...]
-    inputs: int
+    num_input_dims: int
     """Leading dimensions that a map sums over; 0 of vectors and tables."""
 
     @property
-    def rows(self) -> int:
+    def output_size(self) -> int:
         """Outputs of a map, or all elements of a vector."""
-        return prod(self.shape[self.inputs :])
+        return prod(self.shape[self.num_input_dims :])
 
 
 class TensorConversion(NamedTuple):
@@ -54,7 +54,7 @@ class TensorConversion(NamedTuple):
 @dataclass(frozen=True)
 class TensorRule:
     ours: tuple[str, ...]
-    form: Callable[[tuple[ParamShape, ...]], TensorConversion]
+    make_conversion: Callable[[tuple[ParamShape, ...]], TensorConversion]
     aliases: tuple[str, ...] = ()
 
 
@@ -100,8 +100,8 @@ def interleave_by_kv_head(*ours: str) -> TensorRule:
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
     """Returns a form whose ``groups`` equal parts of rows have all pieces, one above the other."""
     first = pieces[0]
-    inputs = (prod(first.shape[: first.inputs]),) if first.inputs else ()
-    stops = np.cumsum([piece.rows // groups for piece in pieces])
+    inputs = (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
+    stops = np.cumsum([piece.output_size // groups for piece in pieces])
 
     def split(whole: Array) -> list[Array]:
         parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
@@ -168,7 +168,7 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
     pair neighbours, ours halves."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        plain, last = rule.form(pieces), pieces[-1].shape[-1]
+        plain, last = rule.make_conversion(pieces), pieces[-1].shape[-1]
         size = last if each_head else plain.shape[0]
         order = np.arange(size)
         order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()
@@ -235,12 +235,12 @@ def _entry(
 ) -> list[TensorEntry]:
     if any(own not in specs for own in ours):
         return []
-    form = rule.form(tuple(_piece(specs[own], len(at)) for own in ours))
+    form = rule.make_conversion(tuple(_piece(specs[own], len(at)) for own in ours))
     places = tuple(ParamSlice(own, at) for own in ours)
     return [TensorEntry(name, form.shape, places, form.split, form.join, rule.aliases)]
 
 
 def _piece(spec: ParamSpec, leading: int) -> ParamShape:
     # An expert's inputs stand behind the expert axis, which an index may or may not have removed.
-    inputs = 0 if not spec.contract else spec.contract[-1] + 1 - leading
+    inputs = 0 if not spec.contracting_dims else spec.contracting_dims[-1] + 1 - leading
     return ParamShape(spec.shape[leading:], inputs)

@@ -45,7 +45,7 @@ PHI = ModelFamily(
     },
     PHI_TABLE,
     {**gpt2.BIASED, "placement": "parallel_shared", "head_bias": True},
-    rope={"partial": 0.5},
+    rope_kwargs={"partial": 0.5},
 )
 PHI3 = ModelFamily(
     "phi3",
@@ -57,7 +57,8 @@ PHI3 = ModelFamily(
         "sliding_window": fields.map_size("attention.window", None),
     },
     PHI3_TABLE,
-    rope={"partial": 1.0},
-    inert=["original_max_position_embeddings"],  # of longrope, which is refused
-    write=lambda config: {"pad_token_id": None},  # the library's lies outside small vocabularies
+    rope_kwargs={"partial": 1.0},
+    ignored_keys=["original_max_position_embeddings"],  # of longrope, which is refused
+    # The library's padding lies outside small vocabularies.
+    write_extra=lambda config: {"pad_token_id": None},
 )

@@ -47,16 +47,17 @@ class ConfigReader:
     what another key says. A null counts as absent, but where ``nullable``: there it is None.
 
     Args:
-        tensors: names of the tensors beside it, where they say what it does not.
+        source: the file's name, for messages.
+        tensor_names: names of the tensors beside it, where they say what it does not.
     """
 
     def __init__(
         self,
         values: Mapping[str, Any],
-        where: str = "config.json",
-        tensors: frozenset[str] = frozenset(),
+        source: str = "config.json",
+        tensor_names: frozenset[str] = frozenset(),
     ):
-        self.values, self.where, self.tensors = dict(values), where, tensors
+        self.values, self.where, self.tensors = dict(values), source, tensor_names
         self._seen: set[str] = set()
         self._inside: dict[str, ConfigReader] = {}
 
@@ -65,14 +66,14 @@ class ConfigReader:
         return self.values.get(key) is not None
 
     def get(
-        self, key: str, default: Any = REQUIRED, *, also: str = "", nullable: bool = False
+        self, key: str, default: Any = REQUIRED, *, alias: str = "", nullable: bool = False
     ) -> Any:
-        """Reads a value of any type; ``also`` is another name for it."""
-        self._seen |= {key, also or key}
-        if also and self.has(also):
-            value = self.values[also]
+        """Reads a value of any type; ``alias`` is another name for it."""
+        self._seen |= {key, alias or key}
+        if alias and self.has(alias):
+            value = self.values[alias]
             if self.values.setdefault(key, value) != value:
-                what = f"{key}={self.values[key]!r} and {also}={value!r} are one setting"
+                what = f"{key}={self.values[key]!r} and {alias}={value!r} are one setting"
                 fix = "keep the value that the model was trained with"
                 raise MaxlmError(what, where=self.where, fix=fix)
         if self.has(key):
@@ -98,19 +99,19 @@ class ConfigReader:
         what, fix = f"{key}={value!r} is not implemented", f"only {which} can be converted"
         raise MaxlmError(what, where=self.where, fix=fix)
 
-    def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **how: Any) -> Any:
-        """Reads a number of things or dimensions, at least ``least``; ``how`` as of :meth:`get`."""
-        value = self.get(key, default, **how)
+    def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **kwargs: Any) -> Any:
+        """Reads a number of things or dimensions, at least ``least``; else see :meth:`get`."""
+        value = self.get(key, default, **kwargs)
         if value is not None and (type(value) is not int or value < least):
             raise self._wrong(key, value, f"a whole number above {least - 1}")
         return value
 
     def number(
-        self, key: str, default: Any = REQUIRED, *, least: int | None = None, **how: Any
+        self, key: str, default: Any = REQUIRED, *, least: int | None = None, **kwargs: Any
     ) -> Any:
-        """Reads a finite number of at least ``least``, or above 0, as a float; ``how`` as of
+        """Reads a finite number of at least ``least``, or above 0, as a float; ``kwargs`` as of
         :meth:`get`."""
-        value = self.get(key, default, **how)
+        value = self.get(key, default, **kwargs)
         if value is None:
             return None
         finite = type(value) in (int, float) and math.isfinite(value)

@@ -85,16 +85,16 @@ T5 = ModelFamily(
         "relative_attention_num_buckets": fields.map_size("positions.buckets", 32),
         "relative_attention_max_distance": fields.map_size("positions.max_distance", 128),
         "decoder_start_token_id": fields.map_size("start_id", 0, least=0),
-        "is_encoder_decoder": fields.require_value(True, written=True),
+        "is_encoder_decoder": fields.require_value(True, always_write=True),
     },
     _table,
     {"attention.scale": 1.0, "positions.kind": "relative"},
-    read=_read,
-    write=_write,
-    inert=["initializer_factor"],
-    init_key=None,
-    other_architectures=["T5WithLMHeadModel"],  # of early files
+    read_extra=_read,
+    write_extra=_write,
+    ignored_keys=["initializer_factor"],
+    init_std_key=None,
+    other_hf_architectures=["T5WithLMHeadModel"],  # of early files
     # Of cross-attention, in old files; the published code never reads it.
-    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-    shape="encoder_decoder",
+    ignored_tensors=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    architecture="encoder_decoder",
 )

@@ -180,30 +180,30 @@ class Attention(nnx.Module):
         else:
             cache, seen = cache.append(k, v, inputs.positions, inputs.lengths, self.rules)
             y = attend(q, seen.key, seen.value, **seen.mask)
-        return self.out(y, seq="residual"), cache
+        return self.out(y, seq_axis="residual"), cache
 
     def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
         """A layer's cache of ``length`` tokens a row; see :mod:`maxlm.models.caches`."""
         sizes = self.config.num_kv_heads, self.config.head_dim
         return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
 
-    def costs(self, keys_of: Side = "residual") -> LayerCosts:
-        """Counts costs of one layer whose keys and values are made of ``keys_of``; see
+    def costs(self, kv_input: Side = "residual") -> LayerCosts:
+        """Counts costs of one layer whose keys and values are made of ``kv_input``; see
         :mod:`maxlm.models.costs`."""
         config, query, keys = self.config, ("query.kernel",), ("key.kernel", "value.kernel")
         raw = (*query, *keys) if config.clip is not None else ()
         raw = raw or ((*query, keys[0]) if config.qk_norm else ())
-        if keys_of == "residual":
-            inner = (MatrixGroup((*query, *keys), needed_raw=raw),)
+        if kv_input == "residual":
+            inner = (MatrixGroup((*query, *keys), needs_raw_output=raw),)
         else:
-            inner = MatrixGroup(query, needed_raw=raw), MatrixGroup(keys, keys_of, raw)
+            inner = MatrixGroup(query, needs_raw_output=raw), MatrixGroup(keys, kv_input, raw)
         sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
         heads = AttentionCosts(*sizes, qk_norm=config.qk_norm)
         return LayerCosts((*inner, MatrixGroup(("out.kernel",), "heads")), heads)
 
-    def project_keys_values(self, memory: jax.Array) -> KeysValues:
+    def project_keys_values(self, encoder_states: jax.Array) -> KeysValues:
         """Projects an encoder's output [B, T, D] to keys and values for :meth:`cross_attend`."""
-        k, v = self._clipped(*project(memory, self.key, self.value))
+        k, v = self._clipped(*project(encoder_states, self.key, self.value))
         k = k if self.key_norm is None else self.key_norm(k)
         return KeysValues(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 
@@ -224,7 +224,7 @@ class Attention(nnx.Module):
             soft_cap=self.config.soft_cap,
             segment_ids=segment_ids,
         )
-        return self.out(y, seq="residual")
+        return self.out(y, seq_axis="residual")
 
     def _clipped(self, *heads: jax.Array) -> tuple[jax.Array, ...]:
         clip = self.config.clip

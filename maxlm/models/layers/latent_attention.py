@@ -98,7 +98,7 @@ class LatentAttention(nnx.Module):
             where = inputs.positions, inputs.lengths, self.shared_rules
             cache, keys = cache.append(shared, vector[:, :, None], *where)
             y = self._attend_to_vectors(attend, q, turned, keys)
-        return self.out(y, seq="residual"), cache
+        return self.out(y, seq_axis="residual"), cache
 
     def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
         """The shared rotary keys [B, T, 1, R] and, as values, the vectors [B, T, 1, kv_rank]."""

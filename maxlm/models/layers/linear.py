@@ -7,7 +7,7 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
-    Leaf,
+    CompositeParam,
     ParamReader,
     declare,
     get_spec,
@@ -47,32 +47,34 @@ class Linear(nnx.Module):
             (*inputs, *outputs),
             truncated_normal(std),
             role,
-            contract=tuple(range(len(inputs))),
+            contracting_dims=tuple(range(len(inputs))),
         )
         offsets = tuple(outputs.values()), tuple(outputs), jax.nn.initializers.zeros
         self.bias = declare(*offsets, "vector") if bias else None
 
-    def __call__(self, x: jax.Array, *, seq: str = "seq") -> jax.Array:
+    def __call__(self, x: jax.Array, *, seq_axis: str = "seq") -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`project`."""
-        return project(x, self, seq=seq)[0]
+        return project(x, self, seq_axis=seq_axis)[0]
 
 
-def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array, ...]:
+def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.Array, ...]:
     """Applies several maps to one input [B, S, *inputs], which then crosses the wire once.
 
     Args:
-        seq: the logical axis of the results' sequence: "seq" within a layer, "residual" for what
-            is added to the residual stream.
+        seq_axis: the logical axis of the results' sequence: "seq" within a layer, "residual" for
+            what is added to the residual stream.
     """
     rules, dtype = layers[0].rules, layers[0].dtype
-    tokens = parse_spec(rules.spec("batch", seq), 2)
+    tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
     pairs = list(zip(uses, held, strict=True))
-    weights = [k.read_kernel(use) if isinstance(k, Leaf) else use.read(k) for use, k in pairs]
+    weights = [
+        p.read_kernel(use) if isinstance(p, CompositeParam) else use.read(p) for use, p in pairs
+    ]
     x = x.astype(dtype)
     ys = [
-        kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
+        kernel.finish_product(y, x, use) if isinstance(kernel, CompositeParam) else y
         for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
     ]
     return tuple(

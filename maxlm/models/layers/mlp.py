@@ -77,4 +77,4 @@ class Mlp(nnx.Module):
             gate, up = project(x, self.gate, self.up)
             gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
             hidden = save_inputs_only(lambda gate, up: activate(gate) * up)(gate, up)
-        return self.down(hidden, seq="residual")
+        return self.down(hidden, seq_axis="residual")

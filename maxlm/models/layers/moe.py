@@ -158,16 +158,15 @@ class Moe(nnx.Module):
         self.config, self.rules, self.dtype, self.ragged = config, rules, dtype, ragged
         e, f = config.num_experts, config.d_ff
         # Like an output head it classifies tokens; it is no map between hidden layers.
-        self.router = declare(
-            (d_model, e), ("embed", None), truncated_normal(init_std), "table", contract=(0,)
-        )
+        normal = truncated_normal(init_std)
+        self.router = declare((d_model, e), ("embed", None), normal, "table", (0,))
         inner, outer = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
-        maps: dict[str, Any] = {"init": truncated_normal(init_std), "contract": (1,)}
+        maps: dict[str, Any] = {"init": normal, "contracting_dims": (1,)}
         gated = config.gated
         self.gate = declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
         self.up = declare((e, d_model, f), inner, role="matrix", **maps)
         out_of = truncated_normal(compute_residual_std(init_std, num_layers))
-        self.down = declare((e, f, d_model), outer, out_of, "matrix", contract=(1,))
+        self.down = declare((e, f, d_model), outer, out_of, "matrix", contracting_dims=(1,))
         zeros = (e,), (None,), jax.nn.initializers.zeros
         bias = declare(*zeros, "vector", sign_update=True) if config.selection_bias else None
         self.selection_bias = bias
@@ -208,12 +207,12 @@ class Moe(nnx.Module):
         )
         return LayerCosts(tuple(groups), experts=experts)
 
-    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
         """x [B, S, D] → the same in the compute dtype, and what there is to add to the loss and to
         log.
 
         Args:
-            counted: bool [B, S], laid out as x; False for padding, which no routed expert serves
+            mask: bool [B, S], laid out as x; False for padding, which no routed expert serves
                 and no statistic counts. None: all tokens.
         """
         config = self.config
@@ -224,9 +223,9 @@ class Moe(nnx.Module):
             wide = accumulation_dtype(self.dtype)
             bias = read_weight(self.selection_bias, self.rules, wide).value
         routing = route(logits, bias, config)
-        if counted is None:
-            counted = jnp.ones_like(logits[..., 0], dtype=bool)
-        chosen = jnp.where(counted[..., None], routing.chosen, config.num_experts)
+        if mask is None:
+            mask = jnp.ones_like(logits[..., 0], dtype=bool)
+        chosen = jnp.where(mask[..., None], routing.expert_ids, config.num_experts)
         numbers = jnp.arange(config.num_experts)
         load = (chosen[..., None] == numbers).sum((1, 2), dtype=jnp.float32)  # [B, E]
         room, dropped = None, jnp.zeros((), jnp.float32)
@@ -235,7 +234,7 @@ class Moe(nnx.Module):
             room = dispatch.compute_expert_capacity(*size, config.capacity_factor)
             dropped = jnp.maximum(load - room, 0).sum()
         load = load.sum(0)
-        loss = router_loss(logits, routing.scores, load, counted, config)
+        loss = router_loss(logits, routing.scores, load, mask, config)
         if bias is not None:
             rule = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
@@ -273,7 +272,7 @@ class Routing(NamedTuple):
     """fp32 [B, S, E]."""
     weights: jax.Array
     """fp32 [B, S, k]."""
-    chosen: jax.Array
+    expert_ids: jax.Array
     """int32 [B, S, k], best first, ties to the lower number."""
 
 
@@ -302,7 +301,7 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
 
 
 def router_loss(
-    logits: jax.Array, scores: jax.Array, load: jax.Array, counted: jax.Array, config: MoeConfig
+    logits: jax.Array, scores: jax.Array, load: jax.Array, mask: jax.Array, config: MoeConfig
 ) -> jax.Array:
     """Computes balance and z losses times coefficients and counted tokens, an fp32 scalar, from
     logits and scores [B, S, E], assignments to each expert [E], all fp32, and bool [B, S]."""
@@ -311,11 +310,11 @@ def router_loss(
         shares = scores
         if config.score == "sigmoid":
             shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)  # DeepSeek-V3, eq. 19
-        mass = jnp.where(counted[..., None], shares, 0.0).sum((0, 1))
-        tokens = jnp.maximum(counted.sum(dtype=jnp.float32), 1.0)
+        mass = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
+        tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
         f, p = lax.stop_gradient(load) / (tokens * config.experts_per_token), mass / tokens
         loss += config.balance_loss * tokens * config.num_experts * jnp.sum(f * p)
     if config.z_loss:
         squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-        loss += config.z_loss * jnp.where(counted, squares, 0.0).sum()
+        loss += config.z_loss * jnp.where(mask, squares, 0.0).sum()
     return loss

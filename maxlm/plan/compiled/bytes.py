@@ -21,25 +21,28 @@ _SAME = ("bitcast", "reshape")
 
 
 def memory_traffic_bytes(
-    instruction: Instruction, computation: Computation, module: HloModule, on_chip: frozenset[int]
+    instruction: Instruction,
+    computation: Computation,
+    module: HloModule,
+    on_chip_spaces: frozenset[int],
 ) -> int:
     """Returns bytes between main memory and the chip, for one run of a scheduled instruction;
-    ``on_chip`` are memory spaces that are not main memory."""
+    ``on_chip_spaces`` are memory spaces that are not main memory."""
     opcode = instruction.opcode
     free = opcode in _FREE or opcode.endswith(("-done", "-update"))
-    if free or instruction.target == "AllocateBuffer":
+    if free or instruction.custom_call_target == "AllocateBuffer":
         return 0
-    operands = [_off_chip(o.shapes, on_chip) for o in computation.operands(instruction)]
-    result = _off_chip(instruction.shapes, on_chip)
+    operands = [_off_chip(o.shapes, on_chip_spaces) for o in computation.operands(instruction)]
+    result = _off_chip(instruction.shapes, on_chip_spaces)
     if opcode == "fusion":
         body = module.computations[instruction.called_computations("calls")[0]]
-        if body.holds("AsyncCollectiveDone"):
+        if body.contains_custom_call("AsyncCollectiveDone"):
             return 0
         reads = sum(
             min(size, _read(body, parameter.name, size, module))
             for parameter, size in zip(body.parameters, operands, strict=False)
         )
-        sizes = (_off_chip((shape,), on_chip) for shape in instruction.shapes)
+        sizes = (_off_chip((shape,), on_chip_spaces) for shape in instruction.shapes)
         parts = _written(body, len(instruction.shapes))
         writes = sum(
             size if part is None else min(size, part)
@@ -58,7 +61,7 @@ def memory_traffic_bytes(
 
 
 def _off_chip(shapes: tuple[HloShape, ...], on_chip: frozenset[int]) -> int:
-    return sum(shape.nbytes for shape in shapes if shape.space not in on_chip)
+    return sum(shape.nbytes for shape in shapes if shape.memory_space not in on_chip)
 
 
 def _read(body: Computation, name: str, size: int, module: HloModule) -> int:

@@ -98,15 +98,15 @@ class CompiledCost:
 class CompiledMemory:
     """A compiled program's main memory on each device, bytes."""
 
-    argument: int
-    output: int
-    alias: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
     """Bytes of the output that take an argument's place."""
-    temp: int
+    temp_bytes: int
 
     @property
-    def peak(self) -> int:
-        return self.argument + self.temp + self.output - self.alias
+    def peak_bytes(self) -> int:
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
 
 
 def read_compiled_memory(compiled: Any) -> CompiledMemory:
@@ -116,15 +116,15 @@ def read_compiled_memory(compiled: Any) -> CompiledMemory:
 
 
 def read_compiled_cost(
-    text: str, sizes: Mapping[str, int], *, on_chip: Iterable[int] = ()
+    hlo_text: str, sizes: Mapping[str, int], *, on_chip_spaces: Iterable[int] = ()
 ) -> CompiledCost:
     """Reads costs out of a compiled program's text (``compiled.as_text()``).
 
     Args:
         sizes: mesh axis → devices, outermost first, of the mesh that it was compiled for.
-        on_chip: memory spaces that are not main memory (1 on a TPU: its VMEM).
+        on_chip_spaces: memory spaces that are not main memory (1 on a TPU: its VMEM).
     """
-    reader = _Reader(parse_hlo(text), sizes, frozenset(on_chip))
+    reader = _Reader(parse_hlo(hlo_text), sizes, frozenset(on_chip_spaces))
     total = reader.cost(reader.module.entry)
     calls = [
         replace(own, count=n, flops=None if own.flops is None else n * own.flops)
@@ -236,9 +236,9 @@ class _Reader:
             total.attention_flops += flops
         elif flops:
             total.matmul_flops += flops
-        elif opcode == "custom-call" and instruction.target not in _NO_KERNELS:
+        elif opcode == "custom-call" and instruction.custom_call_target not in _NO_KERNELS:
             flops = declared_flops(instruction)
-            total.custom_calls[CustomCall(instruction.target, op_name, flops)] += 1
+            total.custom_calls[CustomCall(instruction.custom_call_target, op_name, flops)] += 1
 
     def _collective(
         self, instruction: Instruction, within: Computation, scattered: bool

@@ -25,7 +25,7 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
     if opcode == "ragged-dot":
         return _ragged(instruction, operands[0][0], operands[1][0])
     found = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
-    if "gemm" in instruction.target and found:
+    if "gemm" in instruction.custom_call_target and found:
         contracted = tuple(int(n) for n in re.findall(r"\d+", found[1]))
         return _dot(operands[0][0], instruction.shapes[0], contracted)
     return 0

@@ -32,7 +32,7 @@ class HloShape:
 
     dtype: str
     dims: tuple[int, ...]
-    space: int = 0
+    memory_space: int = 0
     """Memory space of its layout; 0 is the device's main memory."""
 
     @property
@@ -71,7 +71,7 @@ class Instruction:
         return found[1] if found else ""
 
     @cached_property
-    def target(self) -> str:
+    def custom_call_target(self) -> str:
         return (self.attribute("custom_call_target") or "").strip('"')
 
     def attribute(self, name: str) -> str | None:
@@ -98,8 +98,8 @@ class Computation:
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
         return (self.instructions[name] for name in instruction.operands)
 
-    def holds(self, custom_call: str) -> bool:
-        return any(i.target == custom_call for i in self.instructions.values())
+    def contains_custom_call(self, target: str) -> bool:
+        return any(i.custom_call_target == target for i in self.instructions.values())
 
     def continues_async_collective(self, instruction: Instruction) -> bool:
         """Whether an instruction of a fusion's body is a collective that another fusion has
@@ -109,8 +109,8 @@ class Computation:
         """
         return (
             instruction.attribute("channel_id") is not None
-            and any(len(p.shapes) == 1 and p.shapes[0].space == SEMAPHORES for p in self.parameters)
-            and not self.holds("AsyncCollectiveStart")
+            and any([s.memory_space for s in p.shapes] == [SEMAPHORES] for p in self.parameters)
+            and not self.contains_custom_call("AsyncCollectiveStart")
         )
 
     @cached_property
