@@ -117,7 +117,7 @@ def run(
 ) -> tuple[pa.Table, float]:
     """The stage's labels, and CPU seconds."""
     scratch.mkdir()
-    views = [replace(shard, out=stage.unique_name) for shard in shards]
+    views = [replace(shard, output_stage=stage.unique_name) for shard in shards]
     start = time.process_time()
     with WorkerPool(1) as pool:
         stage.label(views, scratch, JobRunner(stage.unique_name, pool, ignore_progress))

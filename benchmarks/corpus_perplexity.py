@@ -81,7 +81,7 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
         wall = (time.perf_counter() - start) / 3
         path = folder / f"{name}.arpa"
         model = kenlm.Model(str(path), quiet)
-        perplexity = 10 ** (-sum(map(model.score, test)) / words)
+        perplexity = 10 ** (-sum(map(model.log10_prob, test)) / words)
         print(f"{name:12}{cpu:8.2f}{size / cpu:10.2f}{wall:8.2f}{perplexity:22.5f}")
 
 

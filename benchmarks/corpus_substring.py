@@ -84,7 +84,7 @@ def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
 def run(stage: SubstringStage, shards: Sequence[StageShardView], scratch: Path) -> None:
     """The stage, as the runner would call it."""
     scratch.mkdir()
-    views = [replace(shard, out=stage.unique_name) for shard in shards]
+    views = [replace(shard, output_stage=stage.unique_name) for shard in shards]
     with WorkerPool(1) as pool:
         stage.label(views, scratch, JobRunner(stage.unique_name, pool, ignore_progress))
 

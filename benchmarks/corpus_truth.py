@@ -23,8 +23,8 @@ _PII = {"ipv4": "ip", "ipv6": "ip", "credit_card": "card", "us_ssn": "ssn"}
 
 def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
     """Every document's labels, by id, and whether it is kept."""
-    rules = corpus.rules()
-    names = [name for rule in rules.keep.values() for name in rule.names]
+    rules = corpus.resolve_rules()
+    names = [name for rule in rules.keep.values() for name in rule.label_names]
     found = {}
     for shard in corpus.shards:
         for table in shard.read_row_groups(list(dict.fromkeys([*COLUMNS, *names]))):
@@ -87,7 +87,7 @@ def main() -> None:
         share(f"junk, {reason}", dropped, number)
     taken = [t for t in (*truth["page"], *truth["article"]) if t["id"] in rows]
     share("pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken))
-    counts = corpus.manifest("documents")["counts"]
+    counts = corpus.read_manifest("documents")["counts"]
     share("broken places counted", counts.get("broken", 0), len(truth["broken"]))
     bombs = sum(t["reason"] == "bomb" for t in truth["edge"])
     share("zip bombs passed over", counts.get("too_large", 0), bombs)

@@ -41,11 +41,11 @@ def train(side: str, texts: Iterator[str], vocab_size: int) -> str:
         return hashlib.sha256(str(tokenizer.get_mergeable_ranks()).encode()).hexdigest()
     if side == "maxlm":
         from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-        from maxlm.data.tokenizer.huggingface import HuggingFaceModel
+        from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 
         config = TokenizerConfig(vocab_size=vocab_size, sample_bytes=1 << 60)
         codec = train_tokenizer(config, texts).codec  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(codec, HuggingFaceModel)
+        assert isinstance(codec, HuggingFaceCodec)
         library = codec._library
     else:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers

@@ -95,7 +95,7 @@ def export(
     from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
-    rules = opened.rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
+    rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
     engines = open_executor(opened.recipe.engine, opened.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
@@ -133,17 +133,17 @@ def _print_funnel(
     """Print what each rule drops and leaves; also into a page, if one is given."""
     from dataclasses import asdict
 
-    from maxlm.corpus.report import estimate_lost_text, summarize, write_report
+    from maxlm.corpus.report import estimate_text_lost_to_dedup, summarize_corpus, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
-    rules = corpus.rules(keep)
+    rules = corpus.resolve_rules(keep)
     engines = open_executor(corpus.recipe.engine, corpus.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
-        summary = summarize(corpus, rules, engine, tokenizer, progress)
-        lost = estimate_lost_text(corpus, rules, engine, progress)
+        summary = summarize_corpus(corpus, rules, engine, tokenizer, progress)
+        lost = estimate_text_lost_to_dedup(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
     rows = compute_funnel(rules, summary, sources)
     if page is not None:
@@ -159,7 +159,7 @@ def _print_funnel(
         table.add_row(row["rule"], *figures, *counts)
     open_console().print(table)
     print(lost)
-    read = corpus.manifest(DOCUMENTS)["counts"]
+    read = corpus.read_manifest(DOCUMENTS)["counts"]
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:
         print(f"passed over in reading: {', '.join(passed)}")

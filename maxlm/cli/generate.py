@@ -26,7 +26,7 @@ def command(
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
     from maxlm.config import load_config
     from maxlm.inference.sampling import SamplingConfig
-    from maxlm.programs.generate import generate_text, get_separator
+    from maxlm.programs.generate import generate_text, get_prompt_separator
     from maxlm.programs.load import load_run
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -39,7 +39,7 @@ def command(
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
     sampling = SamplingConfig(**{**samples, **chosen})
     steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
-    _show(texts, steps, get_separator(opened.model))
+    _show(texts, steps, get_prompt_separator(opened.model))
 
 
 def _show(prompts: Sequence[bytes], steps: Iterator[list[str]], between: str) -> None:

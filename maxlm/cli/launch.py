@@ -63,7 +63,7 @@ def command(
     from maxlm.config import MaxlmError, load_config
     from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
     from maxlm.launch.options import JobOptions
-    from maxlm.launch.places import find_placeholder_settings, make_placeholders
+    from maxlm.launch.places import find_placeholder_settings, make_placeholder_settings
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.run import RunConfig
     from maxlm.runtime.files import convert_write_errors
@@ -75,13 +75,13 @@ def command(
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
     run = load_config(RunConfig, config, settings or ()).value
-    placeholders = [] if submitting else make_placeholders(run)
+    placeholders = [] if submitting else make_placeholder_settings(run)
     settings = [*(settings or ()), *placeholders]
     if placeholders:
         run = load_config(RunConfig, config, settings).value
     if submitting and (named := find_placeholder_settings(run)):
         raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
-    more: dict[str, Any] = {"force": force, "own_template": template is not None}
+    more: dict[str, Any] = {"force": force, "user_template": template is not None}
     job, plan = make_job(run, config, settings, scheduler=scheduler, on=on, options=options, **more)
     text = render_job(job, template)
     kept = job_file_path(job, run)

@@ -59,12 +59,12 @@ def build(
 def _print_lost(folder: Path) -> None:
     """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
     from maxlm.corpus.opened import OpenCorpus
-    from maxlm.corpus.report import estimate_lost_text
+    from maxlm.corpus.report import estimate_text_lost_to_dedup
     from maxlm.runtime.pool import open_executor
 
     corpus = OpenCorpus.open(folder)
     with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
-        print(f"{folder}: {estimate_lost_text(corpus, corpus.rules(), engine)}")
+        print(f"{folder}: {estimate_text_lost_to_dedup(corpus, corpus.resolve_rules(), engine)}")
 
 
 def append(

@@ -40,8 +40,8 @@ def command(
     traced = parse_steps(profile) if profile else None
     with distributed_session(
         run.model_dump(mode="json"),
-        join_seconds=run.faults.join_seconds,
-        peer_seconds=run.faults.peer_seconds,
+        join_timeout_seconds=run.faults.join_seconds,
+        peer_timeout_seconds=run.faults.peer_seconds,
         coordinator=coordinator,
         num_processes=num_processes,
         process_id=process_id,

@@ -41,9 +41,9 @@ class ConfigFault(NamedTuple):
     """The errors that pydantic reports for one key: several where all members of a union fail."""
 
     key: Key
-    kinds: list[Any]
+    allowed_types: list[Any]
     """The types allowed at the key."""
-    siblings: list[Any]
+    parent_types: list[Any]
     """The types allowed at its parent."""
     errors: list[Any]
 
@@ -97,7 +97,7 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
         what, fix = getattr(raised, "what", str(raised)), getattr(raised, "fix", None)
         where = _find_origins(tree, fault.key, f"{what} {fix}") + (f": {name}" if name else "")
         return MaxlmError(what, where=getattr(raised, "where", None) or where, fix=fix)
-    allowed = _list_choices(fault.kinds)
+    allowed = _list_choices(fault.allowed_types)
     choices = ("one of " if len(allowed) > 1 else "") + ", ".join(map(format_value, allowed))
     if kind in ("missing", "union_tag_not_found"):
         fix = f"set it to {choices}" if allowed else f"add it, or pass {name}=..."
@@ -113,7 +113,7 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
             return MaxlmError(f"{name}: {words[0].lower() + words[1:]}", where=where)
         words = words.removeprefix(prefix)
         words = next((ours for theirs, ours in _WANTED.items() if words.startswith(theirs)), words)
-        if item["type"].startswith("model_") and (names := _list_field_names(fault.kinds)):
+        if item["type"].startswith("model_") and (names := _list_field_names(fault.allowed_types)):
             words += f" ({_join_names(names)})"
         wanted += [] if words in wanted else [words]
     fix = None
@@ -131,7 +131,7 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     """The names most like an unknown key: the same name elsewhere, then its siblings."""
     *parents, last = fault.key
     leaf = str(last)
-    siblings = _list_field_names(fault.siblings)
+    siblings = _list_field_names(fault.parent_types)
     everywhere = list(iterate_schema_keys([cls]))
     if not parents and leaf in (renamed := getattr(cls, "renamed", {})):
         return f"did you mean {renamed[leaf]}?"
@@ -225,18 +225,18 @@ def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
 
 
 def iterate_schema_keys(
-    model_types: list[Any], key: Key = (), above: tuple[type, ...] = ()
+    model_types: list[Any], key: Key = (), ancestors: tuple[type, ...] = ()
 ) -> Iterator[Key]:
     """Yields every key of the tree, parents first; an element of a list is shown as its first."""
     for model in _select_models(model_types):
-        if model in above:
+        if model in ancestors:
             continue
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
             inner = _split_union(info.annotation)
-            yield from iterate_schema_keys(inner, here, (*above, model))
+            yield from iterate_schema_keys(inner, here, (*ancestors, model))
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
                 if elements := _list_child_types([kind], part) if typing.get_origin(kind) else []:
-                    yield from iterate_schema_keys(elements, (*here, part), (*above, model))
+                    yield from iterate_schema_keys(elements, (*here, part), (*ancestors, model))

@@ -11,7 +11,7 @@ from maxlm.config.errors import MaxlmError
 class Requirement(NamedTuple):
     """A condition on sizes, and what is said where it is not met."""
 
-    holds: Any
+    is_met: Any
     """A bool; or an array of them, an element for every candidate."""
     error: Callable[[], MaxlmError]
 
@@ -19,13 +19,13 @@ class Requirement(NamedTuple):
 def check_requirements(requirements: Iterable[Requirement]) -> None:
     """Raise the error of the first requirement that is not met."""
     for requirement in requirements:
-        if not requirement.holds:
+        if not requirement.is_met:
             raise requirement.error()
 
 
 def valid_candidates_mask(requirements: Iterable[Requirement]) -> Any:
     """Return which candidates meet all requirements, bool [candidates] or a scalar."""
-    return np.all(np.stack(np.broadcast_arrays(*(r.holds for r in requirements))), axis=0)
+    return np.all(np.stack(np.broadcast_arrays(*(r.is_met for r in requirements))), axis=0)
 
 
 def is_divisor(divisor: Any, number: Any) -> Any:

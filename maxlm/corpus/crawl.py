@@ -73,14 +73,16 @@ class _Damaged(_PassOver):
     """The record is not all there: what follows may be anything."""
 
 
-def read_warc(path: Path, on_skip: SkipCallback, max_bytes: int = 1 << 24) -> Iterator[RawDocument]:
+def read_warc(
+    path: Path, on_skip: SkipCallback, max_record_bytes: int = 1 << 24
+) -> Iterator[RawDocument]:
     """Reads the documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
     `conversion` records, and resources that are HTML or text. The others are counted:
     by record type ("request", "revisit", ...), or as "status" (not 2xx), "not_html", "empty",
-    "too_large" (record or decoded page longer than `max_bytes`) and "broken" (also: each place
-    where no record could be read; in a .gz that is one member nothing is found after it).
+    "too_large" (record or decoded page longer than `max_record_bytes`) and "broken" (also: each
+    place where no record could be read; in a .gz that is one member nothing is found after it).
     """
     try:
         with open(path, "rb") as file:
@@ -88,7 +90,7 @@ def read_warc(path: Path, on_skip: SkipCallback, max_bytes: int = 1 << 24) -> It
                 on_skip("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                yield from _read_records(file, view, path.name, on_skip, max_bytes)
+                yield from _read_records(file, view, path.name, on_skip, max_record_bytes)
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error

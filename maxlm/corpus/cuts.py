@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.text import ALONE, get_character_classes
+from maxlm.corpus.text import ALONE, get_code_point_classes
 
 CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 """The type of a label that holds spans of a text, in characters."""
@@ -73,10 +73,10 @@ def _joint(text: str, start: int, end: int) -> str:
 
 def _spaced(character: str) -> bool:
     """Whether a character belongs to a word of a script with spaces between words."""
-    return character.isalnum() and not get_character_classes()[ord(character)] & ALONE
+    return character.isalnum() and not get_code_point_classes()[ord(character)] & ALONE
 
 
-def join_spans(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_spans(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The union of spans as spans that are apart, rising."""
     order = np.argsort(start)
     start, stop = start[order], np.maximum.accumulate(stop[order])

@@ -71,6 +71,6 @@ def remove_control_characters(text: str) -> str:
     return text.encode("utf-8", "ignore").translate(None, _CONTROLS).decode()
 
 
-def count_controls(data: bytes) -> int:
+def count_control_bytes(data: bytes) -> int:
     """Counts the bytes that are ASCII controls other than tabs and line ends."""
     return len(data) - len(data.translate(None, _CONTROLS))

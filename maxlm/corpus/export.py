@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import OpenCorpus, apply_rules
+from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import resolve_duplicates_for_rules
@@ -143,7 +143,7 @@ def _read_groups(
     """Some documents at a time, and the bytes of their texts; adds up `counts` on the way."""
     names = [name if "." not in name else "language" for name in columns]
     rows, size = [], 0
-    kept = chain.from_iterable(apply_rules(shard, rules, columns) for shard in shards)
+    kept = chain.from_iterable(read_filtered_documents(shard, rules, columns) for shard in shards)
     for values, text in chain(kept, [((), None)]):
         if rows and (not values or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
             counts.update(documents=len(rows), text_bytes=size)

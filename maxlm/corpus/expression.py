@@ -62,7 +62,7 @@ class Expression:
         return _parse(self.text)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def label_names(self) -> tuple[str, ...]:
         """The labels that the expression names, each once."""
         return tuple(dict.fromkeys(_names(self._tree)))
 
@@ -72,7 +72,7 @@ class Expression:
         return tuple(_thresholds(self._tree))
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
-        """Marks rows that fulfil it: bool [rows]. `table` has a column for each of `names`."""
+        """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
         value = _evaluate(self._tree, table)
         if isinstance(value, pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))
@@ -92,7 +92,7 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
         raise MaxlmError(what, where=error_location, fix=_FIX) from error
     expression = Expression(text)
     try:
-        names = expression.names
+        names = expression.label_names
         for name in names:
             if name not in labels:
                 raise make_unknown_label_error(name, labels, error_location)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,20 +70,20 @@ class OpenCorpus:
         corpus = cls(Path(folder), read_recipe(Path(folder)))
         for number, title in enumerate(corpus.list_stages()):
             try:
-                corpus.manifest(title)
+                corpus.read_manifest(title)
             except MaxlmError:
                 if not unfinished or title == DOCUMENTS:
                     raise
                 return cls(corpus.folder, _take_first_stages(corpus.recipe, number - 1))
         return corpus
 
-    def manifest(self, title: str) -> dict[str, Any]:
+    def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
-        path = get_manifest_path(self.folder / title)
+        path = get_manifest_path(self.folder / stage_name)
         try:
             return json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
-            what = f"the stage {title} is not finished, or its manifest is damaged"
+            what = f"the stage {stage_name} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
     def list_stages(self) -> list[str]:
@@ -98,10 +98,10 @@ class OpenCorpus:
     @cached_property
     def shards(self) -> list[StageShardView]:
         """The corpus's shards, in the order of its documents."""
-        names, texts = self.manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe)
+        names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe)
         return [StageShardView(self.folder, name, texts) for name in names]
 
-    def rules(
+    def resolve_rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
     ) -> FilterRules:
         """Resolves rules for this corpus; None: those of its recipe. See `resolve_rules`."""
@@ -120,6 +120,15 @@ def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
     return first.model_copy(update={"keep": keep})
 
 
+class FilteredDocument(NamedTuple):
+    """A document after rules are applied."""
+
+    values: tuple[Any, ...]
+    """Values of the columns that were asked for."""
+    text: str | None
+    """The text after cuts; None: a rule drops the document."""
+
+
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     """Marks documents that fulfil all rules and have a text: bool [rows]."""
     keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
@@ -128,11 +137,10 @@ def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     return keep
 
 
-def apply_rules(
+def read_filtered_documents(
     shard: StageShardView, rules: FilterRules, columns: Sequence[str] = ("id",)
-) -> Iterator[tuple[tuple[Any, ...], str | None]]:
-    """Yields (values of `columns`, text) of each document of a shard, in order; None for what the
-    rules leave out.
+) -> Iterator[FilteredDocument]:
+    """Yields each document of a shard, in order, those that the rules drop without a text.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
 
@@ -143,13 +151,13 @@ def apply_rules(
         list(dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut]))
     ):
         keep = mark_kept(table, rules)
-        texts = cut_texts(table.filter(pa.array(keep)), rules)
+        texts = remove_cut_spans(table.filter(pa.array(keep)), rules)
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
         for row, keeps in zip(values, keep, strict=True):
-            yield row, next(texts) if keeps else None
+            yield FilteredDocument(row, next(texts) if keeps else None)
 
 
-def cut_texts(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:
+def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:
     """Yields the texts of documents without the spans of all the labels in `rules.cut`."""
     spans = [table.column(label).to_pylist() for label in rules.cut]
     for i, text in enumerate(table.column("text").to_pylist()):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 
-from maxlm.corpus.encoding import count_controls, decode, remove_control_characters
+from maxlm.corpus.encoding import count_control_bytes, decode, remove_control_characters
 
 _HEAD = 1 << 16  # Characters of a page in which its metadata are looked for.
 _TAG = re.compile(r"<[a-zA-Z!/?]")
@@ -75,12 +75,12 @@ def extract_page(
     """
     source, encoding = decode(data, charset)
     # A tenth of random bytes are controls, and they are no UTF-8.
-    binary = not encoding.startswith("utf") and count_controls(data) > len(data) // 20
+    binary = not encoding.startswith("utf") and count_control_bytes(data) > len(data) // 20
     if binary or not _TAG.search(source):
         return ExtractedPage("not_html", encoding=encoding)
     raw = source.encode() if encoding.startswith("utf-16") else data
     few = raw.count(b"<") <= (MOST_DEPTH if use_trafilatura else TOO_DEEP)
-    depth = 0 if few else measure_nesting(raw)
+    depth = 0 if few else estimate_html_depth(raw)
     if depth > TOO_DEEP:
         return ExtractedPage("too_deep", encoding=encoding)
     head = source[:_HEAD]
@@ -129,7 +129,7 @@ def _resiliparse(source: str) -> str:
     return remove_control_characters(text).strip()
 
 
-def measure_nesting(data: bytes) -> int:
+def estimate_html_depth(data: bytes) -> int:
     """Estimates how deep a page's elements lie in each other.
 
     Counts tags, so that markup in comments and scripts counts, and rows and items do not.

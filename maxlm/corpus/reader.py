@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import OpenCorpus, apply_rules
+from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules, get_text_stages
 from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
@@ -29,7 +29,7 @@ class FilteredShard:
 
     shard: StageShardView
     rules: FilterRules
-    digests: dict[Path, str]
+    sha256_by_path: dict[Path, str]
     """SHA-256 of its files, of those whose version recorded one."""
 
 
@@ -40,9 +40,11 @@ class CorpusReader:
         """Lists the shards of the corpus in `folder`, as files."""
         corpus = OpenCorpus.open(folder)
         chosen = source if isinstance(source, SourceConfig) else None
-        rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
+        rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
         texts, files = get_text_stages(corpus.recipe), []
-        digests = {s: corpus.manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()}
+        digests = {
+            s: corpus.read_manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()
+        }
         for shard in resolve_duplicates_for_rules(corpus, rules):
             labels = [*rules.label_names, *rules.cut]
             stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
@@ -67,17 +69,17 @@ class CorpusReader:
         kept: FilteredShard = part.file.details
         for path in (part.file.path, *part.file.extra_paths):
             with open_stream(path, "none"):
-                if path in kept.digests and hash_file(path) != kept.digests[path]:
+                if path in kept.sha256_by_path and hash_file(path) != kept.sha256_by_path[path]:
                     what = "this file has changed since maxlm corpus run wrote it"
                     fix = "delete it and run the corpus's recipe again"
                     raise MaxlmError(what, where=str(path), fix=fix)
-        for (document_id,), text in apply_rules(kept.shard, kept.rules):
+        for (document_id,), text in read_filtered_documents(kept.shard, kept.rules):
             if text is None:
                 yield SkipReason.RULE
             else:
                 yield Document(document_id, text.encode()) if text else SkipReason.EMPTY
 
-    def describe_selected_documents(self, files: Iterable[SourceFile]) -> str:
+    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
         """Describes the rules that decide what is taken from corpora, as JSON."""
         rules = {file.details.shard.folder: file.details.rules for file in files}
         return json.dumps(
@@ -100,16 +102,25 @@ class UnsupportedCrawlReader:
 CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
 
 
-def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Finds a document: its newest text, columns and labels by name, and what each rule says."""
+class FoundDocument(NamedTuple):
+    """A document of a corpus and what the corpus's rules say of it."""
+
+    columns: dict[str, Any]
+    """Its newest text, columns and labels, by name."""
+    passed_rules: dict[str, bool]
+    """Whether it fulfils each rule, by the rule's name."""
+
+
+def find_document(corpus: OpenCorpus, document_id: str) -> FoundDocument:
+    """Finds a document by its id; raises MaxlmError if there is none."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in resolve_duplicates_for_rules(corpus, corpus.rules()):
+    for shard in resolve_duplicates_for_rules(corpus, corpus.resolve_rules()):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                keep = corpus.rules().keep.items()
-                verdicts = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
-                return table.to_pylist()[0], verdicts
+                keep = corpus.resolve_rules().keep.items()
+                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
+                return FoundDocument(table.to_pylist()[0], passed)
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

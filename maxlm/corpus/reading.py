@@ -51,7 +51,7 @@ class ReadPlan:
     """The shards to be read, and how many files were skipped as binary."""
 
     jobs: list[ReadJob]
-    num_binary: int
+    num_binary_files: int
 
 
 def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> ReadPlan:
@@ -60,24 +60,24 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
     A shard's name is made from what is in it (paths, sizes and times of files, and how they are
     read): a shard of the same name holds the same documents, and new files make new shards.
     """
-    jobs, num_binary = [], 0
+    jobs, num_binary_files = [], 0
     for source in sources:
         slices, size = [], 0
         listing = find_files(source)
-        num_binary += listing.num_binary
+        num_binary_files += listing.num_binary_files
         for file in listing.files:
             if FORMATS[file.format].folder_entries:
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError(f"this is a {file.format} already", where=file.name, fix=fix)
             for each in _date_slices(file, shard_bytes):
                 slices.append(each)
-                size += each[0].size
+                size += each[0].size_bytes
                 if size >= shard_bytes:
                     jobs.append(_make_job(folder, source, slices))
                     slices, size = [], 0
         if slices:
             jobs.append(_make_job(folder, source, slices))
-    return ReadPlan(jobs, num_binary)
+    return ReadPlan(jobs, num_binary_files)
 
 
 def _date_slices(file: SourceFile, shard_bytes: int) -> list[tuple[FileSlice, int]]:
@@ -106,7 +106,7 @@ def write_document_shard(job: ReadJob) -> None:
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows: list[dict[str, bytes | None]] = []
         size = 0
-        for row in chain(_make_rows(job, writer.count), [None]):
+        for row in chain(_make_rows(job, writer.count_skipped), [None]):
             if rows and (row is None or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
                 writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
                 rows, size = [], 0
@@ -139,15 +139,15 @@ def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iter
     """Reads a slice of any format."""
     file, longest = part.file, source.max_document_bytes
     if file.format == "warc":
-        yield from read_warc(file.path, count, max_bytes=longest)
+        yield from read_warc(file.path, count, max_record_bytes=longest)
     elif file.is_html:
         with open_stream(file.path, file.compression) as stream:
             data = stream.read(longest + 1)
         yield RawDocument(id=file.name, url=None, html=data, text=None)
     else:
         for record in read_records(source, part, max_bytes=longest, with_fields=True):
-            if record.reason:
-                count(record.reason)
+            if record.skip_reason:
+                count(record.skip_reason)
             else:
                 yield _from_record(source, record)
 

@@ -70,7 +70,7 @@ class BoundStage:
     where: Expression | None
     fingerprint: str
     """A hash of everything that decides the stage's labels, but for the documents."""
-    depends_on_corpus: bool
+    is_cross_document: bool
     """Whether its labels depend on the other documents of the corpus."""
 
 
@@ -84,7 +84,7 @@ class FilterRules:
     @property
     def label_names(self) -> list[str]:
         """The labels that rules of `keep` name, each once."""
-        return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.names))
+        return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.label_names))
 
 
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
@@ -97,14 +97,14 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         where = None
         if stage.where is not None:
             where = parse(stage.where, labels, f"{place}.where")
-        read = [*stage.reads, *(where.names if where else ())]
+        read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise make_unknown_label_error(column, labels, f"{place} ({name})")
         _check_names(stage, labels, [source.name for source in recipe.sources], place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
-        seen = texts if "text" in stage.reads else []
+        seen = texts if "text" in stage.input_columns else []
         before = sorted((s, keys[s]) for s in {*sources, *seen})
         parts = [stage.fingerprint(), stage.where, before, seen]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -123,7 +123,7 @@ def _check_names(
 ) -> None:
     """Checks the kinds of labels, and the sources, that a stage's settings name."""
     fix = "name a label that does"
-    for label in stage.ranks_by if isinstance(stage, CrossDocumentStage) else ():
+    for label in stage.rank_columns if isinstance(stage, CrossDocumentStage) else ():
         type_ = labels.get(label, pa.null())
         if not (types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)):
             what = f'"{label}" holds no numbers to choose the best document by'
@@ -205,7 +205,7 @@ def find_dedup_stages(
     for stage in reversed(recipe.stages):
         if isinstance(stage, CrossDocumentStage) and named & stage.verdict_labels:
             where = None if stage.where is None else parse(stage.where, labels, "")
-            named |= set(where.names if where else ())
+            named |= set(where.label_names if where else ())
             found.insert(0, (stage, where))
     return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
 
@@ -215,11 +215,12 @@ def _check_settling(recipe: RecipeConfig, rules: FilterRules, where: str) -> Non
     copy of a text is kept is settled only when rules are applied.
     """
     stages, labels = find_dedup_stages(recipe, rules), get_label_types(recipe)
-    wheres = {name for _, expression in stages if expression for name in expression.names}
+    wheres = {name for _, expression in stages if expression for name in expression.label_names}
     used = {*wheres, *rules.label_names, *rules.cut}
     for index, (stage, expression) in enumerate(stages):
         later = set().union(*(each.verdict_labels for each, _ in stages[index:]))
-        if label := next((n for n in (expression.names if expression else ()) if n in later), None):
+        names = expression.label_names if expression else ()
+        if label := next((n for n in names if n in later), None):
             what = f"{label} is settled after the duplicates that {stage.unique_name} finds"
             place = f"stages.{recipe.stages.index(stage)}.where"
             raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
@@ -232,9 +233,9 @@ def _check_settling(recipe: RecipeConfig, rules: FilterRules, where: str) -> Non
     for number, stage in enumerate(recipe.stages):
         name = stage.unique_name
         others = {f"{name}.{field.name}" for field in stage.schema()}
-        needs = set(stage.reads)
+        needs = set(stage.input_columns)
         if stage.where is not None:
-            needs |= set(parse(stage.where, labels, "").names)
+            needs |= set(parse(stage.where, labels, "").label_names)
         cause = next((label for label in early if label in needs), None)
         if isinstance(stage, CrossDocumentStage):
             settled = others & {*stage.verdict_labels, f"{name}.of"}

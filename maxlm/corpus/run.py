@@ -65,9 +65,9 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     # Labels may depend on which other documents there are.
     keys = {}
     for step in steps:
-        own = f"{step.fingerprint} {documents}" if step.depends_on_corpus else step.fingerprint
+        own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
         keys[step.stage.unique_name] = own
-    keys[DOCUMENTS] = f"{documents} {planned.num_binary}"
+    keys[DOCUMENTS] = f"{documents} {planned.num_binary_files}"
     with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
@@ -138,7 +138,9 @@ def _read_sources(
     sources = [source.model_dump(mode="json") for source in recipe.sources]
     details = {"key": key, "sources": sources, "inputs": inputs}
     shards = [job.shard for job in planned.jobs]
-    _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=planned.num_binary)
+    _make_shards(
+        folder / DOCUMENTS, shards, read, details, (), binary_files=planned.num_binary_files
+    )
 
 
 def _run_step(
@@ -170,7 +172,7 @@ def _run_step(
         "key": key,
         "stage": stage.model_dump(mode="json"),
         "version": stage.version,
-        "reads": list(stage.reads),
+        "reads": list(stage.input_columns),
         "texts": list(step.text_stages),
     }
     _make_shards(home, views, label, details, stage.packages())

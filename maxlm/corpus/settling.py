@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.cuts import CUTS, join_spans
+from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import concatenate, read_columns
 from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
 from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores
@@ -60,7 +60,7 @@ def resolve_duplicates_for_rules(
     stages = find_dedup_stages(corpus.recipe, rules)
     if not stages:
         return corpus.shards
-    manifests = [corpus.manifest(title) for title in corpus.list_stages()]
+    manifests = [corpus.read_manifest(title) for title in corpus.list_stages()]
     parts = [_VERSION, [(each["key"], each.get("shards_sha256")) for each in manifests]]
     parts.append(list(rules.cut))
     parts.append({name: rule.text for name, rule in rules.keep.items()})
@@ -77,18 +77,20 @@ def resolve_duplicates_for_rules(
         finally:
             shutil.rmtree(new, ignore_errors=True)
     folder = str(home.relative_to(corpus.folder))
-    return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
+    return [
+        replace(shard, resolved_labels=names, resolved_folder=folder) for shard in corpus.shards
+    ]
 
 
-def list_rule_inputs(rules: FilterRules, stages: DedupStages) -> list[str]:
+def list_rule_columns(rules: FilterRules, stages: DedupStages) -> list[str]:
     """Lists the columns that the rules and `where` look at, but for verdicts."""
-    wheres = [name for _, where in stages if where is not None for name in where.names]
+    wheres = [name for _, where in stages if where is not None for name in where.label_names]
     verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
     names = dict.fromkeys(["source", *rules.label_names, *wheres])
     return [name for name in names if name not in verdicts]
 
 
-def add_verdicts(
+def add_verdict_columns(
     table: pa.RecordBatch, stages: DedupStages, verdicts: Mapping[str, np.ndarray]
 ) -> pa.RecordBatch:
     """Adds to documents' labels the verdicts of stages: of a stage that is not in `verdicts`, those
@@ -168,14 +170,14 @@ class _Settling:
 
     def _add_verdicts(self, title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
         """Yields each row group's labels, with the verdicts so far among them."""
-        for documents, table in self._groups(list_rule_inputs(self._rules, self._stages), title):
+        for documents, table in self._groups(list_rule_columns(self._rules, self._stages), title):
             verdicts = {name: value[documents] for name, value in self._verdicts.items()}
-            yield documents, add_verdicts(table, self._stages, verdicts)
+            yield documents, add_verdict_columns(table, self._stages, verdicts)
 
     def _read_found(self, stage: CrossDocumentStage) -> dict[str, np.ndarray]:
         """Reads what a stage found, with documents by their numbers, and each document's rank."""
         rank = np.zeros(self._first[-1])
-        for documents, table in self._groups(stage.ranks_by, "ranks") if stage.keep_by else ():
+        for documents, table in self._groups(stage.rank_columns, "ranks") if stage.keep_by else ():
             rank[documents] = compute_keep_scores(table, stage.keep_by)
         if "duplicate" not in stage.verdicts:
             return self._read_passages(stage.unique_name) | {"rank": rank}
@@ -258,7 +260,7 @@ class _Settling:
         # stays, so that it stands there in one piece.
         start, kept = parts[:, 0] << 32 | parts[:, 1], parts[:, 3] << 32 | parts[:, 4]
         stop = start + parts[:, 2] - parts[:, 1]
-        gone = join_spans(start, stop)
+        gone = merge_spans(start, stop)
         low = np.searchsorted(gone[1], kept, "right")
         number = np.searchsorted(gone[0], kept + stop - start) - low + 1
         which = np.repeat(np.arange(len(parts)), number)
@@ -271,7 +273,7 @@ class _Settling:
         order = np.lexsort((stop, start))
         self._cuts[f"{title}.cuts"] = start[order], stop[order]
         share = self._verdicts[f"{title}.cut_share"] = np.zeros(len(may_keep))
-        starts, stops = join_spans(start, stop)
+        starts, stops = merge_spans(start, stop)
         np.add.at(share, starts >> 32, stops - starts)
         share[found["some"]] /= found["size"]
 

@@ -49,11 +49,11 @@ class RowGroup:
 
     batch: pa.RecordBatch
     """The columns that were asked for."""
-    index: np.ndarray
+    row_indices: np.ndarray
     """Indices of the rows of `batch` in the row group: int64 [batch.num_rows], rising."""
-    size: int
+    num_rows: int
     """Rows in the row group."""
-    first: int
+    first_row: int
     """The row group's first row, counted within the shard."""
 
 
@@ -68,11 +68,11 @@ class StageShardView:
     """The stages before this one that wrote a version of the text, oldest first."""
     where: Expression | None = None
     """Condition on the documents to label; None: all."""
-    out: str = ""
+    output_stage: str = ""
     """The stage that writes."""
-    settled: tuple[str, ...] = ()
+    resolved_labels: tuple[str, ...] = ()
     """Labels that are read as `resolve_duplicates_for_rules` wrote them, in `settled_folder`."""
-    settled_folder: str = ""
+    resolved_folder: str = ""
 
     def path(self, stage: str) -> Path:
         """The file with a stage's columns."""
@@ -91,7 +91,7 @@ class StageShardView:
             columns: columns of `DOCUMENT_SCHEMA` or labels as "stage.label". "text" is the newest
                 version a document has.
         """
-        needed = dict.fromkeys([*columns, *(self.where.names if self.where else ())])
+        needed = dict.fromkeys([*columns, *(self.where.label_names if self.where else ())])
         first = 0
         for table in self.read_row_groups(list(needed)):
             keep = np.ones(table.num_rows, np.bool_)
@@ -137,16 +137,16 @@ class StageShardView:
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
         """Find the files that hold a column: (stage, column in its file), newest text first."""
-        if column in self.settled:
-            return [(self.settled_folder, column)]
+        if column in self.resolved_labels:
+            return [(self.resolved_folder, column)]
         if column == "text":
             return [(stage, "text") for stage in reversed(self.text_stages)]
         stage, dot, label = column.rpartition(".")
         return [(stage, label)] if dot else [(DOCUMENTS, column)]
 
-    def writer(self, schema: pa.Schema) -> "ShardWriter":
+    def open_writer(self, schema: pa.Schema) -> "ShardWriter":
         """Writes this shard's labels: `write_selected_rows` for each of `read_selected_rows`."""
-        return ShardWriter(self.path(self.out), schema)
+        return ShardWriter(self.path(self.output_stage), schema)
 
 
 class ShardWriter:
@@ -167,18 +167,18 @@ class ShardWriter:
 
     def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
         """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
-        if labels.num_rows != len(rows.index):
-            raise ValueError(f"{labels.num_rows} labels for {len(rows.index)} documents")
-        if len(rows.index) < rows.size:
-            places = np.full(rows.size, -1, np.int64)
-            places[rows.index] = np.arange(len(rows.index))
+        if labels.num_rows != len(rows.row_indices):
+            raise ValueError(f"{labels.num_rows} labels for {len(rows.row_indices)} documents")
+        if len(rows.row_indices) < rows.num_rows:
+            places = np.full(rows.num_rows, -1, np.int64)
+            places[rows.row_indices] = np.arange(len(rows.row_indices))
             labels = labels.take(pa.array(places, mask=places < 0))
-        self.write_row_group(labels, labelled=len(rows.index))
+        self.write_row_group(labels, num_labelled=len(rows.row_indices))
 
-    def write_row_group(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
+    def write_row_group(self, batch: pa.RecordBatch, num_labelled: int | None = None) -> None:
         """Writes one row group."""
         self._counts["rows"] += batch.num_rows
-        self._counts["labelled"] += batch.num_rows if labelled is None else labelled
+        self._counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
         self._count_values(batch)
         with convert_write_errors(self._path):
             self._writer.write_batch(batch.cast(self._schema), row_group_size=batch.num_rows or 1)
@@ -191,9 +191,9 @@ class ShardWriter:
                 for each in pc.value_counts(column.drop_null()).to_pylist():
                     self._counts[f"{field.name}={each['values']}"] += each["counts"]
 
-    def count(self, reason: str, number: int = 1) -> None:
+    def count_skipped(self, reason: str, count: int = 1) -> None:
         """Counts something that is in no row, such as a record that was passed over."""
-        self._counts[reason] += number
+        self._counts[reason] += count
 
     def __exit__(self, kind, value, trace) -> None:
         try:

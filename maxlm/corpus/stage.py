@@ -65,11 +65,11 @@ class Stage(Config):
 
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
-    needs: ClassVar[tuple[str, ...]] = ()
+    required_packages: ClassVar[tuple[str, ...]] = ()
     """Distributions of the extra `corpus` that it imports."""
-    by_unicode: ClassVar[bool] = False
+    depends_on_unicode: ClassVar[bool] = False
     """Whether its labels depend on the version of Unicode's tables."""
-    neutral: ClassVar[tuple[str, ...]] = ("where",)
+    hash_excludes: ClassVar[tuple[str, ...]] = ("where",)
     """Settings that change no label (`where` is in the key by other means)."""
 
     @property
@@ -78,7 +78,7 @@ class Stage(Config):
         return self.name or self.stage
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         """The columns it reads: of the documents, or labels as "stage.label"."""
         return ("text",)
 
@@ -93,14 +93,14 @@ class Stage(Config):
 
     def fingerprint(self) -> str:
         """A hash of all that decides its labels, but for the documents and labels it reads."""
-        settings = self.model_dump(mode="json", exclude=set(self.neutral))
+        settings = self.model_dump(mode="json", exclude=set(self.hash_excludes))
         text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return f"{digest} {UNICODE}" if self.by_unicode else digest
+        return f"{digest} {UNICODE}" if self.depends_on_unicode else digest
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that it needs, whose versions go into the manifest."""
-        return self.needs
+        return self.required_packages
 
 
 class PerDocumentStage(Stage):
@@ -109,7 +109,7 @@ class PerDocumentStage(Stage):
 
     @abstractmethod
     def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:
-        """Returns a function from a row's values of `reads` to labels by name; others are null."""
+        """Returns a function from a row's `input_columns` to labels by name; others are null."""
 
     def make_batch_label_fn(self) -> BatchLabelFn:
         """The labelling function of a batch."""
@@ -132,14 +132,14 @@ class CrossDocumentStage(Stage):
     memory: int = Field(default=1 << 29, ge=1 << 10)
     """Bytes that a job may use, about; smaller means more files and jobs."""
 
-    neutral = (*Stage.neutral, "memory")
+    hash_excludes = (*Stage.hash_excludes, "memory")
     verdicts: ClassVar[tuple[str, ...]] = ()
     """Labels that say which of several documents loses a text. They are settled among the documents
     that the other rules keep (`settling`); a stage's file has them as if all were kept."""
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return ("text", *self.ranks_by)
+    def input_columns(self) -> tuple[str, ...]:
+        return ("text", *self.rank_columns)
 
     @property
     def verdict_labels(self) -> set[str]:
@@ -147,15 +147,15 @@ class CrossDocumentStage(Stage):
         return {f"{self.unique_name}.{verdict}" for verdict in self.verdicts}
 
     @property
-    def ranks_by(self) -> tuple[str, ...]:
+    def rank_columns(self) -> tuple[str, ...]:
         """The label that `keep_by` names, if any."""
         return () if self.keep_by is None else (self.keep_by.removeprefix("-"),)
 
     @abstractmethod
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
-        """Write the labels of every shard (`StageShardView.writer`).
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
+        """Write the labels of every shard (`StageShardView.open_writer`).
 
-        Large work goes through `run`, in jobs whose memory does not grow with the corpus;
+        Large work goes through `run_jobs`, in jobs whose memory does not grow with the corpus;
         they pass data on by files in `scratch`, which stays if the run is killed and is deleted
         when the stage is done. The labels must not depend on the order in which jobs finish.
         """
@@ -173,8 +173,8 @@ class ShardLabeller:
         stage = self._stage
         try:
             self._label = self._label or stage.make_batch_label_fn()
-            with shard.writer(stage.schema()) as writer:
-                for rows in shard.read_selected_rows(stage.reads):
+            with shard.open_writer(stage.schema()) as writer:
+                for rows in shard.read_selected_rows(stage.input_columns):
                     writer.write_selected_rows(rows, self._label(rows.batch))
         except MaxlmError as error:
             where = error.where or f"{stage.unique_name}, shard {shard.name}"

@@ -40,7 +40,7 @@ ALONE_RANGES = (
 
 
 @cache
-def get_character_classes() -> np.ndarray:
+def get_code_point_classes() -> np.ndarray:
     """Makes the table of the class of every code point: uint8 [0x110000]."""
     classes = np.zeros(0x110000, np.uint8)
     for code in (*range(_ASSIGNED), *range(0xE0000, 0xE0200)):

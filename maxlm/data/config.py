@@ -40,7 +40,7 @@ class MixtureSource(SourceConfig):
             raise ValueError("heldout_store goes with store; documents are split by hash")
         return self
 
-    def corpus(self) -> SourceConfig:
+    def source_config(self) -> SourceConfig:
         """Returns the settings to read its documents."""
         return SourceConfig(**{k: getattr(self, k) for k in SourceConfig.model_fields})
 

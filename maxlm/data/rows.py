@@ -125,35 +125,35 @@ class RowSource:
     batch_size: int
     shuffle_key: int | None
     """Key of the shuffling; None keeps the file's order."""
-    examples: NDArray[np.int64]
+    example_indices: NDArray[np.int64]
     """The examples of all rows, one row after the other."""
-    offsets: NDArray[np.int64]
+    row_offsets: NDArray[np.int64]
     """Row i has examples [offsets[i], offsets[i + 1])."""
     endless: bool = True
     """False reads the file once; rows past its end are padding."""
 
     @property
-    def num_rows(self) -> int:
+    def rows_per_epoch(self) -> int:
         """Rows of an epoch."""
-        return self.offsets.size - 1
+        return self.row_offsets.size - 1
 
     @property
     def num_steps(self) -> int | None:
-        return None if self.endless else -(-self.num_rows // self.batch_size)
+        return None if self.endless else -(-self.rows_per_epoch // self.batch_size)
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         indices = step * self.batch_size + np.asarray(row_numbers, np.int64)
-        epochs, places = np.divmod(indices, self.num_rows)
+        epochs, places = np.divmod(indices, self.rows_per_epoch)
         present = np.ones(len(indices), bool) if self.endless else epochs == 0
         if self.shuffle_key is not None:
-            places = permute(places, self.num_rows, derive_keys(self.shuffle_key, epochs))
+            places = permute(places, self.rows_per_epoch, derive_keys(self.shuffle_key, epochs))
         batch = {
             name: np.zeros((len(indices), *array.shape), array.dtype)
             for name, array in self.arrays.items()
         }
         for i in np.flatnonzero(present).tolist():
-            own = slice(*self.offsets[places[i] : places[i] + 2])
-            self._fill(batch, i, self.examples[own].tolist())
+            own = slice(*self.row_offsets[places[i] : places[i] + 2])
+            self._fill(batch, i, self.example_indices[own].tolist())
         return batch
 
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:

@@ -35,20 +35,20 @@ class ZarrArray:
         self._store, self._where = store, where
         self.shape: Shape = tuple(store.shape)
         self.dtype: np.dtype = store.dtype.numpy_dtype
-        self.file_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
-        self.tile_shape: Shape = tuple(store.chunk_layout.read_chunk.shape or ())
+        self.shard_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
+        self.chunk_shape: Shape = tuple(store.chunk_layout.read_chunk.shape or ())
         """Shape of a tile, the least that can be decoded."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, index: Shape = ()) -> np.ndarray:
+    def read(self, lead_index: Shape = ()) -> np.ndarray:
         """Reads the slice at some leading indices."""
-        values = np.empty(self.shape[len(index) :], self.dtype)
-        here = self._store[index] if index else self._store
+        values = np.empty(self.shape[len(lead_index) :], self.dtype)
+        here = self._store[lead_index] if lead_index else self._store
         with _explain(self._where):
-            parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
+            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
             begun = ((box, here[box].read()) for box in parts)
             for box, reading in _few_at_once(begun, values.nbytes):
                 values[box] = reading.result()
@@ -59,12 +59,12 @@ class ZarrArray:
         with _explain(self._where):
             return self._store[box].read().result()
 
-    def write(self, index: Shape, values: np.ndarray) -> None:
+    def write(self, lead_index: Shape, values: np.ndarray) -> None:
         """Writes the slice at some leading indices, and waits for the disk."""
-        assert values.shape == self.shape[len(index) :]
-        here = self._store[index] if index else self._store
+        assert values.shape == self.shape[len(lead_index) :]
+        here = self._store[lead_index] if lead_index else self._store
         with _explain(self._where, _WRITING):
-            parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
+            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
             begun = (here[box].write(values[box]) for box in parts)
             for writing in _few_at_once(begun, values.nbytes):
                 writing.result()
@@ -80,7 +80,7 @@ def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
 
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading indices."""
-    tile, file = choose_tile_and_file_shapes(shape[num_lead_axes:])
+    tile, file = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
     tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
@@ -111,7 +111,7 @@ def open_array(folder: Path, name: str) -> ZarrArray:
         return ZarrArray(_open(store, {}), where)
 
 
-def choose_tile_and_file_shapes(shape: Shape) -> tuple[Shape, Shape]:
+def choose_chunk_and_shard_shapes(shape: Shape) -> tuple[Shape, Shape]:
     """Returns shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
     tile = _halved(shape, TILE_BYTES // 4)
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))

@@ -43,10 +43,10 @@ class RunCheckpointWriter:
         full = f"params.{name}"
         self._arrays[name] = create_array(self._folder / "state" / full, shape, num_lead_axes)
 
-    def write(self, name: str, index: Shape, values: np.ndarray) -> None:
+    def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
         """Writes the fp32 slice of a parameter at some leading indices, and waits for the disk."""
         assert values.dtype == np.float32, name
-        self._arrays[name].write(index, values)
+        self._arrays[name].write(lead_index, values)
 
     def commit(self, metadata: Mapping[str, Any]) -> None:
         """Completes the checkpoint; ``step`` and ``versions`` are added to the metadata."""
@@ -99,7 +99,7 @@ class RunCheckpointReader:
         into memory if it is small, else into a file in the folder ``scratch_folder``, then removed.
         """
         array = self.open(name)
-        if math.prod(array.tile_shape[:num_lead_axes]) <= 1:
+        if math.prod(array.chunk_shape[:num_lead_axes]) <= 1:
             yield array.read
         elif array.nbytes <= _WHOLE_BYTES:
             whole = array.read()
@@ -117,7 +117,7 @@ def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
         os.posix_fallocate(file.fileno(), 0, array.nbytes)
     else:
         file.truncate(array.nbytes)
-    for box in split_into_boxes(array.shape, array.tile_shape):
+    for box in split_into_boxes(array.shape, array.chunk_shape):
         values = array.read_box(box)
         for at in np.ndindex(values.shape[:lead]):
             there = tuple(part.start + i for part, i in zip(box, at, strict=False))

@@ -22,7 +22,7 @@ from maxlm.huggingface.files import (
     SHARD_BYTES,
     SafetensorsWriter,
     StoredTensor,
-    iterate_pieces,
+    iterate_flat_chunks,
     list_stored_tensors,
     read_tensor,
 )
@@ -59,7 +59,7 @@ def import_tensors(
         lossy: round fp64 values.
         warn: called with a line if values are NaN or infinite.
     """
-    leads = check_coverage(entries, shapes)
+    leads = count_lead_axes(entries, shapes)
     pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
     for name, shape in shapes.items():
         writer.declare(name, shape, leads[name])
@@ -92,7 +92,7 @@ def export_tensors(
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
     """
-    leads = check_coverage(entries, checkpoint.shapes)
+    leads = count_lead_axes(entries, checkpoint.shapes)
     kinds = {e.theirs: (dtypes.get_dtype(e.theirs), tuple(e.shape)) for e in entries}
     sizes = {name: prod(shape) * NUMPY[dtype].itemsize for name, (dtype, shape) in kinds.items()}
     total, done = sum(sizes.values()), 0
@@ -166,16 +166,18 @@ def match_entries(
     return pairs
 
 
-def check_coverage(entries: Iterable[TensorEntry], shapes: Mapping[str, Shape]) -> dict[str, int]:
+def count_lead_axes(
+    entries: Iterable[TensorEntry], param_shapes: Mapping[str, Shape]
+) -> dict[str, int]:
     """Checks that the table fills every element of every parameter exactly once, and returns the
     number of leading indices at which each is cut."""
-    indices: dict[str, list[Shape]] = {name: [] for name in shapes}
+    indices: dict[str, list[Shape]] = {name: [] for name in param_shapes}
     for place in (place for entry in entries for place in entry.ours):
-        if place.name not in shapes:
+        if place.name not in param_shapes:
             raise MaxlmError("this model has no such parameter", where=place.name)
         indices[place.name].append(place.index)
     leads = {name: max(map(len, own), default=0) for name, own in indices.items()}
-    for name, shape in shapes.items():
+    for name, shape in param_shapes.items():
         found, want = Counter(indices[name]), Counter(np.ndindex(*shape[: leads[name]]))
         for index in sorted((want - found) | (found - want)):
             at = "".join(f"[{i}]" for i in index)
@@ -198,7 +200,7 @@ def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
 def _check_same(one: StoredTensor, other: StoredTensor) -> None:
     same = one.dtype == other.dtype and all(
         a.tobytes() == b.tobytes()
-        for a, b in zip(iterate_pieces(one), iterate_pieces(other), strict=True)
+        for a, b in zip(iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True)
     )
     if not same:
         what = f"{other.name} differs from {one.name}, which this model ties it to"

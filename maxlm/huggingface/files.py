@@ -78,14 +78,14 @@ def read_tensor(
     """Returns a tensor's values, in its own number format or cast on the way to ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
     flat, done = values.reshape(-1), 0
-    for piece in iterate_pieces(stored):
+    for piece in iterate_flat_chunks(stored):
         cast = cast_values(piece, flat.dtype, where=stored.name, lossy=lossy)
         flat[done : done + len(piece)] = cast
         done += len(piece)
     return values
 
 
-def iterate_pieces(stored: StoredTensor) -> Iterator[np.ndarray]:
+def iterate_flat_chunks(stored: StoredTensor) -> Iterator[np.ndarray]:
     """Yields a tensor's values in order, as 1-D arrays that are only valid until the next."""
     dtype = NUMPY[stored.dtype]
     buffer = np.empty(min(stored.size, SLAB_BYTES // dtype.itemsize), dtype)

@@ -60,11 +60,11 @@ class JobHosts:
         return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 
-def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | None) -> JobHosts:
+def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int | None) -> JobHosts:
     """Returns the hosts of a machine.
 
     Args:
-        name: the machine's, for messages.
+        machine: the machine's, for messages.
         nodes: how many hosts a CPU machine has; of others the name tells.
 
     Raises:
@@ -73,10 +73,10 @@ def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | No
     platform = topology.platform
     if platform not in _PLATFORMS[scheduler]:
         able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
-        what = f"{scheduler} is not for {platform.upper()}s, and {name} is one"
+        what = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
         raise MaxlmError(what, fix=f"use {' or '.join(able)}")
     if scheduler in _ONE_SLICE and platform == "tpu" and topology.slices > 1:
-        what = f"{scheduler} starts one slice, and {name} is {topology.slices}"
+        what = f"{scheduler} starts one slice, and {machine} is {topology.slices}"
         raise MaxlmError(what, fix="use jobset")
     if platform == "cpu":
         nodes = nodes or 1
@@ -99,7 +99,7 @@ def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | No
             f"{prefix}-{chips * cores}",
         )
     if nodes not in (None, found.count):
-        what = f"--nodes {nodes}: {name} is {found.count} hosts of {found.devices}"
+        what = f"--nodes {nodes}: {machine} is {found.count} hosts of {found.devices}"
         fix = "leave --nodes out, or name the shape of GPUs, as in h100:16x4"
         raise MaxlmError(what, fix=fix)
     return found

@@ -74,29 +74,29 @@ class Job:
 
 def make_job(
     run: RunConfig,
-    source: str,
+    config_source: str,
     settings: Sequence[str],
     *,
     scheduler: str,
     on: str,
     options: JobOptions = JobOptions(),
     force: bool = False,
-    own_template: bool = False,
+    user_template: bool = False,
 ) -> tuple[Job, RunPlan]:
     """Check a run for a scheduler and a machine, and describe the job that trains it.
 
     Args:
-        run: the config that `source`, a shipped config or a file, and `settings` load.
+        run: the config that `config_source`, a shipped config or a file, and `settings` load.
         on: the machine, as ``maxlm plan`` takes it.
         force: although it does not fit.
-        own_template: the user's, who may mount folders there.
+        user_template: whether the template is the user's own, which may mount folders.
     """
     check_options(options, scheduler)
     machine = Machine.from_name(on)
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
     mounted = parse_mounts(options.mount, scheduler)
     in_container = scheduler in ("jobset", "skypilot") or bool(options.image)
-    check_paths(run, scheduler, mounted, in_container, own_template)
+    check_paths(run, scheduler, mounted, in_container, user_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
@@ -107,11 +107,11 @@ def make_job(
     node_selector = parse_node_selectors(options.node_selector)
     plan = plan_run(run, machine)
     if not plan.fits and not force:
-        fix = f"find what does: maxlm plan {source} --on {on} --search (or --force)"
+        fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
         raise MaxlmError(f"does not fit on {on}: {summarize_plan(plan)}", where=run.name, fix=fix)
     _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
-    config, text, path = source, "", Path(source).expanduser()
-    if path.is_file() or not find_shipped_config(source):
+    config, text, path = config_source, "", Path(config_source).expanduser()
+    if path.is_file() or not find_shipped_config(config_source):
         config = str(path.resolve())
         if in_container or scheduler != "slurm":  # the job does not see this machine's files
             config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)

@@ -15,7 +15,7 @@ _URLS = ("store", "remote_folder")
 PLACEHOLDER = "/path/to/"
 
 
-def make_placeholders(run: RunConfig) -> list[str]:
+def make_placeholder_settings(run: RunConfig) -> list[str]:
     """Return settings in place of the text that a run does not name; none where it names some."""
     if run.data.sources:
         return []
@@ -30,13 +30,17 @@ def find_placeholder_settings(run: RunConfig) -> list[str]:
 
 
 def check_paths(
-    run: RunConfig, scheduler: str, mounted: Sequence[Mount], in_container: bool, own_template: bool
+    run: RunConfig,
+    scheduler: str,
+    mounted: Sequence[Mount],
+    in_container: bool,
+    user_template: bool,
 ) -> None:
     """Checks that there is text, and a run's folder that outlives its hosts and that all see.
 
     Args:
         in_container: it runs in a container, which sees what is mounted.
-        own_template: it may mount folders, or say where a job begins.
+        user_template: the template is the user's: it may mount folders, or say where a job begins.
     """
     named = _places(run)
     for key, place in named.items():
@@ -50,7 +54,7 @@ def check_paths(
         what = "a store was made with a tokenizer, and none is named"
         fix = "name the folder of the tokenizer the stores were built with"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
-    if own_template or (scheduler == "slurm" and not in_container):
+    if user_template or (scheduler == "slurm" and not in_container):
         return
     for key, place in named.items():
         url = "://" in place and key.endswith(_URLS)

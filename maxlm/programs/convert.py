@@ -213,7 +213,7 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
         name = "generation_config.json"
         return None, [*notes, f"left out: {name}"] if (source / name).exists() else notes
     rows = config.model.vocab_size
-    tokenizer = import_tokenizer(source, embedding_rows=rows)
+    tokenizer = import_tokenizer(source, num_embedding_rows=rows)
     if tokenizer.vocab_size > rows:
         whole = import_tokenizer(source).vocab_size
         what = f"the tokenizer has {whole} ids, the model's table {rows} rows"

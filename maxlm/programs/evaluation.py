@@ -33,21 +33,21 @@ class HeldOutEvaluator:
     bytes to tokens. ``on_batch`` is called before each batch.
     """
 
-    def __init__(self, setup: RunSetup, corpus: PreparedData, on_batch: Callable[[], None]):
-        self._setup, self._corpus, self._on_batch = setup, corpus, on_batch
+    def __init__(self, setup: RunSetup, data: PreparedData, on_batch: Callable[[], None]):
+        self._setup, self._data, self._on_batch = setup, data, on_batch
         self._eval_fn = setup.jit_eval_step()
 
     def evaluate(self, state: TrainState, max_batches: int | None = None) -> HeldOutResults:
         """Evaluates on each source's text; ``max_batches``: of each source, None: all."""
         results = {}
         step = partial(self._step, state.frozen)
-        for name, source in self._corpus.eval_batch_sources.items():
+        for name, source in self._data.eval_batch_sources.items():
             with open_evaluation_batches(self._setup, source, max_batches) as batches:
                 sums = sum_over_batches(step, get_eval_params(state), batches)
             loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
             result = {"loss": loss, "tokens": sums["tokens"]}
             if self._setup.config.task.predicts_every_token:
-                store = self._corpus.heldout_stores[name]
+                store = self._data.heldout_stores[name]
                 predictable = store.num_tokens - store.num_documents
                 text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
                 bits = sums["cross_entropy"] / math.log(2)
@@ -111,12 +111,12 @@ class MetricsCallback(Callback):
     def __init__(
         self,
         setup: RunSetup,
-        text: PreparedData,
+        data: PreparedData,
         plan: RunPlan,
         log: MetricsLog,
-        show: ConsoleDisplay,
+        display: ConsoleDisplay,
     ):
-        self._config, self._plan, self._log, self._display = setup.config, plan, log, show
+        self._config, self._plan, self._log, self._display = setup.config, plan, log, display
         self._planned: dict[str, Any] = {}
         if plan.step_seconds is not None:
             self._planned = {
@@ -124,10 +124,10 @@ class MetricsCallback(Callback):
                 "planned_mfu": plan.mfu(),
                 "planned_memory": float(plan.memory.total),
             }
-        self._mixture: Any = getattr(text.train_batch_source, "mixture", None)
+        self._mixture: Any = getattr(data.train_batch_source, "mixture", None)
         self._bytes_per_target = {
             name: store.manifest.text_bytes / (store.num_tokens - store.num_documents)
-            for name, store in text.train_stores.items()
+            for name, store in data.train_stores.items()
         }
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:

@@ -23,8 +23,8 @@ def generate_text(
     Literals of special tokens in them are plain text.
 
     Yields at each step a list with the text that each row's new token completes, often empty; all
-    of a row's pieces joined are its continuation (see :func:`get_separator`). The tokens that end a
-    continuation give no text.
+    of a row's pieces joined are its continuation (see :func:`get_prompt_separator`). The tokens
+    that end a continuation give no text.
     """
     whole = isinstance(model, EncoderDecoder)
     steps = generate(
@@ -46,12 +46,12 @@ def encode_prompts(
     """Return the ids that a model is given for each prompt, at least one; ``as_documents``: prompts
     are documents, as an encoder reads them, rather than openings."""
     end = [tokenizer.eos_id] if as_documents else []
-    encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
+    encoded = [[*tokenizer.prefix_ids, *tokenizer.encode(prompt), *end] for prompt in prompts]
     # A model needs a token to start from, even where documents open without one.
     return [ids or [tokenizer.bos_id] for ids in encoded]
 
 
-def get_separator(model: Model) -> str:
+def get_prompt_separator(model: Model) -> str:
     """Returns what separates a prompt from its continuation where both are shown."""
     return "\n" if isinstance(model, EncoderDecoder) else ""
 

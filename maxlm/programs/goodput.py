@@ -40,7 +40,7 @@ SILENCE = 60.0
 
 
 @dataclass(frozen=True)
-class Span:
+class ActivitySpan:
     """A stretch of time, unix seconds, spent on one of `PARTS`."""
 
     begin: float
@@ -67,11 +67,11 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class History:
+class RunHistory:
     """A run's attempts and what its time was spent on."""
 
     attempts: tuple[Attempt, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[ActivitySpan, ...]
     """The whole time, in order and without gaps."""
     event_counts: Mapping[str, int] = field(default_factory=dict)
     """Events by kind."""
@@ -109,9 +109,9 @@ class History:
         return sum(a.ended - a.began for a in self.attempts) / ends if ends else None
 
 
-def summarize_events(events: Iterable[Event], now: float) -> History:
-    """Accounts for a run's time, from its events in the order they were written; at ``now`` (unix
-    seconds) the last attempt may still be alive."""
+def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> RunHistory:
+    """Accounts for a run's time, from its events in the order they were written; at
+    ``now_unix_seconds`` the last attempt may still be alive."""
     counts: Counter[str] = Counter()
     logs: list[list[Event]] = []
     for event in events:
@@ -121,16 +121,16 @@ def summarize_events(events: Iterable[Event], now: float) -> History:
         if logs:
             logs[-1].append(event)
     attempts: list[Attempt] = []
-    spans: list[Span] = []
+    spans: list[ActivitySpan] = []
     for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
-        attempt, own = _account(log, kept, before, now if log is logs[-1] else inf)
+        attempt, own = _account(log, kept, before, now_unix_seconds if log is logs[-1] else inf)
         if before and attempt.began > before.ended:
             part = "finished" if before.end == "done" else "down"
-            spans.append(Span(before.ended, attempt.began, part))
+            spans.append(ActivitySpan(before.ended, attempt.began, part))
         attempts.append(attempt)
         spans += own
-    return History(tuple(attempts), tuple(spans), dict(counts))
+    return RunHistory(tuple(attempts), tuple(spans), dict(counts))
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
@@ -149,7 +149,7 @@ def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
 
 def _account(
     log: Sequence[Event], kept: Sequence[float], before: Attempt | None, now: float
-) -> tuple[Attempt, list[Span]]:
+) -> tuple[Attempt, list[ActivitySpan]]:
     start = log[0]
     # Another host's clock may be behind: time never goes back here.
     earliest = before.ended if before else -inf
@@ -175,7 +175,7 @@ def _account(
 
 def _find_spans(
     log: Sequence[Event], times: Sequence[float], kept: Sequence[float], attempt: Attempt
-) -> Iterator[Span]:
+) -> Iterator[ActivitySpan]:
     """The attempt's time, cut at its start event and at every ``progress``, whose seconds since the
     one before fill what lies between in a fixed order."""
     yield from _fill(attempt.began, times[0], {"starting": inf})
@@ -210,13 +210,13 @@ def _find_spans(
     yield from _fill(begin, attempt.ended, once | {"evaluating": final})
 
 
-def _fill(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[Span]:
+def _fill(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[ActivitySpan]:
     """Spans from ``begin`` to ``end``: as much of each part as there is room for, in the order of
     `PARTS` reversed, but what is over, ``other``, last."""
     for part in reversed(PARTS):
         until = min(end, begin + parts.get(part, 0.0))
         if until > begin:
-            yield Span(begin, until, part)
+            yield ActivitySpan(begin, until, part)
             begin = until
     if end > begin:
-        yield Span(begin, end, "other")
+        yield ActivitySpan(begin, end, "other")

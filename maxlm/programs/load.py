@@ -92,24 +92,24 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     return replace(state, params=params, ema=ema)
 
 
-def load_frozen_models(setup: RunSetup, init_params: Callable[[], Params]) -> dict[str, Params]:
-    """Return the parameters of the models that the task only reads, by name; ``init_params``
+def load_frozen_models(setup: RunSetup, init_params_fn: Callable[[], Params]) -> dict[str, Params]:
+    """Return the parameters of the models that the task only reads, by name; ``init_params_fn``
     returns those that training starts from."""
     loaded: dict[str, Params] = {}
     for model, source in setup.frozen_sources.items():
         if source.folder is None:
             # A copy: the step is given the memory of the whole state.
-            loaded[model] = jax.tree.map(jnp.copy, init_params())
+            loaded[model] = jax.tree.map(jnp.copy, init_params_fn())
             continue
         with _open_checkpoints(source.folder) as (tier, _, name):
             loaded[model] = tier.restore_params(None, setup.abstract_state.frozen[model], name)
     return loaded
 
 
-def describe_frozen_models(setup: RunSetup, loaded: Mapping[str, Params]) -> dict[str, Any]:
+def describe_frozen_models(setup: RunSetup, frozen_params: Mapping[str, Params]) -> dict[str, Any]:
     """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
     described = {}
-    for name, params in loaded.items():
+    for name, params in frozen_params.items():
         found = json.dumps(compute_fingerprints(named_leaves(params)), sort_keys=True).encode()
         source = setup.frozen_sources[name].folder
         fingerprint = hashlib.sha256(found).hexdigest()

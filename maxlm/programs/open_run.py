@@ -42,12 +42,12 @@ class OpenRun:
 
     setup: RunSetup
     folder: Path
-    lead: bool
+    is_lead: bool
     """Whether this process writes and prints."""
     say: Say
     signals: SignalHandler
     watchdog: Watchdog
-    corpus: PreparedData
+    data: PreparedData
     state_restorer: StateRestorer
     position: TrainingPosition
     """Position where training starts or resumes."""
@@ -71,7 +71,7 @@ def open_run(
     use_compilation_cache(config)
     config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
     signals = stack.enter_context(handle_signals(str(folder)))
-    stack.enter_context(create_run_folder(config, folder, lead=lead))
+    stack.enter_context(create_run_folder(config, folder, is_lead=lead))
     if lead:
         stack.enter_context(lock_run_folder(folder))
     home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
@@ -80,12 +80,12 @@ def open_run(
     source = find_resume_source(setup, checkpointer, resume, stack, say)
     saved = source.metadata if source else check_init_checkpoint(setup)
     corpus = prepare_data_on_all_hosts(config, folder)
-    if source and not source.is_own:  # It may have trained on meanwhile, and deleted old ones.
+    if source and not source.is_own_run:  # It may have trained on meanwhile, and deleted old ones.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
     states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
-    frozen = states.load_or_copy_frozen()
+    frozen = states.load_frozen_params()
     metadata = make_run_metadata(config, corpus, saved, describe_frozen_models(setup, frozen))
     if source:
         where = str(source.checkpointer.folder)
@@ -111,7 +111,7 @@ def open_run(
     sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
     plan = plan_run(config, machine, sizes=sizes, links=links)
     say(format_prediction(plan))
-    write_run_description(folder, config, plan, lead=lead)
+    write_run_description(folder, config, plan, is_lead=lead)
     log = stack.enter_context(MetricsLog(folder, step, write=lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
@@ -119,7 +119,7 @@ def open_run(
         "resume" if step else "start",
         step,
         began=get_process_start_unix_seconds(),
-        run=str(source.checkpointer.folder.parent) if source and not source.is_own else None,
+        run=str(source.checkpointer.folder.parent) if source and not source.is_own_run else None,
         devices=jax.device_count(),
         processes=jax.process_count(),
         device_kind=jax.devices()[0].device_kind,

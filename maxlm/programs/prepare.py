@@ -106,7 +106,7 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
         # Bytes of a character in the middle are neither, and go on with what came before.
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
-    sizes, opening = (model_vocab_size, tokenizer.vocab_size), tuple(tokenizer.opening)
+    sizes, opening = (model_vocab_size, tokenizer.vocab_size), tuple(tokenizer.prefix_ids)
     return Vocabulary(*sizes, opening, tokenizer.eos_id, special, starts_word)
 
 
@@ -171,7 +171,7 @@ def _training_text(config: RunConfig) -> Iterator[bytes]:
         fix = "name the folder of the tokenizer the stores were built with"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
     for source in sources:
-        for document in read_documents(source.corpus()):
+        for document in read_documents(source.source_config()):
             if not is_heldout(document.text, config.data.heldout_fraction):
                 yield document.text
 
@@ -183,11 +183,11 @@ def _stores(
         return _named_stores(source, load_tokenizer(tokenizer))
     fraction = config.data.heldout_fraction
     built: dict[str, TokenStore] = {}
-    for split in _splits(source.corpus(), fraction, folder):
+    for split in _splits(source.source_config(), fraction, folder):
         if not (folder / split).exists():
             with show_progress() as progress:
                 build_store(
-                    source.corpus(),
+                    source.source_config(),
                     tokenizer,
                     folder / split,
                     split=split,

@@ -14,7 +14,7 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.layout import place_run
 from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.programs.evaluation import get_eval_params
-from maxlm.programs.generate import generate_text, get_separator
+from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
 from maxlm.train.state import param_shardings
@@ -49,7 +49,7 @@ def print_training_report(run: TrainingResult) -> None:
 def _comparison(run: TrainingResult) -> Group:
     columns, rows = ("source", "bytes", "maxlm", "gzip -9", "xz -9"), []
     for name, result in run.heldout.items():
-        text = _read_text(run.corpus.heldout_stores[name], run.corpus.tokenizer)
+        text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
         rows.append((name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals))
@@ -101,10 +101,10 @@ def generate_samples(run: TrainingResult) -> str:
     placed = place_run(setup.config, sizes, setup.model.dtype, for_training=False)
     shardings = param_shardings(placed.specs, placed.storage, setup.mesh)
     params = jax.device_put(get_eval_params(run.state), shardings)
-    steps = generate_text(placed.model, params, run.corpus.tokenizer, config.prompts, config)
+    steps = generate_text(placed.model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
-        f"──── sample {number} ────\n{prompt}{get_separator(run.setup.model)}{text}"
+        f"──── sample {number} ────\n{prompt}{get_prompt_separator(run.setup.model)}{text}"
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"

@@ -15,7 +15,7 @@ from maxlm.programs.prepare import check_prepared_data
 from maxlm.programs.resume_checks import (
     check_no_lost_checkpoint,
     check_same_config,
-    raise_unreadable,
+    raise_no_readable_checkpoint,
 )
 from maxlm.programs.setup import RunSetup
 from maxlm.train.anomaly import RollbackDecision
@@ -31,7 +31,7 @@ class ResumeSource:
     """Checkpoints to resume from, newest first, at least one."""
 
     checkpointer: Checkpointer
-    is_own: bool
+    is_own_run: bool
     """Whether they are this run's, not another's."""
     found: list[FoundCheckpoint]
     skipped: list[SkippedCheckpoint]
@@ -72,7 +72,7 @@ def find_resume_source(
     source = ResumeSource(checkpointer, True, *checkpointer.find())
     if not source.found:
         if any(each.is_damaged and each.tier.name != "local" for each in source.skipped):
-            raise_unreadable(checkpointer, source.skipped)
+            raise_no_readable_checkpoint(checkpointer, source.skipped)
         check_no_lost_checkpoint(checkpointer, resume)
         for each in source.skipped:
             say(str(each))
@@ -84,7 +84,7 @@ def find_resume_source(
         other = stack.enter_context(Checkpointer(home, "", read_only=True))
         source = ResumeSource(other, False, *other.find())
         if not source.found and source.skipped:
-            raise_unreadable(other, source.skipped)
+            raise_no_readable_checkpoint(other, source.skipped)
         if not source.found:
             raise MaxlmError("no checkpoint here", where=str(home), fix="train for longer")
     check_same_config(setup.config, source.metadata["config"], source.found[0].tier.place)
@@ -109,12 +109,12 @@ class StateRestorer:
         return _add_frozen(position, frozen)
 
     def rollback(
-        self, decision: RollbackDecision, skips: Skips, event: Callable[..., None]
+        self, decision: RollbackDecision, skips: Skips, log_event: Callable[..., None]
     ) -> TrainingPosition:
         """Restores the newest checkpoint from before the bad steps, else the position that the run
         began at, and skips the batches since, as Chowdhery et al. 2022 (PaLM, section 5.1) did.
 
-        ``event`` takes ("discard", step) before all checkpoints after ``step`` are deleted.
+        ``log_event`` takes ("discard", step) before all checkpoints after ``step`` are deleted.
         """
         checkpointer = self.checkpointer
         checkpointer.wait()
@@ -122,12 +122,12 @@ class StateRestorer:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
         good = [each.step for each in source.found if each.step < decision.first_bad_step]
-        position = None if good else self.restore(skips, self.load_or_copy_frozen())
+        position = None if good else self.restore(skips, self.load_frozen_params())
         base = position.step if position else max(good)
         skip = get_batch_index(base, skips), get_batch_index(decision.last_bad_step - 1, skips)
         if position:
             # Before the record: a run killed between the two would refuse all its checkpoints.
-            event("discard", base)
+            log_event("discard", base)
             found = [(each.step, each.tier) for each in source.found]
             abandoned = [SkippedCheckpoint(*each, why="", is_damaged=False) for each in found]
             checkpointer.discard_skipped(abandoned, base)
@@ -136,9 +136,9 @@ class StateRestorer:
         skips = (*skips, skip)
         if position:
             return replace(position, skips=skips)
-        return _add_frozen(self._restore_latest(source, skips), self.load_or_copy_frozen())
+        return _add_frozen(self._restore_latest(source, skips), self.load_frozen_params())
 
-    def load_or_copy_frozen(self) -> dict[str, Params]:
+    def load_frozen_params(self) -> dict[str, Params]:
         """Returns the parameters of the models that the task reads and does not train."""
         return load_frozen_models(self.setup, lambda: init_or_warm_start_state(self.setup).params)
 
@@ -160,11 +160,11 @@ class StateRestorer:
         skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
         if found is None:
             if any(each.tier.name != "local" for each in skipped):
-                raise_unreadable(checkpointer, skipped)
+                raise_no_readable_checkpoint(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
             fresh = init_or_warm_start_state(self.setup)
             return TrainingPosition(fresh, 0, skips, skipped=skipped)
-        if source.is_own:
+        if source.is_own_run:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
         where, losses = found.tier.place, found.metadata.get("losses")

@@ -20,46 +20,46 @@ from maxlm.train.records import read_records
 
 def make_run_metadata(
     config: RunConfig,
-    corpus: PreparedData,
-    saved: Mapping[str, Any] | None,
-    frozen: Mapping[str, Any],
+    data: PreparedData,
+    source_metadata: Mapping[str, Any] | None,
+    frozen_models: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the metadata of a run's checkpoints; ``saved``: that of the checkpoint whose state or
-    parameters the run starts from."""
-    tokenizer = corpus.tokenizer.fingerprint
+    """Returns the metadata of a run's checkpoints; ``source_metadata``: that of the
+    checkpoint whose state or parameters the run starts from."""
+    tokenizer = data.tokenizer.fingerprint
     metadata = {
         "config": config.model_dump(mode="json"),
         "tokenizer": tokenizer,
-        "stores": {name: _describe_store(store) for name, store in corpus.train_stores.items()},
+        "stores": {name: _describe_store(store) for name, store in data.train_stores.items()},
     }
     # An export needs to know of the published model that the parameters came from, if any, its
     # family and, while the tokenizer is still its own, its token ids.
-    if saved and (known := saved.get("published")) is not None:
-        kept = ("family", "tokens") if saved["tokenizer"] == tokenizer else ("family",)
+    if source_metadata and (known := source_metadata.get("published")) is not None:
+        kept = ("family", "tokens") if source_metadata["tokenizer"] == tokenizer else ("family",)
         metadata["published"] = {key: known[key] for key in kept if key in known}
-    return metadata | ({"frozen": frozen} if frozen else {})
+    return metadata | ({"frozen": frozen_models} if frozen_models else {})
 
 
 def check_same_inputs(
     config: RunConfig,
-    corpus: PreparedData,
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    where: str,
+    data: PreparedData,
+    saved_metadata: Mapping[str, Any],
+    new_metadata: Mapping[str, Any],
+    error_location: str,
 ) -> None:
     """Checks that a checkpoint to resume from was made with this tokenizer, these frozen models and
-    stores; ``saved`` and ``now``: its metadata, and of those to come."""
-    check_same_settings(saved, now, ("tokenizer",), where)
-    for name, model in now.get("frozen", {}).items():
-        was = saved.get("frozen", {}).get(name, {})
+    stores; ``saved_metadata`` and ``new_metadata``: its metadata, and of those to come."""
+    check_same_settings(saved_metadata, new_metadata, ("tokenizer",), error_location)
+    for name, model in new_metadata.get("frozen", {}).items():
+        was = saved_metadata.get("frozen", {}).get(name, {})
         if was.get("fingerprint") != model["fingerprint"]:
             what = f"the frozen model {name!r} from {model['source']} is not the one that training "
             what += f"began with, from {was.get('source', 'nowhere')}"
             fix = "put its parameters back, or train in another run folder"
-            raise MaxlmError(what, where=where, fix=fix)
-    before = saved.get("stores", {})  # Checkpoints of older versions do not describe stores.
+            raise MaxlmError(what, where=error_location, fix=fix)
+    before = saved_metadata.get("stores", {})  # Older checkpoints lack it.
     for source in config.data.sources:
-        name, store = source.name, now["stores"][source.name]
+        name, store = source.name, new_metadata["stores"][source.name]
         # An older run, or store, has no hash of tokens.
         if name not in before or all(
             store[key] == value or None in (store[key], value)
@@ -71,23 +71,23 @@ def check_same_inputs(
             for each in (before[name], store)
         )
         fix = "give it the documents that it had, or train in another run folder"
-        manifest = read_manifest(corpus.train_stores[name].place)
+        manifest = read_manifest(data.train_stores[name].place)
         for count in range(1, len(manifest.segments) + 1 if source.store else 1):
-            if manifest.first(count).offsets_sha256 == before[name]["offsets_sha256"]:
+            if manifest.take_segments(count).offsets_sha256 == before[name]["offsets_sha256"]:
                 fix = f"set store_segments: {count} for it, or train in another run folder"
         what = f"the store of source {name!r} is not what it was ({was}; now {became})"
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(what, where=error_location, fix=fix)
 
 
-def check_same_config(config: RunConfig, saved: Mapping[str, Any], where: str) -> None:
+def check_same_config(config: RunConfig, saved_config: Mapping[str, Any], where: str) -> None:
     """Checks the settings that must be those that the checkpoint was written with."""
     # Settings that are newer than the checkpoint get their defaults. The comparison shows what is
     # wrong with a config that is not valid.
     with suppress(ValidationError, MaxlmError):
-        saved = RunConfig.model_validate(saved).model_dump(mode="json")
-    saved = remove_changeable_settings(saved)
+        saved_config = RunConfig.model_validate(saved_config).model_dump(mode="json")
+    saved_config = remove_changeable_settings(saved_config)
     current = remove_changeable_settings(config.model_dump(mode="json"))
-    check_same_settings(saved, current, IDENTITY, where)
+    check_same_settings(saved_config, current, IDENTITY, where)
 
 
 def remove_changeable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,9 @@ def _describe_store(store: TokenStore) -> dict[str, Any]:
     return counts | {"offsets_sha256": store.offsets_sha256, "tokens_sha256": digest}
 
 
-def raise_unreadable(checkpointer: Checkpointer, skipped: Sequence[SkippedCheckpoint]) -> NoReturn:
+def raise_no_readable_checkpoint(
+    checkpointer: Checkpointer, skipped: Sequence[SkippedCheckpoint]
+) -> NoReturn:
     """Raises MaxlmError for a run that can resume from none of its checkpoints. It does not start
     afresh by itself: that would throw its training away."""
     what = f"no checkpoint can be resumed from: {', '.join(map(str, skipped))}"

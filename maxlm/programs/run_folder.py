@@ -19,7 +19,7 @@ from maxlm.config import MaxlmError, to_yaml
 from maxlm.plan.predict import RunPlan
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import all_gather_json
-from maxlm.runtime.files import check_not_deleted, convert_write_errors, lock_folder, replace_file
+from maxlm.runtime.files import check_file_exists, convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.signals import SignalHandler
 from maxlm.train.records import MetricsLog
 
@@ -50,12 +50,12 @@ def run_folder_path(config: RunConfig) -> Path:
 
 
 @contextmanager
-def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator[None]:
+def create_run_folder(config: RunConfig, folder: Path, *, is_lead: bool = True) -> Iterator[None]:
     """Creates a run's folder, with its config, for the block; removes it if the block fails before
     anything else was written. Only the process that leads writes."""
     path = folder / "config.yaml"
     created = [each for each in (folder, *folder.parents) if not each.exists()]
-    is_new = lead and not path.exists()
+    is_new = is_lead and not path.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if is_new:
@@ -69,7 +69,7 @@ def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> 
         yield
     except MaxlmError:
         with suppress(OSError):  # Not empty, or not there.
-            if lead:
+            if is_lead:
                 (folder / "checkpoints").rmdir()
         if is_new and [*folder.glob("*")] == [path]:
             path.unlink()
@@ -103,19 +103,19 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             yield
         except Exception:
             if not note.exists():  # Whatever failed, that is why.
-                check_not_deleted(folder / "config.yaml")
+                check_file_exists(folder / "config.yaml")
             raise
         finally:
             note.unlink(missing_ok=True)
 
 
-def write_run_description(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) -> None:
+def write_run_description(folder: Path, config: RunConfig, plan: RunPlan, *, is_lead: bool) -> None:
     """Writes what another person needs to judge the run, or to run it again: its config, plan and
     environment. All processes call it together; the one that leads writes."""
     values = {"plan.json": plan.to_json(), "environment.json": describe_environment()}
     texts = {name: f"{json.dumps(value, indent=2)}\n" for name, value in values.items()}
     texts["config.yaml"] = to_yaml(config)
-    for name, text in texts.items() if lead else ():
+    for name, text in texts.items() if is_lead else ():
         with replace_file(folder / name) as temporary:
             temporary.write_text(text)
 

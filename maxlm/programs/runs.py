@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError
-from maxlm.programs.goodput import History, summarize_events
+from maxlm.programs.goodput import RunHistory, summarize_run_events
 from maxlm.train.records import read_records
 
 PERCENTILES = (50, 90, 99, 100)
@@ -28,7 +28,7 @@ class RunSummary:
     """Steps of the whole run."""
     loss: float | None
     eval_loss: float | None
-    history: History
+    history: RunHistory
     step_seconds: dict[int, float]
     """Seconds of a step by percentile (100: the longest), without the first step of an attempt,
     which compiles; empty for a run without steps."""
@@ -82,7 +82,7 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
     damaged: list[bytes] = []
     events = read_records(folder / "events.jsonl", damaged)
-    told = summarize_events(events, time.time() if now is None else now)
+    told = summarize_run_events(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
     step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
     for record in read_records(folder / "metrics.jsonl", damaged):

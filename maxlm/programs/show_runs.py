@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.config import MaxlmError
-from maxlm.programs.goodput import PARTS, History
+from maxlm.programs.goodput import PARTS, RunHistory
 from maxlm.programs.runs import RunSummary
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.train.display import format_duration
@@ -164,7 +164,7 @@ def _titled(title: str, *parts: Any) -> Group:
     return Group(Text(f"\n{title}", style="italic"), *parts)
 
 
-def draw_history(history: History, image: Path, *, title: str = "") -> None:
+def draw_history(history: RunHistory, image: Path, *, title: str = "") -> None:
     """Draw a history as a PNG: above, the steps reached, with a mark at each interruption; below,
     column by column, the shares of time. Its folder is made if missing."""
     if history.wall_seconds <= 0:
@@ -222,7 +222,7 @@ def draw_history(history: History, image: Path, *, title: str = "") -> None:
         figure.savefig(temporary, format="png")
 
 
-def _compute_shares(told: History) -> np.ndarray:
+def _compute_shares(told: RunHistory) -> np.ndarray:
     """[parts, columns]: the share of each column's time that each part has."""
     spans, begin = told.spans, told.spans[0].begin
     edges = np.linspace(begin, begin + told.wall_seconds, COLUMNS + 1)

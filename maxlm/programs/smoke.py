@@ -77,14 +77,15 @@ class CountingTokenSource:
 
     path, offsets_sha256 = None, ""
 
-    def __init__(self, vocab_size: int, documents: int = 512, seed: int = 0):
+    def __init__(self, vocab_size: int, num_documents: int = 512, seed: int = 0):
         random = np.random.default_rng(seed)
-        lengths = random.integers(20, 100, documents)
+        lengths = random.integers(20, 100, num_documents)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         used = min(vocab_size, USED)
         marks = np.arange(vocab_size) >= used
         self.vocabulary = Vocabulary(vocab_size, used, (), min(used, vocab_size - 1), marks, ~marks)
-        starts, steps = random.integers(used, size=documents), random.integers(1, 4, documents)
+        starts = random.integers(used, size=num_documents)
+        steps = random.integers(1, 4, num_documents)
         self._tokens = np.concatenate(
             [
                 (start + step * np.arange(length)) % used
@@ -120,7 +121,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:
-            find_files(source.corpus())
+            find_files(source.source_config())
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))

@@ -33,7 +33,7 @@ class TrainingResult:
     """A finished run."""
 
     setup: RunSetup
-    corpus: PreparedData
+    data: PreparedData
     plan: RunPlan
     start_step: int
     """The step that it started or resumed from."""
@@ -66,7 +66,7 @@ def train_model(
         raise MaxlmError(what, where="--profile", fix="name steps that it takes")
     with ExitStack() as stack:
         run = open_run(config, stack, resume=resume, say=say)
-        setup, corpus, log, watchdog = run.setup, run.corpus, run.log, run.watchdog
+        setup, corpus, log, watchdog = run.setup, run.data, run.log, run.watchdog
         profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
             run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
@@ -82,7 +82,7 @@ def train_model(
                 open_training_batches(
                     setup, corpus.train_batch_source, position.step, position.skips
                 ) as batches,
-                ConsoleDisplay(config.train.steps, position.step, show=run.lead) as display,
+                ConsoleDisplay(config.train.steps, position.step, show=run.is_lead) as display,
                 run.signals.defer_signals(),
             ):
                 all_reduce = FlagAllReduce(setup.mesh)
@@ -149,7 +149,7 @@ def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> Hel
         run.say(f"{missing}; the same command copies it")
     if checkpointer.local:
         checkpointer.local.clear()
-    if run.lead:
+    if run.is_lead:
         # A finished run may be started once more.
         if results and not has_evaluation(run.folder, step):
             run.log.log(step, evaluator.make_metrics_record(step, results))

@@ -35,7 +35,7 @@ def find_cluster(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    metadata: Callable[[str], str | None] | None = None,
+    read_metadata: Callable[[str], str | None] | None = None,
 ) -> Cluster | None:
     """Returns this process's place in its cluster; None if it is alone.
 
@@ -53,7 +53,7 @@ def find_cluster(
         else:
             found = _complete(explicit, slurm)
     else:
-        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, metadata or _attribute)
+        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, read_metadata or _attribute)
     return _checked(found) if found else None
 
 

@@ -23,7 +23,7 @@ def convert_write_errors(path: Path) -> Iterator[None]:
         raise MaxlmError(what, where=str(path), fix=fix) from error
 
 
-def check_not_deleted(path: Path) -> None:
+def check_file_exists(path: Path) -> None:
     """Raises MaxlmError if a run's file, or the folder that it is in, was deleted or moved."""
     if not path.exists():
         raise MaxlmError(

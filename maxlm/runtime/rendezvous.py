@@ -77,10 +77,12 @@ def join_processes(
     return (_connect if cluster.process_id else _accept_all)(cluster, must_match, wait_seconds)
 
 
-def check_same_facts(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:
+def check_processes_match(
+    hosts: Sequence[str], process_values: Sequence[Mapping[str, Any]]
+) -> None:
     """Raises MaxlmError if processes disagree, with each one's value of the first that differs."""
-    names = dict.fromkeys(name for each in facts for name in each)
-    values = {name: [each.get(name, ABSENT) for each in facts] for name in names}
+    names = dict.fromkeys(name for each in process_values for name in each)
+    values = {name: [each.get(name, ABSENT) for each in process_values] for name in names}
     differing = [name for name, each in values.items() if any(value != each[0] for value in each)]
     if not differing:
         return
@@ -134,7 +136,7 @@ def _accept_all(
                     case _:  # not one of the run's processes
                         caller.close()
         names = [hosts[process] for process in range(cluster.num_processes)]
-        check_same_facts(names, [all_facts[process] for process in range(len(names))])
+        check_processes_match(names, [all_facts[process] for process in range(len(names))])
     except MaxlmError as error:
         for connection in accepted:
             refused = [error.what, error.where, error.fix]

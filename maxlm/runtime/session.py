@@ -12,7 +12,7 @@ from maxlm.config.errors import LOST, convert_os_error
 from maxlm.config.keys import flatten, join_key
 from maxlm.runtime.cluster import find_cluster
 from maxlm.runtime.peers import FAILED, Peers, describe_lost_peer, join_cluster
-from maxlm.runtime.rendezvous import check_same_facts
+from maxlm.runtime.rendezvous import check_processes_match
 
 _INTERRUPTED = 130
 
@@ -21,8 +21,8 @@ _INTERRUPTED = 130
 def distributed_session(
     settings: Mapping[str, Any],
     *,
-    join_seconds: float,
-    peer_seconds: float,
+    join_timeout_seconds: float,
+    peer_timeout_seconds: float,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -35,8 +35,8 @@ def distributed_session(
 
     Args:
         settings: the run's settings as nested JSON values; all processes must have the same.
-        join_seconds: how long to wait for the other processes to start.
-        peer_seconds: how long a process may stay silent before it counts as lost.
+        join_timeout_seconds: how long to wait for the other processes to start.
+        peer_timeout_seconds: how long a process may stay silent before it counts as lost.
         coordinator, num_processes, process_id: override the environment; see ``find_cluster``.
     """
     cluster = find_cluster(
@@ -47,7 +47,7 @@ def distributed_session(
         return
     facts = {join_key(key): value for key, value in flatten(settings)}
     peers = join_cluster(
-        cluster, facts, wait_seconds=join_seconds, peer_timeout_seconds=peer_seconds
+        cluster, facts, wait_seconds=join_timeout_seconds, peer_timeout_seconds=peer_timeout_seconds
     )
     try:
         _check_same_devices(peers)
@@ -80,7 +80,7 @@ def _check_same_devices(peers: Peers) -> None:
     devices = [jax.local_devices(process) for process in range(jax.process_count())]
     try:
         facts = [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
-        check_same_facts(peers.hosts, facts)
+        check_processes_match(peers.hosts, facts)
     except MaxlmError as error:
         error.on_all_processes = True  # each sees all devices
         raise

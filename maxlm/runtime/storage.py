@@ -39,9 +39,9 @@ def join_place(place: Place, name: str) -> Place:
     return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
-def get_read_failure_fix(place: Place, on_disk: str) -> str:
-    """Returns the fix for a place that cannot be read: `on_disk` for a folder."""
-    return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
+def get_read_failure_fix(place: Place, disk_fix: str) -> str:
+    """Returns the fix for a place that cannot be read: `disk_fix` for a folder."""
+    return disk_fix if isinstance(place, Path) else "check the URL, the network and the credentials"
 
 
 def make_kvstore_spec(place: Place, *, long_retries: bool = True) -> dict[str, Any]:

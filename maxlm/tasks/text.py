@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from maxlm.data.batch_source import BatchArraySpec, BatchSource, Transform, TransformedSource
-from maxlm.data.loader import make_batches, make_one_pass
+from maxlm.data.loader import make_batches, make_one_pass_batches
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
@@ -63,7 +63,7 @@ class TextTask(Task):
         """Reads each held-out store once, in order; the transform is the same each time."""
         sizes = inputs.loader.seq_len, inputs.loader.batch_size
         return {
-            name: self._transformed(make_one_pass(store, *sizes), inputs)
+            name: self._transformed(make_one_pass_batches(store, *sizes), inputs)
             for name, store in inputs.heldout.items()
         }
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from maxlm.runtime.files import check_not_deleted, convert_write_errors, replace_file
+from maxlm.runtime.files import check_file_exists, convert_write_errors, replace_file
 from maxlm.train.reporting import Numbers, ReportingConfig, Sink, open_sinks
 
 
@@ -142,7 +142,7 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record behind the others, whole or not at all; it is with the operating system on
     return."""
     with convert_write_errors(path):
-        check_not_deleted(path)
+        check_file_exists(path)
         size = path.stat().st_size
         try:
             with path.open("ab") as file:

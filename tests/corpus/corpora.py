@@ -46,10 +46,10 @@ def add_labels(shards: Sequence[StageShardView], stage: str, **columns: pa.Array
     first = 0
     whole = pa.RecordBatch.from_pydict(columns)
     for shard in shards:
-        with replace(shard, out=stage).writer(whole.schema) as writer:
+        with replace(shard, output_stage=stage).open_writer(whole.schema) as writer:
             for rows in shard.read_selected_rows(["id"]):
-                writer.write_selected_rows(rows, whole.slice(first, rows.size))
-                first += rows.size
+                writer.write_selected_rows(rows, whole.slice(first, rows.num_rows))
+                first += rows.num_rows
 
 
 def run_stage(
@@ -59,7 +59,7 @@ def run_stage(
     workers: int = 1,
 ) -> None:
     """Run one stage over the shards, as the runner would."""
-    views = [replace(shard, out=stage.unique_name) for shard in shards]
+    views = [replace(shard, output_stage=stage.unique_name) for shard in shards]
     if isinstance(stage, PerDocumentStage):
         for _ in map(ShardLabeller(stage), views):
             pass

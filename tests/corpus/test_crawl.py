@@ -221,6 +221,6 @@ def test_bombs_do_not_go_off(tmp_path):
     )  # fmt: skip
     as_member = bomb(record(3, b"", length=2 << 30)[:-4], 64)
     data = in_http + in_both + as_member + A
-    documents, counts = read(tmp_path / "a.warc.gz", data, max_bytes=limit)
+    documents, counts = read(tmp_path / "a.warc.gz", data, max_record_bytes=limit)
     assert [(d.id, d.html) for d in documents] == [("1", HTML + b"1")]
     assert counts == {"too_large": 3}

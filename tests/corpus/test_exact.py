@@ -140,7 +140,7 @@ def _run_until(corpus: Path, index: Path, scratch: Path, step: str) -> None:
     scratch.mkdir(exist_ok=True)
     with WorkerPool(1) as pool:
         stage = ExactStage(index=str(index))
-        views = [replace(view, out="exact") for view in views]
+        views = [replace(view, output_stage="exact") for view in views]
         stage.label(views, scratch, JobRunner("exact", pool, progress))
 
 

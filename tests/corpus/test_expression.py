@@ -119,7 +119,8 @@ def test_values(text, expected):
 def test_names_and_thresholds():
     text = 'heuristics.words >= 50 and 0.1 > heuristics.symbol_ratio and language.name == "en"'
     expression = parse(text, LABELS, "keep.x")
-    assert expression.names == ("heuristics.words", "heuristics.symbol_ratio", "language.name")
+    names = ("heuristics.words", "heuristics.symbol_ratio", "language.name")
+    assert expression.label_names == names
     assert expression.thresholds == (
         Threshold("heuristics.words", ">=", 50),
         Threshold("heuristics.symbol_ratio", "<", 0.1),

@@ -203,7 +203,7 @@ def test_stage():
     html.append(f"<p>{TEXTS['koi8-r']}".encode("koi8-r"))
     meta = [None, "{}", None, "{}", json.dumps({"charset": "koi8-r"})]
     batch = pa.RecordBatch.from_arrays(
-        [pa.array(html, pa.large_binary()), pa.array(meta)], list(stage.reads)
+        [pa.array(html, pa.large_binary()), pa.array(meta)], list(stage.input_columns)
     )
     label = stage.make_batch_label_fn()
     labels = label(batch)

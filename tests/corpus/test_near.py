@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
-    find_pairs,
+    find_candidate_pairs,
     unpack_pairs,
-    write_bands,
+    write_band_keys,
 )
 from maxlm.corpus.dedup.columns import write_columns
 from maxlm.corpus.dedup.members import SelectedDocuments, get_member_path
@@ -111,7 +111,7 @@ def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> No
     whole = make_corpus(tmp_path / "whole", documents)
     run_stage(stage, whole, tmp_path / "other")
     made = make_corpus(tmp_path / "corpus", documents)
-    views = [replace(shard, out="near") for shard in made]
+    views = [replace(shard, output_stage="near") for shard in made]
     (tmp_path / "scratch").mkdir()
     seen = []
 
@@ -213,9 +213,9 @@ def test_bandings_keep_their_promise(similarity: float, recall: float, most: int
 def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
     rank = np.random.default_rng(size).permutation(size).astype(float)
     write_columns(get_member_path(tmp_path, "s"), {"rank": rank})
-    write_bands(tmp_path, "s", np.full((1, size), 7, np.uint64), np.ones(size, np.bool_))
+    write_band_keys(tmp_path, "s", np.full((1, size), 7, np.uint64), np.ones(size, np.bool_))
     members = SelectedDocuments(tmp_path, ("s",), (0, size))
-    found = np.unique(np.concatenate([*find_pairs(members, 1, 1, 0, limit)]))
+    found = np.unique(np.concatenate([*find_candidate_pairs(members, 1, 1, 0, limit)]))
     low, high = unpack_pairs(found)
     assert (low < high).all()
     if size <= limit:

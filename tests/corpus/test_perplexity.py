@@ -103,7 +103,7 @@ def label(stage, texts, languages=None):
     columns = {"text": pa.array(texts, pa.large_string())}
     if stage.language is not None:
         columns[stage.language] = pa.array(languages, pa.string())
-    assert tuple(columns) == stage.reads
+    assert tuple(columns) == stage.input_columns
     labels = stage.make_batch_label_fn()(pa.RecordBatch.from_pydict(columns))
     assert labels.schema == stage.schema()
     return labels.to_pylist()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
-from maxlm.corpus.stages.pii import PiiStage, mask
+from maxlm.corpus.stages.pii import PiiStage, mask_pii
 from tests.corpus.corpora import label_texts
 
 FINDER = PiiFinder(PiiStage().regions)
@@ -223,7 +223,7 @@ def test_masked_and_original_align(text, cuts, masked_kinds):
         PiiMatch(a, b, KINDS[i % len(KINDS)])
         for i, (a, b) in enumerate(zip(cuts[::2], cuts[1::2], strict=False))
     ]
-    new, spans = mask(text, matches, {kind: f"<{kind}>" for kind in masked_kinds})
+    new, spans = mask_pii(text, matches, {kind: f"<{kind}>" for kind in masked_kinds})
     assert (new is None) == (not any(m.kind in masked_kinds for m in matches))
     assert [(s["start"], s["end"], s["kind"]) for s in spans] == matches
     old_at = new_at = 0

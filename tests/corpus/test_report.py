@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.report import summarize, write_report
+from maxlm.corpus.report import summarize_corpus, write_report
 from maxlm.corpus.report.page import compute_funnel
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
@@ -21,12 +21,12 @@ from tests.corpus.corpora import recipe
 def figures(whole):
     corpus = OpenCorpus.open(whole)
     with WorkerPool(1) as pool:
-        return corpus, summarize(corpus, corpus.rules(), pool)
+        return corpus, summarize_corpus(corpus, corpus.resolve_rules(), pool)
 
 
 def test_the_funnel_ends_at_what_is_kept(figures, whole):
     corpus, summary = figures
-    rows = compute_funnel(corpus.rules(), summary, ["books", "web"])
+    rows = compute_funnel(corpus.resolve_rules(), summary, ["books", "web"])
     assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
     assert rows[0]["left"] == 240
     for before, after in pairwise(rows):
@@ -74,8 +74,8 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
     out = tmp_path / "corpus"
     corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, out)))
     with WorkerPool(1) as pool:
-        summary = summarize(corpus, corpus.rules(), pool)
-    write_report(corpus, corpus.rules(), summary, out / "report.html")
+        summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
+    write_report(corpus, corpus.resolve_rules(), summary, out / "report.html")
     page = Page()
     page.feed((out / "report.html").read_text())
     text = "".join(page.text)
@@ -88,7 +88,7 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
 
 def test_thresholds_are_drawn_on_their_scores(figures, tmp_path):
     corpus, summary = figures
-    write_report(corpus, corpus.rules(), summary, tmp_path / "report.html")
+    write_report(corpus, corpus.resolve_rules(), summary, tmp_path / "report.html")
     charts = re.findall(r"<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
     assert "heuristics.words" in charts[0]  # first, since a rule compares it
     assert charts[0].count("<line") == 1
@@ -106,8 +106,8 @@ def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
     out = tmp_path / "corpus"
     corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, out, stages=[stage], keep={})))
     with WorkerPool(1) as pool:
-        summary = summarize(corpus, corpus.rules(), pool)
-    write_report(corpus, corpus.rules(), summary, out / "report.html")
+        summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
+    write_report(corpus, corpus.resolve_rules(), summary, out / "report.html")
     page = (out / "report.html").read_text()
     assert f"<td>quiz</td><td>{quiz}:1</td>" in page
     assert '<td class="num">1</td><td class="num">100.0%</td>' in page

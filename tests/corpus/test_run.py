@@ -17,7 +17,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus import run
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.reader import find_document
-from maxlm.corpus.report import summarize, write_report
+from maxlm.corpus.report import summarize_corpus, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.stages.pii import PiiStage
 from maxlm.data.documents import SourceConfig, read_documents
@@ -284,8 +284,8 @@ def test_a_corpus_of_nothing(tmp_path):
     corpus = OpenCorpus.open(out)
     assert kept(out) == []
     with WorkerPool(1) as pool:
-        summary = summarize(corpus, corpus.rules(), pool)
-    write_report(corpus, corpus.rules(), summary, tmp_path / "page.html")
+        summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
+    write_report(corpus, corpus.resolve_rules(), summary, tmp_path / "page.html")
     assert "0 documents read" in (tmp_path / "page.html").read_text()
 
 

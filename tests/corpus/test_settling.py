@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus import settling
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
-from maxlm.corpus.report import estimate_lost_text
+from maxlm.corpus.report import estimate_text_lost_to_dedup
 from maxlm.corpus.report import lost as lost_text
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.settling import resolve_duplicates_for_rules
@@ -97,7 +97,7 @@ def lost(corpus: OpenCorpus, rows: list[dict[str, str]]) -> tuple[list[str], lis
     taken, originals = read(corpus), {row["id"]: row["text"] for row in rows}
     kept = [grams(originals[name]) for name in taken]
     documents, cuts = [], []
-    for shard in resolve_duplicates_for_rules(corpus, corpus.rules()):
+    for shard in resolve_duplicates_for_rules(corpus, corpus.resolve_rules()):
         for table in shard.read_row_groups(["id", "url", "substring.cuts", "substring.cut_share"]):
             for name, url, spans, share in zip(
                 *(c.to_pylist() for c in table.columns), strict=True
@@ -125,7 +125,7 @@ def test_no_text_is_lost(tmp_path, seed):
     corpus = make(tmp_path, rows)
     assert lost(corpus, rows) == ([], [])
     with WorkerPool(1) as pool:
-        found = estimate_lost_text(corpus, corpus.rules(), pool)
+        found = estimate_text_lost_to_dedup(corpus, corpus.resolve_rules(), pool)
     assert (found.documents, found.passages) == (0, 0)
     assert found.documents_dropped > 5 < found.passages_cut
 
@@ -135,7 +135,7 @@ def test_text_that_is_lost_is_counted(tmp_path, monkeypatch):
     corpus = make(tmp_path, crawl(0))
     monkeypatch.setattr(lost_text, "resolve_duplicates_for_rules", lambda corpus, *_: corpus.shards)
     with WorkerPool(1) as pool:
-        found = estimate_lost_text(corpus, corpus.rules(), pool)
+        found = estimate_text_lost_to_dedup(corpus, corpus.resolve_rules(), pool)
     assert found.documents > 2 < found.passages
 
 

@@ -11,7 +11,7 @@ SCHEMA = pa.schema([("words", pa.int32()), ("good", pa.bool_()), ("kind", pa.str
 
 
 def label(shard, make):
-    with shard.writer(SCHEMA) as writer:
+    with shard.open_writer(SCHEMA) as writer:
         for rows in shard.read_selected_rows(["text"]):
             texts = rows.batch.column("text").to_pylist()
             writer.write_selected_rows(
@@ -27,7 +27,7 @@ def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     texts = ["a b", None, "", "b c d", "é", None, "last one"]
     (shard,) = make_corpus(tmp_path, texts, shards=1, rows_per_group=3)
     where = parse('id != "d3"', {"id": pa.string()}, "where")
-    label(StageShardView(tmp_path, shard.name, where=where, out="made"), by_length)
+    label(StageShardView(tmp_path, shard.name, where=where, output_stage="made"), by_length)
     read = [r for g in shard.read_row_groups(["id", "made.words", "text"]) for r in g.to_pylist()]
     assert [row["id"] for row in read] == [f"d{i}" for i in range(7)]
     assert [row["text"] for row in read] == texts
@@ -56,7 +56,7 @@ def test_the_newest_version_of_each_text_is_read(tmp_path):
 
 def test_a_file_appears_when_complete(tmp_path):
     (shard,) = make_corpus(tmp_path, ["a", "b"], shards=1)
-    view = StageShardView(tmp_path, shard.name, out="made")
+    view = StageShardView(tmp_path, shard.name, output_stage="made")
     with pytest.raises(ZeroDivisionError):
         label(view, lambda text: 1 // 0)
     assert list((tmp_path / "made").iterdir()) == []

@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     expected, _ = run(tmp_path / "whole", texts, SubstringStage(min_tokens=4), shards=4)
     stage = SubstringStage(min_tokens=4, memory=1 << 12)
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
-    views = [replace(shard, out=stage.unique_name) for shard in made]
+    views = [replace(shard, output_stage=stage.unique_name) for shard in made]
     with pytest.raises(KeyboardInterrupt):
         stage.label(views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress))
     left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}

@@ -13,7 +13,7 @@ from maxlm.huggingface import arrays
 from maxlm.huggingface.arrays import (
     FILE_BYTES,
     TILE_BYTES,
-    choose_tile_and_file_shapes,
+    choose_chunk_and_shard_shapes,
     create_array,
     open_array,
 )
@@ -23,7 +23,7 @@ sides = st.integers(1, 200_000)
 
 @given(st.lists(sides, max_size=4))
 def test_files_are_whole_tiles_and_both_are_bounded(shape):
-    tile, file = choose_tile_and_file_shapes(tuple(shape))
+    tile, file = choose_chunk_and_shard_shapes(tuple(shape))
     assert 4 * math.prod(tile) <= TILE_BYTES
     assert 4 * math.prod(file) <= FILE_BYTES
     assert all(f % t == 0 for f, t in zip(file, tile, strict=True))

@@ -130,9 +130,9 @@ def test_reads_slices_of_what_it_wrote_each_in_files_of_its_own(tmp_path):
             for index in np.ndindex(*SHAPES[name][:lead]):
                 np.testing.assert_array_equal(read(index), want[name][index])
         array = reader.open(name)
-        assert array.file_shape[:lead] == (1,) * lead
-        assert math.prod(array.file_shape) * 4 <= 200
-        assert math.prod(array.tile_shape) * 4 <= 64
+        assert array.shard_shape[:lead] == (1,) * lead
+        assert math.prod(array.shard_shape) * 4 <= 200
+        assert math.prod(array.chunk_shape) * 4 <= 64
 
 
 def test_errors_name_the_folder_and_a_way_out(tmp_path):

@@ -14,7 +14,7 @@ from maxlm.huggingface import files
 from maxlm.huggingface.dtypes import NUMPY
 from maxlm.huggingface.files import (
     SafetensorsWriter,
-    iterate_pieces,
+    iterate_flat_chunks,
     list_stored_tensors,
     read_tensor,
 )
@@ -81,7 +81,7 @@ def test_reads_in_pieces(tmp_path, monkeypatch):
     want = numbers(0, np.dtype(np.float16), (9, 5))
     save_file({"first": np.ones(3), "a": want}, tmp_path / "model.safetensors")
     stored = list_stored_tensors(tmp_path)["a"]
-    assert [len(piece) for piece in iterate_pieces(stored)] == [14, 14, 14, 3]
+    assert [len(piece) for piece in iterate_flat_chunks(stored)] == [14, 14, 14, 3]
     same_bits(read_tensor(stored), want)
     same_bits(read_tensor(stored, np.dtype(np.float32)), want.astype(np.float32))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.convert import check_coverage
+from maxlm.huggingface.convert import count_lead_axes
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
@@ -52,7 +52,7 @@ def test_each_tensor_and_each_parameter_once(name):
     own, (_, config, entries) = golden(name), read(name)
     assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
-    check_coverage(entries, {key: spec.shape for key, spec in specs.items()})
+    count_lead_axes(entries, {key: spec.shape for key, spec in specs.items()})
     for entry in entries:
         whole = own.tensors[entry.theirs].astype(np.float32)
         parts = entry.split(whole)

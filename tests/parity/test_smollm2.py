@@ -85,7 +85,7 @@ def prompts(folders):
 
 
 def test_greedy_continuations_are_the_same(theirs, ours, prompts):
-    assert [[*ours.tokenizer.opening, *ours.tokenizer.encode(p)] for p in PROMPTS] == prompts
+    assert [[*ours.tokenizer.prefix_ids, *ours.tokenizer.encode(p)] for p in PROMPTS] == prompts
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
     steps = generate(ours.model, ours.params, prompts, greedy, eos_id=None, key=jax.random.key(0))
     found = np.array(list(steps)).T

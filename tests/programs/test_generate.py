@@ -16,7 +16,7 @@ from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs
 from maxlm.programs import report
-from maxlm.programs.generate import generate_text, get_separator
+from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.prepare import prepare_data
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
@@ -31,7 +31,7 @@ class ByteTokenizer:
     """One id a byte, from 2 on."""
 
     vocab_size, bos_id, eos_id = NAMED, BOS, EOS
-    opening, stop_ids = (BOS,), (EOS,)
+    prefix_ids, stop_ids = (BOS,), (EOS,)
 
     def encode(self, text):
         return [b + 2 for b in (text.encode() if isinstance(text, str) else text)]
@@ -76,7 +76,7 @@ def test_pieces_join_to_the_decoded_tokens(model):
 class ForeignTokenizer(ByteTokenizer):
     """Opens prompts with nothing, and takes the first space of a text away."""
 
-    opening = ()
+    prefix_ids = ()
 
     def decode_bytes(self, ids, *, continued=False):
         text = super().decode_bytes(ids)
@@ -125,7 +125,7 @@ def test_an_encoder_reads_a_whole_document_and_the_output_begins_a_text(seen, on
     steps = list(generate_text(model, None, ForeignTokenizer(), ["a", ""], SAMPLING))
     assert seen == [[ord("a") + 2, EOS], [EOS]]
     assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == ["x", ""]
-    assert get_separator(model) == "\n"
+    assert get_prompt_separator(model) == "\n"
 
 
 def sampling_run(folder, **top):
@@ -143,7 +143,7 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
         config = sampling_run(tmp_path, mesh=mesh, train=train, sharding=residual)
         setup = set_up_run(config, jax.devices()[: prod(sizes.values())])
         run = SimpleNamespace(setup=setup, state=setup.init_train_state())
-        run.corpus = SimpleNamespace(tokenizer=ByteTokenizer())
+        run.data = SimpleNamespace(tokenizer=ByteTokenizer())
         texts.append(report.generate_samples(run))
     assert texts[0] == texts[1] != ""
 

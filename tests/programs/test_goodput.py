@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.programs.goodput import PARTS, summarize_events
+from maxlm.programs.goodput import PARTS, summarize_run_events
 
 KINDS = ("start", "resume", "compiled", "progress", "rollback", "hang", "evaluate", "stop", "new")
 DETAILS = ("began", "seconds", "stepping", "loading", "saving", "evaluating", "from_step")
@@ -19,7 +19,7 @@ EVENTS = st.fixed_dictionaries(
 @settings(max_examples=200)
 @given(st.lists(EVENTS, max_size=25), st.floats(0, 2e4))
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
-    told = summarize_events(events, now)
+    told = summarize_run_events(events, now)
     assert sum(told.seconds_by_activity.values()) == pytest.approx(told.wall_seconds, abs=1e-6)
     assert all(a.end == b.begin for a, b in zip(told.spans, told.spans[1:], strict=False))
     assert all(span.end > span.begin and span.activity in PARTS for span in told.spans)
@@ -112,7 +112,7 @@ def test_parts_are_those_of_a_run_played_out(data):
             play.pass_(idle, data.draw(st.floats(0.1, 500)))
         begins, end = play.attempt(data.draw, begins)
         ends.append(end)
-    told = summarize_events(play.events, now=play.clock + 1000)
+    told = summarize_run_events(play.events, now_unix_seconds=play.clock + 1000)
     seconds = dict.fromkeys(PARTS, 0.0) | play.spent
     # What was run and never gone back from is all that is kept: the last attempt's is still.
     seconds["productive"] = sum(play.kept.values())
@@ -138,7 +138,7 @@ def log(*events):
 )
 def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
     events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))
-    told = summarize_events(events, now=10 + silent)
+    told = summarize_run_events(events, now_unix_seconds=10 + silent)
     assert told.attempts[0].end == end
     assert told.wall_seconds == wall
     assert told.interruptions == ({} if end == "running" else {"killed": 1})
@@ -150,5 +150,5 @@ def test_a_hang_that_ended_by_itself_is_not_taken_for_steps():
         ("hang", 5, 60, {"process": 1, "seconds": 50}),
         ("progress", 6, 70, {"stepping": 70}),
     )
-    seconds = summarize_events(events, now=1e6).seconds_by_activity
+    seconds = summarize_run_events(events, now_unix_seconds=1e6).seconds_by_activity
     assert (seconds["hanging"], seconds["productive"]) == (50, 20)

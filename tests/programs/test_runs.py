@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.programs.goodput import PARTS, summarize_events
+from maxlm.programs.goodput import PARTS, summarize_run_events
 from maxlm.programs.runs import list_runs, read_run
 from maxlm.programs.show_runs import COLUMNS, draw_history
 from maxlm.run import RunConfig
@@ -128,7 +128,8 @@ def test_the_plot_shows_all_of_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", record_line)
     monkeypatch.setattr(Axes, "stairs", record_area)
-    told, image = summarize_events(EVENTS, now=BEGAN + 1e6), tmp_path / "plots" / "goodput.png"
+    told = summarize_run_events(EVENTS, now_unix_seconds=BEGAN + 1e6)
+    image = tmp_path / "plots" / "goodput.png"
     draw_history(told, image, title="seven")
     assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
     assert [path.name for path in image.parent.iterdir()] == ["goodput.png"]
@@ -141,4 +142,4 @@ def test_the_plot_shows_all_of_the_time(tmp_path, monkeypatch):
     assert [(y[0], y[-1]) for _, y in lines] == [(0, 60), (60, 60), (51, 102), (102, 102)]
     assert lines[0][0][-1] == lines[1][0][0] == pytest.approx(150 / 60)
     with pytest.raises(MaxlmError, match="no time to plot"):
-        draw_history(summarize_events([], 0.0), tmp_path / "image.png")
+        draw_history(summarize_run_events([], 0.0), tmp_path / "image.png")

@@ -50,7 +50,7 @@ VM = {"agent-worker-number": "2", "worker-network-endpoints": "a:b:10.0.0.7,a:b:
 
 
 def found(environ: dict[str, str], **arguments) -> Cluster | None:
-    return find_cluster(environ, **{"metadata": lambda name: None, **arguments})
+    return find_cluster(environ, **{"read_metadata": lambda name: None, **arguments})
 
 
 def test_the_most_explicit_place_wins():
@@ -64,9 +64,9 @@ def test_the_most_explicit_place_wins():
     assert named == Cluster("SLURM", "gpu007-ib:900", 4, 3, (1,))
     assert found(POD) == Cluster("TPU pod", "w-0.job:8482", 2, 1)
     assert found(POD | SLICES) == Cluster("TPU pod", "w-0.first:8482", 4, 3)
-    assert found({}, metadata=VM.get) == Cluster("TPU VM", "10.0.0.7:8482", 3, 2)
+    assert found({}, read_metadata=VM.get) == Cluster("TPU VM", "10.0.0.7:8482", 3, 2)
     text = "ACCELERATOR_TYPE: 'v5p-8'\n" + "\n".join(f"{k}: '{v}'" for k, v in SLICES.items())
-    sliced = found({}, metadata=(VM | {"tpu-env": text}).get)
+    sliced = found({}, read_metadata=(VM | {"tpu-env": text}).get)
     assert sliced == Cluster("TPU VM", "w-0.first:8482", 6, 5)
 
 
@@ -76,7 +76,7 @@ def test_a_process_alone_joins_nothing():
     assert found(batch_script) is None
     assert found(EXPLICIT | {"MAXLM_NUM_PROCESSES": "1", "MAXLM_PROCESS_ID": "0"}) is None
     assert found({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    assert found({"TPU_SKIP_MDS_QUERY": "1"}, metadata=VM.get) is None
+    assert found({"TPU_SKIP_MDS_QUERY": "1"}, read_metadata=VM.get) is None
 
 
 @pytest.mark.parametrize(

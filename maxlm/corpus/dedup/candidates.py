@@ -41,7 +41,7 @@ def _band_file(scratch: Path, shard: str) -> Path:
     return scratch / "bands" / f"{shard}.arrow"
 
 
-def write_bands(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray) -> None:
+def write_band_keys(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray) -> None:
     """Write keys (uint64 [bands, members]) of the members that have words (bool [members])."""
     places = np.flatnonzero(has_words).astype(np.int32)
     columns = {}
@@ -51,7 +51,7 @@ def write_bands(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarr
     write_columns(_band_file(scratch, shard), columns)
 
 
-def find_pairs(
+def find_candidate_pairs(
     members: SelectedDocuments, band: int, num_ranges: int, range_index: int, max_group_size: int
 ) -> Iterator[np.ndarray]:
     """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.

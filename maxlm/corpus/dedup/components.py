@@ -39,8 +39,8 @@ class SimilarPairs:
 
 
 def resolve_duplicates(
-    alike: SimilarPairs,
-    rank_of: Callable[[np.ndarray], np.ndarray],
+    pairs: SimilarPairs,
+    rank_fn: Callable[[np.ndarray], np.ndarray],
     may_keep: np.ndarray | None = None,
 ) -> DuplicateClusters:
     """Decide which documents are kept.
@@ -53,28 +53,28 @@ def resolve_duplicates(
     Memory is about 110 bytes for each pair, 90 for each document in one, and 130 for each copy.
 
     Args:
-        rank_of: how good each of some members is, the higher the better; float64.
+        rank_fn: how good each of some members is, the higher the better; float64.
         may_keep: bool, by member: which may be kept; None: all. The others are duplicates only of
             a copy that is kept, or where the best of their copies is a duplicate.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    nodes = np.unique(np.concatenate([alike.low, alike.high, alike.best]))
-    ends = np.searchsorted(nodes, [alike.low, alike.high]).reshape(2, -1)
+    nodes = np.unique(np.concatenate([pairs.low, pairs.high, pairs.best]))
+    ends = np.searchsorted(nodes, [pairs.low, pairs.high]).reshape(2, -1)
 
     def connect(ends: np.ndarray) -> np.ndarray:
         graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
         return connected_components(graph, directed=False)[1] if len(nodes) else nodes
 
-    member = np.concatenate([nodes, alike.copy])
-    place = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, alike.best)])
+    member = np.concatenate([nodes, pairs.copy])
+    place = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, pairs.best)])
     component = connect(ends)[place]
     # Copies (what is wholly alike carries over) are one node: the best that may be kept of them.
-    is_copy = alike.jaccard == 1
+    is_copy = pairs.jaccard == 1
     text = connect(ends[:, is_copy])
-    node, ends, jaccard = text[place], text[ends[:, ~is_copy]], alike.jaccard[~is_copy]
-    rank = rank_of(member)
+    node, ends, jaccard = text[place], text[ends[:, ~is_copy]], pairs.jaccard[~is_copy]
+    rank = rank_fn(member)
     may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
     order = np.lexsort((member, -rank, ~may, node))
     first = order[mark_run_starts(node[order])]

@@ -33,13 +33,13 @@ class SelectedDocuments:
     """The first document of each shard, counted over the corpus, members or not."""
 
     @property
-    def total(self) -> int:
+    def num_selected(self) -> int:
         return self.shard_offsets[-1]
 
-    def file(self, shard: int) -> Path:
+    def shard_path(self, shard: int) -> Path:
         return get_member_path(self.folder, self.shards[shard])
 
-    def by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
+    def group_by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Yields each shard that has some of the sorted `members`, and the slice of these."""
         ends = np.searchsorted(members, self.shard_offsets)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
@@ -54,8 +54,8 @@ class SelectedDocuments:
         """Returns a column's values for members in any order."""
         unique, places = np.unique(members, return_inverse=True)
         parts = []
-        for shard, part in self.by_shard(unique):
-            values = read_columns(self.file(shard)).array(column)
+        for shard, part in self.group_by_shard(unique):
+            values = read_columns(self.shard_path(shard)).array(column)
             parts.append(values.take(pa.array(unique[part] - self.shard_offsets[shard])))
         if not parts:
             kinds = {"rank": pa.float64(), "row": pa.int64()}
@@ -71,18 +71,18 @@ def get_member_path(folder: Path, shard: str) -> Path:
 class SelectedDocumentsWriter:
     """The members of one shard, as they are read."""
 
-    reads = ("id", "source")
+    input_columns = ("id", "source")
     """The columns it needs, besides the label that `keep_by` names."""
 
     def __init__(self, keep_by: str | None):
         self._keep_by = keep_by
         self._rows: list[np.ndarray] = []
         self._ranks: list[np.ndarray] = []
-        self._names: dict[str, list[pa.Array]] = {name: [] for name in self.reads}
+        self._names: dict[str, list[pa.Array]] = {name: [] for name in self.input_columns}
 
     def add(self, group: RowGroup) -> None:
         """Adds the members of one row group."""
-        self._rows.append(group.index + group.first)
+        self._rows.append(group.row_indices + group.first_row)
         self._ranks.append(compute_keep_scores(group.batch, self._keep_by))
         for name, parts in self._names.items():
             parts.append(group.batch.column(name))
@@ -96,7 +96,7 @@ class SelectedDocumentsWriter:
         return rank
 
 
-def number_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
+def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
@@ -132,8 +132,8 @@ def write_labels(
     """
     arrays = [pa.array(labels[field.name], field.type) for field in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
-    with shard.writer(schema) as writer:
+    with shard.open_writer(schema) as writer:
         for group in shard.read_selected_rows(["id"]):
-            start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
-            own = replace(group, index=rows[start:stop] - group.first)
+            start, stop = np.searchsorted(rows, [group.first_row, group.first_row + group.num_rows])
+            own = replace(group, row_indices=rows[start:stop] - group.first_row)
             writer.write_selected_rows(own, batch.slice(start, stop - start))

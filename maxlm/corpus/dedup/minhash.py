@@ -31,18 +31,18 @@ class Banding:
     rows: int
 
 
-def choose_banding(similarity: float, recall: float, most_hashes: int) -> Banding:
+def choose_banding(similarity: float, recall: float, max_hashes: int) -> Banding:
     """The banding with the most rows, and so the fewest false candidates, that is affordable.
 
     Args:
         similarity: of pairs that must be found with probability `recall` at least.
-        most_hashes: bands * rows at most. One row always fits: more are used if need be.
+        max_hashes: bands * rows at most. One row always fits: more are used if need be.
     """
     best = Banding(1, 1)
-    for rows in range(1, most_hashes + 1):
+    for rows in range(1, max_hashes + 1):
         miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
         bands = max(1, ceil(log(1 - recall) / miss - 1e-9))
-        if rows > 1 and bands * rows > most_hashes:
+        if rows > 1 and bands * rows > max_hashes:
             break
         best = Banding(bands, rows)
     return best

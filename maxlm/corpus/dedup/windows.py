@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from maxlm.corpus.dedup.minhash import mix_bits
-from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_character_classes
+from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 
 # Odd, and so invertible modulo 2^64.
 _BASE, CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
@@ -35,7 +35,7 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.nd
         Each word's first character and the one after its last: int64 [words]. Each document's first
         word, and the number of words: int64 [documents + 1].
     """
-    bits = get_character_classes()[text]
+    bits = get_code_point_classes()[text]
     opens = np.zeros(len(text) + 1, np.bool_)  # A document begins.
     opens[offsets] = True
     opens = opens[:-1]

@@ -8,7 +8,7 @@ import re
 
 from maxlm.corpus.pii.addresses import find_emails, find_ips
 from maxlm.corpus.pii.match import KINDS, Kind, PiiMatch, remove_overlaps
-from maxlm.corpus.pii.numbers import find_cards, find_ibans, find_ssns
+from maxlm.corpus.pii.numbers import find_card_numbers, find_ibans, find_ssns
 from maxlm.corpus.pii.phones import PhoneFinder
 from maxlm.corpus.pii.secrets import find_credentials
 
@@ -34,7 +34,7 @@ class PiiFinder:
         if "@" in text:
             found += find_emails(text)
         if _DIGITS.search(text):
-            found += [*find_cards(text), *find_ssns(text), *find_ibans(text)]
+            found += [*find_card_numbers(text), *find_ssns(text), *find_ibans(text)]
             found += self._phones.find(text)
         if "." in text or ":" in text:
             found += find_ips(text)

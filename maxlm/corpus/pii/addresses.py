@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from maxlm.corpus.pii.match import PiiMatch, find_lead_words
+from maxlm.corpus.pii.match import PiiMatch, get_preceding_words
 
 _LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" + "".join(
     chr(code) for code in range(0xC0, 0x250)
@@ -97,7 +97,7 @@ def find_ips(text: str) -> Iterator[PiiMatch]:
     """
     for found in _IPV4.finditer(text):
         numbered = max(map(int, found[0].split(".")[1:])) < 25
-        numbered = numbered or _VERSION.search(find_lead_words(text, found.start()))
+        numbered = numbered or _VERSION.search(get_preceding_words(text, found.start()))
         if not numbered and _is_public(found[0]):
             yield PiiMatch(*found.span(), "ip")
     for found in _IPV6.finditer(text):

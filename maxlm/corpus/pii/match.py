@@ -19,7 +19,7 @@ NOT_OURS = re.compile(
     r"facture|patent|model|lot|batch|id|ref\w*|no|nr|n°|№|#|[$€£¥])"
     r"[\s.:#-]*(?:no|nr|number|nummer|code|id)?[\s.:#-]*$"
 )
-"""Ends a `find_lead_words` to a number that counts things."""
+"""Ends a `get_preceding_words` to a number that counts things."""
 
 
 class PiiMatch(NamedTuple):
@@ -41,7 +41,7 @@ def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
     return kept
 
 
-def find_lead_words(text: str, start: int) -> str:
+def get_preceding_words(text: str, start: int) -> str:
     """Returns the words that lead up to a number, in lower case.
 
     Those of the same sentence and line (or the line above, if none of its own), after any number

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, find_lead_words
+from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, get_preceding_words
 
 # The issuers' number ranges (ISO/IEC 7812): first digits, and how many digits in all.
 _ISSUERS = (
@@ -51,7 +51,7 @@ def _inside(text: str, start: int, end: int) -> bool:
     return _GOES_ON.match(before) is not None or _GOES_ON.match(text, end) is not None
 
 
-def find_cards(text: str) -> Iterator[PiiMatch]:
+def find_card_numbers(text: str) -> Iterator[PiiMatch]:
     """Finds payment cards by issuers' ranges and lengths, and Luhn's check digit (ISO/IEC 7812-1).
 
     One number in ten has that check digit by chance, so those after "order" and the like are none;
@@ -65,7 +65,7 @@ def find_cards(text: str) -> Iterator[PiiMatch]:
             in_table
             or _inside(text, start, end)
             or not _is_card(found[0].replace(" ", "").replace("-", ""))
-            or NOT_OURS.search(find_lead_words(text, start))
+            or NOT_OURS.search(get_preceding_words(text, start))
         )
         if not refused:
             yield PiiMatch(start, end, "card")
@@ -99,7 +99,7 @@ def find_ssns(text: str) -> Iterator[PiiMatch]:
             continue
         if _inside(text, start, end) or text[max(0, start - 1) : start] in ("-", "+", "#", "$"):
             continue
-        words = find_lead_words(text, start)
+        words = get_preceding_words(text, start)
         other = NOT_OURS.search(words)
         other = (other and _THING.match(other[0])) or _CALLS.search(words)
         if _SSN_WORDS.search(words) or (found["plain"] is None and not other):

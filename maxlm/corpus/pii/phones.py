@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, find_lead_words
+from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, get_preceding_words
 
 _RUN = re.compile(
     r"(?:\(?\+|\()?[0-9][0-9 \u00a0()./\u2010-\u2015-]{5,}[0-9](?:(?: ?x| ?ext\.? ?)[0-9]{1,6})?"
@@ -67,7 +67,7 @@ class PhoneFinder:
         table = len(tokens) > _TABLE_TOKENS
         if text[end : end + 1].isalnum() or text[end : end + 1] in ("_", "%", "€", "°"):
             tokens.pop()
-        words = find_lead_words(text, start)
+        words = get_preceding_words(text, start)
         other = NOT_OURS.search(words)
         # "Phone no." is one, "contact me about order no." is none.
         spoken = _WORDS.search(words, max(0, other.start() - 12) if other else 0) is not None

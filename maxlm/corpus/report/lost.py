@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from maxlm.corpus.dedup.columns import concatenate
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, make_shingle_set
-from maxlm.corpus.opened import OpenCorpus, cut_texts, mark_kept
+from maxlm.corpus.opened import OpenCorpus, mark_kept, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules, find_dedup_stages
 from maxlm.corpus.settling import (
     DedupStages,
-    add_verdicts,
-    list_rule_inputs,
+    add_verdict_columns,
+    list_rule_columns,
     resolve_duplicates_for_rules,
 )
 from maxlm.corpus.shards import StageShardView
@@ -50,7 +50,7 @@ class LostText:
         )
 
 
-def estimate_lost_text(
+def estimate_text_lost_to_dedup(
     corpus: OpenCorpus, rules: FilterRules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
     """Look for some 10,000 dropped duplicates and as many cut passages in what the rules keep."""
@@ -80,11 +80,11 @@ def _sample_removed(
     rules: FilterRules, stages: DedupStages, size: int, most: int, shard: StageShardView
 ) -> list[tuple[int, list[np.ndarray]]]:
     """Counts dropped documents and cut passages, and hashes the first of each."""
-    inputs, counts, samples = ["text", *list_rule_inputs(rules, stages)], [0, 0], ([], [])
+    inputs, counts, samples = ["text", *list_rule_columns(rules, stages)], [0, 0], ([], [])
     verdicts = [f"{stage.unique_name}.{label}" for stage, _ in stages for label in stage.verdicts]
     for table in shard.read_row_groups([*dict.fromkeys([*inputs, *verdicts])]):
         # By no verdict, by those on whole documents, and by all.
-        none = add_verdicts(table.select(inputs), stages, {})
+        none = add_verdict_columns(table.select(inputs), stages, {})
         whole = {name for name in verdicts if name.endswith((".duplicate", ".jaccard"))}
         columns = {n: (table if n in whole else none).column(n) for n in none.schema.names}
         some = pa.RecordBatch.from_pydict(columns)
@@ -116,7 +116,7 @@ def _find_hashes(
         kept = table.filter(pa.array(mark_kept(table, rules)))
         texts = kept.column("text").to_pylist()
         whole = [make_shingle_set(text, size) for text in texts]
-        rests = zip(texts, whole, cut_texts(kept, rules), strict=True)
+        rests = zip(texts, whole, remove_cut_spans(kept, rules), strict=True)
         stays = [a if rest == text else make_shingle_set(rest, size) for text, a, rest in rests]
         for mine, hashes in zip(seen, (whole, stays), strict=True):
             mine |= np.isin(wanted, concatenate(hashes, np.uint64))

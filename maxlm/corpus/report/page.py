@@ -11,7 +11,7 @@ import numpy as np
 from maxlm.corpus.expression import Threshold
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import FilterRules
-from maxlm.corpus.report.summary import Summary
+from maxlm.corpus.report.summary import CorpusSummary
 from maxlm.corpus.shards import DOCUMENTS
 from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_contaminated_documents
 from maxlm.runtime.files import replace_file
@@ -22,9 +22,9 @@ _WIDTH, _HEIGHT = 440, 120
 
 
 def write_report(
-    corpus: OpenCorpus, rules: FilterRules, summary: Summary, path: Path, lost: str = ""
+    corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary, path: Path, lost_text: str = ""
 ) -> None:
-    """Write the page, whole or not at all; `lost` is a sentence about text lost."""
+    """Write the page, whole or not at all; `lost_text` is a sentence about text lost."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
@@ -41,11 +41,11 @@ def write_report(
     ]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
-        lost=lost,
+        lost=lost_text,
         sources=sources,
-        read=corpus.manifest(DOCUMENTS)["counts"],
+        read=corpus.read_manifest(DOCUMENTS)["counts"],
         funnel=compute_funnel(rules, summary, sources),
-        stages=[(stage.unique_name, corpus.manifest(stage.unique_name)) for stage in stages],
+        stages=[(stage.unique_name, corpus.read_manifest(stage.unique_name)) for stage in stages],
         histograms=_draw_histograms(rules, summary),
         rules=[(n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()],
         kept=summary.kept,
@@ -58,7 +58,7 @@ def write_report(
 
 
 def compute_funnel(
-    rules: FilterRules, summary: Summary, sources: Sequence[str]
+    rules: FilterRules, summary: CorpusSummary, sources: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Computes what is left after each rule, from all documents down."""
     rows, before = [], None
@@ -80,7 +80,7 @@ def compute_funnel(
     return rows
 
 
-def _list_mixture(summary: Summary) -> list[dict[str, Any]]:
+def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
     rows = []
     for (source, language), (documents, size, tried, tokens) in sorted(
         summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
@@ -91,7 +91,7 @@ def _list_mixture(summary: Summary) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw_histograms(rules: FilterRules, summary: Summary) -> list[dict[str, Any]]:
+def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
     """Labels that rules compare first, each with the values at which it is cut."""
     thresholds: dict[str, list[Threshold]] = {}
     for rule in rules.keep.values():

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
 
-from maxlm.corpus.opened import OpenCorpus, cut_texts
+from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import StageShardView
@@ -40,7 +40,7 @@ Key = tuple[str, ...]
 class Sample:
     """A document shown as an example."""
 
-    order: str
+    sort_key: str
     """A hash of its id: which documents are shown is arbitrary, but always the same."""
     id: str = field(compare=False)
     source: str = field(compare=False)
@@ -49,7 +49,7 @@ class Sample:
 
 
 @dataclass
-class Summary:
+class CorpusSummary:
     """Counts, values and examples; the sum of two is that of both their documents."""
 
     documents: Counter[Key] = field(default_factory=Counter)
@@ -67,7 +67,7 @@ class Summary:
     kept: list[Sample] = field(default_factory=list)
     """Examples that all rules keep."""
 
-    def add(self, other: "Summary") -> None:
+    def add(self, other: "CorpusSummary") -> None:
         self.documents.update(other.documents)
         self.bytes.update(other.bytes)
         for key, figures in other.mixture.items():
@@ -83,13 +83,13 @@ class Summary:
         self.values[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
 
 
-def summarize(
+def summarize_corpus(
     corpus: OpenCorpus,
     rules: FilterRules,
     engine: Executor,
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
-) -> Summary:
+) -> CorpusSummary:
     """Computes figures of a corpus under rules, tokens by the tokenizer in a folder."""
     numeric = [
         name
@@ -99,7 +99,7 @@ def summarize(
     ]
     shards = resolve_duplicates_for_rules(corpus, rules, progress)
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
-    total = Summary()
+    total = CorpusSummary()
     for each in JobRunner("report", engine, progress)(job, shards):
         total.add(each)
     return total
@@ -117,10 +117,10 @@ def _summarize_shard(
     language: str | None,
     tokenizer: Path | None,
     shard: StageShardView,
-) -> Summary:
+) -> CorpusSummary:
     from maxlm.data.tokenizer import load_tokenizer
 
-    summary = Summary()
+    summary = CorpusSummary()
     languages = [language] if language else []
     columns = ["id", "source", "text", *rules.label_names, *numeric, *languages, *rules.cut]
     seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
@@ -135,7 +135,7 @@ def _summarize_shard(
         _count(summary, "has text", sources, sizes, keep)
         for name, rule in rules.keep.items():
             passes = rule.evaluate(table)
-            fell = _samples(table, np.flatnonzero(keep & ~passes), rule.names)
+            fell = _samples(table, np.flatnonzero(keep & ~passes), rule.label_names)
             summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
             keep = keep & passes
             _count(summary, name, sources, sizes, keep)
@@ -149,7 +149,7 @@ def _summarize_shard(
 
 
 def _count(
-    summary: Summary, rule: str, sources: pa.Array, sizes: np.ndarray, keep: np.ndarray
+    summary: CorpusSummary, rule: str, sources: pa.Array, sizes: np.ndarray, keep: np.ndarray
 ) -> None:
     names = np.asarray(sources.to_pylist(), object)[keep]
     for source in set(names.tolist()):
@@ -175,7 +175,7 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
 
 
 def _count_mixture(
-    summary: Summary,
+    summary: CorpusSummary,
     rules: FilterRules,
     language: str | None,
     tokenizer: "Tokenizer | None",
@@ -185,7 +185,7 @@ def _count_mixture(
     if language:
         languages = table.column(language).to_pylist()
     sources = table.column("source").to_pylist()
-    for source, name, text in zip(sources, languages, cut_texts(table, rules), strict=True):
+    for source, name, text in zip(sources, languages, remove_cut_spans(table, rules), strict=True):
         raw = text.encode()
         figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
         figures[:2] += (1, len(raw))

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.cuts import CUTS, join_spans
+from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
@@ -22,21 +22,21 @@ from maxlm.data.documents.reader import read_documents
 
 
 @dataclass(frozen=True)
-class GramIndex:
+class NgramIndex:
     """The n-grams of evaluation sets, and the items that each belongs to."""
 
-    grams: np.ndarray
-    """Hashes of n-grams, sorted: uint64 [grams]."""
-    starts: np.ndarray
-    """Gram g belongs to the items owners[starts[g]:starts[g + 1]]."""
-    owners: np.ndarray
-    sizes: np.ndarray
+    hashes: np.ndarray
+    """Hashes of n-grams, sorted: uint64 [n-grams]."""
+    item_offsets: np.ndarray
+    """N-gram g is in the items item_indices[item_offsets[g]:item_offsets[g + 1]]."""
+    item_indices: np.ndarray
+    ngrams_per_item: np.ndarray
     """Different n-grams of each item: int64 [items]. 0: it is too short, equal to one before it in
     its set, or all of it is of a template."""
-    ids: tuple[str, ...]
-    sets: tuple[str, ...]
+    item_ids: tuple[str, ...]
+    item_sets: tuple[str, ...]
     """The set of each item."""
-    is_size: np.ndarray
+    has_length: np.ndarray
     """Whether there are n-grams of each length: bool [n + 1]."""
 
 
@@ -51,24 +51,24 @@ def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
     return digest.hexdigest()
 
 
-def build_gram_index(
-    sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items_per_ngram: int
-) -> GramIndex:
+def build_ngram_index(
+    sets: Mapping[str, SourceConfig], n: int, min_words: int, max_items_per_ngram: int
+) -> NgramIndex:
     """Builds the index of evaluation sets' n-grams.
 
     Args:
         n: words in an n-gram. An item of fewer words is looked for as a whole,
-        shortest: if it has this many; else it is left out.
+        min_words: if it has this many; else it is left out.
         max_items_per_ngram: n-grams of more different items of a set are left out, as text of a
             template, if they are not of a long passage; see `_wanted`.
     """
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
     for name, source in sets.items():
-        items = _read_items(source, n, shortest)
+        items = _read_items(source, n, min_words)
         wanted = _wanted(items, n, max_items_per_ngram)
         if not wanted.any():
-            what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
+            what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
             if items.words.any():
                 what = f'all text of evaluation set "{name}" is common to more than '
                 what += f"{max_items_per_ngram} items"
@@ -84,14 +84,14 @@ def build_gram_index(
     order = np.lexsort((owner, gram))
     starts = np.flatnonzero(mark_run_starts(gram[order]))
     distinct = gram[order][starts]
-    return GramIndex(
-        grams=distinct,
-        starts=np.append(starts, len(gram)),
-        owners=owner[order],
-        sizes=np.bincount(owner, minlength=len(ids)),
-        ids=tuple(ids),
-        sets=tuple(names),
-        is_size=is_size,
+    return NgramIndex(
+        hashes=distinct,
+        item_offsets=np.append(starts, len(gram)),
+        item_indices=owner[order],
+        ngrams_per_item=np.bincount(owner, minlength=len(ids)),
+        item_ids=tuple(ids),
+        item_sets=tuple(names),
+        has_length=is_size,
     )
 
 
@@ -163,19 +163,19 @@ def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return grams[keep], owners[keep]
 
 
-def find_grams(index: GramIndex, text: str) -> np.ndarray:
+def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
     """Finds every n-gram of the index in a text.
 
     Returns:
-        int64 [found, 3]: which of `index.grams`, its first character and the one after its last.
+        int64 [found, 3]: which of `index.hashes`, its first character and the one after its last.
     """
     words = hash_words(text)
     spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
     found = [np.empty((0, 3), np.int64)]
-    for size in np.flatnonzero(index.is_size[: len(words) + 1]).tolist():
+    for size in np.flatnonzero(index.has_length[: len(words) + 1]).tolist():
         grams = hash_shingles(words, size)
-        place = np.searchsorted(index.grams, grams) % len(index.grams)
-        at = np.flatnonzero(index.grams[place] == grams)
+        place = np.searchsorted(index.hashes, grams) % len(index.hashes)
+        at = np.flatnonzero(index.hashes[place] == grams)
         found.append(np.stack([place[at], spans[at, 0], spans[at + size - 1, 1]], 1))
     return np.concatenate(found)
 
@@ -208,7 +208,7 @@ class DecontaminateStage(PerDocumentStage):
     Items with the same n-grams count as one, the first."""
 
     version: ClassVar[int] = 3
-    needs: ClassVar[tuple[str, ...]] = ("regex",)
+    required_packages: ClassVar[tuple[str, ...]] = ("regex",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -226,24 +226,25 @@ class DecontaminateStage(PerDocumentStage):
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         shortest = min(self.shortest, self.ngram)
-        index = build_gram_index(self.sets, self.ngram, shortest, self.max_items)
+        index = build_ngram_index(self.sets, self.ngram, shortest, self.max_items)
 
         def label(text: str | None) -> dict[str, Any]:
-            found = find_grams(index, text or "")
+            found = find_ngrams(index, text or "")
             if not len(found):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
             grams = np.unique(found[:, 0])
-            owners = [index.owners[index.starts[g] : index.starts[g + 1]] for g in grams]
+            starts = index.item_offsets
+            owners = [index.item_indices[starts[g] : starts[g + 1]] for g in grams]
             items, hits = np.unique(np.concatenate(owners), return_counts=True)
-            overlap = hits / index.sizes[items]
-            enough = hits >= np.minimum(self.min_hits, index.sizes[items])
+            overlap = hits / index.ngrams_per_item[items]
+            enough = hits >= np.minimum(self.min_hits, index.ngrams_per_item[items])
             best = np.lexsort((-hits, -overlap, ~enough))[0]
-            spans = zip(*join_spans(found[:, 1], found[:, 2]), strict=True)
+            spans = zip(*merge_spans(found[:, 1], found[:, 2]), strict=True)
             return {
                 "contaminated": bool(enough[best]),
                 "overlap": overlap[best],
-                "set": index.sets[items[best]],
-                "item": index.ids[items[best]],
+                "set": index.item_sets[items[best]],
+                "item": index.item_ids[items[best]],
                 "cuts": [{"start": start, "end": end} for start, end in spans],
             }
 

@@ -26,7 +26,7 @@ from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     SelectedDocumentsWriter,
     get_member_path,
-    number_selected_documents,
+    open_selected_documents,
     write_labels,
 )
 from maxlm.corpus.shards import StageShardView
@@ -64,7 +64,7 @@ class ExactStage(CrossDocumentStage):
     stage's folder as well, and those of stages that read `seen_before`."""
 
     version: ClassVar[int] = 3
-    by_unicode: ClassVar[bool] = True
+    depends_on_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate",)
 
     def schema(self) -> pa.Schema:
@@ -88,7 +88,7 @@ class ExactStage(CrossDocumentStage):
                 text = normalize(self.unicode, text)  # Folding may take letters apart.
         return " ".join(text.split()) if self.spaces else text
 
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """Hash each shard, group each range of hashes, label each shard."""
         folder = Path(self.index).expanduser() if self.index else None
         with lock_folder(folder) if folder else nullcontext():
@@ -96,14 +96,14 @@ class ExactStage(CrossDocumentStage):
             if folder and shards:
                 self._check_index(folder)
                 earlier, own = _find_entries(folder, shards[0].folder)
-            run(partial(_hash_shard, self, scratch), shards, "hash")
-            members = number_selected_documents(scratch, shards)
-            number = max(1, -(-members.total * _BYTES // self.memory))
+            run_jobs(partial(_hash_shard, self, scratch), shards, "hash")
+            members = open_selected_documents(scratch, shards)
+            number = max(1, -(-members.num_selected * _BYTES // self.memory))
             # A killed run may have had other ranges, or another index.
             out = scratch / "ranges" / f"{number}-{len(earlier)}"
-            run(partial(_group_range, members, out, number, earlier), range(number), "group")
+            run_jobs(partial(_group_range, members, out, number, earlier), range(number), "group")
             label = partial(_label_shard, self.schema(), members, out, number)
-            run(label, list(enumerate(shards)), "label")
+            run_jobs(label, list(enumerate(shards)), "label")
             if own:
                 with replace_file(own) as new, new.open("wb") as entry:
                     for i in range(number):
@@ -143,7 +143,7 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
     if out.exists():
         return
     members, digests = SelectedDocumentsWriter(stage.keep_by), []
-    for group in shard.read_selected_rows((*members.reads, *stage.reads)):
+    for group in shard.read_selected_rows((*members.input_columns, *stage.input_columns)):
         texts = (stage.normalise(text.as_py()) for text in group.batch.column("text"))
         digests += [hashlib.sha256(text.encode()).digest() for text in texts]
         members.add(group)
@@ -229,7 +229,7 @@ def _label_shard(
         "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
         "cluster": pa.array(members.get_document_indices(kept), mask=copies == 1),
     }
-    write_labels(shard, schema, read_columns(members.file(which))["row"], labels)
+    write_labels(shard, schema, read_columns(members.shard_path(which))["row"], labels)
 
 
 def _digest_file(scratch: Path, shard: str) -> Path:

@@ -40,7 +40,7 @@ class ExtractStage(PerDocumentStage):
     version: ClassVar[int] = 3
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         return ("html", "meta")
 
     def schema(self) -> pa.Schema:

@@ -306,8 +306,8 @@ class HeuristicsStage(PerDocumentStage):
     """Bytes of a text to measure; the rest is skipped. Bounds memory: about 130 bytes for each, at
     worst."""
     version: ClassVar[int] = 2
-    needs: ClassVar[tuple[str, ...]] = ("regex",)
-    by_unicode: ClassVar[bool] = True
+    required_packages: ClassVar[tuple[str, ...]] = ("regex",)
+    depends_on_unicode: ClassVar[bool] = True
 
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))

@@ -24,11 +24,11 @@ from pydantic import Field
 from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
     count_pairs,
+    find_candidate_pairs,
     find_pair_range_starts,
-    find_pairs,
     read_unique_pairs_in_range,
     unpack_pairs,
-    write_bands,
+    write_band_keys,
 )
 from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
 from maxlm.corpus.dedup.components import DuplicateClusters, SimilarPairs, resolve_duplicates
@@ -36,7 +36,7 @@ from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     SelectedDocumentsWriter,
     get_member_path,
-    number_selected_documents,
+    open_selected_documents,
     write_labels,
 )
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
@@ -88,10 +88,10 @@ class NearStage(CrossDocumentStage):
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
     version: ClassVar[int] = 4
-    needs: ClassVar[tuple[str, ...]] = ("regex", "scipy")
-    by_unicode: ClassVar[bool] = True
+    required_packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
+    depends_on_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
-    neutral = (*CrossDocumentStage.neutral, "max_share", "max_shares", "alarm_from")
+    hash_excludes = (*CrossDocumentStage.hash_excludes, "max_share", "max_shares", "alarm_from")
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -108,19 +108,19 @@ class NearStage(CrossDocumentStage):
         """Chooses the bands and rows that the settings come to."""
         return choose_banding(self.jaccard, self.recall, self.hashes)
 
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`."""
-        members, alike = find_similar_pairs(self, shards, scratch, run)
+        members, alike = find_similar_pairs(self, shards, scratch, run_jobs)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         parts = list(enumerate(shards))
-        counts = run(partial(_count_sources, members), parts, "count")
+        counts = run_jobs(partial(_count_sources, members), parts, "count")
         if shards:
             self._check_shares(members, marks, counts, shards[0].folder)
             low, high = map(members.get_document_indices, (alike.low, alike.high))
             path = shards[0].path(self.unique_name).with_name("pairs.arrow")
             write_columns(path, {"low": low, "high": high, "jaccard": alike.jaccard})
-        run(partial(_label_shard, members, self.schema()), parts, "label")
+        run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
 
     def _check_shares(
         self,
@@ -175,7 +175,7 @@ def _count_sources(
     """Documents of each source, and those of them that are marked."""
     marks = _read_marks(members, part[0])
     marked = marks.member[marks.duplicate_of >= 0] - members.shard_offsets[part[0]]
-    sources = read_columns(members.file(part[0])).array("source")
+    sources = read_columns(members.shard_path(part[0])).array("source")
     return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
 
 
@@ -184,7 +184,7 @@ def _label_shard(
 ) -> None:
     number, shard = part
     marks = _read_marks(members, number)
-    rows = read_columns(members.file(number))["row"]
+    rows = read_columns(members.shard_path(number))["row"]
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
     mark[marks.member - members.shard_offsets[number]] = np.arange(len(marks.member))
     clustered = pa.array(mark, mask=mark < 0)
@@ -201,25 +201,25 @@ def _label_shard(
 
 
 def find_similar_pairs(
-    stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run: JobRunner
+    stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
 ) -> tuple[SelectedDocuments, SimilarPairs]:
     """Find the pairs of documents that are as alike as is asked for.
 
     The memory of this process grows with what is found: 24 bytes for each pair.
     """
-    run(partial(_sign_shard, stage, scratch), shards, "signatures")
-    members = number_selected_documents(scratch, shards)
-    number = max(1, -(-members.total * _KEY_BYTES // stage.memory))
+    run_jobs(partial(_sign_shard, stage, scratch), shards, "signatures")
+    members = open_selected_documents(scratch, shards)
+    number = max(1, -(-members.num_selected * _KEY_BYTES // stage.memory))
     folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
     parts = list(product(range(1, stage.choose_banding().bands + 1), range(number)))
-    run(partial(_write_pairs, stage, members, folder, number), parts, "candidates")
+    run_jobs(partial(_write_pairs, stage, members, folder, number), parts, "candidates")
 
     found = sorted(folder.glob("pairs-*.arrow"))
     number = max(1, -(-count_pairs(found) * _PAIR_BYTES // stage.memory))
     starts = find_pair_range_starts(found, number)
     files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
     verify = partial(_verify, stage.jaccard, members, found, starts)
-    run(verify, list(enumerate(files)), "verify")
+    run_jobs(verify, list(enumerate(files)), "verify")
     verified, jaccard = [], []
     for file in files:
         columns = read_columns(file)
@@ -243,7 +243,7 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     with convert_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as new, new.open("wb") as stream:
-        for group in shard.read_selected_rows((*members.reads, *stage.reads)):
+        for group in shard.read_selected_rows((*members.input_columns, *stage.input_columns)):
             texts = group.batch.column("text").to_pylist()
             sets = [make_shingle_set(text, stage.ngram) for text in texts]
             concatenate(sets, np.uint64).tofile(stream)
@@ -251,7 +251,7 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
             keys.append(compute_band_keys(sets, banding))
             members.add(group)
     write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
-    write_bands(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
+    write_band_keys(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
     members.write(out)
 
 
@@ -263,7 +263,7 @@ def _write_pairs(
     done = folder / f"{band}-{which}.done"
     if done.exists():
         return
-    found = find_pairs(members, band, number, which, stage.max_group)
+    found = find_candidate_pairs(members, band, number, which, stage.max_group)
     most = max(1, stage.memory // _PAIR_BYTES)
     piece, size, written = [], 0, 0
     for pairs in chain(found, [None]):
@@ -293,9 +293,9 @@ def _verify(
     candidates = read_unique_pairs_in_range(found, starts, which)
     low, high = unpack_pairs(candidates)
     jaccard = np.empty(len(candidates))
-    for shard, here in members.by_shard(low):
+    for shard, here in members.group_by_shard(low):
         order = np.argsort(high[here], kind="stable") + here.start
-        for other, there in members.by_shard(high[order]):
+        for other, there in members.group_by_shard(high[order]):
             pairs = order[there]
             ones = _read_sets(members, shard, low[pairs])
             others = _read_sets(members, other, high[pairs])

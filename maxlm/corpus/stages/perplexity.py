@@ -72,8 +72,8 @@ class PerplexityReport:
 class PerplexityModel:
     """A trained model, opened."""
 
-    lines: LineSplitter
-    score: Callable[[str], float]
+    split_lines: LineSplitter
+    log10_prob: Callable[[str], float]
     """log10 of a line's probability, its end included."""
     cutoffs: tuple[float, float] = (0.0, 0.0)
 
@@ -83,8 +83,8 @@ class PerplexityModel:
         None for a text without words.
         """
         total, number = 0.0, 0
-        for line in self.lines(text):
-            total += self.score(line)
+        for line in self.split_lines(text):
+            total += self.log10_prob(line)
             number += line.count(" ") + 2
         return 10 ** (-total / number) if number else None
 
@@ -233,7 +233,7 @@ class PerplexityStage(PerDocumentStage):
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
     version: ClassVar[int] = 3
-    needs: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
+    required_packages: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
@@ -244,13 +244,13 @@ class PerplexityStage(PerDocumentStage):
         return self
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         return ("text",) if self.language is None else ("text", self.language)
 
     @property
     def string_input_columns(self) -> tuple[str, ...]:
         """Labels it reads that must hold strings."""
-        return self.reads[1:]
+        return self.input_columns[1:]
 
     def schema(self) -> pa.Schema:
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])

@@ -38,7 +38,7 @@ class PiiStage(PerDocumentStage):
     with a country code are known from everywhere. Each costs time and a little precision."""
 
     version: ClassVar[int] = 3
-    needs: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
+    required_packages: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":
@@ -58,7 +58,7 @@ class PiiStage(PerDocumentStage):
 
         def label(text: str | None) -> dict[str, Any]:
             matches = finder.find(text) if text else []
-            masked, spans = mask(text or "", matches, placeholders)
+            masked, spans = mask_pii(text or "", matches, placeholders)
             counts = Counter(match.kind for match in matches)
             return {
                 "text": masked,
@@ -70,7 +70,7 @@ class PiiStage(PerDocumentStage):
         return label
 
 
-def mask(
+def mask_pii(
     text: str, matches: list[PiiMatch], placeholders: Mapping[str, str]
 ) -> tuple[str | None, list[dict]]:
     """Returns the masked text, None if nothing is masked, and each match's place in both texts."""

@@ -202,16 +202,16 @@ def train_classifier(
 
 
 def choose_threshold(
-    scores: np.ndarray, labels: np.ndarray, target: str, value: float
+    scores: np.ndarray, labels: np.ndarray, target: str, target_value: float
 ) -> tuple[float, bool]:
     """Finds the score that reaches a precision or recall as threshold and has most of the other;
-    and whether it reaches `value`, or only comes closest."""
+    and whether it reaches `target_value`, or only comes closest."""
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     reaches, other = (precision, recall) if target == "precision" else (recall, precision)
     reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
-    reached = reaches >= value
+    reached = reaches >= target_value
     if not reached.any():
         return float(thresholds[np.argmax(reaches)]), False
     best = np.lexsort((reaches, np.where(reached, other, -1)))[-1]
@@ -260,7 +260,7 @@ class QualityStage(PerDocumentStage):
     model: Path
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
     version: ClassVar[int] = 2
-    needs: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
+    required_packages: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
 
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])

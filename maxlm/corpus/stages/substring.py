@@ -22,10 +22,11 @@ of 128 bits a word gives the same groups as sorting a suffix a character, in a f
 and hashes of parts are merged by ranges without their texts.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `write_shard_blocks` sorts the windows of each block; `find_repeated_windows` finds the
-first occurrence of each window that comes several times, for one range of hashes; `find_cuts` takes
-the union of a document's copies. It also lists where each copied run came first, for which
-documents are kept is not known yet: what is cut of them is settled later (`corpus.settling`).
+hashes: `write_window_blocks` sorts the windows of each block; `find_repeated_windows` finds the
+first occurrence of each window that comes several times, for one range of hashes;
+`find_duplicate_spans` takes the union of a document's copies. It also lists where each copied run
+came first, for which documents are kept is not known yet: what is cut of them is settled later
+(`corpus.settling`).
 """
 
 import json
@@ -78,7 +79,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_shard_blocks(
+def write_window_blocks(
     folder: Path,
     window_words: int,
     block_characters: int,
@@ -121,7 +122,7 @@ def _blocks(
     for group in shard.read_selected_rows(columns):
         column = group.batch.column("text")
         good = compute_keep_scores(group.batch, keep_by)
-        for i, row in enumerate((group.index + group.first).tolist()):
+        for i, row in enumerate((group.row_indices + group.first_row).tolist()):
             text = get_code_points(column[i].as_py())
             if len(text) > _LONGEST:
                 what = f"document of {len(text)} characters, where {_LONGEST} are the most"
@@ -138,8 +139,8 @@ def _blocks(
         yield texts, np.array(rows, np.int64), np.array(ranks)
 
 
-def write_block_list(folder: Path, shards: Sequence[StageShardView]) -> int:
-    """Write the list of all blocks, in order, for `find_repeated_windows` and `find_cuts`.
+def write_block_index(folder: Path, shards: Sequence[StageShardView]) -> int:
+    """Write the list of all blocks, in order, for the two functions below.
 
     Returns:
         How many windows the blocks have.
@@ -163,13 +164,13 @@ def _read_list(folder: Path) -> list[tuple[str, str, int]]:
     return json.loads((folder / "blocks.json").read_text())
 
 
-def find_repeated_windows(folder: Path, num_ranges: int, ranked: bool, range_index: int) -> None:
+def find_repeated_windows(folder: Path, num_ranges: int, has_ranks: bool, range_index: int) -> None:
     """Write the positions of windows that occur earlier, rising, and where the first of all is:
     FOLDER/ranges/NUMBER-WHICH.
 
     Args:
         num_ranges, range_index: how many ranges of hashes there are, and which this one is.
-        ranked: whether documents differ in rank.
+        has_ranks: whether documents differ in rank.
     """
     path = _range_file(folder, num_ranges, range_index)
     if path.exists():
@@ -183,13 +184,13 @@ def find_repeated_windows(folder: Path, num_ranges: int, ranked: bool, range_ind
         checks.append(columns["check"][part])
         place = columns["place"][part].astype(np.uint64)
         positions.append(np.uint64(block) << _PLACE | place)
-        if ranked:
+        if has_ranks:
             documents = read_columns(_block_file(folder, name, "documents"))
             which = np.searchsorted(documents["end"], place.astype(np.int64), "right")
             good.append(documents["rank"][which])
     keys = [concatenate(checks, np.uint64), concatenate(hashes, np.uint64)]
     # The sort keeps the order of blocks among equals.
-    order = np.lexsort([-concatenate(good, np.float64), *keys] if ranked else keys)
+    order = np.lexsort([-concatenate(good, np.float64), *keys] if has_ranks else keys)
     leads = mark_run_starts(keys[0][order]) | mark_run_starts(keys[1][order])
     positions = concatenate(positions, np.uint64)
     positions = positions[order]
@@ -199,7 +200,9 @@ def find_repeated_windows(folder: Path, num_ranges: int, ranked: bool, range_ind
     write_columns(path, {"position": positions[order], "source": source[order]})
 
 
-def find_cuts(folder: Path, shard: str, num_ranges: int, window_words: int) -> pa.RecordBatch:
+def find_duplicate_spans(
+    folder: Path, shard: str, num_ranges: int, window_words: int
+) -> pa.RecordBatch:
     """Finds what to cut from the documents of a shard.
 
     Args:
@@ -335,26 +338,26 @@ class SubstringStage(CrossDocumentStage):
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
     version: ClassVar[int] = 4
-    by_unicode: ClassVar[bool] = True
+    depends_on_unicode: ClassVar[bool] = True
     verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
         return pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
 
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`. The scratch files take ten times the text."""
         folder = scratch / f"windows-{self.memory}"  # A killed run may have had another.
         largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
-        index = partial(write_shard_blocks, folder, self.min_tokens, largest, self.keep_by)
-        run(index, shards, "index")
-        windows = write_block_list(folder, shards)
+        index = partial(write_window_blocks, folder, self.min_tokens, largest, self.keep_by)
+        run_jobs(index, shards, "index")
+        windows = write_block_index(folder, shards)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
         match = partial(find_repeated_windows, folder, number, self.keep_by is not None)
-        run(match, range(number), "match")
-        run(partial(_cut, self, folder, number), shards, "cut")
+        run_jobs(match, range(number), "match")
+        run_jobs(partial(_cut, self, folder, number), shards, "cut")
 
 
 def _cut(stage: SubstringStage, folder: Path, number: int, shard: StageShardView) -> None:
-    found = find_cuts(folder, shard.name, number, stage.min_tokens)
+    found = find_duplicate_spans(folder, shard.name, number, stage.min_tokens)
     labels = {name: found.column(name) for name in stage.schema().names}
     write_labels(shard, stage.schema(), found.column("row").to_numpy(), labels)

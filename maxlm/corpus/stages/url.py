@@ -54,10 +54,10 @@ class UrlStage(PerDocumentStage):
     """Use the shipped lists of words of pornographic addresses too: short ones, in English. Name
     the category lists of your choice in `domains` for real coverage."""
 
-    needs: ClassVar[tuple[str, ...]] = ("tldextract",)
+    required_packages: ClassVar[tuple[str, ...]] = ("tldextract",)
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         return ("url",)
 
     def schema(self) -> pa.Schema:

@@ -48,8 +48,8 @@ class FileSlice:
     file: SourceFile
     start: int
     stop: int | None
-    first: int
-    size: int
+    first_row: int
+    size_bytes: int
     """About how many bytes on disk the slice covers."""
 
 

@@ -38,7 +38,7 @@ class FolderReader(DocumentReader, Protocol):
         """Lists a folder's files in reading order."""
         ...
 
-    def describe_selected_documents(self, files: Iterable[SourceFile]) -> str:
+    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
         """Describes, as text, the rules that decide which documents are read from `files`."""
         ...
 
@@ -90,45 +90,43 @@ def find_folder_format(folder: Path) -> str | None:
     return None
 
 
-def check_format_packages(name: str, where: str) -> None:
+def check_format_packages(format_name: str, error_location: str) -> None:
     """Checks that the packages that a format's reader imports are installed."""
-    for package in FORMATS[name].packages:
+    for package in FORMATS[format_name].packages:
         if importlib.util.find_spec(package) is None:
-            what = f"a {name} needs {package}, which is not installed"
-            raise MaxlmError(what, where=where, fix="pip install 'maxlm[corpus]'")
+            what = f"a {format_name} needs {package}, which is not installed"
+            raise MaxlmError(what, where=error_location, fix="pip install 'maxlm[corpus]'")
 
 
-def load_reader(name: str, where: str) -> DocumentReader:
-    """Imports the reader of a format; `where` is what it is to read, for the error."""
-    check_format_packages(name, where)
-    module, _, attribute = FORMATS[name].reader.partition(":")
+def load_reader(format_name: str, error_location: str) -> DocumentReader:
+    """Imports the reader of a format; `error_location` is what it is to read, for the error."""
+    check_format_packages(format_name, error_location)
+    module, _, attribute = FORMATS[format_name].reader.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def load_folder_reader(name: str, where: str) -> FolderReader:
+def load_folder_reader(format_name: str, error_location: str) -> FolderReader:
     """Imports the reader of a format of folders; see `load_reader`."""
-    return cast(FolderReader, load_reader(name, where))
+    return cast(FolderReader, load_reader(format_name, error_location))
 
 
-def describe_selected_documents(files: Iterable[SourceFile]) -> str | None:
+def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
     """Describes which documents are taken from the folder formats among `files`; None: no such."""
     files = list(files)
     names = dict.fromkeys(f.format for f in files if FORMATS[f.format].folder_entries)
     parts = [
-        load_folder_reader(name, name).describe_selected_documents(
-            f for f in files if f.format == name
-        )
+        load_folder_reader(name, name).describe_filter_rules(f for f in files if f.format == name)
         for name in names
     ]
     return "; ".join(parts) or None
 
 
 @dataclass(frozen=True)
-class Listing:
+class FileListing:
     """The files of a source, and how many were skipped as binary."""
 
     files: tuple[SourceFile, ...]
-    num_binary: int
+    num_binary_files: int
 
 
 def list_files(config: FilesConfig) -> list[SourceFile]:
@@ -136,7 +134,7 @@ def list_files(config: FilesConfig) -> list[SourceFile]:
     return list(find_files(config).files)
 
 
-def find_files(config: FilesConfig) -> Listing:
+def find_files(config: FilesConfig) -> FileListing:
     """Resolve `config.documents` to files.
 
     Entries keep their order; within a folder or glob the order is that of the sorted paths. A
@@ -150,7 +148,7 @@ def find_files(config: FilesConfig) -> Listing:
             that cannot be read; compressed Parquet.
     """
     files: dict[str, SourceFile] = {}
-    num_binary = 0
+    num_binary_files = 0
     for entry in config.documents:
         found = binary = 0
         for root in resolve_glob(entry):
@@ -170,8 +168,8 @@ def find_files(config: FilesConfig) -> Listing:
         if not found:
             what = f"no text files here ({binary} binary files skipped)"
             raise MaxlmError(what, where=entry, fix="name a folder or files that hold text")
-        num_binary += binary
-    return Listing(tuple(files.values()), num_binary)
+        num_binary_files += binary
+    return FileListing(tuple(files.values()), num_binary_files)
 
 
 def resolve_glob(entry: str) -> list[Path]:

@@ -36,7 +36,7 @@ class Record:
     text: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     """The other fields of a row of JSONL or Parquet."""
-    reason: str = ""
+    skip_reason: str = ""
     """Why there is no text: "broken", "bad_bytes" (under the policy "skip") or "too_large"."""
     error: MaxlmError | None = None
     """The error that a broken record would raise."""
@@ -112,10 +112,10 @@ def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> I
                 piece += stream.readline()
             name = file.name if is_whole else f"{file.name}#{index}"
             if max_bytes is not None and len(piece) > max_bytes:
-                yield Record(name, reason="too_large")
+                yield Record(name, skip_reason="too_large")
             else:
                 text = _apply_policy(piece, source.on_bad_bytes, str(file.path), position)
-                yield Record(name, text, reason="bad_bytes" if text is None else "")
+                yield Record(name, text, skip_reason="bad_bytes" if text is None else "")
             if piece_bytes is None:
                 return
             position += len(piece)
@@ -128,7 +128,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
     with open_stream(file.path, file.compression) as stream:
         if position:
             stream.seek(position)
-        for number in count(part.first):
+        for number in count(part.first_row):
             if part.stop is not None and position >= part.stop:
                 return
             line = stream.readline(longest)
@@ -140,7 +140,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(longest)
                     position += len(line)
-                yield Record(name, reason="too_large")
+                yield Record(name, skip_reason="too_large")
             elif line.strip():
                 line = line.removeprefix(_BOM)
                 yield _parse_line(source, name, line, f"{file.path}:{number}")
@@ -149,7 +149,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
 def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Record:
     decoded = _decode_text(line, source.on_bad_bytes, where)
     if decoded is None:
-        return Record(name, reason="bad_bytes")
+        return Record(name, skip_reason="bad_bytes")
     try:
         row = json.loads(decoded)
     except (ValueError, RecursionError) as error:
@@ -165,7 +165,7 @@ def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Reco
 def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -> Record:
     """Makes a record of named fields, in which bytes are meant to be UTF-8."""
     if source.text_field not in row:
-        return Record(name, reason="broken", error=_no_field(source, list(row), "key", where))
+        return Record(name, skip_reason="broken", error=_no_field(source, list(row), "key", where))
     text = row.pop(source.text_field)
     for key, value in row.items():
         row[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -176,11 +176,11 @@ def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -
         return _broken(name, what, where, "set text_field to the key of the text")
     convert = _apply_policy if isinstance(text, bytes) else _encode_text
     text = convert(text, source.on_bad_bytes, where)  # pyright: ignore[reportArgumentType]
-    return Record(name, text, row, reason="bad_bytes" if text is None else "")
+    return Record(name, text, row, skip_reason="bad_bytes" if text is None else "")
 
 
 def _broken(name: str, what: str, where: str, fix: str) -> Record:
-    return Record(name, reason="broken", error=MaxlmError(what, where=where, fix=fix))
+    return Record(name, skip_reason="broken", error=MaxlmError(what, where=where, fix=fix))
 
 
 def _no_field(source: FilesConfig, present: list[str], kind: str, where: str) -> MaxlmError:
@@ -192,7 +192,7 @@ def _no_field(source: FilesConfig, present: list[str], kind: str, where: str) ->
 def _read_parquet(
     source: FilesConfig, part: FileSlice, max_bytes: int | None, with_fields: bool
 ) -> Iterator[Record]:
-    file, row = part.file, part.first
+    file, row = part.file, part.first_row
     with open_parquet(file.path) as parquet:
         if not with_fields:
             _check_text_column(source, parquet.schema_arrow, str(file.path))
@@ -206,7 +206,7 @@ def _read_parquet(
                 try:
                     fields = {n: _value(source, n, c, i, max_bytes) for n, c in named.items()}
                 except _TooLarge:
-                    yield Record(name, reason="too_large")
+                    yield Record(name, skip_reason="too_large")
                 else:
                     yield _from_row(source, name, fields, where)
 

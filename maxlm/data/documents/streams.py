@@ -68,7 +68,7 @@ def _open_zstd(file: io.BufferedReader, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Scan:
+class FileScan:
     """A file's content hash, the state it was hashed in, and its slices."""
 
     sha256: str
@@ -90,7 +90,7 @@ def check_unchanged(file: SourceFile, mtime_ns: int, artifact: str) -> None:
         raise MaxlmError(what, where=str(file.path), fix="run the build again")
 
 
-def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Scan:
+def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> FileScan:
     """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
 
     Reads the file once; without `digest` (`sha256` is empty then) only to count lines. Cuts depend
@@ -119,7 +119,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
         )
     else:
         slices = (make_whole_slice(file),)
-    return Scan(hasher.hexdigest() if digest else "", mtime, slices)
+    return FileScan(hasher.hexdigest() if digest else "", mtime, slices)
 
 
 def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:

@@ -6,7 +6,7 @@ from maxlm.data.loader.loader import (
     check_num_steps,
     load_batches,
     make_batches,
-    make_one_pass,
+    make_one_pass_batches,
 )
 from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import TokenSource
@@ -22,6 +22,6 @@ __all__ = [
     "check_num_steps",
     "load_batches",
     "make_batches",
-    "make_one_pass",
+    "make_one_pass_batches",
     "summarize_source_usage",
 ]

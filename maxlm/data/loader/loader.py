@@ -72,7 +72,7 @@ def make_batches(
         raise MaxlmError(what, where="weights", fix="give each store one weight")
     tokens = {name: store.num_tokens for name, store in stores.items()}
     # Weights are checked before any index is built; the true sizes do not change the answer.
-    mixing.mixture(tokens, tokens, config.batch_size, None)
+    mixing.make_order(tokens, tokens, config.batch_size, None)
     for name, count in tokens.items():
         if count < config.seq_len:
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
@@ -84,12 +84,12 @@ def make_batches(
     )
     sequences = {n: s.num_sequences for n, s in zip(stores, sources, strict=True)}
     mixture_key = derive_key(seed, "mixture") if config.shuffle else None
-    mixture = mixing.mixture(tokens, sequences, config.batch_size, mixture_key)
+    mixture = mixing.make_order(tokens, sequences, config.batch_size, mixture_key)
     keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
     return Batches(sources, mixture, keys, config.seq_len, config.batch_size)
 
 
-def make_one_pass(
+def make_one_pass_batches(
     store: TokenSource,
     seq_len: int,
     batch_size: int,

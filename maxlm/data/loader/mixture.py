@@ -56,7 +56,7 @@ class MixtureSegment:
     tree: _Split | int
     weights: tuple[float, ...]
     """Weights by store number; 0 for a store that is not read here."""
-    before: tuple[int, ...]
+    sequences_before: tuple[int, ...]
     """Sequences that each store gave before it."""
 
 
@@ -124,7 +124,7 @@ class MixtureOrder:
             at = np.flatnonzero(numbers == number)
             within = self._shuffled(indices[at] - segment.start, number)
             _descend(segment.tree, within, at, stores, streams)
-            streams[at] += np.array(segment.before)[stores[at]]
+            streams[at] += np.array(segment.sequences_before)[stores[at]]
         return stores, streams
 
     def count_sequences_before(self, index: int) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ class MixtureOrder:
         that `index` cuts."""
         segment = self._segment_at(index)
         here = _counts(segment.tree, min(index, self.end) - segment.start)
-        return tuple(before + here.get(i, 0) for i, before in enumerate(segment.before))
+        return tuple(before + here.get(i, 0) for i, before in enumerate(segment.sequences_before))
 
     def shares(self, index: int) -> dict[str, float]:
         """Returns each store's share of the sequences around a global index, by name; sum 1."""
@@ -254,7 +254,7 @@ class Mixing:
     temperature: float | None = None
     phases: tuple[Phase, ...] = ()
 
-    def mixture(
+    def make_order(
         self,
         tokens: Mapping[str, int],
         sequences: Mapping[str, int],

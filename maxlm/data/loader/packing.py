@@ -73,7 +73,7 @@ class DocumentSpans(NamedTuple):
     """Index in the store of each piece's first token [sum(counts)]."""
     lengths: Int64s
     """Tokens of each piece, at least 1 [sum(counts)]."""
-    ends: NDArray[np.bool_]
+    ends_document: NDArray[np.bool_]
     """Whether the piece reaches the end of its document [sum(counts)]."""
 
 

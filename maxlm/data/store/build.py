@@ -20,7 +20,7 @@ from maxlm.data.store.manifest import (
     Split,
     append_manifest,
     describe_differences,
-    is_appended,
+    is_already_appended,
     make_segment,
     read_manifest,
     segment_path,
@@ -29,10 +29,10 @@ from maxlm.data.store.manifest import (
 from maxlm.data.store.parts import (
     BuildPlan,
     FinishedPart,
-    make_part,
     part_path,
     plan_build,
     read_finished_part,
+    tokenize_part,
 )
 from maxlm.data.store.store import TokenStore
 from maxlm.runtime.files import convert_write_errors, lock_folder
@@ -126,7 +126,7 @@ def append_store(
     building = out.with_name(f".{out.name}.building")
     with WorkerPool(workers or count_usable_cores()) as pool, lock_folder(building):
         existing = TokenStore.open(out).manifest
-        if not is_appended(str(out), existing, plan.manifest):
+        if not is_already_appended(str(out), existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
             folder = out / segment_path(len(existing.segments))
             with convert_write_errors(out):
@@ -178,7 +178,7 @@ def _write_segment(
     with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
-    tokens_digest, offsets_digest = assemble(
+    tokens_digest, offsets_digest = assemble_store(
         store,
         plan.parts_folder(building),
         parts,
@@ -208,14 +208,14 @@ def _make_parts(
     with convert_write_errors(building):
         folder.mkdir(exist_ok=True)
     jobs = plan.jobs(folder)
-    sizes = [sum(each.slice.size for each in job.slices) for job in jobs]
+    sizes = [sum(each.slice.size_bytes for each in job.slices) for job in jobs]
     parts: dict[int, FinishedPart] = {}
     for job in jobs:
         if part := read_finished_part(folder, job.index):
             parts[job.index] = part
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
-    for part in pool.map_unordered(make_part, [job for job in jobs if job.index not in parts]):
+    for part in pool.map_unordered(tokenize_part, [job for job in jobs if job.index not in parts]):
         if part is not None:
             parts[part.index] = part
             done += sizes[part.index]
@@ -252,7 +252,7 @@ def _no_documents(source: SourceConfig, manifest: Manifest, fraction: float) -> 
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class TokenShardJob:
     """One shard of the token array: tokens `start` to `stop` of the store."""
 
     store: Path
@@ -260,21 +260,21 @@ class ShardJob:
     dtype: str
     start: int
     stop: int
-    pieces: tuple[tuple[int, int], ...]
+    parts: tuple[tuple[int, int], ...]
     """(index, first token within the store) of each part that overlaps the shard."""
 
 
-def assemble(
+def assemble_store(
     store: Path,
     parts_folder: Path,
     parts: Sequence[FinishedPart],
     dtype: str,
     pool: WorkerPool,
     progress: Callable[[int, int], None],
-    base: int = 0,
+    first_offset: int = 0,
 ) -> tuple[str, str]:
-    """Write `tokens/` and `offsets/`, which begin with `base`, into the folder `store`; parts in
-    order of their index. Returns both hashes, as `StoreSegment` has them.
+    """Write `tokens/` and `offsets/`, which begin with `first_offset`, into the folder `store`;
+    parts in order of their index. Returns both hashes, as `StoreSegment` has them.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.
@@ -289,7 +289,7 @@ def assemble(
         done += job.stop - job.start
         progress(done, total)
     tokens = "".join(digests[start] for start in sorted(digests))
-    offsets = _write_offsets(store, parts_folder, parts, base)
+    offsets = _write_offsets(store, parts_folder, parts, first_offset)
     return hashlib.sha256(tokens.encode()).hexdigest(), offsets
 
 
@@ -307,7 +307,7 @@ def _write_offsets(
 
 def _shard_jobs(
     store: Path, parts_folder: Path, parts: Sequence[FinishedPart], begins: np.ndarray, dtype: str
-) -> list[ShardJob]:
+) -> list[TokenShardJob]:
     jobs = []
     for start in range(0, int(begins[-1]), SHARD_TOKENS):
         stop = min(start + SHARD_TOKENS, int(begins[-1]))
@@ -316,13 +316,13 @@ def _shard_jobs(
         pieces = tuple(
             (parts[i].index, int(begins[i])) for i in range(low, high) if parts[i].num_tokens
         )
-        jobs.append(ShardJob(store, parts_folder, dtype, start, stop, pieces))
+        jobs.append(TokenShardJob(store, parts_folder, dtype, start, stop, pieces))
     return jobs
 
 
-def _write_shard(job: ShardJob) -> tuple[ShardJob, str]:
+def _write_shard(job: TokenShardJob) -> tuple[TokenShardJob, str]:
     shard = np.empty(job.stop - job.start, job.dtype)
-    for index, begin in job.pieces:
+    for index, begin in job.parts:
         path = part_path(job.parts_folder, index, "tokens")
         tokens = np.memmap(path, job.dtype, "r")
         low, high = max(begin, job.start), min(begin + len(tokens), job.stop)

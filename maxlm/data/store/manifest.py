@@ -97,12 +97,12 @@ class Manifest(Config):
         """A hash of the tokens of all segments; None if an older version wrote one of them."""
         return _hash_digests([segment.tokens_sha256 or "" for segment in self.segments])
 
-    def first(self, segments: int) -> "Manifest":
+    def take_segments(self, num_segments: int) -> "Manifest":
         """Returns the manifest as of so many segments (but for `num_binary_files`)."""
-        if not 1 <= segments <= len(self.segments):
-            what = f"the store has {len(self.segments)} segments, not {segments}"
+        if not 1 <= num_segments <= len(self.segments):
+            what = f"the store has {len(self.segments)} segments, not {num_segments}"
             raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
-        kept = self.segments[:segments]
+        kept = self.segments[:num_segments]
         if len(kept) == len(self.segments):
             return self
         sources = self.sources[: sum(segment.num_sources for segment in kept)]
@@ -148,9 +148,9 @@ def _together(selections: Iterable[str | None]) -> str | None:
     return "\n".join(dict.fromkeys(filter(None, selections))) or None
 
 
-def segment_path(number: int) -> str:
-    """Returns the folder in a store of segment `number` (from 0); "" is the store's own."""
-    return f"segments/{number:06d}" if number else ""
+def segment_path(segment_index: int) -> str:
+    """Returns the folder in a store of segment `segment_index` (from 0); "" is the store's own."""
+    return f"segments/{segment_index:06d}" if segment_index else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -186,11 +186,11 @@ def read_manifest(folder: Place) -> Manifest:
     return manifest
 
 
-def is_appended(where: str, existing: Manifest, planned: Manifest) -> bool:
-    """Whether a segment of the store in `where` holds just the files of the planned one."""
+def is_already_appended(error_location: str, existing: Manifest, planned: Manifest) -> bool:
+    """Whether a segment of the store holds just the files of the planned one."""
     for found in _other_settings(existing, planned):
         fix = "give the store's settings, or build a store of its own and mix the two"
-        raise MaxlmError(f"cannot append: {found}", where=where, fix=fix)
+        raise MaxlmError(f"cannot append: {found}", where=error_location, fix=fix)
     files = [(source.sha256, source.format) for source in existing.sources]
     new = [(source.sha256, source.format) for source in planned.sources]
     start, selections = 0, (existing.selection or "").split("\n")
@@ -204,7 +204,7 @@ def is_appended(where: str, existing: Manifest, planned: Manifest) -> bool:
     for source in planned.sources:
         if (source.name, source.sha256) in known:
             what = f"{source.name} is already in the store"
-            raise MaxlmError(what, where=where, fix="leave it out")
+            raise MaxlmError(what, where=error_location, fix="leave it out")
     return False
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.document import FileSlice, SkipReason, is_heldout
-from maxlm.data.documents.files import describe_selected_documents, find_files
+from maxlm.data.documents.files import describe_filter_rules, find_files
 from maxlm.data.documents.reader import read_slice
-from maxlm.data.documents.streams import Scan, check_unchanged, scan_file
+from maxlm.data.documents.streams import FileScan, check_unchanged, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -42,7 +42,7 @@ _BATCH_DOCUMENTS = 4096
 class PartSlice:
     """A slice to tokenize, of the source file with this index, last modified at this time."""
 
-    source: int
+    source_index: int
     mtime_ns: int
     slice: FileSlice
 
@@ -79,7 +79,7 @@ class BuildPlan:
     tokenizer: "Tokenizer"
     manifest: Manifest
     """Manifest of the inputs, without counts."""
-    scans: tuple[Scan, ...]
+    scans: tuple[FileScan, ...]
     part_bytes: int
 
     def parts_folder(self, building: Path) -> Path:
@@ -97,7 +97,7 @@ class BuildPlan:
                     units.append([])
                     size = 0
                 units[-1].append(PartSlice(index, scan.mtime_ns, each))
-                size += each.size
+                size += each.size_bytes
         return [
             PartJob(folder, index, tuple(unit), self.source, self.tokenizer_folder, self.manifest)
             for index, unit in enumerate(units)
@@ -131,7 +131,7 @@ def plan_build(
         format_version=FORMAT_VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id if tokenizer.opening else None,
+        bos_id=tokenizer.bos_id if tokenizer.prefix_ids else None,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size).name,  # pyright: ignore[reportArgumentType]
         split=split,
@@ -139,8 +139,8 @@ def plan_build(
         text_field=source.text_field,
         on_bad_bytes=source.on_bad_bytes,
         piece_bytes=source.piece_bytes,
-        selection=describe_selected_documents(listing.files),
-        num_binary_files=listing.num_binary,
+        selection=describe_filter_rules(listing.files),
+        num_binary_files=listing.num_binary_files,
         sources=tuple(
             SourceEntry(name=file.name, format=file.format, size=file.size, sha256=scan.sha256)
             for file, scan in zip(listing.files, scans, strict=True)
@@ -163,7 +163,7 @@ def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
     return FinishedPart(counts=counts, **record)
 
 
-def make_part(job: PartJob) -> FinishedPart | None:
+def tokenize_part(job: PartJob) -> FinishedPart | None:
     """Read, split and tokenize a part's documents and write its files, unless another builder,
     maybe on another machine, is making it: then None.
     """
@@ -213,7 +213,7 @@ def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
     """The texts of the job's split; adds up `counts` on the way."""
     split, fraction = job.planned.split, job.planned.heldout_fraction
     for each in job.slices:
-        count = counts.setdefault(each.source, Counter())
+        count = counts.setdefault(each.source_index, Counter())
         for document in read_slice(job.config, each.slice):
             if document is SkipReason.RULE:
                 count["num_dropped"] += 1

@@ -56,7 +56,7 @@ class TokenStore:
         place = to_place(path)
         manifest = read_manifest(place)
         if segments is not None:
-            manifest = manifest.first(segments)
+            manifest = manifest.take_segments(segments)
         store = cls(place, manifest, cache_bytes)
         store._check_shapes()
         return store

@@ -159,7 +159,7 @@ def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], 
 
 
 def _template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
-    carried = tokenizer.carried
+    carried = tokenizer.extra_files
     if "chat_template.jinja" in carried:
         return carried["chat_template.jinja"].decode()
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -180,7 +180,7 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     names: dict[str, Any] = {"bos_token": special.bos, "eos_token": special.eos}
     names["pad_token"] = special.pad
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in json.loads(tokenizer.carried.get(file, b"{}")).items():
+        for name, token in json.loads(tokenizer.extra_files.get(file, b"{}")).items():
             if name.endswith("_token") and not isinstance(token, bool):
                 names[name] = token.get("content") if isinstance(token, dict) else token
     return {name: token for name, token in names.items() if token is not None}

@@ -34,9 +34,9 @@ class Codec(Protocol):
     """The model file, byte for byte."""
     file_name: str
     """Name of the model's file in a tokenizer's folder."""
-    reserved: str
+    reserved_chars: str
     """Characters that the library would not give back unchanged."""
-    cut: re.Pattern[str]
+    cut_pattern: re.Pattern[str]
     """Pattern of ends that no token crosses."""
     token_bytes: list[bytes]
     """Bytes of each id; a special token's literal; empty for an id without a token."""
@@ -44,12 +44,12 @@ class Codec(Protocol):
     """The id of each single byte; None: bytes that are not UTF-8 become U+FFFD."""
     lossless: bool = True
     """Whether the bytes of a text's ids are the text."""
-    ordinary: frozenset[int] = frozenset()
+    ordinary_special_ids: frozenset[int] = frozenset()
     """Ids of special tokens that ordinary text may have: an unknown character's, those of bytes and
     of single characters."""
     unknown_ids: frozenset[int] = frozenset()
     """Ids that stand for everything outside the vocabulary."""
-    finds_special: bool = False
+    encodes_special_tokens: bool = False
     """Whether the library itself looks for special tokens, and may swallow spaces beside them."""
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
@@ -59,13 +59,13 @@ class Codec(Protocol):
     def encode_segments_with_special(
         self, segments: list[str], escape_char: str | None = None
     ) -> list[list[int]]:
-        """Encodes segments with special tokens' ids for their literals, where ``finds_special``;
+        """Encodes segments with special tokens' ids for their literals, where the library can;
         see ``Tokenizer.encode_with_escapes`` for ``escape_char``."""
         raise AssertionError("this library does not look for special tokens")
 
-    def bytes_at_text_start(self, i: int) -> bytes:
+    def bytes_at_text_start(self, token_id: int) -> bytes:
         """Returns the bytes of this id at the beginning of a text."""
-        return self.token_bytes[i]
+        return self.token_bytes[token_id]
 
     def fingerprint_input(self) -> bytes:
         """Everything that decides which ids a text gets, in a canonical form."""
@@ -93,13 +93,13 @@ class Tokenizer:
 
     For every text ``decode_bytes(encode(text))`` is the text if the tokenizer is ``lossless``:
     every one that maxlm trained but WordPiece is, an imported one if its own rules are (see
-    ``HuggingFaceModel``). No id in ``special_tokens`` is among ``encode(text)`` unless
+    ``HuggingFaceCodec``). No id in ``special_tokens`` is among ``encode(text)`` unless
     ``allow_special`` is set.
 
     Args:
-        opens: whether documents open with bos.
-        stops: ids that end a continuation besides eos.
-        carried: files by name that an imported tokenizer came with, kept for export.
+        opens_with_bos: whether documents open with bos.
+        extra_stop_ids: ids that end a continuation besides eos.
+        extra_files: files by name that an imported tokenizer came with, kept for export.
     """
 
     def __init__(
@@ -108,17 +108,17 @@ class Tokenizer:
         codec: Codec,
         special: SpecialTokens,
         *,
-        opens: bool = True,
-        stops: Iterable[int] = (),
-        carried: Mapping[str, bytes] | None = None,
+        opens_with_bos: bool = True,
+        extra_stop_ids: Iterable[int] = (),
+        extra_files: Mapping[str, bytes] | None = None,
     ):
         self.kind: Kind = kind
         self.codec = codec
         self.special = special
-        self.opens = opens
-        self.stops = tuple(stops)
-        self.carried = dict(carried or {})
-        self.fingerprint = _hash_tokenizer(kind, codec, special, opens)
+        self.opens_with_bos = opens_with_bos
+        self.extra_stop_ids = tuple(extra_stop_ids)
+        self.extra_files = dict(extra_files or {})
+        self.fingerprint = _hash_tokenizer(kind, codec, special, opens_with_bos)
         """sha256, in hex, of all that decides which ids a text gets; unchanged by save and load."""
 
     @property
@@ -139,7 +139,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a continuation: ``eos_id``, and those that a checkpoint names."""
-        return tuple(dict.fromkeys((self.eos_id, *self.stops)))
+        return tuple(dict.fromkeys((self.eos_id, *self.extra_stop_ids)))
 
     @property
     def pad_id(self) -> int | None:
@@ -147,10 +147,10 @@ class Tokenizer:
         return None if self.special.pad is None else self.special.ids[self.special.pad]
 
     @property
-    def opening(self) -> tuple[int, ...]:
+    def prefix_ids(self) -> tuple[int, ...]:
         """The ids to put before a document or a prompt: ``(bos_id,)``, or none for an imported
         tokenizer that does not do so itself (GPT-2, Qwen, SmolLM2)."""
-        return (self.bos_id,) if self.opens else ()
+        return (self.bos_id,) if self.opens_with_bos else ()
 
     @property
     def lossless(self) -> bool:
@@ -160,8 +160,8 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, int]:
         """Every special token's literal and id, in order of id, but for those that an imported
-        tokenizer gives to ordinary text (``Codec.ordinary``)."""
-        ordinary = self.codec.ordinary
+        tokenizer gives to ordinary text (``Codec.ordinary_special_ids``)."""
+        ordinary = self.codec.ordinary_special_ids
         return {literal: i for literal, i in self.special.ids.items() if i not in ordinary}
 
     def encode(self, text: str | bytes, *, allow_special: bool = False) -> list[int]:
@@ -180,7 +180,7 @@ class Tokenizer:
     def encode_with_escapes(self, text: str | bytes, escape_char: str | None = None) -> list[int]:
         """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals
         that contain it stay ordinary text."""
-        if self.codec.finds_special:
+        if self.codec.encodes_special_tokens:
             encode = partial(self.codec.encode_segments_with_special, escape_char=escape_char)
             return self._encode([text], encode)[0]
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -234,9 +234,9 @@ class Tokenizer:
             pad=self.special.pad,
             special_tokens=self.special.ids,
             fingerprint=self.fingerprint,
-            opens=self.opens,
-            stops=self.stops,
-            carried=tuple(self.carried),
+            opens=self.opens_with_bos,
+            stops=self.extra_stop_ids,
+            carried=tuple(self.extra_files),
         )
         described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
         contents = {**self.files_to_export(), files.METADATA: described}
@@ -245,7 +245,7 @@ class Tokenizer:
 
     def files_to_export(self) -> dict[str, bytes]:
         """The files that other tools read: the model file and the carried ones."""
-        return {self.codec.file_name: self.codec.data, **self.carried}
+        return {self.codec.file_name: self.codec.data, **self.extra_files}
 
     def _encode(
         self, texts: Sequence[str | bytes], encode: Callable[[list[str]], list[list[int]]]
@@ -253,6 +253,7 @@ class Tokenizer:
         results: list[list[int]] = [[] for _ in texts]
         pending: list[tuple[int, str | bytes]] = []
         byte_ids, size = self.codec.byte_ids, 0
+        reserved, pattern = self.codec.reserved_chars, self.codec.cut_pattern
 
         def encode_pending() -> None:
             valid = [segment for _, segment in pending if isinstance(segment, str)]
@@ -268,7 +269,7 @@ class Tokenizer:
             if byte_ids is None:
                 valid, _ = _to_str(text)
                 text = valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            for segment in split_segments(text, reserved=self.codec.reserved, cut=self.codec.cut):
+            for segment in split_segments(text, reserved_chars=reserved, cut_pattern=pattern):
                 pending.append((i, segment))
                 size += len(segment)
                 if size >= BATCH_CHARS:
@@ -308,25 +309,27 @@ class StreamDecoder:
         return rest
 
 
-def split_segments(text: str | bytes, *, reserved: str, cut: re.Pattern[str]) -> list[str | bytes]:
+def split_segments(
+    text: str | bytes, *, reserved_chars: str, cut_pattern: re.Pattern[str]
+) -> list[str | bytes]:
     """Split a text into segments whose UTF-8 bytes, joined, are the text's; see ``Codec``."""
     valid, clean = _to_str(text)
-    if clean and not any(char in valid for char in reserved):
-        return list(cut_text(valid, SEGMENT_CHARS, cut))
+    if clean and not any(char in valid for char in reserved_chars):
+        return list(cut_text(valid, SEGMENT_CHARS, cut_pattern))
     segments: list[str | bytes] = []
     # The group makes every odd part one to be passed on as bytes.
-    for i, part in enumerate(re.split(f"([\ud800-\udfff{reserved}]+)", valid)):
+    for i, part in enumerate(re.split(f"([\ud800-\udfff{reserved_chars}]+)", valid)):
         if i % 2:
             segments.append(part.encode("utf-8", "surrogateescape"))
         elif part:
-            segments.extend(cut_text(part, SEGMENT_CHARS, cut))
+            segments.extend(cut_text(part, SEGMENT_CHARS, cut_pattern))
     return segments
 
 
-def cut_text(text: str, min_chars: int, cut: re.Pattern[str]) -> Iterator[str]:
-    """Cut ``text`` at the first ``cut`` after every ``min_chars`` characters."""
+def cut_text(text: str, min_chars: int, cut_pattern: re.Pattern[str]) -> Iterator[str]:
+    """Cut ``text`` at the first ``cut_pattern`` after every ``min_chars`` characters."""
     start = 0
-    while len(text) - start > min_chars and (found := cut.search(text, start + min_chars)):
+    while len(text) - start > min_chars and (found := cut_pattern.search(text, start + min_chars)):
         yield text[start : found.end()]
         start = found.end()
     if start < len(text):

@@ -3,9 +3,10 @@ files that an imported tokenizer came with."""
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -29,6 +30,14 @@ CARRIED = (
     "generation_config.json",
 )
 """The other files of a Hugging Face tokenizer; they are kept unchanged for export."""
+
+
+class TokenizerJson(NamedTuple):
+    """A tokenizer.json in memory."""
+
+    data: bytes
+    special_tokens: Sequence[str]
+    """Literals of its special tokens."""
 
 
 class TokenizerMetadata(Config):

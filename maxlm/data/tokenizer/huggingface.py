@@ -31,7 +31,7 @@ _HIGH_BYTE = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-class HuggingFaceModel(Codec):
+class HuggingFaceCodec(Codec):
     """A tokenizer.json as a ``Codec``; ids are the `tokenizers` library's own.
 
     A document is cut only where maxlm's own PATTERN splits it: another pre-tokeniser or normaliser
@@ -44,8 +44,8 @@ class HuggingFaceModel(Codec):
     """
 
     file_name = JSON_FILE
-    reserved = ""
-    finds_special = True
+    reserved_chars = ""
+    encodes_special_tokens = True
 
     def __init__(self, data: bytes, special: Iterable[str] = ()):
         self.data = data
@@ -58,7 +58,7 @@ class HuggingFaceModel(Codec):
         vocab = self._library.get_vocab(with_added_tokens=False)
         added = self._library.get_added_tokens_decoder()
         tokens = _tokens(self._library)
-        self.cut = PATTERN_CUT if _is_cuttable(spec) else _NEVER
+        self.cut_pattern = PATTERN_CUT if _is_cuttable(spec) else _NEVER
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
         self._tokens = [
             (token, i in added and vocab.get(token) != i) for i, token in enumerate(tokens)
@@ -77,11 +77,11 @@ class HuggingFaceModel(Codec):
         unknown = spec["model"].get("unk_id"), vocab.get(spec["model"].get("unk_token"))
         self.unknown_ids = frozenset(i for i in unknown if i is not None and not byte_ids)
         found = self.unknown_ids.union(fallback, *self._respelled.values())
-        self.ordinary = self._special_ids & found
+        self.ordinary_special_ids = self._special_ids & found
         self._forbidden = self._special_ids - found
 
     def __reduce__(self):
-        return HuggingFaceModel, (self.data, self._special)
+        return HuggingFaceCodec, (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
@@ -110,8 +110,8 @@ class HuggingFaceModel(Codec):
         parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
         return [i for part in parts for i in part]
 
-    def bytes_at_text_start(self, i: int) -> bytes:
-        return self._bytes_of(i, first=True)
+    def bytes_at_text_start(self, token_id: int) -> bytes:
+        return self._bytes_of(token_id, first=True)
 
     def fingerprint_input(self) -> bytes:
         spec = {"normalizer": None, "pre_tokenizer": None, **json.loads(self._known)}
@@ -124,15 +124,15 @@ class HuggingFaceModel(Codec):
         added = self._library.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
-    def token(self, i: int) -> str | None:
+    def id_to_token(self, i: int) -> str | None:
         """The token with this id, if there is one."""
         return self._library.id_to_token(i)
 
-    def vocabulary(self) -> dict[str, int]:
+    def get_vocab(self) -> dict[str, int]:
         """Every token's id."""
         return self._library.get_vocab(with_added_tokens=True)
 
-    def surrounding_ids(self) -> tuple[list[int], list[int]]:
+    def get_prefix_and_suffix_ids(self) -> tuple[list[int], list[int]]:
         """The ids that the library puts before and after a text when asked for special tokens."""
         encoding = self._marked.encode("a")
         ordinary = [i for i, mark in enumerate(encoding.special_tokens_mask) if not mark]
@@ -209,7 +209,7 @@ def _tokens(tokenizer: Any) -> list[str]:
 
 def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
     """The id of each byte, if all 256 have one that decodes to it."""
-    kinds = {part["type"] for part in flatten_steps(spec["decoder"])}
+    kinds = {part["type"] for part in flatten_tokenizer_component(spec["decoder"])}
     if "ByteLevel" in kinds:
         names = build_byte_alphabet()
     elif "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
@@ -222,7 +222,7 @@ def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
 
 def _is_cuttable(spec: dict[str, Any]) -> bool:
     """Whether the file splits by ``PATTERN``, and no token can cross a cut."""
-    steps = flatten_steps(spec["pre_tokenizer"])
+    steps = flatten_tokenizer_component(spec["pre_tokenizer"])
     added = spec["added_tokens"]
     return (
         spec["normalizer"] is None
@@ -237,11 +237,11 @@ def _is_cuttable(spec: dict[str, Any]) -> bool:
 def _keeps_text(spec: dict[str, Any]) -> bool:
     """Whether all changes between a text and its bytes' ids can be undone."""
     model = spec["model"]
-    pre = flatten_steps(spec["pre_tokenizer"])
+    pre = flatten_tokenizer_component(spec["pre_tokenizer"])
     known = {"ByteLevel", "Digits", "Split", "Punctuation"}
     return (
         spec["normalizer"] is None
-        and {part["type"] for part in flatten_steps(spec["decoder"])} == {"ByteLevel"}
+        and {part["type"] for part in flatten_tokenizer_component(spec["decoder"])} == {"ByteLevel"}
         and "merges" in model
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -271,22 +271,22 @@ def build_byte_alphabet() -> list[str]:
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-def flatten_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+def flatten_tokenizer_component(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Returns the steps of a normalizer, pre_tokenizer or decoder of tokenizer.json."""
-    if part is None:
+    if component is None:
         return []
-    if part["type"] != "Sequence":
-        return [part]
-    (children,) = (value for key, value in part.items() if key != "type")
-    return [step for child in children for step in flatten_steps(child)]
+    if component["type"] != "Sequence":
+        return [component]
+    (children,) = (value for key, value in component.items() if key != "type")
+    return [step for child in children for step in flatten_tokenizer_component(child)]
 
 
 class TokenDecoder:
     """Decodes single tokens by a ``tokenizers`` decoder (or None) and its spec."""
 
-    def __init__(self, library: Any, spec: dict[str, Any] | None):
-        self._library = library
-        kinds = _check_decoder(spec)
+    def __init__(self, decoder: Any, decoder_spec: dict[str, Any] | None):
+        self._library = decoder
+        kinds = _check_decoder(decoder_spec)
         self._bytes = "ByteFallback" in kinds
         self._spaced = not kinds or "WordPiece" in kinds
         alphabet = build_byte_alphabet() if "ByteLevel" in kinds else []
@@ -312,7 +312,7 @@ class TokenDecoder:
 
 def _check_decoder(spec: dict[str, Any] | None) -> set[str]:
     """The kinds of a decoder's steps."""
-    steps = flatten_steps(spec)
+    steps = flatten_tokenizer_component(spec)
     fused = False  # Whether the library has made one string of all tokens.
     for step in steps:
         match step:

@@ -11,15 +11,15 @@ from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.codec import Codec, SpecialTokens, Tokenizer
 from maxlm.data.tokenizer.config import Kind
 from maxlm.data.tokenizer.files import read_file
-from maxlm.data.tokenizer.huggingface import HuggingFaceModel
+from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 from maxlm.data.tokenizer.rank_files import (
     END_OF_TEXT,
     SCHEME,
-    convert_tiktoken_file,
+    convert_tiktoken_to_tokenizer_json,
     is_tiktoken_file,
     read_packaged_tiktoken_file,
 )
-from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
+from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
 
 _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
@@ -40,9 +40,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         metadata.kind,
         codec,
         SpecialTokens(metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad),
-        opens=metadata.opens,
-        stops=metadata.stops,
-        carried={name: read_file(folder / name) for name in metadata.carried},
+        opens_with_bos=metadata.opens,
+        extra_stop_ids=metadata.stops,
+        extra_files={name: read_file(folder / name) for name in metadata.carried},
     )
     if tokenizer.fingerprint != metadata.fingerprint:
         what = f"{codec.file_name} and {files.METADATA} do not belong together"
@@ -54,7 +54,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
 def import_tokenizer(
     source: str | PathLike[str],
     *,
-    embedding_rows: int | None = None,
+    num_embedding_rows: int | None = None,
     bos: str | None = None,
     eos: str | None = None,
     pad: str | None = None,
@@ -66,7 +66,7 @@ def import_tokenizer(
         source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
             or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
             "tiktoken:o200k_base". Of a single file only that file is looked at.
-        embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
+        num_embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
             unknown to the tokenizer, in tokenizer.json alone; its files stay as they are. Some
             models were published with such, for images (Gemma 3) or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
@@ -78,7 +78,7 @@ def import_tokenizer(
     if is_shipped or path.is_file():
         data = read_packaged_tiktoken_file(str(source)) if is_shipped else read_file(path)
         if is_tiktoken_file(data):
-            data, special = convert_tiktoken_file(data, str(path), pattern, eos)
+            data, special = convert_tiktoken_to_tokenizer_json(data, str(path), pattern, eos)
             return _from_json(path, roles | {"eos": eos or END_OF_TEXT}, None, data, special)
         is_json = data.lstrip()[:1] == b"{"
     elif not path.exists():
@@ -91,7 +91,9 @@ def import_tokenizer(
     if pattern is not None:
         what = "this is no rank file, and says itself how text is split"
         raise MaxlmError(what, where=str(path), fix="leave the pattern out")
-    return _from_json(path, roles, embedding_rows) if is_json else _from_sentencepiece(path, roles)
+    return (
+        _from_json(path, roles, num_embedding_rows) if is_json else _from_sentencepiece(path, roles)
+    )
 
 
 def export_tokenizer(
@@ -117,7 +119,7 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
         path /= files.SENTENCEPIECE_FILE if is_sentencepiece else files.JSON_FILE
     data = data or read_file(path)
     try:
-        return SentencePieceModel(data) if is_sentencepiece else HuggingFaceModel(data, special)
+        return SentencePieceCodec(data) if is_sentencepiece else HuggingFaceCodec(data, special)
     except MaxlmError as error:
         raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
     except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
@@ -133,13 +135,13 @@ def _from_json(
     special: Iterable[str] = (),
 ) -> Tokenizer:
     codec = _open_codec("huggingface", path, special, data)
-    assert isinstance(codec, HuggingFaceModel)
-    ids = codec.vocabulary()
+    assert isinstance(codec, HuggingFaceCodec)
+    ids = codec.get_vocab()
     within = {token for token, i in ids.items() if rows is None or i < rows}
     settings = _Settings(path, ids, roles)
-    before, after = codec.surrounding_ids()
-    bos = roles["bos"] or (codec.token(before[0]) if before else settings.role("bos"))
-    eos = settings.role("eos") or (codec.token(after[0]) if after else bos)
+    before, after = codec.get_prefix_and_suffix_ids()
+    bos = roles["bos"] or (codec.id_to_token(before[0]) if before else settings.role("bos"))
+    eos = settings.role("eos") or (codec.id_to_token(after[0]) if after else bos)
     pad = settings.role("pad")
     pad = pad if pad in within else None
     bos, eos = _both(bos, eos, path)
@@ -148,20 +150,20 @@ def _from_json(
     literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
     if literals != {*special}:
         codec = _open_codec("huggingface", path, literals, codec.data)
-        assert isinstance(codec, HuggingFaceModel)
+        assert isinstance(codec, HuggingFaceCodec)
     return Tokenizer(
         "huggingface",
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
-        opens=opens,
-        stops=settings.find_end_ids(within),
-        carried=_carried(path, codec.file_name),
+        opens_with_bos=opens,
+        extra_stop_ids=settings.find_end_ids(within),
+        extra_files=_carried(path, codec.file_name),
     )
 
 
 def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     codec = _open_codec("sentencepiece_bpe", path)
-    assert isinstance(codec, SentencePieceModel)
+    assert isinstance(codec, SentencePieceCodec)
     control = codec.control_tokens()
     if path.is_file():
         roles = {name: given or codec.find_special_piece(name) for name, given in roles.items()}
@@ -176,9 +178,9 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
         "sentencepiece_unigram" if codec.is_unigram() else "sentencepiece_bpe",
         codec,
         SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
-        opens=named is not None and settings.adds_bos(default=True),
-        stops=settings.find_end_ids(control),
-        carried=_carried(path, codec.file_name),
+        opens_with_bos=named is not None and settings.adds_bos(default=True),
+        extra_stop_ids=settings.find_end_ids(control),
+        extra_files=_carried(path, codec.file_name),
     )
 
 

@@ -13,6 +13,7 @@ import re
 from importlib import import_module, resources
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.files import TokenizerJson
 from maxlm.data.tokenizer.huggingface import build_byte_alphabet
 
 SCHEME = "tiktoken:"
@@ -79,10 +80,10 @@ def read_packaged_tiktoken_file(source: str) -> bytes:
     return gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
 
 
-def convert_tiktoken_file(
-    data: bytes, where: str, pattern: str | None, eos: str | None
-) -> tuple[bytes, list[str]]:
-    """Makes the tokenizer.json of a rank file, and its special tokens' literals.
+def convert_tiktoken_to_tokenizer_json(
+    data: bytes, error_location: str, pattern: str | None, eos: str | None
+) -> TokenizerJson:
+    """Makes the tokenizer.json of a rank file.
 
     Args:
         pattern: the name in ``PATTERNS`` of how it splits text. None: the file is a known one.
@@ -93,12 +94,12 @@ def convert_tiktoken_file(
     known = next((name for name, (found, _) in _KNOWN.items() if found == digest), None)
     if pattern is not None and pattern not in PATTERNS:
         fix = f"use {', '.join(PATTERNS)}"
-        raise MaxlmError(f"no pattern is called {pattern!r}", where=where, fix=fix)
+        raise MaxlmError(f"no pattern is called {pattern!r}", where=error_location, fix=fix)
     pattern = pattern or known
     if pattern is None:
         what = "a rank file does not say how text is split"
         fix = f"name its pattern (--pattern of `maxlm tokenizer import`): {', '.join(PATTERNS)}"
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(what, where=error_location, fix=fix)
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -109,13 +110,13 @@ def convert_tiktoken_file(
             raise ValueError("not every byte has a rank")
     except ValueError as error:
         what, fix = f"damaged rank file ({error})", "copy the .tiktoken file again"
-        raise MaxlmError(what, where=where, fix=fix) from error
+        raise MaxlmError(what, where=error_location, fix=fix) from error
     alphabet = build_byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     if taken := {*special}.intersection(spelled.values()):
         what = f"{min(taken)!r} is an ordinary token of this file"
         fix = "name another literal as eos (--eos of `maxlm tokenizer import`)"
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(what, where=error_location, fix=fix)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _split(token, ranks, rank)
@@ -145,7 +146,7 @@ def convert_tiktoken_file(
             "ignore_merges": True,
         },
     }
-    return json.dumps(spec, ensure_ascii=False).encode(), list(special)
+    return TokenizerJson(json.dumps(spec, ensure_ascii=False).encode(), list(special))
 
 
 def _split(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:

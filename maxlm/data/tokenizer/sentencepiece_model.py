@@ -31,7 +31,7 @@ _UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
 _PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
 
 
-class SentencePieceModel(Codec):
+class SentencePieceCodec(Codec):
     """A trained tokenizer.model as a ``Codec``.
 
     Lossless if it changes no text and has every byte, as those that maxlm trains. Others (T5,
@@ -39,10 +39,10 @@ class SentencePieceModel(Codec):
     """
 
     file_name = SENTENCEPIECE_FILE
-    reserved = _SPACE
+    reserved_chars = _SPACE
     # A piece holds spaces only at its start, so none straddles the place before a word's space.
     # Unigram's float32 running score rounds less in a short segment than in a whole document.
-    cut = re.compile(r"[!-~](?= )")
+    cut_pattern = re.compile(r"[!-~](?= )")
 
     def __init__(self, data: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -55,12 +55,12 @@ class SentencePieceModel(Codec):
         self.byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.lossless = self._is_exact(self.byte_ids)
         if not self.lossless:
-            self.byte_ids, self.reserved, self.cut = None, "", re.compile(r"(?!)")
+            self.byte_ids, self.reserved_chars, self.cut_pattern = None, "", re.compile(r"(?!)")
             self.unknown_ids = frozenset([self._model.unk_id()])
             self.token_bytes[self._model.unk_id()] = " ⁇ ".encode()  # As the library decodes it.
 
     def __reduce__(self):
-        return SentencePieceModel, (self.data,)
+        return SentencePieceCodec, (self.data,)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         threads = 1 if len(segments) == 1 else tokenizer_thread_count()
@@ -69,10 +69,11 @@ class SentencePieceModel(Codec):
     def fingerprint_input(self) -> bytes:
         return self.data
 
-    def bytes_at_text_start(self, i: int) -> bytes:
-        if self.lossless or self._model.is_byte(i) or self._model.is_control(i):
-            return self.token_bytes[i]
-        return self._model.decode([i]).encode()  # Without the space that it put before the text.
+    def bytes_at_text_start(self, token_id: int) -> bytes:
+        if self.lossless or self._model.is_byte(token_id) or self._model.is_control(token_id):
+            return self.token_bytes[token_id]
+        # Without the space that it put before the text.
+        return self._model.decode([token_id]).encode()
 
     def control_tokens(self) -> dict[str, int]:
         """Control tokens, which no text gives, by id."""
@@ -151,7 +152,7 @@ def train_sentencepiece(
 def _sentences(segments: Iterator[str]) -> Iterator[str]:
     for segment in segments:
         for part in _UNLEARNABLE.split(segment):
-            for piece in cut_text(part, _SENTENCE_CHARS // 2, SentencePieceModel.cut):
+            for piece in cut_text(part, _SENTENCE_CHARS // 2, SentencePieceCodec.cut_pattern):
                 for start in range(0, len(piece), _SENTENCE_CHARS):
                     yield piece[start : start + _SENTENCE_CHARS]
 
@@ -166,13 +167,13 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
     return MaxlmError(what, fix="give more text or another vocab_size")
 
 
-def make_small_text_error(config: TokenizerConfig, reached: int) -> MaxlmError:
+def make_small_text_error(config: TokenizerConfig, max_size: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
-    what = f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens"
-    return MaxlmError(what, fix=f"give more text or set vocab_size to {reached} or less")
+    what = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
+    return MaxlmError(what, fix=f"give more text or set vocab_size to {max_size} or less")
 
 
-def make_small_vocabulary_error(config: TokenizerConfig, needed: int) -> MaxlmError:
+def make_small_vocabulary_error(config: TokenizerConfig, min_size: int) -> MaxlmError:
     """Makes the error for a vocabulary that the text's characters alone would fill."""
     what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
-    return MaxlmError(what, fix=f"set vocab_size to {needed} or more")
+    return MaxlmError(what, fix=f"set vocab_size to {min_size} or more")

@@ -16,14 +16,15 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.chat import make_chat_files
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.files import TokenizerJson
 from maxlm.data.tokenizer.huggingface import (
     PATTERN,
     PATTERN_CUT,
-    HuggingFaceModel,
+    HuggingFaceCodec,
     build_byte_alphabet,
 )
 from maxlm.data.tokenizer.sentencepiece_model import (
-    SentencePieceModel,
+    SentencePieceCodec,
     make_small_text_error,
     make_small_vocabulary_error,
     train_sentencepiece,
@@ -59,18 +60,18 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     segments = itertools.chain([first], segments)
     if config.kind.startswith("sentencepiece"):
         data, ids = train_sentencepiece(config, segments)
-        codec = SentencePieceModel(data)
+        codec = SentencePieceCodec(data)
     else:
         learn = train_bpe if config.kind == "bpe" else train_wordpiece
-        codec = HuggingFaceModel(*learn(config, segments))
+        codec = HuggingFaceCodec(*learn(config, segments))
         ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
-    return Tokenizer(config.kind, codec, special, carried=make_chat_files(config))
+    return Tokenizer(config.kind, codec, special, extra_files=make_chat_files(config))
 
 
-def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, tuple[str, ...]]:
-    """Returns the tokenizer.json of a byte-level BPE (Sennrich et al., 2016, over bytes as in
-    GPT-2), and its special tokens' literals, which have the last ids.
+def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> TokenizerJson:
+    """Trains a byte-level BPE (Sennrich et al., 2016, over bytes as in GPT-2), whose special tokens
+    have the last ids.
 
     The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
     the number of distinct words, not with the text.
@@ -94,7 +95,7 @@ def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, 
     tokenizer.train_from_iterator(segments, trainer)
     _require_size(config, tokenizer.get_vocab_size() + len(literals))
     tokenizer.add_special_tokens(list(literals))
-    return tokenizer.to_str().encode(), literals
+    return TokenizerJson(tokenizer.to_str().encode(), literals)
 
 
 def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Iterator[str]:
@@ -108,7 +109,7 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         for part in literals.split(raw[:remaining]):
-            for segment in split_segments(part, reserved="", cut=PATTERN_CUT):
+            for segment in split_segments(part, reserved_chars="", cut_pattern=PATTERN_CUT):
                 if isinstance(segment, str):
                     yield segment
         remaining -= len(raw)
@@ -116,8 +117,8 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
             return
 
 
-def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, list[str]]:
-    """Returns the tokenizer.json learned from ``segments``, and its special tokens' literals.
+def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> TokenizerJson:
+    """Trains a WordPiece tokenizer on ``segments``.
 
     Pairs are merged by count, as the library does and BERT's authors did not publish. Memory
     grows with the number of distinct words.
@@ -150,7 +151,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
             for role, literal in (("bos", config.bos), ("eos", config.eos))
         ],
     )
-    return tokenizer.to_str().encode(), literals
+    return TokenizerJson(tokenizer.to_str().encode(), literals)
 
 
 def _require_size(config: TokenizerConfig, reached: int) -> None:

@@ -30,7 +30,7 @@ def test_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_pa
     (tmp_path / "packed.bin.gz").write_bytes(gzip.compress(b"\0"))
     config = SourceConfig(documents=(str(tmp_path),))
     assert names(config, tmp_path) == ["a.txt", "a/z.md", "b.txt", "c.jsonl", "late.bin"]
-    assert find_files(config).num_binary == 2
+    assert find_files(config).num_binary_files == 2
 
 
 def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
@@ -39,7 +39,7 @@ def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
     crawl = CrawlSource(name="web", documents=(str(tmp_path),))
     found = find_files(crawl)
     assert [file.path.name for file in found.files] == ["a.jsonl", "b.html", "d.ndjson.gz"]
-    assert found.num_binary == 1
+    assert found.num_binary_files == 1
     # Without a stage that finds out its encoding, this page is no text.
     source = SourceConfig(documents=(str(tmp_path),))
     assert names(source, tmp_path) == ["a.jsonl", "d.ndjson.gz"]

@@ -22,7 +22,7 @@ def cut_and_whole(path, slice_bytes):
     scan = scan_file(file, slice_bytes)
     cut = [d for each in scan.slices for d in read_slice(config, each) if isinstance(d, Document)]
     assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sum(each.size for each in scan.slices) <= path.stat().st_size
+    assert sum(each.size_bytes for each in scan.slices) <= path.stat().st_size
     return scan.slices, cut, list(read_documents(config))
 
 
@@ -36,8 +36,8 @@ def test_jsonl(tmp_path_factory, lines, newline_at_end, slice_bytes):
     path.write_text("\n".join(lines) + "\n" * newline_at_end)
     slices, cut, whole = cut_and_whole(path, slice_bytes)
     assert cut == whole
-    assert all(each.size >= slice_bytes for each in slices[:-1])
-    assert len(slices) == 1 or all(each.size for each in slices)
+    assert all(each.size_bytes >= slice_bytes for each in slices[:-1])
+    assert len(slices) == 1 or all(each.size_bytes for each in slices)
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 150, 10**9])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.data.loader import load_batches, make_batches, make_one_pass
+from maxlm.data.loader import load_batches, make_batches, make_one_pass_batches
 from tests.data.loader.memory import MemoryStore, assert_equal, config
 from tests.errors import message
 
@@ -98,7 +98,7 @@ def test_without_shuffle_reads_in_store_order():
 @given(lengths=documents, method=methods, size=st.integers(1, 5))
 def test_one_pass_reads_every_token_once_in_constant_shapes(lengths, method, size):
     store = MemoryStore(lengths)
-    batches = make_one_pass(store, 16, size, packing=method, packing_block=7)
+    batches = make_one_pass_batches(store, 16, size, packing=method, packing_block=7)
     made = [batches.rows(step) for step in range(batches.num_steps)]
     assert {batch["tokens"].shape for batch in made} == {(size, 16)}
     seen = [token for batch in made for token in rows_by_hand(batch, store)]
@@ -107,9 +107,9 @@ def test_one_pass_reads_every_token_once_in_constant_shapes(lengths, method, siz
 
 
 def test_one_pass_takes_a_short_store_and_stops_early():
-    (batch,) = load_batches(make_one_pass(MemoryStore([3]), 16, 4), range(4))
+    (batch,) = load_batches(make_one_pass_batches(MemoryStore([3]), 16, 4), range(4))
     assert batch["segment_ids"].sum() == 3
-    passes = load_batches(make_one_pass(MemoryStore([64]), 16, 1), [0], num_steps=2)
+    passes = load_batches(make_one_pass_batches(MemoryStore([64]), 16, 1), [0], num_steps=2)
     assert [batch["tokens"][0, 0] for batch in passes] == [0, 16]
 
 

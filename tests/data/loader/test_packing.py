@@ -33,7 +33,7 @@ def test_every_token_once_in_pieces_of_documents(lengths, seq_len, block, method
     document = np.repeat(np.arange(len(lengths)), lengths)
     stops = pieces.starts + pieces.lengths
     assert np.array_equal(document[pieces.starts], document[stops - 1])
-    assert np.array_equal(pieces.ends, stops == store.offsets[document[pieces.starts] + 1])
+    assert np.array_equal(pieces.ends_document, stops == store.offsets[document[pieces.starts] + 1])
 
 
 @given(lengths=documents, seq_len=st.integers(1, 17), method=methods, data=st.data())

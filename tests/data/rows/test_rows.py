@@ -64,7 +64,7 @@ def found(batch):
 def epoch(source, number=0):
     """One epoch's examples, read row by row."""
     examples, order = {}, []
-    for index in range(number * source.num_rows, (number + 1) * source.num_rows):
+    for index in range(number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch):
         own = found(source.rows(index // ROWS, [index % ROWS]))
         assert not own.keys() & examples.keys()
         examples |= own
@@ -84,7 +84,7 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
         assert positions == list(range(len(tokens)))
     assert sorted(first) == list(range(EXAMPLES))
     assert epoch(make(file, packed=True))[0] == epoch(make(file))[0]
-    assert not packed or source.num_rows < EXAMPLES / 2
+    assert not packed or source.rows_per_epoch < EXAMPLES / 2
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,7 +18,7 @@ class ByteTokenizer:
     def __init__(self, shift: int = 0, vocab_size: int = 300):
         self.shift, self.vocab_size = shift, vocab_size
         self.bos_id, self.eos_id = 256 + shift, 257 + shift
-        self.opening = (self.bos_id,)
+        self.prefix_ids = (self.bos_id,)
         self.special_tokens = {"<bos>": self.bos_id, "<eos>": self.eos_id}
         self.fingerprint = hashlib.sha256(f"{shift} {vocab_size}".encode()).hexdigest()
 

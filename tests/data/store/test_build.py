@@ -103,8 +103,8 @@ def test_rebuild_with_equal_inputs_does_nothing(tmp_path, corpus, byte_tokenizer
     def never(*args):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(build_module, "make_part", never)
-    monkeypatch.setattr(build_module, "assemble", never)
+    monkeypatch.setattr(build_module, "tokenize_part", never)
+    monkeypatch.setattr(build_module, "assemble_store", never)
     assert build_store(corpus, byte_tokenizer(), out, workers=1) == first
     assert build_store(corpus, byte_tokenizer(), out, workers=1, force=True) == first
     # The same files under another name are the same inputs.

@@ -50,11 +50,11 @@ def test_documents_open_as_an_imported_tokenizer_says(tmp_path, folder, texts, c
     for index in range(0, len(texts), 50):
         ids = tokenizer.encode(texts[index])
         assert store.text_tokens(index).tolist() == ids
-        assert store.document(index).tolist() == [*tokenizer.opening, *ids, tokenizer.eos_id]
+        assert store.document(index).tolist() == [*tokenizer.prefix_ids, *ids, tokenizer.eos_id]
         assert main(["corpus", "show", str(store.path), str(index)]) == 0
         assert capfd.readouterr().out == texts[index]
     store.verify()
-    assert load_tokenizer(store.tokenizer_folder).opening == tokenizer.opening
+    assert load_tokenizer(store.tokenizer_folder).prefix_ids == tokenizer.prefix_ids
 
 
 def test_number_of_workers_does_not_change_the_store(tmp_path, reference, folder, folder_bytes):

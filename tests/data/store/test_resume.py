@@ -27,7 +27,7 @@ class Stopped(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-def stop_after(count, monkeypatch, name="make_part", module=build_module):
+def stop_after(count, monkeypatch, name="tokenize_part", module=build_module):
     """Let `count` calls through, then stop; returns the list of calls let through."""
     real, calls = getattr(module, name), []
 
@@ -41,11 +41,11 @@ def stop_after(count, monkeypatch, name="make_part", module=build_module):
     return calls
 
 
-def build_until_stopped(source, tokenizer, out, count, name="make_part", **settings):
+def build_until_stopped(source, tokenizer, out, count, name="tokenize_part", **settings):
     """Build, stopped at call number `count` of `name`; returns the parts that were made."""
     with pytest.MonkeyPatch.context() as patch:
-        made = stop_after(count if name == "make_part" else 10**9, patch)
-        if name != "make_part":
+        made = stop_after(count if name == "tokenize_part" else 10**9, patch)
+        if name != "tokenize_part":
             stop_after(count, patch, name)
         with pytest.raises(Stopped):
             build_store(source, tokenizer, out, **settings)
@@ -63,7 +63,7 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
         build_until_stopped(corpus, byte_tokenizer(), out, count, **SETTINGS)
         done += count
         assert not out.exists()
-    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "assemble", **SETTINGS)
+    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "assemble_store", **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         again = stop_after(0, patch)
         build_store(corpus, byte_tokenizer(), out, **SETTINGS)
@@ -160,14 +160,16 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
     build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, **SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["make_part", "assemble", "write_checksums", "write_manifest"])
+@pytest.mark.parametrize(
+    "name", ["tokenize_part", "assemble_store", "write_checksums", "write_manifest"]
+)
 def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
     out, settings = tmp_path / "again", {"workers": 1, "part_bytes": 300}
     build_store(sources[0], byte_tokenizer(), out, workers=1)
     append_store(sources[1], out, **settings)
     before = (out / "manifest.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(2 if name == "make_part" else 0, patch, name)
+        stop_after(2 if name == "tokenize_part" else 0, patch, name)
         with pytest.raises(Stopped):
             append_store(sources[2], out, **settings)
     assert (out / "manifest.json").read_bytes() == before

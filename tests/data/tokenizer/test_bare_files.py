@@ -42,7 +42,7 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
     texts = ["quick", " quickly", TEXT, *fuzz_texts(60, 7)]
     assert ours.encode_batch(texts) == [reference.encode_ordinary(text) for text in texts]
     assert ours.special_tokens == {"<|end|>": len(ranks)}
-    assert (ours.eos_id, ours.opening, ours.lossless) == (len(ranks), (), True)
+    assert (ours.eos_id, ours.prefix_ids, ours.lossless) == (len(ranks), (), True)
     ours.save(tmp_path / "kept")
     assert load_tokenizer(tmp_path / "kept").fingerprint == ours.fingerprint
     export_tokenizer(ours, tmp_path / "out")
@@ -79,7 +79,7 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     expected = {"bert": "[SEP]", "t5": "</s>"}.get(name, named)
     assert ours.eos_id == library.token_to_id(expected)
     assert ours.encode(TEXT) == library.encode(TEXT, add_special_tokens=False).ids
-    assert ours.carried == {}
+    assert ours.extra_files == {}
     assert "has no token '<absent>'; name one" in message(import_tokenizer, path, eos="<absent>")
 
 

@@ -114,7 +114,7 @@ def test_a_trained_one_knows_its_roles(kind, chat, expected, make_config, texts,
     marks = {i for name, i in loaded.special_tokens.items() if name in expected}
     assert len(marks & {*ids}) == len(marks) == {"chatml": 2, "llama3": 4}[chat]
     plain = train_tokenizer(make_config(kind), texts)
-    assert plain.carried == {}
+    assert plain.extra_files == {}
     export_tokenizer(loaded, tmp_path / "out")
     if kind != "sentencepiece_unigram":  # transformers wants a tokenizer.json.
         found = transformers_text(tmp_path / "out", hi, add_generation_prompt=True)

@@ -53,7 +53,7 @@ def test_roles(name, tmp_path):
     assert isinstance(ours, Tokenizer)
     assert (ours.bos_id, ours.eos_id) == (ids[bos], ids[eos])
     assert ours.pad_id == (None if pad is None else ids[pad])
-    assert ours.opening == ((ids[bos],) if opens else ())
+    assert ours.prefix_ids == ((ids[bos],) if opens else ())
     assert list(ours.special_tokens.values()) == sorted(ours.special_tokens.values())
     unknown = {"t5": {"<unk>"}, "bert": {"[UNK]"}}.get(name, set())
     ordinary = {"<tool>", "    ", "fox hole", "▁▁"} | unknown
@@ -67,7 +67,7 @@ def test_there_and_back(name, tmp_path):
     ours.save(tmp_path / "kept")
     loaded = load_tokenizer(tmp_path / "kept")
     assert loaded.fingerprint == ours.fingerprint
-    roles = ("bos_id", "eos_id", "pad_id", "opening", "special_tokens", "vocab_size", "lossless")
+    roles = ("bos_id", "eos_id", "pad_id", "prefix_ids", "special_tokens", "vocab_size", "lossless")
     for role in roles:
         assert getattr(loaded, role) == getattr(ours, role)
     for special in (False, True):
@@ -100,14 +100,15 @@ def test_roles_are_looked_for_in_turn(llama):
 
 
 def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
-    assert settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False).opening == (1,)
+    found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
+    assert found.prefix_ids == (1,)
     data = json.loads((llama / "tokenizer.json").read_text())
     (llama / "tokenizer.json").write_text(json.dumps({**data, "post_processor": None}))
     for added, opening in ((True, (1,)), (False, ()), (None, ())):
         found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=added)
-        assert found.opening == opening
+        assert found.prefix_ids == opening
         assert found.bos_id == 1
-    assert settings(llama, eos_token="</s>", add_bos_token=True).opening == ()
+    assert settings(llama, eos_token="</s>", add_bos_token=True).prefix_ids == ()
 
 
 def test_what_cannot_be_loaded_imported_or_trained(llama, tmp_path):
@@ -156,7 +157,7 @@ def test_a_sentencepiece_model_that_changes_nothing_is_taken(tmp_path, model):
     folder = sentencepiece(tmp_path / "checkpoint", model_type=model)
     ours = import_tokenizer(folder)
     assert (ours.kind, ours.lossless) == (f"sentencepiece_{model}", True)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.opening) == (1, 2, None, (1,))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.prefix_ids) == (1, 2, None, (1,))
     assert ours.decode(ours.encode(TEXT)) == TEXT
     assert not {1, 2} & set(ours.encode("<s></s>"))
     ours.save(tmp_path / "kept")

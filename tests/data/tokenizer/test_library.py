@@ -19,7 +19,7 @@ def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
     long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]
     whole = tokenizer.encode_batch(long)
     monkeypatch.setattr(codec, "SEGMENT_CHARS", limit)
-    pieces = split_segments(HARD * 3, reserved="", cut=tokenizer.codec.cut)
+    pieces = split_segments(HARD * 3, reserved_chars="", cut_pattern=tokenizer.codec.cut_pattern)
     assert len(pieces) > 3
     assert "".join(map(str, pieces)) == HARD * 3
     cut = tokenizer.encode_batch(long)

@@ -23,7 +23,7 @@ def folder(request, tmp_path):
 
 def test_special_tokens_past_the_table_are_plain_text(folder):
     assert import_tokenizer(folder).special_tokens["<image>"] == ROWS
-    tokenizer = import_tokenizer(folder, embedding_rows=ROWS)
+    tokenizer = import_tokenizer(folder, num_embedding_rows=ROWS)
     assert tokenizer.vocab_size == ROWS
     assert set(tokenizer.special_tokens) == {"<bos>", "<eos>"}
     for allow in (False, True):
@@ -34,7 +34,7 @@ def test_special_tokens_past_the_table_are_plain_text(folder):
 
 
 def test_so_it_stays_when_saved_and_sent(folder, tmp_path):
-    tokenizer = import_tokenizer(folder, embedding_rows=ROWS)
+    tokenizer = import_tokenizer(folder, num_embedding_rows=ROWS)
     tokenizer.save(tmp_path / "saved")
     for again in (load_tokenizer(tmp_path / "saved"), pickle.loads(pickle.dumps(tokenizer))):
         assert again.vocab_size == ROWS
@@ -54,15 +54,15 @@ def test_what_text_can_have_stays(folder):
     for token in values["added_tokens"]:
         token["special"] = token["content"] != "<image>"
     path.write_text(json.dumps(values))
-    assert import_tokenizer(folder, embedding_rows=ROWS).vocab_size == ROWS + 1
+    assert import_tokenizer(folder, num_embedding_rows=ROWS).vocab_size == ROWS + 1
     tiny.save(tiny.images(ROWS), folder, bos_token="<bos>", eos_token="<image>")
-    assert import_tokenizer(folder, embedding_rows=ROWS).eos_id == ROWS
+    assert import_tokenizer(folder, num_embedding_rows=ROWS).eos_id == ROWS
     tiny.save(tiny.images(ROWS), folder, eos_token="<eos>", pad_token="<image>")
-    assert import_tokenizer(folder, embedding_rows=ROWS).pad_id is None
+    assert import_tokenizer(folder, num_embedding_rows=ROWS).pad_id is None
 
 
 def test_all_have_rows(folder):
     for rows in (None, ROWS + 1, 10**6):
-        tokenizer = import_tokenizer(folder, embedding_rows=rows)
+        tokenizer = import_tokenizer(folder, num_embedding_rows=rows)
         assert tokenizer.vocab_size == ROWS + 1
         assert tokenizer.fingerprint == import_tokenizer(folder).fingerprint

@@ -55,7 +55,7 @@ def pieces_by_hand(texts: list[str], count: int) -> list[str]:
 
 
 def test_it_learns_the_commonest_pairs(trained, texts):
-    pieces = list(trained.codec.vocabulary().items())
+    pieces = list(trained.codec.get_vocab().items())
     pieces = [piece for piece, _ in sorted(pieces, key=lambda item: item[1])]
     assert pieces[:5] == ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"]
     assert pieces[5:] == pieces_by_hand(texts, 595)
@@ -72,7 +72,7 @@ def test_ids_are_the_librarys_and_special_tokens_stay_out_of_text(trained, texts
     assert trained.encode("☃") == [4]
     loaded = load_tokenizer(tmp_path)
     assert (loaded.kind, loaded.fingerprint) == ("wordpiece", trained.fingerprint)
-    assert (loaded.opening, loaded.pad_id, loaded.lossless) == ((0,), 2, False)
+    assert (loaded.prefix_ids, loaded.pad_id, loaded.lossless) == ((0,), 2, False)
     assert loaded.special_tokens == {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3}
 
 
@@ -93,8 +93,8 @@ def test_rare_characters_are_unknown(monkeypatch):
     monkeypatch.setattr(train, "_ALPHABET", 3)
     ours = train_tokenizer(config(vocab_size=10), ["ab ab ab ac zc", "[SEP]"])
     # a, b, c: by count, then by code point; "zc" has another.
-    assert ours.codec.vocabulary().keys() >= {"a", "##b", "##c", "ab", "ac"}
-    assert ours.encode("zc ab") == [4, ours.codec.vocabulary()["ab"]]
+    assert ours.codec.get_vocab().keys() >= {"a", "##b", "##c", "ab", "ac"}
+    assert ours.encode("zc ab") == [4, ours.codec.get_vocab()["ab"]]
 
 
 def test_sizes_that_do_not_do(texts):
