@@ -22,7 +22,7 @@ class Adapter(Config):
     kind: Any
 
     def adapt(self, specs: Params) -> Params:
-        """Return the declarations of a model with a :class:`~maxlm.models.params.CompositeParam` of
+        """Return the declarations of a model with a :class:`~maxlm.models.params.Leaf` of
         declarations in place of each parameter that is adapted."""
         raise NotImplementedError
 

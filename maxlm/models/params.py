@@ -115,12 +115,10 @@ class ParamReader:
         """Logical axes of a matrix's outputs, for one layer."""
         return self.spec.axes[self.spec.num_layer_axes + len(self.spec.contracting_dims) :]
 
-    def read(
-        self, param: "jax.Array | CompositeParam", axes: tuple[str | None, ...] = ()
-    ) -> ShardedWeight:
+    def read(self, param: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> ShardedWeight:
         """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under ZeRO-3 the
         compute dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's."""
-        if isinstance(param, CompositeParam):
+        if isinstance(param, Leaf):
             own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
             return param.materialize(own)
         value = param.astype(self.dtype)
@@ -137,7 +135,7 @@ class ParamReader:
         return multiply_kernels(x, values, wholes, used, self.token_layout)
 
 
-class CompositeParam:
+class Leaf:
     """A parameter at rest, where that is not one array.
 
     A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands in a tree of
@@ -165,7 +163,7 @@ class CompositeParam:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GatheredParam(CompositeParam):
+class GatheredParam(Leaf):
     """A parameter that is kept whole too. ZeRO-2: the gradient is reduced straight to ``value``,
     the share it is kept for; ``whole`` is only read, and saves gathering it."""
 
@@ -224,19 +222,19 @@ def param_specs(module: nnx.Module) -> Params:
 
 def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     """Returns the module with other leaves for its parameters; pure. ``specs`` are its
-    :func:`param_specs`, some replaced by a :class:`CompositeParam` of declarations."""
+    :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
 
 
 def select_base_params(tree: Params) -> Params:
     """Return parameters (or their declarations) as a model without adapted leaves names them: in
-    place of each :class:`CompositeParam` that has one, its base."""
+    place of each :class:`Leaf` that has one, its base."""
 
     def select(held: Any) -> Any:
         field = getattr(held, "base_field", None)
         return held if field is None else getattr(held, field)
 
-    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, CompositeParam))
+    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, Leaf))
 
 
 def replace_base_params(tree: Params, base: Params) -> Params:
@@ -246,7 +244,7 @@ def replace_base_params(tree: Params, base: Params) -> Params:
         field = getattr(held, "base_field", None)
         return own if field is None else replace(held, **{field: own})
 
-    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, CompositeParam))
+    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, Leaf))
 
 
 def get_values(module: nnx.Module) -> Params:

@@ -14,8 +14,8 @@ import pytest
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.params import (
-    CompositeParam,
     GatheredParam,
+    Leaf,
     ParamReader,
     Params,
     ParamSpec,
@@ -44,7 +44,7 @@ RANK, SCALE = 4, 0.7
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Lora(CompositeParam):
+class Lora(Leaf):
     """``x · base + scale · (x · A) · B`` (Hu et al. 2021, arXiv 2106.09685, §4.1)."""
 
     base_field: ClassVar[str] = "base"

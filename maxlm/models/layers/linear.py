@@ -7,7 +7,7 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
-    CompositeParam,
+    Leaf,
     ParamReader,
     declare,
     get_spec,
@@ -69,12 +69,10 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
     pairs = list(zip(uses, held, strict=True))
-    weights = [
-        p.read_kernel(use) if isinstance(p, CompositeParam) else use.read(p) for use, p in pairs
-    ]
+    weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
     x = x.astype(dtype)
     ys = [
-        kernel.finish_product(y, x, use) if isinstance(kernel, CompositeParam) else y
+        kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
         for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
     ]
     return tuple(
