@@ -8,7 +8,7 @@ bandwidth, and communication beside them where it can. Per micro-batch, forward 
                  through memory where no kernel keeps them on the chip
     traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth;
                  on a CPU also a step's memory, which the system hands out page by page
-    exposed      of communication: all but the share ``overlap`` of it, and but what there is
+    exposed      of communication: all but the share ``hidden`` of it, and but what there is
                  computation for to run beside it
 
 A pipeline's idle turns take as long as its others (``StepShape.stage_passes_with_bubble``).
@@ -49,7 +49,7 @@ class Efficiency:
 
     matmul: float
     """Share of the peak in large matrix products."""
-    overlap: float
+    hidden: float
     """Share of communication that computation hides."""
     network: float
     """Share of the links' rates in collectives."""
@@ -58,10 +58,10 @@ class Efficiency:
 
 
 EFFICIENCY = {
-    "tpu": Efficiency(matmul=0.82, overlap=0.65, network=0.63),
-    "nvidia": Efficiency(matmul=0.53, overlap=0.56, network=0.54),
+    "tpu": Efficiency(matmul=0.82, hidden=0.65, network=0.63),
+    "nvidia": Efficiency(matmul=0.53, hidden=0.56, network=0.54),
     # Copies and transpositions between products, which other compilers fuse, are in ``memory``.
-    "cpu": Efficiency(matmul=0.79, overlap=0.0, network=1.0, memory=0.4),
+    "cpu": Efficiency(matmul=0.79, hidden=0.0, network=1.0, memory=0.4),
 }
 
 
@@ -307,7 +307,7 @@ def estimate_time(
     exposed, once = 0.0, sent["once"]
     for phase, end in zip(PASSES, loss, strict=True):
         busy = slots * sum(passes[phase]) + end
-        exposed += sent[phase] - np.minimum(sent[phase] * own.overlap, busy)
+        exposed += sent[phase] - np.minimum(sent[phase] * own.hidden, busy)
     share = (slots - micro) / slots
     parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
