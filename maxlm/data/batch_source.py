@@ -8,7 +8,7 @@ import numpy as np
 
 from maxlm.data.loader.batches import Batch
 
-Transform = Callable[[Batch, int, Sequence[int]], Batch]
+BatchTransform = Callable[[Batch, int, Sequence[int]], Batch]
 """(batch, step, its rows' global numbers) -> batch, of the same rows; pure, and pickles."""
 
 
@@ -50,7 +50,7 @@ class TransformedSource:
     """Another source's batches, each changed by a pure function."""
 
     source: BatchSource
-    transform: Transform
+    transform: BatchTransform
 
     @property
     def num_steps(self) -> int | None:

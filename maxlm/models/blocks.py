@@ -77,9 +77,11 @@ class FeedForward(Protocol):
         ...
 
 
-def build_attention(config: AttentionConfig, *sizes: Any, **kw: Any) -> Mixer:
+def build_attention(
+    config: AttentionConfig, *sizes: Any, **kwargs: Any
+) -> Attention | LatentAttention:
     """Builds multi-head or latent attention, as the config says."""
-    return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kw)
+    return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kwargs)
 
 
 MIXERS: dict[type[Config], Callable[..., Mixer]] = {AttentionConfig: build_attention}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from maxlm.models.params import flatten_names, param_specs, select_base_params
 
-Side = Literal["residual", "memory", "latent", "heads", "mlp"]
+FeatureKind = Literal["residual", "memory", "latent", "heads", "mlp"]
 """Sides of matrices: the residual stream, an encoder's output, a narrow vector of latent attention,
 heads, or the hidden layer of an MLP."""
 Branch = Literal["mixer", "cross_attention", "ffn"]
@@ -24,7 +24,7 @@ class MatrixGroup:
 
     names: tuple[str, ...]
     """Names of the parameters within the module, such as ``query.kernel``."""
-    input_side: Side = "residual"
+    input_features: FeatureKind = "residual"
     needs_raw_output: tuple[str, ...] = ()
     """Parameters whose products the backward pass needs as they were before a norm or a clip."""
 
@@ -90,7 +90,7 @@ def get_costs(module: nnx.Module) -> LayerCosts:
 def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
     """Groups a module's matrices by submodule and input: heads or an MLP's hidden layer, where
     their axes say so, otherwise the residual stream."""
-    groups: dict[tuple[str, Side], list[str]] = {}
+    groups: dict[tuple[str, FeatureKind], list[str]] = {}
     for name, spec in flatten_names(select_base_params(param_specs(module))).items():
         if spec.role == "matrix":
             axes = {spec.axes[d] for d in spec.contracting_dims}

@@ -69,7 +69,7 @@ def _list_matmul_collectives(
     shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
     work, rules, kernels = shape.work, shape.split.compute, group.kernels
-    width = work.config.model.d_model if group.input_side != "latent" else group.input_width
+    width = work.config.model.d_model if group.input_features != "latent" else group.input_width
     size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
     again = backward if shape.remat != "none" and work.backward_needs_branch_output(group) else 0
@@ -85,17 +85,17 @@ def _list_matmul_collectives(
     beside = work.is_parallel_to_attention(group)
     # The compiler gathers the same array once: what both branches read, or all layers.
     shared = beside and work.config.model.placement == "parallel_shared"
-    if group.input_side == "latent":
+    if group.input_features == "latent":
         yield from send("its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward)
-    if group.input_side == "memory":
+    if group.input_features == "memory":
         yield from send("input", "all-gather", sequence, shape.stage_passes_with_bubble, 0)
-    if group.input_side == "residual" and not shared:
+    if group.input_features == "residual" and not shared:
         yield from send("input", "all-gather", sequence, forward, backward)
-    if group.input_side in ("residual", "memory"):
+    if group.input_features in ("residual", "memory"):
         rest = tuple(sorted(outputs.difference(sequence)))
         yield from send("its gradient", "reduce-scatter", sequence, 0, backward)
         yield from send("its gradient", "all-reduce", rest, 0, backward)
-    if group.output_side == "residual":
+    if group.output_features == "residual":
         rest = tuple(sorted(inputs.difference(sequence)))
         yield from send("output", "reduce-scatter", sequence, forward, again)
         yield from send("its gradient", "all-gather", sequence, 0, 0 if beside else backward)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import strip_stack_name
-from maxlm.models.costs import AttentionCosts, Branch, BranchCosts, ExpertCosts, Side
+from maxlm.models.costs import AttentionCosts, Branch, BranchCosts, ExpertCosts, FeatureKind
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 
 
@@ -30,7 +30,7 @@ class Kernel:
         return prod(self.shape)
 
     @property
-    def output_side(self) -> Side:
+    def output_features(self) -> FeatureKind:
         axes = set(self.axes[self.num_input_dims + ("expert" in self.axes) :])
         if "latent" in axes:
             return "latent"
@@ -52,7 +52,7 @@ class MatmulGroup:
 
     kernels: tuple[Kernel, ...]
     branch: Branch
-    input_side: Side
+    input_features: FeatureKind
     token_ratio: float
     """Tokens that it maps for each of the batch: an encoder may have more or fewer."""
 
@@ -72,15 +72,15 @@ class MatmulGroup:
     @property
     def is_dense_ffn(self) -> bool:
         """Whether the group makes the hidden layer of an FFN that every token passes."""
-        return self.branch == "ffn" and self.output_side == "mlp" and not self.has_experts
+        return self.branch == "ffn" and self.output_features == "mlp" and not self.has_experts
 
     @property
     def size(self) -> int:
         return sum(kernel.size for kernel in self.kernels)
 
     @property
-    def output_side(self) -> Side:
-        return self.kernels[0].output_side
+    def output_features(self) -> FeatureKind:
+        return self.kernels[0].output_features
 
     @property
     def input_width(self) -> int:
@@ -90,7 +90,7 @@ class MatmulGroup:
     @property
     def latent_width(self) -> int:
         """Width of the narrow latent vectors that it writes."""
-        return sum(k.shape[-1] for k in self.kernels if k.output_side == "latent")
+        return sum(k.shape[-1] for k in self.kernels if k.output_features == "latent")
 
 
 class AttentionShape(NamedTuple):
@@ -196,8 +196,8 @@ def _list_matmuls(
                 name = f"{stack}.{branch.module}.{own}"
                 kernels.append(make_kernel(name, specs[name], own in group.needs_raw_output))
                 missing.discard(name)
-            tokens = encoder_rate if group.input_side == "memory" else rate
-            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.input_side, tokens))
+            tokens = encoder_rate if group.input_features == "memory" else rate
+            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.input_features, tokens))
     if missing:
         raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
     return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))

@@ -124,7 +124,7 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
             one = 2 * kernel.size * share * tokens / split.num_shards(rules, axes)
             forward += one
             backward += one * (3 if work.is_kernel_recomputed(group, kernel, shape.remat) else 2)
-            if group.has_experts and shape.remat == "none" and group.output_side == "mlp":
+            if group.has_experts and shape.remat == "none" and group.output_features == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if work.router is not None:
         tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
@@ -166,7 +166,7 @@ def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
     return shape.per_stage(seen) * shape.micro_batch_tokens * heads
 
 
-def count_non_matmul_flops(shape: StepShape) -> Number:
+def count_extra_forward_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its layers."""
     work, split, flops = shape.work, shape.split, 0.0
     for stack in work.stacks:
@@ -284,7 +284,7 @@ def estimate_time(
     softmax_back += shape.score_recomputes * softmax
     ahead, back, loss_bytes, update = estimate_elementwise_bytes(shape)
     scores, scores_back = attention_score_bytes(shape)
-    other = count_non_matmul_flops(shape) / chip.vector_flops
+    other = count_extra_forward_flops(shape) / chip.vector_flops
     # Of matrix products, attention and the rest.
     passes = {
         "forward": (

@@ -115,7 +115,7 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     maps = [m for m in stack.matmul_groups if m.has_experts]
     weights = sum(map(shape.gathered_weight_bytes, maps))
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
-    inner = next(m for m in maps if m.output_side == "mlp")
+    inner = next(m for m in maps if m.output_features == "mlp")
     hidden = rows * shape.split.local_ffn_elements_per_token(inner) / len(inner.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,

@@ -162,7 +162,7 @@ class RunWorkload:
             "mlp": group.has_experts or group.branch != "ffn" or "mlp_up" not in kept,
             "latent": True,  # for what is made of it next
             "heads": "qkv" not in kept or kernel.needs_raw_output,
-        }[kernel.output_side]
+        }[kernel.output_features]
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the last group,
@@ -257,7 +257,7 @@ class MeshPartitioning:
 
     def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:
         """Elements a token that matrices write into the FFN's width on a device."""
-        if group.output_side != "mlp":
+        if group.output_features != "mlp":
             return 0.0
         return sum(k.shape[-1] / self.num_shards(self.compute, k.axes[-1:]) for k in group.kernels)
 
@@ -267,5 +267,5 @@ class MeshPartitioning:
             prod(k.shape[k.num_input_dims :])
             / self.num_shards(self.compute, k.axes[k.num_input_dims :])
             for k in group.kernels
-            if k.output_side != "residual"
+            if k.output_features != "residual"
         )

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArraySpec, Transform
+from maxlm.data.batch_source import BatchArraySpec, BatchTransform
 from maxlm.tasks.corrupt import (
     Denoiser,
     SentinelIds,
@@ -58,7 +58,7 @@ class DenoisingTask(TextTask):
         inputs = dict.fromkeys(ENCODER_ARRAYS, BatchArraySpec.of_tokens(encoder_len))
         return super().batch_arrays(seq_len) | inputs
 
-    def make_transform(self, inputs: SourceInputs) -> Transform:
+    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform:
         change = partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
         return RowTransform(change, inputs.seed)
 

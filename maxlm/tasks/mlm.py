@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import Transform
+from maxlm.data.batch_source import BatchTransform
 from maxlm.tasks.corrupt import Flags
 from maxlm.tasks.task import SourceInputs, Vocabulary
 from maxlm.tasks.text import Row, RowTransform, TextTask
@@ -50,7 +50,7 @@ class MlmTask(TextTask):
         mask = next((ids[text] for text in _MASKS if text in ids), None)
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
-    def make_transform(self, inputs: SourceInputs) -> Transform:
+    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform:
         return RowTransform(partial(self.mask_row, inputs.vocabulary), inputs.seed)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from maxlm.data.batch_source import BatchArraySpec, BatchSource, Transform, TransformedSource
+from maxlm.data.batch_source import BatchArraySpec, BatchSource, BatchTransform, TransformedSource
 from maxlm.data.loader import make_batches, make_one_pass_batches
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
@@ -45,7 +45,7 @@ class TextTask(Task):
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
     cross-entropy."""
 
-    def make_transform(self, inputs: SourceInputs) -> Transform | None:
+    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform | None:
         """Returns the host's change of a text batch into the task's batch; None: no change."""
         return None
 
@@ -68,7 +68,7 @@ class TextTask(Task):
         }
 
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
-        transform = self.make_transform(inputs)
+        transform = self.make_batch_transform(inputs)
         return source if transform is None else TransformedSource(source, transform)
 
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:

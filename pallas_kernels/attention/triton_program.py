@@ -1,6 +1,7 @@
 """Shared parts of the Triton kernels: how arrays come to one, how a program reads and scores, what
 it masks and visits."""
 
+from collections.abc import Callable
 from functools import reduce
 from math import log, log2
 from operator import add
@@ -279,7 +280,9 @@ class TritonKernelCall:
 
         return spec
 
-    def query_row_spec(self, block: int, group: int | None = None):
+    def query_row_spec(
+        self, block: int, group: int | None = None
+    ) -> Callable[[jax.Array], pl.BlockSpec]:
         """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv head."""
 
         def spec(x):

@@ -26,7 +26,7 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.timing import count_non_matmul_flops
+from maxlm.plan.timing import count_extra_forward_flops
 from maxlm.plan.workload import count_cache_bytes
 from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
@@ -154,7 +154,7 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     assert plan.layout.parameters == matrices + norms + LAYERS * F + 2 * VOCAB * D
     recurrence = LAYERS * 3 * F if stated else 0
     assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
-    assert count_non_matmul_flops(plan.shape) == recurrence * 8 * SEQ
+    assert count_extra_forward_flops(plan.shape) == recurrence * 8 * SEQ
     assert "ssm: gate, up" in [group.name for group in plan.shape.work.matmul_layer_counts]
     assert "a layer's mixer" in plan.memory.working_sets
     assert (plan.step_seconds or 0) > 0

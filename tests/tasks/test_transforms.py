@@ -20,7 +20,9 @@ TASKS = [
 
 
 def transform_of(task, start_id: int = 0, seed: int = 0):
-    return task.make_transform(SourceInputs(LoaderConfig(), seed, VOCABULARY, start_id=start_id))
+    return task.make_batch_transform(
+        SourceInputs(LoaderConfig(), seed, VOCABULARY, start_id=start_id)
+    )
 
 
 def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndarray]:

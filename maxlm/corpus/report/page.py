@@ -98,8 +98,8 @@ def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[st
         for each in rule.thresholds:
             thresholds.setdefault(each.label, []).append(each)
     charts = []
-    for label in sorted(summary.values, key=lambda label: (label not in thresholds, label)):
-        values = summary.values[label][1]
+    for label in sorted(summary.value_samples, key=lambda label: (label not in thresholds, label)):
+        values = summary.value_samples[label][1]
         values = values[np.isfinite(values)]
         if values.size:
             svg = _draw_histogram(label, values, thresholds.get(label, []))

@@ -59,7 +59,7 @@ class CorpusSummary:
     mixture: dict[Key, np.ndarray] = field(default_factory=dict)
     """Kept text, after cuts, by (source, language): documents, bytes, and bytes and tokens of the
     documents tokenized: int64 [4]."""
-    values: dict[str, np.ndarray] = field(default_factory=dict)
+    value_samples: dict[str, np.ndarray] = field(default_factory=dict)
     """A sample of each numeric label's values: float64 [2, values], the first row random numbers
     of which the smallest are kept, so that the sample does not depend on the order of shards."""
     dropped: dict[str, list[Sample]] = field(default_factory=dict)
@@ -72,15 +72,15 @@ class CorpusSummary:
         self.bytes.update(other.bytes)
         for key, figures in other.mixture.items():
             self.mixture[key] = self.mixture.get(key, np.zeros(4, np.int64)) + figures
-        for label, sample in other.values.items():
+        for label, sample in other.value_samples.items():
             self.add_values(label, sample)
         for rule, samples in other.dropped.items():
             self.dropped[rule] = heapq.nsmallest(SAMPLES, self.dropped.get(rule, []) + samples)
         self.kept = heapq.nsmallest(SAMPLES, self.kept + other.kept)
 
     def add_values(self, label: str, sample: np.ndarray) -> None:
-        both = np.concatenate([self.values.get(label, np.empty((2, 0))), sample], axis=1)
-        self.values[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
+        both = np.concatenate([self.value_samples.get(label, np.empty((2, 0))), sample], axis=1)
+        self.value_samples[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
 
 
 def summarize_corpus(

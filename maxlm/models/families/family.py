@@ -51,11 +51,11 @@ class ModelFamily:
         """Name of the family in config.json."""
         return self.hf_model_type or self.name
 
-    def list_entries(self, config: Any, tensor_names: Iterable[str] = ()) -> list[TensorEntry]:
+    def list_entries(self, config: Any, published_names: Iterable[str] = ()) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours; variants are followed of names
-        in files at hand, ``tensor_names``."""
+        in files at hand, ``published_names``."""
         table = self.name_table(config) if callable(self.name_table) else self.name_table
-        there, found = frozenset(tensor_names), list_entries(config, table)
+        there, found = frozenset(published_names), list_entries(config, table)
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.caches import kv_cache_spec
-from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup, Side
+from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGroup
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
         sizes = self.config.num_kv_heads, self.config.head_dim
         return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
 
-    def costs(self, kv_input: Side = "residual") -> LayerCosts:
+    def costs(self, kv_input: FeatureKind = "residual") -> LayerCosts:
         """Counts costs of one layer whose keys and values are made of ``kv_input``; see
         :mod:`maxlm.models.costs`."""
         config, query, keys = self.config, ("query.kernel",), ("key.kernel", "value.kernel")
