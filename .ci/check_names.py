@@ -2,10 +2,11 @@
 
 A public class name is unique in the tree. A public function begins with a verb, or is two words or
 more that name the value it returns (`cross_entropy_loss`), or is the field's own term. A docstring
-begins with a subject or a verb, not with "Of " or "What ".
+begins with a subject or a verb, not with "Of " or "What ", and its `Args:` are arguments.
 """
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -57,8 +58,11 @@ def main(folders: list[str]) -> int:
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
             line = getattr(node, "lineno", 1)
-            if (ast.get_docstring(node) or "").startswith(("Of ", "What ")):
+            docstring = ast.get_docstring(node) or ""
+            if docstring.startswith(("Of ", "What ")):
                 findings.append(f"{where}:{line}: the docstring begins with Of or What")
+            for name in list_documented_args(docstring) - list_args(node):
+                findings.append(f"{where}:{line}: {name} under Args is no argument of {node.name}")
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 classes[node.name].append(f"{where}:{line}")
         for node in tree.body:
@@ -74,6 +78,22 @@ def main(folders: list[str]) -> int:
     findings = [each for each in findings if not folders or each.startswith(tuple(folders))]
     print("\n".join(findings) or "names: no findings")
     return int(bool(findings))
+
+
+def list_documented_args(docstring: str) -> set[str]:
+    section = re.search(r"^Args:\n((?: {4}.*\n?|\n)*)", docstring, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*):", section[1], re.MULTILINE) if section else []
+    return {name for entry in entries for name in entry.split(", ")}
+
+
+def list_args(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> set[str]:
+    """A class's are its `__init__`'s; without one, its fields, with those of its bases unknown."""
+    if isinstance(node, ast.FunctionDef):
+        return {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+    for each in node.body:
+        if isinstance(each, ast.FunctionDef) and each.name == "__init__":
+            return list_args(each)
+    return {ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)}
 
 
 if __name__ == "__main__":

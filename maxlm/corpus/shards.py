@@ -71,7 +71,7 @@ class StageShardView:
     output_stage: str = ""
     """The stage that writes."""
     resolved_labels: tuple[str, ...] = ()
-    """Labels that are read as `resolve_duplicates_for_rules` wrote them, in `settled_folder`."""
+    """Labels that are read as `resolve_duplicates_for_rules` wrote them, in `resolved_folder`."""
     resolved_folder: str = ""
 
     def path(self, stage: str) -> Path:

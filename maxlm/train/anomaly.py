@@ -20,7 +20,7 @@ class LossSpikeDetector(Callback):
     scalars.
 
     Args:
-        memory: of an earlier detector, as it was saved with a checkpoint, so that a resumed run
+        state_dict: of an earlier detector, as it was saved with a checkpoint, so that a resumed run
             judges as one that never stopped.
     """
 

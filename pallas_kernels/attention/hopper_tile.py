@@ -148,7 +148,7 @@ class HopperScoreTile:
         return scores, slope
 
     def compute_mask(self, q_segments=None, k_segments=None) -> jax.Array:
-        """Returns bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
+        """Returns bool; segments are broadcast along the tile's axes."""
         params, T, seen = self.params, self.statics.T, []
         if params.causal:
             behind = self._behind()

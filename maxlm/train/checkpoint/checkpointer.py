@@ -52,7 +52,7 @@ class Checkpointer:
     context manager.
 
     Args:
-        folder, grouped, read_only: see :class:`FolderTier`.
+        folder, layer_groups, read_only: see :class:`FolderTier`.
         name: of the run, under which its files lie in places that runs share.
     """
 

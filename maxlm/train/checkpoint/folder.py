@@ -43,8 +43,8 @@ class FolderTier:
     Args:
         folder: made if missing. What an interrupted save left behind in it is removed.
         read_only: change nothing, so that a run that is still writing can be read.
-        grouped: for parameters that a circular pipeline holds as [groups, layers / groups, ...],
-            by canonical name, these two sizes; needed to write, not to read.
+        layer_groups: for parameters that a circular pipeline holds as [groups, layers / groups,
+            ...], by canonical name, these two sizes; needed to write, not to read.
         get_held_steps: called at each save; returns steps that must stay besides those that
             ``config`` keeps.
     """

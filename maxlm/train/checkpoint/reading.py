@@ -51,7 +51,7 @@ def named_leaves(tree: PyTree, prefix: str = "") -> Leaves:
 
 
 def layer_group_shapes(specs: PyTree) -> Groups:
-    """Returns the ``grouped`` argument of ``FolderTier``, from declarations (``ParamSpec``)."""
+    """Returns ``layer_groups`` of a ``FolderTier``, from declarations (``ParamSpec``)."""
     leaves = named_leaves(specs).items()
     return {name: spec.shape[:2] for name, spec in leaves if spec.num_layer_axes == 2}
 
