@@ -62,8 +62,8 @@ def open_run(
 ) -> OpenRun:
     """Prepares a run's text, and restores its state or initializes it; ``stack`` closes what is
     opened. For the rest see :func:`maxlm.programs.train.train_model`."""
-    lead = jax.process_index() == 0
-    say = say if lead else lambda _: None
+    is_lead = jax.process_index() == 0
+    say = say if is_lead else lambda _: None
     folder = run_folder_path(config)
     # What does not fit is refused before anything is written or read.
     setup = set_up_run(config)
@@ -71,25 +71,25 @@ def open_run(
     use_compilation_cache(config)
     config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
     signals = stack.enter_context(handle_signals(str(folder)))
-    stack.enter_context(create_run_folder(config, folder, is_lead=lead))
-    if lead:
+    stack.enter_context(create_run_folder(config, folder, is_lead=is_lead))
+    if is_lead:
         stack.enter_context(lock_run_folder(folder))
     home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
     own = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
     checkpointer = stack.enter_context(own)
     source = find_resume_source(setup, checkpointer, resume, stack, say)
     saved = source.metadata if source else check_init_checkpoint(setup)
-    corpus = prepare_data_on_all_hosts(config, folder)
+    data = prepare_data_on_all_hosts(config, folder)
     if source and not source.is_own_run:  # It may have trained on meanwhile, and deleted old ones.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
     states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
     frozen = states.load_frozen_params()
-    metadata = make_run_metadata(config, corpus, saved, describe_frozen_models(setup, frozen))
+    metadata = make_run_metadata(config, data, saved, describe_frozen_models(setup, frozen))
     if source:
         where = str(source.checkpointer.folder)
-        check_same_inputs(config, corpus, source.metadata, metadata, where)
+        check_same_inputs(config, data, source.metadata, metadata, where)
     skips = read_skips(folder)
     if skips is None:
         skips = get_skips(source.metadata) if source else ()
@@ -111,8 +111,8 @@ def open_run(
     sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
     plan = plan_run(config, machine, sizes=sizes, links=links)
     say(format_prediction(plan))
-    write_run_description(folder, config, plan, is_lead=lead)
-    log = stack.enter_context(MetricsLog(folder, step, write=lead, reporting=config.reporting))
+    write_run_description(folder, config, plan, is_lead=is_lead)
+    log = stack.enter_context(MetricsLog(folder, step, write=is_lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
     log.event(
@@ -129,5 +129,5 @@ def open_run(
     watchdog.event = log.event
     checkpointer.copy_newest_to_remote()
     return OpenRun(
-        setup, folder, lead, say, signals, watchdog, corpus, states, position, metadata, plan, log
+        setup, folder, is_lead, say, signals, watchdog, data, states, position, metadata, plan, log
     )

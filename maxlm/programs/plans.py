@@ -25,7 +25,7 @@ class CompiledFit(NamedTuple):
 
     fits: bool
     verdict: str
-    """The same in words, with the bytes of a device."""
+    """Says it in words, with the bytes of a device."""
     figures: PlannedVersusCompiled
 
 

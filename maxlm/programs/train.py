@@ -66,21 +66,21 @@ def train_model(
         raise MaxlmError(what, where="--profile", fix="name steps that it takes")
     with ExitStack() as stack:
         run = open_run(config, stack, resume=resume, say=say)
-        setup, corpus, log, watchdog = run.setup, run.data, run.log, run.watchdog
+        setup, data, log, watchdog = run.setup, run.data, run.log, run.watchdog
         profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
             run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
         step_fn = setup.jit_train_step()
-        evaluator = HeldOutEvaluator(setup, corpus, on_batch=watchdog.reset_timer)
+        evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
 
         def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
             detector = LossSpikeDetector(setup.config.faults, position.detector_state)
-            every_steps = setup.config.train.eval_every if corpus.eval_batch_sources else 0
+            every_steps = setup.config.train.eval_every if data.eval_batch_sources else 0
             metadata = {**run.metadata, "skipped_batches": position.skips}
             saver, timer = run.state_restorer.checkpointer, StepTimer(log.event, position.step)
             with (
                 open_training_batches(
-                    setup, corpus.train_batch_source, position.step, position.skips
+                    setup, data.train_batch_source, position.step, position.skips
                 ) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=run.is_lead) as display,
                 run.signals.defer_signals(),
@@ -89,7 +89,7 @@ def train_model(
                 callbacks = [
                     watchdog,
                     *profiler,
-                    MetricsCallback(setup, corpus, run.plan, log, display),
+                    MetricsCallback(setup, data, run.plan, log, display),
                     detector,
                     EvaluationCallback(evaluator.evaluate_metrics, every_steps),
                     CheckpointCallback(saver, metadata, detector),
@@ -103,7 +103,7 @@ def train_model(
             position = _roll_back(run, result, position)
         run.signals.raise_if_signaled()
         heldout = _finish(run, evaluator, result)
-    return TrainingResult(setup, corpus, run.plan, run.position.step, result, run.folder, heldout)
+    return TrainingResult(setup, data, run.plan, run.position.step, result, run.folder, heldout)
 
 
 def _roll_back(
