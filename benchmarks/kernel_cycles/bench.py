@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         action="store_true",
         help="also jax's splash and flash attention, tokamax's where it is installed; jax's "
-        "megablox",
+        "megablox; jax's paged and ragged paged attention",
     )
     sizes = {
         "attention": [
@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
             ("--groups", 8, "of sizes drawn at random, always alike; "),
             ("--d", 4096, "contracted; "),
             ("--f", 14336, "columns of a group's kernel; "),
+        ],
+        "paged_attention": [
+            ("--sequences", 8, "that decode a token each; --seq is the tokens they have; "),
+            ("--chunk", 512, "last tokens of one sequence, prefilled; "),
+            ("--page", 16, "tokens of a page; "),
         ],
     }
     for title, arguments in sizes.items():

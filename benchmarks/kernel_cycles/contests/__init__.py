@@ -11,10 +11,12 @@ from collections.abc import Callable
 from benchmarks.kernel_cycles.contests.attention import attention
 from benchmarks.kernel_cycles.contests.contest import Benchmark, Contender, Pass
 from benchmarks.kernel_cycles.contests.grouped_matmul import grouped_matmul
+from benchmarks.kernel_cycles.contests.paged_attention import paged_attention
 
 __all__ = ["BENCHMARKS", "Benchmark", "Contender", "Pass"]
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Benchmark]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
+    "paged_attention": paged_attention,
 }

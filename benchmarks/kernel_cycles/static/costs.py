@@ -14,6 +14,8 @@ from pallas_kernels.chips import TpuChip
 SPILL_STORES, SPILL_LOADS = "VSTORE:SPILL", "VLOAD:FILL"
 _CORE_IS_IDLE = 0.1
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_HBM_READ = re.compile(r"= dma\.hbm_to_vmem [^;]*?, (\d+), ")
+_GRANULE_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class KernelCosts:
     """Occupied, over all cores and matrix units."""
     regions: tuple[RegionCosts, ...]
     """Of the busiest core, those that run."""
+    hbm_read_bytes: int = 0
+    """Copied from HBM to VMEM, over all cores; a copy that hangs on a condition counts as done."""
 
     @property
     def cycles(self) -> int:
@@ -171,7 +175,13 @@ def kernel_costs(
         use=_share(schedule, busiest),
         mxu_cycles=int(sum((c * mxu).sum() for c in counts)),
         regions=tuple(r for r in regions if r.runs),
+        hbm_read_bytes=_hbm_read_bytes(schedule, np.sum(counts, axis=0)),
     )
+
+
+def _hbm_read_bytes(schedule: Schedule, counts: np.ndarray) -> int:
+    granules = [sum(map(int, _HBM_READ.findall(bundle))) for bundle in schedule.bundles]
+    return int(np.dot(counts, granules)) * _GRANULE_BYTES
 
 
 def _mxu(schedule: Schedule) -> np.ndarray:

@@ -1,0 +1,167 @@
+"""Queries in blocks of one row each, as the kernels work on them, and their results back in order.
+
+A block's queries of one kv head are rows of a matrix: (query head of the group, query), the query
+running faster, so that one mask serves all kv heads.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
+
+
+class QueryBlocks(NamedTuple):
+    """Blocks of E queries, n of them. int32 [n] where no shape is given."""
+
+    q: jax.Array
+    """[n, K, M, H], M = group · E, filled up with zeros."""
+    queries: int
+    """E, a power of two."""
+    row: jax.Array
+    position: jax.Array
+    """Of the first query; others follow. Those that fill up a block are past the row's end."""
+    limit: jax.Array
+    """Keys at positions below are seen by some query; 0: none, or no block."""
+    first_page: jax.Array
+    """The first page of the row that a window lets a query see."""
+    end_page: jax.Array
+    """The page behind the last one; ``first_page`` where nothing is seen."""
+    tokens: jax.Array | None
+    """int32 [T]: where each query is among n · E; None: they lie in order, ``kept`` a block."""
+    kept: int
+    """Queries of a block that are some."""
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def round_up_to_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def attend_in_blocks(
+    operands: PagedOperands,
+    params: PagedParams,
+    queries: int,
+    align: int,
+    attend: Callable[[QueryBlocks, bool], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns o [T, N, Hv] and lse [T, N], by ``attend`` of (blocks, whether these are uniform
+    rows), which gives o [n, K, M, Hv] and lse [n, K, M].
+
+    Args:
+        queries: of a block of the other rows; a power of two.
+        align: M is a multiple.
+    """
+    o, lse = [], []
+    if params.num_uniform:
+        blocks = block_uniform_rows(operands, params, align)
+        own = restore_queries(blocks, *attend(blocks, True), operands, params)
+        o, lse = [own[0]], [own[1]]
+    rest = len(operands.q) - params.num_uniform_queries
+    if rest and params.num_uniform < len(operands.kv_lengths):
+        blocks = block_ragged_rows(operands, params, queries, align)
+        own = restore_queries(blocks, *attend(blocks, False), operands, params)
+        o, lse = [*o, own[0]], [*lse, own[1]]
+    elif rest:
+        o.append(jnp.zeros((rest, operands.q.shape[1], params.value_dim), params.dtype))
+        lse.append(jnp.full((rest, operands.q.shape[1]), -jnp.inf))
+    return jnp.concatenate(o), jnp.concatenate(lse)
+
+
+def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int) -> QueryBlocks:
+    """Makes a block of each uniform row.
+
+    Args:
+        align: M is a multiple.
+    """
+    rows, each = params.num_uniform, params.queries_each
+    q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
+    E = round_up_to_power(each)
+    q = jnp.pad(q, ((0, 0), (0, E - each), (0, 0), (0, 0)))
+    lengths, limits = operands.kv_lengths[:rows], operands.key_limits[:rows]
+    pages = _page_range(lengths - each, lengths, limits, params)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    own = _fold_heads(q, operands, align), E, row, lengths - each, *pages
+    return QueryBlocks(*own, None, each)
+
+
+def block_ragged_rows(
+    operands: PagedOperands, params: PagedParams, queries: int, align: int
+) -> QueryBlocks:
+    """Makes blocks of ``queries`` each, a power of two, of the other rows: as many as any lengths
+    can need, the unused ones without a key."""
+    q, skipped = operands.q[params.num_uniform_queries :], params.num_uniform
+    lengths, limits = operands.kv_lengths[skipped:], operands.key_limits[skipped:]
+    starts = operands.query_starts[skipped:] - params.num_uniform_queries
+    counts = starts[1:] - starts[:-1]
+    ends = jnp.cumsum(-(-counts // queries))
+    begins = ends - -(-counts // queries)
+    block = jnp.arange(len(q) // queries + len(counts), dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), len(counts) - 1)
+    row = row.astype(jnp.int32)
+    offset = (block - begins[row]) * queries
+    used = block < ends[-1]
+    position = jnp.where(used, lengths[row] - counts[row] + offset, 0)
+    end = jnp.minimum(lengths[row], position + queries)
+    pages = _page_range(position, end, jnp.where(used, limits[row], 0), params)
+    inside = (starts[row] + offset)[:, None] + jnp.arange(queries, dtype=jnp.int32)
+    blocked = q.at[inside].get(mode="clip")
+    token = jnp.arange(len(q), dtype=jnp.int32)
+    own = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    own = jnp.minimum(own, len(counts) - 1)
+    tokens = begins[own] * queries + token - starts[own]
+    tokens = jnp.where(token < starts[-1], tokens, -1)
+    folded = _fold_heads(blocked, operands, align)
+    return QueryBlocks(folded, queries, row + skipped, position, *pages, tokens, queries)
+
+
+def restore_queries(
+    blocks: QueryBlocks, o: jax.Array, lse: jax.Array, operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
+    """Returns o [T, N, Hv] and lse [T, N] of blocks' o [n, K, M, Hv] and lse [n, K, M]. What is
+    there for blocks without a key may be anything."""
+    (n, K, _, Hv), N = o.shape, operands.q.shape[1]
+    group, E, kept = N // K, blocks.queries, blocks.kept
+    o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
+    lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
+    has_keys = jnp.broadcast_to((blocks.end_page > blocks.first_page)[:, None], (n, E))
+    # A row whose keys all lie elsewhere.
+    has_queries = jnp.broadcast_to((operands.kv_lengths[blocks.row] > 0)[:, None], (n, E))
+    o, lse = o.reshape(n, E, N, Hv), lse.reshape(n, E, N)
+    if blocks.tokens is None:
+        o, lse, has_keys, has_queries = (
+            x[:, :kept].reshape(n * kept, *x.shape[2:]) for x in (o, lse, has_keys, has_queries)
+        )
+    else:
+        o, lse, has_keys, has_queries = (
+            x.reshape(n * E, *x.shape[2:]).at[blocks.tokens].get(mode="clip")
+            for x in (o, lse, has_keys, has_queries)
+        )
+        has_queries &= blocks.tokens >= 0
+    none = jnp.full((N,), -jnp.inf) if operands.sinks is None else operands.sinks
+    none = jnp.where(has_queries[:, None], none, -jnp.inf)
+    has_keys = (has_keys & has_queries)[:, None]
+    return jnp.where(has_keys[..., None], o, 0).astype(params.dtype), jnp.where(has_keys, lse, none)
+
+
+def _fold_heads(q: jax.Array, operands: PagedOperands, align: int) -> jax.Array:
+    """[n, E, N, H] → [n, K, M, H]"""
+    (n, E, N, H), K = q.shape, operands.num_kv_heads
+    q = q.reshape(n, E, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(n, K, N // K * E, H)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % align), (0, 0)))
+
+
+def _page_range(position, end, limits, params: PagedParams):
+    """Returns ``limit``, ``first_page`` and ``end_page`` of blocks whose queries are at positions
+    from ``position`` to ``end``."""
+    limit = jnp.maximum(jnp.minimum(end, limits), 0)
+    first = jnp.zeros_like(limit)
+    if params.window is not None:
+        first = jnp.maximum(position - params.window + 1, 0) // params.page_size
+    pages = -(-limit // params.page_size)
+    return limit, jnp.minimum(first, pages), pages

@@ -1,0 +1,231 @@
+"""Paged attention in a form that any XLA backend compiles: an online softmax (Milakov & Gimelshein
+2018) over blocks of pages, each gathered where it is used, from the first that a query sees to the
+last. No more than a block is ever copied.
+
+Uniform rows go through their blocks together. Other rows' queries go a block of one row after the
+other. Both loops end where the batch ends, not where arrays do.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.paged_attention.params import (
+    PagedOperands,
+    PagedParams,
+    Pages,
+    QuantizedPages,
+    accumulation_dtype,
+    dequantize,
+)
+
+# Of a block's keys and values together, so that they stay in a core's cache until they are used.
+_BLOCK_BYTES = 1 << 20
+_MIN_KEYS, _MAX_KEYS = 128, 512
+_QUERIES, _MANY_QUERIES = 64, 256
+"""Queries of a block: of chunks below 512 tokens, which may be of many rows, and of longer ones."""
+
+
+class XlaBlockSizes(NamedTuple):
+    queries: int
+    """Queries of one row that are attended to at once."""
+    keys: int
+    """Keys of a block, rounded up to whole pages."""
+
+
+class _Rows(NamedTuple):
+    """Rows with the same number of queries."""
+
+    q: jax.Array
+    """[R, E, N, H]."""
+    positions: jax.Array
+    """int32 [R, E]; −1: no query."""
+    limits: jax.Array
+    """int32 [R]: the keys are those at positions below."""
+    tables: jax.Array
+    """int32 [R, M]."""
+
+
+def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+    """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
+    parts = []
+    if params.num_uniform:
+        parts.append(_attend_uniform_rows(operands, params))
+    if len(operands.q) > params.num_uniform_queries:
+        parts.append(_attend_ragged_rows(operands, params))
+    o, lse = zip(*parts, strict=True)
+    return jnp.concatenate(o), jnp.concatenate(lse)
+
+
+def _attend_uniform_rows(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
+    rows, each = params.num_uniform, params.queries_each
+    q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
+    lengths = operands.kv_lengths[:rows]
+    positions = lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)
+    own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
+    o, lse = _attend_rows(own, operands, params)
+    return o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)
+
+
+def _attend_ragged_rows(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
+    q = operands.q[params.num_uniform_queries :]
+    T, N, _ = q.shape
+    block = _QUERIES if T < 2 * _MANY_QUERIES else _MANY_QUERIES
+    block = min(params.block_sizes.queries if params.block_sizes else block, T)
+    out = (
+        jnp.zeros((T + block, N, params.value_dim), params.dtype),
+        jnp.full((T + block, N), -jnp.inf, accumulation_dtype(q)),
+    )
+    if params.num_uniform < len(operands.kv_lengths):
+        lengths, limits, tables = (
+            x[params.num_uniform :]
+            for x in (operands.kv_lengths, operands.key_limits, operands.page_tables)
+        )
+        starts = operands.query_starts[params.num_uniform :] - params.num_uniform_queries
+        counts = starts[1:] - starts[:-1]
+        ends = jnp.cumsum(-(-counts // block))
+        # A block may begin at the last query.
+        q = jnp.pad(q, ((0, block), (0, 0), (0, 0)))
+        offsets = jnp.arange(block, dtype=jnp.int32)
+
+        def attend_block(i, out):
+            row = jnp.searchsorted(ends, i, side="right")
+            begin = (i - ends[row]) * block + -(-counts[row] // block) * block
+            first = lengths[row] - counts[row] + begin
+            inside = offsets < counts[row] - begin
+            own = _Rows(
+                lax.dynamic_slice_in_dim(q, starts[row] + begin, block)[None],
+                jnp.where(inside, first + offsets, -1)[None],
+                limits[row][None],
+                tables[row][None],
+            )
+            # The next block, if it follows at once, writes over what lies behind this row.
+            return tuple(
+                lax.dynamic_update_slice_in_dim(x, y[0], starts[row] + begin, 0)
+                for x, y in zip(out, _attend_rows(own, operands, params), strict=True)
+            )
+
+        out = lax.fori_loop(0, ends[-1], attend_block, out)
+    return out[0][:T], out[1][:T]
+
+
+def _attend_rows(
+    rows: _Rows, operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
+    """Returns o [R, E, N, Hv] and lse [R, E, N]."""
+    (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
+    wide, group, limits = accumulation_dtype(rows.q), N // K, rows.limits
+    pages_per_block = _pages_per_block(R, E, operands, params)
+    block = pages_per_block * params.page_size
+    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages_per_block)))
+    q = rows.q.reshape(R, E, K, group, H).transpose(0, 2, 3, 1, 4).reshape(R, K, group * E, H)
+    positions, sees = rows.positions, rows.positions >= 0
+    ends = jnp.minimum(limits, positions.max(axis=1) + 1)
+    last = -(-ends.max() // block)
+    first = jnp.zeros((), jnp.int32)
+    if params.window is not None:
+        lowest = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max).min()
+        first = jnp.maximum(lowest - params.window + 1, 0) // block
+
+    def attend_block(j, carry):
+        o, top, total = carry
+        pages = lax.dynamic_slice_in_dim(tables, j * pages_per_block, pages_per_block, 1)
+        k = _read_pages(operands.keys, pages, per_channel=True, dtype=rows.q.dtype)
+        v = k[..., : params.value_dim]
+        if operands.values is not None:
+            v = _read_pages(operands.values, pages, per_channel=False, dtype=rows.q.dtype)
+        scores = jnp.einsum("rkmh,rkth->rkmt", q, k, preferred_element_type=wide)
+        keys = j * block + jnp.arange(block, dtype=jnp.int32)
+        distance = positions[..., None] - keys
+        scores = scores.reshape(R, K, group, E, block) * params.scale
+        scores = _adjust_scores(scores, distance, operands, params)
+        seen = (distance >= 0) & (keys < limits[:, None, None])
+        if params.window is not None:
+            seen &= distance < params.window
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+        # No key yet: −inf − −inf is NaN.
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        weights, decay = jnp.exp(scores - base), jnp.exp(top - base)
+        own = jnp.einsum(
+            "rkmt,rkth->rkmh",
+            weights.reshape(R, K, group * E, block).astype(v.dtype),
+            v,
+            preferred_element_type=wide,
+        )
+        o = o * decay + own.reshape(o.shape)
+        return o, new_top, total * decay + weights.sum(axis=-1, keepdims=True)
+
+    shape = R, K, group, E, 1
+    top, total = jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide)
+    if operands.sinks is not None:
+        sinks = operands.sinks.reshape(1, K, group, 1, 1)
+        live = sees[:, None, None, :, None]
+        top, total = jnp.where(live, sinks, top), jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
+        total = total.astype(wide)
+    o = jnp.zeros((*shape[:-1], params.value_dim), wide)
+    o, top, total = lax.fori_loop(first, last, attend_block, (o, top, total))
+    o = o / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0]
+    o = o.transpose(0, 3, 1, 2, 4).reshape(R, E, N, params.value_dim)
+    return o.astype(params.dtype), lse.transpose(0, 3, 1, 2).reshape(R, E, N)
+
+
+def _adjust_scores(
+    scores: jax.Array, distance: jax.Array, operands: PagedOperands, params: PagedParams
+) -> jax.Array:
+    """Caps scores [R, K, group, E, B], and adds what depends on distance [R, E, B]."""
+    K, group = scores.shape[1:3]
+    if params.soft_cap is not None:
+        scores = params.soft_cap * jnp.tanh(scores / params.soft_cap)
+    if operands.slopes is not None:
+        slopes = operands.slopes.reshape(K, group, 1, 1)
+        scores -= slopes * distance[:, None, None].astype(scores.dtype)
+    if operands.biases is not None:
+        reach = operands.biases.shape[1] // 2
+        own = operands.biases[:, jnp.clip(-distance, -reach, reach) + reach]
+        scores += own.reshape(K, group, *distance.shape).transpose(2, 0, 1, 3, 4)
+    return scores
+
+
+def _pages_per_block(
+    num_rows: int, num_queries: int, operands: PagedOperands, params: PagedParams
+) -> int:
+    if params.block_sizes:
+        keys = params.block_sizes.keys
+    else:
+        width = operands.q.shape[2] + (params.value_dim if operands.values is not None else 0)
+        token = num_rows * operands.num_kv_heads * width * operands.q.dtype.itemsize
+        most = _MAX_KEYS if num_queries < _MANY_QUERIES else _MAX_KEYS // 2
+        keys = min(max(_BLOCK_BYTES // token, _MIN_KEYS), most)
+        keys = 1 << (keys.bit_length() - 1)
+    pages = max(1, -(-keys // params.page_size))
+    return min(pages, operands.page_tables.shape[1])
+
+
+def _read_pages(pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any) -> jax.Array:
+    """Reads [R, K, block, H] of pages int32 [R, n]."""
+    if isinstance(pages, QuantizedPages):
+        own = jax.tree.map(lambda x: _gather(x, table), pages)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        x = dequantize(own, per_channel=per_channel, dtype=wide).astype(dtype)
+    else:
+        x = _gather(pages, table)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _gather(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Gathers [R, K, n, ...] of x [P, K, ...], a head of a page as one row of a table: what XLA
+    copies fastest on a CPU, with indices that it has computed before."""
+    P, K, *rest = x.shape
+    rows = table[:, None] * K + jnp.arange(K, dtype=jnp.int32)[:, None]
+    rows = lax.optimization_barrier(rows.reshape(-1))
+    flat = x.reshape(P * K, -1)
+    found = flat.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return found.reshape(len(table), K, -1, *rest)
