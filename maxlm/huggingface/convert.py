@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader, RunCheckpointWriter
+from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
 from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
 from maxlm.huggingface.files import (
     SHARD_BYTES,
@@ -27,6 +27,14 @@ from maxlm.huggingface.files import (
     read_tensor,
 )
 from maxlm.models.families.names import TensorEntry
+
+
+class ParamWriter(Protocol):
+    """Takes parameters slice by slice: ``RunCheckpointWriter``, or what keeps them in memory."""
+
+    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None: ...
+    def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
+
 
 Progress = Callable[[int, int, str], Any]
 """Called after each tensor: bytes of tensors done, bytes in all, its name."""
@@ -42,14 +50,14 @@ def import_tensors(
     folder: str | Path,
     entries: Sequence[TensorEntry],
     shapes: Mapping[str, Shape],
-    writer: RunCheckpointWriter,
+    writer: ParamWriter,
     progress: Progress = ignore_tensor_progress,
     *,
     ignored: Iterable[str] = (),
     lossy: bool = False,
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
-    """Write all parameters of a folder of safetensors files into a checkpoint, as fp32, and return
+    """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and return
     the number formats they had, for its metadata. Files of another model are refused before
     anything is written.
 
@@ -116,7 +124,7 @@ def _import_one(
     stored: StoredTensor,
     entry: TensorEntry,
     shapes: Mapping[str, Shape],
-    writer: RunCheckpointWriter,
+    writer: ParamWriter,
     lossy: bool,
 ) -> int:
     """Write a tensor's parts, and return how many of its values are not finite."""

@@ -1,22 +1,47 @@
-"""Samples the next token from logits."""
+"""Samples the next token of each of a batch's rows, by settings of its own.
+
+Settings are arrays, so that none of them compiles anything anew, and what no row needs takes no
+time. They act in the order of :class:`SamplingConfig`, which is that of transformers 5.
+"""
 
 from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.inference import logits_processors as processors
 from maxlm.models.architectures import ModelConfig
 
-# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
-COLDEST = 1e-30
+MAX_LOGIT_BIASES = 320
+MAX_STOP_IDS = 16
+GROUPS = 128
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Bias = Annotated[float, Field(ge=-1000, le=1000)]
+_SIZES = ("no_repeat_ngram_size", "min_new_tokens", "top_k")
 
 
 class SamplingConfig(Config):
-    """Settings of drawing a continuation: temperature first, then top_k, then top_p."""
+    """Settings of drawing a continuation, applied to the logits in the order in which they stand
+    here, as transformers does."""
 
+    logit_bias: dict[_TokenId, _Bias] = Field(default={}, max_length=MAX_LOGIT_BIASES)
+    """Added to logits, by token id."""
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the
+    output has (Keskar et al. 2019, arXiv 1909.05858, §4.1); 1: none."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from a token's logit for each time that the output has it."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken once from the logits of tokens that the output has."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """No sequence of so many tokens comes twice, the prompt included; 0: no limit."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """No end-of-text token before so many tokens."""
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0 always takes
     the likeliest token (greedy)."""
@@ -24,12 +49,23 @@ class SamplingConfig(Config):
     """Draw from this many likeliest tokens alone (Fan et al. 2018); 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the smallest set of likeliest tokens that holds this much probability (nucleus
-    sampling, Holtzman et al. 2019); 1: from all. Costs a sort of the vocabulary unless top_k
-    is set."""
+    sampling, Holtzman et al. 2019); 1: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw from tokens with at least this share of the likeliest token's probability (Nguyen et
+    al. 2024, arXiv 2407.01082); 0: from all."""
+    typical_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the tokens whose surprise is closest to the expected one and that hold this much
+    probability (Meister et al. 2022, arXiv 2202.00666); 1: from all."""
     max_new_tokens: int = Field(default=128, gt=0)
     """Stop each continuation after this many tokens; an end-of-text token stops it sooner."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed: the same seed, prompt and settings give the same text."""
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a token's distribution depends on earlier ones beyond the model."""
+        penalties = self.frequency_penalty, self.presence_penalty, self.no_repeat_ngram_size
+        return self.repetition_penalty != 1 or any(penalties)
 
 
 class FinalSamplesConfig(SamplingConfig):
@@ -68,40 +104,255 @@ def check_samples(
             )
 
 
-def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Draw one token a row.
+class RowSettings(NamedTuple):
+    """Settings of a batch's rows, as in :class:`SamplingConfig`: fp32 or int32 [R], or each shard's
+    rows [D, R]."""
 
-    Of tokens with equal logits the lower ids count as likelier, so that top_k keeps exactly k.
+    bias_ids: jax.Array
+    """int32 [R, 320]; -1: none."""
+    bias_values: jax.Array
+    """fp32 [R, 320]."""
+    repetition_penalty: jax.Array
+    frequency_penalty: jax.Array
+    presence_penalty: jax.Array
+    no_repeat_ngram_size: jax.Array
+    min_new_tokens: jax.Array
+    stop_ids: jax.Array
+    """int32 [R, 16]: tokens that do not come before ``min_new_tokens``; -1: none."""
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    typical_p: jax.Array
+    seed: jax.Array
+    """uint32 [R]."""
+    stream: jax.Array
+    """uint32 [R]: tells rows of one seed apart."""
+
+
+def stack_settings(
+    configs: Sequence[SamplingConfig | None],
+    num_rows: int,
+    *,
+    stop_ids: Sequence[Sequence[int]] = (),
+    streams: Sequence[int] = (),
+) -> RowSettings:
+    """Stack the settings of rows, on the host.
 
     Args:
-        logits: [B, V], fp32.
-        keys: random keys [B], one a row; unused when greedy.
-        config: only temperature, top_k and top_p matter here.
+        configs: of each row; None, and rows that are left out: the defaults, the cheapest.
+        stop_ids: of each row, the tokens that end its output, at most 16.
+        streams: of each row, its random stream in [0, 2**32); default: 0.
+
+    Raises:
+        MaxlmError: for more stop ids than there is room for.
+    """
+    default = SamplingConfig()
+    rows = [config or default for config in configs]
+    rows += [default] * (num_rows - len(rows))
+    columns: dict[str, Any] = {
+        "bias_ids": np.full((num_rows, MAX_LOGIT_BIASES), -1, np.int32),
+        "bias_values": np.zeros((num_rows, MAX_LOGIT_BIASES), np.float32),
+        "stop_ids": np.full((num_rows, MAX_STOP_IDS), -1, np.int32),
+        "seed": np.array([config.seed for config in rows], np.uint32),
+        "stream": np.zeros(num_rows, np.uint32),
+    }
+    for row, config in enumerate(rows):
+        columns["bias_ids"][row, : len(config.logit_bias)] = [*config.logit_bias]
+        columns["bias_values"][row, : len(config.logit_bias)] = [*config.logit_bias.values()]
+    for row, ids in enumerate(stop_ids):
+        if len(ids) > MAX_STOP_IDS:
+            what = f"{len(ids)} tokens end the output; there is room for {MAX_STOP_IDS}"
+            raise MaxlmError(what, where="stop_token_ids", fix="name fewer")
+        columns["stop_ids"][row, : len(ids)] = ids
+    columns["stream"][: len(streams)] = streams
+    for name in RowSettings._fields:
+        if name not in columns:
+            # Sizes and temperatures beyond this mean the same.
+            values = [min(getattr(config, name), 2**31 - 1) for config in rows]
+            columns[name] = np.array(values, np.int32 if name in _SIZES else np.float32)
+    return RowSettings(**columns)
+
+
+def process_logits(
+    logits: jax.Array,
+    settings: RowSettings,
+    history: jax.Array,
+    prompt_lengths: jax.Array,
+    lengths: jax.Array,
+    *,
+    vocab_size: int,
+    allowed: jax.Array | None = None,
+) -> jax.Array:
+    """Return the logits of the distributions that the rows' next tokens are drawn from.
+
+    For several positions of each row (a draft to verify) map it over logits [R, G, V], lengths
+    [R, G] and allowed [R, G, words] alone.
+
+    Args:
+        logits: the model's, [R, V].
+        history: each row's prompt, then its output, int32 [R, T]; anything behind.
+        prompt_lengths: tokens of the prompt, int32 [R].
+        lengths: tokens of prompt and output before the one to draw, int32 [R].
+        vocab_size: ids that the tokenizer has; no other is drawn.
+        allowed: tokens that a grammar allows next, uint32 [R, words], token v in bit v % 32 of word
+            v // 32; all bits set: no grammar.
 
     Returns:
-        int32 [B].
+        fp32 [R, V], -inf for tokens that are not drawn: at temperature 0 all but one. If the ban on
+        repeated n-grams and ``min_new_tokens`` would leave a row no token, they leave them all.
     """
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    logits -= jnp.max(logits, axis=-1, keepdims=True)
-    logits /= max(config.temperature, COLDEST)
-    logits = jnp.where(logits == 0, 0.0, logits)  # top_k sorts -0.0 below 0.0
     vocab = logits.shape[-1]
-    if not config.top_k and config.top_p == 1:
-        return _draw(keys, logits)
-    kept, ids = lax.top_k(logits, min(config.top_k or vocab, vocab))
-    if config.top_p < 1:
-        kept = jnp.where(_nucleus(kept, config.top_p), kept, -jnp.inf)
-    rank = _draw(keys, kept)
-    return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    if vocab_size < vocab:
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    if allowed is not None:
+        logits = jnp.where(processors.mask_from_bits(allowed, vocab), logits, -jnp.inf)
+    logits = _apply_penalties(logits, settings, history, prompt_lengths, lengths)
+    greedy = settings.temperature == 0
+    temperature = jnp.where(greedy, 1, jnp.maximum(settings.temperature, processors.COLDEST))
+    return _apply_filters(logits / temperature[..., None], settings, greedy)
 
 
-def _nucleus(logits: jax.Array, p: float) -> jax.Array:
-    """Marks descending logits [B, k] that probability p needs; the first always is one."""
-    probability = jax.nn.softmax(logits, axis=-1)
-    return jnp.cumsum(probability, axis=-1) - probability < p
+def _apply_penalties(
+    logits: jax.Array,
+    settings: RowSettings,
+    history: jax.Array,
+    prompt_lengths: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
+    """Applies what changes single tokens' logits: bias, penalties, bans."""
+    biased, repetition, counted, banned = processors.check_any_row(
+        jnp.any(settings.bias_ids >= 0, axis=-1),
+        settings.repetition_penalty != 1,
+        (settings.frequency_penalty != 0) | (settings.presence_penalty != 0),
+        (settings.no_repeat_ngram_size > 0) | (settings.min_new_tokens > 0),
+    )
+
+    def add_bias(logits):
+        return processors.add_bias(logits, settings.bias_ids, settings.bias_values)
+
+    def apply_repetition_penalty(logits):
+        starts = jnp.zeros_like(lengths)
+        counts = processors.count_tokens(history, starts, lengths, logits)
+        return processors.apply_repetition_penalty(logits, counts > 0, settings.repetition_penalty)
+
+    def penalize_counts(logits):
+        counts = processors.count_tokens(history, prompt_lengths, lengths, logits)
+        frequency, presence = settings.frequency_penalty, settings.presence_penalty
+        return logits - frequency[..., None] * counts - presence[..., None] * (counts > 0)
+
+    def ban(logits):
+        early = lengths - prompt_lengths < settings.min_new_tokens
+        sizes = settings.no_repeat_ngram_size
+        marked = processors.mark_tokens(settings.stop_ids, early, logits)
+        marked |= processors.find_repeated_ngrams(history, lengths, sizes, logits)
+        left = jnp.any(~marked & (logits > -jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(marked & left, -jnp.inf, logits)
+
+    def apply(logits):
+        logits = processors.apply_if(biased, add_bias, logits)
+        logits = processors.apply_if(repetition, apply_repetition_penalty, logits)
+        logits = processors.apply_if(counted, penalize_counts, logits)
+        return processors.apply_if(banned, ban, logits)
+
+    return processors.apply_if(biased | repetition | counted | banned, apply, logits)
 
 
-def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+def _apply_filters(logits: jax.Array, settings: RowSettings, greedy: jax.Array) -> jax.Array:
+    """Applies what keeps some of the tokens alone."""
+    # A greedy row has no filters: the likeliest token may be untypical.
+    top_k = jnp.where(greedy, 0, settings.top_k)
+    top_p = jnp.where(greedy, 1, settings.top_p)
+    min_p = jnp.where(greedy, 0, settings.min_p)
+    typical_p = jnp.where(greedy, 1, settings.typical_p)
+    steps = (
+        (top_k > 0, processors.keep_top_k, top_k),
+        (top_p < 1, processors.keep_top_p, top_p),
+        (min_p > 0, processors.keep_min_p, min_p),
+        (typical_p < 1, processors.keep_typical, typical_p),
+        (greedy, processors.keep_argmax, greedy),
+    )
+    needed = processors.check_any_row(*(rows for rows, _, _ in steps))
+
+    def apply(logits):
+        for any_row, (_, keep, setting) in zip(needed, steps, strict=True):
+            logits = processors.apply_if(any_row, keep, logits, setting)
+        return logits
+
+    return processors.apply_if(jnp.any(jnp.stack(needed)), apply, logits)
+
+
+def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
+    """Returns the random keys of the tokens at positions [R] of each row: they depend on the row's
+    seed and stream, and on the position, alone."""
+
+    @jnp.vectorize
+    def make_key(seed, stream, position):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
+
+    return make_key(settings.seed, settings.stream, positions)
+
+
+def sample_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draw a token from each row's distribution.
+
+    A token is drawn in two steps, first one of 128 groups of tokens by their sums, then one of its
+    tokens by the Gumbel trick: a random number for each token of the vocabulary would take most of
+    the time.
+
+    Args:
+        logits: fp32 [..., V], as :func:`process_logits` returns them.
+        keys: random keys [...], one a row (:func:`make_keys`).
+
+    Returns:
+        int32 [...].
+    """
+
+    def draw(row, key):
+        # Group g has the tokens g, g + 128, ...: sums over the first dimension are vectorized.
+        groups = jnp.pad(row, (0, -row.size % GROUPS), constant_values=-jnp.inf)
+        groups = groups.reshape(-1, GROUPS)
+        highest = jnp.max(row)
+        sums = jnp.sum(jnp.exp(groups - jnp.where(jnp.isfinite(highest), highest, 0)), axis=0)
+        group_key, token_key = jax.random.split(key)
+        group = jax.random.categorical(group_key, jnp.log(sums))
+        place = jax.random.categorical(token_key, groups[:, group])
+        return (place * GROUPS + group).astype(jnp.int32)
+
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(logits, keys)
+
+
+def compute_logprobs(
+    logits: jax.Array, tokens: jax.Array, wanted: jax.Array, *, vocab_size: int, top: int = 20
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
+
+    Args:
+        logits: the model's, [..., V].
+        tokens: int32 [...].
+        wanted: whether any row needs them, bool []; if not, all are 0.
+        vocab_size: ids that the tokenizer has; no other is among the likeliest.
+
+    Returns:
+        The tokens' natural log-probabilities, fp32 [...]; ids, int32 [..., top], and
+        log-probabilities, fp32 [..., top], of the likeliest tokens, the likeliest first.
+    """
+    size = min(top, vocab_size)
+
+    def compute(logits):
+        logits = logits.astype(jnp.float32)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
+        values, ids = lax.top_k(logits[..., :vocab_size], size)
+        return chosen[..., 0], ids, values - total
+
+    def skip(logits):
+        none = jnp.zeros_like(logits[..., 0], jnp.float32)
+        several = jnp.zeros_like(logits[..., :size], jnp.float32)
+        return none, several.astype(jnp.int32), several
+
+    return lax.cond(wanted, compute, skip, logits)

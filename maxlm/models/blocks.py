@@ -13,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
+from maxlm.models.caches import CacheLayout, fold_rows
 from maxlm.models.costs import BranchCosts, get_costs
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KeysValues
@@ -20,10 +21,10 @@ from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, bind, cast_params_by_role, get_values, param_specs
+from maxlm.models.params import Params, bind, cast_params_by_role, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.layers import scan_layers, split_periods, take_layer
+from maxlm.parallel.layers import scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding import AxisRules
 
@@ -60,7 +61,7 @@ class Mixer(Protocol):
         """Maps [B, S, D] to the same; also gives the cache with these tokens (None if None was)."""
         ...
 
-    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
         """Returns a layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArraySpec` for
         each array; an empty one is zeros."""
         ...
@@ -201,8 +202,8 @@ class Block(nnx.Module):
         y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if encoder_output is not None and self.cross is not None:
-            y, keys = self._before(self.cross_norm, x), self.project_keys_values(encoder_output)
-            y = self.cross.cross_attend(y, keys, encoder_output.pair_segment_ids(inputs))
+            y = self._before(self.cross_norm, x)
+            y = self._cross_attend(self.cross, y, inputs, encoder_output)
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
@@ -233,6 +234,20 @@ class Block(nnx.Module):
             return encoder_output.states
         assert self.cross is not None
         return self.cross.project_keys_values(encoder_output.states)
+
+    def _cross_attend(
+        self, cross: Attention, x: jax.Array, inputs: AttentionInputs, encoded: EncoderOutput
+    ) -> jax.Array:
+        if inputs.batch is None:
+            keys = self.project_keys_values(encoded)
+            return cross.cross_attend(x, keys, encoded.pair_segment_ids(inputs))
+        # A step of inference: each row's tokens with its own input.
+        batch = inputs.batch
+        keys, segments = jax.tree.map(lambda a: fold_rows(a[:, : batch.uniform_rows[0]]), encoded)
+        y = fold_rows(batch.split_rows(x))
+        own = jnp.ones_like(y[..., 0], jnp.int32)
+        y = cross.cross_attend(y, keys, (own, segments))
+        return y.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)
@@ -299,23 +314,3 @@ def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:
     if x.shape[-1] // axis_size(get_layout(x)[-1]) < LANES:
         return x  # a TPU keeps so narrow a shard turned around to begin with
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-def scan_blocks_with_cache(
-    block: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, caches: Any
-) -> tuple[Any, Any]:
-    """Runs a stack for inference, without gradient, by bodies ``(block, carry, cache) -> (carry,
-    cache)`` with the block bound. ``caches`` has what each body's layers read, stacked by layer, as
-    have the caches that come back."""
-    count = len(bodies)
-
-    def period(carry, inputs):
-        own, own_caches = inputs
-        kept = []
-        for place, body in enumerate(bodies):
-            layer = bind(block, take_layer(own, place, count))
-            carry, cache = body(layer, carry, own_caches[place])
-            kept.append(cache)
-        return carry, tuple(kept)
-
-    return lax.scan(period, carry, (split_periods(get_values(block), count), caches))

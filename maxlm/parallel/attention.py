@@ -24,49 +24,6 @@ from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
 
-def write_cache_slots(
-    cache: jax.Array, new: jax.Array, positions: jax.Array, *, rules: AxisRules
-) -> jax.Array:
-    """Writes ``new`` over the slots ``positions`` of each row of ``cache``; no communication.
-
-    Not differentiable.
-
-    Args:
-        cache: [B, T, K, H].
-        new: [B, S, K, H].
-        positions: int [B, S], not negative; those from T on are not written.
-    """
-
-    def local(cache, new, positions):
-        rows = jnp.arange(cache.shape[0])[:, None]
-        return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
-
-    return _map_cache(local, rules)(cache, new, positions)
-
-
-def gather_cache_with_new(
-    cache: jax.Array, new: jax.Array, slots: jax.Array, *, rules: AxisRules
-) -> jax.Array:
-    """Returns a cache's slots in another order, then new ones, [B, W + S, K, H]; no communication.
-
-    Args:
-        cache: [B, T, K, H].
-        new: [B, S, K, H].
-        slots: int [B, W].
-    """
-
-    def local(cache, new, slots):
-        old = jnp.take_along_axis(cache, slots[:, :, None, None], axis=1)
-        return jnp.concatenate([old, new.astype(cache.dtype)], axis=1)
-
-    return _map_cache(local, rules)(cache, new, slots)
-
-
-def _map_cache(local, rules: AxisRules):
-    keys = rules.spec("batch", None, "kv_heads", None)
-    return map_shards(local, (keys, keys, rules.spec("batch", None)), keys)
-
-
 def sharded_attention(
     q: jax.Array,
     k: jax.Array,

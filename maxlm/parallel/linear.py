@@ -20,15 +20,16 @@ Rows two and three with the last two turned into scatters are Megatron's sequenc
 (Korthikanti et al. 2022, §4.2.2).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import accumulate, chain, takewhile
 from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from maxlm.parallel.local import (
     Axes,
@@ -38,6 +39,7 @@ from maxlm.parallel.local import (
     get_layout,
     make_spec,
     map_shards,
+    parse_spec,
     reduce,
 )
 
@@ -173,6 +175,58 @@ def _backward(used, tokens, saved, d_ys):
 
 
 multiply_kernels.defvjp(_forward, _backward)
+
+
+def multiply_fused_kernel(
+    x: jax.Array,
+    kernel: jax.Array,
+    output_shapes: tuple[tuple[int, ...], ...],
+    output_layouts: tuple[Dims, ...],
+) -> tuple[jax.Array, ...]:
+    """Returns ``x · kernel`` for kernels that lie side by side; without gradient.
+
+    Args:
+        x: [B, S, in], whole but for B.
+        kernel: [in, outputs of all kernels]: of each device those columns of each, in order, that
+            are its own (:func:`fuse_kernels`).
+        output_shapes, output_layouts: of each kernel, and the mesh axes that split it.
+    """
+    tokens, columns = get_layout(x)[:2], get_layout(kernel)
+    local_shapes = [
+        tuple(size // axis_size(axes) for size, axes in zip(shape, layout, strict=True))
+        for shape, layout in zip(output_shapes, output_layouts, strict=True)
+    ]
+    ends = tuple(accumulate(map(prod, local_shapes)))
+
+    def local(x, kernel):
+        y = jnp.split(x @ kernel, ends[:-1], axis=-1)
+        shapes = zip(y, local_shapes, strict=True)
+        return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
+
+    specs = make_spec((*tokens, ())), make_spec(columns)
+    return map_shards(local, specs, tuple(make_spec((*tokens, *own)) for own in output_layouts))(
+        x, kernel
+    )
+
+
+def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:
+    """Puts kernels [in, *outputs] side by side, as :func:`multiply_fused_kernel` reads them; all
+    of them are split over the same axes, or over none."""
+    layouts = [get_layout(kernel) for kernel in kernels]
+    split = tuple(dict.fromkeys(_flat(chain.from_iterable(own[1:] for own in layouts))))
+
+    def local(*kernels):
+        return jnp.concatenate([k.reshape(len(k), -1) for k in kernels], axis=1)
+
+    return map_shards(local, tuple(map(make_spec, layouts)), make_spec(((), split)))(*kernels)
+
+
+def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
+    """Whether kernels of these layouts can lie side by side: their inputs are whole, and the
+    outputs of all are split over the same axes."""
+    parsed = [parse_spec(spec, len(spec)) for spec in specs]
+    split = {_flat(own[1:]) for own in parsed}
+    return len(split) == 1 and not any(own[0] for own in parsed)
 
 
 def _contract(x, kernel, inputs):

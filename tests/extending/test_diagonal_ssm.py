@@ -1,7 +1,7 @@
 """A diagonal state-space mixer with a recurrent cache, as an external package writes it."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from flax import nnx
 from jax import lax
 
 from maxlm.config import Config
-from maxlm.inference.decode import decode, prefill
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import register_mixer
-from maxlm.models.caches import CacheArraySpec
+from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.params import (
@@ -26,8 +28,8 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.timing import count_extra_forward_flops
-from maxlm.plan.workload import count_cache_bytes
 from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
@@ -42,11 +44,6 @@ WIDTH = 10
 class DiagonalSsmConfig(Config):
     kind: Literal["diagonal_ssm"] = "diagonal_ssm"
     width: int = WIDTH
-
-
-class StateCache(NamedTuple):
-    state: Any
-    """fp32 [B, F]."""
 
 
 class DiagonalSsm(nnx.Module):
@@ -66,23 +63,30 @@ class DiagonalSsm(nnx.Module):
     def __call__(self, x, inputs, cache):
         up, gate = project(x, self.up, self.gate)
         decay = jax.nn.sigmoid(materialize(self.decay, self.rules, jnp.float32))
-        live = jnp.ones(up.shape[:2], bool)
-        if inputs.lengths is not None:
-            live = inputs.positions < inputs.lengths[:, None]
 
-        def step(state, token):
-            value, live = token
-            new = decay * state + (1 - decay) * value.astype(jnp.float32)
-            state = jnp.where(live[:, None], new, state)
-            return state, state
+        def advance(state, values, live, decay):
+            """State [n, F], values [n, T, F], live [n, T]."""
 
-        start = jnp.zeros_like(up[:, 0], jnp.float32) if cache is None else cache.state
-        last, states = lax.scan(step, start, (up.swapaxes(0, 1), live.T))
-        y = states.swapaxes(0, 1).astype(up.dtype) * jax.nn.silu(gate)
-        return self.out(y, seq_axis="residual"), None if cache is None else StateCache(last)
+            def step(state, token):
+                value, live = token
+                new = decay * state + (1 - decay) * value.astype(jnp.float32)
+                state = jnp.where(live[:, None], new, state)
+                return state, state
 
-    def cache_spec(self, batch, length, window):
-        return StateCache(CacheArraySpec((batch, self.width), ("batch", "mlp"), jnp.float32))
+            state, states = lax.scan(step, state, (values.swapaxes(0, 1), live.T))
+            return state, states.swapaxes(0, 1).astype(values.dtype)
+
+        if cache is None:
+            start = jnp.zeros_like(up[:, 0], jnp.float32)
+            _, y = advance(start, up, jnp.ones(up.shape[:2], bool), decay)
+        else:
+            how = inputs.batch, self.rules, "mlp", decay
+            y, cache = cache.run(advance, up, *how)
+        return self.out(y * jax.nn.silu(gate), seq_axis="residual"), cache
+
+    def cache_spec(self, layout, window):
+        shape = layout.num_shards, layout.num_rows, self.width
+        return RecurrentCache(CacheArraySpec(shape, ("batch", None, "mlp"), jnp.float32))
 
     def costs(self):
         return LayerCosts(group_matrices(self), extra_flops=3 * self.width, flops_axes=("mlp",))
@@ -109,28 +113,38 @@ def test_its_config_reads_back_and_its_parameters_are_declared(model):
     assert names == [f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")]
 
 
-def test_cached_decoding_equals_the_full_forward_pass(model):
-    """Rows of unequal length, padded on the right: padding leaves the state as it was."""
+def test_generation_equals_the_full_forward_pass(model):
+    """More prompts than rows, in chunks that end anywhere; rows are used again, and forked."""
     params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
-    texts = np.random.default_rng(0).integers(0, 31, (3, 20)).astype(np.int32)
-    lengths = np.array([1, 9, 6], np.int32)
-    places = np.broadcast_to(np.arange(20, dtype=np.int32), texts.shape)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 31, n).tolist() for n in (1, 19, 6, 11)]
+    config = EngineConfig(max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3)
+    engine, found = Engine(model, params, config), {}
+    assert {x.shape for x in jax.tree.leaves(engine._state)} == {(1, 2, WIDTH)}
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    requests = [
+        GenerationRequest(str(i), tuple(prompt), greedy, num_sequences=1 + i % 2, top_logprobs=0)
+        for i, prompt in enumerate(prompts)
+    ]
+    for output in engine.run(requests):
+        own = found.setdefault((int(output.request_id), output.sequence_index), [])
+        own += zip(output.token_ids, output.logprobs, strict=True)
 
     @jax.jit
-    def read(params):
+    def read(params, text):
         bound = bind(model, params)
-        return bound.logits(bound(texts, places)[0])
+        places = jnp.arange(32, dtype=jnp.int32)[None]
+        return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
 
-    full = read(params)
-    start = jax.jit(lambda p, t, n: prefill(model, p, t, n, cache_length=24))
-    logits, cache = start(params, np.where(places < lengths[:, None], texts, 7)[:, :10], lengths)
-    assert {x.shape for x in jax.tree.leaves(cache)} == {(3, 3, WIDTH)}  # whatever the length
-    step = jax.jit(lambda p, t, i, c: decode(model, p, t, i, c))
-    rows = np.arange(3)
-    for _ in range(8):
-        np.testing.assert_allclose(logits, full[rows, lengths - 1], rtol=0, atol=1e-5)
-        logits, cache = step(params, texts[rows, lengths], lengths, cache)
-        lengths = lengths + 1
+    assert len(found) == 6
+    for (number, _), output in found.items():
+        prompt, tokens = prompts[number], [token for token, _ in output]
+        text = np.zeros((1, 32), np.int32)
+        text[0, : len(prompt) + 8] = [*prompt, *tokens]
+        rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
+        assert rows.argmax(-1).tolist() == tokens
+        logprobs = [one.logprob for _, one in output]
+        np.testing.assert_allclose(logprobs, rows.max(-1), rtol=0, atol=1e-5)
 
 
 LAYERS, D, FF, F, VOCAB, SEQ = 2, 32, 64, 16, 304, 32
@@ -160,7 +174,7 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     assert (plan.step_seconds or 0) > 0
     model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)
     for length in (7, 4096):
-        assert count_cache_bytes(model, 5, length) == LAYERS * 5 * F * 4
+        assert count_sequence_bytes(count_layer_caches(model), length) == LAYERS * F * 4
 
 
 @pytest.mark.usefixtures("compiled_once")

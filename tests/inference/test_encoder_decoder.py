@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.inference.generate import generate
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from maxlm.models.params import bind, param_specs
@@ -70,16 +71,25 @@ def _forward(model, params, source, output):
 
 
 def test_greedy_rows_equal_whole_passes(both):
+    """More prompts than rows, and two outputs of one of them."""
     model, params = both
+    config = EngineConfig(max_sequences=2, max_length=24, page_size=4, decode_steps=3)
     greedy = SamplingConfig(temperature=0, max_new_tokens=5)
-    steps = generate(model, params, PROMPTS, greedy, eos_id=None, key=jax.random.key(0))
-    got = [list(row) for row in zip(*steps, strict=True)]
-    for prompt, row in zip(PROMPTS, got, strict=True):
+    requests = [
+        GenerationRequest(str(i), tuple(prompt), greedy, num_sequences=1 + (i == 1))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    found = {}
+    for output in Engine(model, params, config).run(requests):
+        own = found.setdefault((int(output.request_id), output.sequence_index), [])
+        own += output.token_ids
+    assert len(found) == 4
+    for (prompt, _), row in found.items():
         written = [model.config.start_id]
         for _ in row:
-            written.append(int(forward(model, params, prompt, written)[-1].argmax()))
+            written.append(int(forward(model, params, PROMPTS[prompt], written)[-1].argmax()))
         assert row == written[1:]
-    assert len({tuple(row) for row in got}) == len(got)  # the input matters
+    assert len({tuple(row) for row in found.values()}) == len(PROMPTS)  # the input matters
 
 
 def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):

@@ -3,25 +3,24 @@
 import re
 
 import jax
-import numpy as np
 import pytest
 
-from maxlm.inference import generate as generation
-from maxlm.inference.decode import init_cache, prefill
-from maxlm.inference.generate import generate
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.generate import generate_tokens
+from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures.transformer import Decoder
-from maxlm.sharding import AxisRules
-from tests.errors import message
+from maxlm.inference.sequences import ScheduledStep
+from maxlm.inference.speculation import DraftModel
+from maxlm.inference.step import run_step
 
-PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7]]  # 3 rows on 4 shards of the batch
+PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7], list(range(20)), [4, 4, 4, 4], [3]]  # on 4 shards
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 SAMPLED = SamplingConfig(temperature=2.0, top_k=50, top_p=0.95, max_new_tokens=6)
+SMALL = {"max_sequences": 2, "max_length": 32, "page_size": 4, "prefill_tokens": 8}
 
 
-def tokens(tiny, sampling):
-    steps = generate(tiny.model, tiny.params, PROMPTS, sampling, eos_id=None, key=jax.random.key(0))
-    return list(steps)
+def tokens(tiny, sampling, **settings):
+    return generate_tokens(tiny.model, tiny.params, PROMPTS, sampling, **SMALL, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -36,47 +35,45 @@ def sharded(eight, build_tiny):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 def test_the_same_tokens_on_eight_devices_as_on_one(sharded, tinies, sampling):
-    expected = tokens(tinies["llama"], sampling)
-    assert tokens(sharded, sampling) == expected
+    assert tokens(sharded, sampling) == tokens(tinies["llama"], sampling)
 
 
-def test_ring_caches_of_a_window_on_four_devices_answer_as_on_one(mesh, build_tiny):
+def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 4}
     one, four = (
         build_tiny("llama", m, attention=attention) for m in (mesh(), mesh(data=2, tensor=2))
     )
-    with jax.set_mesh(mesh()):
-        assert init_cache(one.model, 4, 16)["layers"][0].key.shape == (3, 4, 4, 2, 6)
-        expected = [one.greedy(prompt, 8) for prompt in PROMPTS]
-    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
-    for tiny in (one, four):
-        assert [list(row) for row in zip(*tokens(tiny, greedy), strict=True)] == expected
+    speculation = {"kind": "draft_model", "folder": "", "num_drafts": 2}
+
+    def run(tiny):
+        config = EngineConfig(**SMALL, speculation=speculation)
+        engine = Engine(tiny.model, tiny.params, config, draft=DraftModel(tiny.model, tiny.params))
+        requests = [
+            GenerationRequest(str(i), tuple(prompt), SAMPLED, num_sequences=1 + i % 2)
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        found = {}
+        for output in engine.run(requests):
+            own = found.setdefault((output.request_id, output.sequence_index), [])
+            own += output.token_ids
+        return found
+
+    assert run(one) == run(four)
 
 
-def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
-    batch, width, length = 4, 8, 16
+def test_caches_stay_split_and_are_never_sent(sharded, eight):
+    engine = Engine(sharded.model, sharded.params, EngineConfig(**SMALL))
+    shape = engine._inputs.list_shapes()[0]
     with jax.set_mesh(eight):
-        start = jax.jit(lambda p, t, n: prefill(sharded.model, p, t, n, length))
-        ids, lengths = np.ones((batch, width), np.int32), np.full(batch, width, np.int32)
-        _, cache = start(sharded.params, ids, lengths)
-        assert {s.data.shape for s in cache["layers"][0].key.addressable_shards} == {
-            (3, 1, length, 1, 6)
-        }
-        seeds = np.zeros(batch, np.uint32)
-        given = generation._Given(sharded.params, seeds, jax.random.key(0))
-        settings = generation._Settings(sharded.model, GREEDY, None)
-        step = generation._advance.lower(settings, given, lengths, lengths, cache, None)
-        step = step.compile().as_text()
-    collectives = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step)
-    assert collectives  # the regular expression finds something: weights, here
-    moved = [shape for shape in collectives if re.fullmatch(r"\d+,\d+,\d+,6", shape)]
-    assert moved == []  # neither the cache nor the new keys and values: [rows, slots, heads, 6]
-
-
-def test_a_mesh_that_splits_the_sequence_is_refused(tinies):
-    model, params = tinies["llama"].model, tinies["llama"].params
-    split = Decoder(model.config, rules=AxisRules(seq=("context",)), dtype=model.dtype)
-    how = {"eos_id": None, "key": jax.random.key(0)}
-    assert message(generate, split, params, [[1]], GREEDY, **how) == (
-        "mesh: the sequence is split over context; generate on a mesh with context=1"
-    )
+        (key, _), *_ = engine._state.caches["layers"]
+        assert key.shape == (4, 17, 2, 4, 6)
+        assert {s.data.shape for s in key.addressable_shards} == {(1, 17, 1, 4, 6)}
+        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {}, {})
+        sizes = engine._layout, engine._windows, engine.vocab_size
+        step = run_step.lower(
+            engine.model, shape, *sizes, engine._params, engine._state, given
+        ).compile()
+    sent = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step.as_text())
+    assert sent  # the regular expression finds something: results of split maps
+    # Neither a cache nor the new keys and values: [..., heads, ..., 6].
+    assert [shape for shape in sent if re.fullmatch(r"(\d+,)+6", shape)] == []

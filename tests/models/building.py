@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
+from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.params import Params, bind, flatten_names, param_specs
 from maxlm.sharding import ShardingConfig, resolve_placement
 from tests.models.published import read_models
@@ -118,3 +119,23 @@ def gradient_step(model: Decoder) -> Any:
     """A jitted ``(params, batch) -> ((loss, (hidden, logits)), gradients)``."""
     step = jax.value_and_grad(lambda p, b: loss(model, p, b), has_aux=True)
     return jax.jit(step, compiler_options=QUICK)
+
+
+def make_uniform_batch(first: int, count: int, rows: int, length: int) -> Any:
+    """Returns the batch of rows' tokens ``first`` to ``first + count`` and the layout of caches for
+    it: one page of ``length`` tokens a row, page 0 unused."""
+    place = np.arange(first, first + count, dtype=np.int32)
+    positions = np.tile(place, rows)[None]
+    own = np.arange(1, rows + 1, dtype=np.int32)
+    batch = RaggedBatch(
+        positions=positions,
+        lengths=positions + 1,
+        kv_lengths=np.full((1, rows), first + count, np.int32),
+        query_starts=np.arange(rows + 1, dtype=np.int32)[None] * count,
+        chunk_rows=np.zeros((1, 0), np.int32),
+        page_tables=(own[None, :, None],),
+        slots=((own[:, None] * length + place).reshape(1, -1),),
+        windows=(None,),
+        uniform_rows=(rows, count),
+    )
+    return batch, CacheLayout(1, rows, rows + 1, length)

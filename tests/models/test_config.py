@@ -11,7 +11,7 @@ from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.sharding import AxisRules
-from tests.models.building import LLAMA_GQA
+from tests.models.building import LLAMA_GQA, make_uniform_batch
 
 BOTH = {"architecture": "encoder_decoder", "encoder_layers": 2}
 FAR = {"kind": "llama3", "factor": 8, "original_length": 64, "low_freq_factor": 4}
@@ -64,6 +64,7 @@ def test_a_layer_s_own_slopes_are_used(one_device_mesh):
     with jax.set_mesh(one_device_mesh):
         trunk = own.build(rules=AxisRules(), dtype=jnp.float32)
         (part,) = own.layer_stacks
-        first, second = trunk.attention_inputs_by_kind(part, jnp.zeros((1, 1), jnp.int32), None)
+        batch, _ = make_uniform_batch(0, 1, 1, 4)
+        first, second = trunk.attention_inputs_by_kind(part, batch)
     np.testing.assert_allclose(first.slopes, 2.0 ** -np.arange(2, 9, 2))
     np.testing.assert_allclose(second.slopes, 2.0 ** (-np.arange(1, 5) / 2))

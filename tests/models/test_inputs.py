@@ -1,12 +1,15 @@
 """What a decoder makes of its inputs: packed rows, padding, ids out of range, bf16, a cache."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.inference.decode import init_cache
+from maxlm.inference.cache_updates import allocate_state
 from maxlm.models.architectures.transformer import DecoderConfig
+from maxlm.models.caches import list_paged_windows
 from maxlm.models.params import bind
 from tests.models import building, reference
 from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
@@ -97,19 +100,28 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(name, one_dev
     model = building.decoder(config, mesh)
 
     @jax.jit(compiler_options=QUICK)
-    def advance(params, tokens, positions, cache):
+    def advance(params, tokens, batch, caches):
         bound = bind(model, params)
-        hidden, cache = bound.forward_with_cache(tokens, positions, cache)
-        return bound.logits(hidden), cache
+        windows = list_paged_windows(model)
+        batch = replace(
+            batch,
+            windows=windows,
+            page_tables=batch.page_tables * len(windows),
+            slots=batch.slots * len(windows),
+        )
+        hidden, caches = bound.forward_with_cache(tokens, batch, caches)
+        return bound.logits(hidden), caches
 
     with jax.set_mesh(mesh):
         params = building.on_devices(values, building.storage(config, mesh))
-        cache = jax.tree.map(lambda x: x + 1e3, init_cache(model, 2, config.max_seq_len))
-        found = []
+        _, layout = building.make_uniform_batch(0, 1, 2, config.max_seq_len)
+        caches, found = allocate_state(model, layout, 1).caches, []
+        caches = jax.tree.map(lambda x: x + 1e3, caches)
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
-            positions = np.broadcast_to(np.arange(first, last, dtype=np.int32), (2, last - first))
-            logits, cache = advance(params, tokens[:, first:last], positions, cache)
-            found.append(np.asarray(logits))
+            batch, _ = building.make_uniform_batch(first, last - first, 2, config.max_seq_len)
+            own = tokens[:, first:last].reshape(1, -1)
+            logits, caches = advance(params, own, batch, caches)
+            found.append(np.asarray(logits).reshape(2, last - first, -1))
     found = np.concatenate(found, axis=1)
     for row in range(2):
         _, exact = reference.decoder(

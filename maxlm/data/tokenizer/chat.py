@@ -8,6 +8,7 @@ it runs in Jinja's sandbox and is given plain data only.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -67,7 +68,7 @@ def render_chat(
     # Plain data has no methods that the sandbox does not know.
     given = json.loads(_as_json(given | variables))
     try:
-        template = _compile(_template(tokenizer, with_tools=tools is not None))
+        template = _compile(get_chat_template(tokenizer, with_tools=tools is not None))
         return template.render(**_special_names(tokenizer) | given)
     except MaxlmError:
         raise
@@ -158,7 +159,13 @@ def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], 
     return value
 
 
-def _template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
+def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
+    """Returns the Jinja template that a tokenizer carries; ``with_tools``: the one for
+    conversations with tools, where there are several.
+
+    Raises:
+        MaxlmError: it carries none.
+    """
     carried = tokenizer.extra_files
     if "chat_template.jinja" in carried:
         return carried["chat_template.jinja"].decode()
@@ -169,7 +176,7 @@ def _template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
             found = (with_tools and named.get("tool_use")) or named.get("default")
         if found:
             return found
-    fix = "train it with chat set, or import one that has a template"
+    fix = "train it with chat set, import one that has a template, or give --chat-template FILE"
     what, where = "the tokenizer carries no chat template", "chat_template.jinja"
     raise MaxlmError(what, where=where, fix=fix)
 
@@ -186,6 +193,7 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: token for name, token in names.items() if token is not None}
 
 
+@lru_cache(maxsize=8)  # a server renders one template again and again
 def _compile(source: str):
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols

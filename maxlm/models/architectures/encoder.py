@@ -84,8 +84,18 @@ class Encoder(Transformer):
     ) -> tuple[jax.Array, Aux]:
         """Computes hidden states as the head wants them; see :class:`Transformer`. ``types``: the
         text of a pair that each token is of, int; None: the first."""
+        x, aux = self.forward_without_head(tokens, positions, segment_ids, types)
+        return (x if self.head_layer is None else self.head_layer(x)), aux
+
+    def forward_without_head(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        types: jax.Array | None = None,
+    ) -> tuple[jax.Array, Aux]:
+        """Computes the last layer's hidden states [B, S, D], which embeddings are pooled from."""
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)
-        x, aux = self.forward_embedded(self.embed_inputs(x, positions), positions, segment_ids)
-        return (x if self.head_layer is None else self.head_layer(x)), aux
+        return self.forward_embedded(self.embed_inputs(x, positions), positions, segment_ids)

@@ -4,7 +4,7 @@ the first made of it (T5, BART)."""
 from typing import Any, Literal
 
 import jax
-from jax import lax
+import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
@@ -13,8 +13,9 @@ from maxlm.models.architectures.transformer import CrossAttentionCache, Transfor
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, EncoderOutput
+from maxlm.models.caches import CacheArraySpec, CacheLayout
 from maxlm.models.layers.attention import KeysValues
-from maxlm.models.params import bind, get_values
+from maxlm.models.params import bind, get_values, take_stacked_layer
 
 Tokens = tuple[jax.Array, jax.Array, jax.Array | None]
 """Token ids, positions and segment ids, int [B, S]."""
@@ -91,17 +92,28 @@ class EncoderDecoder(Transformer):
         x, aux = self.encoder.run_layers(x, (positions, segment_ids))
         return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
-    def init_cross_cache(self, inputs: Tokens) -> CrossAttentionCache:
-        """Makes, for inference, the keys and values that every layer looks up of the input."""
-        memory, _ = self.encode(inputs)
+    def project_cross_keys(self, inputs: Tokens) -> dict[str, tuple[KeysValues, ...]]:
+        """Makes, for inference, the keys and values that each layer looks up of the input, by
+        stack."""
+        encoded, _ = self.encode(inputs)
 
-        def project(stacked: Block) -> KeysValues:
-            return lax.map(
-                lambda own: bind(stacked, own).project_keys_values(memory), get_values(stacked)
-            )
+        def project(stack: Block) -> tuple[KeysValues, ...]:
+            own, count = get_values(stack), self.config.num_layers
+            layers = (bind(stack, take_stacked_layer(own, layer)) for layer in range(count))
+            return tuple(layer.project_keys_values(encoded) for layer in layers)
 
-        keys = {name: project(stacked) for name, stacked in self.stacks.items()}
-        return CrossAttentionCache(keys, memory.segment_ids)
+        return {name: project(stack) for name, stack in self.stacks.items()}
+
+    def cross_cache_specs(self, layout: CacheLayout, length: int) -> CrossAttentionCache:
+        """Returns the cross-attention cache of inputs of ``length`` tokens, with a
+        :class:`~maxlm.models.caches.CacheArraySpec` for each array."""
+        attention, lead = self.config.attention, (layout.num_shards, layout.num_rows, length)
+        assert attention is not None
+        shape = (*lead, attention.num_kv_heads, attention.head_dim)
+        keys = CacheArraySpec(shape, ("batch", None, None, "kv_heads", None))
+        layers = (KeysValues(keys, keys),) * self.config.num_layers
+        segments = CacheArraySpec(lead, ("batch", None, None), jnp.int32)
+        return CrossAttentionCache(dict.fromkeys(self.stacks, layers), segments)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

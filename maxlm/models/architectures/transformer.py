@@ -1,6 +1,5 @@
 """A trunk with a table of tokens and an output head: what maxlm calls a model."""
 
-from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -10,33 +9,34 @@ from jax.sharding import reshard
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, EncoderOutput, scan_blocks_with_cache
+from maxlm.models.blocks import EncoderOutput
+from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import AttentionInputs, KeysValues
+from maxlm.models.layers.attention import KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
-from maxlm.models.params import ShardedWeight, declare, read_weight
+from maxlm.models.params import (
+    ShardedWeight,
+    bind,
+    declare,
+    get_values,
+    read_weight,
+    take_stacked_layer,
+)
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
-Cache = dict[str, tuple[Any, ...]]
-"""Caches by stack, one for each kind of its layers, with a leading layer axis."""
+Caches = dict[str, tuple[Any, ...]]
+"""Each layer's cache, by stack."""
 
 
 class CrossAttentionCache(NamedTuple):
-    """Keys and values of an encoder's output that a decoder's layers look up (inference)."""
+    """Keys and values of encoders' outputs that a decoder's layers look up (inference); D and R as
+    in :class:`~maxlm.models.caches.CacheLayout`."""
 
-    keys_values: dict[str, KeysValues]
-    """Keys and values by stack, [L, B, T, K, H]."""
-    segment_ids: jax.Array | None
-    """int [B, T]."""
-
-
-class StackCacheSpecs(NamedTuple):
-    """Caches of a stack's layers."""
-
-    layers_per_kind: int
-    kinds: tuple[Any, ...]
-    """Each kind's ``Mixer.cache_spec``."""
+    keys_values: dict[str, tuple[KeysValues, ...]]
+    """Each layer's keys and values, [D, R, T, K, H], by stack."""
+    segment_ids: Any
+    """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
 
 
 class Frontend(Protocol):
@@ -120,15 +120,12 @@ class Transformer(Trunk):
             tokens, positions = reshard(tokens, split), reshard(positions, split)
         return self.embed_inputs(self.embedding(tokens), positions)
 
-    def cache_specs(self, batch: int, length: int) -> dict[str, StackCacheSpecs]:
-        """Returns the caches of each stack, by its name."""
+    def cache_specs(self, layout: CacheLayout) -> Caches:
+        """Returns each layer's ``Mixer.cache_spec``."""
         return {
-            part.name: StackCacheSpecs(
-                part.num_layers // len(part.kinds),
-                tuple(
-                    self.stacks[part.name].mixer.cache_spec(batch, length, kind.window)
-                    for kind in part.kinds
-                ),
+            part.name: tuple(
+                self.stacks[part.name].mixer.cache_spec(layout, kind.window)
+                for kind in part.kinds * (part.num_layers // len(part.kinds))
             )
             for part in self.config.layer_stacks
         }
@@ -136,30 +133,26 @@ class Transformer(Trunk):
     def forward_with_cache(
         self,
         tokens: jax.Array,
-        positions: jax.Array,
-        cache: Cache,
+        batch: RaggedBatch,
+        caches: Caches,
         cross_cache: CrossAttentionCache | None = None,
-        lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Computes, for inference, hidden states [B, S, D] of tokens int [B, S] that follow the
-        cache's, and the cache with them in it; ``lengths``: see :class:`AttentionInputs`."""
-
-        def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):
-            cache, keys = held
-            encoded = None if cross_cache is None else EncoderOutput(keys, cross_cache.segment_ids)
-            x, kept, _ = block(x, inputs, cache, encoded)
-            return x, kept
-
-        x, written = self.embed(tokens, positions), {}
+    ) -> tuple[jax.Array, Caches]:
+        """Computes, for inference, hidden states [D, S, D] of tokens int [D, S] that follow the
+        caches', and the caches with them in it. Layers are not scanned: a loop over them would
+        copy each one's weights and cache out of their stacks, at every token."""
+        x, written = self.embed(tokens, batch.positions), {}
         for part in self.config.layer_stacks:
-            bodies = [
-                partial(layer, inputs)
-                for inputs in self.attention_inputs_by_kind(part, positions, lengths)
-            ]
-            keys = cross_cache and cross_cache.keys_values[part.name]  # such layers are all alike
-            held = tuple((own, keys) for own in cache[part.name])
-            x, written[part.name] = scan_blocks_with_cache(self.stacks[part.name], bodies, x, held)
-        return self.apply_final_norm(x), written
+            stack, kinds = self.stacks[part.name], self.attention_inputs_by_kind(part, batch)
+            own, written[part.name] = get_values(stack), []
+            for layer, cache in enumerate(caches[part.name]):
+                block = bind(stack, take_stacked_layer(own, layer))
+                inputs, encoded = kinds[layer % len(kinds)], None
+                if cross_cache is not None:
+                    keys = cross_cache.keys_values[part.name][layer]
+                    encoded = EncoderOutput(keys, cross_cache.segment_ids)
+                x, cache, _ = block(x, inputs, cache, encoded)
+                written[part.name].append(cache)
+        return self.apply_final_norm(x), {name: tuple(own) for name, own in written.items()}
 
     def unembedding(self) -> ShardedWeight:
         """Returns the output head [D, V] in the compute dtype."""

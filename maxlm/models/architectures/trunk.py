@@ -1,6 +1,6 @@
 """Layers one after the other, with what stands before the first and after the last."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from flax import nnx
 from maxlm.models.architectures.config import LayerKind, LayerStack, TransformerConfig
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, BlockConfig, EncoderOutput, scan_blocks
+from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs
 from maxlm.models.layers.linear import Embedding
@@ -23,10 +24,13 @@ from maxlm.models.layers.positions import (
 from maxlm.models.layers.rope import Rotary, compute_rotary
 from maxlm.models.params import (
     Params,
+    bind,
     declare,
     get_values,
+    is_unstacked,
     materialize,
     stack_layers,
+    take_stacked_layer,
     truncated_normal,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
@@ -170,17 +174,26 @@ class Trunk(nnx.Module):
         segments = encoder_output and encoder_output.segment_ids
         context = self._contexts(part, where), segments
         shared = SharedLayerInputs(self.relative_biases(), states)
+        if is_unstacked(layers):  # as inference holds them
+            total = Aux()
+            for number in range(part.num_layers):
+                block = bind(self.stacks[part.name], take_stacked_layer(layers, number))
+                x, aux = bodies[number % len(bodies)](block, x, context, shared)
+                total = total.plus(aux)
+            return x, total
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.stacks[part.name], layers, bodies, x, context, shared, **how)
 
     def attention_inputs_by_kind(
-        self, stack: LayerStack, positions: jax.Array, lengths: jax.Array | None
-    ) -> Iterator[AttentionInputs]:
-        """Yields each kind of layer's inputs for tokens at these positions (inference)."""
-        biases, contexts = self.relative_biases(), self._contexts(stack, (positions, None), lengths)
-        for kind, context in zip(stack.kinds, contexts, strict=True):
-            inputs = self._attention_inputs(kind, context, biases)
-            yield inputs._replace(lengths=lengths)
+        self, stack: LayerStack, batch: RaggedBatch
+    ) -> list[AttentionInputs]:
+        """Returns each kind of layer's inputs for a step of inference."""
+        biases, where = self.relative_biases(), (batch.positions, None)
+        contexts = self._contexts(stack, where, batch.lengths)
+        return [
+            self._attention_inputs(kind, context, biases)._replace(batch=batch)
+            for kind, context in zip(stack.kinds, contexts, strict=True)
+        ]
 
     def _contexts(
         self, part: LayerStack, where: PositionsAndSegments, lengths: jax.Array | None = None

@@ -1,6 +1,5 @@
 """Multi-head attention: multi-query, grouped and full, with an optional key-value cache."""
 
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -10,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.caches import kv_cache_spec
+from maxlm.models.caches import CacheLayout, RaggedBatch, kv_cache_spec
 from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGroup
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
@@ -108,15 +107,15 @@ class AttentionConfig(Config):
 class KeysValues(NamedTuple):
     """Keys [B, T, K, H] and values [B, T, K, Hv] of one layer."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Any
+    value: Any
 
 
 class AttentionInputs(NamedTuple):
     """Inputs of a layer's mixer beside its hidden states."""
 
     positions: jax.Array
-    """int [B, S]; with a cache, the slots these tokens are written to."""
+    """int [B, S]."""
     segment_ids: jax.Array | None
     """int [B, S], 0 for padding; None: all one segment."""
     rotary: Rotary | None
@@ -128,14 +127,16 @@ class AttentionInputs(NamedTuple):
     """Factor on q·k."""
     window: int | None
     causal: bool
-    lengths: jax.Array | None = None
-    """int [B], tokens of each row so far, where others are padding; None: none are."""
+    batch: RaggedBatch | None = None
+    """Sequences that the tokens continue, with a cache."""
 
 
 class Attention(nnx.Module):
     """Attention (Vaswani et al. 2017, §3.2.2) with grouped kv heads (Ainslie et al. 2023)."""
 
     name = "attention"
+    joint_projections = (("query", "key", "value"),)
+    """Maps of the same input that are always applied together, in this order."""
 
     def __init__(
         self,
@@ -174,18 +175,18 @@ class Attention(nnx.Module):
         if inputs.rotary is not None:
             q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-        attend = bind_attention(self.config, inputs, self.rules)
+        scores = attention_kwargs(self.config, inputs, self.rules)
         if cache is None:
-            y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
+            own = self_attention_kwargs(inputs, self.parallel)
+            y = sharded_attention(q, k, v, **scores, causal=inputs.causal, **own)
         else:
-            cache, seen = cache.append(k, v, inputs.positions, inputs.lengths, self.rules)
-            y = attend(q, seen.key, seen.value, **seen.mask)
+            y, cache = cache.attend(q, k, v, inputs.batch, **scores)
         return self.out(y, seq_axis="residual"), cache
 
-    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
-        """A layer's cache of ``length`` tokens a row; see :mod:`maxlm.models.caches`."""
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+        """A layer's cache; see :mod:`maxlm.models.caches`."""
         sizes = self.config.num_kv_heads, self.config.head_dim
-        return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
+        return kv_cache_spec(layout, window, sizes, sizes, "kv_heads")
 
     def costs(self, kv_input: FeatureKind = "residual") -> LayerCosts:
         """Counts costs of one layer whose keys and values are made of ``kv_input``; see
@@ -231,18 +232,18 @@ class Attention(nnx.Module):
         return heads if clip is None else tuple(jnp.clip(a, -clip, clip) for a in heads)
 
 
-def bind_attention(config: AttentionConfig, inputs: AttentionInputs, rules: AxisRules) -> Any:
-    """Binds a layer's attention to all arguments that do not depend on how keys are held."""
-    return partial(
-        sharded_attention,
-        rules=rules,
-        causal=inputs.causal,
-        window=inputs.window,
-        scale=inputs.scale,
-        soft_cap=config.soft_cap,
-        slopes=inputs.slopes,
-        biases=inputs.biases,
-    )
+def attention_kwargs(
+    config: AttentionConfig, inputs: AttentionInputs, rules: AxisRules
+) -> dict[str, Any]:
+    """Returns options of a layer's attention that do not depend on how keys are held."""
+    return {
+        "rules": rules,
+        "window": inputs.window,
+        "scale": inputs.scale,
+        "soft_cap": config.soft_cap,
+        "slopes": inputs.slopes,
+        "biases": inputs.biases,
+    }
 
 
 def self_attention_kwargs(inputs: AttentionInputs, parallel: ParallelConfig) -> dict[str, Any]:

@@ -7,18 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.models.caches import VisibleKeys, kv_cache_spec
+from maxlm.models.caches import CacheLayout, kv_cache_spec
 from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup
 from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
-    bind_attention,
+    attention_kwargs,
     self_attention_kwargs,
 )
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
 from maxlm.models.params import materialize
+from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -85,25 +86,32 @@ class LatentAttention(nnx.Module):
         q, turned = q[..., :plain], rotate(q[..., plain:], inputs.rotary)
         vector, shared = self.key_norm(vector), rotate(shared[:, :, None], inputs.rotary)
         if cache is None:
-            attend = bind_attention(self.config, inputs, self.rules)
+            scores = attention_kwargs(self.config, inputs, self.rules)
             k, v = project(vector, self.key_up, self.value_up)
             of_all = (*k.shape[:3], shared.shape[-1])
             shared = jnp.broadcast_to(shared, of_all, out_sharding=jax.typeof(k).sharding)
             k = jnp.concatenate([k, shared], axis=-1)
             q = jnp.concatenate([q, turned], axis=-1)
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-            y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
+            own = self_attention_kwargs(inputs, self.parallel)
+            y = sharded_attention(q, k, v, **scores, causal=inputs.causal, **own)
         else:
-            attend = bind_attention(self.config, inputs, self.shared_rules)
-            where = inputs.positions, inputs.lengths, self.shared_rules
-            cache, keys = cache.append(shared, vector[:, :, None], *where)
-            y = self._attend_to_vectors(attend, q, turned, keys)
+            # Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V c) =
+            # V Σ w c (§2.1.2), so that a token reads kv_rank + R numbers of each earlier one.
+            scores = attention_kwargs(self.config, inputs, self.shared_rules)
+            q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
+            q = jnp.concatenate([q, turned], axis=-1)
+            k = jnp.concatenate([vector[:, :, None], shared], axis=-1)
+            rank = self.latent.kv_rank
+            y, cache = cache.attend(q, k, None, inputs.batch, value_dim=rank, **scores)
+            y = self._through(y, self.value_up, "bsnr,rnh->bsnh")
         return self.out(y, seq_axis="residual"), cache
 
-    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
-        """The shared rotary keys [B, T, 1, R] and, as values, the vectors [B, T, 1, kv_rank]."""
-        sizes = (1, self.latent.rotary_dim), (1, self.latent.kv_rank)
-        return kv_cache_spec(batch, length, window, *sizes, None)
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+        """A layer's cache of vectors with the shared rotary keys behind them; attention's values
+        are the vectors."""
+        size = self.latent.kv_rank + self.latent.rotary_dim
+        return kv_cache_spec(layout, window, (1, size), None, None)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
@@ -118,17 +126,6 @@ class LatentAttention(nnx.Module):
             groups.append(MatrixGroup(("query.kernel",), "latent"))
         sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
         return LayerCosts(tuple(groups), AttentionCosts(*sizes, "heads", self.latent.rotary_dim))
-
-    def _attend_to_vectors(
-        self, attend: Any, q: jax.Array, turned: jax.Array, keys: VisibleKeys
-    ) -> jax.Array:
-        """Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V c) = V Σ w c
-        (§2.1.2), so that a token reads kv_rank + R numbers of each earlier one."""
-        q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
-        q = jnp.concatenate([q, turned], axis=-1)
-        k = jnp.concatenate([keys.value, keys.key], axis=-1)
-        y = attend(q, k, keys.value, **keys.mask)
-        return self._through(y, self.value_up, "bsnr,rnh->bsnh")
 
     def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:
         kernel = materialize(map_.kernel, self.rules, map_.dtype)

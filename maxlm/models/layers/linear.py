@@ -7,6 +7,7 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
+    FusedKernel,
     Leaf,
     ParamReader,
     declare,
@@ -68,13 +69,16 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
-    pairs = list(zip(uses, held, strict=True))
-    weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
     x = x.astype(dtype)
-    ys = [
-        kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
-        for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
-    ]
+    if isinstance(held[0], FusedKernel):
+        ys = held[0].multiply(x, uses)
+    else:
+        pairs = list(zip(uses, held, strict=True))
+        weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
+        ys = [
+            kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
+            for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
+        ]
     return tuple(
         y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
         for layer, y in zip(layers, ys, strict=True)

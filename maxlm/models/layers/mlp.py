@@ -39,6 +39,7 @@ class Mlp(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not gated."""
 
     name = "mlp"
+    joint_projections = (("gate", "up"),)
 
     def __init__(
         self,

@@ -168,11 +168,12 @@ def compute_rotary(
         positions: int [B, S].
         rotary_dim: R, the dimensions that are turned; even.
         dtype: of angles, cosines and sines; fp32 or wider.
-        lengths: int [B], the tokens of each row; None: one more than its last position.
+        lengths: int [B, S], the tokens of each token's sequence; None: one more than a row's last
+            position.
     """
     turns: Any = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
-        lengths = 1 + positions.max(axis=1) if lengths is None else lengths
+        lengths = 1 + positions.max(axis=1, keepdims=True) if lengths is None else lengths
         turns = _dynamic(lengths, rotary_dim, theta, scaling, dtype)
     angle = positions[..., None, None].astype(dtype) * turns
     scale = rope_attention_factor(scaling)
@@ -182,8 +183,8 @@ def compute_rotary(
 def _dynamic(
     lengths: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
 ) -> jax.Array:
-    """[B, 1, 1, R/2] in ``dtype``."""
-    length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[:, None, None, None]
+    """[B, S or 1, 1, R/2] in ``dtype``."""
+    length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[..., None, None]
     factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
     base = theta * factor ** (size / (size - 2))
     return base ** (-jnp.arange(0, size, 2, dtype=dtype) / size)

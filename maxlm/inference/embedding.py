@@ -1,0 +1,92 @@
+"""Embeddings of texts: hidden states pooled over tokens, without a cache."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec, reshard
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.params import Params, bind
+from maxlm.sharding import bind_mesh
+
+Pooling = Literal["mean", "last", "first"]
+"""Over all tokens of a text; its last one (causal models); its first one ([CLS])."""
+
+_LONG = 512
+_ROWS = 8
+"""Rows of a call of at most ``_LONG`` tokens a row; longer ones go one by one."""
+
+
+class Embedder:
+    """Embeds token ids with a model, in a few shapes that are compiled once each: widths are powers
+    of two, and rows ``_ROWS`` or as few as the mesh splits.
+
+    Args:
+        params: on ``mesh``, as loaded or as the engine lays them out.
+        max_length: tokens of a text at most.
+
+    Raises:
+        MaxlmError: a model with an encoder and a decoder, or a sequence split over devices.
+    """
+
+    def __init__(self, model: Model, params: Params, mesh: Mesh, max_length: int):
+        if isinstance(model, EncoderDecoder) or mesh.shape["context"] > 1:
+            what = "embeddings need an encoder or a decoder alone, on a mesh with context=1"
+            raise MaxlmError(what, where="embeddings", fix="use another model or mesh")
+        self.max_length, self._model, self._params = max_length, model, params
+        self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
+        self._run = bind_mesh(mesh, jax.jit(_embed, static_argnums=(0, 1)))
+
+    @property
+    def default_pooling(self) -> Pooling:
+        """mean for encoders; last for causal models, whose last token alone has seen all."""
+        return "mean" if isinstance(self._model, Encoder) else "last"
+
+    def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None) -> np.ndarray:
+        """Returns fp32 vectors [len(rows), D] of length 1.
+
+        Args:
+            rows: token ids of each text, 1 to ``max_length``.
+        """
+        found = np.zeros((len(rows), self._model.config.d_model), np.float32)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        while order:
+            longest = len(rows[order[-1]])
+            width = min(max(16, 1 << (longest - 1).bit_length()), max(self.max_length, longest))
+            take = min(len(order), _ROWS if width <= _LONG else 1)
+            batch = [order.pop() for _ in range(take)]
+            num_rows = -(-(1 if take == 1 else _ROWS) // self._ways) * self._ways
+            tokens, lengths = np.zeros((num_rows, width), np.int32), np.ones(num_rows, np.int32)
+            for place, index in enumerate(batch):
+                lengths[place] = len(rows[index])
+                tokens[place, : lengths[place]] = rows[index]
+            pooled = self._run(
+                self._model, pooling or self.default_pooling, self._params, tokens, lengths
+            )
+            found[batch] = np.asarray(pooled)[:take]
+        return found
+
+
+def _embed(
+    model: Model, pooling: Pooling, params: Params, tokens: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each."""
+    by_row = model.rules.spec("batch", None)
+    tokens = reshard(tokens, by_row)
+    lengths = reshard(lengths, model.rules.spec("batch"))[:, None]
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    places = reshard(places, by_row)
+    segments = (places < lengths).astype(jnp.int32)
+    bound: Any = bind(model, params)
+    forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
+    hidden, _ = forward(tokens, places * segments, segments)
+    weights = {"mean": segments / lengths, "first": places == 0, "last": places == lengths - 1}
+    hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
+    pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)
+    pooled /= jnp.maximum(jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True)), 1e-12)
+    return reshard(pooled, PartitionSpec())

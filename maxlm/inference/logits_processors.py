@@ -1,0 +1,208 @@
+"""Changes to a batch of rows' logits, as transformers makes them, by settings of each row's own.
+
+Arrays have any leading dimensions ``...``, the same for all: rows [R], or each shard's rows [D, R].
+A row's result does not depend on the others'. ``-inf`` marks a token that is not drawn.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
+COLDEST = 1e-30
+# Probabilities that a float32 rounds to 0 would keep no token at all.
+LEAST_PROBABILITY = 1e-30
+
+
+def check_any_row(*masks: jax.Array) -> list[jax.Array]:
+    """Returns for each mask [...] whether it is set anywhere, by one reduction."""
+    stacked = jnp.stack(masks, axis=-1)
+    return list(jnp.any(stacked, axis=tuple(range(stacked.ndim - 1))))
+
+
+def apply_if(
+    needed: jax.Array, change: Callable[..., jax.Array], logits: jax.Array, *settings: jax.Array
+) -> jax.Array:
+    """Returns ``change(logits, *settings)`` if ``needed``, a bool [], is set; else the logits."""
+    return lax.cond(needed, change, lambda logits, *_: logits, logits, *settings)
+
+
+def find_argmax(logits: jax.Array) -> jax.Array:
+    """Returns the lowest id with the highest logit, int32 [...], of logits [..., V].
+
+    ``jnp.argmax`` is one reduction of pairs, which XLA's CPU compiler does not vectorize.
+    """
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    last = logits.shape[-1] - 1
+    return jnp.min(jnp.where(logits == highest, ids, last), axis=-1)
+
+
+def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
+    """Returns bool [..., vocab]: token v is bit v % 32 of word v // 32 of uint32 [..., words]."""
+    spread = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return spread.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1
+
+
+def add_bias(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [..., N] to the logits of ids [..., N]; an id of -1 stands for none."""
+    return _scatter("add", logits, ids, values)
+
+
+def count_tokens(
+    history: jax.Array, starts: jax.Array, ends: jax.Array, like: jax.Array
+) -> jax.Array:
+    """Counts how often each token stands in ``history[..., starts:ends]``.
+
+    Args:
+        history: int32 [..., T].
+        starts, ends: int32 [...].
+        like: an array [..., V], split over a mesh as the result shall be.
+
+    Returns:
+        fp32 [..., V].
+    """
+    slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
+    within = (slots >= starts[..., None]) & (slots < ends[..., None])
+    zeros = jnp.zeros_like(like, jnp.float32)
+    return _scatter("add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32))
+
+
+def apply_repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Divides positive logits of ``seen`` [..., V] by a penalty [...], and multiplies negative ones
+    by it (Keskar et al. 2019, arXiv 1909.05858, §4.1)."""
+    penalty = penalty[..., None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def find_repeated_ngrams(
+    history: jax.Array, lengths: jax.Array, sizes: jax.Array, like: jax.Array
+) -> jax.Array:
+    """Marks tokens that would complete an n-gram which the history already has.
+
+    Args:
+        history: int32 [..., T].
+        lengths: tokens of it, int32 [...].
+        sizes: n of each row, int32 [...]; 0: marks nothing.
+        like: an array [..., V], split over a mesh as the result shall be.
+
+    Returns:
+        bool [..., V].
+    """
+    slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
+    # Slot t ends an n-gram that the next token would repeat if the n - 1 tokens before it are the
+    # last n - 1 of the history; before a row's beginning stands -1, which no token equals.
+    ends = (slots < lengths[..., None]) & (sizes[..., None] > 0)
+
+    def compare(back, carry):
+        ends, shifted = carry
+        shifted = jnp.concatenate([jnp.full_like(shifted[..., :1], -1), shifted[..., :-1]], -1)
+        place = (lengths - back)[..., None]
+        last = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=-1)
+        equal = (shifted == last) & (shifted >= 0) & (place >= 0)
+        return ends & (equal | (back >= sizes[..., None])), shifted
+
+    longest = jnp.minimum(jnp.max(sizes), history.shape[-1] + 1)
+    ends, _ = lax.fori_loop(1, longest, compare, (ends, history))
+    return _scatter("max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends)
+
+
+def mark_tokens(ids: jax.Array, rows: jax.Array, like: jax.Array) -> jax.Array:
+    """Marks ids [..., N] in the rows [...] that are set; an id of -1 stands for none. Returns bool,
+    shaped and split as ``like`` [..., V]."""
+    marks = jnp.broadcast_to(rows[..., None], ids.shape)
+    return _scatter("max", jnp.zeros_like(like, bool), ids, marks)
+
+
+def keep_argmax(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """Keeps the likeliest token alone, of equal ones the lowest id, in rows [...] that are set."""
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    dropped = rows[..., None] & (ids != find_argmax(logits)[..., None])
+    return jnp.where(dropped, -jnp.inf, logits)
+
+
+def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """Keeps each row's k [...] likeliest tokens, with all that are as likely as the last of them
+    (Fan et al. 2018); 0: all."""
+    every = jnp.ones_like(logits)
+    keep = _keep_highest(logits, every, k.astype(jnp.float32))
+    return jnp.where(keep | (k[..., None] == 0), logits, -jnp.inf)
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps tokens of which the likelier ones hold less than probability p [...] (Holtzman et al.
+    2019, §3.1); 1: all. Equally likely tokens stay or go together."""
+    weights = _weigh(logits)
+    keep = _keep_highest(logits, weights, p * jnp.sum(weights, axis=-1))
+    return jnp.where(keep | (p[..., None] >= 1), logits, -jnp.inf)
+
+
+def keep_min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
+    """Keeps tokens with at least a share [...] of the likeliest one's probability (Nguyen et al.
+    2024, arXiv 2407.01082, §3)."""
+    return jnp.where(_weigh(logits) < share[..., None], -jnp.inf, logits)
+
+
+def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps tokens of which those with a surprise closer to the entropy hold less than probability
+    p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10); 1: all."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    probability = jnp.exp(log_p)
+    drawn = probability > 0
+    entropy = -jnp.sum(jnp.where(drawn, log_p * probability, 0), axis=-1, keepdims=True)
+    keep = _keep_highest(-jnp.abs(log_p + entropy), probability, p)
+    return jnp.where(keep | (p[..., None] >= 1), logits, -jnp.inf)
+
+
+def _weigh(logits: jax.Array) -> jax.Array:
+    """Probabilities in units of the likeliest token's."""
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
+
+
+def _keep_highest(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Marks values [..., V] of which the higher ones weigh less than ``target`` [...] together.
+
+    Equals stay or go together. The lowest value to keep is found by bisection on the bits of fp32,
+    in 32 passes over all rows, some 20 times faster on a CPU than XLA's sort of 8 rows of 49,152.
+    """
+    keys = _order_bits(values)
+    target = jnp.maximum(target, LEAST_PROBABILITY)
+
+    def add_bit(index, lowest):
+        bit = jnp.uint32(1) << (31 - index).astype(jnp.uint32)
+        # The greatest number that begins with the bits found so far and a 0.
+        candidate = _to_signed(lowest | (bit - 1))[..., None]
+        above = jnp.sum(jnp.where(keys > candidate, weights, 0), axis=-1)
+        return jnp.where(above < target, lowest, lowest | bit)
+
+    lowest = lax.fori_loop(0, 32, add_bit, jnp.zeros_like(target, jnp.uint32))
+    return keys >= _to_signed(lowest)[..., None]
+
+
+def _order_bits(values: jax.Array) -> jax.Array:
+    """int32 numbers in the order of fp32 ones; both zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _to_signed(bits: jax.Array) -> jax.Array:
+    """int32 numbers in the order of uint32 ones."""
+    return lax.bitcast_convert_type(bits ^ jnp.uint32(1 << 31), jnp.int32)
+
+
+def _scatter(kind: str, target: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [..., N] at ids [..., N] to the last dimension of target [..., V], or takes the
+    maximum; leaves out ids outside [0, V)."""
+
+    def scatter_row(row, ids, values):
+        # A negative index would count from the end.
+        ids = jnp.where(ids < 0, row.shape[0], ids)
+        return getattr(row.at[ids], kind)(values, mode="drop")
+
+    # Indexed by rows, a scatter is refused on a mesh that splits them; mapped over rows it is not.
+    for _ in range(target.ndim - 1):
+        scatter_row = jax.vmap(scatter_row)
+    return scatter_row(target, ids, values)

@@ -1,0 +1,215 @@
+"""Pages of the key-value cache: who holds which, and which prefixes they hold."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+
+def count_spanned_pages(num_tokens: int, page_size: int) -> int:
+    """Return the pages that consecutive tokens touch at most, wherever the first of them lies."""
+    return (num_tokens + page_size - 2) // page_size + 1 if num_tokens else 0
+
+
+class PagePool:
+    """Page numbers of one group of layers, with counts of who holds them.
+
+    A page in a prefix tree is held once by the tree. When nobody else holds it, it is evictable:
+    in order of when that came to be, the oldest first. Page 0 is never given out. To take a page
+    where none is free, or to hold or release one that nobody holds, raises `RuntimeError`.
+
+    Args:
+        num_pages: page 0 included.
+    """
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self.ref_counts = [0] * num_pages
+        self.cached: dict[int, PrefixNode] = {}
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self._free = list(range(num_pages - 1, 0, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that are free or evictable."""
+        return len(self._free) + len(self.evictable)
+
+    def allocate(self) -> int:
+        """Take a free page, held once."""
+        if not self._free:
+            raise RuntimeError("no page is free")
+        page = self._free.pop()
+        self.ref_counts[page] = 1
+        return page
+
+    def retain(self, page: int) -> None:
+        """Hold a page once more."""
+        self._check(page)
+        self.ref_counts[page] += 1
+        self.evictable.pop(page, None)
+
+    def release(self, page: int) -> None:
+        """Hold a page once less; the last holder frees it."""
+        self._check(page)
+        if page in self.evictable:
+            raise RuntimeError(f"page {page} is held by the prefix tree alone")
+        self.ref_counts[page] -= 1
+        if not self.ref_counts[page]:
+            self._free.append(page)
+        elif self.ref_counts[page] == 1 and page in self.cached:
+            self.evictable[page] = None
+
+    def cache(self, page: int, node: "PrefixNode") -> None:
+        """Hold a page for a node of the prefix tree."""
+        self.retain(page)
+        self.cached[page] = node
+
+    def uncache(self, page: int) -> "PrefixNode":
+        """Free an evictable page and return the node that held it."""
+        del self.evictable[page]
+        node = self.cached.pop(page)
+        self.release(page)
+        return node
+
+    def _check(self, page: int) -> None:
+        if not 0 < page < self.num_pages or not self.ref_counts[page]:
+            raise RuntimeError(f"nobody holds page {page}")
+
+
+@dataclass(eq=False, slots=True)
+class PrefixNode:
+    """One page of tokens behind those of its ancestors."""
+
+    key: Hashable
+    """Its tokens; a root's is the key of its tree."""
+    parent: "PrefixNode | None"
+    depth: int
+    """Pages from the root to here."""
+    pages: list[int]
+    """A page for each group; 0: evicted, in groups with a window alone."""
+    children: "dict[tuple[int, ...], PrefixNode]" = field(default_factory=dict)
+    num_holders: int = 0
+    """Sequences whose cached prefix ends here; the node stays while there are any."""
+
+
+class PrefixTree:
+    """A radix tree over token ids, a page of tokens a node, with the pages that hold their keys
+    and values in each group of layers (Zheng et al. 2023, arXiv 2312.07104, §3).
+
+    A sequence that has a node's page holds those of its ancestors as well, and releases the deepest
+    first. So where layers see everything, the oldest evictable page always belongs to a leaf.
+    Groups with a window may lose any page alone; a prefix then matches where the last window of
+    tokens is there.
+
+    Args:
+        pools: one a group.
+        windows: tokens that a token sees in each group, itself included; None: all before it.
+        page_size: tokens a page.
+    """
+
+    def __init__(self, pools: list[PagePool], windows: tuple[int | None, ...], page_size: int):
+        self.pools, self.windows, self.page_size = pools, windows, page_size
+        self._roots: dict[Hashable, PrefixNode] = {}
+
+    def match(self, tokens: list[int], key: Hashable = None) -> list[PrefixNode]:
+        """Return the nodes of the longest usable prefix that leaves a token to compute, in the tree
+        of a key: other models or adapters have others."""
+        node, nodes, size = self._roots.get(key), [], self.page_size
+        runs = [0] * len(self.windows)  # pages without a gap that end here
+        num_usable = 0
+        for end in range(size, len(tokens), size):
+            node = node and node.children.get(tuple(tokens[end - size : end]))
+            if node is None:
+                break
+            nodes.append(node)
+            usable = True
+            for group, page in enumerate(node.pages):
+                runs[group] = runs[group] + 1 if page else 0
+                usable &= runs[group] >= node.depth - self.find_first_page(group, end)
+            num_usable = node.depth if usable else num_usable
+        return nodes[:num_usable]
+
+    def find_first_page(self, group: int, num_computed: int) -> int:
+        """Return the index, in a sequence, of the first page that its next token sees."""
+        window = self.windows[group]
+        return 0 if window is None else max(0, num_computed - window + 1) // self.page_size
+
+    def acquire(
+        self, nodes: list[PrefixNode], key: Hashable = None
+    ) -> tuple[PrefixNode, list[list[int]]]:
+        """Hold the pages of the nodes that `match` returned, as far as the next token sees them.
+
+        Returns:
+            The last node (the root without any), to extend and at last to `drop`; for each group
+            its pages, from `find_first_page` on.
+        """
+        node = nodes[-1] if nodes else self._roots.get(key)
+        if node is None:
+            node = self._roots[key] = PrefixNode(key, None, 0, [0] * len(self.pools))
+        node.num_holders += 1
+        pages = []
+        for group, pool in enumerate(self.pools):
+            first = self.find_first_page(group, len(nodes) * self.page_size)
+            pages.append([each.pages[group] for each in nodes[first:]])
+            for page in pages[-1]:
+                pool.retain(page)
+        return node, pages
+
+    def extend(self, node: PrefixNode, tokens: tuple[int, ...], pages: list[int]) -> PrefixNode:
+        """Insert a page of computed tokens behind a node that the caller holds, and return its
+        node, which the caller now holds instead. Where the tree has these tokens, its pages replace
+        the caller's, which are released.
+
+        Args:
+            pages: the caller's, one a group; 0: it has none, where there is a window.
+        """
+        child = node.children.get(tokens)
+        if child is None:
+            child = PrefixNode(tokens, node, node.depth + 1, [0] * len(pages))
+            node.children[tokens] = child
+        for group, (pool, page) in enumerate(zip(self.pools, pages, strict=True)):
+            if page and not child.pages[group]:
+                pool.cache(page, child)
+                child.pages[group] = page
+            elif page and child.pages[group] != page:
+                pool.retain(child.pages[group])
+                pool.release(page)
+        child.num_holders += 1
+        node.num_holders -= 1
+        return child
+
+    def drop(self, node: PrefixNode) -> None:
+        """Let go of a node that `acquire` or `extend` returned."""
+        node.num_holders -= 1
+        self._prune(node)
+
+    def evict(self, group: int) -> None:
+        """Free the page of a group that has been evictable for longest; KeyError: none is."""
+        page = next(iter(self.pools[group].evictable), 0)
+        node = self.pools[group].uncache(page)
+        node.pages[group] = 0
+        if self.windows[group] is None:
+            assert not node.children, "a page is evicted before those behind it"
+            for pool, other in zip(self.pools, node.pages, strict=True):
+                if other:
+                    pool.uncache(other)
+            node.pages = [0] * len(self.pools)
+        self._prune(node)
+
+    def clear(self) -> None:
+        """Evict all that sequences do not hold."""
+        for group, pool in enumerate(self.pools):
+            while pool.evictable:
+                self.evict(group)
+
+    def _prune(self, node: PrefixNode) -> None:
+        """Remove a node that nothing needs, and those above it that were there for it alone."""
+        while not (node.children or node.num_holders or any(node.pages)):
+            if node.parent is None:
+                del self._roots[node.key]
+                return
+            del node.parent.children[node.key]  # pyright: ignore
+            node = node.parent

@@ -1,0 +1,78 @@
+"""Requests to the engine, and what it answers with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from maxlm.inference.sampling import SamplingConfig
+
+FinishReason = Literal["stop", "length", "abort"]
+"""stop: an end-of-text token or a stop string came; length: ``max_new_tokens``, or the longest
+sequence that the engine holds; abort: someone gave it up."""
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """A form that the output must have."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""
+    """The schema as JSON text, the expression, or the grammar; nothing for json_object."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt to continue, by one sequence or several."""
+
+    request_id: str
+    """Unique among those that the engine holds."""
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_sequences: int = 1
+    """Sequences that continue the prompt, each with a random stream of its own."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end the output, and are cut off from it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end it, beside the tokenizer's."""
+    ignore_eos: bool = False
+    """Whether the tokenizer's end-of-text tokens do not end the output."""
+    grammar: GrammarSpec | None = None
+    top_logprobs: int | None = None
+    """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
+    none. They are the model's own: before penalties, temperature and filters."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For whoever reads the answers; the engine does not look at them."""
+
+
+class TokenLogprob(NamedTuple):
+    """A token, its log-probability (natural), and the likeliest tokens in its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), likeliest first."""
+
+
+@dataclass
+class SequenceOutput:
+    """New tokens of one of a request's sequences."""
+
+    request_id: str
+    sequence_index: int
+    """0, 1, ... of the request's ``num_sequences``."""
+    token_ids: list[int]
+    text: str = ""
+    """Text that is complete with these tokens: never a part of a character, nor what may begin a
+    stop string. "" where the engine has no tokenizer."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of each token, if asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Once, with the sequence's first tokens, if asked for: of prompt tokens 1, 2, ..."""
+    finish_reason: FinishReason | None = None
+    """None: more will come."""
+    stop_match: str | int | None = None
+    """The stop string, or the token id, that ended it."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose cache was there already (a shared prefix)."""

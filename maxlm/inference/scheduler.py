@@ -1,0 +1,367 @@
+"""Which sequences run in the next step of the engine (continuous batching: Yu et al. 2022, Orca;
+paged memory: Kwon et al. 2023, arXiv 2309.06180)."""
+
+from bisect import insort
+from collections.abc import Hashable, Iterable
+from itertools import count
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.inference.cache_rows import CacheRows
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.scheduler_config import SchedulerConfig, check_request, count_pages
+from maxlm.inference.sequences import DecodeRow, PrefillChunk, ScheduledStep, Sequence
+
+
+class Scheduler:
+    """Decides what runs next: rows that decode first, then chunks of prompts in order of arrival.
+
+    A sequence starts when a row is free and there are pages for its whole prompt, with one to spare
+    for each running sequence. It waits for another one that is computing a prefix of it. Where a
+    row that decodes gets no page, the youngest sequence of its shard is preempted: it waits again,
+    and is computed anew. The oldest sequence of a shard always goes on.
+
+    A request's first sequence computes the prompt but for its last token; the others fork there.
+
+    `schedule` and `finish_step` alternate; `add`, `abort` and `finish` may come at any moment.
+
+    Args:
+        windows: tokens that a token sees in each group of layers, itself included; None: all before
+            it. Empty: caches are kept by row alone, and there are no pages.
+        num_shards: data shards.
+        decoder_start_id: first token of the decoder, where an encoder reads the prompt.
+        has_row_state: whether layers keep by row what cannot be taken back (recurrent states,
+            evicting caches): no prefix is shared.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        windows: tuple[int | None, ...],
+        *,
+        num_shards: int = 1,
+        decoder_start_id: int | None = None,
+        has_row_state: bool = False,
+    ):
+        self.config, self.windows = config, windows
+        self.num_pages = count_pages(config, windows)
+        """Pages of each group's pool in one shard, page 0 included."""
+        shape = (num_shards, config.max_sequences, config.pages_per_sequence)
+        self.page_tables = [np.zeros(shape, np.int32) for _ in windows]
+        """For each group [shards, rows, pages of the longest sequence]; 0: no page. Changed in
+        place."""
+        self.waiting: list[Sequence] = []
+        """Sequences without a row, the next to start first."""
+        self.num_preemptions = 0
+        self._decoder_start_id = decoder_start_id
+        self._can_share = bool(windows) and not has_row_state
+        if not self._can_share:
+            config = config.model_copy(update={"prefix_cache": False})
+        self._shards = [
+            CacheRows(shard, config, windows, [table[shard] for table in self.page_tables])
+            for shard in range(num_shards)
+        ]
+        self._requests: dict[str, list[Sequence]] = {}
+        self._in_flight: ScheduledStep | None = None
+        self._counter = count()
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences with a row, by shard, the oldest first."""
+        return [sequence for shard in self._shards for sequence in shard.running]
+
+    def add(self, request: GenerationRequest, cache_key: Hashable = None) -> list[Sequence]:
+        """Queue a request and return its sequences.
+
+        Args:
+            cache_key: requests with different ones share no pages (other adapters).
+
+        Raises:
+            MaxlmError: it can never run.
+        """
+        encoder_tokens, tokens = (), request.prompt_tokens
+        if self._decoder_start_id is not None:
+            encoder_tokens, tokens = tokens, (self._decoder_start_id,)
+        check_request(request, len(tokens), self.config, self.windows)
+        if request.request_id in self._requests:
+            what = f"a request {request.request_id} is under way"
+            raise MaxlmError(what, where="request_id", fix="use another")
+        arrival = next(self._counter)
+        first = Sequence(
+            request,
+            0,
+            list(tokens),
+            num_prompt_tokens=len(tokens),
+            order=(arrival, arrival),
+            encoder_tokens=encoder_tokens,
+            cache_key=cache_key,
+            needs_host=request.grammar is not None,
+        )
+        others = range(1, request.num_sequences)
+        sequences = [
+            first,
+            *(first.make_sibling(i, first.tokens, next(self._counter)) for i in others),
+        ]
+        self._requests[request.request_id] = list(sequences)
+        self.waiting += sequences
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End a request's sequences and return them; none where there is no such request."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.finish(sequence)
+        return sequences
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence; its computed pages stay in the prefix tree. Ending one again does
+        nothing."""
+        if sequence.state == "finished":
+            return
+        if sequence.state == "running":
+            self._shards[sequence.shard].release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.state = "finished"
+        others = self._requests[sequence.request.request_id]
+        others.remove(sequence)
+        if not others:
+            del self._requests[sequence.request.request_id]
+
+    def fork(self, sequence: Sequence, next_token: int | None = None) -> Sequence:
+        """Add a sequence that goes on from another's tokens (beam search). Without a free row in
+        the same shard it waits.
+
+        Args:
+            next_token: replaces the last token, which is not computed yet.
+
+        Raises:
+            RuntimeError: a step is under way, or the sequence has ended.
+        """
+        if self._in_flight is not None or sequence.state == "finished":
+            raise RuntimeError("only a sequence that has not ended is forked, between steps")
+        others = self._requests[sequence.request.request_id]
+        tokens = sequence.tokens if next_token is None else [*sequence.tokens[:-1], next_token]
+        index = 1 + max(other.index for other in others)
+        target = sequence.make_sibling(index, tokens, next(self._counter))
+        others.append(target)
+        shard = self._shards[sequence.shard]
+        if sequence.state == "running" and shard.free_rows:
+            shard.fork(sequence, target, sequence.num_computed)
+        else:
+            self._wait(target)
+        return target
+
+    def branch(self, request_id: str, branches: Iterable[tuple[int, int]]) -> list[Sequence]:
+        """Replace a request's sequences by branches of them (beam search), between steps.
+
+        Args:
+            branches: index of the sequence that each goes on from, and the token in place of its
+                last one; those that none goes on from end.
+
+        Returns:
+            Each branch's sequence: the first of an index stays in place, others are forks.
+        """
+        branches = list(branches)
+        sources = {each.index: each for each in self._requests.get(request_id, ())}
+        for index in sources.keys() - {index for index, _ in branches}:
+            self.finish(sources[index])
+        found: list[Sequence] = []
+        for index, token in branches:
+            sequence = sources[index]
+            if sequence in found:
+                sequence = self.fork(sequence, token)
+            sequence.tokens[-1] = token
+            found.append(sequence)
+        return found
+
+    def schedule(self, max_steps: int | None = None) -> ScheduledStep | None:
+        """Plan the next step; None: nothing is there to do.
+
+        Args:
+            max_steps: limit of ``num_steps`` beside ``decode_steps``.
+
+        Raises:
+            RuntimeError: the last step is not finished.
+        """
+        if self._in_flight is not None:
+            raise RuntimeError("finish_step() comes before the next schedule()")
+        step = ScheduledStep()
+        for shard in self._shards:
+            shard.start_step()
+            self._plan_decode(shard, step)
+        self._start_waiting(step)
+        for shard in self._shards:
+            self._plan_prefill(shard, step)
+        if not (step.decode or step.prefill or step.encode):
+            return None
+        self._add_decode_steps(step, min(max_steps or 1 << 30, self.config.decode_steps))
+        for shard in self._shards:
+            copies = shard.row_copies.items()
+            step.row_copies += [(shard.shard, source, row) for row, source in copies]
+            shard.row_copies = {}
+        self._in_flight = step
+        return step
+
+    def finish_step(
+        self, step: ScheduledStep, decoded: Iterable[list[int]], prefilled: Iterable[int | None]
+    ) -> None:
+        """Take a step's new tokens. Sequences that ended meanwhile are passed over.
+
+        Args:
+            step: as the last `schedule` returned it.
+            decoded: new tokens of each decode row. Fewer than planned: drafts were rejected, or the
+                output is cut.
+            prefilled: the token behind each chunk that samples; anything for the others.
+
+        Raises:
+            RuntimeError: another step is under way.
+        """
+        if step is not self._in_flight:
+            raise RuntimeError("this step is not under way")
+        self._in_flight = None
+        for sequence in step.encode:
+            sequence.has_encoder_output = sequence.state == "running"
+        for (sequence, _), tokens in zip(step.decode, decoded, strict=True):
+            self._advance(sequence, len(tokens), tokens)
+        for (sequence, _, num_tokens, samples), token in zip(step.prefill, prefilled, strict=True):
+            self._advance(sequence, num_tokens, [token] if samples and token is not None else [])
+
+    def count_available_pages(self) -> int:
+        """Return the pages that no sequence holds, in all groups and shards."""
+        return sum(pool.num_available for shard in self._shards for pool in shard.pools)
+
+    def clear_prefix_cache(self) -> None:
+        """Free all pages that no sequence holds."""
+        for shard in self._shards:
+            shard.tree.clear()
+
+    def _plan_decode(self, shard: CacheRows, step: ScheduledStep) -> None:
+        """Plan a token, and drafts where there are pages for them, for each row that decodes."""
+        for sequence in list(shard.running):
+            if sequence.state != "running" or sequence.num_to_compute != 1:
+                continue
+            wanted = 1 + min(sequence.num_drafts, sequence.num_tokens_left - 1)
+            while not (num_tokens := shard.reserve(sequence, wanted, step.page_copies)):
+                # Those planned before are older, and so never preempted.
+                self._preempt(shard.running[-1])
+                if sequence.state != "running":
+                    break
+            else:
+                step.decode.append(DecodeRow(sequence, num_tokens))
+
+    def _plan_prefill(self, shard: CacheRows, step: ScheduledStep) -> None:
+        """Plan chunks of the prompts that have begun: equal shares, so that no short prompt waits
+        for a long one to end."""
+        num_before = len(step.prefill)
+        if prompts := [each for each in shard.running if each.num_to_compute > 1]:
+            # The shortest, and the oldest in any case.
+            others = sorted(prompts[1:], key=lambda each: each.num_to_compute)
+            chosen = [prompts[0], *others[: max(0, shard.chunks_left - 1)]]
+            chosen.sort(key=lambda each: each.num_to_compute)
+            for place, sequence in enumerate(chosen):
+                share = -(-shard.tokens_left // (len(chosen) - place))
+                self._plan_chunk(shard, sequence, step, share)
+        if not any(row.sequence.shard == shard.shard for row in step.decode):
+            while shard.running and len(step.prefill) == num_before:
+                # Nothing but prompts, which hold all pages.
+                self._preempt(shard.running[-1])
+                if shard.running:
+                    self._plan_chunk(shard, shard.running[0], step, shard.tokens_left)
+
+    def _plan_chunk(
+        self, shard: CacheRows, sequence: Sequence, step: ScheduledStep, most: int
+    ) -> None:
+        """Plan up to ``most`` tokens of a sequence, as far as the shard's pages allow."""
+        num_left, prompt_left = sequence.num_to_compute, not sequence.num_output_tokens
+        leads = len(self._requests[sequence.request.request_id]) > 1 and self._can_share
+        wanted = num_left - (leads and prompt_left and self._find_leader(sequence) is None)
+        wanted = min(wanted, most) if shard.chunks_left else 0
+        if num_tokens := shard.reserve(sequence, wanted, step.page_copies):
+            shard.spend(num_tokens)
+            start, samples = sequence.num_computed, num_tokens == num_left
+            step.prefill.append(PrefillChunk(sequence, start, num_tokens, samples))
+
+    def _start_waiting(self, step: ScheduledStep) -> None:
+        """Give rows to waiting sequences, in order, until one finds no room."""
+        for sequence in list(self.waiting):
+            if not any(shard.free_rows for shard in self._shards):
+                break
+            if self._is_blocked(sequence):
+                continue
+            shard = self._place(sequence)
+            if shard is None:
+                break
+            self.waiting.remove(sequence)
+            if not sequence.num_output_tokens:
+                sequence.num_cached_tokens = sequence.num_computed
+            if sequence.encoder_tokens and not sequence.has_encoder_output:
+                step.encode.append(sequence)
+                shard.spend(len(sequence.encoder_tokens))
+            if sequence.num_to_compute == 1 and shard.reserve(sequence, 1, step.page_copies):
+                step.decode.append(DecodeRow(sequence, 1))
+
+    def _find_leader(self, sequence: Sequence) -> Sequence | None:
+        """Return the sequence that computes the prompt for a request's others, its oldest, unless
+        this is the one, or has output to compute as well."""
+        oldest = self._requests[sequence.request.request_id][0]
+        follows = self._can_share and oldest is not sequence and not sequence.num_output_tokens
+        return oldest if follows else None
+
+    def _is_blocked(self, sequence: Sequence) -> bool:
+        """Return whether a running sequence is about to compute what this one would."""
+        if (leader := self._find_leader(sequence)) is not None:
+            is_prefilled = leader.num_computed >= leader.num_prompt_tokens - 1
+            has_input = leader.has_encoder_output or not leader.encoder_tokens
+            return not (leader.state == "running" and is_prefilled and has_input)
+        return any(each.free_rows and each.is_computing_prefix(sequence) for each in self._shards)
+
+    def _place(self, sequence: Sequence) -> CacheRows | None:
+        """Give a sequence a row where most of its prefix is, then where most pages are free; None:
+        there is no room."""
+        num_prefilled, leader = sequence.num_prompt_tokens - 1, self._find_leader(sequence)
+        if leader is not None:
+            shard = self._shards[leader.shard]
+            if shard.can_fork(leader, num_prefilled):
+                shard.fork(leader, sequence, num_prefilled)
+                return shard
+
+        def rank(shard: CacheRows) -> tuple[int, int]:
+            return len(shard.match_prefix(sequence)), sum(p.num_available for p in shard.pools)
+
+        ranked = sorted(self._shards, key=rank, reverse=True)
+        return next((shard for shard in ranked if shard.place(sequence)), None)
+
+    def _add_decode_steps(self, step: ScheduledStep, most: int) -> None:
+        """Let rows decode several tokens in this dispatch: while no prompt is under way, none needs
+        the host between, and pages are there without preempting any."""
+        rows = [row.sequence for row in step.decode]
+        if step.encode or len(rows) < sum(len(shard.running) for shard in self._shards):
+            return
+        if any(sequence.needs_host or sequence.num_drafts for sequence in rows):
+            return
+        num_steps = min(most, max(each.num_tokens_left for each in rows))
+        for sequence in rows:
+            wanted, shard = min(num_steps, sequence.num_tokens_left), self._shards[sequence.shard]
+            got = shard.reserve(sequence, wanted, step.page_copies)
+            num_steps = num_steps if got == wanted else got
+        step.num_steps = num_steps
+        step.decode = [DecodeRow(each, min(num_steps, each.num_tokens_left)) for each in rows]
+
+    def _advance(self, sequence: Sequence, num_computed: int, tokens: list[int]) -> None:
+        if sequence.state == "running":
+            sequence.num_computed += num_computed
+            sequence.tokens += tokens
+            sequence.num_drafts = 0
+            self._shards[sequence.shard].settle(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = "waiting"
+        insort(self.waiting, sequence, key=lambda each: each.order)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's row and pages; older ones alone start before it again."""
+        self._shards[sequence.shard].release(sequence)
+        self._wait(sequence)
+        self.num_preemptions += 1

@@ -1,0 +1,182 @@
+"""Continuations that a search compares, and how they are drawn within a budget of tokens."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import isnan
+from typing import NamedTuple
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.inference.engine import Engine
+from maxlm.inference.requests import FinishReason, GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A continuation of a prompt, whole or as far as a search has come."""
+
+    token_ids: tuple[int, ...]
+    logprob: float
+    """Natural log-probability of all of them, by the model itself."""
+    text: str = ""
+    """"" where the engine has no tokenizer."""
+    finish_reason: FinishReason | None = None
+    """None: it is not finished."""
+    score: float = 0.0
+    stop_match: str | int | None = None
+    """The stop string, or the token id, that ended it."""
+
+
+class DecodingResult(NamedTuple):
+    """Outcome of a search."""
+
+    outputs: list[Continuation]
+    """The best first."""
+    num_tokens: int
+    """Tokens generated, those of dropped continuations included: never more than the budget."""
+    answer: str | None = None
+    """The answer that won, where answers are compared."""
+
+
+Scorer = Callable[[Sequence[int], Sequence[Continuation]], Sequence[float]]
+"""Returns a number for each of a prompt's continuations; higher is better."""
+
+
+@dataclass
+class TokenBudget:
+    """Tokens that a search may generate."""
+
+    limit: int | None
+    """None: no limit."""
+    num_spent: int = 0
+
+    def allows(self, num_tokens: int) -> bool:
+        """Whether so many more may be generated."""
+        return self.limit is None or self.num_spent + num_tokens <= self.limit
+
+
+def score_mean_logprob(prompt: Sequence[int], outputs: Sequence[Continuation]) -> list[float]:
+    """Returns each continuation's mean log-probability per token."""
+    return [output.logprob / max(1, len(output.token_ids)) for output in outputs]
+
+
+def score_outputs(
+    scorer: Scorer, prompt: Sequence[int], outputs: Sequence[Continuation]
+) -> list[Continuation]:
+    """Returns continuations with their scores.
+
+    Raises:
+        MaxlmError: the scorer returns another number of scores, or no number.
+    """
+    scores = [float(score) for score in scorer(prompt, outputs)]
+    if len(scores) != len(outputs) or any(map(isnan, scores)):
+        what = f"{len(outputs)} continuations got the scores {scores}"
+        raise MaxlmError(what, where="scorer", fix="return one number for each")
+    return [replace(each, score=score) for each, score in zip(outputs, scores, strict=True)]
+
+
+def rank_outputs(outputs: Sequence[Continuation]) -> list[Continuation]:
+    """Sorts by score, the best first, equal ones as they stand."""
+    return sorted(outputs, key=lambda output: -output.score)
+
+
+def with_own_seed(sampling: SamplingConfig, *place: int, max_new_tokens: int) -> SamplingConfig:
+    """Returns settings with the seed of one of a search's samples, and another length."""
+    seed = int(np.random.SeedSequence((sampling.seed, *place)).generate_state(1)[0])
+    return sampling.model_copy(update={"seed": seed, "max_new_tokens": max_new_tokens})
+
+
+def check_samples_differ(sampling: SamplingConfig, num_samples: int) -> None:
+    """Checks that several samples are not all the same.
+
+    Raises:
+        MaxlmError: temperature 0, or fewer samples than one.
+    """
+    if num_samples < 1:
+        raise MaxlmError(f"{num_samples} samples", where="search", fix="draw at least one")
+    if sampling.temperature == 0 and num_samples > 1:
+        what = f"{num_samples} samples at temperature 0 are all alike"
+        raise MaxlmError(what, where="temperature", fix="set it above 0, or draw one")
+
+
+def require_idle(engine: Engine) -> None:
+    """Checks that a search has the engine for itself, and drops outputs that wait there.
+
+    Raises:
+        MaxlmError: other requests are there.
+    """
+    if engine.scheduler.running or engine.scheduler.waiting:
+        what = "the engine has other requests, whose outputs a search would take"
+        raise MaxlmError(what, where="search", fix="wait until they end, or use another engine")
+    while engine.has_work:
+        engine.step()  # outputs of aborted requests
+
+
+def decode_text(engine: Engine, prompt: Sequence[int], output: Continuation) -> str:
+    """Returns the text of an output but for the token that ends it; "" without a tokenizer."""
+    if engine.tokenizer is None:
+        return ""
+    tokens = output.token_ids[: -1 if output.token_ids[-1] == output.stop_match else None]
+    continued = engine.continues_text(prompt)
+    return engine.tokenizer.decode_bytes(tokens, continued=continued).decode("utf-8", "replace")
+
+
+@dataclass
+class _Growing:
+    place: int
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    text: str = ""
+    num_reserved: int = 0
+
+
+def draw_continuations(
+    engine: Engine, requests: Sequence[GenerationRequest], budget: TokenBudget
+) -> list[Continuation | None]:
+    """Runs requests of one sequence each. One starts when the budget has room for the longest
+    output that it and those that run may have.
+
+    Args:
+        requests: with ``top_logprobs``.
+
+    Returns:
+        Each one's continuation; None: the budget had no room for it.
+    """
+    require_idle(engine)
+    found: list[Continuation | None] = [None] * len(requests)
+    waiting, running = deque(enumerate(requests)), dict[str, _Growing]()
+    try:
+        while True:
+            while waiting:
+                place, request = waiting[0]
+                reserved = sum(each.num_reserved for each in running.values())
+                most = request.sampling.max_new_tokens
+                if not budget.allows(reserved + most):
+                    break
+                waiting.popleft()
+                engine.add_request(request)
+                running[request.request_id] = _Growing(place, num_reserved=most)
+            if not running:
+                return found
+            for output in engine.step():
+                own = running[output.request_id]
+                own.tokens += output.token_ids
+                own.logprob += sum(token.logprob for token in output.logprobs)
+                own.text += output.text
+                own.num_reserved -= len(output.token_ids)
+                budget.num_spent += len(output.token_ids)
+                if output.finish_reason is not None:
+                    del running[output.request_id]
+                    found[own.place] = Continuation(
+                        tuple(own.tokens),
+                        own.logprob,
+                        own.text,
+                        output.finish_reason,
+                        stop_match=output.stop_match,
+                    )
+    finally:
+        for request_id in running:
+            engine.abort(request_id)

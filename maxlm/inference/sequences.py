@@ -1,0 +1,115 @@
+"""Sequences that the engine generates, and their part in a step."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from maxlm.inference.pages import PrefixNode
+from maxlm.inference.requests import GenerationRequest
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One continuation of a request's prompt. The scheduler alone changes it, but for
+    ``needs_host``, ``stop_ids`` and ``num_drafts``."""
+
+    request: GenerationRequest
+    index: int
+    """Which of the request's sequences."""
+    tokens: list[int]
+    """Prompt (of the decoder) and output."""
+    num_prompt_tokens: int
+    order: tuple[int, int]
+    """Its request's place by arrival, its own by creation: smaller ones go first."""
+    encoder_tokens: tuple[int, ...] = ()
+    """The prompt, where an encoder reads it."""
+    cache_key: Hashable = None
+    """Sequences with different ones share no pages."""
+    needs_host: bool = False
+    """Whether its next token depends on what the host does with the last one (a grammar)."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end its output."""
+    num_drafts: int = 0
+    """Tokens to verify behind the next one, set before `schedule`; `finish_step` makes it 0."""
+
+    state: Literal["waiting", "running", "finished"] = "waiting"
+    num_computed: int = 0
+    """Tokens whose keys and values are in its pages."""
+    shard: int = 0
+    row: int = -1
+    """Its row in its shard while it runs; -1: none."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were computed before it started."""
+    has_encoder_output: bool = False
+    """Whether its row has the encoder's output."""
+
+    num_pages: int = 0
+    """Pages of its tokens in each page table, those behind a window, which it has not, included."""
+    node: PrefixNode | None = field(default=None, repr=False)
+    """Its deepest node in the prefix tree; None: it shares nothing."""
+
+    def make_sibling(self, index: int, tokens: list[int], creation: int) -> "Sequence":
+        """Return a waiting sequence of the same request."""
+        order, shared = (self.order[0], creation), (self.encoder_tokens, self.cache_key)
+        own = self.request, index, list(tokens), self.num_prompt_tokens, order, *shared
+        return Sequence(*own, needs_host=self.needs_host)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose keys and values are not there; 1: it decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens that it may still generate."""
+        return self.request.sampling.max_new_tokens - self.num_output_tokens
+
+
+class DecodeRow(NamedTuple):
+    """A sequence whose last token is computed, with its drafts, or with the tokens that follow in
+    the steps of one dispatch."""
+
+    sequence: Sequence
+    num_tokens: int
+    """1 and the drafts, or at most the step's ``num_steps``."""
+
+
+class PrefillChunk(NamedTuple):
+    """Tokens of a sequence to compute at once."""
+
+    sequence: Sequence
+    start: int
+    """Index of the first, the sequence's ``num_computed``."""
+    num_tokens: int
+    samples: bool
+    """Whether they are the sequence's last ones, so that a token follows."""
+
+
+class PageCopy(NamedTuple):
+    """A page to copy in a group's pool."""
+
+    shard: int
+    group: int
+    source: int
+    destination: int
+
+
+@dataclass
+class ScheduledStep:
+    """Work for the device, in this order: copies, each kind read as a whole before any is written;
+    encoders; decode rows and chunks."""
+
+    decode: list[DecodeRow] = field(default_factory=list)
+    prefill: list[PrefillChunk] = field(default_factory=list)
+    num_steps: int = 1
+    """Consecutive decode steps in one dispatch; 1 with chunks or drafts."""
+    encode: list[Sequence] = field(default_factory=list)
+    """Sequences whose encoder has to run."""
+    page_copies: list[PageCopy] = field(default_factory=list)
+    row_copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(shard, source, destination), where caches are kept by row (recurrent states, an encoder's
+    output)."""

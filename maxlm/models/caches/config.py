@@ -1,0 +1,92 @@
+"""Settings of the caches that a decoder serves from."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, MaxlmError, add_default_tag
+
+QUANTIZED_PAGE_SIZE = 32
+"""Tokens of a page that share a scale, unless another size is set."""
+
+
+class PagedCacheConfig(Config):
+    """All keys and values, in the compute dtype."""
+
+    kind: Literal["paged"] = "paged"
+
+
+class QuantizedCacheConfig(Config):
+    """All keys and values, in fewer bits (KIVI, arXiv 2402.02750): keys with a scale per channel of
+    a page, values with one per token and head. Prompts attend to their own chunk as it is."""
+
+    kind: Literal["int8", "int4"]
+    """int8: symmetric; int4: with a zero point, half the bytes and a little quality."""
+    recent: int = Field(default=64, gt=0)
+    """Last tokens that are kept as they are, up to a page more; rounded up to whole pages."""
+
+
+class SinksCacheConfig(Config):
+    """The first and the last tokens (StreamingLLM, arXiv 2309.17453), at their own positions."""
+
+    kind: Literal["sinks"]
+    budget: int = Field(gt=0)
+    """Tokens of a sequence and layer that are kept."""
+    num_sinks: int = Field(default=4, ge=0)
+    """The first ones among them; 0: the last ones alone."""
+
+    @model_validator(mode="after")
+    def _within_budget(self):
+        _check_budget("num_sinks", self.num_sinks, self.budget)
+        return self
+
+
+class HeavyHittersCacheConfig(Config):
+    """Tokens that have been attended to most, and the last ones (H2O, arXiv 2306.14048); each kv
+    head keeps its own, by the weights that its query heads gave, summed over all queries."""
+
+    kind: Literal["h2o"]
+    budget: int = Field(gt=0)
+    """Tokens of a sequence, layer and kv head that are kept."""
+    recent: int = Field(gt=0)
+    """The last ones among them; half of the budget in the paper."""
+
+    @model_validator(mode="after")
+    def _within_budget(self):
+        _check_budget("recent", self.recent, self.budget)
+        return self
+
+
+class SnapKVCacheConfig(Config):
+    """The tokens of a prompt that its last ones attend to, and their neighbours (SnapKV, arXiv
+    2404.14469). Generated tokens take the place of the weakest, and of each other behind the last
+    ``recent``. A prompt in several chunks is cut to the budget after each."""
+
+    kind: Literal["snapkv"]
+    budget: int = Field(gt=0)
+    """Tokens of a sequence, layer and kv head that are kept."""
+    recent: int = Field(default=32, gt=0)
+    """The last ones among them, and the tokens of a prompt that choose."""
+    pooling: int = Field(default=7, gt=0)
+    """Kept tokens side by side over which weights are averaged, an odd number."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        _check_budget("recent", self.recent, self.budget)
+        if self.pooling % 2 == 0:
+            raise MaxlmError(f"pooling={self.pooling} is even", fix="use an odd number")
+        return self
+
+
+EvictingCacheConfig = SinksCacheConfig | HeavyHittersCacheConfig | SnapKVCacheConfig
+CacheConfig = Annotated[
+    PagedCacheConfig | QuantizedCacheConfig | EvictingCacheConfig,
+    Field(discriminator="kind"),
+    add_default_tag("kind", "paged"),
+]
+
+
+def _check_budget(name: str, tokens: int, budget: int) -> None:
+    if tokens >= budget:
+        what = f"{name}={tokens} leaves nothing of budget={budget}"
+        raise MaxlmError(what, fix=f"raise budget, or lower {name}")

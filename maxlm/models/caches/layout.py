@@ -1,0 +1,80 @@
+"""Sizes and arrays of caches before they are allocated."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.models.caches.config import CacheConfig, PagedCacheConfig
+from maxlm.sharding import AxisRules, resolve_placement
+
+
+@dataclass(frozen=True)
+class CacheArraySpec:
+    """An array of a layer's cache before it is allocated."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    """Logical axis of each dimension."""
+    dtype: Any = None
+    """None: the compute dtype."""
+    unit: Literal["row", "page"] = "row"
+    """What the second dimension counts: rows, or pages."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of the caches of all layers."""
+
+    num_shards: int
+    """D: ways in which sequences are split over devices."""
+    num_rows: int
+    """Sequences of a shard that run at once."""
+    num_pages: int
+    """Pages of a shard and layer, for layers that see everything."""
+    page_size: int
+    """Tokens in a page."""
+    num_window_pages: int | None = None
+    """Pages for layers with a window; None: as many as for the others."""
+    cache: CacheConfig = field(default_factory=PagedCacheConfig)
+    """How attention keeps keys and values."""
+
+    def count_pages(self, window: int | None) -> int:
+        """Returns the pages of a layer with a window, or none."""
+        full = window is None or self.num_window_pages is None
+        return self.num_pages if full else self.num_window_pages or 0
+
+
+def allocate(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
+    """Returns zeros in their compute layout on the current mesh.
+
+    Raises:
+        MaxlmError: dimensions that do not divide over their mesh axes.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    spec = resolve_placement("cache", array.shape, array.axes, rules, sizes).spec
+    return jnp.zeros(array.shape, array.dtype or dtype, out_sharding=spec)
+
+
+def list_paged_windows(model: Any, cache: CacheConfig | None = None) -> tuple[int | None, ...]:
+    """Lists the windows of layers that keep pages, each once; None: a layer that sees all."""
+    layout = CacheLayout(1, 1, 2, 2, cache=cache or PagedCacheConfig())
+    specs, found = model.cache_specs(layout), {}
+    for stack in model.config.layer_stacks:
+        kinds = stack.kinds * (len(specs[stack.name]) // len(stack.kinds))
+        for kind, own in zip(kinds, specs[stack.name], strict=True):
+            if has_unit(own, "page"):
+                found[kind.window] = None
+    return tuple(found)
+
+
+def has_unit(specs: Any, unit: Literal["row", "page"]) -> bool:
+    """Returns whether a tree of :class:`CacheArraySpec` has an array by row, or by page."""
+    return any(spec.unit == unit for spec in jax.tree.leaves(specs))
+
+
+def has_row_caches(caches: Any) -> bool:
+    """Returns whether a model's :class:`CacheArraySpec` trees have a layer that keeps all it has by
+    row, so that no token can be taken back."""
+    return any(not has_unit(layer, "page") for stack in caches.values() for layer in stack)

@@ -1,0 +1,311 @@
+"""Promise: whatever runs together, in whatever chunks, pages and steps, each sequence's tokens are
+those of whole forward passes of it alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.inference.engine import Engine, EngineConfig, count_compilations
+from maxlm.inference.generate import generate, generate_tokens
+from maxlm.inference.params import prepare_params
+from maxlm.inference.requests import GenerationRequest, SequenceOutput
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.speculation import DraftModel, PromptLookupConfig, look_up_prompt
+from maxlm.models.architectures.encoder import Encoder, EncoderConfig
+from maxlm.models.architectures.transformer import Decoder
+from maxlm.models.params import bind, flatten_names
+from maxlm.sharding import AxisRules
+from tests.errors import message
+from tests.models.building import LLAMA_GQA
+
+PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], [7, 7], list(range(20, 43))]
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=9)
+SAMPLED = SamplingConfig(temperature=3.0, top_k=60, top_p=0.98, max_new_tokens=8, seed=4)
+SMALL = {
+    "max_sequences": 3,
+    "max_length": 48,
+    "page_size": 4,
+    "prefill_tokens": 16,
+    "max_chunks": 2,
+    "decode_steps": 4,
+}
+
+
+def make_engine(tiny, tokenizer=None, draft=None, **settings) -> Engine:
+    config = EngineConfig(**{**SMALL, **settings})
+    return Engine(tiny.model, tiny.params, config, tokenizer, draft=draft)
+
+
+def make_requests(prompts, sampling, **options) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(str(number), tuple(prompt), sampling, **options)
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def collect(outputs) -> dict[tuple[str, int], list[int]]:
+    found: dict[tuple[str, int], list[int]] = {}
+    for output in outputs:
+        tokens = found.setdefault((output.request_id, output.sequence_index), [])
+        tokens += output.token_ids
+    return found
+
+
+def rows(engine: Engine, prompts, sampling, **options) -> list[list[int]]:
+    found = collect(engine.run(make_requests(prompts, sampling, **options)))
+    assert engine.stats().num_free_pages == engine.stats().num_pages
+    return [found[str(number), 0] for number in range(len(prompts))]
+
+
+def test_greedy_rows_equal_full_forward_passes(tiny):
+    """Four prompts in three rows: one is longer than a chunk, one waits, and all share steps."""
+    expected = [tiny.greedy(prompt, 9) for prompt in PROMPTS]
+    assert rows(make_engine(tiny), PROMPTS, GREEDY) == expected
+    assert len(set(map(tuple, expected))) == len(expected)
+
+
+def test_sampled_rows_do_not_depend_on_what_else_runs(tiny):
+    engine = make_engine(tiny)
+    together = rows(engine, PROMPTS, SAMPLED)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert rows(engine, [prompt], SAMPLED) == [row]
+    assert rows(engine, PROMPTS[::-1], SAMPLED) == together[::-1]
+    assert rows(engine, PROMPTS, SAMPLED.model_copy(update={"seed": 5})) != together
+
+
+def test_requests_that_come_and_go_at_any_moment(llama):
+    engine, expected = make_engine(llama), {}
+    random = np.random.default_rng(0)
+    found: dict[tuple[str, int], list[int]] = {}
+    for number in range(12):
+        prompt = random.integers(0, 66, random.integers(1, 30)).tolist()
+        sampling = SAMPLED.model_copy(update={"seed": number})
+        expected[str(number), 0] = prompt, sampling
+        engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
+        for _ in range(random.integers(0, 3)):
+            for output in engine.step():
+                found.setdefault((output.request_id, 0), []).extend(output.token_ids)
+        if number % 4 == 3:
+            engine.abort(str(number))
+            expected.pop((str(number), 0))
+    for key, tokens in collect(engine.run([])).items():
+        found.setdefault(key, []).extend(tokens)
+    alone = make_engine(llama)
+    for key, (prompt, sampling) in expected.items():
+        assert rows(alone, [prompt], sampling) == [found[key]]
+    assert engine.stats().num_free_pages == engine.stats().num_pages
+
+
+def test_preempted_rows_are_computed_again_to_the_same_tokens(llama):
+    """Pages for one and a half sequences: someone has to wait."""
+    sampling = SAMPLED.model_copy(update={"max_new_tokens": 20})
+    prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[2]]
+    scarce = make_engine(llama, num_pages=14, prefix_cache=False)
+    assert rows(scarce, prompts, sampling) == rows(make_engine(llama), prompts, sampling)
+    assert scarce.stats().preemptions_total > 0
+
+
+def test_sequences_of_one_request_share_its_prompt_and_draw_by_themselves(llama):
+    engine = make_engine(llama)
+    (request,) = make_requests([PROMPTS[1]], SAMPLED, num_sequences=3)
+    found = collect(engine.run([request]))
+    assert len({tuple(tokens) for tokens in found.values()}) == 3
+    assert found["0", 0] == rows(engine, [PROMPTS[1]], SAMPLED)[0]
+
+
+def test_a_shared_prefix_is_computed_once(llama):
+    engine, prefix = make_engine(llama), list(range(30))
+    rows(engine, [[*prefix, 3]], GREEDY)
+    outputs = list(engine.run(make_requests([[*prefix, 5], prefix], GREEDY)))
+    cached = {o.request_id: o.num_cached_tokens for o in outputs if o.num_cached_tokens}
+    assert cached == {"0": 28, "1": 28}
+    for number, prompt in enumerate(([*prefix, 5], prefix)):
+        assert collect(outputs)[str(number), 0] == llama.greedy(prompt, 9)
+
+
+@pytest.mark.parametrize("window", [3, 8])
+def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window):
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": window}
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_tiny("llama", one_device_mesh, attention=attention)
+        expected = [tiny.greedy(prompt, 17) for prompt in PROMPTS]
+    greedy = GREEDY.model_copy(update={"max_new_tokens": 17})
+    engine = make_engine(tiny, prefill_tokens=8)
+    assert rows(engine, PROMPTS, greedy) == expected
+    assert engine.stats().num_pages < 3 * 48 / 4
+
+
+def test_log_probabilities_are_the_model_s_own(llama):
+    options = {"top_logprobs": 3, "prompt_logprobs": 2}
+    requests = make_requests(PROMPTS, SAMPLED.model_copy(update={"temperature": 0.2}), **options)
+    outputs: dict[str, list[SequenceOutput]] = {}
+    for output in make_engine(llama).run(requests):
+        outputs.setdefault(output.request_id, []).append(output)
+    for number, prompt in enumerate(PROMPTS):
+        own = outputs[str(number)]
+        tokens = [token for output in own for token in output.token_ids]
+        logits = llama.logits([*prompt, *tokens])
+        wanted = np.asarray(jax.nn.log_softmax(logits))[:-1]
+        (prompt_part,) = [o.prompt_logprobs for o in own if o.prompt_logprobs is not None]
+        found = [*prompt_part, *(one for output in own for one in output.logprobs)]
+        assert [one.token_id for one in found] == [*prompt[1:], *tokens]
+        for one, row in zip(found, wanted, strict=True):
+            assert one.logprob == pytest.approx(row[one.token_id], abs=1e-4)
+            best = np.argsort(-row)[: len(one.top)]
+            assert [token for token, _ in one.top] == best.tolist()
+        assert {len(one.top) for one in own[0].logprobs} == {3}
+
+
+def test_a_row_stops_at_a_stop_token_and_the_others_go_on(llama):
+    full = rows(make_engine(llama), PROMPTS, GREEDY)
+    stop = full[1][3]
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in full]
+    assert len(expected[1]) < 9
+    assert rows(make_engine(llama), PROMPTS, GREEDY, stop_token_ids=(stop,)) == expected
+
+
+def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
+    sampling = SamplingConfig(temperature=0, max_new_tokens=9, no_repeat_ngram_size=1)
+    (found,) = rows(make_engine(llama), [PROMPTS[1]], sampling)
+    text = list(PROMPTS[1])
+    for token in found:
+        logits = llama.logits(text)[-1].copy()
+        logits[text] = -np.inf
+        assert token == logits.argmax()
+        text.append(token)
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
+    uniform = SamplingConfig(temperature=1e6, max_new_tokens=8)
+    drawn = generate_tokens(llama.model, llama.params, PROMPTS, uniform, vocab_size=40, **SMALL)
+    assert 35 < max(map(max, drawn)) < 40
+    assert all(len(set(row)) > 4 for row in drawn)
+
+
+def test_nothing_compiles_after_warm_up(llama):
+    engine = make_engine(llama, max_length=44)  # no other test's
+    engine.warm_up()
+    before = count_compilations()
+    rows(engine, PROMPTS, GREEDY)
+    rows(engine, PROMPTS[:1], SAMPLED, top_logprobs=2, prompt_logprobs=1)
+    penal = SamplingConfig(repetition_penalty=1.3, min_p=0.1, logit_bias={3: 1.0}, max_new_tokens=7)
+    (request,) = make_requests([PROMPTS[1]], penal, num_sequences=3)
+    list(engine.run([request]))
+    assert count_compilations() == before
+
+
+def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, build_tiny):
+    """Some rows are beyond the original length and some are not."""
+    scaling = {"kind": "dynamic_ntk", "factor": 8.0, "original_length": 6}
+    prompts = [*PROMPTS, [3, 1, 4, 1, 5, 9, 2, 6] * 4]
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_tiny("llama", one_device_mesh, positions={"scaling": scaling})
+        together = rows(make_engine(tiny), prompts, GREEDY)
+
+        @jax.jit
+        def forward(params, ids, places, segments):
+            bound = bind(tiny.model, params)
+            return bound.logits(bound(ids, places, segments)[0])
+
+        for prompt, row in zip(prompts, together, strict=True):
+            assert rows(make_engine(tiny), [prompt], GREEDY) == [row]
+            # A forward pass of just the prompt: padding is of no segment, and at 0.
+            ids, places, segments = np.zeros((3, 1, 40), np.int32)
+            size = len(prompt)
+            ids[0, :size], places[0, :size], segments[0, :size] = prompt, range(size), 1
+            logits = forward(tiny.params, ids, places, segments)
+            assert logits[0, size - 1].argmax() == row[0]
+        plain = rows(make_engine(build_tiny("llama", one_device_mesh)), prompts, GREEDY)
+    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * len(prompts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_guessed_tokens_change_nothing(one_device_mesh, llama, build_tiny, settings, temperature):
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=14, **settings)
+    prompts = [[1, 2, 3] * 6, [5, 9, 5, 9], PROMPTS[3], [4]]
+    expected = rows(make_engine(llama), prompts, sampling)
+    lookup = {"kind": "prompt_lookup", "num_drafts": 3, "min_ngram": 1}
+    engine = make_engine(llama, speculation=lookup)
+    assert rows(engine, prompts, sampling) == expected
+    assert settings or engine.stats().drafted_tokens_total > 0
+    drafts = {"kind": "draft_model", "folder": "", "num_drafts": 3}
+    for name in ("itself", "another"):
+        other = llama if name == "itself" else build_tiny("llama", one_device_mesh, num_layers=1)
+        draft = DraftModel(other.model, other.params)
+        engine = make_engine(llama, draft=draft, speculation=drafts)
+        assert rows(engine, prompts, sampling) == expected
+        stats = engine.stats()
+        if name == "itself":  # all but those behind an output's end
+            assert stats.accepted_tokens_total > 0.9 * stats.drafted_tokens_total
+        else:
+            assert stats.accepted_tokens_total < 0.9 * stats.drafted_tokens_total
+
+
+def test_what_is_looked_up_follows_the_last_and_longest_match():
+    config = PromptLookupConfig(num_drafts=3, max_ngram=2, min_ngram=1)
+    assert look_up_prompt([1, 2, 9, 1, 2, 8, 7, 6, 5, 1, 2], config) == [8, 7, 6]
+    assert look_up_prompt([3, 2, 9, 1, 2], config) == [9, 1, 2]
+    assert look_up_prompt([1, 2, 3], config) == []
+    assert look_up_prompt([1, 2, 1], config.model_copy(update={"min_ngram": 2})) == []
+
+
+def test_parameters_are_laid_out_once_and_equal(llama):
+    laid_out = flatten_names(prepare_params(llama.model, llama.params))
+    for name, value in flatten_names(llama.params).items():
+        if not name.startswith("layers."):
+            np.testing.assert_array_equal(laid_out[name], value)
+            continue
+        for layer in range(3):
+            own = laid_out.pop(f"{name}.layers.{layer}", None)
+            if own is not None:
+                np.testing.assert_array_equal(own, value[layer])
+            else:  # side by side with the others of its input
+                first = name.replace("key", "query").replace("value", "query").replace("up", "gate")
+                fused = laid_out[f"{first}.layers.{layer}.value"]
+                wanted = np.reshape(value[layer], (20, -1))
+                width = wanted.shape[1]
+                places = range(fused.shape[1] - width + 1)
+                assert any(np.array_equal(fused[:, at : at + width], wanted) for at in places)
+
+
+def refusal(tiny, request: GenerationRequest, **settings) -> str:
+    return message(make_engine(tiny, **settings).add_request, request)
+
+
+def test_what_can_never_run_is_refused_in_one_line(llama, gpt2):
+    long = GenerationRequest("a", (1,) * 45, GREEDY)
+    assert "45 tokens of prompt and max_new_tokens=9 are more than the 48" in refusal(llama, long)
+    assert "more than the 40" in refusal(gpt2, GenerationRequest("a", (1,) * 35, GREEDY))
+    many = GenerationRequest("a", (1,) * 30, GREEDY)
+    assert "it needs 10 pages of 4 tokens" in refusal(llama, many, num_pages=8)
+    assert refusal(llama, GenerationRequest("a", (), GREEDY)).startswith("request a: ")
+    for token in (66, -1):
+        assert refusal(llama, GenerationRequest("a", (1, token), GREEDY)) == (
+            f"request a: token {token} is outside the model's vocabulary of 66; "
+            "use the tokenizer that the model was trained with"
+        )
+    stops = GenerationRequest("a", (1,), GREEDY, stop_strings=("x",))
+    assert "need a tokenizer" in refusal(llama, stops)
+    ids = GenerationRequest("a", (1,), GREEDY, stop_token_ids=tuple(range(17)))
+    assert "17 tokens end the output" in refusal(llama, ids)
+
+
+def test_models_that_continue_nothing_and_meshes_that_split_the_sequence(llama):
+    model, params = llama.model, llama.params
+    split = Decoder(model.config, rules=AxisRules(seq=("context",)), dtype=model.dtype)
+    assert message(generate, split, params, [[1]], GREEDY) == (
+        "mesh: the sequence is split over context; generate on a mesh with context=1"
+    )
+    config = EncoderConfig.model_validate(LLAMA_GQA.model_dump() | {"architecture": "encoder"})
+    encoder = Encoder(config, rules=AxisRules(), dtype=model.dtype)
+    assert "does not continue text" in message(generate, encoder, params, [[1]], GREEDY)
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(one_device_mesh, llama, build_tiny):
+    other = build_tiny("llama", one_device_mesh, vocab_size=50)
+    drafts = {"kind": "draft_model", "folder": "", "num_drafts": 3}
+    refused = message(
+        make_engine, llama, draft=DraftModel(other.model, other.params), speculation=drafts
+    )
+    assert refused.startswith("speculation: the draft model has 50 tokens, the model 66; ")

@@ -1,0 +1,392 @@
+"""Promise: int8 and int4 caches answer as KIVI says, evicting ones keep what their papers say, each
+against a float64 simulation; none holds more than it should."""
+
+from dataclasses import dataclass
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from maxlm.inference.cache_updates import allocate_state, copy_rows, state_specs
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.step import StepSizes, make_batch
+from maxlm.models.caches import (
+    CacheConfig,
+    CacheLayout,
+    PagedCache,
+    allocate,
+    kv_cache_spec,
+)
+from maxlm.sharding import ShardingConfig
+from tests.errors import message
+
+ROWS, CHUNK, CHUNKS = 4, 11, 2
+# (tokens that rows decode or try, how many are accepted; tokens of rows' chunks) of each step.
+DECODE = {0: 1, 1: 1, 2: 1, 3: 1}
+STEPS: list[tuple[dict[int, int], dict[int, int]]] = [
+    ({}, {0: 11}),
+    ({}, {0: 6, 1: 3}),
+    ({0: 1}, {2: 10}),
+    ({0: 1, 1: 1}, {2: 8, 3: 1}),
+    *[(DECODE, {})] * 9,
+]
+OPTIONS: dict[str, Any] = {
+    "gqa": {},
+    "mqa": {"heads": (4, 1)},
+    "mla": {"heads": (4, 1), "value_dim": 5},
+    "window": {"window": 9},
+    "cap, slopes": {"soft_cap": 2.0, "slopes": np.array([0.5, 0.1, 0.02, 0.3], np.float32)},
+    "biases": {"biases": np.random.default_rng(5).normal(size=(4, 15)).astype(np.float32)},
+}
+
+
+def parse(**settings: Any) -> Any:
+    return TypeAdapter(CacheConfig).validate_python(settings)
+
+
+@dataclass
+class Case:
+    """Sequences of random tokens, and how they are attended to."""
+
+    config: Any
+    heads: tuple[int, int] = (4, 2)
+    value_dim: int | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    slopes: Any = None
+    biases: Any = None
+    scale: float = 0.7
+    page: int = 4
+    size: int = 8
+
+    def run(self, mesh, steps, width=1) -> tuple[Any, Any, Any, Any]:
+        """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache too."""
+        (N, K), rng = self.heads, np.random.default_rng(3)
+        rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
+        if self.value_dim:
+            rules = rules.model_copy(update={"kv_heads": ()})
+        D, T = prod(mesh.shape[axis] for axis in rules.batch), 48
+        q, k, v = (rng.normal(size=(D, ROWS, T, n, self.size)) for n in (N, K, K))
+        pages = ROWS * T // self.page + 1
+        layout = CacheLayout(D, ROWS, pages, self.page, cache=self.config)
+        shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
+        values = None if self.value_dim else (K, self.size)
+        spec = kv_cache_spec(layout, self.window, (K, self.size), values, "kv_heads")
+        options = {name: getattr(self, name) for name in ("window", "soft_cap", "scale")}
+        options |= {name: getattr(self, name) for name in ("slopes", "biases", "value_dim")}
+        options = {name: x for name, x in options.items() if name in ("window",) or x is not None}
+
+        @jax.jit
+        def step(cache, q, k, v, **arrays):
+            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays)
+            inputs: Any = SimpleNamespace(**arrays)
+            batch = make_batch(inputs, shape, layout, (self.window,), rules)
+            split = lambda x, h: jax.sharding.reshard(x, rules.spec("batch", None, h))  # noqa: E731
+            q, k, v = split(q, "heads"), split(k, "kv_heads"), split(v, "kv_heads")
+            own = None if self.value_dim else v
+            y, cache = cache.attend(q, k, own, batch, rules=rules, **options)
+            return jax.sharding.reshard(y, jax.sharding.PartitionSpec()), cache
+
+        out = np.full((D, ROWS, T, N, self.value_dim or self.size), np.nan)
+        table = [rng.permutation(pages - 1)[: ROWS * T // self.page] + 1 for _ in range(D)]
+        table = np.array(table, np.int32).reshape(D, ROWS, -1)
+        known = np.zeros(ROWS, int)
+        with jax.set_mesh(mesh):
+            cache = jax.jit(lambda: jax.tree.map(lambda s: allocate(s, rules, jnp.float32), spec))()
+            for decode, chunks in steps:
+                computed, counts = np.full((D, ROWS), -1, np.int32), np.zeros((D, ROWS), np.int32)
+                for row in decode:
+                    computed[:, row], counts[:, row] = known[row], width
+                ids, starts, sizes = np.zeros((3, D, CHUNKS), np.int32)
+                places = [(r, known[r] + g) for r in range(ROWS) for g in range(width)]
+                for at, (row, size) in enumerate(chunks.items()):
+                    ids[:, at], starts[:, at], sizes[:, at] = row, known[row], size
+                    places += [(row, known[row] + i) for i in range(size)]
+                places += [(0, 0)] * (ROWS * width + CHUNK - len(places))
+                index = tuple(np.array(places).T)
+                given = [x[:, *index].astype(np.float32) for x in (q, k, v)]
+                for row, accepted in decode.items():  # what is guessed wrongly is other tokens
+                    for g in range(accepted, width):
+                        given[1][:, row * width + g] *= -3
+                y, cache = step(
+                    cache, *given, computed=computed, counts=counts, chunk_rows=ids,
+                    chunk_starts=starts, chunk_sizes=sizes, chunk_lengths=starts + sizes,
+                    page_tables=(table,),
+                )  # fmt: skip
+                for at, (row, place) in enumerate(places):
+                    new = decode.get(row, 0) if at < ROWS * width else chunks.get(row, 0)
+                    if known[row] <= place < known[row] + new:
+                        out[:, row, place] = y[:, at]
+                for row, new in (*decode.items(), *chunks.items()):
+                    known[row] += new
+        return (q, k, v if values else k[..., : self.value_dim]), out, known, cache
+
+    def weigh(self, q, k, at, keys_at, head) -> np.ndarray:
+        """Softmax weights [G, T, S] of one kv head's queries [T, G, H]; keys -1 are none."""
+        G = self.heads[0] // self.heads[1]
+        own = slice(head * G, (head + 1) * G)
+        scores = np.einsum("tgh,sh->gts", q, k) * self.scale
+        distance = at[:, None] - keys_at
+        if self.soft_cap:
+            scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+        if self.slopes is not None:
+            scores -= self.slopes[own, None, None] * distance
+        if self.biases is not None:
+            scores += self.biases[own][:, np.clip(-distance, -7, 7) + 7]
+        seen = (distance >= 0) & (distance < (self.window or 1000))
+        weights = np.where(seen, np.exp(scores), 0)
+        return weights / weights.sum(-1, keepdims=True)
+
+
+def list_blocks(steps, row: int) -> list[tuple[int, int, bool]]:
+    """(start, tokens, whether it is a chunk) of what a row computes together."""
+    blocks, start = [], 0
+    for decode, chunks in steps:
+        for which, part in enumerate((decode, chunks)):
+            if row in part:
+                blocks.append((start, part[row], bool(which)))
+                start += part[row]
+    return blocks
+
+
+def round_to(x: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """What KIVI makes of numbers that share a scale along an axis."""
+    bf16 = lambda a: a.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float)  # noqa: E731
+    if bits == 8:
+        scale = bf16(np.abs(x).max(axis, keepdims=True) / 127)
+        return np.clip(np.round(x / scale), -127, 127) * scale
+    zero = bf16(x.min(axis, keepdims=True))
+    scale = bf16((x.max(axis, keepdims=True) - zero) / 15)
+    return np.clip(np.round((x - zero) / scale), 0, 15) * scale + zero
+
+
+def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
+    """One row's answers [T, N, Hv]: pages older than the recent ones are rounded."""
+    (N, K), page, bits = case.heads, case.page, int(case.config.kind[3:])
+    pages = k.reshape(-1, page, K, case.size)
+    rough_k = round_to(pages, bits, 1).reshape(k.shape)
+    rough_v = rough_k[..., : case.value_dim] if case.value_dim else round_to(v, bits, -1)
+    out = np.full((len(k), N, v.shape[-1]), np.nan)
+    for start, size, _ in blocks:
+        limit = max(start // page - ring, 0) * page
+        old, end, at = np.arange(len(k))[:, None, None] < limit, start + size, start
+        keys, values = np.where(old, rough_k, k)[:end], np.where(old, rough_v, v)[:end]
+        at = np.arange(start, end)
+        for head in range(K):
+            own = slice(head * N // K, (head + 1) * N // K)
+            weights = case.weigh(q[start:end, own], keys[:, head], at, np.arange(end), head)
+            out[start:end, own] = np.einsum("gts,sh->tgh", weights, values[:, head])
+    return out
+
+
+def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set[int]]]:
+    """One row's answers [T, N, Hv], and each kv head's tokens at the end."""
+    (N, K), config = case.heads, case.config
+    budget = min(config.budget, case.window or config.budget)
+    out, last = np.full((len(k), N, v.shape[-1]), np.nan), []
+    for head in range(K):
+        own, kept, scores = slice(head * N // K, (head + 1) * N // K), [], {}
+        for start, size, is_chunk in blocks:
+            end, at = start + size, np.arange(start, start + size)
+
+            def rank(token):
+                if case.window and token <= end - case.window:  # noqa: B023
+                    return -1, token
+                if config.kind == "sinks":
+                    return (1e9 if token < config.num_sinks else 0), token
+                return (1e9 if token >= end - config.recent else scores[token]), token  # noqa: B023
+
+            if not is_chunk:  # it takes another's place, then attends
+                kept = sorted(kept, key=rank)[-(budget - 1) :]
+            kept = sorted(kept) + at.tolist()
+            weights = case.weigh(q[start:end, own], k[kept, head], at, np.array(kept), head)
+            out[start:end, own] = np.einsum("gts,sh->tgh", weights, v[kept, head])
+            if config.kind == "h2o":
+                for token, mass in zip(kept, weights.sum((0, 1)), strict=True):
+                    scores[token] = scores.get(token, 0) + mass
+            if config.kind == "snapkv":
+                scores.update(dict.fromkeys(range(start, end), 0))
+            if config.kind == "snapkv" and is_chunk:
+                mass = weights[:, -min(config.recent, size) :].sum((0, 1))
+                around = np.convolve(mass, np.ones(config.pooling) / config.pooling, "full")
+                side = config.pooling // 2
+                scores = dict(zip(kept, around[side : side + len(kept)], strict=True))
+            kept = sorted(kept, key=rank)[-budget:]
+        last.append(set(kept))
+    return out, last
+
+
+def check(found, expected, known) -> None:
+    for row, tokens in enumerate(known):
+        np.testing.assert_allclose(found[row, :tokens], expected[row][:tokens], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
+    case = Case(parse(kind=kind, recent=3), **OPTIONS[name])
+    (q, k, v), found, known, cache = case.run(one_device_mesh, STEPS)
+    assert not isinstance(cache, PagedCache)
+    both = [
+        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(STEPS, r), 1) for r in range(4)
+    ]
+    check(found[0], both, known)
+
+
+def test_rejected_guesses_leave_no_trace(one_device_mesh):
+    """Rows try 4 tokens a step, and 1 to 4 are right."""
+    case, rng = Case(parse(kind="int4", recent=5)), np.random.default_rng(0)
+    steps: Any = [*STEPS[:2], ({}, {2: 1, 3: 10})]
+    steps += [({r: int(rng.integers(1, 5)) for r in range(4)}, {}) for _ in range(9)]
+    (q, k, v), found, known, _ = case.run(one_device_mesh, steps, width=4)
+    both = [
+        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(steps, r), 2) for r in range(4)
+    ]
+    check(found[0], both, known)
+
+
+EVICTING = {
+    "h2o": parse(kind="h2o", budget=7, recent=3),
+    "snapkv": parse(kind="snapkv", budget=8, recent=3, pooling=3),
+    "sinks": parse(kind="sinks", budget=6, num_sinks=2),
+}
+
+
+def check_eviction(case: Case, mesh, steps=STEPS) -> None:
+    (q, k, v), found, known, cache = case.run(mesh, steps)
+    positions = np.asarray(cache.positions)
+    for shard in range(len(found)):
+        for row, tokens in enumerate(known):
+            own = q[shard, row], k[shard, row], v[shard, row], list_blocks(steps, row)
+            expected, kept = simulate_eviction(case, *own)
+            np.testing.assert_allclose(found[shard, row, :tokens], expected[:tokens], atol=2e-5)
+            held = [set((each[each > 0] - 1).tolist()) for each in positions[shard, row]]
+            assert held == kept
+
+
+@pytest.mark.parametrize("kind", EVICTING)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_evicting_caches_keep_what_a_simulation_keeps(one_device_mesh, kind, name):
+    check_eviction(Case(EVICTING[kind], **OPTIONS[name]), one_device_mesh)
+
+
+def test_heavy_hitters_over_many_steps(one_device_mesh):
+    steps = [*STEPS, *[(DECODE, {})] * 14]
+    check_eviction(Case(parse(kind="h2o", budget=12, recent=5)), one_device_mesh, steps)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "cap, slopes"])
+def test_eight_devices_answer_alike(mesh, name):
+    eight = mesh(data=2, fsdp=2, tensor=2)
+    for kind in EVICTING:
+        check_eviction(Case(EVICTING[kind], **OPTIONS[name]), eight)
+    case = Case(parse(kind="int4", recent=3), **OPTIONS[name])
+    (q, k, v), found, known, _ = case.run(eight, STEPS)
+    for d in range(4):
+        own = [
+            simulate_kivi(case, q[d, r], k[d, r], v[d, r], list_blocks(STEPS, r), 1)
+            for r in range(4)
+        ]
+        check(found[d], own, known)
+
+
+def count_bytes(spec, unit) -> int:
+    leaves = [each for each in jax.tree.leaves(spec) if each.unit == unit]
+    return sum(prod(x.shape) * jnp.dtype(x.dtype or "bfloat16").itemsize for x in leaves)
+
+
+def test_caches_hold_as_much_as_promised():
+    sizes = {}
+    for kind in ("paged", "int8", "int4"):
+        layout = CacheLayout(1, 3, 10, 32, cache=parse(kind=kind))
+        sizes[kind] = kv_cache_spec(layout, None, (5, 64), (5, 64), None)
+    token = {kind: count_bytes(spec, "page") / 320 for kind, spec in sizes.items()}
+    assert token["paged"] == 2 * 2 * 5 * 64
+    assert token["int8"] / token["paged"] <= 0.53
+    assert token["int4"] / token["paged"] <= 0.31
+    # 64 recent tokens, a page that is being filled, and one more.
+    assert count_bytes(sizes["int8"], "row") == 3 * 128 * token["paged"]
+    for config in EVICTING.values():
+        layout = CacheLayout(1, 3, 10, 32, cache=config)
+        spec = kv_cache_spec(layout, None, (5, 64), (5, 64), None)
+        beside = 4 if config.kind == "sinks" else 8
+        assert count_bytes(spec, "page") == 0
+        assert count_bytes(spec, "row") == 3 * config.budget * 5 * (2 * 2 * 64 + beside)
+
+
+PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], [7, 7], list(range(20, 43))]
+SCARCE = {
+    "num_pages": 14,
+    "speculation": {"kind": "prompt_lookup", "min_ngram": 1, "num_drafts": 3},
+}
+SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    ("cache", "scarce"),
+    [
+        ({"kind": "h2o", "budget": 48, "recent": 4}, {}),
+        ({"kind": "int4", "recent": 48}, SCARCE),
+    ],
+)
+def test_sequences_within_the_budget_are_exact(one_device_mesh, build_tiny, cache, scarce):
+    """Four prompts in three rows of an engine. In pages for one and a half someone has to wait, and
+    guesses are taken back."""
+    with jax.set_mesh(one_device_mesh):
+        llama = build_tiny("llama", one_device_mesh, num_layers=1)
+        expected = [llama.greedy(prompt, 20) for prompt in PROMPTS]
+    engine = Engine(
+        llama.model, llama.params, EngineConfig.model_validate({"cache": cache, **SIZES, **scarce})
+    )
+    sampling, found = SamplingConfig(temperature=0, max_new_tokens=20), [[] for _ in PROMPTS]
+    for output in engine.run(
+        [GenerationRequest(str(i), tuple(p), sampling) for i, p in enumerate(PROMPTS)]
+    ):
+        found[int(output.request_id)] += output.token_ids
+    assert found == expected
+    assert bool(engine.stats().preemptions_total) == bool(scarce)
+    assert bool(engine.stats().drafted_tokens_total) == bool(scarce)
+    assert engine.stats().num_free_pages == engine.stats().num_pages
+
+
+@pytest.mark.parametrize("kind", ["int8", *EVICTING])
+def test_copied_rows_are_whole_and_pages_stay(llama, kind):
+    """What a fork of a sequence begins with."""
+    layout = CacheLayout(1, 3, 5, 4, cache=EVICTING.get(kind) or parse(kind=kind))
+    sizes, rng = (llama.model, layout, 8), np.random.default_rng(0)
+    fill = lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype)  # noqa: E731
+    state = jax.tree.map(fill, allocate_state(*sizes))
+    before = jax.tree.map(np.asarray, state)
+    after = copy_rows(*sizes, state, np.array([[0, 0, 1]], np.int32))
+    trees = map(jax.tree.leaves, (state_specs(*sizes), before, after))
+    for spec, old, new in zip(*trees, strict=True):
+        np.testing.assert_array_equal(new, old if spec.unit == "page" else old[:, [0, 0, 1]])
+
+
+def test_settings_that_cannot_be_meant():
+    for settings, said in (
+        ({"kind": "h2o", "budget": 4, "recent": 4}, "recent=4 leaves nothing of budget=4"),
+        ({"kind": "sinks", "budget": 3}, "num_sinks=4 leaves nothing of budget=3"),
+        ({"kind": "snapkv", "budget": 64, "pooling": 4}, "pooling=4 is even"),
+    ):
+        assert said in message(lambda s=settings: parse(**s))
+    layout = CacheLayout(1, 1, 2, 7, cache=parse(kind="int4"))
+    assert "page_size=7 is odd" in message(
+        lambda: kv_cache_spec(layout, None, (1, 8), (1, 8), None)
+    )
+    assert EngineConfig.model_validate({"cache": {"kind": "int4"}}).page_size == 32
+    assert EngineConfig().page_size == 16
+
+
+def test_guesses_need_a_cache_that_takes_tokens_back(llama):
+    settings = SIZES | {"speculation": {"kind": "prompt_lookup"}, "cache": EVICTING["h2o"]}
+    said = message(lambda: Engine(llama.model, llama.params, EngineConfig.model_validate(settings)))
+    assert "cannot take tokens back" in said
