@@ -12,7 +12,7 @@ from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
-from maxlm.plan.hardware import CHIPS, find_chip, measure_cpu
+from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimensions
@@ -256,12 +256,17 @@ def estimate_costs(
     held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
-    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass of bf16 on
-    # TPUs.
-    wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
-    dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak_flops)
+    dtype = select_matmul_dtype(machine.chip, shape.work.dtype_bytes)
     time = estimate_time(shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes)
     return held, sends, time
+
+
+def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
+    """Returns the key in ``Chip.peak_flops`` of products in a compute dtype of so many bytes."""
+    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass of bf16 on
+    # TPUs.
+    wanted = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
+    return next(dtype for dtype in wanted if dtype in chip.peak_flops)
 
 
 def _links(network: Network, split: MeshPartitioning) -> dict[str, str]:

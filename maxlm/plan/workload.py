@@ -21,6 +21,7 @@ from maxlm.models.architectures import Decoder, Model
 from maxlm.models.costs import AttentionCosts, ExpertCosts
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
@@ -86,7 +87,7 @@ class RunWorkload:
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
         frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
-        cache = count_cache_bytes(model, 1, rows.decoder) if isinstance(model, Decoder) else 0
+        cache = count_layer_caches(model) if isinstance(model, Decoder) else {}
         return cls(
             config=config,
             tokens_per_row=rows,
@@ -101,7 +102,7 @@ class RunWorkload:
             optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
             trained_names=frozenset(name for name, spec in trained_specs if spec is not None),
             frozen_specs=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
-            cache_bytes=cache,
+            cache_bytes=round(count_sequence_bytes(cache, rows.decoder)),
         )
 
     @property
@@ -178,15 +179,6 @@ class RunWorkload:
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         return remat != "none" and "attention" not in SAVED[remat]
-
-
-def count_cache_bytes(model: Decoder, batch: int, length: int) -> int:
-    """Counts the bytes of all layers' caches, for rows of so many tokens, on all devices."""
-    return sum(
-        layers * prod(array.shape) * jnp.dtype(array.dtype or model.dtype).itemsize
-        for layers, kinds in model.cache_specs(batch, length).values()
-        for array in jax.tree.leaves(kinds)
-    )
 
 
 class LocalAttentionWidths(NamedTuple):

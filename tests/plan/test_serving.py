@@ -1,0 +1,222 @@
+"""What serving costs: sums by hand, rooflines by hand, and the search against every candidate."""
+
+import json
+from dataclasses import asdict
+from math import ceil, inf
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.models.caches import CacheArraySpec, RecurrentCache
+from maxlm.plan.predict import Machine
+from maxlm.plan.serving import (
+    DECODE_EFFICIENCY,
+    ServingOptions,
+    place_served_model,
+    read_workload,
+)
+from maxlm.plan.serving_cache import (
+    PAGE_TOKENS,
+    CacheFormat,
+    count_layer_caches,
+    count_sequence_bytes,
+    count_token_bytes,
+)
+from maxlm.plan.serving_plan import count_replica_devices, list_serving_points, search_serving
+from maxlm.run import RunConfig
+from maxlm.sharding import parse_mesh
+
+Size = tuple[int, int]
+"""Heads, and the size of each."""
+
+
+def load(name: str, *settings: str) -> RunConfig:
+    return load_config(RunConfig, f"models/{name}", settings).value
+
+
+def place(name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"):
+    machine, options = Machine.from_name(on), ServingOptions(prompt, new, weights)
+    return place_served_model(
+        read_workload(load(name), machine, options), machine, options, tensor, cache
+    )
+
+
+def test_the_sums_that_everyone_knows():
+    """Llama 70B, 4,096 tokens in 16 bits: 1.34 GB; a batch of 32: 42.9 GB."""
+    served = place("llama3_70b", "v5p-2", 3840, 256, tensor=1)
+    whole = count_sequence_bytes(served.layer_caches, 4096)
+    assert whole == 2 * 80 * 8 * 128 * 4096 * 2 == 1_342_177_280
+    assert 32 * whole == 42_949_672_960
+    assert served.count_cache_bytes(4096) == 1_342_177_280
+    halved = place("llama3_70b", "h100x2", 3840, 256, tensor=2)
+    assert halved.count_cache_bytes(4096) == 1_342_177_280 / 2
+
+
+def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> int:
+    """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a ring of 128
+    tokens in 16 bits; pages of codes for all, keys' scales by channel, values' by token."""
+    pages, scales = ceil(tokens / 32), 1 if bits == 8 else 2
+    arrays: list[np.ndarray] = []
+    for shape in filter(None, (key, value)):
+        arrays.append(np.zeros((128, *shape), np.float16))
+    for heads, size in filter(None, (key, value)):
+        arrays.append(np.zeros((pages, 32, heads, size * bits // 8), np.uint8))
+    arrays.append(np.zeros((pages, scales, *key), np.float16))
+    if value:
+        arrays.append(np.zeros((pages, scales, 32, value[0]), np.float16))
+    return sum(array.nbytes for array in arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "key", "value"),
+    [
+        ("smollm2_135m", 30, (3, 64), (3, 64)),
+        ("gpt2", 12, (12, 64), (12, 64)),
+        ("deepseek_v2_lite", 27, (1, 512 + 64), None),  # values are a part of the keys
+    ],
+)
+@pytest.mark.parametrize("length", [40, 64, 65, 777])
+def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
+    exact = 2 * layers * sum(heads * size for heads, size in filter(None, (key, value)))
+    for cache, bits in (("auto", 16), ("int8", 8), ("int4", 4)):
+        served = place(name, "v5p-2", 30, length - 30, cache=cache)
+        if cache == "auto":
+            assert served.count_cache_bytes(length) == exact * 32 * ceil(length / 32)
+        else:
+            own = layers * quantized_bytes(length, key, value, bits)
+            assert served.count_cache_bytes(length) == own
+
+
+def test_scales_leave_what_the_formats_promise():
+    whole, *formats = (
+        count_token_bytes(place("smollm2_135m", "v5p-2", 8, 8, cache=cache).layer_caches)
+        for cache in get_args(CacheFormat)
+    )
+    assert np.all(np.array(formats) / whole <= [0.53, 0.31])
+
+
+def test_windows_keep_their_pages_alone():
+    """Gemma 3 1B: of 26 layers each sixth sees all tokens, others 512."""
+    wide, token = 26 // 6, 2 * 256 * 2
+    for length in (100, 512, 2000, 5000):
+        served = place("gemma3_1b", "v5e-1", 50, length - 50)
+        pages = min(ceil(length / PAGE_TOKENS), ceil(511 / PAGE_TOKENS) + 1)
+        slots = PAGE_TOKENS * (wide * ceil(length / PAGE_TOKENS) + (26 - wide) * pages)
+        assert served.count_cache_bytes(length) == token * slots
+    row = place("gemma3_1b", "v5e-1", 50, 4950, cache="int8")
+    local = next(own for own in row.layer_caches if own.window)
+    page = PAGE_TOKENS * 256 + 256 * 2 + PAGE_TOKENS * 256 + PAGE_TOKENS * 2
+    pages = ceil(511 / PAGE_TOKENS) + 1
+    assert count_sequence_bytes({local: 1}, 5000) == 128 * token + pages * page
+
+
+def test_a_state_is_of_one_size():
+    state = RecurrentCache(CacheArraySpec((1, 1, 7), ("batch", None, "state")))
+    stack = SimpleNamespace(name="layers", kinds=[SimpleNamespace(window=None)])
+    config = SimpleNamespace(layer_stacks=[stack])
+    caches: Any = {"layers": (state,) * 3}
+    model: Any = SimpleNamespace(dtype="float32", config=config, cache_specs=lambda layout: caches)
+    for length in (1, 1000):
+        assert count_sequence_bytes(count_layer_caches(model, "int8"), length) == 3 * 7 * 4
+
+
+def test_weights_are_counted_once_and_split():
+    config, counted = load("llama3_1_8b"), []
+    for tensor in (1, 2, 4, 8):
+        served = place("llama3_1_8b", "h100x8", 64, 64, tensor=tensor)
+        norms = (2 * config.model.num_layers + 1) * 4096
+        whole = 2 * (8_030_261_248 - norms)
+        assert served.count_memory(1)["weights"] == whole / tensor + 4 * norms
+        counted.append(served.count_memory(1)["sequences"])
+    assert counted == sorted(counted, reverse=True)
+    fp8 = place("llama3_1_8b", "h100x1", 64, 64, weights="fp8")
+    layers = 8_030_261_248 - norms - 2 * 128256 * 4096
+    assert fp8.count_memory(1)["weights"] == whole - layers + 4 * norms
+
+
+def test_a_step_is_its_roofline():
+    served = place("llama3_1_8b", "h100x1", 1024, 512)
+    norms, bandwidth = 65 * 4096, 3350e9 * DECODE_EFFICIENCY["nvidia"].reading
+    read = 2 * (8_030_261_248 - norms - 128256 * 4096) + 4 * norms
+    time = served.estimate_decode(np.array([1.0, 4000.0]))
+    assert time["weights"][0] == pytest.approx(read / bandwidth)
+    cached = 2 * 32 * 8 * 128 * 2 * (1024 + 256) / bandwidth
+    assert np.asarray(time["cache"]) == pytest.approx([cached, 4000 * cached])
+    flops = 2 * 4000 * (8_030_261_248 - norms - 128256 * 4096)
+    assert time["weights"][1] == pytest.approx(flops / (989.4e12 * 0.53))
+    assert np.all(time["communication"] == 0)
+
+
+def test_tensor_parallelism_sums_up_twice_a_layer():
+    served = place("llama3_1_8b", "h100x8", 128, 128, tensor=4)
+    split, rows = served.split, 16
+    hidden, logits = rows * 4096 * 2, rows * 128256 * 4
+
+    def seconds(kind: str, size: int) -> float:
+        return float(served.machine.seconds(kind, ("tensor",), size, split)) / 0.54
+
+    own = (2 * 32 + 1) * seconds("all-reduce", hidden) + seconds("all-gather", logits)
+    assert served.estimate_decode(rows)["communication"] == pytest.approx(own)
+
+
+@pytest.mark.parametrize("name", ["llama3_1_8b", "mixtral_8x7b", "gemma3_4b", "deepseek_v2_lite"])
+def test_more_sequences_are_slower_each_and_faster_together(name):
+    (plan,), _ = search_serving(load(name), Machine.from_name("v5p-16"), tensor=4)
+    batches = [point.batch for point in plan.curve]
+    assert batches == sorted(set(batches))
+    assert batches[-1] == plan.max_batch or len(batches) > 13
+    for values in ("tpot_seconds", "tokens_per_second"):
+        found = [getattr(point, values) for point in plan.curve]
+        assert found == sorted(found)
+    assert plan.fits
+    assert json.loads(json.dumps(asdict(plan), allow_nan=False))["point"]["batch"] > 0
+
+
+def test_experts_are_read_as_tokens_meet_them():
+    served = place("mixtral_8x7b", "v5p-2", 64, 64)
+    one, many = (served.count_read_weight_bytes(rows) for rows in (1, 500))
+    # 12.9 of 46.7 billion parameters are met by one token (Mixtral, table 1), tables apart.
+    assert one / many == pytest.approx(12.9 / 46.7, rel=0.02)
+
+
+@pytest.mark.parametrize("tpot_ms", [None, 22.0, 14.0])
+def test_nothing_better_is_missed(tpot_ms):
+    config, machine = load("llama3_1_8b"), Machine.from_name("v5e-8")
+    options = ServingOptions(60_000, 2000, tpot_ms=tpot_ms)
+    best, work = -inf, read_workload(config, machine, options)
+    for tensor in (1, 2, 4, 8):
+        for cache in get_args(CacheFormat):
+            served = place_served_model(work, machine, options, tensor, cache)
+            for batch in range(1, served.count_max_rows() * 8 // tensor + 1):
+                (point,) = list_serving_points(served, [batch])
+                if point.tpot_seconds <= (tpot_ms or inf) / 1e3:
+                    best = max(best, point.tokens_per_second)
+    plans, _ = search_serving(config, machine, options, caches=get_args(CacheFormat))
+    assert len(plans) == 12
+    good = [plan.point.tokens_per_second for plan in plans if plan.is_good]
+    assert good == sorted(good, reverse=True)
+    assert good[:1] == pytest.approx([best])
+
+
+def test_what_cannot_be():
+    one, config = Machine.from_name("h100x1"), load("llama3_1_70b")
+    plan = search_serving(config, one)[0][0]
+    assert (plan.fits, plan.max_batch) == (False, 0)
+    (slow,), _ = search_serving(load("llama3_1_8b"), one, ServingOptions(tpot_ms=1))
+    assert slow.fits
+    assert not slow.meets_targets
+    for name, options, words in (
+        ("bert_base", ServingOptions(), "decoders"),
+        ("llama3_8b", ServingOptions(8000, 193), "exceed the context of 8,192"),
+    ):
+        with pytest.raises(MaxlmError, match=words):
+            search_serving(load(name), one, options)
+    eight = Machine.from_name("h100x8")
+    with pytest.raises(MaxlmError, match="kv_heads=1 does not divide"):
+        search_serving(load("gemma3_1b"), eight, tensor=2)
+    with pytest.raises(MaxlmError, match="stage does not split"):
+        count_replica_devices(parse_mesh("stage=2,tensor=4"), eight)
+    assert count_replica_devices(parse_mesh("fsdp=2,data=2,tensor=2"), eight) == 2
