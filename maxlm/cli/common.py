@@ -1,6 +1,7 @@
 """Arguments, options and output that several verbs share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from typer import Argument, Option
@@ -27,6 +28,13 @@ KeepOption = Annotated[
 SetOption = Annotated[list[str] | None, Option("--set", help="KEY=VALUE of its training.")]
 MachineOption = Annotated[
     str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
+]
+ModelArgument = Annotated[str, Argument(help="A run's folder, or a Hugging Face checkpoint's.")]
+MeshOption = Annotated[
+    str | None, Option(help="Devices by axis, such as tensor=2; default: one device.")
+]
+TemplateOption = Annotated[
+    Path | None, Option("--chat-template", help="A Jinja file to write conversations with.")
 ]
 StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -9,36 +9,45 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from maxlm.cli.common import StepOption
+from maxlm.cli.common import ModelArgument, StepOption
 
 
 def command(
     context: typer.Context,
-    run: Annotated[str, Argument(help="A run's folder, such as runs/demo.")],
+    run: ModelArgument,
     prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="Texts; - is stdin.")],
     max_new_tokens: Annotated[int | None, Option(help="Write at most so many.")] = None,
     temperature: Annotated[float | None, Option(help="0: the likeliest; above 1: wilder.")] = None,
     top_k: Annotated[int | None, Option(help="Draw from so many likeliest tokens; 0: all.")] = None,
     top_p: Annotated[float | None, Option(help="Draw from this probability mass; 1: all.")] = None,
     seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None,
+    beams: Annotated[int | None, Option(min=1, help="Search the likeliest text by beams.")] = None,
+    best_of: Annotated[int | None, Option(min=1, help="Draw so many, show the likeliest.")] = None,
     step: StepOption = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
-    from maxlm.config import load_config
+    from maxlm.config import MaxlmError, load_config
     from maxlm.inference.sampling import SamplingConfig
-    from maxlm.programs.generate import generate_text, get_prompt_separator
-    from maxlm.programs.load import load_run
+    from maxlm.programs.generate import generate_text, get_prompt_separator, search_text
+    from maxlm.programs.load import load_model
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options = {name: context.params[name] for name in names}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
+    if beams and best_of:
+        what, fix = "--beams and --best-of are two ways to search", "give one of them"
+        raise MaxlmError(what, where="command line", fix=fix)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
 
-    opened = load_run(run, step=step)
+    opened = load_model(run, step=step)
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
     sampling = SamplingConfig(**{**samples, **chosen})
-    steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
+    given = opened.model, opened.params, opened.tokenizer, texts, sampling
+    if beams or best_of:
+        steps = search_text(*given, num_beams=beams, num_samples=best_of or 1)
+    else:
+        steps = generate_text(*given)
     _show(texts, steps, get_prompt_separator(opened.model))
 
 

@@ -33,6 +33,8 @@ VERBS = {
     "runs": "List runs; show how far one is and where its time went.",
     "launch": "Print or submit a cluster scheduler's job.",
     "generate": "Continue a prompt with a trained model.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model over HTTP, by OpenAI's protocol, with a chat page.",
     "convert": "Turn a Hugging Face checkpoint into a run, or a run into one.",
     "tokenizer": "Train, import and try tokenizers.",
     "corpus": "Clean and label documents, and turn them into token stores.",

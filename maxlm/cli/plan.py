@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -39,8 +39,17 @@ def command(
     device_mtbf: Annotated[float | None, _amount("Hours between a device's failures.", 1)] = None,
     restart: Annotated[float | None, _amount("Seconds from a failure to the next step.")] = None,
     checkpoint: Annotated[float | None, _amount("Seconds a checkpoint holds a run up.")] = None,
+    serve: Annotated[bool, Option("--serve", help="Plan serving the model instead.")] = False,
+    prompt: Annotated[int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")] = None,
+    new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Sequences at once: as many as fit.")] = None,
+    cache: Annotated[Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")] = None,
+    weights: Annotated[Literal["auto", "fp8", "int8"] | None, Option(help="Matrices.")] = None,
+    ttft_ms: Annotated[float | None, _amount("Longest time to a first token.")] = None,
+    tpot_ms: Annotated[float | None, _amount("Longest time between tokens.")] = None,
 ) -> None:
-    """Show what a run holds, sends and takes on a machine, before it is paid for.
+    """Show what a run, or serving its model, holds, sends and takes on a machine, before it is paid
+    for.
 
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given. `maxlm plan diff A B`
     compares two plans.
@@ -58,6 +67,18 @@ def command(
         "checkpoint_seconds": checkpoint,
     }
     given = {name: value for name, value in amounts.items() if value is not None}
+    requests = {"prompt": prompt, "new": new, "batch": batch, "cache": cache, "weights": weights}
+    requests |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
+    requests = {name: value for name, value in requests.items() if value is not None}
+    if serve:
+        training = {"--compile": compiled, "--compile-top": compile_top, "--devices": devices}
+        training["--device-mtbf, --restart or --checkpoint"] = given
+        _refuse(training, "is of training", "leave it out, or --serve")
+        return _serve(
+            config, settings, on, mesh, requests, top or 10 * searching, html, as_json, price
+        )
+    asked = {f"--{name.replace('_', '-')}": True for name in requests}
+    _refuse(asked, "is of serving", "add --serve")
     on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
     on_machines |= {"--price": price is not None, "--device-mtbf, --restart or --checkpoint": given}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
@@ -129,6 +150,65 @@ def compare(
 
 
 subcommands = {"diff": compare}
+
+
+def _serve(
+    config: str,
+    settings: list[str] | None,
+    on: str | None,
+    mesh: str | None,
+    requests: dict[str, Any],
+    top: int,
+    html: Path | None,
+    as_json: bool,
+    price: float | None,
+) -> None:
+    """Print a plan of serving, of the best split where no mesh is given."""
+    from dataclasses import asdict
+    from typing import get_args
+
+    from maxlm.config import MaxlmError, load_config
+    from maxlm.plan.predict import Machine
+    from maxlm.plan.serving import ServingOptions
+    from maxlm.plan.serving_cache import CacheFormat
+    from maxlm.plan.serving_plan import count_replica_devices, search_serving
+    from maxlm.plan.show_serving import render_serving_search, render_serving_tables
+    from maxlm.run import RunConfig
+    from maxlm.sharding import parse_mesh
+
+    if on is None:
+        raise MaxlmError("--serve needs a machine", fix="name it: --on h100x8")
+    _refuse({"--search or --top": top and mesh}, "chooses the mesh", "leave one of the two out")
+    folder = Path(config) / "config.yaml"
+    run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings or ()).value
+    if run.name == RunConfig.model_fields["name"].default:
+        run = run.model_copy(update={"name": Path(config).stem})
+    _stay_off_devices(on)
+    machine, cache = Machine.from_name(on), requests.pop("cache", None)
+    tensor = count_replica_devices(parse_mesh(mesh), machine) if mesh else None
+    caches = (cache,) if cache else get_args(CacheFormat) if top else ("auto",)
+    options = ServingOptions(**requests)
+    plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=caches)
+    plan, out = plans[0], asdict(plans[0])
+    if top:
+        out["search"] = [asdict(own) for own in plans[:top] if own.is_good]
+    if html:
+        from maxlm.plan.show import write_report
+
+        write_report(out, html)
+    if as_json:
+        print_json(out)
+    else:
+        console = open_console()
+        if top:
+            console.print(render_serving_search(plans, top))
+        console.print(render_serving_tables(plan, price_per_device_hour=price))
+        if refusal and not plan.fits:
+            console.print(f"\nnot tried: {refusal}", markup=False)
+        if html:
+            console.print(f"written: {html}")
+    if not plan.is_good:
+        raise typer.Exit(1)
 
 
 def _stay_off_devices(on: str) -> None:

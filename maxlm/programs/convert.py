@@ -19,6 +19,7 @@ from maxlm.config.load import validate_config
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import (
+    ParamWriter,
     Progress,
     export_tensors,
     ignore_tensor_progress,
@@ -28,6 +29,7 @@ from maxlm.huggingface.dtypes import TensorDtypes
 from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.names import TensorEntry
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
@@ -58,6 +60,60 @@ class ConversionResult:
     dtype: str
     notes: list[str]
     """Notes for the user: settings with no counterpart, tensors left out."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A Hugging Face folder, understood; its tensors are not read yet."""
+
+    folder: Path
+    family: ModelFamily
+    values: Mapping[str, Any]
+    """Values of config.json."""
+    config: RunConfig
+    """A run that goes on from these weights."""
+    specs: Mapping[str, ParamSpec]
+    """Declarations of all parameters, by canonical name."""
+    entries: list[TensorEntry]
+    tokenizer: Tokenizer | None
+    notes: list[str]
+    """Notes for the user; the import adds some."""
+
+    def import_tensors(
+        self, writer: ParamWriter, progress: Progress = ignore_tensor_progress
+    ) -> TensorDtypes:
+        """Writes all parameters as fp32, one tensor in memory at a time; returns the formats that
+        they had."""
+        shapes = {name: spec.shape for name, spec in self.specs.items()}
+        dtypes = import_tensors(
+            *(self.folder, self.entries, shapes, writer, progress),
+            ignored=self.family.ignored_tensors,
+            warn=self.notes.append,
+        )
+        used = {name for entry in self.entries for name in (entry.theirs, *entry.aliases)}
+        left_out = sorted(list_stored_tensors(self.folder).keys() - used)
+        self.notes.extend(f"left out: {name}" for name in left_out)
+        return dtypes
+
+
+def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
+    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run ``target``.
+
+    Raises:
+        MaxlmError: files that are missing or damaged, a model that maxlm does not implement.
+    """
+    where = source / "config.json"
+    values = _read_json(where)
+    family = find_family(values, str(where))
+    tensors = list_stored_tensors(source)
+    settings, notes = family.read_config(values, str(where), tensors)
+    config = _run_config(settings, target, where)
+    tokenizer, told = _import_tokenizer(source, config)
+    config, marks = _with_tokenizer(config, target, tokenizer)
+    entries = family.list_entries(config.model, tensors)
+    notes = [*notes, *told, *marks]
+    specs = _list_specs(config)
+    return HuggingFaceModel(source, family, values, config, specs, entries, tokenizer, notes)
 
 
 def convert(
@@ -97,27 +153,13 @@ def convert_huggingface_to_run(
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
     _check_free(target)
-    where = source / "config.json"
-    values = _read_json(where)
-    family = find_family(values, str(where))
-    tensors = list_stored_tensors(source)
-    settings, notes = family.read_config(values, str(where), tensors)
-    config = _run_config(settings, target, where)
-    tokenizer, told = _import_tokenizer(source, config)
-    config, marks = _with_tokenizer(config, target, tokenizer)
-    notes += told + marks
-    specs = _list_specs(config)
-    shapes = {name: spec.shape for name, spec in specs.items()}
-    entries = family.list_entries(config.model, tensors)
+    opened = open_huggingface_model(source, target)
+    family, config, tokenizer = opened.family, opened.config, opened.tokenizer
+    notes = opened.notes
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        dtypes = import_tensors(
-            *(source, entries, shapes, writer, progress),
-            ignored=family.ignored_tensors,
-            warn=notes.append,
-        )
-        used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
-        notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
+        dtypes = opened.import_tensors(writer, progress)
+        entries = opened.entries
         # The way back asks under the usual names.
         usual = [entry.theirs for entry in family.list_entries(config.model)]
         dtypes = dtypes.with_names(dict(zip((e.theirs for e in entries), usual, strict=True)))
@@ -128,14 +170,14 @@ def convert_huggingface_to_run(
                 "published": {
                     "family": family.name,
                     "dtypes": dtypes.model_dump(),
-                    "tokens": {key: values[key] for key in _TOKENS if key in values},
+                    "tokens": {k: opened.values[k] for k in _TOKENS if k in opened.values},
                 },
             }
         )
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
-    parameters = sum(spec.size for spec in specs.values())
+    parameters = sum(spec.size for spec in opened.specs.values())
     return ConversionResult(family.name, target, parameters, dtypes.default, notes)
 
 

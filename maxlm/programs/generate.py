@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-import jax
-
-from maxlm.data.tokenizer import StreamDecoder, Tokenizer
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate
+from maxlm.inference.requests import SequenceOutput
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.search.beam import BeamSearchConfig, beam_search
+from maxlm.inference.search.best_of_n import best_of_n
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params
@@ -26,18 +28,37 @@ def generate_text(
     of a row's pieces joined are its continuation (see :func:`get_prompt_separator`). The tokens
     that end a continuation give no text.
     """
-    whole = isinstance(model, EncoderDecoder)
-    steps = generate(
-        model,
-        params,
-        encode_prompts(tokenizer, prompts, as_documents=whole),
-        sampling,
-        eos_id=tokenizer.stop_ids,
-        key=jax.random.key(sampling.seed),
-        vocab_size=tokenizer.vocab_size,
-    )
-    continued = [not whole and bool(tokenizer.encode(prompt)) for prompt in prompts]
-    return _decode(steps, tokenizer, [StreamDecoder(tokenizer, continued=c) for c in continued])
+    tokens = encode_prompts(tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder))
+    outputs = generate(model, params, tokens, sampling, tokenizer=tokenizer)
+    return _split_steps(outputs, len(prompts))
+
+
+def search_text(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | bytes],
+    sampling: SamplingConfig,
+    *,
+    num_beams: int | None,
+    num_samples: int = 1,
+) -> Iterator[list[str]]:
+    """Continue prompts one after the other, by beam search or, where ``num_beams`` is None, by the
+    sample with the highest mean log-probability; yields each prompt's text as
+    :func:`generate_text` does, in one piece."""
+    tokens = encode_prompts(tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder))
+    longest = max(map(len, tokens)) + sampling.max_new_tokens
+    room = EngineConfig(max_sequences=num_beams or min(num_samples, 16), max_length=longest)
+    engine = Engine(model, params, room, tokenizer)
+    for number, prompt in enumerate(tokens):
+        if num_beams is None:
+            result = best_of_n(engine, prompt, num_samples, sampling)
+        else:
+            config = BeamSearchConfig(num_beams=num_beams, max_new_tokens=sampling.max_new_tokens)
+            (result,) = beam_search(engine, [prompt], config)
+        texts = [""] * len(prompts)
+        texts[number] = result.outputs[0].text
+        yield texts
 
 
 def encode_prompts(
@@ -56,13 +77,9 @@ def get_prompt_separator(model: Model) -> str:
     return "\n" if isinstance(model, EncoderDecoder) else ""
 
 
-def _decode(
-    steps: Iterator[list[int | None]], tokenizer: Tokenizer, decoders: list[StreamDecoder]
-) -> Iterator[list[str]]:
-    silent = (None, *tokenizer.stop_ids)
-    for tokens in steps:
-        yield [
-            "" if token in silent else decoder.push(token)
-            for token, decoder in zip(tokens, decoders, strict=True)
-        ]
-    yield [decoder.flush() for decoder in decoders]
+def _split_steps(outputs: Iterator[SequenceOutput], num_prompts: int) -> Iterator[list[str]]:
+    """Each output as the texts of all prompts."""
+    for output in outputs:
+        texts = [""] * num_prompts
+        texts[int(output.request_id)] = output.text
+        yield texts

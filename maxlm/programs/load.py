@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.architectures import Model
-from maxlm.models.params import Params, replace_base_params, select_base_params
+from maxlm.models.params import Params, join_path, replace_base_params, select_base_params
+from maxlm.programs.convert import open_huggingface_model
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
@@ -48,9 +50,7 @@ def load_run(
     if not (folder / "config.yaml").exists():
         what = "no run here (no config.yaml)"
         raise MaxlmError(what, where=str(folder), fix="name a folder like runs/demo")
-    config = load_config(RunConfig, folder / "config.yaml").value
-    config = config.model_copy(update={"mesh": mesh or MeshConfig()})
-    setup = set_up_run(config, None if mesh else jax.local_devices()[:1], for_training=False)
+    setup = _set_up_to_use(load_config(RunConfig, folder / "config.yaml").value, mesh)
     with _open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
         abstract = jax.tree.map(
@@ -60,7 +60,59 @@ def load_run(
         )
         params = tier.restore_params(step, abstract, name)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return LoadedRun(config, setup.mesh, setup.model, params, tokenizer, step or 0)
+    return LoadedRun(setup.config, setup.mesh, setup.model, params, tokenizer, step or 0)
+
+
+def load_model(
+    folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
+) -> LoadedRun:
+    """Loads a model to use: a run's, as :func:`load_run` does, or a Hugging Face folder's
+    (config.json, safetensors, tokenizer), of which nothing is written.
+
+    Raises:
+        MaxlmError: a folder that is neither, a tokenizer that is missing, a damaged file.
+    """
+    folder = Path(folder)
+    if (folder / "config.yaml").exists():
+        return load_run(folder, step=step, mesh=mesh)
+    if not (folder / "config.json").exists():
+        found = "neither config.yaml nor config.json here" if folder.is_dir() else "no such folder"
+        fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
+        raise MaxlmError(found, where=str(folder), fix=fix)
+    if step is not None:
+        what = f"--step {step} names a run's checkpoint, and this is a published one"
+        raise MaxlmError(what, where=str(folder), fix="leave it out")
+    name = folder.resolve().name.lstrip(".- ") or "model"
+    opened = open_huggingface_model(folder, Path("runs", name))
+    if opened.tokenizer is None:
+        what, fix = "no tokenizer.json or tokenizer.model here", "copy the checkpoint's here"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    setup, writer = _set_up_to_use(opened.config, mesh), _MemoryWriter()
+    opened.import_tensors(writer)
+
+    def place(path: Any, sharding: Any) -> jax.Array:
+        return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
+
+    params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
+    return LoadedRun(setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0)
+
+
+class _MemoryWriter:
+    """Keeps imported parameters in memory."""
+
+    def __init__(self):
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0) -> None:
+        self.arrays[name] = np.empty(shape, np.float32)
+
+    def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
+        self.arrays[name][lead_index] = values
+
+
+def _set_up_to_use(config: RunConfig, mesh: MeshConfig | None) -> RunSetup:
+    config = config.model_copy(update={"mesh": mesh or MeshConfig()})
+    return set_up_run(config, None if mesh else jax.local_devices()[:1], for_training=False)
 
 
 def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:

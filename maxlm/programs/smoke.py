@@ -14,7 +14,7 @@ import numpy as np
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
-from maxlm.inference.generate import generate
+from maxlm.inference.generate import generate_tokens
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import compute_run_layout
@@ -185,7 +185,5 @@ def _run(
 
 def _generate(setup: RunSetup, state: TrainState) -> list[int]:
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
-    steps = generate(
-        setup.model, state.params, [[1, 2, 3]], sampling, eos_id=None, key=jax.random.key(0)
-    )
-    return [token for (token,) in steps if token is not None]
+    (tokens,) = generate_tokens(setup.model, state.params, [[1, 2, 3]], sampling)
+    return tokens

@@ -1,6 +1,7 @@
 """A plan's report works in a browser, and shows the plan's figures and JAX's own shards."""
 
 import json
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import load_config
 from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.serving import ServingOptions
+from maxlm.plan.serving_plan import search_serving
 from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -210,3 +213,18 @@ def test_a_run_that_does_not_fit_says_so_beside_the_compilers_verdict(open_repor
     assert f"Does not fit: {format_bytes(-plan['memory']['margin'])}" in report.text("header")
     assert report.text("#compiled") == f"✗ Compiled, it {words}"
     assert report.page.is_visible("#memory .limit")
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_page_of_serving_plots_every_number_of_sequences(open_report, width):
+    config = load_config(RunConfig, "models/llama3_1_8b").value
+    machine, options = Machine.from_name("h100x8"), ServingOptions(tpot_ms=30)
+    (plan,), _ = search_serving(config, machine, options, tensor=2)
+    report = open_report(json.loads(json.dumps(asdict(plan))), width)
+    assert f"{plan.max_batch:,} sequences at most" in report.text("#fits")
+    for plot in ("#rates", "#latencies"):
+        assert report.page.locator(f"{plot} circle").count() == len(plan.curve)
+    assert [row[2] for row in visible(report, "points-table")] == [
+        format_seconds(point.tpot_seconds) for point in plan.curve
+    ]
+    assert report.page.evaluate("document.documentElement.scrollWidth") == width

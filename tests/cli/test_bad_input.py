@@ -90,7 +90,7 @@ REFUSED_ELSEWHERE = parse_table("""
 plan tiny.yaml --mesh fdsp=3
     --mesh: unknown mesh axis 'fdsp'; use stage, data, fsdp, expert, context, tensor
 generate nowhere x
-    nowhere: no run here (no config.yaml); name a folder like runs/demo
+    nowhere: no such folder; name a run's folder, such as runs/demo, or a Hugging Face checkpoint's
 """)
 
 

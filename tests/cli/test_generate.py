@@ -15,7 +15,7 @@ def calls(monkeypatch):
     """What the command asked for; every row is continued by its number, piece by piece."""
     seen = SimpleNamespace()
 
-    def load_run(folder, *, step):
+    def load_model(folder, *, step):
         seen.folder, seen.step = folder, step
         config = SimpleNamespace(
             samples=FinalSamplesConfig(temperature=0.25, top_k=7, prompts=("x",))
@@ -27,7 +27,12 @@ def calls(monkeypatch):
         for piece in (" a", "", "ß"):
             yield [f"{piece}{row}" if piece else "" for row in range(len(prompts))]
 
-    monkeypatch.setattr("maxlm.programs.load.load_run", load_run)
+    def search_text(*given, num_beams, num_samples):
+        seen.search = num_beams, num_samples
+        return generate_text(*given)
+
+    monkeypatch.setattr("maxlm.programs.generate.search_text", search_text)
+    monkeypatch.setattr("maxlm.programs.load.load_model", load_model)
     monkeypatch.setattr("maxlm.programs.generate.generate_text", generate_text)
     return seen
 
@@ -49,6 +54,14 @@ def test_options_go_before_the_runs_own_settings(calls, run):
     assert calls.sampling == SamplingConfig(
         temperature=0, top_k=7, top_p=0.5, max_new_tokens=3, seed=9
     )
+
+
+def test_searches(calls, run):
+    for option, asked in (("--beams=3", (3, 1)), ("--best-of=4", (None, 4))):
+        assert run("generate", "runs/x", "hello", option).out == "hello a0ß0\n"
+        assert calls.search == asked
+    code, _, error = run("generate", "runs/x", "hello", "--beams=3", "--best-of=4")
+    assert (code, error.count("\n"), "two ways" in error) == (2, 1, True)
 
 
 def test_standard_input_and_arguments_byte_for_byte(calls, run, monkeypatch):

@@ -48,6 +48,10 @@ def test_exit_codes(run):
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
         ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
+        (["llama3_8b", "--serve"], "--serve needs a machine"),
+        (["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"], "'auto', 'int8', 'int4'"),
+        (["llama3_8b", "--serve", "--on", "v5p-8", "--compile"], "--compile is of training"),
+        ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
     ],
 )
@@ -151,3 +155,19 @@ def test_a_search_keeps_to_what_a_run_allows_and_json_stays_json(run):
     assert best[0]["seconds"] == pytest.approx(plan["time"]["step"])
     assert best[0]["sizes"] == plan["mesh"]
     assert all(own["sizes"]["context"] == 1 for own in best)
+
+
+def test_serving(run, tmp_path):
+    """A run's folder, its best split, and the exit codes."""
+    own = ["plan", "models/llama3_1_8b", "--serve", "--on", "h100x8"]
+    code, out, _ = run(*own, "--tpot-ms", "30", "--search", "--top", "2", "--price", "2")
+    assert (code, "12 fit" in out, "for a million" in out) == (0, True, True)
+    assert run(*own, "--tpot-ms", "1").code == 1
+    code, out, _ = run("plan", "llama3_70b", "--serve", "--on", "h100x1")
+    assert (code, "not one sequence" in out.split("does not fit: ")[1]) == (1, True)
+    (tmp_path / "config.yaml").write_text("include: models/llama3_1_8b\nname: mine")
+    sizes = ["--mesh", "data=4,tensor=2", "--batch", "64", "--cache", "int8"]
+    page = ["--html", str(tmp_path / "page.html"), "--json"]
+    plan = json.loads(run("plan", str(tmp_path), *own[2:], *sizes, *page).out)
+    assert (plan["name"], plan["point"]["batch"], plan["mesh"]["tensor"]) == ("mine", 64, 2)
+    assert '"name": "mine"' in (tmp_path / "page.html").read_text()

@@ -17,9 +17,10 @@ from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.files import list_stored_tensors, read_tensor
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
-from maxlm.programs.load import load_run
+from maxlm.programs.load import load_model, load_run
 from maxlm.run import RunConfig
-from maxlm.sharding import AxisRules
+from maxlm.sharding import AxisRules, MeshConfig
+from tests.errors import message
 from tests.models import tiny_tokenizers
 from tests.models.published import folder_of, golden
 from tests.programs import tiny
@@ -68,6 +69,27 @@ def llama(tmp_path_factory):
 
 def parameters(folder: Path) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, flatten_names(load_run(folder).params))
+
+
+def test_a_published_folder_is_used_without_conversion(llama, tmp_path):
+    folder = tmp_path / "published"
+    convert(llama, folder)
+    before = sorted(folder.iterdir())
+    for mesh in (None, MeshConfig(fsdp=4, tensor=2)):
+        ours, theirs = load_model(llama, mesh=mesh), load_model(folder, mesh=mesh)
+        assert ours.tokenizer.encode("def é(x)") == theirs.tokenizer.encode("def é(x)")
+        same = jax.tree.map(
+            lambda a, b: (a.sharding == b.sharding, a, b), ours.params, theirs.params
+        )
+        for placed, one, other in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)):
+            assert placed
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert sorted(folder.iterdir()) == before
+    assert "leave it out" in message(load_model, folder, step=3)
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in message(load_model, folder)
+    assert "neither config.yaml nor config.json" in message(load_model, tmp_path)
+    assert "no such folder" in message(load_model, tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

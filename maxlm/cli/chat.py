@@ -1,0 +1,32 @@
+"""maxlm chat"""
+
+from typing import Annotated
+
+from typer import Option
+
+from maxlm.cli.common import MeshOption, ModelArgument, SettingsArgument, StepOption, TemplateOption
+
+
+def command(
+    model: ModelArgument,
+    settings: SettingsArgument = None,
+    system: Annotated[str | None, Option(help="Text that comes before the conversation.")] = None,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+    template: TemplateOption = None,
+) -> None:
+    """Talk with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
+
+    Settings are those of sampling, as temperature=0.7 top_p=0.9; max_new_tokens: by default an
+    answer may fill the context. Each line of piped input is a message.
+    """
+    from maxlm.config import load_config
+    from maxlm.inference.sampling import SamplingConfig
+    from maxlm.programs.chat import ChatSession, run_chat
+    from maxlm.programs.serve import load_chat_model, make_engine
+
+    settings = ["max_new_tokens=1000000000", *(settings or ())]  # what the context has room for
+    sampling = load_config(SamplingConfig, None, settings).value
+    loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
+    engine = make_engine(loaded, ["max_sequences=1"])
+    run_chat(ChatSession(engine, loaded.tokenizer, engine.config.max_length, sampling, system))

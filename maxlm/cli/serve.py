@@ -1,0 +1,35 @@
+"""maxlm serve"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from maxlm.cli.common import MeshOption, ModelArgument, SettingsArgument, StepOption, TemplateOption
+
+
+def command(
+    context: typer.Context,
+    model: ModelArgument,
+    settings: SettingsArgument = None,
+    host: Annotated[str, Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0: any free one.")] = 8000,
+    name: Annotated[str | None, Option(help="Name in requests; default: the folder's.")] = None,
+    api_key_file: Annotated[
+        Path | None, Option(help="A file with the key to ask for; else $MAXLM_API_KEY.")
+    ] = None,
+    max_queue: Annotated[int, Option(min=0, help="Sequences that may wait; then 429.")] = 256,
+    max_body_mb: Annotated[int, Option(min=1, help="Most of a request, in MB.")] = 16,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+    template: TemplateOption = None,
+) -> None:
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings and others of
+    OpenAI's API, a chat page at /, Prometheus's numbers at /metrics.
+
+    Settings are the engine's, as max_sequences=16. SIGTERM and Ctrl-C finish what runs.
+    """
+    from maxlm.programs.serve import serve
+
+    serve(**context.params)

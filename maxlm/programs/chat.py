@@ -1,0 +1,160 @@
+"""A conversation in the terminal."""
+
+import io
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer, encode_chat
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+
+_HELP = """\
+/reset       forget the conversation
+/system TEXT change what comes before it, and forget it
+/save FILE   write it as JSON
+/help        show this
+/quit        end, as Ctrl-D does; Ctrl-C stops an answer"""
+
+
+class ChatSession:
+    """A conversation with a model, message by message.
+
+    Args:
+        engine: a ``maxlm.inference.engine.Engine``.
+        max_length: tokens of the conversation and an answer at most.
+        sampling: max_new_tokens is a limit, beside the context's.
+        system: text of a message of the system's, before all others.
+
+    Raises:
+        MaxlmError: the tokenizer has no chat template, or one that cannot write the system text.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Tokenizer,
+        max_length: int,
+        sampling: SamplingConfig,
+        system: str | None = None,
+    ):
+        self._engine, self._tokenizer, self._max_length = engine, tokenizer, max_length
+        self._sampling, self.system, self._count = sampling, system, 0
+        self.num_tokens = 0
+        """Tokens of the last answer."""
+        self.is_stopped = False
+        """To set while an answer is written: it ends after its next token."""
+        self.reset()
+        encode_chat(tokenizer, [*self.messages, {"role": "user", "content": "Hello"}])
+
+    def reset(self) -> None:
+        """Forgets the conversation, but for the system's text."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields the pieces of the answer to a message as they come; both join the conversation,
+        the answer as far as it came.
+
+        Raises:
+            MaxlmError: the conversation no longer fits the context; it stays as it was.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = encode_chat(self._tokenizer, messages, add_generation_prompt=True)
+        room = self._max_length - len(prompt)
+        if room < 1:
+            what = f"the conversation has {len(prompt)} tokens, the context {self._max_length}"
+            raise MaxlmError(what, fix="/reset forgets it")
+        most, seed = min(self._sampling.max_new_tokens, room), self._sampling.seed + self._count
+        changes = {"max_new_tokens": most, "seed": seed % 2**32}
+        sampling = self._sampling.model_copy(update=changes)
+        self._count, self.is_stopped, self.num_tokens = self._count + 1, False, 0
+        name, pieces, done = f"chat-{self._count}", [], False
+        self._engine.add_request(GenerationRequest(name, tuple(prompt), sampling))
+        try:
+            while not done and not self.is_stopped:
+                for output in self._engine.step():
+                    if output.request_id != name:  # the end of one that was stopped
+                        continue
+                    self.num_tokens += len(output.token_ids)
+                    done = output.finish_reason is not None
+                    pieces.append(output.text)
+                    yield output.text
+        finally:
+            self._engine.abort(name)
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def run_chat(session: ChatSession) -> None:
+    """Reads messages from standard input, and prints answers, until its end or /quit."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # stray bytes, or what the terminal cannot show
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history of input())
+        print("Enter sends; /help lists commands.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
+            continue
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                print(_run_command(session, line), file=sys.stderr)
+            elif line:
+                _print_answer(session, line)
+        except MaxlmError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _run_command(session: ChatSession, line: str) -> str:
+    name, _, rest = line.partition(" ")
+    if name == "/help":
+        return _HELP
+    if name == "/reset":
+        session.reset()
+        return "the conversation is forgotten"
+    if name == "/system" and rest.strip():
+        session.system = rest.strip()
+        session.reset()
+        return "the system's text is set"
+    if name == "/save" and rest.strip():
+        path = Path(rest.strip()).expanduser()
+        text = json.dumps(session.messages, indent=2, ensure_ascii=False) + "\n"
+        try:
+            path.write_text(text, "utf-8")
+        except OSError as error:
+            raise MaxlmError(f"cannot be written ({error.strerror})", where=str(path)) from None
+        return f"saved {len(session.messages)} messages in {path}"
+    return f"no command {line!r}; /help lists them"
+
+
+def _print_answer(session: ChatSession, text: str) -> None:
+    start, first = time.monotonic(), None
+    # Ctrl-C stops the answer: raised within a step, it would lose the engine's buffers.
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(session, "is_stopped", True))
+    try:
+        for piece in session.answer(text):
+            first = first or time.monotonic()
+            print(piece, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(flush=True)
+    if first is not None:
+        rate = (session.num_tokens - 1) / max(time.monotonic() - first, 1e-9)
+        line = (
+            f"{session.num_tokens} tokens, {rate:.1f} tokens/s, first after {first - start:.2f} s"
+        )
+        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

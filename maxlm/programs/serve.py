@@ -1,0 +1,127 @@
+"""A model behind an HTTP server."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.inference.embedding import Embedder
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.speculation import DraftModel, DraftModelConfig
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.programs.generate import encode_prompts
+from maxlm.programs.load import LoadedRun, load_model
+from maxlm.programs.setup import use_compilation_cache
+from maxlm.sharding.mesh import parse_mesh
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def serve(
+    model: str,
+    settings: Sequence[str] | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key_file: Path | None = None,
+    max_queue: int = 256,
+    max_body_mb: int = 16,
+    mesh: str | None = None,
+    step: int | None = None,
+    template: Path | None = None,
+) -> None:
+    """Loads a model and serves it until a signal; prints the URL when it is ready.
+
+    Args:
+        settings: the engine's, as ``max_sequences=16``.
+        max_queue: sequences that may wait beside those that run; more get 429.
+
+    Raises:
+        MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
+    """
+    try:
+        from maxlm.serving.engine_loop import EngineLoop
+        from maxlm.serving.server import bind_socket, read_api_key, run_server
+        from maxlm.serving.server_state import ServerState
+    except ModuleNotFoundError as error:
+        fix = "pip install 'maxlm[serve]'"
+        raise MaxlmError(f"the package {error.name} is not installed", fix=fix) from None
+    key = read_api_key(api_key_file)
+    with bind_socket(host, port) as bound:
+        loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
+        engine, embedder = _make_parts(loaded, settings or ())
+        max_length, num_running = loaded.config.model.max_seq_len, 0
+        if engine is not None:
+            max_length = engine.config.max_length
+            num_running = engine.config.max_sequences * engine.num_shards
+        name, tokenizer = name or loaded.config.name, loaded.tokenizer
+        as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
+        encode = partial(encode_prompts, tokenizer, as_documents=as_documents)
+        del loaded  # the engine has parameters of its own
+        state = ServerState(
+            name,
+            tokenizer,
+            max_length,
+            lambda text: encode([text])[0],
+            EngineLoop(engine, num_running + max_queue),
+            embedder,
+            key,
+            max_body_mb << 20,
+        )
+        if key is None and not host.startswith(_LOOPBACK):
+            what = f"anyone who reaches {host} may use this server: there is no API key"
+            print(f"warning: {what}", file=sys.stderr)
+        run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
+
+
+def load_chat_model(
+    folder: str, *, step: int | None, mesh: str | None, template: Path | None
+) -> LoadedRun:
+    """Loads a model on a mesh such as ``tensor=2`` (None: one device), with a chat template from a
+    file in place of its own, if any."""
+    loaded = load_model(folder, step=step, mesh=parse_mesh(mesh) if mesh else None)
+    if template is not None:
+        try:
+            text = template.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            fix = "name a Jinja template"
+            raise MaxlmError(f"cannot be read ({error})", where=str(template), fix=fix) from error
+        loaded.tokenizer.extra_files["chat_template.jinja"] = text.encode()
+    return loaded
+
+
+def _make_parts(
+    loaded: LoadedRun, settings: Sequence[str]
+) -> tuple[Engine | None, Embedder | None]:
+    """Makes the engine, compiled, and what embeds, as far as the model has them."""
+    use_compilation_cache(loaded.config)
+    model, mesh = loaded.model, loaded.mesh
+    if isinstance(model, Encoder):
+        if settings:
+            what = f"{settings[0]} is for a model that generates text; this is an encoder"
+            raise MaxlmError(what, fix="leave it out")
+        return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
+    engine = make_engine(loaded, settings)
+    print("compiling ...", file=sys.stderr, flush=True)
+    engine.warm_up()
+    if isinstance(model, EncoderDecoder):
+        return engine, None
+    return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
+
+
+def make_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
+    """Makes the engine that continues prompts with a model; ``settings`` are those of
+    ``EngineConfig``."""
+    config, draft = load_config(EngineConfig, None, settings).value, None
+    if isinstance(config.speculation, DraftModelConfig):
+        mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
+        other = load_model(config.speculation.folder, mesh=mesh)
+        codecs = (each.tokenizer.codec.fingerprint_input() for each in (other, loaded))
+        if len(set(codecs)) > 1:
+            what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
+            raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
+        draft = DraftModel(other.model, other.params)
+    return Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)

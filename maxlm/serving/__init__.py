@@ -1,0 +1,1 @@
+"""An HTTP server over the engine that speaks OpenAI's protocol."""

@@ -1,0 +1,136 @@
+"""The server's paths."""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from maxlm.serving.chat import create_chat_completion, encode_conversation
+from maxlm.serving.completions import create_completion
+from maxlm.serving.embeddings import create_embeddings, create_scores
+from maxlm.serving.errors import ApiError, convert_error
+from maxlm.serving.schemas import DetokenizeBody, TokenizeBody
+from maxlm.serving.server_state import ServerState
+
+Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
+_OPEN_PATHS = ("/", "/health")
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def make_app(state: ServerState) -> Starlette:
+    """Returns the server as an ASGI application."""
+    paths: dict[str, tuple[str, Endpoint]] = {
+        "/": ("GET", show_page),
+        "/health": ("GET", report_health),
+        "/metrics": ("GET", report_metrics),
+        "/v1/models": ("GET", list_models),
+        "/v1/models/{name:path}": ("GET", describe_model),
+        "/v1/completions": ("POST", create_completion),
+        "/v1/chat/completions": ("POST", create_chat_completion),
+        "/v1/embeddings": ("POST", create_embeddings),
+        "/v1/score": ("POST", create_scores),
+        "/tokenize": ("POST", tokenize),
+        "/detokenize": ("POST", detokenize),
+    }
+    routes = [
+        Route(path, partial(_answer, state, endpoint, path), methods=[method])
+        for path, (method, endpoint) in paths.items()
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _refuse_path})
+
+
+async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
+    """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
+    try:
+        given = request.headers.get("authorization", "").encode()
+        is_open = not state.api_key or path in _OPEN_PATHS
+        if not is_open and not hmac.compare_digest(given, f"Bearer {state.api_key}".encode()):
+            raise ApiError(401, "send the header authorization: Bearer KEY")
+        response = await endpoint(state, request)
+        if ignored := getattr(request.state, "ignored_fields", None):
+            response.headers["x-maxlm-ignored"] = ", ".join(ignored)
+    except ClientDisconnect:
+        response = Response(status_code=499)  # nobody reads it; as nginx counts them
+    except Exception as error:
+        response = _make_error_response(error)
+    state.metrics.requests.labels(path, response.status_code).inc()
+    return response
+
+
+async def _refuse_path(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = f"{request.method} {request.url.path[:200]}: no such path, or not by this method"
+    return _make_error_response(ApiError(status, what))
+
+
+def _make_error_response(error: Exception) -> Response:
+    found = convert_error(error)
+    headers = {"retry-after": str(found.retry_after)} if found.retry_after else None
+    return JSONResponse(found.to_json(), found.status, headers)
+
+
+async def show_page(state: ServerState, request: Request) -> Response:
+    """Answers / with the chat page."""
+    headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
+    return FileResponse(Path(__file__).with_name("page.html"), headers=headers)
+
+
+async def report_health(state: ServerState, request: Request) -> Response:
+    """Answers /health: 200 while requests are taken."""
+    loop = state.engine_loop
+    status = "failed" if loop.failure else "stopping" if loop.is_draining else "ok"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+async def report_metrics(state: ServerState, request: Request) -> Response:
+    """Answers /metrics."""
+    numbers = generate_latest(state.metrics.registry)
+    return Response(numbers, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _describe(state: ServerState) -> dict[str, Any]:
+    about = {"id": state.name, "object": "model", "created": state.created, "owned_by": "maxlm"}
+    return {**about, "max_model_len": state.max_length}
+
+
+async def list_models(state: ServerState, request: Request) -> Response:
+    """Answers /v1/models."""
+    return JSONResponse({"object": "list", "data": [_describe(state)]})
+
+
+async def describe_model(state: ServerState, request: Request) -> Response:
+    """Answers /v1/models/NAME."""
+    state.check_model(request.path_params["name"])
+    return JSONResponse(_describe(state))
+
+
+async def tokenize(state: ServerState, request: Request) -> Response:
+    """Answers /tokenize: a prompt's or a conversation's ids."""
+    body = await state.read_body(request, TokenizeBody)
+    if (body.prompt is None) == (not body.messages):
+        raise ApiError(400, "give prompt or messages", param="prompt")
+    if body.messages:
+        tokens = await asyncio.to_thread(encode_conversation, state, body.messages)
+    else:
+        encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
+        tokens = await asyncio.to_thread(encode, body.prompt or "")
+    about = {"count": len(tokens), "max_model_len": state.max_length}
+    return JSONResponse(about | {"tokens": list(tokens)})
+
+
+async def detokenize(state: ServerState, request: Request) -> Response:
+    """Answers /detokenize: the text of ids."""
+    body = await state.read_body(request, DetokenizeBody)
+    return JSONResponse({"prompt": state.tokenizer.decode(body.tokens)})

@@ -1,0 +1,118 @@
+"""/v1/completions: continuations of texts or token ids."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.serving.errors import ApiError
+from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
+from maxlm.serving.schemas import MAX_PROMPTS, CompletionBody, list_prompts
+from maxlm.serving.server_state import ServerState
+
+
+class _Completions(Answer):
+    """The answer to /v1/completions.
+
+    Args:
+        texts: the prompts as ``echo`` repeats them.
+    """
+
+    id_prefix, object_names = "cmpl", ("text_completion", "text_completion")
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: CompletionBody,
+        prompts: list[tuple[int, ...]],
+        texts: list[str],
+    ):
+        super().__init__(state, body, prompts, body.best_of or body.n)
+        self._body, self._texts = body, texts
+        self._num_chars: dict[int, int] = {}  # that were described before, by sequence
+
+    def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
+        body, most = self._body, self.state.resolve_max_tokens(len(prompt), self._body.max_tokens)
+        ranks = self.num_sequences > body.n
+        return replace(
+            body.make_request(request_id, prompt, most, self.state.tokenizer.vocab_size),
+            num_sequences=self.num_sequences,
+            top_logprobs=0 if ranks and body.logprobs is None else body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+
+    def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
+        text, entries, described = output.text, output.logprobs, None
+        if self._body.max_tokens == 0:  # the engine makes one at least
+            text, entries, self.completion_tokens = "", [], 0
+        prompt_index = index // self.num_sequences
+        if self._body.echo and index not in self._num_chars:
+            text = self._texts[prompt_index] + text
+            first = TokenLogprob(self.prompts[prompt_index][0], math.nan)  # nothing before it
+            entries = [first, *(output.prompt_logprobs or ()), *entries]
+        offset = self._num_chars.get(index, 0)
+        self._num_chars[index] = offset + len(text)
+        if self._body.logprobs is not None:
+            described = describe_logprobs(self.state.tokenizer, entries, offset)
+        reason = output.finish_reason
+        return {"index": index, "text": text, "logprobs": described, "finish_reason": reason}
+
+    def choose(self, outputs: dict[int, SequenceOutput]) -> list[int]:
+        """Returns the ``n`` likeliest sequences of each prompt."""
+
+        def compute_mean_logprob(index: int) -> float:
+            values = [entry.logprob for entry in outputs[index].logprobs]
+            return sum(values) / max(len(values), 1)
+
+        if self.num_sequences == self._body.n:
+            return sorted(outputs)
+        chosen = []
+        for start in range(0, len(outputs), self.num_sequences):
+            own = range(start, start + self.num_sequences)
+            chosen += sorted(own, key=compute_mean_logprob, reverse=True)[: self._body.n]
+        return chosen
+
+
+async def create_completion(state: ServerState, request: Request) -> Response:
+    """Answers /v1/completions."""
+    body = await state.read_body(request, CompletionBody)
+    num_sequences, given = body.best_of or body.n, list_prompts(body.prompt)
+    if num_sequences < body.n:
+        raise ApiError(400, "best_of is below n", param="best_of")
+    if body.stream and num_sequences > body.n:
+        raise ApiError(400, "best_of above n cannot be streamed", param="best_of")
+    if len(given) * num_sequences > MAX_PROMPTS:
+        raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
+    prompts = await state.encode_prompts(given)
+    decode = state.tokenizer.decode
+    texts = [p if isinstance(p, str) else decode(p) for p in given] if body.echo else []
+    return await _Completions(state, body, prompts, texts).respond(request)
+
+
+def describe_logprobs(
+    tokenizer: Tokenizer, logprobs: list[TokenLogprob], offset: int
+) -> dict[str, Any]:
+    """Returns log-probabilities as /v1/completions has them; the first token of a prompt has none
+    (NaN)."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for token_id, logprob, top in logprobs:
+        best: dict[str, float] = {}
+        for other, value in (*top, (token_id, logprob)):  # the likelier of two that read alike
+            best.setdefault(name_token(tokenizer, other), max(value, LOWEST_LOGPROB))
+        found = (max(logprob, LOWEST_LOGPROB), best) if logprob == logprob else (None, None)
+        row = (name_token(tokenizer, token_id), *found, offset)
+        for name, value in zip(names, row, strict=True):
+            columns[name].append(value)
+        offset += len(decode_token(tokenizer, token_id)[0])
+    return columns
+
+
+def name_token(tokenizer: Tokenizer, token_id: int) -> str:
+    r"""Returns a token's text, or ``bytes:\xe2\x80`` for a part of a character."""
+    text, data = decode_token(tokenizer, token_id)
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if "\ufffd" in text else text

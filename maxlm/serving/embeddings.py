@@ -1,0 +1,111 @@
+"""/v1/embeddings and /v1/score."""
+
+import base64
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from maxlm.inference.embedding import Pooling
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.serving.errors import ApiError
+from maxlm.serving.generation import cancel_on_disconnect
+from maxlm.serving.schemas import EmbeddingBody, ScoreBody, list_prompts
+from maxlm.serving.server_state import ServerState
+
+Rows = list[tuple[int, ...]]
+"""Token ids of texts."""
+
+
+async def create_embeddings(state: ServerState, request: Request) -> Response:
+    """Answers /v1/embeddings."""
+    body = await state.read_body(request, EmbeddingBody)
+    rows = await state.encode_prompts(list_prompts(body.input))
+    vectors = await _embed(state, rows, body.pooling)
+    if body.dimensions is not None:
+        if body.dimensions > vectors.shape[1]:
+            what = f"the model's vectors have {vectors.shape[1]} dimensions"
+            raise ApiError(400, what, param="dimensions")
+        vectors = vectors[:, : body.dimensions]
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    written: list[Any] = vectors.tolist()
+    if body.encoding_format == "base64":
+        written = [base64.b64encode(each.astype("<f4").tobytes()).decode() for each in vectors]
+    data = [{"object": "embedding", "index": n, "embedding": e} for n, e in enumerate(written)]
+    return _respond(state, rows, data)
+
+
+async def create_scores(state: ServerState, request: Request) -> Response:
+    """Answers /v1/score: how well each text_2 follows from, or is like, its text_1."""
+    body = await state.read_body(request, ScoreBody)
+    firsts, seconds = list_prompts(body.text_1), list_prompts(body.text_2)
+    if len(firsts) == 1:
+        firsts = [*firsts] * len(seconds)
+    if len(firsts) != len(seconds):
+        what = f"text_1 has {len(firsts)} texts, text_2 {len(seconds)}: give one, or as many"
+        raise ApiError(400, what, param="text_1")
+    usual = "cosine" if state.engine_loop.engine is None else "loglikelihood"
+    if (body.method or usual) == "cosine":
+        rows = await state.encode_prompts([*firsts, *seconds])
+        vectors = await _embed(state, rows, None)
+        scores = np.sum(vectors[: len(firsts)] * vectors[len(firsts) :], axis=1).tolist()
+    else:
+        heads = await state.encode_prompts(firsts)
+        tails = [state.tokenizer.encode(str(text)) for text in seconds]
+        rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
+        scores = await _score_tails(state, request, rows, [*map(len, tails)])
+    data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
+    return _respond(state, rows, data, id=f"score-{uuid4().hex}")
+
+
+async def _score_tails(
+    state: ServerState, request: Request, rows: Rows, tail_lengths: list[int]
+) -> list[float]:
+    """Returns the mean log-probability of each row's last tokens."""
+    if not all(tail_lengths):
+        raise ApiError(400, "a text is empty", param="text_2")
+    for row in rows:
+        state.resolve_max_tokens(len(row), 1)
+    name, greedy = uuid4().hex, SamplingConfig(temperature=0, max_new_tokens=1)
+    asked = [
+        GenerationRequest(f"{name}-{n}", row, greedy, prompt_logprobs=0)
+        for n, row in enumerate(rows)
+    ]
+    scores = [0.0] * len(rows)
+
+    async def collect() -> None:
+        async for output in stream:
+            if output.prompt_logprobs is not None:
+                index = int(output.request_id.rpartition("-")[2])
+                tail = output.prompt_logprobs[-tail_lengths[index] :]
+                scores[index] = sum(each.logprob for each in tail) / len(tail)
+
+    with await state.engine_loop.submit(asked) as stream:
+        await cancel_on_disconnect(request, collect())
+    return scores
+
+
+async def _embed(state: ServerState, rows: Rows, pooling: Pooling | None) -> np.ndarray:
+    embedder = state.embedder
+    if embedder is None:
+        raise ApiError(400, "this model makes no embeddings", code="unsupported")
+    if (longest := max(map(len, rows))) > embedder.max_length:
+        what = f"a text has {longest} tokens; the model's context is {embedder.max_length}"
+        raise ApiError(400, what, param="input", code="context_length_exceeded")
+    # A few rows at a time: sequences that are being generated go on between them.
+    found = [
+        await state.engine_loop.call(partial(embedder.embed, rows[start : start + 8], pooling))
+        for start in range(0, len(rows), 8)
+    ]
+    return np.concatenate(found)
+
+
+def _respond(state: ServerState, rows: Rows, data: list[Any], **more: Any) -> Response:
+    total = sum(map(len, rows))
+    usage = {"prompt_tokens": total, "total_tokens": total}
+    about = {"object": "list", "data": data, "model": state.name, "usage": usage}
+    return JSONResponse(more | about)

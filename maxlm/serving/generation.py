@@ -1,0 +1,161 @@
+"""From a body to its answer, whole or as a stream of events: shared by /v1/completions and
+/v1/chat/completions. An answer ends when its client hangs up."""
+
+import asyncio
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, ClassVar, TypeVar
+from uuid import uuid4
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.requests import GenerationRequest, SequenceOutput
+from maxlm.serving.engine_loop import RequestStream
+from maxlm.serving.errors import convert_error
+from maxlm.serving.schemas import GenerationBody
+from maxlm.serving.server_state import ServerState
+
+T = TypeVar("T")
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Answer(ABC):
+    """An answer to a body, made of the outputs of its requests.
+
+    Args:
+        prompts: one request is made for each.
+        num_sequences: of each prompt; those of prompt 0 come first.
+    """
+
+    id_prefix: ClassVar[str]
+    object_names: ClassVar[tuple[str, str]]
+    """The kinds of object that a whole answer is, and an event."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: GenerationBody,
+        prompts: Sequence[tuple[int, ...]],
+        num_sequences: int,
+    ):
+        self.state, self.prompts, self.num_sequences = state, prompts, num_sequences
+        self._is_stream, self._include_usage = body.stream, body.stream_options.include_usage
+        self.completion_tokens = 0
+        self._cached_tokens: dict[str, int] = {}
+        about = {"id": f"{self.id_prefix}-{uuid4().hex}", "object": self.object_names[body.stream]}
+        self._about = about | {"created": int(time.time()), "model": state.name}
+
+    @abstractmethod
+    def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
+        """Returns the engine's request for a prompt."""
+
+    @abstractmethod
+    def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
+        """Returns a choice of an answer, or of an event: what an output adds to sequence ``index``,
+        in the API's form."""
+
+    def choose(self, outputs: dict[int, SequenceOutput]) -> list[int]:
+        """Returns which sequences are answered with."""
+        return sorted(outputs)
+
+    async def respond(self, request: Request) -> Response:
+        """Returns the answer to a client that has sent its body."""
+        asked = [
+            self.make_request(f"{self._about['id']}-{number}", prompt)
+            for number, prompt in enumerate(self.prompts)
+        ]
+        stream = await self.state.engine_loop.submit(asked)
+        if self._is_stream:
+            return EventStream(stream, self._make_events(stream))
+        with stream:
+            return JSONResponse(await cancel_on_disconnect(request, self._collect(stream)))
+
+    async def _make_events(self, stream: RequestStream) -> AsyncIterator[dict[str, Any]]:
+        async for index, output in self._read(stream):
+            yield self._about | {"choices": [self.describe(index, output)], "usage": None}
+        if self._include_usage:
+            yield self._about | {"choices": [], "usage": self._describe_usage()}
+
+    async def _collect(self, stream: RequestStream) -> dict[str, Any]:
+        whole: dict[int, SequenceOutput] = {}
+        async for index, output in self._read(stream):
+            if (own := whole.setdefault(index, output)) is not output:
+                own.text += output.text
+                own.logprobs += output.logprobs
+                own.finish_reason = output.finish_reason
+        choices = [self.describe(index, whole[index]) for index in self.choose(whole)]
+        choices = [{**choice, "index": place} for place, choice in enumerate(choices)]
+        return self._about | {"choices": choices, "usage": self._describe_usage()}
+
+    async def _read(self, stream: RequestStream) -> AsyncIterator[tuple[int, SequenceOutput]]:
+        async for output in self.state.metrics.time_outputs(stream):
+            self.completion_tokens += len(output.token_ids)
+            cached = self._cached_tokens.get(output.request_id, 0)
+            self._cached_tokens[output.request_id] = max(output.num_cached_tokens, cached)
+            prompt_index = int(output.request_id.rpartition("-")[2])
+            yield prompt_index * self.num_sequences + output.sequence_index, output
+
+    def _describe_usage(self) -> dict[str, Any]:
+        prompt_tokens = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
+        }
+
+
+def decode_token(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
+    """Returns a token as text, U+FFFD for parts of characters, and as the bytes that it is."""
+    data = tokenizer.decode_bytes([token_id], continued=True)
+    return data.decode("utf-8", "replace"), data
+
+
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Returns what ``work`` does, or cancels it when the client hangs up; call it once the body is
+    read.
+
+    Raises:
+        ClientDisconnect: the client hung up.
+    """
+    task, hang_up = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        hang_up.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events: each object as ``data: {json}``, at the end ``data: [DONE]``, or an
+    object with an ``error`` if one comes up on the way.
+
+    Args:
+        stream: what the events are made of; released whatever happens.
+    """
+
+    def __init__(self, stream: RequestStream, events: AsyncIterator[dict[str, Any]]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(_write_events(events), headers=headers, media_type="text/event-stream")
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stream:
+            await super().__call__(scope, receive, send)
+
+
+async def _write_events(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            yield f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield f"data: {json.dumps(convert_error(error).to_json())}\n\n"

@@ -1,0 +1,258 @@
+"""Bodies of requests: the fields of OpenAI's API, and those that maxlm adds.
+
+Types are checked here; ranges of sampling settings by ``SamplingConfig``. A field set to null is as
+one left out. Unknown fields are let pass, and named in the answer's header ``x-maxlm-ignored``.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from maxlm.inference.requests import GenerationRequest, GrammarSpec
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.serving.errors import ApiError
+
+_UNSUPPORTED = ("suffix", "audio", "modalities", "prediction", "web_search_options", "functions")
+_SAMPLING_FIELDS = SamplingConfig.model_fields.keys()
+MAX_PROMPTS = 2048
+
+TokenIds = list[int]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+Prompt = (
+    str
+    | Texts
+    | Annotated[TokenIds, Field(min_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+StopString = Annotated[str, Field(min_length=1)]
+
+
+class ApiModel(BaseModel):
+    """Part of a body."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        is_object = isinstance(value, dict)
+        return {k: v for k, v in value.items() if v is not None} if is_object else value
+
+
+class ApiBody(ApiModel):
+    """A body; ``model`` is the name that /v1/models lists."""
+
+    model: str | None = None
+
+    def list_ignored_fields(self) -> list[str]:
+        """Returns names of fields that nothing here reads.
+
+        Raises:
+            ApiError: one asks for what is not supported.
+        """
+        extra = self.model_extra or {}
+        for name in _UNSUPPORTED:
+            if extra.get(name):
+                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported")
+        unknown = [name for name in extra if name not in _SAMPLING_FIELDS]
+        return [name for name in unknown if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)][:16]
+
+
+class StreamOptions(ApiModel):
+    """Settings of a streamed answer."""
+
+    include_usage: bool = False
+    """Whether it ends with the numbers of tokens."""
+
+
+class JsonSchemaFormat(ApiModel):
+    """A named JSON schema."""
+
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(ApiModel):
+    """The form that an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class GenerationBody(ApiBody):
+    """Fields that /v1/completions and /v1/chat/completions share."""
+
+    n: int = Field(default=1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
+    seed: int | None = None
+    logit_bias: dict[
+        Annotated[int, Field(strict=False, ge=0)], Annotated[float, Field(ge=-100, le=100)]
+    ] = {}
+    response_format: ResponseFormat | None = None
+    # Further fields of maxlm's; those of SamplingConfig are taken beside them, under their names.
+    min_tokens: int = Field(default=0, ge=0)
+    stop_token_ids: TokenIds = []
+    ignore_eos: bool = False
+    regex: str | None = None
+    lark: str | None = None
+
+    def make_request(
+        self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, vocab_size: int
+    ) -> GenerationRequest:
+        """Returns the engine's request; without a seed its own is drawn anew each time."""
+        if any(token >= vocab_size for token in self.logit_bias):
+            what = f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's last"
+            raise ApiError(400, what, param="logit_bias")
+        sampling: dict[str, Any] = {"min_new_tokens": self.min_tokens} | (self.model_extra or {})
+        if sampling.get("top_k") == -1:  # as some servers write "all"
+            sampling["top_k"] = 0
+        if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
+            sampling["top_p"] = 1e-9
+        sampling["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        sampling |= {"max_new_tokens": max_new_tokens, "logit_bias": self.logit_bias}
+        known = {name: value for name, value in sampling.items() if name in _SAMPLING_FIELDS}
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_tokens=prompt,
+            sampling=SamplingConfig.model_validate(known, strict=True),
+            num_sequences=self.n,
+            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            grammar=self._make_grammar(),
+        )
+
+    def _make_grammar(self) -> GrammarSpec | None:
+        found = [GrammarSpec("regex", self.regex)] if self.regex is not None else []
+        found += [GrammarSpec("lark", self.lark)] if self.lark is not None else []
+        form = self.response_format
+        if form and form.type == "json_object":
+            found.append(GrammarSpec("json_object"))
+        if form and form.type == "json_schema":
+            if form.json_schema is None:
+                what, name = "json_schema has no schema", "response_format.json_schema"
+                raise ApiError(400, what, param=name)
+            found.append(GrammarSpec("json_schema", json.dumps(form.json_schema.schema_)))
+        if len(found) > 1:
+            raise ApiError(400, "response_format, regex and lark: give one", param="regex")
+        return found[0] if found else None
+
+
+class CompletionBody(GenerationBody):
+    """A request to /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: int = Field(default=16, ge=0)
+    echo: bool = False
+    logprobs: TopLogprobs | None = None
+    best_of: int | None = Field(default=None, ge=1, le=128)
+
+
+class ToolFunction(ApiModel):
+    """A function to call, or one that was called with arguments: JSON text."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    arguments: str | None = None
+
+
+class Tool(ApiModel):
+    """A tool, the choice of one, or an earlier call of one; only functions are known."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
+class ContentPart(ApiModel):
+    """A part of a message; only text is known."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(ApiModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] = ""
+    name: str | None = None
+    tool_calls: list[Tool] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """Returns the message as chat templates read it: content as text, arguments as data."""
+        names = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+        found = self.model_dump(include=names, exclude_none=True)
+        if self.role == "developer":
+            found["role"] = "system"
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        for call in found.get("tool_calls", ()):
+            with suppress(ValueError, RecursionError):  # what is no JSON stays text
+                arguments = call["function"].setdefault("arguments", "") or "{}"
+                call["function"]["arguments"] = json.loads(arguments)
+        return found | {"content": text}
+
+
+class ChatBody(GenerationBody):
+    """A request to /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class EmbeddingBody(ApiBody):
+    """A request to /v1/embeddings."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+    pooling: Literal["mean", "last", "first"] | None = None
+
+
+class ScoreBody(ApiBody):
+    """A request to /v1/score: one text beside one or many, or pairs of as many."""
+
+    text_1: str | Texts
+    text_2: str | Texts
+    method: Literal["loglikelihood", "cosine"] | None = None
+
+
+class TokenizeBody(ApiBody):
+    """A request to /tokenize: of a prompt, or of a conversation."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] = []
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(ApiBody):
+    """A request to /detokenize."""
+
+    tokens: TokenIds
+
+
+def list_prompts(prompt: Prompt) -> Sequence[str | TokenIds]:
+    """Returns the prompts of a field that may hold one or many."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType]
+    return prompt  # pyright: ignore[reportReturnType]

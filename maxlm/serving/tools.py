@@ -1,0 +1,220 @@
+"""Tools in chat: how a model is told of them, and how its text is read back as calls.
+
+Three ways to write a call are known, and told apart by the chat template:
+
+- hermes (Hermes, Qwen, SmolLM3): ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``
+- mistral: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``
+- llama3: the answer is ``{"name": ..., "parameters": {...}}``, maybe behind ``<|python_tag|>``
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from maxlm.inference.requests import GrammarSpec
+from maxlm.serving.errors import ApiError
+from maxlm.serving.schemas import Tool
+
+ToolFormat = Literal["hermes", "mistral", "llama3"]
+
+_OPENERS: dict[ToolFormat, str] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3": ""}
+_CLOSER = "</tool_call>"
+_PYTHON_TAG = "<|python_tag|>"
+_BEFORE_HEAD = re.compile(rf"(?:[\s\[]|{re.escape(_PYTHON_TAG)})*")
+_HEAD = re.compile(
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_MAX_HEAD_CHARS = 1000
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_INSTRUCTIONS = (
+    "You may call functions to help with the user's query. Their signatures, as JSON, one a line:\n"
+    "<tools>\n{tools}\n</tools>\n"
+    "To call one, answer with a JSON object with its name and arguments, within tags:\n"
+    '<tool_call>\n{{"name": <name>, "arguments": <arguments>}}\n</tool_call>'
+)
+
+
+def detect_tool_format(template: str) -> ToolFormat:
+    """Returns the way in which models of a chat template write calls; hermes if it does not say."""
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    is_llama = "<|start_header_id|>" in template and "tool" in template
+    return "llama3" if "<tool_call>" not in template and is_llama else "hermes"
+
+
+def describe_tools_in_text(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns a conversation in which tools, calls and their results are plain text, for a chat
+    template that knows no tools."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        for call in message.get("tool_calls", ()):
+            written = _to_json({key: call["function"][key] for key in ("name", "arguments")})
+            content += f"\n<tool_call>\n{written}\n</tool_call>"
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+        found.append({"role": role, "content": content.strip("\n")})
+    if tools:
+        text = _INSTRUCTIONS.format(tools="\n".join(map(_to_json, tools)))
+        if found[0]["role"] == "system":
+            found[0]["content"] += f"\n\n{text}"
+        else:
+            found.insert(0, {"role": "system", "content": text})
+    return found
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def make_tool_grammar(
+    tools: Sequence[Tool], tool_format: ToolFormat, *, parallel: bool
+) -> GrammarSpec:
+    """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`.
+
+    Raises:
+        ApiError: tools that define different things under one name in ``$defs``.
+    """
+    key = "parameters" if tool_format == "llama3" else "arguments"
+    calls, definitions = [], {"$defs": {}, "definitions": {}}
+    for tool in tools:
+        schema = dict(tool.function.parameters or {"type": "object", "properties": {}})
+        for place, shared in definitions.items():  # references start at the root
+            for name, value in schema.pop(place, {}).items():
+                if shared.setdefault(name, value) != value:
+                    raise ApiError(400, f"two tools differ in {place}/{name}", param="tools")
+        properties = {"name": {"const": tool.function.name}, key: schema}
+        call = {"type": "object", "properties": properties, "required": ["name", key]}
+        calls.append(call | {"additionalProperties": False})
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if tool_format == "mistral":
+        schema = {"type": "array", "items": schema, "minItems": 1}
+        schema |= {} if parallel else {"maxItems": 1}
+    schema |= {place: shared for place, shared in definitions.items() if shared}
+    return GrammarSpec("json_schema", json.dumps(schema))
+
+
+def get_forced_prefix(tool_format: ToolFormat) -> str:
+    """Returns what opens a call, to end the prompt with where the model has to make one."""
+    return _OPENERS[tool_format] + ("\n" if tool_format == "hermes" else "")
+
+
+@dataclass
+class ParsedText:
+    """Content and calls, as far as a piece of an answer's text makes them certain."""
+
+    content: str = ""
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Calls by number, as OpenAI has them: where one begins with its id and name, and then the next
+    part of its arguments' JSON text."""
+
+
+class ToolCallParser:
+    """Reads an answer's text, as it comes, as content and calls; what proves to be no call of a
+    known tool is content.
+
+    Args:
+        names: the tools' names.
+        forced: the prompt opened a call already.
+        max_calls: further ones are dropped.
+    """
+
+    def __init__(
+        self,
+        tool_format: ToolFormat,
+        names: Collection[str],
+        *,
+        forced: bool = False,
+        max_calls: int | None = None,
+    ):
+        self.num_calls = 0
+        self._names, self._max_calls = frozenset(names), max_calls
+        self._opener = _OPENERS[tool_format] if names else ""
+        self._text, self._held, self._arguments = "", "", ""
+        self._found = ParsedText()
+        starts_with_head = forced or (names and tool_format == "llama3")
+        self._state = self._read_head if starts_with_head else self._read_content
+
+    def push(self, text: str, *, final: bool = False) -> ParsedText:
+        """Takes more text; returns what is certain with it. ``final``: no more will come."""
+        self._text += text
+        self._found, state = ParsedText(), None
+        while state != self._state:
+            state = self._state
+            state(final)
+        return self._found
+
+    def _read_content(self, final: bool) -> None:
+        content, opener = self._text, self._opener
+        if opener and opener in content:
+            content, _, self._text = content.partition(opener)
+            content, self._held, self._state = content.rstrip(), opener, self._read_head
+        elif final or not opener:
+            self._text = ""
+            content = "" if final and self.num_calls and content.isspace() else content
+        else:  # space before a call is no content, nor is what may begin one
+            content = content[: len(content) - _overlap(content, opener)].rstrip()
+            self._text = self._text[len(content) :]
+        self._found.content += content
+
+    def _read_head(self, final: bool) -> None:
+        before = _BEFORE_HEAD.match(self._text)
+        plain = self._text[before.end() if before else 0 :]
+        may_begin = plain.startswith("{") or _PYTHON_TAG.startswith(plain)
+        match = _HEAD.match(plain)
+        if match and match[1] in self._names:
+            self._text, self._arguments = plain[match.end() :], ""
+            self._state = self._read_arguments
+            call = {"id": f"call_{uuid4().hex[:24]}", "type": "function"}
+            function = {"name": match[1], "arguments": ""}
+            self._found.calls[self.num_calls] = call | {"function": function}
+        elif match or final or not may_begin or len(plain) > _MAX_HEAD_CHARS:
+            self._text, self._opener = self._held + self._text, ""
+            self._state = self._read_content
+
+    def _read_arguments(self, final: bool) -> None:
+        num_sent = len(self._arguments)
+        self._arguments += self._text
+        end = _find_object_end(self._arguments)
+        if piece := self._arguments[num_sent:end]:
+            call = self._found.calls.setdefault(self.num_calls, {"function": {"arguments": ""}})
+            call["function"]["arguments"] += piece
+        self._text = self._arguments[end:] if end else ""
+        if end:
+            self.num_calls, self._held = self.num_calls + 1, ""
+            is_last = self.num_calls == self._max_calls
+            self._state = self._drop_rest if is_last else self._read_between
+
+    def _read_between(self, final: bool) -> None:
+        if self._opener == _OPENERS["hermes"]:
+            _, closed, rest = self._text.partition(_CLOSER)
+            if closed:
+                self._text, self._state = rest, self._read_content
+        elif text := self._text.lstrip("}],; \n\t"):
+            self._text = text
+            self._state = self._read_head if text[0] == "{" else self._read_content
+
+    def _drop_rest(self, final: bool) -> None:
+        self._text = ""
+
+
+def _find_object_end(text: str) -> int | None:
+    """Where the JSON object that begins a text ends, if it does."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None
+
+
+def _overlap(text: str, opener: str) -> int:
+    """Characters at a text's end that may begin the opener."""
+    sizes = range(min(len(text), len(opener) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(opener[:size])), 0)

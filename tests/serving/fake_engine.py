@@ -1,0 +1,94 @@
+"""An engine without a model: it says what a test wants, one token a sequence and step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.inference.text import TextStream
+
+
+class FakeStats(NamedTuple):
+    num_running: int
+    num_free_pages: int
+    prompt_tokens_total: int
+    generated_tokens_total: int
+
+
+@dataclass
+class _Sequence:
+    request: GenerationRequest
+    index: int
+    tokens: list[int]
+    text: TextStream
+    num_sent: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """``reply``: the text that follows a prompt's text. A token's log-probability is minus its
+    place, from 1; the one in its place, ``a``, has 0.5 less; id 0 is in the place of prompts'.
+    Four sequences run at once, and each has one of 100 pages."""
+
+    tokenizer: Tokenizer
+    reply: Callable[[str, GenerationRequest], str]
+    max_length: int = 2048
+    sequences: list[_Sequence] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
+    before_step: Callable[[], None] = lambda: None
+    num_generated: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def stats(self) -> FakeStats:
+        running, prompts = self.sequences[:4], [len(each.prompt_tokens) for each in self.requests]
+        return FakeStats(len(running), 100 - len(running), sum(prompts), self.num_generated)
+
+    def add_request(self, request: GenerationRequest) -> None:
+        if request.grammar is not None and '"nonsense"' in request.grammar.text:
+            raise MaxlmError("the schema cannot be compiled", fix="change it")
+        assert len(request.prompt_tokens) + request.sampling.max_new_tokens <= self.max_length
+        assert request.request_id not in {each.request.request_id for each in self.sequences}
+        self.requests.append(request)
+        text = self.reply(self.tokenizer.decode(request.prompt_tokens), request)
+        tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+        for index in range(request.num_sequences):
+            stream = TextStream(self.tokenizer, request.stop_strings, continued=True)
+            self.sequences.append(_Sequence(request, index, tokens, stream))
+
+    def abort(self, request_id: str) -> None:
+        self.sequences = [s for s in self.sequences if s.request.request_id != request_id]
+
+    def step(self) -> list[SequenceOutput]:
+        self.before_step()
+        running = self.sequences[:4]
+        outputs = [self._advance(each) for each in running]
+        going = [s for s, o in zip(running, outputs, strict=True) if not o.finish_reason]
+        self.sequences = going + self.sequences[4:]
+        return outputs
+
+    def _advance(self, s: _Sequence) -> SequenceOutput:
+        request, token = s.request, s.tokens[s.num_sent]
+        s.num_sent += 1
+        self.num_generated += 1
+        found = SequenceOutput(request.request_id, s.index, [token])
+        is_end = token == self.tokenizer.eos_id
+        found.text, stopped = s.text.flush() if is_end else s.text.push(token)
+        if is_end or stopped:
+            found.finish_reason = "stop"
+        elif s.num_sent == request.sampling.max_new_tokens:
+            found.finish_reason, found.text = "length", found.text + s.text.flush()[0]
+        if request.top_logprobs is not None:
+            other, own = self.tokenizer.encode("a")[0], -1.0 * s.num_sent
+            top = ((token, own), (other, own - 0.5))[: request.top_logprobs]
+            found.logprobs = [TokenLogprob(token, own, top)]
+        if request.prompt_logprobs is not None and s.num_sent == 1:
+            found.prompt_logprobs = [
+                TokenLogprob(each, -0.5, ((each, -0.5), (0, -0.75))[: request.prompt_logprobs])
+                for each in request.prompt_tokens[1:]
+            ]
+        return found

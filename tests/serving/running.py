@@ -1,0 +1,73 @@
+"""A server on a free port of this process, over a fake engine."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from maxlm.serving.app import make_app
+from maxlm.serving.engine_loop import EngineLoop
+from maxlm.serving.server import bind_socket
+from maxlm.serving.server_state import ServerState
+from tests.serving.fake_engine import FakeEngine
+
+
+@dataclass
+class RunningServer:
+    """A server, its engine, and clients of it."""
+
+    url: str
+    engine: Any
+    loop: EngineLoop
+    http: httpx.Client
+    client: openai.OpenAI
+
+
+def train_chat_tokenizer() -> Tokenizer:
+    """Bytes, a few merges, and ChatML's special tokens."""
+    config = TokenizerConfig(vocab_size=280, chat="chatml")
+    return train_tokenizer(config, ["the model answers what it is asked\n"] * 20)
+
+
+@contextmanager
+def run_in_thread(
+    tokenizer: Tokenizer,
+    reply: Callable[..., str] = lambda text, request: "Hello there!",
+    *,
+    make_engine: Callable[[Tokenizer], Any] | None = None,
+    embedder: Any = None,
+    max_open: int = 64,
+    max_length: int = 2048,
+    **settings: Any,
+) -> Iterator[RunningServer]:
+    """``make_engine`` may make a real engine; ``settings`` are those of ``ServerState``."""
+
+    def encode(text: str) -> list[int]:
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+    engine = (make_engine or (lambda own: FakeEngine(own, reply)))(tokenizer)
+    loop = EngineLoop(engine, max_open)
+    state = ServerState("fake", tokenizer, max_length, encode, loop, embedder, **settings)
+    bound = bind_socket("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(make_app(state), lifespan="off", log_config=None))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
+    thread.start()
+    while not server.started:
+        threading.Event().wait(0.01)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    key = settings.get("api_key") or "none"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+    try:
+        with httpx.Client(base_url=url, timeout=30) as http, client:
+            yield RunningServer(url, engine, loop, http, client)
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+        loop.stop()

@@ -1,0 +1,130 @@
+"""Whatever a request holds, the answer is a 4xx in OpenAI's form, and the server lives."""
+
+import json
+import random
+
+import pytest
+
+GOOD = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/embeddings": {"input": "x"},
+    "/v1/score": {"text_1": "a", "text_2": "b"},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [65]},
+}
+NUMBERS = ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "n"]
+NUMBERS += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_tokens"]
+NUMBERS += ["max_tokens"]
+WRONG = ["x", [], {}, [[]], True, -7, 1e300, "\ud83d", {"a": {"b": [None]}}, [1, "a"], 2**70 * -1]
+
+
+def check_error(answer, *statuses: int) -> dict:
+    assert answer.status_code in (statuses or range(400, 500)), answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"]
+    assert "\n" not in error["message"]
+    return error
+
+
+def send(server, path: str, body) -> object:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return server.http.post(path, content=data, headers={"content-type": "application/json"})
+
+
+def draw_bad(draw: random.Random) -> tuple[str, object]:
+    """A path and a body that is wrong in one way."""
+    path = draw.choice([*GOOD])
+    body = dict(GOOD[path])
+    required = next(iter(body))
+    whole = json.dumps(body).encode()
+    kind = draw.randrange(7)
+    if kind == 0:
+        return path, whole[: draw.randrange(len(whole))]
+    if kind == 1:
+        place = draw.randrange(len(whole))
+        # A byte that no JSON has, in a string or outside.
+        return path, whole[:place] + bytes([draw.choice([0, 1, 0x80, 0xFF])]) + whole[place:]
+    if kind == 2:
+        return path, draw.choice([[], "text", 5, None, [body], b"NaN", b"[" * 5000, b"{}", b""])
+    if kind == 3 and path.startswith("/v1/c"):
+        return path, body | {draw.choice(NUMBERS): draw.choice([v for v in WRONG if v != 1e300])}
+    if kind == 4:
+        return path, body | {"model": draw.choice(["other", 3, ["fake"], {}])}
+    if kind == 5:
+        return path, {key: value for key, value in body.items() if key != required}
+    wrong = [5, True, {}, [[]], [None], [1.5], {"role": "user"}, [{"role": "king"}], [-1], [2**40]]
+    return path, body | {required: draw.choice(wrong)}
+
+
+def test_a_thousand_malformed_requests(start_server):
+    server, draw = start_server(), random.Random(0)
+    for number in range(1000):
+        path, body = draw_bad(draw)
+        try:
+            check_error(send(server, path, body))
+        except AssertionError as error:
+            raise AssertionError(f"request {number}: {path} {str(body)[:300]}") from error
+    assert send(server, "/v1/completions", GOOD["/v1/completions"]).status_code == 200
+    assert not server.loop.num_open
+    assert not server.engine.sequences
+
+
+IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        ("completions", {"stream": 5}, "stream"),
+        ("completions", {"best_of": 1, "n": 2}, "best_of"),
+        ("completions", {"prompt": "x" * 3000}, "max_tokens"),
+        ("completions", {"max_tokens": 5000}, "max_tokens"),
+        ("completions", {"prompt": [5, 280]}, "prompt"),
+        ("completions", {"suffix": "end"}, "suffix"),
+        ("completions", {"logprobs": 21}, "logprobs"),
+        ("completions", {"logit_bias": {"280": 1}}, "logit_bias"),
+        ("completions", {"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ("completions", {"stop": ["a", ""]}, "stop.1"),
+        ("completions", {"temperature": -1}, "temperature"),
+        ("completions", {"regex": "a", "lark": "b"}, "regex"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", {"messages": [{"role": "king", "content": ""}]}, "messages.0.role"),
+        ("chat/completions", {"messages": [IMAGE]}, "messages.0.content.0.type"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+        ),
+        ("chat/completions", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        ("embeddings", {"input": "x"}, None),
+    ],
+)
+def test_the_field_at_fault_is_named(start_server, path, change, param):
+    path = f"/v1/{path}"
+    assert check_error(send(start_server(), path, GOOD[path] | change), 400)["param"] == param
+
+
+def test_paths_methods_sizes_and_types_of_bodies(start_server):
+    server = start_server(max_body_bytes=1000)
+    check_error(server.http.get("/v1/nothing"), 404)
+    check_error(server.http.get("/v1/completions"), 405)
+    check_error(send(server, "/tokenize", {"prompt": "x" * 1000}), 413)
+    error = check_error(send(server, "/tokenize", {"prompt": "x", "model": "y"}), 404)
+    assert error["code"] == "model_not_found"
+    # A page of another site can send a form or plain text without asking.
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        body = {"content": b'{"prompt": "x"}', "headers": {"content-type": kind}}
+        check_error(server.http.post("/v1/completions", **body), 400)
+
+
+def test_a_tokenizer_without_template_is_a_400(start_server, chat_tokenizer):
+    server = start_server()
+    template = chat_tokenizer.extra_files.pop("chat_template.jinja")
+    try:
+        answer = send(server, "/v1/chat/completions", GOOD["/v1/chat/completions"])
+    finally:
+        chat_tokenizer.extra_files["chat_template.jinja"] = template
+    assert "no chat template" in check_error(answer, 400)["message"]

@@ -1,0 +1,160 @@
+"""Hang-ups, full queues, failures, keys, signals: nothing is lost, and each is said in one line."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from maxlm.serving.server import read_api_key
+from tests.errors import message
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+PROMPT = {"prompt": "x", "max_tokens": 100}
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Gate:
+    """Holds an engine's steps until it is opened."""
+
+    def __init__(self, server, after: int = 1):
+        self.open, self.closed_at = threading.Event(), threading.Event()
+        server.engine.before_step = lambda: server.engine.num_generated >= after and self.wait()
+
+    def wait(self) -> None:
+        self.closed_at.set()
+        assert self.open.wait(60)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
+    server = start_server(lambda text, request: "long " * 300)
+    gate = Gate(server, after=5)
+    body = json.dumps({**CHAT, "stream": streams, "n": 3}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
+        raw.sendall(head.encode() + body)
+        assert gate.closed_at.wait(60)
+        assert server.engine.stats().num_free_pages == 97
+    wait_until(lambda: not server.loop.num_open)
+    gate.open.set()
+    wait_until(lambda: not server.engine.sequences)
+    assert server.loop.stats.num_free_pages == 100
+    assert server.engine.num_generated < 900  # it did not run to its end
+    assert not server.loop._streams
+    assert server.http.post("/v1/completions", json=PROMPT | {"max_tokens": 1}).status_code == 200
+
+
+def test_a_full_queue_is_429_and_who_waits_is_served(start_server):
+    server = start_server(max_open=6)
+    gate = Gate(server, after=0)
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(server.http.post, "/v1/completions", json=PROMPT) for _ in range(6)]
+        wait_until(lambda: server.loop.num_open == 6)
+        refused = server.http.post("/v1/completions", json=PROMPT)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        gate.open.set()
+        assert [each.result().status_code for each in running] == [200] * 6
+    # More than the queue holds, when nothing else runs.
+    many = server.http.post("/v1/completions", json=PROMPT | {"n": 8})
+    assert len(many.json()["choices"]) == 8
+
+
+def test_an_engine_that_fails_ends_its_requests_and_goes_on(start_server, capfd):
+    server = start_server()
+
+    def fail():
+        server.engine.before_step = lambda: None
+        raise RuntimeError("out of\nmemory")
+
+    server.engine.before_step = fail
+    answer = server.http.post("/v1/completions", json=PROMPT)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert capfd.readouterr().err == "error: the engine failed: RuntimeError: out of memory\n"
+    assert server.http.post("/v1/completions", json=PROMPT).status_code == 200
+    server.engine.before_step = fail
+    with server.http.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as stream:
+        *_, last = [line for line in stream.iter_lines() if line]
+    assert "the engine failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+    def fail_for_good(*_):
+        raise RuntimeError("lost")
+
+    server.engine.before_step = server.engine.abort = fail_for_good
+    assert server.http.post("/v1/completions", json=PROMPT).status_code == 500
+    assert server.http.get("/health").status_code == 503
+    assert server.http.post("/v1/completions", json=PROMPT).status_code == 500
+
+
+def test_the_key_opens_all_but_the_page_and_health(start_server):
+    server = start_server(api_key="s3cret")
+    assert server.client.models.list().data[0].id == "fake"
+    for path in ("/", "/health"):
+        assert server.http.get(path).status_code == 200
+    for key in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
+        for path in ("/v1/models", "/metrics"):
+            answer = server.http.get(path, headers=key)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert server.http.post("/v1/completions", json=PROMPT, headers=key).status_code == 401
+
+
+def test_metrics_count_tokens_requests_and_latencies(start_server):
+    server = start_server(lambda text, request: "abc")
+    server.http.post("/v1/completions", json=PROMPT | {"n": 2})
+    server.http.post("/v1/completions", json={})
+    lines = server.http.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    expected = {
+        "maxlm_generated_tokens_total": 8,
+        "maxlm_prompt_tokens_total": 2,
+        "maxlm_num_free_pages": 100,
+        "maxlm_time_to_first_token_seconds_count": 2,
+        "maxlm_inter_token_seconds_count": 6,
+        'maxlm_requests_total{code="200",path="/v1/completions"}': 1,
+        'maxlm_requests_total{code="400",path="/v1/completions"}': 1,
+    }
+    assert {name: float(values[name]) for name in expected} == expected
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAXLM_API_KEY", "outer")
+    assert read_api_key(None) == "outer"
+    file = tmp_path / "key"
+    file.write_text("inner\n")
+    assert read_api_key(file) == "inner"
+    file.write_text("\n")
+    assert "the key is empty" in message(read_api_key, file)
+    assert "cannot be read" in message(read_api_key, tmp_path / "none")
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_comes():
+    command = [sys.executable, "-m", "tests.serving.serve_fake"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as running, ThreadPoolExecutor(1) as pool:
+        url = running.stdout.readline().strip()
+        answer = pool.submit(httpx.post, f"{url}/v1/completions", json=PROMPT, timeout=60)
+        running.stdin.write("\n")
+        running.stdin.flush()
+        wait_until(lambda: "maxlm_num_running 1.0" in httpx.get(f"{url}/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        assert httpx.post(f"{url}/v1/completions", json=PROMPT).status_code == 503
+        assert not answer.done()
+        running.stdin.close()
+        assert answer.result().json()["choices"][0]["text"] == "abcdef"
+        assert running.wait(60) == 0
+        assert running.stderr.read() == "finishing 1 that run; Ctrl-C ends now\n"

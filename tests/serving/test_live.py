@@ -1,0 +1,116 @@
+"""The server over the engine itself: what a client gets is what the engine alone gives."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from tests.inference.conftest import CONFIGS, build
+from tests.serving.running import run_in_thread
+
+SIZES = EngineConfig(
+    max_sequences=4, max_length=768, page_size=8, prefill_tokens=32, max_chunks=1, decode_steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(one_device_mesh, chat_tokenizer):
+    return build(
+        CONFIGS["llama"] | {"vocab_size": chat_tokenizer.vocab_size, "max_seq_len": 256},
+        one_device_mesh,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tiny, chat_tokenizer):
+    engine = Engine(tiny.model, tiny.params, SIZES, chat_tokenizer)
+    with run_in_thread(chat_tokenizer, make_engine=lambda _: engine, max_length=768) as running:
+        yield running
+
+
+def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
+    def make_body(number: int) -> dict:
+        how = {"temperature": 0} if number % 2 else {"temperature": 0.7, "seed": number}
+        return {"prompt": f"p{number} " * (number + 1), "max_tokens": 5 + number, **how}
+
+    def ask(number: int) -> str:
+        body = {**make_body(number), "stream": number % 3 == 0}
+        found = server.client.completions.create(model="fake", **body)
+        events = found if body["stream"] else [found]
+        return "".join(event.choices[0].text for event in events)
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(8)))
+    alone = Engine(tiny.model, tiny.params, SIZES, chat_tokenizer)
+    for number, text in enumerate(texts):
+        body = make_body(number)
+        prompt = (chat_tokenizer.bos_id, *chat_tokenizer.encode(body.pop("prompt")))
+        sampling = SamplingConfig(max_new_tokens=body.pop("max_tokens"), **body)
+        outputs = alone.run([GenerationRequest("x", prompt, sampling)])
+        assert text == "".join(output.text for output in outputs)
+
+
+def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
+    def ask(**settings) -> str:
+        found = server.client.completions.create(model="fake", prompt="x", **settings)
+        return found.choices[0].text
+
+    assert ask(seed=5) == ask(seed=5) != ask(seed=6)
+    assert ask() != ask()
+
+
+def test_a_schema_is_kept_and_a_bad_one_is_a_400(server):
+    properties = {"n": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["n", "ok"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+    def check(text: str) -> None:
+        value = json.loads(text)
+        assert {name: type(each) for name, each in value.items()} == {"n": int, "ok": bool}
+        assert value["n"] <= 99
+
+    ask = {"messages": [{"role": "user", "content": "go"}], "model": "fake", "seed": 1}
+    found = server.client.chat.completions.create(**ask, response_format=form)
+    check(found.choices[0].message.content)
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    found = server.client.chat.completions.create(**ask, tools=[tool], tool_choice="required")
+    (call,) = found.choices[0].message.tool_calls
+    check(call.function.arguments)
+    form["json_schema"]["schema"] = {"type": "nonsense"}
+    answer = server.http.post("/v1/chat/completions", json={**ask, "response_format": form})
+    assert answer.status_code == 400, answer.text
+
+
+def test_scores_are_log_likelihoods(server, tiny, chat_tokenizer, one_device_mesh):
+    head = [chat_tokenizer.bos_id, *chat_tokenizer.encode("ab")]
+    tail = chat_tokenizer.encode(" the end")
+    with jax.set_mesh(one_device_mesh):
+        logits = tiny.logits([*head, *tail])
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[len(head) - 1 : -1]
+    expected = logprobs[np.arange(len(tail)), tail].mean()
+    answer = server.http.post("/v1/score", json={"text_1": "ab", "text_2": " the end"}).json()
+    assert answer["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_random_hang_ups_leave_no_page(server):
+    random = np.random.default_rng(0)
+
+    def ask(number: int) -> None:
+        body = {"prompt": f"q{number}", "max_tokens": 60, "n": 1 + number % 3, "model": "fake"}
+        with server.client.completions.create(**body, stream=True) as stream:
+            for _ in zip(range(random.integers(1, 5)), stream, strict=False):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(40)))
+    while server.loop.num_open or server.engine.has_work:
+        pass
+    after = server.engine.stats()
+    assert (after.num_running, after.num_waiting) == (0, 0)
+    assert after.num_free_pages == after.num_pages
