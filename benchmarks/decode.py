@@ -1,0 +1,177 @@
+"""Speed of prefill and decoding on this CPU beside transformers, fp32, the same SmolLM2-135M.
+
+    python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32]
+
+FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Each round times
+every contender once, one after the other; printed are medians over the rounds, their spread, and
+ratios of tokens/s. The share of the memory's bandwidth is (bytes of weights and cache that a step
+reads) ÷ (its time) ÷ (the rate at which a plain sum over as many bytes reads them in that round).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.inference.engine import Engine, EngineConfig, count_compilations
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.params import flatten_names
+from maxlm.programs.load import load_model
+
+PREFILL, BATCHES = 512, (1, 8)
+
+
+def make_engine(folder: str) -> Engine:
+    loaded = load_model(folder)
+    config = EngineConfig(
+        max_sequences=8, max_length=1024, prefill_tokens=512, page_size=32, prefix_cache=False
+    )
+    return Engine(loaded.model, loaded.params, config, loaded.tokenizer)
+
+
+def time_decode(engine: Engine, batch: int, prompt: int, new: int) -> float:
+    """Seconds a step of so many sequences, once all of them decode."""
+    random = np.random.default_rng(batch)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=new + 2 * engine.config.decode_steps)
+    for row in range(batch):
+        tokens = tuple(random.integers(0, 40_000, prompt).tolist())
+        engine.add_request(
+            GenerationRequest(f"{time.time()}-{row}", tokens, sampling, ignore_eos=True)
+        )
+    while engine.scheduler.waiting or any(s.num_to_compute > 1 for s in engine.scheduler.running):
+        engine.step()
+    start, steps = time.perf_counter(), 0
+    while steps < new:
+        steps += max(len(output.token_ids) for output in engine.step())
+    seconds = (time.perf_counter() - start) / steps
+    while engine.has_work:
+        engine.step()
+    return seconds
+
+
+def time_prefill(engine: Engine) -> float:
+    """Seconds to the first token of a prompt of 512."""
+    tokens = tuple(np.random.default_rng(0).integers(0, 40_000, PREFILL).tolist())
+    sampling = SamplingConfig(temperature=0, max_new_tokens=1)
+    start = time.perf_counter()
+    list(engine.run([GenerationRequest(f"{time.time()}", tokens, sampling)]))
+    return time.perf_counter() - start
+
+
+def make_peer(folder: str) -> Any:
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def time_peer_decode(model: Any, batch: int, prompt: int, new: int, cache: str | None) -> float:
+    import torch
+
+    ids = torch.randint(0, 40_000, (batch, prompt))
+    how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    if cache:
+        how["cache_implementation"] = cache
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                **how,
+            )
+        return time.perf_counter() - start
+
+    short = run(4)
+    return (run(4 + new) - short) / new
+
+
+def time_peer_prefill(model: Any) -> float:
+    import torch
+
+    ids = torch.randint(0, 40_000, (1, PREFILL))
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(ids, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def time_stream(array: jax.Array) -> float:
+    """Seconds to read an array once."""
+    start = time.perf_counter()
+    jax.block_until_ready(_sum(array))
+    return time.perf_counter() - start
+
+
+_sum = jax.jit(jnp.sum)
+
+
+def show(name: str, times: list[float], tokens: int, peer: list[float] | None = None) -> None:
+    middle = statistics.median(times)
+    spread = f"{1e3 * min(times):7.1f}–{1e3 * max(times):.1f} ms"
+    line = f"{name:34}{tokens / middle:9.1f} tokens/s  {spread}"
+    if peer:
+        ratios = sorted(b / a for a, b in zip(times, peer, strict=True))
+        line += f"   {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=32)
+    args = parser.parse_args()
+    engine, peer = make_engine(args.folder), make_peer(args.folder)
+    engine.warm_up()
+    compiled = count_compilations()
+    weights = sum(x.nbytes for x in flatten_names(engine._params).values())
+    stream = jnp.ones(weights // 4, jnp.float32)
+    runs: dict[str, Callable[[], float]] = {"stream": lambda: time_stream(stream)}
+    runs["prefill"] = lambda: time_prefill(engine)
+    runs["peer prefill"] = lambda: time_peer_prefill(peer)
+    for batch in BATCHES:
+        where = batch, args.prompt, args.new
+        runs[f"decode {batch}"] = lambda where=where: time_decode(engine, *where)
+        for cache in (None, "static"):
+            runs[f"peer {cache} {batch}"] = lambda where=where, cache=cache: time_peer_decode(
+                peer, *where, cache
+            )
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(args.rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if number:  # the first round warms up
+                times[name].append(seconds)
+    show("prefill 512", times["prefill"], PREFILL, times["peer prefill"])
+    show("  transformers", times["peer prefill"], PREFILL)
+    token_bytes = sum(
+        x.nbytes // (x.shape[1] * x.shape[3]) for x in jax.tree.leaves(engine._state.caches)
+    )
+    for batch in BATCHES:
+        own = times[f"decode {batch}"]
+        best = min(("None", "static"), key=lambda c: statistics.median(times[f"peer {c} {batch}"]))
+        show(f"decode, batch {batch}", own, batch, times[f"peer {best} {batch}"])
+        for cache in ("None", "static"):
+            show(f"  transformers, cache {cache}", times[f"peer {cache} {batch}"], batch)
+        read = weights + token_bytes * batch * (args.prompt + args.new // 2)
+        shares = sorted(read / weights * s / d for s, d in zip(times["stream"], own, strict=True))
+        middle = statistics.median(shares)
+        print(f"  share of bandwidth {middle:.2f} ({shares[0]:.2f}–{shares[-1]:.2f})")
+    rate = weights / statistics.median(times["stream"]) / 1e9
+    print(f"stream {rate:.1f} GB/s; compilations after warm-up: {count_compilations() - compiled}")
+
+
+if __name__ == "__main__":
+    main()

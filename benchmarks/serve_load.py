@@ -1,0 +1,161 @@
+"""Throughput and waiting times of the server under load.
+
+    python benchmarks/serve_load.py FOLDER [--rounds 3] [--peer URL --peer-model NAME]
+
+FOLDER is a run or a Hugging Face checkpoint. The server is started with 8 rows, and asked for 64
+completions of mixed lengths (prompts of 8 to 256 tokens, outputs of 8 to 128, drawn once): one
+after the other, in batches of 8 that start and end together, and 8 at a time. Each round does all
+three; printed are output tokens/s and the ratios' medians and spreads. Then the first token of
+short requests, alone and while a prompt of 2,000 tokens is computed. Another server that speaks
+OpenAI's protocol, if named, gets the same requests.
+"""
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Sequence
+
+import httpx
+import numpy as np
+
+from tests.ports import free_port
+
+NUM_REQUESTS, CONCURRENCY = 64, 8
+Request = tuple[list[int], int]
+"""Prompt's tokens, output's length."""
+
+
+def make_requests() -> list[Request]:
+    random = np.random.default_rng(0)
+    prompts = np.exp(random.uniform(np.log(8), np.log(256), NUM_REQUESTS)).astype(int)
+    outputs = np.exp(random.uniform(np.log(8), np.log(128), NUM_REQUESTS)).astype(int)
+    return [
+        (random.integers(1_000, 40_000, size).tolist(), int(new))
+        for size, new in zip(prompts, outputs, strict=True)
+    ]
+
+
+class Client:
+    def __init__(self, url: str, model: str):
+        self.model = model
+        self.http = httpx.AsyncClient(base_url=url, timeout=None)
+
+    async def complete(self, request: Request) -> int:
+        """Output tokens of a completion that does not end early."""
+        prompt, new = request
+        body = {"model": self.model, "prompt": prompt, "max_tokens": new, "min_tokens": new}
+        answer = await self.http.post("/completions", json={**body, "temperature": 0})
+        answer.raise_for_status()
+        return answer.json()["usage"]["completion_tokens"]
+
+    async def time_first_token(self, request: Request) -> float:
+        prompt, new = request
+        body = {"model": self.model, "prompt": prompt, "max_tokens": new, "stream": True}
+        start = time.perf_counter()
+        async with self.http.stream("POST", "/completions", json=body) as answer:
+            first = 0.0
+            async for line in answer.aiter_lines():
+                if line.startswith("data:") and not first:
+                    first = time.perf_counter() - start
+        return first
+
+
+async def run_sequential(client: Client, requests: Sequence[Request]) -> int:
+    return sum([await client.complete(request) for request in requests])
+
+
+async def run_static(client: Client, requests: Sequence[Request]) -> int:
+    total = 0
+    for start in range(0, len(requests), CONCURRENCY):
+        batch = requests[start : start + CONCURRENCY]
+        total += sum(await asyncio.gather(*map(client.complete, batch)))
+    return total
+
+
+async def run_continuous(client: Client, requests: Sequence[Request]) -> int:
+    limit = asyncio.Semaphore(CONCURRENCY)
+
+    async def run(request: Request) -> int:
+        async with limit:
+            return await client.complete(request)
+
+    return sum(await asyncio.gather(*map(run, requests)))
+
+
+async def time_rate(work: Awaitable[int]) -> float:
+    """Tokens/s."""
+    start = time.perf_counter()
+    return await work / (time.perf_counter() - start)
+
+
+async def measure_first_tokens(client: Client, long_prompt: bool) -> list[float]:
+    """First tokens of 8 short requests, one after the other, while a long prompt is computed."""
+    random = np.random.default_rng(int(long_prompt))
+    background = None
+    if long_prompt:
+        prompt = random.integers(1_000, 40_000, 2_000).tolist()
+        background = asyncio.create_task(client.complete((prompt, 1)))
+        await asyncio.sleep(0.05)
+    times = []
+    while len(times) < 8 and (background is None or not background.done()):
+        prompt = random.integers(1_000, 40_000, 32).tolist()
+        times.append(await client.time_first_token((prompt, 2)))
+    if background is not None:
+        await background
+    return times
+
+
+async def measure(client: Client, rounds: int, name: str) -> None:
+    requests = make_requests()
+    rates: dict[str, list[float]] = {"one by one": [], "static batches": [], "continuous": []}
+    await run_continuous(client, requests[:CONCURRENCY])  # warms up
+    for _ in range(rounds):
+        for label, run in zip(rates, (run_sequential, run_static, run_continuous), strict=True):
+            rates[label].append(await time_rate(run(client, requests)))
+    for label, own in rates.items():
+        ratios = sorted(c / r for c, r in zip(rates["continuous"], own, strict=True))
+        words = f"continuous is {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        print(f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s   {words}", flush=True)
+    alone = [t for _ in range(rounds) for t in await measure_first_tokens(client, False)]
+    beside = [t for _ in range(rounds) for t in await measure_first_tokens(client, True)]
+    a, b = statistics.median(alone), statistics.median(beside)
+    print(
+        f"{name}: first token {1e3 * a:.0f} ms; beside a prompt of 2,000: {1e3 * b:.0f} ms, "
+        f"{b / a:.2f}× ({len(beside)} requests)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill-tokens", type=int, default=64)
+    parser.add_argument("--peer")
+    parser.add_argument("--peer-model", default="")
+    args = parser.parse_args()
+    port = free_port()
+    sizes = [f"max_sequences={CONCURRENCY}", "max_length=2304", "page_size=32"]
+    sizes += [f"prefill_tokens={args.prefill_tokens}", "prefix_cache=false"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from maxlm.cli.main import main; sys.exit(main())",
+    ]
+    command += ["serve", args.folder, "--port", str(port), "--name", "model", *sizes]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        print(server.stdout.readline(), end="")
+        asyncio.run(measure(Client(f"http://127.0.0.1:{port}/v1", "model"), args.rounds, "maxlm"))
+    finally:
+        server.terminate()
+        server.wait()
+    if args.peer:
+        asyncio.run(measure(Client(args.peer, args.peer_model), args.rounds, "peer"))
+
+
+if __name__ == "__main__":
+    main()
