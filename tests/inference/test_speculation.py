@@ -13,7 +13,7 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
 
 VOCAB, PROMPT = 8, (3, 1)
-NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 20_000))
+NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 8_000))
 BIAS = {"logit_bias": {0: 0.5, 5: -0.5}, "temperature": 1.7, "top_p": 0.95}
 
 
