@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.inference.step import EngineState
-from maxlm.models.caches import CacheLayout, allocate
+from maxlm.models.caches import CacheLayout, allocate_cache_array
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import map_shards
 
@@ -36,7 +36,7 @@ def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> Engine
         MaxlmError: kv heads that do not divide over their mesh axes.
     """
     specs = state_specs(model, layout, input_length)
-    return jax.tree.map(lambda spec: allocate(spec, model.rules, model.dtype), specs)
+    return jax.tree.map(lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -41,7 +41,7 @@ class GenerationRequest:
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
     none. They are the model's own: before penalties, temperature and filters."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt but the first."""
+    """Log-probabilities of each token of the prompt but the first, likewise."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """For whoever reads the answers; the engine does not look at them."""
 
@@ -67,7 +67,7 @@ class SequenceOutput:
     """Text that is complete with these tokens: never a part of a character, nor what may begin a
     stop string. "" where the engine has no tokenizer."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of each token, if asked for."""
+    """Log-probabilities of each token, if asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Once, with the sequence's first tokens, if asked for: of prompt tokens 1, 2, ..."""
     finish_reason: FinishReason | None = None

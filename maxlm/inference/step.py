@@ -121,7 +121,7 @@ class StepOutputs(NamedTuple):
     """[D, C, ...]."""
 
 
-def make_batch(
+def make_ragged_batch(
     inputs: StepInputs,
     shape: StepSizes,
     layout: CacheLayout,
@@ -227,7 +227,7 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
     """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each result."""
     b, G, C, _, _ = shape
     rules, D = bound.rules, inputs.computed.shape[0]
-    batch = make_batch(inputs, shape, layout, windows, rules)
+    batch = make_ragged_batch(inputs, shape, layout, windows, rules)
     tokens = jnp.concatenate([_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1)
     hidden, caches = bound.forward_with_cache(tokens, batch, state.caches, state.cross_cache)
     state = state._replace(caches=caches)

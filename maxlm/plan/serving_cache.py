@@ -31,7 +31,7 @@ class LayerCache(NamedTuple):
     specs: Any
     """:class:`~maxlm.models.caches.CacheArraySpec` of its arrays, for one row and one page."""
     dtype: Any
-    """Of the arrays that have none of their own."""
+    """Dtype of arrays whose specs name none."""
 
 
 def count_layer_caches(model: Decoder, cache: CacheFormat = "auto") -> Counter[LayerCache]:

@@ -150,7 +150,7 @@ class EngineLoop:
             _send(stream, ApiError(500, f"the engine failed: {reason}"))
             try:
                 self._abort(stream)
-            except Exception:
+            except Exception:  # an engine that cannot even abort serves nothing more
                 self.failure, self.engine = reason, None
 
     def _add(self, requests: Sequence[GenerationRequest], stream: RequestStream) -> None:

@@ -17,7 +17,7 @@ class QuantizedPages(NamedTuple):
     scale: jax.Array
     """Float; of keys [P, K, H], a channel over a page's tokens; of values [P, K, page], a token."""
     zero: jax.Array | None
-    """As ``scale``; None: symmetric codes."""
+    """Values of code 0, shaped as ``scale``; None: symmetric codes."""
 
 
 Pages = jax.Array | QuantizedPages

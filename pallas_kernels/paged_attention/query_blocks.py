@@ -22,7 +22,7 @@ class QueryBlocks(NamedTuple):
     """E, a power of two."""
     row: jax.Array
     position: jax.Array
-    """Of the first query; others follow. Those that fill up a block are past the row's end."""
+    """Position of the first query; others follow, and fill up a block past the row's end."""
     limit: jax.Array
     """Keys at positions below are seen by some query; 0: none, or no block."""
     first_page: jax.Array
@@ -39,7 +39,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def round_up_to_power(n: int) -> int:
+def round_up_to_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -81,7 +81,7 @@ def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int)
     """
     rows, each = params.num_uniform, params.queries_each
     q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-    E = round_up_to_power(each)
+    E = round_up_to_power_of_two(each)
     q = jnp.pad(q, ((0, 0), (0, E - each), (0, 0), (0, 0)))
     lengths, limits = operands.kv_lengths[:rows], operands.key_limits[:rows]
     pages = _page_range(lengths - each, lengths, limits, params)

@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.query_blocks import (
     QueryBlocks,
     attend_in_blocks,
     round_up,
-    round_up_to_power,
+    round_up_to_power_of_two,
 )
 from pallas_kernels.paged_attention.tpu_kernel import (
     COLUMNS,
@@ -51,7 +51,7 @@ class TpuPagedBlocks(NamedTuple):
     keys: int
     """Keys of a block of its pages, whole pages."""
     uniform_keys: int
-    """The same for uniform rows."""
+    """Keys of a block of uniform rows' pages, whole pages."""
 
 
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
@@ -70,7 +70,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
             return False
         if quantized and pages.scale.dtype not in (jnp.bfloat16, jnp.float32):
             return False
-    small = round_up_to_power(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
+    small = round_up_to_power_of_two(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
     return (
         q.dtype in (jnp.bfloat16, jnp.float32)
         and operands.biases is None
@@ -89,14 +89,14 @@ def choose_blocks(operands: PagedOperands, params: PagedParams, chip: TpuChip) -
 
     def count_keys(most: int, most_bytes: int) -> int:
         keys = most_bytes // (K * width * operands.q.dtype.itemsize)
-        keys = max(min(round_up_to_power(keys + 1) // 2, most), _MIN_KEYS)
+        keys = max(min(round_up_to_power_of_two(keys + 1) // 2, most), _MIN_KEYS)
         return min(round_up(keys, params.page_size), longest)
 
     keys, uniform_keys = (
         count_keys(*most) for most in ((_CHUNK_KEYS, _CHUNK_BYTES), (_DECODE_KEYS, _DECODE_BYTES))
     )
-    queries = min(_MAX_QUERIES, round_up_to_power(len(operands.q)))
-    queries = min(queries, round_up_to_power(_QUERY_ROWS // operands.q.shape[1] + 1) // 2)
+    queries = min(_MAX_QUERIES, round_up_to_power_of_two(len(operands.q)))
+    queries = min(queries, round_up_to_power_of_two(_QUERY_ROWS // operands.q.shape[1] + 1) // 2)
     room = chip.vmem_bytes * _USABLE
     while _vmem_bytes(operands, params, keys, max(queries, 1)) > room and queries > 1:
         if keys > 2 * uniform_keys or (queries <= 16 and keys % (2 * params.page_size) == 0):

@@ -29,7 +29,7 @@ from pallas_kernels.paged_attention.params import (
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlocks,
     attend_in_blocks,
-    round_up_to_power,
+    round_up_to_power_of_two,
 )
 
 # Programs that keep a large card busy.
@@ -77,7 +77,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
         if isinstance(pages, jax.Array) and pages.dtype != q.dtype:
             return False
     group = q.shape[1] // operands.num_kv_heads
-    rows = round_up_to_power(group * round_up_to_power(params.queries_each))
+    rows = round_up_to_power_of_two(group * round_up_to_power_of_two(params.queries_each))
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and max(q.shape[2], params.value_dim) <= 640
@@ -96,7 +96,7 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     longest = operands.page_tables.shape[1] * params.page_size
     programs = max(1, params.num_uniform * K)
     splits = min(max(1, _PROGRAMS // programs), max(1, longest // (4 * keys)))
-    queries = max(1, rows // round_up_to_power(N // K))
+    queries = max(1, rows // round_up_to_power_of_two(N // K))
     return TritonPagedBlocks(queries, keys, splits, 8 if wide > 512 else 4)
 
 
@@ -121,7 +121,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o fp32 [n, K, M, Hv] and lse [n, K, M] of blocks of queries."""
     (n, K, M, H), Hv = blocks.q.shape, params.value_dim
-    rows = max(_MIN_ROWS, round_up_to_power(M))
+    rows = max(_MIN_ROWS, round_up_to_power_of_two(M))
     wide, wide_v = sum(split_head_dim(H)[-1]), sum(split_head_dim(Hv)[-1])
     q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, wide - H)))
     table = jnp.stack(

@@ -17,12 +17,12 @@ from maxlm.inference.cache_updates import allocate_state, copy_rows, state_specs
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.inference.step import StepSizes, make_batch
+from maxlm.inference.step import StepSizes, make_ragged_batch
 from maxlm.models.caches import (
     CacheConfig,
     CacheLayout,
     PagedCache,
-    allocate,
+    allocate_cache_array,
     kv_cache_spec,
 )
 from maxlm.sharding import ShardingConfig
@@ -88,7 +88,7 @@ class Case:
         def step(cache, q, k, v, **arrays):
             arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays)
             inputs: Any = SimpleNamespace(**arrays)
-            batch = make_batch(inputs, shape, layout, (self.window,), rules)
+            batch = make_ragged_batch(inputs, shape, layout, (self.window,), rules)
             split = lambda x, h: jax.sharding.reshard(x, rules.spec("batch", None, h))  # noqa: E731
             q, k, v = split(q, "heads"), split(k, "kv_heads"), split(v, "kv_heads")
             own = None if self.value_dim else v
@@ -100,7 +100,9 @@ class Case:
         table = np.array(table, np.int32).reshape(D, ROWS, -1)
         known = np.zeros(ROWS, int)
         with jax.set_mesh(mesh):
-            cache = jax.jit(lambda: jax.tree.map(lambda s: allocate(s, rules, jnp.float32), spec))()
+            cache = jax.jit(
+                lambda: jax.tree.map(lambda s: allocate_cache_array(s, rules, jnp.float32), spec)
+            )()
             for decode, chunks in steps:
                 computed, counts = np.full((D, ROWS), -1, np.int32), np.zeros((D, ROWS), np.int32)
                 for row in decode:

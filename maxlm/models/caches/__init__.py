@@ -24,7 +24,7 @@ from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import (
     CacheArraySpec,
     CacheLayout,
-    allocate,
+    allocate_cache_array,
     has_row_caches,
     has_unit,
     list_paged_windows,
@@ -50,7 +50,7 @@ __all__ = [
     "RecurrentCache",
     "SinksCacheConfig",
     "SnapKVCacheConfig",
-    "allocate",
+    "allocate_cache_array",
     "count_ring_pages",
     "fold_rows",
     "has_row_caches",

@@ -46,7 +46,7 @@ class CacheLayout:
         return self.num_pages if full else self.num_window_pages or 0
 
 
-def allocate(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
+def allocate_cache_array(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
     """Returns zeros in their compute layout on the current mesh.
 
     Raises:
