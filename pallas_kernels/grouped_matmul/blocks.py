@@ -13,6 +13,8 @@ LANES = 128
 _UNROLLED = 1 << 14
 # A tile of rows: groups of fewer share one, and each that begins inside one costs a step.
 _ROWS = 1024
+# Rows of a block of 8-bit numbers come in 32s.
+_ROW_UNIT = 32
 _COLUMNS = 2048
 
 
@@ -49,17 +51,17 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     """
     D, F, budget = operands.inner, operands.columns, _budget(chip)
     room = budget // 2 // _kernel_bytes(operands, chip)
-    inner, narrow = D, min(F, 4 * chip.mxu_size)
+    inner, narrow = D, _lanes(min(F, 4 * chip.mxu_size))
     if D * narrow > room and D % LANES == 0:
         inner = LANES * _divisor(D // LANES, max(1, room // narrow // LANES))
     widest = min(_COLUMNS, room // inner)
     columns = _even(F, max(widest // LANES * LANES, LANES), chip)
     rows = _tile(operands)
     while (
-        rows > 2 * LANES
+        rows > _ROW_UNIT
         and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip) > budget
     ):
-        rows //= 2
+        rows = _round_up(rows // 2, _ROW_UNIT)
     return GroupedBlocks(rows, inner, columns)
 
 
@@ -87,8 +89,10 @@ def check_blocks(
     if needed_bytes > chip.vmem_bytes:
         room = chip.vmem_bytes
         raise ValueError(f"{sizes}: {needed_bytes} bytes of VMEM, of which a core has {room}")
-    if min(blocks) < 1 or blocks.rows % 32:
-        raise ValueError(f"{sizes}: a block has at least one element, and a multiple of 32 rows")
+    if min(blocks) < 1 or blocks.rows % _ROW_UNIT:
+        raise ValueError(
+            f"{sizes}: a block has at least one element, and a multiple of {_ROW_UNIT} rows"
+        )
     for block, whole in ((blocks.inner, operands.inner), (blocks.columns, operands.columns)):
         if block % LANES and block != whole:
             raise ValueError(f"{sizes}: a part of a dimension is a multiple of {LANES}")
@@ -172,7 +176,7 @@ def _budget(chip: TpuChip) -> int:
 
 
 def _tile(operands: GroupedOperands) -> int:
-    return min(_ROWS, -(-operands.rows // 32) * 32)
+    return min(_ROWS, _round_up(operands.rows, _ROW_UNIT))
 
 
 def _even(whole: int, most: int, chip: TpuChip) -> int:
@@ -186,7 +190,11 @@ def _even(whole: int, most: int, chip: TpuChip) -> int:
 
 
 def _lanes(n: int) -> int:
-    return -(-n // LANES) * LANES
+    return _round_up(n, LANES)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _divisor(n: int, most: int) -> int:

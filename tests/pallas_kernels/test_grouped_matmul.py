@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -291,6 +291,8 @@ _visits = jax.jit(plan_group_visits, static_argnums=(1, 2), static_argnames=("pa
     dtype=st.sampled_from([jnp.bfloat16, jnp.float32, jnp.int8]),
     chip=st.sampled_from(list(CHIPS.values())),
 )
+@example(inner=2432, columns=256, rows=385, dtype=jnp.float32, chip=CHIPS["v4"])
+@example(inner=7040, columns=128, rows=100_000, dtype=jnp.float32, chip=CHIPS["v4"])
 def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
     out = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
     sizes = blocks.GroupedOperands(rows, inner, columns, dtype, dtype, out)
