@@ -50,6 +50,7 @@ from maxlm.models.caches import (
     CacheConfig,
     CacheLayout,
     PagedCacheConfig,
+    choose_feature_multiple,
     has_row_caches,
     has_unit,
     list_paged_windows,
@@ -152,6 +153,7 @@ class Engine:
             self.config.page_size,
             max(narrow, default=None),
             self.config.cache,
+            choose_feature_multiple(self.mesh.devices.flat[0].platform),
         )
         specs = model.cache_specs(self._layout)
         self._has_row_arrays = has_unit(specs, "row")

@@ -22,8 +22,8 @@ from maxlm.inference.sequences import (
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
 from maxlm.models.caches import CacheLayout
 
-SMALL_CHUNK = 64
-"""Tokens of the smaller of two sizes that prompts are computed in."""
+MIN_CHUNK = 16
+"""Tokens of the smallest size that prompts are computed in, at most."""
 
 
 class InputBuilder:
@@ -193,8 +193,10 @@ class InputBuilder:
         return counts
 
     def _list_chunk_sizes(self) -> list[int]:
-        most = self.config.prefill_tokens
-        return sorted({min(SMALL_CHUNK, most), most})
+        sizes = [self.config.prefill_tokens]
+        while sizes[0] >= 4 * MIN_CHUNK:
+            sizes.insert(0, -(-sizes[0] // 4))
+        return sizes
 
     def _locate_chunks(
         self, plan: ScheduledStep

@@ -90,7 +90,7 @@ def write_and_attend(
     Args:
         q: [D, S, N, H].
         key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key.
-        key_pages, value_pages: [D, P, K, page, H] and [D, P, K, page, Hv].
+        key_pages, value_pages: [D, P, K, page, H] and [D, P, K, page, Hv], or wider ones.
         uniform_rows, options: as of ``pallas_kernels.paged_attention``.
         slopes, biases: [N] and [N, 2R + 1].
 
@@ -98,17 +98,26 @@ def write_and_attend(
         [D, S, N, Hv], and the pages.
     """
 
+    options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
+    num_values = options.get("value_dim") or value.shape[-1]
+
     def local(q, key, value, pages, where, slopes, biases):
         key_pages, value_pages = pages
+        q, key = (_pad_features(x, key_pages.shape[-1]) for x in (q, key))
         key_pages = write_pages(key_pages, key, where.slots)
         if value is not None:
+            value = _pad_features(value, value_pages.shape[-1])
             value_pages = write_pages(value_pages, value, where.slots)
         rows = where.page_tables, where.kv_lengths, where.query_starts
         own = {"uniform_rows": uniform_rows, "slopes": slopes, "biases": biases, **options}
         y, _ = paged_attention(q, key_pages, value_pages, *rows, **own)
-        return y, (key_pages, value_pages)
+        return y[..., :num_values], (key_pages, value_pages)
 
     specs, pages = rules.spec("batch", None, "kv_heads"), (key_pages, value_pages)
     by_head = {"slopes": slopes, "biases": biases}
     y, pages = map_attention(local, q, key, value, pages, specs, where, rules, **by_head)
     return y, *pages
+
+
+def _pad_features(x: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[-1])))

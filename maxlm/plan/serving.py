@@ -137,7 +137,7 @@ def place_served_model(
     assert isinstance(placed.model, Decoder)
     sharding = run.sharding.model_copy(update={"compute": placed.compute})
     work = replace(work, config=run.model_copy(update={"sharding": sharding}))
-    layers = count_layer_caches(placed.model, cache)
+    layers = count_layer_caches(placed.model, cache, machine.topology.platform)
     return ServedModel(work, machine, options, sizes, cache, layers)
 
 

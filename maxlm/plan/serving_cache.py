@@ -15,6 +15,7 @@ from maxlm.models.caches import (
     CacheLayout,
     PagedCacheConfig,
     QuantizedCacheConfig,
+    choose_feature_multiple,
 )
 
 CacheFormat = Literal["auto", "int8", "int4"]
@@ -34,10 +35,14 @@ class LayerCache(NamedTuple):
     """Dtype of arrays whose specs name none."""
 
 
-def count_layer_caches(model: Decoder, cache: CacheFormat = "auto") -> Counter[LayerCache]:
+def count_layer_caches(
+    model: Decoder, cache: CacheFormat = "auto", platform: str = "cpu"
+) -> Counter[LayerCache]:
     """Counts the layers that have each cache, by :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
-    specs = model.cache_specs(CacheLayout(1, 1, 1, PAGE_TOKENS, cache=config))
+    multiple = choose_feature_multiple(platform)
+    layout = CacheLayout(1, 1, 1, PAGE_TOKENS, cache=config, feature_multiple=multiple)
+    specs = model.cache_specs(layout)
     return Counter(
         LayerCache(part.name, kind.window, own, model.dtype)
         for part in model.config.layer_stacks

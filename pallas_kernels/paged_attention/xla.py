@@ -6,6 +6,7 @@ Uniform rows go through their blocks together. Other rows' queries go a block of
 other. Both loops end where the batch ends, not where arrays do.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -121,27 +122,27 @@ def _attend_rows(
     """Returns o [R, E, N, Hv] and lse [R, E, N]."""
     (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
     wide, group, limits = accumulation_dtype(rows.q), N // K, rows.limits
-    pages_per_block = _pages_per_block(R, E, operands, params)
-    block = pages_per_block * params.page_size
-    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages_per_block)))
+    large, small = _pages_per_block(R, operands, params)
+    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % large)))
     q = rows.q.reshape(R, E, K, group, H).transpose(0, 2, 3, 1, 4).reshape(R, K, group * E, H)
     positions, sees = rows.positions, rows.positions >= 0
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
-    last = -(-ends.max() // block)
+    last = -(-ends.max() // (small * params.page_size))
     first = jnp.zeros((), jnp.int32)
     if params.window is not None:
         lowest = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max).min()
-        first = jnp.maximum(lowest - params.window + 1, 0) // block
+        first = jnp.maximum(lowest - params.window + 1, 0) // (small * params.page_size)
 
-    def attend_block(j, carry):
+    def attend_block(num_pages, begin, j, carry):
         o, top, total = carry
-        pages = lax.dynamic_slice_in_dim(tables, j * pages_per_block, pages_per_block, 1)
+        page, block = begin + j * num_pages, num_pages * params.page_size
+        pages = lax.dynamic_slice_in_dim(tables, page, num_pages, 1)
         k = _read_pages(operands.keys, pages, per_channel=True, dtype=rows.q.dtype)
         v = k[..., : params.value_dim]
         if operands.values is not None:
             v = _read_pages(operands.values, pages, per_channel=False, dtype=rows.q.dtype)
         scores = jnp.einsum("rkmh,rkth->rkmt", q, k, preferred_element_type=wide)
-        keys = j * block + jnp.arange(block, dtype=jnp.int32)
+        keys = page * params.page_size + jnp.arange(block, dtype=jnp.int32)
         distance = positions[..., None] - keys
         scores = scores.reshape(R, K, group, E, block) * params.scale
         scores = _adjust_scores(scores, distance, operands, params)
@@ -170,7 +171,13 @@ def _attend_rows(
         top, total = jnp.where(live, sinks, top), jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
-    o, top, total = lax.fori_loop(first, last, attend_block, (o, top, total))
+    carry, begin = (o, top, total), first * small
+    # Large blocks while they are full, small ones for the rest.
+    for size in (large, small) if large > small else (small,):
+        count = (last * small - begin) // size
+        carry = lax.fori_loop(0, count, partial(attend_block, size, begin), carry)
+        begin += count * size
+    o, top, total = carry
     o = o / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0]
     o = o.transpose(0, 3, 1, 2, 4).reshape(R, E, N, params.value_dim)
@@ -195,18 +202,19 @@ def _adjust_scores(
 
 
 def _pages_per_block(
-    num_rows: int, num_queries: int, operands: PagedOperands, params: PagedParams
-) -> int:
+    num_rows: int, operands: PagedOperands, params: PagedParams
+) -> tuple[int, int]:
+    """Pages of a large block and of a small one, the first a multiple of the second."""
     if params.block_sizes:
         keys = params.block_sizes.keys
     else:
         width = operands.q.shape[2] + (params.value_dim if operands.values is not None else 0)
         token = num_rows * operands.num_kv_heads * width * operands.q.dtype.itemsize
-        most = _MAX_KEYS if num_queries < _MANY_QUERIES else _MAX_KEYS // 2
-        keys = min(max(_BLOCK_BYTES // token, _MIN_KEYS), most)
-        keys = 1 << (keys.bit_length() - 1)
-    pages = max(1, -(-keys // params.page_size))
-    return min(pages, operands.page_tables.shape[1])
+        keys = min(max(_BLOCK_BYTES // token, _MIN_KEYS), _MAX_KEYS)
+    most = operands.page_tables.shape[1]
+    small = min(max(1, -(-min(keys, _MIN_KEYS) // params.page_size)), most)
+    large = min(max(1, keys // params.page_size), most) // small * small
+    return max(large, small), small
 
 
 def _read_pages(pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any) -> jax.Array:

@@ -11,6 +11,10 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.kernel_cycles.static import Spec, measure
+from maxlm.models.caches import CacheLayout
+from maxlm.models.caches.kinds import kv_cache_spec
+from maxlm.parallel.paged_attention import PagedRows, write_and_attend
+from maxlm.sharding import AxisRules
 from pallas_kernels.chips import find_chip
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 from tests.aot.conftest import describe_device, read_kernels
@@ -151,3 +155,40 @@ def test_tokens_are_written_in_place(device, dtype):
     pool = P * 8 * 16 * 128 * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == pool
     assert memory.temp_size_in_bytes < pool / 20
+
+
+@pytest.mark.parametrize("case", ["fp32, window, cap", "latent"])
+def test_narrow_heads_in_wide_pages_are_not_copied(device, case):
+    """Where features do not fill lanes, pages have room up to the next 128 on a TPU."""
+    (N, K, H, Hv), page, kind, static, _ = CASES[case]
+    axes = ("data", "fsdp", "expert", "context", "tensor", "stage")
+    mesh = Mesh(np.array([device]).reshape((1,) * 6), axes, axis_types=(AxisType.Explicit,) * 6)
+    here, dtype = NamedSharding(mesh, PartitionSpec()), jnp.dtype(kind)
+    pages = kv_cache_spec(
+        CacheLayout(1, ROWS, P, page, feature_multiple=128 if device.platform == "tpu" else 1),
+        static.get("window"),
+        (K, H),
+        None if "value_dim" in static else (K, Hv),
+        None,
+    )
+
+    def like(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    pages = jax.tree.map(lambda spec: like(spec.shape, dtype), pages)
+    q, key = like((1, TOKENS, N, H), dtype), like((1, TOKENS, K, H), dtype)
+    value = None if "value_dim" in static else like((1, TOKENS, K, Hv), dtype)
+    rows = PagedRows(*(like(s, jnp.int32) for s in ((1, TOKENS), (1, R, M), (1, R), (1, R + 1))))
+
+    def run(pages, q, key, value, rows):
+        own = {"uniform_rows": (ROWS, 1), "rules": AxisRules(), **static}
+        return write_and_attend(q, key, value, *pages, rows, **own)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run, donate_argnums=0).lower(pages, q, key, value, rows).compile()
+    wide = jax.tree.leaves(pages)[0].shape[-1]
+    text = compiled.as_text()
+    assert device.platform == "gpu" or len(read_kernels(find_chip(device).name, text)) == 2
+    made = re.findall(rf"= \w+\[(?:1,)?(?:{P},[\d,]+|{P * K * page}),{wide}\]\S* ([\w-]+)\(", text)
+    assert made
+    assert not {"copy", "copy-done", "transpose"} & {*made}

@@ -1,7 +1,7 @@
 """Promise: int8 and int4 caches answer as KIVI says, evicting ones keep what their papers say, each
 against a float64 simulation; none holds more than it should."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from maxlm.models.caches import (
     CacheConfig,
     CacheLayout,
     PagedCache,
+    PagedCacheConfig,
     allocate_cache_array,
     kv_cache_spec,
 )
@@ -63,9 +64,10 @@ class Case:
     soft_cap: float | None = None
     slopes: Any = None
     biases: Any = None
-    scale: float = 0.7
+    scale: float | None = 0.7
     page: int = 4
     size: int = 8
+    feature_multiple: int = 1
 
     def run(self, mesh, steps, width=1) -> tuple[Any, Any, Any, Any]:
         """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache too."""
@@ -76,7 +78,14 @@ class Case:
         D, T = prod(mesh.shape[axis] for axis in rules.batch), 48
         q, k, v = (rng.normal(size=(D, ROWS, T, n, self.size)) for n in (N, K, K))
         pages = ROWS * T // self.page + 1
-        layout = CacheLayout(D, ROWS, pages, self.page, cache=self.config)
+        layout = CacheLayout(
+            D,
+            ROWS,
+            pages,
+            self.page,
+            cache=self.config,
+            feature_multiple=self.feature_multiple,
+        )
         shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
         values = None if self.value_dim else (K, self.size)
         spec = kv_cache_spec(layout, self.window, (K, self.size), values, "kv_heads")
@@ -241,6 +250,16 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
         simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(STEPS, r), 1) for r in range(4)
     ]
     check(found[0], both, known)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_features_that_fill_lanes_change_no_answer(one_device_mesh, name):
+    narrow = Case(PagedCacheConfig(), **OPTIONS[name], scale=8**-0.5)
+    wide = replace(narrow, feature_multiple=12, scale=None)
+    _, expected, known, _ = narrow.run(one_device_mesh, STEPS)
+    _, found, _, cache = wide.run(one_device_mesh, STEPS)
+    assert cache.key.shape[-1] == 12
+    check(found[0], expected[0], known)
 
 
 def test_rejected_guesses_leave_no_trace(one_device_mesh):

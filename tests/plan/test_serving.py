@@ -80,7 +80,9 @@ def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> in
 )
 @pytest.mark.parametrize("length", [40, 64, 65, 777])
 def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
-    exact = 2 * layers * sum(heads * size for heads, size in filter(None, (key, value)))
+    # A TPU's pages have room for whole lanes.
+    filled = [heads * ceil(size / 128) * 128 for heads, size in filter(None, (key, value))]
+    exact = 2 * layers * sum(filled)
     for cache, bits in (("auto", 16), ("int8", 8), ("int4", 4)):
         served = place(name, "v5p-2", 30, length - 30, cache=cache)
         if cache == "auto":
@@ -92,7 +94,7 @@ def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
 
 def test_scales_leave_what_the_formats_promise():
     whole, *formats = (
-        count_token_bytes(place("smollm2_135m", "v5p-2", 8, 8, cache=cache).layer_caches)
+        count_token_bytes(place("smollm2_135m", "h100x1", 8, 8, cache=cache).layer_caches)
         for cache in get_args(CacheFormat)
     )
     assert np.all(np.array(formats) / whole <= [0.53, 0.31])

@@ -33,13 +33,16 @@ def kv_cache_spec(
     axes = ("batch", None, heads_axis, None, None)
     lead = layout.num_shards, layout.count_pages(window)
 
-    def pages_spec(shape: tuple[int, int]) -> CacheArraySpec:
-        return CacheArraySpec((*lead, shape[0], layout.page_size, shape[1]), axes, unit="page")
+    def list_pages(multiple: int) -> list[CacheArraySpec | None]:
+        sizes = [
+            shape and (shape[0], layout.page_size, -(-shape[1] // multiple) * multiple)
+            for shape in shapes
+        ]
+        return [size and CacheArraySpec((*lead, *size), axes, unit="page") for size in sizes]
 
-    pages = pages_spec(key_shape), None if value_shape is None else pages_spec(value_shape)
-    if isinstance(config, PagedCacheConfig):
-        return PagedCache(*pages)
-    room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
-    if window is not None and window <= room:
-        return PagedCache(*pages)  # all that it sees would be kept as it is
-    return quantized_cache_spec(layout, config, *pages)
+    if isinstance(config, QuantizedCacheConfig):
+        room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
+        if window is None or window > room:
+            return quantized_cache_spec(layout, config, *list_pages(1))
+        # Else all that the layer sees would be kept as it is.
+    return PagedCache(*list_pages(layout.feature_multiple))

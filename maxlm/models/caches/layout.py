@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.caches.config import CacheConfig, PagedCacheConfig
+from maxlm.parallel.local import LANES
 from maxlm.sharding import AxisRules, resolve_placement
 
 
@@ -39,11 +40,19 @@ class CacheLayout:
     """Pages for layers with a window; None: as many as for the others."""
     cache: CacheConfig = field(default_factory=PagedCacheConfig)
     """How attention keeps keys and values."""
+    feature_multiple: int = 1
+    """Pages in the compute dtype have features of a head up to a multiple of this: of a TPU's 128
+    lanes, where its kernel could not read them else."""
 
     def count_pages(self, window: int | None) -> int:
         """Returns the pages of a layer with a window, or none."""
         full = window is None or self.num_window_pages is None
         return self.num_pages if full else self.num_window_pages or 0
+
+
+def choose_feature_multiple(platform: str) -> int:
+    """Returns a platform's :attr:`CacheLayout.feature_multiple`."""
+    return LANES if platform == "tpu" else 1
 
 
 def allocate_cache_array(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
