@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.inference.engine import Engine, EngineConfig, count_compilations
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
@@ -136,7 +137,7 @@ def main() -> None:
     engine, peer = make_engine(args.folder), make_peer(args.folder)
     engine.warm_up()
     compiled = count_compilations()
-    weights = sum(x.nbytes for x in flatten_names(engine._params).values())
+    weights = sum(x.nbytes for x in flatten_names(engine.params).values())
     stream = jnp.ones(weights // 4, jnp.float32)
     runs: dict[str, Callable[[], float]] = {"stream": lambda: time_stream(stream)}
     runs["prefill"] = lambda: time_prefill(engine)
@@ -157,7 +158,7 @@ def main() -> None:
     show("prefill 512", times["prefill"], PREFILL, times["peer prefill"])
     show("  transformers", times["peer prefill"], PREFILL)
     token_bytes = sum(
-        x.nbytes // (x.shape[1] * x.shape[3]) for x in jax.tree.leaves(engine._state.caches)
+        x.nbytes // (x.shape[1] * x.shape[3]) for x in jax.tree.leaves(engine._runner.state.caches)
     )
     for batch in BATCHES:
         own = times[f"decode {batch}"]

@@ -8,7 +8,7 @@ that nothing compiles after :meth:`Engine.warm_up`.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,32 +18,26 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.inference.cache_updates import (
-    MAX_PAGE_COPIES,
-    allocate_state,
-    copy_pages,
-    copy_rows,
-    encode_row,
-)
+from maxlm.inference.cache_updates import MAX_PAGE_COPIES
 from maxlm.inference.engine_inputs import InputBuilder
-from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
-from maxlm.inference.params import prepare_params
-from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.inference.grammar import GrammarCompiler
+from maxlm.inference.model_runner import ModelRunner, count_compilations
+from maxlm.inference.outputs import OutputBuilder
+from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import MAX_STOP_IDS
 from maxlm.inference.scheduler import Scheduler
 from maxlm.inference.scheduler_config import SchedulerConfig, count_pages
-from maxlm.inference.sequences import ScheduledStep
+from maxlm.inference.sequences import PageCopy, ScheduledStep
 from maxlm.inference.sequences import Sequence as RunningSequence
 from maxlm.inference.speculation import (
     DraftModel,
     PromptLookupConfig,
     SpeculationConfig,
+    check_draft_model,
     check_speculation,
     look_up_prompt,
-    prepare_draft_model,
 )
-from maxlm.inference.step import StepOutputs, StepSizes, run_step
-from maxlm.inference.text import TextStream
+from maxlm.inference.step import StepOutputs, StepSizes
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.caches import (
     QUANTIZED_PAGE_SIZE,
@@ -101,16 +95,6 @@ class EngineStats(NamedTuple):
     compilations_total: int
 
 
-@dataclass(eq=False)
-class _Output:
-    """A sequence's output so far."""
-
-    text: TextStream | None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    started: bool = False
-    branching: bool = False
-
-
 class Engine:
     """Continues prompts on the mesh that the parameters lie on.
 
@@ -140,7 +124,6 @@ class Engine:
         self.config, self.tokenizer = _limit_length(config, model), tokenizer
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
-        self._params = prepare_params(model, params)
         self.num_shards = prod(self.mesh.shape[axis] for axis in model.rules.batch)
         windows = list_paged_windows(model, config.cache)
         pages = dict(zip(windows, count_pages(self.config, windows), strict=True))
@@ -168,21 +151,17 @@ class Engine:
             num_drafts=speculation.num_drafts if speculation else 0,
             all_rows=has_row_caches(specs) or encodes,
         )
-        sizes = self._layout, self.config.max_length
-        with jax.set_mesh(self.mesh):
-            self._state = allocate_state(model, *sizes)
-            self._draft_state = allocate_state(draft.model, *sizes) if draft else None
-        self._draft = None
         if speculation is not None:
             check_speculation(model, self._layout)
         if draft is not None:
-            self._draft = prepare_draft_model(draft, model, self._layout)
+            check_draft_model(draft.model, model, self._layout)
+        self._runner = self._make_runner(model, params)
+        self._draft = self._make_runner(*draft) if draft is not None else None
+        self._runners = [self._runner, *filter(None, [self._draft])]
         self._grammars: GrammarCompiler | None = None
-        self._matchers: dict[RunningSequence, GrammarMatcher] = {}
-        self._outputs: dict[RunningSequence, _Output] = {}
+        self._outputs = OutputBuilder(tokenizer)
         self._ended: list[SequenceOutput] = []
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._steps = 0
-        self._drafted = self._accepted = 0
+        self._steps = self._drafted = self._accepted = 0
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
 
     def add_request(self, request: GenerationRequest, *, branching: bool = False) -> None:
@@ -209,14 +188,9 @@ class Engine:
             raise MaxlmError(what, where=where, fix="name fewer in stop_token_ids")
         continued = self.continues_text(request.prompt_tokens)
         for sequence in self.scheduler.add(request):
-            text = None
             sequence.needs_host |= branching
-            if self.tokenizer is not None and not branching:
-                text = TextStream(self.tokenizer, request.stop_strings, continued=continued)
             sequence.stop_ids = tuple(sorted(stops))
-            if matcher is not None:
-                self._matchers[sequence] = matcher.copy()
-            self._outputs[sequence] = _Output(text, branching=branching)
+            self._outputs.add(sequence, matcher, continued=continued, branching=branching)
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
         """Replaces the sequences of a request by branches of them, between steps (beam search).
@@ -229,16 +203,14 @@ class Engine:
             The index of each branch's sequence.
         """
         sequences = self.scheduler.branch(request_id, branches)
-        made = {each: _Output(None, started=True, branching=True) for each in sequences}
-        outputs = (made | self._outputs).items()
-        self._outputs = {each: own for each, own in outputs if each.state != "finished"}
+        self._outputs.branch(sequences)
         return [sequence.index for sequence in sequences]
 
     def abort(self, request_id: str) -> None:
         """Ends a request, and frees what it holds; unknown ids are ignored. Its sequences' last
         outputs, with ``finish_reason`` "abort", come from the next step."""
         for sequence in self.scheduler.abort(request_id):
-            self._forget(sequence)
+            self._outputs.forget(sequence)
             output = SequenceOutput(request_id, sequence.index, [], finish_reason="abort")
             self._ended.append(output)
 
@@ -281,15 +253,14 @@ class Engine:
         with jax.set_mesh(self.mesh):
             for shape in self._inputs.list_shapes():
                 self._run(empty, shape, {})
-            copies = self._inputs.stack_page_copies([], self._windows, self._layout)
-            self._copy_pages(copies)
+            self._copy_pages([])
             if self._copies_rows:
                 self._copy_rows([])
 
     @property
     def params(self) -> Params:
         """The model's parameters as steps read them (:func:`prepare_params`)."""
-        return self._params
+        return self._runner.params
 
     def stats(self) -> EngineStats:
         """Returns counts for monitoring."""
@@ -299,9 +270,9 @@ class Engine:
             len(scheduler.waiting),
             self.num_shards * sum(count - 1 for count in scheduler.num_pages),
             scheduler.count_available_pages(),
-            self._prompt_tokens,
-            self._cached_tokens,
-            self._generated_tokens,
+            self._outputs.num_prompt_tokens,
+            self._outputs.num_cached_tokens,
+            self._outputs.num_generated_tokens,
             scheduler.num_preemptions,
             self._steps,
             self._drafted,
@@ -319,18 +290,21 @@ class Engine:
             has_row_state=self._has_row_arrays,
         )
 
+    def _make_runner(self, model: Model, params: Params) -> ModelRunner:
+        sizes = {"max_length": self.config.max_length, "vocab_size": self.vocab_size}
+        with jax.set_mesh(self.mesh):
+            return ModelRunner(model, params, self._layout, self._windows, **sizes)
+
     def _run(
         self, plan: ScheduledStep, shape: StepSizes, drafts: Mapping[RunningSequence, list[int]]
     ) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
-        tables = self.scheduler.page_tables
-        inputs = self._inputs.build(plan, shape, tables, drafts, self._matchers)
-        sizes = shape, self._layout, self._windows, self.vocab_size
-        self._state, outputs = run_step(self.model, *sizes, self._params, self._state, inputs)
+        tables, matchers = self.scheduler.page_tables, self._outputs.matchers
+        inputs = self._inputs.build(plan, shape, tables, drafts, matchers)
+        outputs = self._runner.run(shape, inputs)
         self._steps += 1
         if self._draft is not None and not drafts:
-            own = self._draft.params, self._draft_state
-            self._draft_state, _ = run_step(self._draft.model, *sizes, *own, inputs)
+            self._draft.run(shape, inputs)
         return outputs
 
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
@@ -341,7 +315,7 @@ class Engine:
             return drafts
         for sequence in self.scheduler.running:
             most = min(config.num_drafts, sequence.num_tokens_left - 1)
-            if sequence.num_to_compute != 1 or most < 1 or self._outputs[sequence].branching:
+            if sequence.num_to_compute != 1 or most < 1 or self._outputs.is_branching(sequence):
                 continue
             draft = [0] * most
             if isinstance(config, PromptLookupConfig):
@@ -369,53 +343,38 @@ class Engine:
         alone = replace(plan, prefill=[], num_steps=longest)
         shape = self._inputs.choose_shape(alone, has_drafts=False)
         inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {}, {})
-        sizes = shape, self._layout, self._windows, self.vocab_size
-        own = self._draft.params, self._draft_state
-        self._draft_state, result = run_step(self._draft.model, *sizes, *own, inputs)
-        tokens = np.asarray(result.tokens)
+        tokens = np.asarray(self._draft.run(shape, inputs).tokens)
         return {
             each: tokens[: len(draft), each.shard, each.row].tolist()
             for each, draft in drafts.items()
         }
 
-    def _forget(self, sequence: RunningSequence) -> None:
-        self._outputs.pop(sequence, None)
-        self._matchers.pop(sequence, None)
-
     def _update_caches(self, plan: ScheduledStep) -> None:
         """Does what comes before a step: copies, and encoders."""
         D, R = self.num_shards, self.config.max_sequences
         for start in range(0, len(plan.page_copies), MAX_PAGE_COPIES):
-            some = plan.page_copies[start : start + MAX_PAGE_COPIES]
-            self._copy_pages(self._inputs.stack_page_copies(some, self._windows, self._layout))
+            self._copy_pages(plan.page_copies[start : start + MAX_PAGE_COPIES])
         if plan.row_copies and self._copies_rows:
             self._copy_rows(plan.row_copies)
-        sizes = self._layout, self.config.max_length
         for sequence in plan.encode:
-            own = sequence.encoder_tokens
-            tokens = np.zeros((D, round_up_to_bucket(len(own), self.config.max_length)), np.int32)
+            tokens = np.zeros((D, len(sequence.encoder_tokens)), np.int32)
             lengths, rows = np.zeros(D, np.int32), np.full(D, R, np.int32)
-            tokens[sequence.shard, : len(own)] = own
-            lengths[sequence.shard], rows[sequence.shard] = len(own), sequence.row
-            given = self._params, self._state, tokens, lengths, rows
-            self._state = encode_row(self.model, *sizes, *given)
+            tokens[sequence.shard] = sequence.encoder_tokens
+            lengths[sequence.shard], rows[sequence.shard] = tokens.shape[1], sequence.row
+            self._runner.encode(tokens, lengths, rows)
 
-    def _copy_pages(self, copies: Any) -> None:
-        self._state = copy_pages(self.model, self._layout, self._state, copies)
-        if self._draft is not None:
-            own = self._draft.model, self._layout, self._draft_state
-            self._draft_state = copy_pages(*own, copies)
+    def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        stacked = self._inputs.stack_page_copies(copies, self._windows, self._layout)
+        for runner in self._runners:
+            runner.copy_pages(stacked)
 
     def _copy_rows(self, copies: Sequence[tuple[int, int, int]]) -> None:
         shape = self.num_shards, self.config.max_sequences
         sources = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
         for shard, source, destination in copies:
             sources[shard, destination] = source
-        sizes = self._layout, self.config.max_length
-        self._state = copy_rows(self.model, *sizes, self._state, sources)
-        if self._draft is not None:
-            own = self._draft.model, *sizes, self._draft_state
-            self._draft_state = copy_rows(*own, sources)
+        for runner in self._runners:
+            runner.copy_rows(sources)
 
     def _collect(
         self,
@@ -431,14 +390,14 @@ class Engine:
             tokens = self._inputs.read_row(result, shape, row, draft)
             self._drafted += len(draft)
             self._accepted += len(tokens) - 1 if draft else 0
-            taken = self._take(row.sequence, tokens)
+            taken = self._outputs.take(row.sequence, tokens)
             decoded.append(taken.token_ids)
             outputs.append(taken)
         for place, chunk in enumerate(plan.prefill):
             if chunk.sequence.request.prompt_logprobs is not None:
-                self._take_prompt(chunk, self._inputs.read_prompt(result, plan, place))
+                self._outputs.take_prompt(chunk, self._inputs.read_prompt(result, plan, place))
             if chunk.samples:
-                taken = self._take(
+                taken = self._outputs.take(
                     chunk.sequence, [self._inputs.read_chunk(result, shape, plan, place)]
                 )
                 outputs.append(taken)
@@ -451,59 +410,8 @@ class Engine:
         for sequence, output in zip(sequences, outputs, strict=True):
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
-                self._forget(sequence)
+                self._outputs.forget(sequence)
         return outputs
-
-    def _take(self, sequence: RunningSequence, tokens: Sequence[TokenLogprob]) -> SequenceOutput:
-        """Makes the output of a sequence's new tokens, up to the one that ends it."""
-        request, own = sequence.request, self._outputs[sequence]
-        taken = SequenceOutput(request.request_id, sequence.index, [])
-        if not own.started:
-            own.started = True
-            taken.num_cached_tokens = sequence.num_cached_tokens
-            if request.prompt_logprobs is not None:
-                taken.prompt_logprobs = own.prompt_logprobs or []
-            self._prompt_tokens += sequence.num_prompt_tokens
-            self._cached_tokens += sequence.num_cached_tokens
-        left, text = sequence.num_tokens_left, []
-        for token in tokens:
-            taken.token_ids.append(token.token_id)
-            if request.top_logprobs is not None:
-                taken.logprobs.append(token._replace(top=token.top[: request.top_logprobs]))
-            if token.token_id in sequence.stop_ids:
-                taken.finish_reason, taken.stop_match = "stop", token.token_id
-                break
-            if (matcher := self._matchers.get(sequence)) is not None:
-                matcher.accept(token.token_id)
-            if own.text is not None:
-                piece, taken.stop_match = own.text.push(token.token_id)
-                text.append(piece)
-                if taken.stop_match is not None:
-                    taken.finish_reason = "stop"
-                    break
-            if matcher is not None and matcher.is_finished:
-                taken.finish_reason = "stop" if matcher.error is None else "abort"
-                break
-            if len(taken.token_ids) == left:
-                taken.finish_reason = "length"
-                break
-        if taken.finish_reason and own.text is not None and not isinstance(taken.stop_match, str):
-            piece, stop = own.text.flush()
-            text.append(piece)
-            if stop is not None:
-                taken.finish_reason, taken.stop_match = "stop", stop
-        taken.text = "".join(text)
-        self._generated_tokens += len(taken.token_ids)
-        return taken
-
-    def _take_prompt(self, chunk: Any, tokens: Sequence[TokenLogprob]) -> None:
-        own = self._outputs[chunk.sequence]
-        if own.started:
-            return  # computed again after a preemption
-        if own.prompt_logprobs is None or chunk.start == 0:
-            own.prompt_logprobs = []
-        count = chunk.sequence.request.prompt_logprobs
-        own.prompt_logprobs += [token._replace(top=token.top[:count]) for token in tokens]
 
     def continues_text(self, prompt_tokens: Sequence[int]) -> bool:
         """Whether an output's first word follows others, rather than opening a text."""
@@ -538,15 +446,3 @@ def _limit_length(config: EngineConfig, model: Model) -> EngineConfig:
     if limit is None or config.max_length <= limit:
         return config
     return config.model_copy(update={"max_length": limit})
-
-
-def round_up_to_bucket(n: int, limit: int) -> int:
-    """Rounds n up to a power of two from 16 on, ``limit`` at most: few distinct sizes, hence few
-    compilations."""
-    return min(max(16, 1 << (n - 1).bit_length()), limit)
-
-
-def count_compilations() -> int:
-    """Returns how many programs steps have been compiled to, by all engines of this process."""
-    programs: Any = run_step, copy_pages, copy_rows, encode_row
-    return sum(program._cache_size() for program in programs)

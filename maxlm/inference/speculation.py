@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.inference.params import prepare_params
 from maxlm.models.architectures import Model
 from maxlm.models.caches import CacheLayout, has_row_caches, list_paged_windows
 from maxlm.models.params import Params
@@ -65,21 +64,20 @@ def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[in
     return []
 
 
-def prepare_draft_model(draft: DraftModel, model: Any, layout: CacheLayout) -> DraftModel:
-    """Checks that one model can guess for another on the same pages, and lays its parameters out.
+def check_draft_model(draft: Any, model: Any, layout: CacheLayout) -> None:
+    """Checks that one model can guess for another on the same pages.
 
     Raises:
         MaxlmError: another vocabulary, windows of its own, or a state that cannot be taken back.
     """
-    own, where = draft.model.config.vocab_size, "speculation"
+    own, where = draft.config.vocab_size, "speculation"
     if own != model.config.vocab_size:
         what = f"the draft model has {own} tokens, the model {model.config.vocab_size}"
         raise MaxlmError(what, where=where, fix="use a draft model with the same tokenizer")
-    check_speculation(draft.model, layout)
-    if not set(list_paged_windows(draft.model)) <= set(list_paged_windows(model)):
+    check_speculation(draft, layout)
+    if not set(list_paged_windows(draft)) <= set(list_paged_windows(model)):
         what = "the draft model has windows that the model has not"
         raise MaxlmError(what, where=where, fix="use another draft model, or prompt_lookup")
-    return DraftModel(draft.model, prepare_params(draft.model, draft.params))
 
 
 def check_speculation(model: Any, layout: CacheLayout) -> None:

@@ -97,9 +97,8 @@ def write_and_attend(
     Returns:
         [D, S, N, Hv], and the pages.
     """
-
     options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
-    num_values = options.get("value_dim") or value.shape[-1]
+    num_values = options["value_dim"] if value is None else value.shape[-1]
 
     def local(q, key, value, pages, where, slopes, biases):
         key_pages, value_pages = pages

@@ -120,7 +120,7 @@ def test_generation_equals_the_full_forward_pass(model):
     prompts = [random.integers(0, 31, n).tolist() for n in (1, 19, 6, 11)]
     config = EngineConfig(max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3)
     engine, found = Engine(model, params, config), {}
-    assert {x.shape for x in jax.tree.leaves(engine._state)} == {(1, 2, WIDTH)}
+    assert {x.shape for x in jax.tree.leaves(engine._runner.state)} == {(1, 2, WIDTH)}
     greedy = SamplingConfig(temperature=0, max_new_tokens=8)
     requests = [
         GenerationRequest(str(i), tuple(prompt), greedy, num_sequences=1 + i % 2, top_logprobs=0)

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.inference.engine import Engine, EngineConfig, count_compilations
+from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate, generate_tokens
+from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import SamplingConfig

@@ -33,16 +33,17 @@ def kv_cache_spec(
     axes = ("batch", None, heads_axis, None, None)
     lead = layout.num_shards, layout.count_pages(window)
 
-    def list_pages(multiple: int) -> list[CacheArraySpec | None]:
-        sizes = [
-            shape and (shape[0], layout.page_size, -(-shape[1] // multiple) * multiple)
-            for shape in shapes
-        ]
-        return [size and CacheArraySpec((*lead, *size), axes, unit="page") for size in sizes]
+    def pages_spec(shape: tuple[int, int], multiple: int) -> CacheArraySpec:
+        size = -(-shape[1] // multiple) * multiple
+        return CacheArraySpec((*lead, shape[0], layout.page_size, size), axes, unit="page")
+
+    def list_pages(multiple: int = 1) -> tuple[CacheArraySpec, CacheArraySpec | None]:
+        values = None if value_shape is None else pages_spec(value_shape, multiple)
+        return pages_spec(key_shape, multiple), values
 
     if isinstance(config, QuantizedCacheConfig):
         room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
         if window is None or window > room:
-            return quantized_cache_spec(layout, config, *list_pages(1))
+            return quantized_cache_spec(layout, config, *list_pages())
         # Else all that the layer sees would be kept as it is.
     return PagedCache(*list_pages(layout.feature_multiple))

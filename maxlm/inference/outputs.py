@@ -1,0 +1,125 @@
+"""Outputs of sequences: their tokens' text, log-probabilities, and what ends them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.grammar import GrammarMatcher
+from maxlm.inference.requests import SequenceOutput, TokenLogprob
+from maxlm.inference.sequences import PrefillChunk
+from maxlm.inference.sequences import Sequence as RunningSequence
+from maxlm.inference.text import TextStream
+
+
+@dataclass(eq=False)
+class _Output:
+    """A sequence's output so far."""
+
+    text: TextStream | None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    started: bool = False
+    branching: bool = False
+
+
+class OutputBuilder:
+    """Builds the outputs of running sequences from the tokens that steps draw.
+
+    Attributes:
+        matchers: of sequences with a grammar.
+        num_prompt_tokens, num_cached_tokens, num_generated_tokens: of all sequences so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self.tokenizer = tokenizer
+        self.matchers: dict[RunningSequence, GrammarMatcher] = {}
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
+        self._outputs: dict[RunningSequence, _Output] = {}
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def add(
+        self,
+        sequence: RunningSequence,
+        matcher: GrammarMatcher | None,
+        *,
+        continued: bool,
+        branching: bool,
+    ) -> None:
+        """Begins a sequence's output.
+
+        Args:
+            continued: its first word follows others.
+            branching: it has no text, and :meth:`branch` may replace it.
+        """
+        text = None
+        if self.tokenizer is not None and not branching:
+            stops = sequence.request.stop_strings
+            text = TextStream(self.tokenizer, stops, continued=continued)
+        if matcher is not None:
+            self.matchers[sequence] = matcher.copy()
+        self._outputs[sequence] = _Output(text, branching=branching)
+
+    def branch(self, sequences: Iterable[RunningSequence]) -> None:
+        """Adds branches that have begun, and forgets sequences that none goes on from."""
+        made = {each: _Output(None, started=True, branching=True) for each in sequences}
+        outputs = (made | self._outputs).items()
+        self._outputs = {each: own for each, own in outputs if each.state != "finished"}
+
+    def is_branching(self, sequence: RunningSequence) -> bool:
+        return self._outputs[sequence].branching
+
+    def forget(self, sequence: RunningSequence) -> None:
+        self._outputs.pop(sequence, None)
+        self.matchers.pop(sequence, None)
+
+    def take(self, sequence: RunningSequence, tokens: Sequence[TokenLogprob]) -> SequenceOutput:
+        """Makes the output of a sequence's new tokens, up to the one that ends it."""
+        request, own = sequence.request, self._outputs[sequence]
+        taken = SequenceOutput(request.request_id, sequence.index, [])
+        if not own.started:
+            own.started = True
+            taken.num_cached_tokens = sequence.num_cached_tokens
+            if request.prompt_logprobs is not None:
+                taken.prompt_logprobs = own.prompt_logprobs or []
+            self.num_prompt_tokens += sequence.num_prompt_tokens
+            self.num_cached_tokens += sequence.num_cached_tokens
+        left, text = sequence.num_tokens_left, []
+        for token in tokens:
+            taken.token_ids.append(token.token_id)
+            if request.top_logprobs is not None:
+                taken.logprobs.append(token._replace(top=token.top[: request.top_logprobs]))
+            if token.token_id in sequence.stop_ids:
+                taken.finish_reason, taken.stop_match = "stop", token.token_id
+                break
+            if (matcher := self.matchers.get(sequence)) is not None:
+                matcher.accept(token.token_id)
+            if own.text is not None:
+                piece, taken.stop_match = own.text.push(token.token_id)
+                text.append(piece)
+                if taken.stop_match is not None:
+                    taken.finish_reason = "stop"
+                    break
+            if matcher is not None and matcher.is_finished:
+                taken.finish_reason = "stop" if matcher.error is None else "abort"
+                break
+            if len(taken.token_ids) == left:
+                taken.finish_reason = "length"
+                break
+        if taken.finish_reason and own.text is not None and not isinstance(taken.stop_match, str):
+            piece, stop = own.text.flush()
+            text.append(piece)
+            if stop is not None:
+                taken.finish_reason, taken.stop_match = "stop", stop
+        taken.text = "".join(text)
+        self.num_generated_tokens += len(taken.token_ids)
+        return taken
+
+    def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:
+        """Keeps log-probabilities of a prompt's tokens for its first output."""
+        own, count = self._outputs[chunk.sequence], chunk.sequence.request.prompt_logprobs
+        if own.started:
+            return  # computed again after a preemption
+        if own.prompt_logprobs is None or chunk.start == 0:
+            own.prompt_logprobs = []
+        own.prompt_logprobs += [token._replace(top=token.top[:count]) for token in tokens]
