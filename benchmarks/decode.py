@@ -1,17 +1,20 @@
 """Speed of prefill and decoding on this CPU beside transformers, fp32, the same SmolLM2-135M.
 
-    python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32]
+    python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32] [--rows FILE]
 
 FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Each round times
 every contender once, one after the other; printed are medians over the rounds, their spread, and
 ratios of tokens/s. The share of the memory's bandwidth is (bytes of weights and cache that a step
 reads) ÷ (its time) ÷ (the rate at which a plain sum over as many bytes reads them in that round).
+--rows writes the medians for ``python benchmarks/plan_serving.py --cpu FILE``.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--rows", type=Path)
     args = parser.parse_args()
     engine, peer = make_engine(args.folder), make_peer(args.folder)
     engine.warm_up()
@@ -171,6 +175,14 @@ def main() -> None:
         middle = statistics.median(shares)
         print(f"  share of bandwidth {middle:.2f} ({shares[0]:.2f}–{shares[-1]:.2f})")
     rate = weights / statistics.median(times["stream"]) / 1e9
+    if args.rows:
+        ms = {name: 1e3 * statistics.median(own) for name, own in times.items()}
+        own = {"source": "here", "model": "smollm2_135m", "machine": "cpux1", "tensor": 1}
+        loads = [(PREFILL, 1, 1, "prompt", ms["prefill"])]
+        loads += [(args.prompt, args.new, b, "tpot", ms[f"decode {b}"]) for b in BATCHES]
+        names = "prompt", "new", "batch", "measure", "published"
+        rows = [own | dict(zip(names, load, strict=True)) for load in loads]
+        args.rows.write_text(json.dumps(rows))
     print(f"stream {rate:.1f} GB/s; compilations after warm-up: {count_compilations() - compiled}")
 
 

@@ -1,22 +1,26 @@
 """Throughput and waiting times of the server under load.
 
-    python benchmarks/serve_load.py FOLDER [--rounds 3] [--peer URL --peer-model NAME]
+    python benchmarks/serve_load.py FOLDER [--rounds 3]
+    python benchmarks/serve_load.py NAME --peer URL
 
 FOLDER is a run or a Hugging Face checkpoint. The server is started with 8 rows, and asked for 64
 completions of mixed lengths (prompts of 8 to 256 tokens, outputs of 8 to 128, drawn once): one
 after the other, in batches of 8 that start and end together, and 8 at a time. Each round does all
 three; printed are output tokens/s and the ratios' medians and spreads. Then the first token of
 short requests, alone and while a prompt of 2,000 tokens is computed. Another server that speaks
-OpenAI's protocol, if named, gets the same requests.
+OpenAI's protocol, and calls its model NAME, gets the same requests.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -128,33 +132,36 @@ async def measure(client: Client, rounds: int, name: str) -> None:
     )
 
 
+@contextmanager
+def serve(folder: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Serves a folder as "model" while the context lasts; yields the protocol's URL."""
+    port = free_port()
+    main = "import sys; from maxlm.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "serve", folder, "--port", str(port), "--name", "model"]
+    command += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        print(server.stdout.readline(), end="", flush=True)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill-tokens", type=int, default=64)
-    parser.add_argument("--peer")
-    parser.add_argument("--peer-model", default="")
+    parser.add_argument("--peer", help="URL up to /v1 of a server that runs already")
     args = parser.parse_args()
-    port = free_port()
-    sizes = [f"max_sequences={CONCURRENCY}", "max_length=2304", "page_size=32"]
-    sizes += [f"prefill_tokens={args.prefill_tokens}", "prefix_cache=false"]
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from maxlm.cli.main import main; sys.exit(main())",
-    ]
-    command += ["serve", args.folder, "--port", str(port), "--name", "model", *sizes]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        print(server.stdout.readline(), end="")
-        asyncio.run(measure(Client(f"http://127.0.0.1:{port}/v1", "model"), args.rounds, "maxlm"))
-    finally:
-        server.terminate()
-        server.wait()
     if args.peer:
-        asyncio.run(measure(Client(args.peer, args.peer_model), args.rounds, "peer"))
+        return asyncio.run(measure(Client(args.peer, args.folder), args.rounds, "peer"))
+    sizes = {"max_sequences": CONCURRENCY, "max_length": 2304, "page_size": 32}
+    sizes |= {"prefill_tokens": args.prefill_tokens, "prefix_cache": False}
+    with serve(args.folder, sizes) as url:
+        asyncio.run(measure(Client(url, "model"), args.rounds, "maxlm"))
 
 
 if __name__ == "__main__":
