@@ -102,10 +102,10 @@ def write_and_attend(
 
     def local(q, key, value, pages, where, slopes, biases):
         key_pages, value_pages = pages
-        q, key = (_pad_features(x, key_pages.shape[-1]) for x in (q, key))
+        q, key = (pad_features(x, key_pages.shape[-1]) for x in (q, key))
         key_pages = write_pages(key_pages, key, where.slots)
         if value is not None:
-            value = _pad_features(value, value_pages.shape[-1])
+            value = pad_features(value, value_pages.shape[-1])
             value_pages = write_pages(value_pages, value, where.slots)
         rows = where.page_tables, where.kv_lengths, where.query_starts
         own = {"uniform_rows": uniform_rows, "slopes": slopes, "biases": biases, **options}
@@ -118,5 +118,6 @@ def write_and_attend(
     return y, *pages
 
 
-def _pad_features(x: jax.Array, size: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[-1])))
+def pad_features(x: jax.Array, size: int) -> jax.Array:
+    """Pads the last dimension with zeros up to ``size``."""
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, size - x.shape[-1])))

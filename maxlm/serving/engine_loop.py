@@ -19,6 +19,9 @@ from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.serving.errors import ApiError
 
 T = TypeVar("T")
+# Of a step that ended a sequence, where none waits: a client that got its answer often asks again
+# at once, and would wait for the whole next step.
+_PAUSE_SHARE = 0.04
 
 
 class RequestStream(AbstractContextManager["RequestStream"]):
@@ -136,11 +139,14 @@ class EngineLoop:
 
     def _step(self) -> None:
         """Delivers a step's outputs; on a fault of the engine's its requests fail, others go on."""
-        self._is_step_due = False
+        self._is_step_due, start, ended = False, time.monotonic(), False
         try:
             for output in self.engine.step() if self.engine else ():
                 if (stream := self._streams.get(output.request_id)) is not None:
                     _send(stream, output)
+                    ended |= output.finish_reason is not None
+            if ended and self.engine is not None and not self.engine.scheduler.waiting:
+                time.sleep(_PAUSE_SHARE * (time.monotonic() - start))
         except Exception as error:
             self._fail_requests(" ".join(f"{type(error).__name__}: {error}".split())[:500])
 

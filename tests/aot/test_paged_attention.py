@@ -11,9 +11,14 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.kernel_cycles.static import Spec, measure
-from maxlm.models.caches import CacheLayout
-from maxlm.models.caches.kinds import kv_cache_spec
-from maxlm.parallel.paged_attention import PagedRows, write_and_attend
+from maxlm.models.caches import (
+    CacheLayout,
+    PagedCacheConfig,
+    QuantizedCacheConfig,
+    RaggedBatch,
+    choose_feature_multiple,
+    kv_cache_spec,
+)
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import find_chip
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
@@ -157,38 +162,43 @@ def test_tokens_are_written_in_place(device, dtype):
     assert memory.temp_size_in_bytes < pool / 20
 
 
-@pytest.mark.parametrize("case", ["fp32, window, cap", "latent"])
-def test_narrow_heads_in_wide_pages_are_not_copied(device, case):
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("fp32, window, cap", "paged"), ("latent", "paged"), ("latent", "int8"), ("latent", "int4")],
+)
+def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
     """Where features do not fill lanes, pages have room up to the next 128 on a TPU."""
-    (N, K, H, Hv), page, kind, static, _ = CASES[case]
+    (N, K, H, Hv), page, dtype, static, _ = CASES[case]
+    page *= 2 if kind == "int4" else 1
     axes = ("data", "fsdp", "expert", "context", "tensor", "stage")
     mesh = Mesh(np.array([device]).reshape((1,) * 6), axes, axis_types=(AxisType.Explicit,) * 6)
-    here, dtype = NamedSharding(mesh, PartitionSpec()), jnp.dtype(kind)
-    pages = kv_cache_spec(
-        CacheLayout(1, ROWS, P, page, feature_multiple=128 if device.platform == "tpu" else 1),
-        static.get("window"),
-        (K, H),
-        None if "value_dim" in static else (K, Hv),
-        None,
-    )
+    here, window = NamedSharding(mesh, PartitionSpec()), static.get("window")
+    config = PagedCacheConfig() if kind == "paged" else QuantizedCacheConfig(kind=kind)
+    multiple = choose_feature_multiple(device.platform)
+    layout = CacheLayout(1, ROWS, P, page, cache=config, feature_multiple=multiple)
+    latent, F = "value_dim" in static, R - ROWS
+    specs = kv_cache_spec(layout, window, (K, H), None if latent else (K, Hv), None)
 
-    def like(shape, dtype):
+    def like(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    pages = jax.tree.map(lambda spec: like(spec.shape, dtype), pages)
+    cache = jax.tree.map(lambda spec: like(spec.shape, spec.dtype or dtype), specs)
     q, key = like((1, TOKENS, N, H), dtype), like((1, TOKENS, K, H), dtype)
-    value = None if "value_dim" in static else like((1, TOKENS, K, Hv), dtype)
-    rows = PagedRows(*(like(s, jnp.int32) for s in ((1, TOKENS), (1, R, M), (1, R), (1, R + 1))))
+    value = None if latent else like((1, TOKENS, K, Hv), dtype)
+    tables = (like((1, R, M)),), (like((1, TOKENS)),)
+    shapes = (1, TOKENS), (1, TOKENS), (1, R), (1, R + 1), (1, F)
+    arrays = *map(like, shapes), *tables
 
-    def run(pages, q, key, value, rows):
-        own = {"uniform_rows": (ROWS, 1), "rules": AxisRules(), **static}
-        return write_and_attend(q, key, value, *pages, rows, **own)
+    def run(cache, q, key, value, arrays):
+        batch = RaggedBatch(*arrays, windows=(window,), uniform_rows=(ROWS, 1))
+        own = {**static, "window": window, "rules": AxisRules()}
+        return cache.attend(q, key, value, batch, **own)
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(run, donate_argnums=0).lower(pages, q, key, value, rows).compile()
-    wide = jax.tree.leaves(pages)[0].shape[-1]
-    text = compiled.as_text()
-    assert device.platform == "gpu" or len(read_kernels(find_chip(device).name, text)) == 2
-    made = re.findall(rf"= \w+\[(?:1,)?(?:{P},[\d,]+|{P * K * page}),{wide}\]\S* ([\w-]+)\(", text)
+        compiled = jax.jit(run, donate_argnums=0).lower(cache, q, key, value, arrays).compile()
+    largest = max(jax.tree.leaves(cache), key=lambda x: x.size)
+    text, wide = compiled.as_text(), largest.shape[-1]
+    pools = rf"= \w+\[(?:1,)?(?:{P},\d+,\d+|{P * K * page}),{wide}\]\S* ([\w-]+)\("
+    made = re.findall(pools, text)
     assert made
     assert not {"copy", "copy-done", "transpose"} & {*made}

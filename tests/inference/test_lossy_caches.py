@@ -22,7 +22,6 @@ from maxlm.models.caches import (
     CacheConfig,
     CacheLayout,
     PagedCache,
-    PagedCacheConfig,
     allocate_cache_array,
     kv_cache_spec,
 )
@@ -252,13 +251,16 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     check(found[0], both, known)
 
 
+@pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gqa", "mla"])
-def test_features_that_fill_lanes_change_no_answer(one_device_mesh, name):
-    narrow = Case(PagedCacheConfig(), **OPTIONS[name], scale=8**-0.5)
+def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
+    recent = {} if kind == "paged" else {"recent": 3}
+    narrow = Case(parse(kind=kind, **recent), **OPTIONS[name], scale=8**-0.5)
     wide = replace(narrow, feature_multiple=12, scale=None)
     _, expected, known, _ = narrow.run(one_device_mesh, STEPS)
     _, found, _, cache = wide.run(one_device_mesh, STEPS)
-    assert cache.key.shape[-1] == 12
+    pages = cache.key if kind == "paged" else cache.key.codes
+    assert pages.shape[-1] == 12
     check(found[0], expected[0], known)
 
 

@@ -33,17 +33,15 @@ def kv_cache_spec(
     axes = ("batch", None, heads_axis, None, None)
     lead = layout.num_shards, layout.count_pages(window)
 
-    def pages_spec(shape: tuple[int, int], multiple: int) -> CacheArraySpec:
-        size = -(-shape[1] // multiple) * multiple
-        return CacheArraySpec((*lead, shape[0], layout.page_size, size), axes, unit="page")
+    def pages_spec(shape: tuple[int, int]) -> CacheArraySpec:
+        heads, size = shape
+        size = -(-size // layout.feature_multiple) * layout.feature_multiple
+        return CacheArraySpec((*lead, heads, layout.page_size, size), axes, unit="page")
 
-    def list_pages(multiple: int = 1) -> tuple[CacheArraySpec, CacheArraySpec | None]:
-        values = None if value_shape is None else pages_spec(value_shape, multiple)
-        return pages_spec(key_shape, multiple), values
-
-    if isinstance(config, QuantizedCacheConfig):
-        room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
-        if window is None or window > room:
-            return quantized_cache_spec(layout, config, *list_pages())
-        # Else all that the layer sees would be kept as it is.
-    return PagedCache(*list_pages(layout.feature_multiple))
+    pages = pages_spec(key_shape), None if value_shape is None else pages_spec(value_shape)
+    if isinstance(config, PagedCacheConfig):
+        return PagedCache(*pages)
+    room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
+    if window is not None and window <= room:
+        return PagedCache(*pages)  # all that it sees would be kept as it is
+    return quantized_cache_spec(layout, config, *pages)

@@ -41,8 +41,8 @@ class CacheLayout:
     cache: CacheConfig = field(default_factory=PagedCacheConfig)
     """How attention keeps keys and values."""
     feature_multiple: int = 1
-    """Pages in the compute dtype have features of a head up to a multiple of this: of a TPU's 128
-    lanes, where its kernel could not read them else."""
+    """Pages have room for a head's features up to a multiple of this: a TPU's kernel reads whole
+    lanes, and XLA would copy all pages to make it so."""
 
     def count_pages(self, window: int | None) -> int:
         """Returns the pages of a layer with a window, or none."""

@@ -17,7 +17,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.caches.config import QuantizedCacheConfig
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
 from maxlm.models.caches.ragged import RaggedBatch
-from maxlm.parallel.paged_attention import PagedRows, map_attention
+from maxlm.parallel.paged_attention import PagedRows, map_attention, pad_features
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention.combine import merge_attention
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
@@ -60,6 +60,7 @@ class QuantizedCache(NamedTuple):
             what = f"{width} tokens a step of a row that decodes, in pages of {page}"
             raise MaxlmError(what, where="cache", fix="guess fewer tokens, or raise page_size")
         options.update(window=window, dtype=jnp.promote_types(q.dtype, jnp.float32))
+        options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
 
         def local(q, key, value, cache, batch, slopes, biases):
             kernel = partial(paged_attention, slopes=slopes, biases=biases, **options)
@@ -173,6 +174,9 @@ def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, where: Pa
 
     first, last = count_quantized(lengths - (starts[1:] - starts[:-1])), count_quantized(lengths)
     new, rings = _list_arrays(key, value), _list_arrays(cache.recent_key, cache.recent_value)
+    sizes = [x.shape[-1] for x in new]
+    new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]
+    q = pad_features(q, rings[0].shape[-1])
     pools = _list_arrays(cache.key, cache.value)
     live, calls = where.slots < len(cache.key.scale) * page, []
     for write, of, tokens, begins, uniform in (
@@ -183,15 +187,16 @@ def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, where: Pa
         if not len(own[0]):
             continue
         rings, part = write(rings, [x[tokens] for x in new], *own, batch, bounds)
-        pools = _write_quantized(pools, part, tables[of], bounds)
+        pools = _write_quantized(pools, part, tables[of], bounds, sizes)
         call = *_pair(part.pages), part.tables, lengths[of] - bounds[0] * page, begins
         calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
-    sizes = {"uniform_rows": (rows, width), "key_limits": first * page}
-    old = kernel(q, *_pair(pools), tables, lengths, starts, **sizes)
+    limits = {"uniform_rows": (rows, width), "key_limits": first * page}
+    old = kernel(q, *_pair(pools), tables, lengths, starts, **limits)
     recent = [call() for call in calls]
     if len(recent) > 1:
         recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
     y, _ = merge_attention(old, recent[0])
+    y = y if value is None else y[..., : value.shape[-1]]
     return y, QuantizedCache(*_pair(pools), *_pair(rings))
 
 
@@ -233,17 +238,22 @@ def _write_chunks(rings, new, positions, live, batch, bounds):
     return rings, _ExactTokens(pages, tables, tables)
 
 
-def _write_quantized(pools, part: _ExactTokens, page_tables, bounds):
-    """Quantizes pages ``first`` to ``last`` of each row, int32 [n] each."""
+def _write_quantized(pools, part: _ExactTokens, page_tables, bounds, sizes):
+    """Quantizes pages ``first`` to ``last`` of each row, int32 [n] each, and the first of their
+    features, as many as arrays have of their own."""
     first, last = bounds
     index = first[:, None] + jnp.arange(part.ripe.shape[1])
     entries = jnp.minimum(index, page_tables.shape[1] - 1)
     entries = jnp.take_along_axis(page_tables, entries, axis=1)
     entries = jnp.where(index < last[:, None], entries, len(pools[0].scale)).reshape(-1)
     ripe, written = part.ripe.reshape(-1), []
+
+    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
+        return pool.at[entries].set(pad_features(new, pool.shape[-1]), mode="drop")
+
     for number, (pool, pages) in enumerate(zip(pools, part.pages, strict=True)):
-        new = quantize_pages(pages[ripe], pool.codes.dtype, per_channel=number == 0)
-        write = lambda x, y: x.at[entries].set(y, mode="drop")  # noqa: E731
+        own = pages[ripe][..., : sizes[number]]
+        new = quantize_pages(own, pool.codes.dtype, per_channel=number == 0)
         written.append(jax.tree.map(write, pool, new))
     return written
 
