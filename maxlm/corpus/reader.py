@@ -51,13 +51,15 @@ class CorpusReader:
             stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
             known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
             path = shard.path(DOCUMENTS)
+            state = path.stat()
             files.append(
                 SourceFile(
                     path=path,
                     name=f"{folder}/{shard.name}",
                     format="corpus",
                     compression="none",
-                    size=path.stat().st_size,
+                    size=state.st_size,
+                    mtime_ns=state.st_mtime_ns,
                     extra_paths=tuple(known)[1:],
                     details=FilteredShard(shard, rules, {p: d for p, d in known.items() if d}),
                 )

@@ -42,8 +42,6 @@ class ReadJob:
     shard: StageShardView
     source: CrawlSource
     slices: tuple[FileSlice, ...]
-    mtimes_ns: tuple[int, ...]
-    """Modification times of their files, in nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
             if FORMATS[file.format].folder_entries:
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError(f"this is a {file.format} already", where=file.name, fix=fix)
-            for each in _date_slices(file, shard_bytes):
+            for each in _cut_file(file, shard_bytes):
                 slices.append(each)
-                size += each[0].size_bytes
+                size += each.size_bytes
                 if size >= shard_bytes:
                     jobs.append(_make_job(folder, source, slices))
                     slices, size = [], 0
@@ -80,24 +78,22 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
     return ReadPlan(jobs, num_binary_files)
 
 
-def _date_slices(file: SourceFile, shard_bytes: int) -> list[tuple[FileSlice, int]]:
-    """A file's slices, each with the time when the file was changed last."""
-    mtime = file.path.stat().st_mtime_ns
+def _cut_file(file: SourceFile, shard_bytes: int) -> Sequence[FileSlice]:
     try:
-        scan = scan_file(file, shard_bytes, digest=False)
+        return scan_file(file, shard_bytes, digest=False).slices
     except DamagedFile:  # Which the reader will count.
-        return [(make_whole_slice(file), mtime)]
-    return [(each, scan.mtime_ns) for each in scan.slices]
+        return [make_whole_slice(file)]
 
 
-def _make_job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice, int]]) -> ReadJob:
-    slices, mtimes = zip(*dated, strict=True)
+def _make_job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> ReadJob:
     # A file by its path: two names that are not Unicode may have become one.
     parts: list[Any] = [source.model_dump(exclude={"documents"})] + [
-        [str(each.file.path), each.file.size, mtime, each.start, each.stop] for each, mtime in dated
+        [str(each.file.path), each.file.size, each.file.mtime_ns, each.start, each.stop]
+        for each in slices
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
+    view = StageShardView(folder, f"{source.name}-{digest[:16]}")
+    return ReadJob(view, source, tuple(slices))
 
 
 def write_document_shard(job: ReadJob) -> None:
@@ -117,8 +113,8 @@ def write_document_shard(job: ReadJob) -> None:
 
 
 def _check_unchanged(job: ReadJob) -> None:
-    for part, mtime in zip(job.slices, job.mtimes_ns, strict=True):
-        check_unchanged(part.file, mtime, "corpus")
+    for part in job.slices:
+        check_unchanged(part.file, "corpus")
 
 
 def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:

@@ -24,6 +24,8 @@ class SourceFile:
     compression: Compression
     size: int
     """Bytes on disk."""
+    mtime_ns: int
+    """Time of its last change, in nanoseconds."""
     extra_paths: tuple[Path, ...] = ()
     """Other files whose content decides which documents are read from this one."""
     details: Any = None

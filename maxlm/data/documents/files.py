@@ -232,7 +232,8 @@ def _source_file(path: Path, name: str) -> SourceFile:
         raise MaxlmError(what, where=str(path), fix=fix)
     # A file system's names are bytes; Python has surrogates for those that are not UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return SourceFile(path, name, format_, compression, path.stat().st_size)
+    state = path.stat()
+    return SourceFile(path, name, format_, compression, state.st_size, state.st_mtime_ns)
 
 
 def _is_binary(file: SourceFile, config: FilesConfig) -> bool:

@@ -69,10 +69,9 @@ def _open_zstd(file: io.BufferedReader, path: Path) -> Any:
 
 @dataclass(frozen=True)
 class FileScan:
-    """A file's content hash, the state it was hashed in, and its slices."""
+    """A file's content hash and its slices."""
 
     sha256: str
-    mtime_ns: int
     slices: tuple[FileSlice, ...]
 
 
@@ -81,11 +80,11 @@ def make_whole_slice(file: SourceFile) -> FileSlice:
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
 
-def check_unchanged(file: SourceFile, mtime_ns: int, artifact: str) -> None:
-    """Checks that a file is as when it was listed and scanned; `artifact` is for the error."""
+def check_unchanged(file: SourceFile, artifact: str) -> None:
+    """Checks that a file is as when it was listed; `artifact` is for the error."""
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
-    if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
+    if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
         what = f"the file changed while the {artifact} was being built"
         raise MaxlmError(what, where=str(file.path), fix="run the build again")
 
@@ -99,7 +98,6 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Fil
     cut_lines = file.format == "jsonl" and file.compression == "none"
     hasher, cuts = hashlib.sha256(), [(0, 1)]
     position = 0
-    mtime = file.path.stat().st_mtime_ns
     for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
         with open_stream(path, "none") as stream:
             blocks = stream if cut_lines else iter(partial(stream.read, _BLOCK_BYTES), b"")
@@ -119,7 +117,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Fil
         )
     else:
         slices = (make_whole_slice(file),)
-    return FileScan(hasher.hexdigest() if digest else "", mtime, slices)
+    return FileScan(hasher.hexdigest() if digest else "", slices)
 
 
 def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:

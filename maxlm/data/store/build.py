@@ -208,7 +208,7 @@ def _make_parts(
     with convert_write_errors(building):
         folder.mkdir(exist_ok=True)
     jobs = plan.jobs(folder)
-    sizes = [sum(each.slice.size_bytes for each in job.slices) for job in jobs]
+    sizes = [sum(part.size_bytes for _, part in job.slices) for job in jobs]
     parts: dict[int, FinishedPart] = {}
     for job in jobs:
         if part := read_finished_part(folder, job.index):

@@ -39,21 +39,13 @@ _BATCH_DOCUMENTS = 4096
 
 
 @dataclass(frozen=True)
-class PartSlice:
-    """A slice to tokenize, of the source file with this index, last modified at this time."""
-
-    source_index: int
-    mtime_ns: int
-    slice: FileSlice
-
-
-@dataclass(frozen=True)
 class PartJob:
     """Everything that a worker needs to make one part."""
 
     folder: Path
     index: int
-    slices: tuple[PartSlice, ...]
+    slices: tuple[tuple[int, FileSlice], ...]
+    """Slices, each after the index of its source file."""
     config: SourceConfig
     tokenizer_folder: Path
     planned: Manifest
@@ -89,14 +81,14 @@ class BuildPlan:
 
     def jobs(self, folder: Path) -> list[PartJob]:
         """Groups consecutive slices into parts of at least `part_bytes`."""
-        units: list[list[PartSlice]] = [[]]
+        units: list[list[tuple[int, FileSlice]]] = [[]]
         size = 0
         for index, scan in enumerate(self.scans):
             for each in scan.slices:
                 if size >= self.part_bytes:
                     units.append([])
                     size = 0
-                units[-1].append(PartSlice(index, scan.mtime_ns, each))
+                units[-1].append((index, each))
                 size += each.size_bytes
         return [
             PartJob(folder, index, tuple(unit), self.source, self.tokenizer_folder, self.manifest)
@@ -212,9 +204,9 @@ def join_documents(
 def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
     """The texts of the job's split; adds up `counts` on the way."""
     split, fraction = job.planned.split, job.planned.heldout_fraction
-    for each in job.slices:
-        count = counts.setdefault(each.source_index, Counter())
-        for document in read_slice(job.config, each.slice):
+    for source_index, part in job.slices:
+        count = counts.setdefault(source_index, Counter())
+        for document in read_slice(job.config, part):
             if document is SkipReason.RULE:
                 count["num_dropped"] += 1
             elif isinstance(document, SkipReason):
@@ -223,7 +215,7 @@ def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
                 count["num_documents"] += 1
                 count["text_bytes"] += len(document.text)
                 yield document.text
-        check_unchanged(each.slice.file, each.mtime_ns, "store")
+        check_unchanged(part.file, "store")
 
 
 def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
