@@ -210,20 +210,14 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
 
     if coding in ("", "identity", "none") or not body:
         return body
-    match coding.removeprefix("x-"):
-        case "chunked":
-            open_ = stream_io.ChunkedReader
-        case "gzip":
-            open_ = stream_io.GzipReader
-        case "deflate":  # In practice with or without zlib's header.
-            bare = partial(_open_deflate, max_bytes + 1)
-            open_ = partial(stream_io.GzipReader, zlib=True) if body[:1] == b"\x78" else bare
-        case "br":
-            open_ = stream_io.BrotliReader
-        case "zstd":
-            open_ = stream_io.ZstdReader
-        case _:
-            open_ = None
+    openers = {
+        "chunked": stream_io.ChunkedReader,
+        "gzip": stream_io.GzipReader,
+        "deflate": partial(_open_deflate, max_bytes + 1),
+        "br": stream_io.BrotliReader,
+        "zstd": stream_io.ZstdReader,
+    }
+    open_ = openers.get(coding.removeprefix("x-"))
     try:
         decoded = open_(io.BytesIO(body)).read(max_bytes + 1) if open_ else b""
     except (OSError, zlib.error):
@@ -236,5 +230,7 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
 
 
 def _open_deflate(size: int, stream: io.BytesIO) -> io.BytesIO:
-    """The first `size` bytes of deflate data without zlib's header."""
-    return io.BytesIO(zlib.decompressobj(-15).decompress(stream.read(), size))
+    """The first `size` bytes of deflate data, which come with or without zlib's header."""
+    data = stream.read()
+    unpack = zlib.decompressobj(zlib.MAX_WBITS if data[:1] == b"\x78" else -zlib.MAX_WBITS)
+    return io.BytesIO(unpack.decompress(data, size))

@@ -307,6 +307,4 @@ class _Settling:
 def _read_pairs(folder: Path) -> dict[str, np.ndarray]:
     columns = read_columns(folder / "pairs.arrow")
     found = {name: columns[name] for name in ("low", "high", "jaccard")}
-    if (path := folder / "copies.arrow").exists():  # Of versions that kept copies apart.
-        return found | {name: read_columns(path)[name] for name in ("copy", "best")}
     return found | dict.fromkeys(("copy", "best"), np.empty(0, np.int64))

@@ -113,25 +113,21 @@ class NearStage(CrossDocumentStage):
         members, alike = find_similar_pairs(self, shards, scratch, run_jobs)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
-        parts = list(enumerate(shards))
-        counts = run_jobs(partial(_count_sources, members), parts, "count")
         if shards:
-            self._check_shares(members, marks, counts, shards[0].folder)
+            self._check_shares(members, marks, shards[0].folder)
             low, high = map(members.get_document_indices, (alike.low, alike.high))
             path = shards[0].path(self.unique_name).with_name("pairs.arrow")
             write_columns(path, {"low": low, "high": high, "jaccard": alike.jaccard})
-        run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
+        run_jobs(partial(_label_shard, members, self.schema()), list(enumerate(shards)), "label")
 
     def _check_shares(
-        self,
-        members: SelectedDocuments,
-        marks: DuplicateClusters,
-        counts: Sequence[tuple[Counter, Counter]],
-        corpus: Path,
+        self, members: SelectedDocuments, marks: DuplicateClusters, corpus: Path
     ) -> None:
-        documents = sum((each for each, _ in counts), Counter())
-        lost = sum((each for _, each in counts), Counter())
-        for source in sorted(lost, key=str):
+        documents = Counter[str]()
+        for shard in range(len(members.shards)):
+            documents += _count_values(read_columns(members.shard_path(shard)).array("source"))
+        lost = _count_values(members.take("source", marks.member[marks.duplicate_of >= 0]))
+        for source in sorted(lost):
             share = lost[source] / documents[source]
             most = self.max_shares.get(source, self.max_share)
             if share > most and documents[source] >= self.alarm_from:
@@ -169,14 +165,8 @@ def _read_marks(members: SelectedDocuments, number: int) -> DuplicateClusters:
     return DuplicateClusters(*(columns[name][part] for name in names))
 
 
-def _count_sources(
-    members: SelectedDocuments, part: tuple[int, StageShardView]
-) -> tuple[Counter, Counter]:
-    """Documents of each source, and those of them that are marked."""
-    marks = _read_marks(members, part[0])
-    marked = marks.member[marks.duplicate_of >= 0] - members.shard_offsets[part[0]]
-    sources = read_columns(members.shard_path(part[0])).array("source")
-    return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
+def _count_values(column: pa.Array) -> Counter[str]:
+    return Counter({each["values"]: each["counts"] for each in column.value_counts().to_pylist()})
 
 
 def _label_shard(

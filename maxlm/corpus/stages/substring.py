@@ -24,22 +24,20 @@ and hashes of parts are merged by ranges without their texts.
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `write_window_blocks` sorts the windows of each block; `find_repeated_windows` finds the
 first occurrence of each window that comes several times, for one range of hashes;
-`find_duplicate_spans` takes the union of a document's copies. It also lists where each copied run
+`write_duplicate_spans` takes the union of a document's copies. It also lists where each copied run
 came first, for which documents are kept is not known yet: what is cut of them is settled later
 (`corpus.settling`).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.columns import (
     concatenate,
@@ -59,14 +57,12 @@ from maxlm.corpus.dedup.windows import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
-from maxlm.runtime.files import convert_write_errors
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
 _BYTES_OF_WINDOW = 80  # In a range job.
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
 _LOW = np.uint64(2**32 - 1)
-_LONGEST = 2**31 - 1  # Spans are int32.
 
 _PLACES = ("begin", "end", "last", "of", "at")
 REPEATS = pa.list_(
@@ -74,9 +70,8 @@ REPEATS = pa.list_(
 )
 """Runs of windows that came first in the document numbered `of`, there from `at` on: where a run
 begins and ends and where its last window begins, in characters of its own document, as `at` is."""
-_SCHEMA = pa.schema(
-    [("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)]
-)
+_LABELS = pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
+_SCHEMA = _LABELS.insert(0, pa.field("row", pa.int64()))
 
 
 def write_window_blocks(
@@ -124,10 +119,6 @@ def _blocks(
         good = compute_keep_scores(group.batch, keep_by)
         for i, row in enumerate((group.row_indices + group.first_row).tolist()):
             text = get_code_points(column[i].as_py())
-            if len(text) > _LONGEST:
-                what = f"document of {len(text)} characters, where {_LONGEST} are the most"
-                where = f"{shard.path('documents')}, row {row}"
-                raise MaxlmError(what, where=where, fix="leave it out, or cut it into several")
             if texts and size + len(text) > block_characters:
                 yield texts, np.array(rows, np.int64), np.array(ranks)
                 texts, rows, ranks, size = [], [], [], 0
@@ -139,32 +130,30 @@ def _blocks(
         yield texts, np.array(rows, np.int64), np.array(ranks)
 
 
-def write_block_index(folder: Path, shards: Sequence[StageShardView]) -> int:
-    """Write the list of all blocks, in order, for the two functions below.
+class WindowBlock(NamedTuple):
+    """A block that `write_window_blocks` wrote."""
 
-    Returns:
-        How many windows the blocks have.
-    """
-    files = (_block_file(folder, shard.name, "windows") for shard in shards)
-    windows = [read_columns(file)["windows"].tolist() for file in files]
-    places = zip(shards, compute_document_offsets(shards), windows, strict=False)
-    blocks = [
-        (shard.name, f"{shard.name}-{i}", first)
-        for shard, first, counts in places
-        for i in range(len(counts))
+    shard: str
+    name: str
+    first_document: int
+    """The first document of the shard."""
+    windows: int
+
+
+def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[WindowBlock]:
+    """Lists the blocks of all shards, in order."""
+    return [
+        WindowBlock(shard.name, f"{shard.name}-{i}", first, windows)
+        for shard, first in zip(shards, compute_document_offsets(shards), strict=False)
+        for i, windows in enumerate(
+            read_columns(_block_file(folder, shard.name, "windows"))["windows"].tolist()
+        )
     ]
-    path = folder / "blocks.json"
-    with convert_write_errors(path):
-        path.write_text(json.dumps(blocks))
-    return sum(map(sum, windows))
 
 
-def _read_list(folder: Path) -> list[tuple[str, str, int]]:
-    """Reads each block's shard, its name, and the shard's first document."""
-    return json.loads((folder / "blocks.json").read_text())
-
-
-def find_repeated_windows(folder: Path, num_ranges: int, has_ranks: bool, range_index: int) -> None:
+def find_repeated_windows(
+    folder: Path, blocks: Sequence[WindowBlock], num_ranges: int, has_ranks: bool, range_index: int
+) -> None:
     """Write the positions of windows that occur earlier, rising, and where the first of all is:
     FOLDER/ranges/NUMBER-WHICH.
 
@@ -177,15 +166,15 @@ def find_repeated_windows(folder: Path, num_ranges: int, has_ranks: bool, range_
         return
     hashes, checks, positions, good = [], [], [], []
     starts = hash_range_starts(num_ranges)
-    for block, (_, name, _) in enumerate(_read_list(folder)):
-        columns = read_columns(_block_file(folder, name, "hashes"))
+    for number, block in enumerate(blocks):
+        columns = read_columns(_block_file(folder, block.name, "hashes"))
         part = find_range(columns["hash"], starts, range_index)
         hashes.append(columns["hash"][part])
         checks.append(columns["check"][part])
         place = columns["place"][part].astype(np.uint64)
-        positions.append(np.uint64(block) << _PLACE | place)
+        positions.append(np.uint64(number) << _PLACE | place)
         if has_ranks:
-            documents = read_columns(_block_file(folder, name, "documents"))
+            documents = read_columns(_block_file(folder, block.name, "documents"))
             which = np.searchsorted(documents["end"], place.astype(np.int64), "right")
             good.append(documents["rank"][which])
     keys = [concatenate(checks, np.uint64), concatenate(hashes, np.uint64)]
@@ -200,31 +189,30 @@ def find_repeated_windows(folder: Path, num_ranges: int, has_ranks: bool, range_
     write_columns(path, {"position": positions[order], "source": source[order]})
 
 
-def find_duplicate_spans(
-    folder: Path, shard: str, num_ranges: int, window_words: int
-) -> pa.RecordBatch:
-    """Finds what to cut from the documents of a shard.
-
-    Args:
-        num_ranges: how many ranges of hashes there are.
-
-    Returns:
-        For each document its `row` in the shard, rising, and the columns of the stage.
-    """
-    listed = _read_list(folder)
-    mine = [block for block, (other, _, _) in enumerate(listed) if other == shard]
-    parts = [_cut_block(folder, listed, block, num_ranges, window_words) for block in mine]
+def write_duplicate_spans(
+    folder: Path,
+    blocks: Sequence[WindowBlock],
+    num_ranges: int,
+    window_words: int,
+    shard: StageShardView,
+) -> None:
+    """Writes the labels of a shard's documents: what to cut, and where it came first."""
+    mine = [number for number, block in enumerate(blocks) if block.shard == shard.name]
+    parts = [_cut_block(folder, blocks, number, num_ranges, window_words) for number in mine]
     table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
-    columns = [pa.concat_arrays([pa.nulls(0, c.type), *c.chunks]) for c in table.columns]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    labels = {
+        name: pa.concat_arrays([pa.nulls(0, column.type), *column.chunks])
+        for name, column in zip(_SCHEMA.names, table.columns, strict=True)
+    }
+    write_labels(shard, _LABELS, labels["row"].to_numpy(), labels)
 
 
 def _cut_block(
-    folder: Path, listed: list[tuple[str, str, int]], block: int, num_ranges: int, size: int
+    folder: Path, blocks: Sequence[WindowBlock], block: int, num_ranges: int, size: int
 ) -> pa.RecordBatch:
-    documents = read_columns(_block_file(folder, listed[block][1], "documents"))
+    documents = read_columns(_block_file(folder, blocks[block].name, "documents"))
     rows, ends = documents["row"], documents["end"]
-    text = read_columns(_block_file(folder, listed[block][1], "text"))["text"]
+    text = read_columns(_block_file(folder, blocks[block].name, "text"))["text"]
     offsets = np.concatenate([[0], ends])
     place, source = _find_sources(folder, block, num_ranges)
     starts, stops, first = find_words(text, offsets)
@@ -248,7 +236,7 @@ def _cut_block(
     document = np.searchsorted(offsets[1:], ends[0], "right")
     columns = [(each - offsets[document]).astype(np.int32) for each in ends]
     repeats = pa.StructArray.from_arrays(
-        [*columns, *_find_documents(folder, listed, source[first])], fields=list(REPEATS.value_type)
+        [*columns, *_find_documents(folder, blocks, source[first])], fields=list(REPEATS.value_type)
     )
     counts = np.bincount(document, minlength=len(rows))
     repeats = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), repeats)
@@ -256,17 +244,16 @@ def _cut_block(
 
 
 def _find_documents(
-    folder: Path, listed: list[tuple[str, str, int]], source: np.ndarray
+    folder: Path, blocks: Sequence[WindowBlock], source: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the documents in which positions lie, and the characters before each there."""
     of, at = np.empty(len(source), np.int64), np.empty(len(source), np.int32)
     for origin, these in _by_block(source):
-        _, name, number = listed[origin]
-        documents = read_columns(_block_file(folder, name, "documents"))
+        documents = read_columns(_block_file(folder, blocks[origin].name, "documents"))
         there = (source[these] & _LOW).astype(np.int64)
         offsets = np.concatenate([[0], documents["end"]])
         document = np.searchsorted(offsets[1:], there, "right")
-        of[these] = documents["row"][document] + number
+        of[these] = documents["row"][document] + blocks[origin].first_document
         at[these] = there - offsets[document]
     return of, at
 
@@ -342,7 +329,7 @@ class SubstringStage(CrossDocumentStage):
     verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
-        return pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
+        return _LABELS
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`. The scratch files take ten times the text."""
@@ -350,14 +337,10 @@ class SubstringStage(CrossDocumentStage):
         largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
         index = partial(write_window_blocks, folder, self.min_tokens, largest, self.keep_by)
         run_jobs(index, shards, "index")
-        windows = write_block_index(folder, shards)
+        blocks = list_blocks(folder, shards)
+        windows = sum(block.windows for block in blocks)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        match = partial(find_repeated_windows, folder, number, self.keep_by is not None)
+        match = partial(find_repeated_windows, folder, blocks, number, self.keep_by is not None)
         run_jobs(match, range(number), "match")
-        run_jobs(partial(_cut, self, folder, number), shards, "cut")
-
-
-def _cut(stage: SubstringStage, folder: Path, number: int, shard: StageShardView) -> None:
-    found = find_duplicate_spans(folder, shard.name, number, stage.min_tokens)
-    labels = {name: found.column(name) for name in stage.schema().names}
-    write_labels(shard, stage.schema(), found.column("row").to_numpy(), labels)
+        cut = partial(write_duplicate_spans, folder, blocks, number, self.min_tokens)
+        run_jobs(cut, shards, "cut")
