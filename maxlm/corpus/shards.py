@@ -122,10 +122,6 @@ class StageShardView:
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
         for stage, name in self.find_column_sources(column):
-            if name not in files[stage].schema_arrow.names:
-                what = f'there is no column "{name}": another version of maxlm made this file'
-                fix = "delete the stage's folder and run the recipe again"
-                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
             if table.num_rows != size:
                 what = f"{table.num_rows} labels for {size} documents (row group {group})"
@@ -167,8 +163,6 @@ class ShardWriter:
 
     def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
         """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
-        if labels.num_rows != len(rows.row_indices):
-            raise ValueError(f"{labels.num_rows} labels for {len(rows.row_indices)} documents")
         if len(rows.row_indices) < rows.num_rows:
             places = np.full(rows.num_rows, -1, np.int64)
             places[rows.row_indices] = np.arange(len(rows.row_indices))

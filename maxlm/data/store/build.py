@@ -4,8 +4,8 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def _write_segment(
         parts,
         manifest.dtype,
         pool,
-        lambda done, total: progress("writing tokens", done, total),
+        progress,
         base or 0,
     )
     with convert_write_errors(building):
@@ -251,43 +251,30 @@ def _no_documents(source: SourceConfig, manifest: Manifest, fraction: float) -> 
     return MaxlmError(what, where=where, fix="use more documents or another fraction")
 
 
-@dataclass(frozen=True)
-class TokenShardJob:
-    """One shard of the token array: tokens `start` to `stop` of the store."""
-
-    store: Path
-    parts_folder: Path
-    dtype: str
-    start: int
-    stop: int
-    parts: tuple[tuple[int, int], ...]
-    """(index, first token within the store) of each part that overlaps the shard."""
-
-
 def assemble_store(
     store: Path,
     parts_folder: Path,
     parts: Sequence[FinishedPart],
     dtype: str,
     pool: WorkerPool,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     first_offset: int = 0,
 ) -> tuple[str, str]:
-    """Write `tokens/` and `offsets/`, which begin with `first_offset`, into the folder `store`;
-    parts in order of their index. Returns both hashes, as `StoreSegment` has them.
+    """Write `tokens/` and `offsets/`, which begin with `first_offset`, into the folder `store`; of
+    all parts, in order. Returns both hashes, as `StoreSegment` has them.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.
     """
-    begins = np.concatenate([[0], np.cumsum([part.num_tokens for part in parts])])
+    begins = np.cumsum([0, *(part.num_tokens for part in parts)])
     total = int(begins[-1])
     create_array(store, "tokens", total, dtype)
+    write = partial(_write_shard, store, parts_folder, dtype, begins)
     done, digests = 0, {}
-    jobs = _shard_jobs(store, parts_folder, parts, begins, dtype)
-    for job, digest in pool.map_unordered(_write_shard, jobs):
-        digests[job.start] = digest
-        done += job.stop - job.start
-        progress(done, total)
+    for start, digest in pool.map_unordered(write, range(0, total, SHARD_TOKENS)):
+        digests[start] = digest
+        done += min(SHARD_TOKENS, total - start)
+        progress("writing tokens", done, total)
     tokens = "".join(digests[start] for start in sorted(digests))
     offsets = _write_offsets(store, parts_folder, parts, first_offset)
     return hashlib.sha256(tokens.encode()).hexdigest(), offsets
@@ -305,27 +292,19 @@ def _write_offsets(
     return hashlib.sha256(offsets.data).hexdigest()
 
 
-def _shard_jobs(
-    store: Path, parts_folder: Path, parts: Sequence[FinishedPart], begins: np.ndarray, dtype: str
-) -> list[TokenShardJob]:
-    jobs = []
-    for start in range(0, int(begins[-1]), SHARD_TOKENS):
-        stop = min(start + SHARD_TOKENS, int(begins[-1]))
-        low = int(np.searchsorted(begins, start, "right")) - 1
-        high = int(np.searchsorted(begins, stop, "left"))
-        pieces = tuple(
-            (parts[i].index, int(begins[i])) for i in range(low, high) if parts[i].num_tokens
-        )
-        jobs.append(TokenShardJob(store, parts_folder, dtype, start, stop, pieces))
-    return jobs
-
-
-def _write_shard(job: TokenShardJob) -> tuple[TokenShardJob, str]:
-    shard = np.empty(job.stop - job.start, job.dtype)
-    for index, begin in job.parts:
-        path = part_path(job.parts_folder, index, "tokens")
-        tokens = np.memmap(path, job.dtype, "r")
-        low, high = max(begin, job.start), min(begin + len(tokens), job.stop)
-        shard[low - job.start : high - job.start] = tokens[low - begin : high - begin]
-    write_array(open_for_writing(job.store, "tokens"), job.start, shard, job.store)
-    return job, hashlib.sha256(shard.data).hexdigest()
+def _write_shard(
+    store: Path, parts_folder: Path, dtype: str, begins: np.ndarray, start: int
+) -> tuple[int, str]:
+    """Write the shard of tokens from `start` on; part i is tokens begins[i] to begins[i + 1].
+    Returns `start` and the shard's hash."""
+    stop = min(start + SHARD_TOKENS, int(begins[-1]))
+    shard = np.empty(stop - start, dtype)
+    first, end = np.searchsorted(begins, start, "right") - 1, np.searchsorted(begins, stop)
+    for index in range(first, end):
+        begin, size = begins[index], begins[index + 1] - begins[index]
+        if size:
+            tokens = np.memmap(part_path(parts_folder, index, "tokens"), dtype, "r")
+            low, high = max(begin, start), min(begin + size, stop)
+            shard[low - start : high - start] = tokens[low - begin : high - begin]
+    write_array(open_for_writing(store, "tokens"), start, shard, store)
+    return start, hashlib.sha256(shard.data).hexdigest()

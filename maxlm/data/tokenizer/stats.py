@@ -69,12 +69,9 @@ class TokenizerStats:
 
     def as_dict(self) -> dict[str, float]:
         """Returns counts and ratios by name."""
-        derived = (
-            "used_ids", "bytes_per_token", "fertility", "unknown_share", "vocabulary_use",
-            "megabytes_per_second",
-        )  # fmt: skip
         counts = {name: value for name, value in vars(self).items() if name != "used"}
-        return counts | {name: getattr(self, name) for name in derived}
+        ratios = (name for name, kind in vars(type(self)).items() if isinstance(kind, property))
+        return counts | {name: getattr(self, name) for name in ratios}
 
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
