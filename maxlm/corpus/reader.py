@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -104,17 +104,13 @@ class UnsupportedCrawlReader:
 CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
 
 
-class FoundDocument(NamedTuple):
-    """A document of a corpus and what the corpus's rules say of it."""
+def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Finds a document by its id; raises MaxlmError if there is none.
 
-    columns: dict[str, Any]
-    """Its newest text, columns and labels, by name."""
-    passed_rules: dict[str, bool]
-    """Whether it fulfils each rule, by the rule's name."""
-
-
-def find_document(corpus: OpenCorpus, document_id: str) -> FoundDocument:
-    """Finds a document by its id; raises MaxlmError if there is none."""
+    Returns:
+        Its newest text, columns and labels, by name; whether it fulfils each rule, by the rule's
+        name.
+    """
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
     for shard in resolve_duplicates_for_rules(corpus, corpus.resolve_rules()):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
@@ -123,6 +119,6 @@ def find_document(corpus: OpenCorpus, document_id: str) -> FoundDocument:
                 table = next(islice(tables, group, None)).slice(row, 1)
                 keep = corpus.resolve_rules().keep.items()
                 passed = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
-                return FoundDocument(table.to_pylist()[0], passed)
+                return table.to_pylist()[0], passed
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -182,7 +181,9 @@ class _Settling:
         if "duplicate" not in stage.verdicts:
             return self._read_passages(stage.unique_name) | {"rank": rank}
         if isinstance(stage, NearStage):
-            found = _read_pairs(self._corpus.folder / stage.unique_name)
+            columns = read_columns(self._corpus.folder / stage.unique_name / "pairs.arrow")
+            found = {name: columns[name] for name in ("low", "high", "jaccard")}
+            found |= dict.fromkeys(("copy", "best"), np.empty(0, np.int64))
             self._link_copies(found)
         else:
             parts = [np.empty((2, 0), np.int64)]
@@ -302,9 +303,3 @@ class _Settling:
         fields = [pa.array(each[part] & (2**32 - 1), pa.int32()) for each in (start, stop)]
         spans = pa.StructArray.from_arrays(fields, fields=list(CUTS.value_type))
         return pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), spans)
-
-
-def _read_pairs(folder: Path) -> dict[str, np.ndarray]:
-    columns = read_columns(folder / "pairs.arrow")
-    found = {name: columns[name] for name in ("low", "high", "jaccard")}
-    return found | dict.fromkeys(("copy", "best"), np.empty(0, np.int64))

@@ -61,7 +61,9 @@ def find_credentials(text: str) -> Iterator[PiiMatch]:
         for found in _TOKEN.finditer(text):
             yield PiiMatch(*found.span(), "key")
     if "PRIVATE KEY" in text:
-        yield from _key_blocks(text)
+        for begin in _BEGIN.finditer(text):
+            if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):
+                yield PiiMatch(begin.start(), end.end(), "key")
     if "://" in text and "@" in text:
         for found in _LOGIN.finditer(text):
             if not _STAND_IN.search(found[1]):
@@ -72,12 +74,6 @@ def find_credentials(text: str) -> Iterator[PiiMatch]:
             group = 1 if found[1] else 2
             if _is_random(found[group]):
                 yield PiiMatch(*found.span(group), "key")
-
-
-def _key_blocks(text: str) -> Iterator[PiiMatch]:
-    for begin in _BEGIN.finditer(text):
-        if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):
-            yield PiiMatch(begin.start(), end.end(), "key")
 
 
 def _is_random(value: str) -> bool:

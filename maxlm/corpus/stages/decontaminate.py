@@ -19,6 +19,7 @@ from maxlm.corpus.text import UNICODE, WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.reader import read_documents
+from maxlm.runtime.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,6 @@ class NgramIndex:
     """The set of each item."""
     has_length: np.ndarray
     """Whether there are n-grams of each length: bool [n + 1]."""
-
-
-def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
-    """Hashes the files of evaluation sets."""
-    digest = hashlib.sha256()
-    for name, source in sets.items():
-        for file in list_files(source):
-            digest.update(f"{name}\n{file.name}\n{file.size}\n".encode())
-            with file.path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def build_ngram_index(
@@ -222,7 +212,13 @@ class DecontaminateStage(PerDocumentStage):
         )
 
     def fingerprint(self) -> str:
-        return f"{super().fingerprint()} {UNICODE} {hash_evaluation_sets(self.sets)}"
+        """Hashes the files of evaluation sets too."""
+        digest = hashlib.sha256()
+        for name, source in self.sets.items():
+            for file in list_files(source):
+                digest.update(f"{name}\n{file.name}\n{file.size}\n".encode())
+                digest.update(bytes.fromhex(hash_file(file.path)))
+        return f"{super().fingerprint()} {UNICODE} {digest.hexdigest()}"
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         shortest = min(self.shortest, self.ngram)

@@ -289,7 +289,9 @@ def _verify(
             pairs = order[there]
             ones = _read_sets(members, shard, low[pairs])
             others = _read_sets(members, other, high[pairs])
-            jaccard[pairs] = [compute_jaccard(a, b) for a, b in zip(ones, others, strict=True)]
+            for pair, one, its in zip(pairs, ones, others, strict=True):
+                shared = len(np.intersect1d(one, its, assume_unique=True))
+                jaccard[pair] = shared / (len(one) + len(its) - shared)
     alike = jaccard >= least
     write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})
 
@@ -301,9 +303,3 @@ def _read_sets(members: SelectedDocuments, shard: int, which: np.ndarray) -> Ite
     start = read_columns(file.with_suffix(".arrow"))["start"]
     for place in (which - members.shard_offsets[shard]).tolist():
         yield hashes[start[place] : start[place + 1]]
-
-
-def compute_jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Jaccard similarity of two sets, each without repeats."""
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared / (len(one) + len(other) - shared)

@@ -248,7 +248,11 @@ def _find_documents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the documents in which positions lie, and the characters before each there."""
     of, at = np.empty(len(source), np.int64), np.empty(len(source), np.int32)
-    for origin, these in _by_block(source):
+    order = np.argsort(source, kind="stable")
+    for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
+        if not len(these):
+            continue
+        origin = int(source[these[0]] >> _PLACE)
         documents = read_columns(_block_file(folder, blocks[origin].name, "documents"))
         there = (source[these] & _LOW).astype(np.int64)
         offsets = np.concatenate([[0], documents["end"]])
@@ -256,14 +260,6 @@ def _find_documents(
         of[these] = documents["row"][document] + blocks[origin].first_document
         at[these] = there - offsets[document]
     return of, at
-
-
-def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each block with some of these positions, in order, and the indices of those."""
-    order = np.argsort(source, kind="stable")
-    for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
-        if len(these):
-            yield int(source[these[0]] >> _PLACE), these
 
 
 def _find_sources(folder: Path, block: int, num_ranges: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,9 @@ class HuggingFaceCodec(Codec):
         self.byte_ids = byte_ids if self.lossless else None
         ids = [self._library.token_to_id(literal) for literal in self._special]
         self._special_ids = frozenset(i for i in ids if i is not None)
-        fallback = _fallback_ids(spec, vocab)
+        # The bytes of characters outside the vocabulary, if the model has them.
+        names = _FALLBACK if spec["model"].get("byte_fallback") else ()
+        fallback = frozenset(vocab[name] for name in names if name in vocab)
         self._pieces_to_avoid = self._special_ids - fallback
         self._respelled = {
             i: self._respell(tokens[i]) for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i
@@ -253,12 +255,6 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
             for token in spec["added_tokens"]
         )
     )
-
-
-def _fallback_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
-    """The ids that the bytes of characters outside the vocabulary become, if the model does so."""
-    names = _FALLBACK if spec["model"].get("byte_fallback") else ()
-    return frozenset(vocab[name] for name in names if name in vocab)
 
 
 def build_byte_alphabet() -> list[str]:
