@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,35 +18,33 @@ import pyarrow.compute as pc
 from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import remove_spans
 from maxlm.corpus.recipe import (
+    RECIPE,
     FilterRules,
     RecipeConfig,
     get_label_types,
-    get_recipe_path,
     get_text_stages,
     resolve_rules,
 )
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.runtime.files import verify_and_strip_json_digest
 
+MANIFEST = "manifest.json"
+"""Name of the manifest in a stage's folder, which is written last."""
 _AGAIN = "run maxlm corpus run with its recipe again"
-
-
-def get_manifest_path(stage_folder: Path) -> Path:
-    """Returns the path of the manifest in a stage's folder, which is written last."""
-    return stage_folder / "manifest.json"
 
 
 def read_recipe(folder: Path) -> RecipeConfig:
     """Reads the recipe that a corpus was made by."""
+    path = folder / RECIPE
     try:
-        text = get_recipe_path(folder).read_text("utf-8")
+        text = path.read_text("utf-8")
         return RecipeConfig.model_validate_json(verify_and_strip_json_digest(text))
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
         raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
     except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
         what = "this corpus was made by another version of maxlm, or is damaged"
-        raise MaxlmError(what, where=str(get_recipe_path(folder)), fix=_AGAIN) from error
+        raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class OpenCorpus:
 
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
-        path = get_manifest_path(self.folder / stage_name)
+        path = self.folder / stage_name / MANIFEST
         try:
             return json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
@@ -120,15 +118,6 @@ def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
     return first.model_copy(update={"keep": keep})
 
 
-class FilteredDocument(NamedTuple):
-    """A document after rules are applied."""
-
-    values: tuple[Any, ...]
-    """Values of the columns that were asked for."""
-    text: str | None
-    """The text after cuts; None: a rule drops the document."""
-
-
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     """Marks documents that fulfil all rules and have a text: bool [rows]."""
     keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
@@ -139,8 +128,9 @@ def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
 
 def read_filtered_documents(
     shard: StageShardView, rules: FilterRules, columns: Sequence[str] = ("id",)
-) -> Iterator[FilteredDocument]:
-    """Yields each document of a shard, in order, those that the rules drop without a text.
+) -> Iterator[tuple[tuple[Any, ...], str | None]]:
+    """Yields the values of `columns` and the text of each document of a shard, in order; None for
+    a text that the rules drop.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
 
@@ -154,7 +144,7 @@ def read_filtered_documents(
         texts = remove_cut_spans(table.filter(pa.array(keep)), rules)
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
         for row, keeps in zip(values, keep, strict=True):
-            yield FilteredDocument(row, next(texts) if keeps else None)
+            yield row, next(texts) if keeps else None
 
 
 def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:

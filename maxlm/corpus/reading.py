@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource, RawDocument, SkipCallback, read_warc
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import FORMATS, find_files
 from maxlm.data.documents.reader import Record, read_records
@@ -100,21 +100,19 @@ def write_document_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
     _check_unchanged(job)
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
-        rows: list[dict[str, bytes | None]] = []
-        size = 0
-        for row in chain(_make_rows(job, writer.count_skipped), [None]):
-            if rows and (row is None or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
-                writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
-                rows, size = [], 0
-            if row is not None:
-                rows.append(row)
-                size += sum(len(value) for value in row.values() if value is not None)
+        rows = _make_rows(job, writer.count_skipped)
+        for group in batch_by_size(rows, _count_bytes, _GROUP_BYTES, _GROUP_ROWS):
+            writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
         _check_unchanged(job)
 
 
 def _check_unchanged(job: ReadJob) -> None:
     for part in job.slices:
         check_unchanged(part.file, "corpus")
+
+
+def _count_bytes(row: dict[str, bytes | None]) -> int:
+    return sum(len(value) for value in row.values() if value is not None)
 
 
 def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:

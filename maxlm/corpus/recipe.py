@@ -6,7 +6,6 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.types as types
@@ -21,6 +20,8 @@ from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 from maxlm.runtime.pool import ExecutorName
 
+RECIPE = "corpus.json"
+"""Name of the file of a corpus's recipe, by which a folder is recognised as a corpus."""
 _DOCUMENT_LABELS = {name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")}
 
 
@@ -264,8 +265,3 @@ def _holds_spans(type_: pa.DataType) -> bool:
     if not types.is_list(type_) or not types.is_struct(type_.value_type):
         return False
     return {"start", "end"} <= {field.name for field in type_.value_type}
-
-
-def get_recipe_path(folder: Path) -> Path:
-    """Returns the file of a corpus's recipe, by which a folder is recognised as a corpus."""
-    return folder / "corpus.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import get_manifest_path
+from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, write_document_shard
-from maxlm.corpus.recipe import BoundStage, RecipeConfig, bind_stages, get_recipe_path
+from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
 from maxlm.corpus.stage import (
     CrossDocumentStage,
@@ -72,7 +72,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
             _forget_stale_manifest(folder / title, key, names)
-        _write_json(get_recipe_path(folder), recipe.model_dump(mode="json"))
+        _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
         _read_sources(folder, keys[DOCUMENTS], planned, recipe, engine, progress)
         for step in steps:
             _run_step(folder, step, keys[step.stage.unique_name], names, engine, progress)
@@ -105,7 +105,7 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
 
 
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
-    path = get_manifest_path(home)
+    path = home / MANIFEST
     try:
         manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
@@ -205,7 +205,7 @@ def _make_shards(
     that are no longer sources."""
     began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
     pending = [shard for shard in shards if not paths[shard.name].exists()]
-    if not pending and get_manifest_path(home).exists():
+    if not pending and (home / MANIFEST).exists():
         return
     number = len(pending)
     make(pending)
@@ -232,7 +232,7 @@ def _make_shards(
         "shards_sha256": dict(zip(found, digests, strict=True)),
         "last_run": last_run,
     }
-    _write_json(get_manifest_path(home), manifest)
+    _write_json(home / MANIFEST, manifest)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -200,25 +200,8 @@ def _count_sentences(line: str) -> int:
 
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-_COUNTS = ("characters", "words", "stop_words", "c4_lines", "c4_sentences")
-_FLAGS = ("curly_bracket", "lorem_ipsum", "c4_curly_bracket", "c4_lorem_ipsum")
-LABELS: dict[str, pa.DataType] = {
-    name: pa.int32() if name in _COUNTS else pa.bool_() if name in _FLAGS else pa.float64()
-    for name in (
-        "characters", "words", "mean_word_length", "hash_ratio", "ellipsis_ratio",
-        "alphabetic_words", "stop_words", "bullet_lines", "ellipsis_lines",
-        "duplicate_lines", "duplicate_line_chars",
-        "duplicate_paragraphs", "duplicate_paragraph_chars",
-        "top_2gram", "top_3gram", "top_4gram",
-        "duplicate_5grams", "duplicate_6grams", "duplicate_7grams",
-        "duplicate_8grams", "duplicate_9grams", "duplicate_10grams",
-        "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio",
-        "curly_bracket", "lorem_ipsum",
-        "c4_lines", "c4_sentences", "c4_curly_bracket", "c4_lorem_ipsum",
-        "c4_punctuated_lines", "c4_short_lines", "c4_long_word_lines",
-        "c4_javascript_lines", "c4_policy_lines",
-    )
-}  # fmt: skip
+_TYPES = {bool: pa.bool_(), int: pa.int32()}
+LABELS = {n: _TYPES.get(type(v), pa.float64()) for n, v in measure_text("a", ()).items()}
 """The labels. Ratios are float64, so that a ratio of counts that equals a threshold is equal."""
 
 PUBLISHED: dict[str, str] = {

@@ -12,7 +12,7 @@ A job whose files are there is not done again, so a killed run goes on where it 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -42,6 +42,7 @@ from maxlm.corpus.dedup.members import (
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
@@ -254,16 +255,9 @@ def _write_pairs(
     if done.exists():
         return
     found = find_candidate_pairs(members, band, number, which, stage.max_group)
-    most = max(1, stage.memory // _PAIR_BYTES)
-    piece, size, written = [], 0, 0
-    for pairs in chain(found, [None]):
-        if piece and (pairs is None or size + len(pairs) > most):
-            path = folder / f"pairs-{band}-{which}-{written}.arrow"
-            write_columns(path, {"pair": np.unique(concatenate(piece, np.uint64))})
-            piece, size, written = [], 0, written + 1
-        if pairs is not None:
-            piece.append(pairs)
-            size += len(pairs)
+    for i, pieces in enumerate(batch_by_size(found, len, stage.memory // _PAIR_BYTES)):
+        path = folder / f"pairs-{band}-{which}-{i}.arrow"
+        write_columns(path, {"pair": np.unique(np.concatenate(pieces))})
     with convert_write_errors(done):
         folder.mkdir(parents=True, exist_ok=True)
         done.touch()

@@ -57,6 +57,7 @@ from maxlm.corpus.dedup.windows import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.data.batching import batch_by_size
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
 _BYTES_OF_WINDOW = 80  # In a range job.
@@ -90,11 +91,14 @@ def write_window_blocks(
     if done.exists():
         return
     windows = []
-    for number, (texts, rows, rank) in enumerate(_blocks(shard, block_characters, keep_by)):
+    documents = _read_code_points(shard, keep_by)
+    blocks = batch_by_size(documents, lambda document: len(document[0]), block_characters)
+    for number, block in enumerate(blocks):
         name = f"{shard.name}-{number}"
-        order = np.argsort(-rank, kind="stable")  # The best document first.
-        text, offsets = concatenate_texts([texts[i] for i in order])
-        columns = {"row": rows[order], "rank": rank[order], "end": offsets[1:]}
+        # The best document first.
+        texts, rows, ranks = zip(*sorted(block, key=lambda document: -document[2]), strict=True)
+        text, offsets = concatenate_texts(texts)
+        columns = {"row": np.array(rows), "rank": np.array(ranks), "end": offsets[1:]}
         write_columns(_block_file(folder, name, "documents"), columns)
         write_columns(_block_file(folder, name, "text"), {"text": text})
         starts, stops, first = find_words(text, offsets)
@@ -108,26 +112,15 @@ def write_window_blocks(
     write_columns(done, {"windows": np.array(windows, np.int64)})
 
 
-def _blocks(
-    shard: StageShardView, block_characters: int, keep_by: str | None
-) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-    """Yields the texts, rows and ranks of some documents of a shard at a time."""
-    texts, rows, ranks, size = [], [], [], 0
+def _read_code_points(
+    shard: StageShardView, keep_by: str | None
+) -> Iterator[tuple[np.ndarray, int, float]]:
+    """Yields the text, row and rank of each document of a shard."""
     columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
     for group in shard.read_selected_rows(columns):
-        column = group.batch.column("text")
-        good = compute_keep_scores(group.batch, keep_by)
-        for i, row in enumerate((group.row_indices + group.first_row).tolist()):
-            text = get_code_points(column[i].as_py())
-            if texts and size + len(text) > block_characters:
-                yield texts, np.array(rows, np.int64), np.array(ranks)
-                texts, rows, ranks, size = [], [], [], 0
-            texts.append(text)
-            rows.append(row)
-            ranks.append(good[i])
-            size += len(text)
-    if texts:
-        yield texts, np.array(rows, np.int64), np.array(ranks)
+        texts = (get_code_points(text.as_py()) for text in group.batch.column("text"))
+        rows = (group.row_indices + group.first_row).tolist()
+        yield from zip(texts, rows, compute_keep_scores(group.batch, keep_by).tolist(), strict=True)
 
 
 class WindowBlock(NamedTuple):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.document import FileSlice, SkipReason, is_heldout
 from maxlm.data.documents.files import describe_filter_rules, find_files
@@ -175,7 +176,7 @@ def _make_claimed_part(job: PartJob) -> FinishedPart:
     num_tokens = num_documents = 0
     names = (part_path(job.folder, job.index, suffix) for suffix in ("tokens", "lengths"))
     with open(next(names), "wb") as tokens_file, open(next(names), "wb") as lengths_file:
-        for texts in _batches(_texts(job, counts)):
+        for texts in batch_by_size(_texts(job, counts), len, _BATCH_BYTES, _BATCH_DOCUMENTS):
             tokens, lengths = join_documents(tokenizer.encode_batch(texts), bos, eos, dtype)
             tokens_file.write(tokens.data)
             lengths_file.write(lengths.data)
@@ -216,19 +217,6 @@ def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
                 count["text_bytes"] += len(document.text)
                 yield document.text
         check_unchanged(part.file, "store")
-
-
-def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from maxlm.config import MaxlmError
+from maxlm.data.batching import batch_by_size
 from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.config import Kind
 
@@ -251,32 +252,26 @@ class Tokenizer:
         self, texts: Sequence[str | bytes], encode: Callable[[list[str]], list[list[int]]]
     ) -> list[list[int]]:
         results: list[list[int]] = [[] for _ in texts]
-        pending: list[tuple[int, str | bytes]] = []
-        byte_ids, size = self.codec.byte_ids, 0
-        reserved, pattern = self.codec.reserved_chars, self.codec.cut_pattern
-
-        def encode_pending() -> None:
-            valid = [segment for _, segment in pending if isinstance(segment, str)]
+        byte_ids = self.codec.byte_ids
+        for batch in batch_by_size(self._split(texts), lambda each: len(each[1]), BATCH_CHARS):
+            valid = [segment for _, segment in batch if isinstance(segment, str)]
             encoded = iter(encode(valid) if valid else ())
-            for i, segment in pending:
+            for i, segment in batch:
                 if isinstance(segment, str):
                     results[i] += next(encoded)
-                elif byte_ids is not None:  # Else there are no stray bytes left; see below.
+                elif byte_ids is not None:  # Else there are no stray bytes left.
                     results[i] += [byte_ids[byte] for byte in segment]
-            pending.clear()
+        return results
 
+    def _split(self, texts: Sequence[str | bytes]) -> Iterator[tuple[int, str | bytes]]:
+        """Yields the segments of texts, each after its text's number."""
+        reserved, pattern = self.codec.reserved_chars, self.codec.cut_pattern
         for i, text in enumerate(texts):
-            if byte_ids is None:
+            if self.codec.byte_ids is None:
                 valid, _ = _to_str(text)
                 text = valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             for segment in split_segments(text, reserved_chars=reserved, cut_pattern=pattern):
-                pending.append((i, segment))
-                size += len(segment)
-                if size >= BATCH_CHARS:
-                    encode_pending()
-                    size = 0
-        encode_pending()
-        return results
+                yield i, segment
 
 
 class StreamDecoder:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -32,12 +31,8 @@ CARRIED = (
 """The other files of a Hugging Face tokenizer; they are kept unchanged for export."""
 
 
-class TokenizerJson(NamedTuple):
-    """A tokenizer.json in memory."""
-
-    data: bytes
-    special_tokens: Sequence[str]
-    """Literals of its special tokens."""
+TokenizerJson = tuple[bytes, Sequence[str]]
+"""A tokenizer.json in memory, and the literals of its special tokens."""
 
 
 class TokenizerMetadata(Config):

@@ -146,7 +146,7 @@ def convert_tiktoken_to_tokenizer_json(
             "ignore_merges": True,
         },
     }
-    return TokenizerJson(json.dumps(spec, ensure_ascii=False).encode(), list(special))
+    return json.dumps(spec, ensure_ascii=False).encode(), list(special)
 
 
 def _split(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:

@@ -95,7 +95,7 @@ def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> TokenizerJson
     tokenizer.train_from_iterator(segments, trainer)
     _require_size(config, tokenizer.get_vocab_size() + len(literals))
     tokenizer.add_special_tokens(list(literals))
-    return TokenizerJson(tokenizer.to_str().encode(), literals)
+    return tokenizer.to_str().encode(), literals
 
 
 def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Iterator[str]:
@@ -151,7 +151,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> Tokeniz
             for role, literal in (("bos", config.bos), ("eos", config.eos))
         ],
     )
-    return TokenizerJson(tokenizer.to_str().encode(), literals)
+    return tokenizer.to_str().encode(), literals
 
 
 def _require_size(config: TokenizerConfig, reached: int) -> None:
