@@ -113,13 +113,17 @@ class NearStage(CrossDocumentStage):
         """See `CrossDocumentStage.label`."""
         members, alike = find_similar_pairs(self, shards, scratch, run_jobs)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
-        write_columns(scratch / "marks.arrow", vars(marks))
         if shards:
             self._check_shares(members, marks, shards[0].folder)
             low, high = map(members.get_document_indices, (alike.low, alike.high))
             path = shards[0].path(self.unique_name).with_name("pairs.arrow")
             write_columns(path, {"low": low, "high": high, "jaccard": alike.jaccard})
-        run_jobs(partial(_label_shard, members, self.schema()), list(enumerate(shards)), "label")
+        ends = np.searchsorted(marks.member, members.shard_offsets)
+        parts = [
+            (i, shard, DuplicateClusters(*(v[ends[i] : ends[i + 1]] for v in vars(marks).values())))
+            for i, shard in enumerate(shards)
+        ]
+        run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
 
     def _check_shares(
         self, members: SelectedDocuments, marks: DuplicateClusters, corpus: Path
@@ -158,23 +162,16 @@ def _largest(members: SelectedDocuments, marks: DuplicateClusters, source: str) 
     return f"Largest clusters: {'; '.join(told)}"
 
 
-def _read_marks(members: SelectedDocuments, number: int) -> DuplicateClusters:
-    """Reads the marks of a shard's members."""
-    columns = read_columns(members.folder / "marks.arrow")
-    part = slice(*np.searchsorted(columns["member"], members.shard_offsets[number : number + 2]))
-    names = DuplicateClusters.__dataclass_fields__
-    return DuplicateClusters(*(columns[name][part] for name in names))
-
-
 def _count_values(column: pa.Array) -> Counter[str]:
     return Counter({each["values"]: each["counts"] for each in column.value_counts().to_pylist()})
 
 
 def _label_shard(
-    members: SelectedDocuments, schema: pa.Schema, part: tuple[int, StageShardView]
+    members: SelectedDocuments,
+    schema: pa.Schema,
+    part: tuple[int, StageShardView, DuplicateClusters],
 ) -> None:
-    number, shard = part
-    marks = _read_marks(members, number)
+    number, shard, marks = part
     rows = read_columns(members.shard_path(number))["row"]
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
     mark[marks.member - members.shard_offsets[number]] = np.arange(len(marks.member))
