@@ -122,6 +122,10 @@ class StageShardView:
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
         for stage, name in self.find_column_sources(column):
+            if name not in files[stage].schema_arrow.names:
+                what = f'there is no column "{name}": another version of maxlm made this file'
+                fix = "delete the stage's folder and run the recipe again"
+                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
             if table.num_rows != size:
                 what = f"{table.num_rows} labels for {size} documents (row group {group})"
