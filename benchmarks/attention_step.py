@@ -35,12 +35,13 @@ from benchmarks.kernel_cycles.static import CHIPS as STATIC
 from benchmarks.kernel_cycles.static import Spec, measure
 from benchmarks.kernel_cycles.static.peers import jax_splash_attention
 from benchmarks.kernel_cycles.static.problems import Mask
+from benchmarks.program_traffic import read_program_traffic
 from maxlm.config import load_config
 from maxlm.parallel.local import map_shards
-from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
+from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import compile_step, get_topology_devices, has_compiler
+from maxlm.programs.compile import CompiledStep, compile_step, get_topology_devices, has_compiler
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
@@ -162,8 +163,8 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
     given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
     text: Any = jax.jit(function).lower(*given).compile().as_text()
-    cost = read_compiled_cost(text, {}, on_chip_spaces=(1,))
-    seconds = cost.memory_bytes / CHIPS[CHIP].memory_bandwidth
+    cost = read_compiled_cost(text, {})
+    seconds = read_program_traffic(text).memory_bytes / CHIPS[CHIP].memory_bandwidth
     return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
 
 
@@ -190,7 +191,7 @@ def row(case: str) -> tuple[list[str], str]:
             stack.enter_context(patch(name, function))
         step = compile_step(config, TOPOLOGY)
     model: Any = config.model
-    runs = times_run(case, step.cost, passes, model.num_layers * config.train.micro_batches)
+    runs = times_run(case, step, passes, model.num_layers * config.train.micro_batches)
     cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
     bound = "≥ " if case == "xla" else ""
     cells = [
@@ -203,9 +204,10 @@ def row(case: str) -> tuple[list[str], str]:
     return cells, note
 
 
-def times_run(case: str, cost: CompiledCost, passes: Sequence[Pass], layers: int) -> list[int]:
+def times_run(case: str, step: CompiledStep, passes: Sequence[Pass], layers: int) -> list[int]:
     """Forward and backward passes in the compiled step, which has no other attention."""
-    found = [c for c in cost.custom_calls if c.target == "tpu_custom_call"]
+    cost, traffic = step.cost, read_program_traffic(step.hlo_text)
+    found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
     runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
     assert sum(runs) == sum(c.count for c in found), found
     if case == "xla":

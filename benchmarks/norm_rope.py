@@ -29,9 +29,9 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.kernel_cycles.static import CHIPS as STATIC
 from benchmarks.kernel_cycles.static import Spec, measure
+from benchmarks.program_traffic import read_program_traffic
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, compute_rotary, rotate
-from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import get_topology_devices
@@ -182,7 +182,7 @@ def moved_and_least(case: str, chip: str) -> tuple[int, int]:
     compiled = jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
     ends = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
     least = sum(prod(a.shape) * a.dtype.itemsize for a in ends)
-    return read_compiled_cost(compiled.as_text(), {}, on_chip_spaces=(1,)).memory_bytes, least
+    return read_program_traffic(compiled.as_text()).memory_bytes, least
 
 
 def microseconds(case: str, chip: str, *, pallas: bool) -> float:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +21,6 @@ from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.train.batch import batch_sharding
 
-# VMEM, where XLA:TPU keeps what it prefetches.
-_ON_CHIP = {"tpu": (1,)}
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")}
 
 
@@ -35,8 +32,6 @@ class CompiledStep:
     setup: RunSetup
     compiled: Any
     """``jax.stages.Compiled``."""
-    trace_seconds: float
-    compile_seconds: float
 
     @cached_property
     def hlo_text(self) -> str:
@@ -50,9 +45,7 @@ class CompiledStep:
 
     @cached_property
     def cost(self) -> CompiledCost:
-        on_chip = _ON_CHIP.get(self.topology.platform, ())
-        sizes = dict(self.setup.mesh.shape)
-        return read_compiled_cost(self.hlo_text, sizes, on_chip_spaces=on_chip)
+        return read_compiled_cost(self.hlo_text, dict(self.setup.mesh.shape))
 
     @property
     def memory(self) -> CompiledMemory:
@@ -63,11 +56,9 @@ class DoesNotFit(MaxlmError):
     """A program that the compiler finds no room for."""
 
 
-def compile_step(
-    config: RunConfig, topology: str, *, options: dict[str, Any] | None = None
-) -> CompiledStep:
-    """Compile a run's training step ahead of time for a topology, as ``parse_topology`` reads it,
-    with options of the compiler (XLA flags); no accelerator is needed.
+def compile_step(config: RunConfig, topology: str) -> CompiledStep:
+    """Compile a run's training step ahead of time for a topology, as ``parse_topology`` reads it;
+    no accelerator is needed.
 
     Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device. Raises
     DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
@@ -77,20 +68,17 @@ def compile_step(
     # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
     arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.jit_train_step()
-    began = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         lowered = step.__wrapped__.lower(*arguments)
-    traced = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
         words = found.group() if found else str(error).splitlines()[0]
         raise DoesNotFit(f"the compiler finds no room: {words}") from None
-    ended = time.perf_counter()
-    return CompiledStep(machine, setup, compiled, traced - began, ended - traced)
+    return CompiledStep(machine, setup, compiled)
 
 
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:

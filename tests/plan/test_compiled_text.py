@@ -3,7 +3,8 @@ of writing products and collectives, and every form of replica groups."""
 
 import pytest
 
-from maxlm.plan.compiled.cost import CustomCall, read_compiled_cost
+from benchmarks.program_traffic import CustomCall, read_program_traffic
+from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.compiled.groups import parse_replica_groups
 from maxlm.plan.compiled.hlo import parse_hlo
 
@@ -155,14 +156,14 @@ custom_call_target="AsyncCollectiveDone"
 }}
 """,
     )
-    cost = read_compiled_cost(text, {"fsdp": 8}, on_chip_spaces=(1, 2))
+    cost, traffic = read_compiled_cost(text, {"fsdp": 8}), read_program_traffic(text, (1, 2))
     assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
         "all-gather": (1, 7 * 16 * 64 * 2),
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),
     }
-    assert cost.custom_calls == ()
+    assert traffic.custom_calls == []
     started_bytes, under, scatters = (16 + 16 + 128) * 64 * 2, 2 * 32 * 32 * 2, (64 + 8) * 64 * 2
-    assert cost.memory_bytes == started_bytes + under + 2 * scatters
+    assert traffic.memory_bytes == started_bytes + under + 2 * scatters
 
 
 # window and labels, lhs, rhs, result, 2·M·N·K
@@ -224,9 +225,9 @@ frontend_attributes={kernel_metadata={
 """
     )
     assert parse_hlo(text).entry.root == "o"
-    cost = read_compiled_cost(text, ONE)
-    assert cost.matmul_flops == 2 * 16 * 32 * 24
-    assert cost.custom_calls == (CustomCall("tpu_custom_call", "jit(f)/splash", 1234, 1),)
+    assert read_compiled_cost(text, ONE).matmul_flops == 2 * 16 * 32 * 24
+    calls = read_program_traffic(text).custom_calls
+    assert calls == [CustomCall("tpu_custom_call", "jit(f)/splash", 1234, 1)]
 
 
 GROUPS = {

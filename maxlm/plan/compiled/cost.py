@@ -2,13 +2,12 @@
 ``cost_analysis()`` counts a body once, so that a scanned model seems to have one layer."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from maxlm.plan.compiled.bytes import memory_traffic_bytes
-from maxlm.plan.compiled.flops import declared_flops, matmul_flops
+from maxlm.plan.compiled.flops import matmul_flops
 from maxlm.plan.compiled.groups import find_device_group
 from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
 from maxlm.plan.compiled.loops import count_trips
@@ -19,12 +18,8 @@ COLLECTIVES = (
     *("collective-permute", "collective-broadcast"),
 )
 _KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
-# Bookkeeping of the compiler, not kernels.
-_NO_KERNELS = (
-    *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
-    *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
-)
-_CALLS = {
+# Instructions that run other computations → the attributes that name these.
+CALLS = {
     "call": ("to_apply",),
     "async-start": ("calls", "called_computation", "called_computations"),
     "custom-call": ("called_computations",),
@@ -54,17 +49,6 @@ class CompiledCollective:
 
 
 @dataclass(frozen=True)
-class CustomCall:
-    """All runs of a kernel whose inside the compiler does not see."""
-
-    target: str
-    op_name: str
-    flops: int | None
-    """FLOPs of all runs, as declared by its author; None: not declared."""
-    count: int = 1
-
-
-@dataclass(frozen=True)
 class CompiledCost:
     """A device's share of one run of the program."""
 
@@ -72,11 +56,8 @@ class CompiledCost:
     """FLOPs, 2·M·N·K, of every matrix product but attention's."""
     attention_flops: int
     """FLOPs of attention's matrix products; those within custom kernels are in neither."""
-    memory_bytes: int
-    """Bytes read from and written to main memory; see ``bytes.py``."""
     collectives: tuple[CompiledCollective, ...]
-    """Collectives, largest first, as are the fields below."""
-    custom_calls: tuple[CustomCall, ...]
+    """Collectives, largest first."""
     unknown_loops: tuple[str, ...]
     """Loops whose trips cannot be read; their bodies are counted once. A training step has one: its
     update, which is left out where the numbers are bad."""
@@ -115,40 +96,23 @@ def read_compiled_memory(compiled: Any) -> CompiledMemory:
     return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
 
 
-def read_compiled_cost(
-    hlo_text: str, sizes: Mapping[str, int], *, on_chip_spaces: Iterable[int] = ()
-) -> CompiledCost:
-    """Reads costs out of a compiled program's text (``compiled.as_text()``).
-
-    Args:
-        sizes: mesh axis → devices, outermost first, of the mesh that it was compiled for.
-        on_chip_spaces: memory spaces that are not main memory (1 on a TPU: its VMEM).
-    """
-    reader = _Reader(parse_hlo(hlo_text), sizes, frozenset(on_chip_spaces))
+def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
+    """Reads costs out of a compiled program's text (``compiled.as_text()``); ``sizes``: mesh axis →
+    devices, outermost first, of the mesh that it was compiled for."""
+    reader = _Reader(parse_hlo(hlo_text), sizes)
     total = reader.cost(reader.module.entry)
-    calls = [
-        replace(own, count=n, flops=None if own.flops is None else n * own.flops)
-        for own, n in total.custom_calls.items()
-    ]
-    return CompiledCost(
-        matmul_flops=total.matmul_flops,
-        attention_flops=total.attention_flops,
-        memory_bytes=total.memory_bytes,
-        collectives=tuple(total.counted_collectives()),
-        custom_calls=tuple(sorted(calls, key=lambda c: -(c.flops or 0))),
-        unknown_loops=tuple(sorted(total.unknown_loops)),
-    )
+    loops = tuple(sorted(total.unknown_loops))
+    collectives = tuple(total.counted_collectives())
+    return CompiledCost(total.matmul_flops, total.attention_flops, collectives, loops)
 
 
 @dataclass
 class _Tally:
-    """Costs of one run of a computation; collectives and calls are counted."""
+    """Costs of one run of a computation; collectives and loops are counted."""
 
     matmul_flops: int = 0
     attention_flops: int = 0
-    memory_bytes: int = 0
     collectives: Counter[CompiledCollective] = field(default_factory=Counter)
-    custom_calls: Counter[CustomCall] = field(default_factory=Counter)
     unknown_loops: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "_Tally", times: int = 1) -> None:
@@ -164,9 +128,9 @@ class _Tally:
         return sorted(found, key=lambda c: -c.wire_bytes)
 
     def weight(self) -> tuple[float, ...]:
-        """Returns the key that ranks a branch by cost: FLOPs, then the wire, then memory."""
+        """Returns the key that ranks a branch by cost: FLOPs, then the wire."""
         wire = sum(c.wire_bytes for c in self.counted_collectives())
-        return self.matmul_flops + self.attention_flops, wire, self.memory_bytes
+        return self.matmul_flops + self.attention_flops, wire
 
 
 @dataclass
@@ -175,7 +139,6 @@ class _Reader:
 
     module: HloModule
     sizes: Mapping[str, int]
-    on_chip: frozenset[int]
     known: dict[str, _Tally] = field(default_factory=dict)
 
     def cost(self, computation: Computation) -> _Tally:
@@ -192,11 +155,9 @@ class _Reader:
         return [self.module.computations[name] for name in names]
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
-        own = instruction, computation, self.module
-        total.memory_bytes += memory_traffic_bytes(*own, self.on_chip)
         opcode = instruction.opcode
         if opcode == "while":
-            trips = count_trips(*own)
+            trips = count_trips(instruction, computation, self.module)
             if trips is None:
                 total.unknown_loops[instruction.op_name or instruction.name] += 1
             for body in self._called(instruction, "body"):
@@ -209,11 +170,11 @@ class _Reader:
             self._add_fusion(total, *self._called(instruction, "calls"))
         else:
             self._add_alone(total, instruction, computation)
-            for called in self._called(instruction, *_CALLS.get(opcode, ())):
+            for called in self._called(instruction, *CALLS.get(opcode, ())):
                 total.add(self.cost(called))
 
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
-        """Its memory is counted where it is called. An all-reduce of which the same fusion keeps
+        """An all-reduce of which the same fusion keeps
         a slice is how XLA:TPU writes a reduce-scatter."""
         sliced = any(i.opcode == "dynamic-slice" for i in body.instructions.values())
         for instruction in body.instructions.values():
@@ -225,8 +186,7 @@ class _Reader:
     def _add_alone(
         self, total: _Tally, instruction: Instruction, within: Computation, scattered: bool = False
     ) -> None:
-        opcode, op_name = instruction.opcode, instruction.op_name
-        if opcode in _KINDS:
+        if instruction.opcode in _KINDS:
             collective = self._collective(instruction, within, scattered)
             if collective.group_size > 1 and not within.continues_async_collective(instruction):
                 total.collectives[collective] += 1
@@ -234,11 +194,8 @@ class _Reader:
         flops = matmul_flops(instruction, within)
         if flops and _is_attention(self.module.source_files(instruction)):
             total.attention_flops += flops
-        elif flops:
+        else:
             total.matmul_flops += flops
-        elif opcode == "custom-call" and instruction.custom_call_target not in _NO_KERNELS:
-            flops = declared_flops(instruction)
-            total.custom_calls[CustomCall(instruction.custom_call_target, op_name, flops)] += 1
 
     def _collective(
         self, instruction: Instruction, within: Computation, scattered: bool

@@ -31,12 +31,6 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
     return 0
 
 
-def declared_flops(instruction: Instruction) -> int | None:
-    """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None: none."""
-    found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes)
-    return int(found[1]) if found else None
-
-
 def _dot(lhs: HloShape, result: HloShape, contracted: tuple[int, ...]) -> int:
     return 2 * result.size * prod(lhs.dims[d] for d in contracted)
 

@@ -61,10 +61,6 @@ class Instruction:
     """Text between the parentheses: a constant's value, a parameter's number."""
     attributes: str
 
-    @property
-    def nbytes(self) -> int:
-        return sum(shape.nbytes for shape in self.shapes)
-
     @cached_property
     def op_name(self) -> str:
         found = re.search(r'\bop_name="([^"]*)"', self.attributes)
@@ -117,14 +113,6 @@ class Computation:
     def parameters(self) -> tuple[Instruction, ...]:
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return tuple(sorted(found, key=lambda i: int(i.literal)))
-
-    @cached_property
-    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        users: dict[str, list[Instruction]] = {}
-        for instruction in self.instructions.values():
-            for name in dict.fromkeys(instruction.operands):
-                users.setdefault(name, []).append(instruction)
-        return {name: tuple(found) for name, found in users.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Bytes that instructions of a compiled program read from and write to main memory.
+"""Bytes that a compiled program reads from and writes to main memory, and its custom kernels, with
+every loop's trips counted.
 
 An instruction reads its operands and writes its result, once each, whatever a cache might save.
 What is only named costs nothing: tuples, bitcasts, loops. What is changed in place or read in part
@@ -6,9 +7,15 @@ counts for the part: a scan's stacked arrays are not read whole in every trip. T
 fusion too, of which nothing but its parameters and roots touches memory.
 """
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
-from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction
+from maxlm.plan.compiled.cost import CALLS
+from maxlm.plan.compiled.flops import matmul_flops
+from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction, parse_hlo
+from maxlm.plan.compiled.loops import count_trips
 
 _FREE = (
     # Names for what is already there, and what runs other computations.
@@ -18,6 +25,102 @@ _FREE = (
 )
 _PART = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape")
+# Bookkeeping of the compiler, not kernels.
+_NO_KERNELS = (
+    *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
+    *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
+)
+
+
+@dataclass(frozen=True)
+class CustomCall:
+    """All runs of a kernel whose inside the compiler does not see."""
+
+    target: str
+    op_name: str
+    flops: int | None
+    """FLOPs of all runs, as declared by its author; None: not declared."""
+    count: int = 1
+
+
+@dataclass
+class ProgramTraffic:
+    """What one run of a program moves and calls on a device."""
+
+    memory_bytes: int = 0
+    """Bytes between main memory and the chip."""
+    calls: Counter[CustomCall] = field(default_factory=Counter)
+
+    @property
+    def custom_calls(self) -> list[CustomCall]:
+        """Kernels, with most FLOPs first."""
+        found = (
+            replace(call, count=n, flops=None if call.flops is None else n * call.flops)
+            for call, n in self.calls.items()
+        )
+        return sorted(found, key=lambda call: -(call.flops or 0))
+
+    def add(self, other: "ProgramTraffic", times: int = 1) -> None:
+        self.memory_bytes += times * other.memory_bytes
+        self.calls.update({call: times * count for call, count in other.calls.items()})
+
+
+def read_program_traffic(hlo_text: str, on_chip_spaces: Iterable[int] = (1,)) -> ProgramTraffic:
+    """Reads traffic out of a compiled program's text (``compiled.as_text()``); ``on_chip_spaces``
+    are memory spaces that are not main memory (1 on a TPU: its VMEM)."""
+    module = parse_hlo(hlo_text)
+    return _read_traffic(module.entry, module, frozenset(on_chip_spaces), {})
+
+
+def _read_traffic(
+    computation: Computation,
+    module: HloModule,
+    on_chip: frozenset[int],
+    known: dict[str, ProgramTraffic],
+) -> ProgramTraffic:
+    if computation.name in known:
+        return known[computation.name]
+    total = known[computation.name] = ProgramTraffic()
+
+    def called(instruction: Instruction, *attributes: str) -> list[ProgramTraffic]:
+        names = instruction.called_computations(*attributes)
+        return [_read_traffic(module.computations[n], module, on_chip, known) for n in names]
+
+    for own in computation.instructions.values():
+        total.memory_bytes += memory_traffic_bytes(own, computation, module, on_chip)
+        if own.opcode == "while":
+            (body,) = called(own, "body")
+            total.add(body, count_trips(own, computation, module) or 1)
+        elif own.opcode == "conditional":
+            names = "branch_computations", "true_computation", "false_computation"
+            total.add(max(called(own, *names), key=lambda branch: branch.memory_bytes))
+        elif own.opcode == "fusion":
+            (body,) = called(own, "calls")
+            total.calls.update(body.calls)
+        elif own.opcode == "custom-call" and _is_kernel(own, computation):
+            total.calls[CustomCall(own.custom_call_target, own.op_name, declared_flops(own))] += 1
+        for body in called(own, *CALLS.get(own.opcode, ())):
+            total.add(body)
+    return total
+
+
+def declared_flops(instruction: Instruction) -> int | None:
+    """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None: none."""
+    found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes)
+    return int(found[1]) if found else None
+
+
+def _is_kernel(call: Instruction, computation: Computation) -> bool:
+    known = call.custom_call_target in _NO_KERNELS or matmul_flops(call, computation)
+    return not known
+
+
+def _list_users(body: Computation, name: str) -> Iterator[Instruction]:
+    return (i for i in body.instructions.values() if name in i.operands)
+
+
+def _nbytes(instruction: Instruction) -> int:
+    return sum(shape.nbytes for shape in instruction.shapes)
 
 
 def memory_traffic_bytes(
@@ -67,11 +170,11 @@ def _off_chip(shapes: tuple[HloShape, ...], on_chip: frozenset[int]) -> int:
 def _read(body: Computation, name: str, size: int, module: HloModule) -> int:
     """Bytes of a fusion's parameter that its inside looks at."""
     total = 0
-    for user in body.users.get(name, ()):
+    for user in _list_users(body, name):
         if user.opcode in _SAME:
             total += _read(body, user.name, size, module)
         elif user.opcode in _PART and user.operands[0] == name:
-            total += user.nbytes
+            total += _nbytes(user)
         elif _passes_on(user, name, body):
             continue
         elif user.opcode == "fusion":
@@ -104,7 +207,7 @@ def _written(body: Computation, count: int) -> Iterator[int | None]:
         while found.opcode in _SAME:
             found = body.instructions[found.operands[0]]
         if found.opcode == "dynamic-update-slice":
-            yield body.instructions[found.operands[1]].nbytes
+            yield _nbytes(body.instructions[found.operands[1]])
         elif found.opcode == "parameter" or body.continues_async_collective(found):
             yield 0
         else:
