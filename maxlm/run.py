@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from maxlm.config import Config, FileName, LocalPath, load_config
+from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import FinalSamplesConfig, check_samples
@@ -79,7 +79,12 @@ class RunConfig(Config):
         check_task(self.task, self.model, self.data.seq_len)
         check_latent_split(self.model, self.sharding.compute)
         check_samples(self.samples, self.model)
-        self.train.check_micro_batches(self.data.batch_size)
+        batch, micro = self.data.batch_size, self.train.micro_batches
+        if self.train.max_device_rows is None and batch % micro:
+            raise MaxlmError(
+                f"data.batch_size={batch} does not divide into train.micro_batches={micro}",
+                fix="make the batch a multiple of the micro-batches",
+            )
         return self
 
 
@@ -98,7 +103,21 @@ def read_frozen_configs(
 
 
 def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """Return the config on a mesh: see :meth:`TrainConfig.resolve_micro_batches`."""
+    """Return the config on a mesh: where ``train.max_device_rows`` is set, ``micro_batches`` is the
+    fewest parts of the batch that leave every device no more sequences at once."""
+    most, batch, stages = config.train.max_device_rows, config.data.batch_size, sizes["stage"]
+    if most is None:
+        return config
     ways = prod(sizes[axis] for axis in config.sharding.compute.batch)
-    train = config.train.resolve_micro_batches(config.data.batch_size, ways, sizes["stage"])
+    rows = batch // ways
+    parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
+    if batch % ways or not parts:
+        split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
+        raise MaxlmError(
+            f"a batch of {batch} sequences does not divide over {split} into parts of {most} or "
+            "less",
+            where="train.max_device_rows",
+            fix="use a mesh whose batch axes and stages divide the batch",
+        )
+    train = config.train.model_copy(update={"micro_batches": parts[0]})
     return config.model_copy(update={"train": train})

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,6 +15,9 @@ from maxlm.cli.common import (
     open_console,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from maxlm.plan.predict import Machine
 
 
 def _amount(description: str, least: float = 0) -> Any:
@@ -56,7 +59,8 @@ def command(
     """
     from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.predict import plan_run
+    from maxlm.plan.show import render_plan_tables, render_plan_vs_compiler_table
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
@@ -74,9 +78,9 @@ def command(
         training = {"--compile": compiled, "--compile-top": compile_top, "--devices": devices}
         training["--device-mtbf, --restart or --checkpoint"] = given
         _refuse(training, "is of training", "leave it out, or --serve")
-        return _serve(
-            config, settings, on, mesh, requests, top or 10 * searching, html, as_json, price
-        )
+        top = top or 10 * searching
+        out, shown, fits = _plan_serving(config, settings, on, mesh, requests, top, price)
+        return _show(out, shown, fits, html, as_json)
     asked = {f"--{name.replace('_', '-')}": True for name in requests}
     _refuse(asked, "is of serving", "add --serve")
     on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
@@ -88,17 +92,13 @@ def command(
     run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
-    machine, sizes = None, None
-    if on is None:
-        sizes = mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
-    else:
-        _stay_off_devices(on)
-        machine = Machine.from_name(on)
-    found = None
+    sizes = None if on else mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
+    machine, found = _find_machine(on) if on else None, None
     if machine and search:
         run, found = _search(run, machine, config, top or 10, compile_top, as_json)
     result = plan_run(run, machine, sizes=sizes, reliability=Reliability(**given))
-    out, fits, words, compared = result.to_json(), result.fits, "", {}
+    out, fits = result.to_json(), result.fits
+    shown: list[Any] = [render_plan_tables(result, price_per_device_hour=price)]
     if found:
         out["search"] = found
     if price is not None and result.run_hours is not None:
@@ -109,23 +109,27 @@ def command(
         fits, words, compared = check_fit_by_compiling(run, machine, result)
         figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
         out["compiled"] = {"fits": fits, "words": words, "figures": figures}
+        if compared:
+            shown.append(render_plan_vs_compiler_table(compared, "The plan beside the compiler"))
+        shown.append(f"\n{words}")
+    _show(out, shown, fits, html, as_json)
+
+
+def _show(
+    out: dict[str, Any], shown: list[Any], fits: bool | None, html: Path | None, as_json: bool
+) -> None:
+    """Write a plan's page, print its JSON or what is shown of it; fail if it does not fit."""
     if html:
         from maxlm.plan.show import write_report
 
         write_report(out, html)
+        shown = [*shown, f"written: {html}"]
     if as_json:
         print_json(out)
     else:
-        from maxlm.plan.show import render_plan_tables, render_plan_vs_compiler_table
-
         console = open_console()
-        console.print(render_plan_tables(result, price_per_device_hour=price))
-        if compared:
-            console.print(render_plan_vs_compiler_table(compared, "The plan beside the compiler"))
-        if words:
-            console.print(f"\n{words}", markup=False)
-        if html:
-            console.print(f"written: {html}")
+        for part in shown:
+            console.print(part, markup=False)
     if fits is False:
         raise typer.Exit(1)
 
@@ -140,9 +144,9 @@ def compare(
     from maxlm.plan.diff import compare_plans, render_diff_tables
     from maxlm.programs.plans import read_or_compute_plan
 
-    if on:
-        _stay_off_devices(on)
-    found = compare_plans(read_or_compute_plan(first, on), read_or_compute_plan(second, on))
+    machine = _find_machine(on) if on else None
+    plans = [read_or_compute_plan(source, machine) for source in (first, second)]
+    found = compare_plans(*plans)
     if as_json:
         print_json(found)
     else:
@@ -152,23 +156,21 @@ def compare(
 subcommands = {"diff": compare}
 
 
-def _serve(
+def _plan_serving(
     config: str,
     settings: list[str] | None,
     on: str | None,
     mesh: str | None,
     requests: dict[str, Any],
     top: int,
-    html: Path | None,
-    as_json: bool,
     price: float | None,
-) -> None:
-    """Print a plan of serving, of the best split where no mesh is given."""
+) -> tuple[dict[str, Any], list[Any], bool]:
+    """Plan serving, on the best split where no mesh is given: as plain data and as what is shown,
+    and whether it fits and is in time."""
     from dataclasses import asdict
     from typing import get_args
 
     from maxlm.config import MaxlmError, load_config
-    from maxlm.plan.predict import Machine
     from maxlm.plan.serving import ServingOptions
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.serving_plan import count_replica_devices, search_serving
@@ -183,44 +185,33 @@ def _serve(
     run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings or ()).value
     if run.name == RunConfig.model_fields["name"].default:
         run = run.model_copy(update={"name": Path(config).stem})
-    _stay_off_devices(on)
-    machine, cache = Machine.from_name(on), requests.pop("cache", None)
+    machine, cache = _find_machine(on), requests.pop("cache", None)
     tensor = count_replica_devices(parse_mesh(mesh), machine) if mesh else None
     caches = (cache,) if cache else get_args(CacheFormat) if top else ("auto",)
     options = ServingOptions(**requests)
     plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=caches)
     plan, out = plans[0], asdict(plans[0])
+    shown: list[Any] = [render_serving_tables(plan, price_per_device_hour=price)]
     if top:
         out["search"] = [asdict(own) for own in plans[:top] if own.is_good]
-    if html:
-        from maxlm.plan.show import write_report
-
-        write_report(out, html)
-    if as_json:
-        print_json(out)
-    else:
-        console = open_console()
-        if top:
-            console.print(render_serving_search(plans, top))
-        console.print(render_serving_tables(plan, price_per_device_hour=price))
-        if refusal and not plan.fits:
-            console.print(f"\nnot tried: {refusal}", markup=False)
-        if html:
-            console.print(f"written: {html}")
-    if not plan.is_good:
-        raise typer.Exit(1)
+        shown.insert(0, render_serving_search(plans, top))
+    if refusal and not plan.fits:
+        shown.append(f"\nnot tried: {refusal}")
+    return out, shown, plan.is_good
 
 
-def _stay_off_devices(on: str) -> None:
-    """Keep JAX on this machine's CPU, with N virtual devices for `cpuxN`."""
+def _find_machine(on: str) -> "Machine":
+    """Return a machine, with JAX kept on this machine's CPU: N virtual devices for `cpuxN`."""
     import jax
 
+    from maxlm.plan.predict import Machine
     from maxlm.plan.topology import parse_topology
 
-    machine = parse_topology(on)
+    topology = parse_topology(on)
     jax.config.update("jax_platforms", "cpu")
-    if machine.platform == "cpu" and jax.config.values["jax_num_cpu_devices"] != machine.devices:
-        jax.config.update("jax_num_cpu_devices", machine.devices)
+    if topology.platform == "cpu" and jax.config.values["jax_num_cpu_devices"] != topology.devices:
+        jax.config.update("jax_num_cpu_devices", topology.devices)
+    return Machine.from_name(on)
 
 
 def _refuse(options: dict[str, Any], what: str, fix: str) -> None:

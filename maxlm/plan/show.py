@@ -121,14 +121,25 @@ def make_table(
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table under a title, which may be wider; columns align right and wrap by name."""
+    """Makes a table under a title, which may be wider; see :func:`make_untitled_table`."""
+    table = make_untitled_table(columns, rows, right, wrap)
+    return Group(Text(f"\n{title}", style="italic"), table)
+
+
+def make_untitled_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Container[str],
+    wrap: Container[str] = (),
+) -> Table:
+    """Makes a table whose columns align right and wrap by name."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if name in right else "left"
         table.add_column(name, justify=justify, no_wrap=name not in wrap, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return Group(Text(f"\n{title}", style="italic"), table)
+    return table
 
 
 def _parameters(layout: RunLayout) -> Group:

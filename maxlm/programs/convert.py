@@ -127,27 +127,31 @@ def convert(
     progress: Progress = ignore_tensor_progress,
 ) -> ConversionResult:
     """Converts a Hugging Face folder to a run, which takes no options, or a run to a Hugging Face
-    folder, whichever ``source`` is."""
+    folder, whichever ``source`` is.
+
+    Args:
+        family: under whose names; None: that it came from, else the first that can say what the
+            model computes.
+        dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came, else float32.
+        step: which checkpoint; None: the newest.
+    """
     source, target = Path(source), Path(target)
-    how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
-        how |= {"shard_bytes": shard_bytes, "progress": progress}
-        return convert_run_to_huggingface(source, target, **how)
+        return _export_run(source, target, family, dtype, step, shard_bytes, progress)
     if (source / "config.json").exists():
-        how["shard-gb"] = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
-        for option, value in how.items():
+        shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
+        options = {"family": family, "dtype": dtype, "step": step, "shard-gb": shards}
+        for option, value in options.items():
             if value is not None:
                 what = f"--{option} {value} says how a run is written, and this is a published "
                 raise MaxlmError(f"{what}checkpoint", where=str(source), fix="leave it out")
-        return convert_huggingface_to_run(source, target, progress=progress)
+        return _import_run(source, target, progress)
     what = "no such folder" if not source.exists() else "neither config.json nor config.yaml here"
     fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
     raise MaxlmError(what, where=str(source), fix=fix)
 
 
-def convert_huggingface_to_run(
-    source: Path, target: Path, *, progress: Progress = ignore_tensor_progress
-) -> ConversionResult:
+def _import_run(source: Path, target: Path, progress: Progress) -> ConversionResult:
     """Writes a Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
@@ -155,14 +159,13 @@ def convert_huggingface_to_run(
     _check_free(target)
     opened = open_huggingface_model(source, target)
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    notes = opened.notes
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         dtypes = opened.import_tensors(writer, progress)
-        entries = opened.entries
         # The way back asks under the usual names.
         usual = [entry.theirs for entry in family.list_entries(config.model)]
-        dtypes = dtypes.with_names(dict(zip((e.theirs for e in entries), usual, strict=True)))
+        names = zip((entry.theirs for entry in opened.entries), usual, strict=True)
+        dtypes = dtypes.with_names(dict(names))
         writer.commit(
             {
                 "config": config.model_dump(mode="json"),
@@ -178,27 +181,19 @@ def convert_huggingface_to_run(
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
     parameters = sum(spec.size for spec in opened.specs.values())
-    return ConversionResult(family.name, target, parameters, dtypes.default, notes)
+    return ConversionResult(family.name, target, parameters, dtypes.default, opened.notes)
 
 
-def convert_run_to_huggingface(
+def _export_run(
     source: Path,
     target: Path,
-    *,
-    family: str | None = None,
-    dtype: str | None = None,
-    step: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Progress = ignore_tensor_progress,
+    family: str | None,
+    dtype: str | None,
+    step: int | None,
+    shard_bytes: int,
+    progress: Progress,
 ) -> ConversionResult:
-    """Writes a run's checkpoint as a folder that transformers loads.
-
-    Args:
-        family: under whose names; None: that it came from, else the first that can say what the
-            model computes.
-        dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came, else float32.
-        step: which checkpoint; None: the newest.
-    """
+    """Writes a run's checkpoint as a folder that transformers loads."""
     config = load_config(RunConfig, source / "config.yaml").value
     if config.adapter is not None:
         what = f"no published model has adapter.kind={config.adapter.kind}, as this run's has"

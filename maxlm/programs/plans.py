@@ -29,16 +29,15 @@ class CompiledFit(NamedTuple):
     figures: PlannedVersusCompiled
 
 
-def read_or_compute_plan(source: str, on: str | None) -> dict[str, Any]:
+def read_or_compute_plan(source: str, machine: Machine | None) -> dict[str, Any]:
     """Reads a plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (plan.json) or
-    a config, which is planned on the machine ``on``; None: the smallest mesh there is."""
+    a config, which is planned on the machine; None: the smallest mesh there is."""
     path = Path(source)
     path = path / "plan.json" if path.is_dir() else path
     if path.suffix != ".json":
         run = load_config(RunConfig, source).value
-        if on is None:
-            return plan_run(run, sizes=mesh_sizes(run.mesh, count_min_devices(run.mesh))).to_json()
-        return plan_run(run, Machine.from_name(on)).to_json()
+        sizes = None if machine else mesh_sizes(run.mesh, count_min_devices(run.mesh))
+        return plan_run(run, machine, sizes=sizes).to_json()
     try:
         plan = json.loads(path.read_text())
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import load_batches
@@ -25,9 +25,14 @@ from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
 from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
-from maxlm.train.optimizer import make_optimizer, make_schedule, shard_optimizer
+from maxlm.train.optimizer import (
+    make_optimizer,
+    make_schedule,
+    opt_state_shardings,
+    shard_optimizer,
+)
 from maxlm.train.skips import Skips, contiguous_ranges
-from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
+from maxlm.train.state import TrainState, init_state, param_shardings, remove_frozen
 from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
 from maxlm.train.trainable import select_trainable
 
@@ -61,14 +66,16 @@ class RunSetup:
 
     @cached_property
     def shardings(self) -> TrainState:
-        return state_shardings(
-            self.specs,
-            self.optimizer,
-            self.storage,
-            self.mesh,
-            ema=self._ema,
-            optimizer_rules=self.optimizer_rules,
-            frozen={name: own.specs for name, own in self.frozen_models.items()},
+        """The sharding of every array of a state, as a TrainState of shardings."""
+        mesh, storage, frozen = self.mesh, self.storage, self.frozen_models.items()
+        params = param_shardings(self.specs, storage, mesh)
+        moments = opt_state_shardings(self.optimizer, self.specs, self.optimizer_rules, mesh)
+        return TrainState(
+            step=NamedSharding(mesh, PartitionSpec()),
+            params=params,
+            opt_state=moments,
+            ema=params if self._ema else None,
+            frozen={name: param_shardings(own.specs, storage, mesh) for name, own in frozen},
         )
 
     @property

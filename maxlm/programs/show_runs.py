@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.config import MaxlmError
+from maxlm.plan.show import make_table, make_untitled_table
 from maxlm.programs.goodput import PARTS, RunHistory
 from maxlm.programs.runs import RunSummary
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -39,9 +40,8 @@ COLUMNS = 240
 
 def show_run_list(runs: Sequence[RunSummary]) -> Table:
     """Makes a table with a row for each run."""
-    table = _table("run", "step", "of", "state", "loss", "goodput", left=("run", "state"))
-    for run in runs:
-        table.add_row(
+    rows = [
+        (
             run.name,
             f"{run.step:,}",
             _or_dash(run.steps, "{:,}".format),
@@ -49,7 +49,10 @@ def show_run_list(runs: Sequence[RunSummary]) -> Table:
             _or_dash(run.loss, "{:.4f}".format),
             _or_dash(run.history.goodput, "{:.1%}".format),
         )
-    return table
+        for run in runs
+    ]
+    right = ("step", "of", "loss", "goodput")
+    return make_untitled_table(("run", "step", "of", "state", "loss", "goodput"), rows, right)
 
 
 def show_run(run: RunSummary, now: float) -> Group:
@@ -110,32 +113,33 @@ def _goodput(run: RunSummary) -> Text:
 
 def _time(run: RunSummary) -> Group:
     seconds, wall = run.history.seconds_by_activity, run.history.wall_seconds
-    table = _table("spent", "time", "share", left=("spent",))
-    for part in PARTS:
-        if seconds[part] > 0:
-            table.add_row(part, format_duration(seconds[part]), f"{seconds[part] / wall:.1%}")
-    return _titled("Where the time went", table)
+    rows = [
+        (part, format_duration(seconds[part]), f"{seconds[part] / wall:.1%}")
+        for part in PARTS
+        if seconds[part] > 0
+    ]
+    sizes = ("time", "share")
+    return make_table("Where the time went", ("spent", *sizes), rows, sizes)
 
 
 def _attempts(run: RunSummary) -> Group:
-    attempts = run.history.attempts
-    table = _table("", "began", "ran", "from step", "to step", "end", left=("end",))
-    shown = list(enumerate(attempts, 1))[-ATTEMPTS:]
-    for number, attempt in shown:
+    attempts, rows = run.history.attempts, []
+    for number, attempt in list(enumerate(attempts, 1))[-ATTEMPTS:]:
         began = datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S")
         ran = format_duration(attempt.ended - attempt.began)
         steps = (f"{attempt.first_step:,}", f"{attempt.last_step:,}")
-        table.add_row(str(number), began, ran, *steps, attempt.end)
-    left_out = len(attempts) - len(shown)
-    before = [Text(f"and {left_out:,} before them")] if left_out else []
-    return _titled("Attempts", table, *before)
+        rows.append((str(number), began, ran, *steps, attempt.end))
+    columns = ("", "began", "ran", "from step", "to step", "end")
+    table = make_table("Attempts", columns, rows, right=columns[:-1])
+    left_out = len(attempts) - len(rows)
+    return Group(table, *([Text(f"and {left_out:,} before them")] if left_out else []))
 
 
 def _steps(run: RunSummary) -> Group:
-    table = _table(*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
+    columns = (*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
     planned = _or_dash(run.planned_step_seconds, _step_words)
-    table.add_row(*map(_step_words, run.step_seconds.values()), planned)
-    return _titled("Time of a step", table)
+    row = (*map(_step_words, run.step_seconds.values()), planned)
+    return make_table("Time of a step", columns, [row], right=columns)
 
 
 def _step_words(seconds: float) -> str:
@@ -150,18 +154,6 @@ def _many(count: int, what: str) -> str:
 
 def _or_dash(value: Any, words: Callable[[Any], str]) -> str:
     return "-" if value is None else words(value)
-
-
-def _table(*columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
-
-
-def _titled(title: str, *parts: Any) -> Group:
-    # A table's own title is as narrow as the table.
-    return Group(Text(f"\n{title}", style="italic"), *parts)
 
 
 def draw_history(history: RunHistory, image: Path, *, title: str = "") -> None:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from maxlm.config import Config, LocalPath, MaxlmError
+from maxlm.config import Config, LocalPath
 
 
 class TrainConfig(Config):
@@ -28,36 +28,6 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_batches: int = Field(default=16, gt=0)
     """Batches of one such evaluation; the one at the end reads all held-out text."""
-
-    def check_micro_batches(self, batch_size: int) -> None:
-        """Raises MaxlmError if the micro-batches do not divide the batch."""
-        if self.max_device_rows is None and batch_size % self.micro_batches:
-            raise MaxlmError(
-                f"data.batch_size={batch_size} does not divide into "
-                f"train.micro_batches={self.micro_batches}",
-                fix="make the batch a multiple of the micro-batches",
-            )
-
-    def resolve_micro_batches(
-        self, batch_size: int, num_batch_shards: int, stages: int
-    ) -> "TrainConfig":
-        """Returns the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
-        fewest parts of the batch that leave every device no more sequences at once.
-        ``num_batch_shards`` devices share a micro-batch's rows; ``stages`` are a pipeline's."""
-        most = self.max_device_rows
-        if most is None:
-            return self
-        rows = batch_size // num_batch_shards
-        parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
-        if batch_size % num_batch_shards or not parts:
-            split = f"{num_batch_shards} devices" + (f" and {stages} stages" if stages > 1 else "")
-            raise MaxlmError(
-                f"a batch of {batch_size} sequences does not divide over {split} into parts of "
-                f"{most} or less",
-                where="train.max_device_rows",
-                fix="use a mesh whose batch axes and stages divide the batch",
-            )
-        return self.model_copy(update={"micro_batches": parts[0]})
 
 
 class CheckpointConfig(Config):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
@@ -229,8 +229,6 @@ class OptStateSpec:
     dtype: Any
     axes: tuple[str | None, ...]
     """Logical axis of each dimension."""
-    param_path: tuple[str, ...] | None
-    """The path of the parameter whose dimensions it has."""
 
     @property
     def nbytes(self) -> int:
@@ -250,33 +248,21 @@ def opt_state_specs(optimizer: optax.GradientTransformation, specs: Params) -> o
         names = _names(path)
         owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
         if owner is None or len(owners[owner].shape) != len(leaf.shape):
-            return OptStateSpec(leaf.shape, leaf.dtype, (None,) * len(leaf.shape), None)
+            return OptStateSpec(leaf.shape, leaf.dtype, (None,) * len(leaf.shape))
         kept = zip(owners[owner].axes, leaf.shape, owners[owner].shape, strict=True)
         axes = tuple(axis if n == full else None for axis, n, full in kept)
-        return OptStateSpec(leaf.shape, leaf.dtype, axes, owner)
+        return OptStateSpec(leaf.shape, leaf.dtype, axes)
 
     return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
 
 
-def abstract_opt_state(
-    optimizer: optax.GradientTransformation, specs: Params, shardings: Params
+def opt_state_shardings(
+    optimizer: optax.GradientTransformation, specs: Params, rules: AxisRules, mesh: Any
 ) -> optax.OptState:
-    """Returns the optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is
-    touched. Where an array has an axis of its parameter's, it lies as the parameter does, by
-    ``shardings`` (the same tree as ``specs``, over a real or an abstract mesh)."""
-    leaves = jax.tree_util.tree_leaves_with_path(shardings)
-    layouts = {_names(path): sharding for path, sharding in leaves}
-    mesh = next(iter(layouts.values())).mesh
-
-    def place(leaf: OptStateSpec) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec()
-        if leaf.param_path:
-            own = layouts[leaf.param_path].spec
-            own = (*own, *(None,) * (len(leaf.shape) - len(own)))
-            spec = PartitionSpec(*(m if a else None for m, a in zip(own, leaf.axes, strict=True)))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, opt_state_specs(optimizer, specs))
+    """Returns the sharding of every array of the optimizer's state, by its axes and ``rules``, on a
+    real or an abstract mesh; no device is touched."""
+    leaves = opt_state_specs(optimizer, specs)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, rules.spec(*leaf.axes)), leaves)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

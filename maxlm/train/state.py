@@ -1,18 +1,15 @@
 """The state of a run, and how it lies on the mesh."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from maxlm.models.params import Params, ParamSpec, init_params, join_path
-from maxlm.sharding import AxisRules, resolve_placement
-from maxlm.train.optimizer import abstract_opt_state
+from maxlm.models.params import Params, init_params
+from maxlm.sharding import AxisRules
 
 
 @jax.tree_util.register_dataclass
@@ -48,42 +45,6 @@ def remove_frozen(state: TrainState) -> TrainState:
     return replace(state, frozen={})
 
 
-def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) -> Params:
-    """Returns the sharding of every parameter; raises MaxlmError for an axis that does not divide,
-    or two on one mesh axis."""
-    sizes = dict(mesh.shape)
-
-    def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
-        own = resolve_placement(join_path(path), spec.shape, spec.axes, rules, sizes)
-        return NamedSharding(mesh, own.spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, specs)
-
-
-def state_shardings(
-    specs: Params,
-    optimizer: optax.GradientTransformation,
-    rules: AxisRules,
-    mesh: Mesh,
-    *,
-    ema: bool,
-    optimizer_rules: AxisRules | None = None,
-    frozen: Mapping[str, Params] = MappingProxyType({}),
-) -> TrainState:
-    """Returns the sharding of every array of a state, as a TrainState of shardings.
-
-    Args:
-        rules: storage rules on this mesh.
-        optimizer_rules: by which moments lie; default: where their parameter does.
-        frozen: declarations of other models, by name.
-    """
-    params = param_shardings(specs, rules, mesh)
-    layout = param_shardings(specs, optimizer_rules or rules, mesh)
-    opt_state = abstract_opt_state(optimizer, specs, layout)
-    return TrainState(
-        step=NamedSharding(mesh, rules.spec()),
-        params=params,
-        opt_state=jax.tree.map(lambda leaf: leaf.sharding, opt_state),
-        ema=params if ema else None,
-        frozen={name: param_shardings(own, rules, mesh) for name, own in frozen.items()},
-    )
+def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh) -> Params:
+    """Returns the sharding of every parameter of a placed model (``place_model``)."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, rules.spec(*spec.axes)), specs)

@@ -18,9 +18,10 @@ from maxlm.sharding.rules import StorageRules
 from maxlm.train.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
-    abstract_opt_state,
     make_optimizer,
     make_schedule,
+    opt_state_shardings,
+    opt_state_specs,
 )
 from tests.errors import message
 
@@ -185,20 +186,20 @@ def test_a_parameter_by_rule_steps_against_the_sign_and_changes_nothing_else(kin
 def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
     mesh = abstract_mesh({"stage": 1, "fsdp": 2, "tensor": 2})
     rules = StorageRules(embed=("fsdp",))
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, rules.spec(*s.axes)), SPECS)
     optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS)
-    state = abstract_opt_state(optimizer, SPECS, shardings)
+    state = opt_state_specs(optimizer, SPECS)
     real = jax.jit(optimizer.init)(values(0))
     for abstract, array in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
         assert (abstract.shape, abstract.dtype) == (array.shape, array.dtype)
     leaves = jax.tree.leaves(state)
     assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
     assert jax.tree.structure(state) == jax.tree.structure(real)
-    query = shardings["layers"]["query"].spec
+    query = rules.spec(*SPECS["layers"]["query"].axes)
     assert query == P("stage", "fsdp", "tensor", None)
+    shardings = opt_state_shardings(optimizer, SPECS, rules, mesh)
     by_name = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.sharding.spec
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.spec
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
     }
     moments = {name: spec for name, spec in by_name.items() if name.endswith("layers.query")}
     if kind == "adafactor":
@@ -225,8 +226,7 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
     eight = mesh(data=2, fsdp=2, tensor=2)
     layout = jax.tree.map(lambda s: NamedSharding(eight, StorageRules().spec(*s.axes)), specs)
     with jax.set_mesh(eight):
-        state = abstract_opt_state(optimizer, specs, layout)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        shardings = opt_state_shardings(optimizer, specs, StorageRules(), eight)
         params = jax.device_put(values(0, specs), layout)
         sharded = (params, jax.jit(optimizer.init, out_shardings=shardings)(params))
         for seed in (1, 2):

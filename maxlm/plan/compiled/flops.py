@@ -9,21 +9,18 @@ import numpy as np
 
 from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
-_CONTRACTED = "lhs_contracting_dims"
-
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
     """Returns 2·M·N·K of a dot, a convolution or a matrix library's call; 0 for others."""
     opcode = instruction.opcode
-    if opcode not in ("dot", "convolution", "ragged-dot", "custom-call"):
+    if opcode not in ("dot", "convolution", "custom-call"):
         return 0
     operands = [operand.shapes for operand in computation.operands(instruction)]
     if opcode == "dot":
-        return _dot(operands[0][0], instruction.shapes[0], instruction.integers(_CONTRACTED))
+        contracted = instruction.integers("lhs_contracting_dims")
+        return _dot(operands[0][0], instruction.shapes[0], contracted)
     if opcode == "convolution":
         return _convolution(instruction, operands[0][0], operands[1][0])
-    if opcode == "ragged-dot":
-        return _ragged(instruction, operands[0][0], operands[1][0])
     found = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
     if "gemm" in instruction.custom_call_target and found:
         contracted = tuple(int(n) for n in re.findall(r"\d+", found[1]))
@@ -33,16 +30,6 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
 
 def _dot(lhs: HloShape, result: HloShape, contracted: tuple[int, ...]) -> int:
     return 2 * result.size * prod(lhs.dims[d] for d in contracted)
-
-
-def _ragged(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
-    """Every row meets one group's matrix, whichever dimension is ragged."""
-    contracted = instruction.integers(_CONTRACTED)
-    ragged = instruction.integers("lhs_ragged_dims")
-    if set(ragged) <= set(contracted):
-        summed = instruction.integers("rhs_contracting_dims")
-        return 2 * lhs.size * prod(n for d, n in enumerate(rhs.dims) if d not in summed)
-    return _dot(lhs, instruction.shapes[0], contracted)
 
 
 def _convolution(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
