@@ -23,11 +23,6 @@ def check_requirements(requirements: Iterable[Requirement]) -> None:
             raise requirement.error()
 
 
-def valid_candidates_mask(requirements: Iterable[Requirement]) -> Any:
-    """Return which candidates meet all requirements, bool [candidates] or a scalar."""
-    return np.all(np.stack(np.broadcast_arrays(*(r.is_met for r in requirements))), axis=0)
-
-
 def is_divisor(divisor: Any, number: Any) -> Any:
     """Return whether numbers are multiples of others."""
     return np.equal(np.mod(number, divisor), 0)

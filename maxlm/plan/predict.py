@@ -219,7 +219,11 @@ def plan_run(
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
     if links is None and machine:
-        links = _links(machine, MeshPartitioning(config, sizes))
+        split = MeshPartitioning(config, sizes)
+        links = {a: machine.link((a,), split) for a in MESH_AXES if sizes[a] > 1}
+        if platform == "tpu":  # with the dimensions of the torus
+            along = describe_torus_dimensions(machine.topology, sizes)
+            links = {a: f"{own} along {along[a]}" if along[a] else own for a, own in links.items()}
     layout = compute_run_layout(config, sizes, links)
     work, micro = RunWorkload.from_config(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
@@ -267,15 +271,6 @@ def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
     # TPUs.
     wanted = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
     return next(dtype for dtype in wanted if dtype in chip.peak_flops)
-
-
-def _links(network: Network, split: MeshPartitioning) -> dict[str, str]:
-    """Returns the link that each mesh axis runs over, on a TPU with the dimensions of the torus."""
-    links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
-    if network.topology.platform == "tpu":
-        along = describe_torus_dimensions(network.topology, split.sizes)
-        links = {a: f"{link} along {along[a]}" if along[a] else link for a, link in links.items()}
-    return links
 
 
 def _cost(c: PlannedCollective, split: MeshPartitioning, network: Network | None) -> CollectiveCost:

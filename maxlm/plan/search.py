@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.config.requirements import is_divisor, valid_candidates_mask
+from maxlm.config.requirements import is_divisor
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.layout import require_run_trainable
@@ -175,7 +175,9 @@ def _find_divisible(
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshPartitioning(work.config, sizes)
-    good = valid_candidates_mask(require_run_trainable(config, sizes, micro))
+    requirements = require_run_trainable(config, sizes, micro)
+    masks = np.broadcast_arrays(*(each.is_met for each in requirements))
+    good = np.all(np.stack(masks), axis=0)
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):

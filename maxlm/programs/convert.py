@@ -206,7 +206,11 @@ def _export_run(
     values = chosen.write_config(config.model)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
-    values |= published.get("tokens") or (_list_token_ids(tokenizer) if tokenizer else {})
+    if tokenizer and not published.get("tokens"):
+        stops = [*tokenizer.stop_ids]
+        ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
+        values |= zip(_TOKENS, ids, strict=True)
+    values |= published.get("tokens") or {}
     entries = chosen.list_entries(config.model)
     kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
@@ -319,12 +323,6 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
         if not key.startswith(_ASIDE):
             return f"model.{key}={ours!r}"
     return None
-
-
-def _list_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    stops = [*tokenizer.stop_ids]
-    ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
-    return dict(zip(_TOKENS, ids, strict=True))
 
 
 def _check_free(target: Path) -> None:

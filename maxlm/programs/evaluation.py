@@ -3,8 +3,6 @@ do not depend on its tokenizer."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import PreparedData
 from maxlm.programs.setup import RunSetup, open_evaluation_batches
 from maxlm.train.display import ConsoleDisplay
-from maxlm.train.records import MetricsLog, read_records
+from maxlm.train.records import MetricsLog
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
 from maxlm.train.trainer import Callback, Trainer, measure_peak_memory_bytes
@@ -40,7 +38,11 @@ class HeldOutEvaluator:
     def evaluate(self, state: TrainState, max_batches: int | None = None) -> HeldOutResults:
         """Evaluates on each source's text; ``max_batches``: of each source, None: all."""
         results = {}
-        step = partial(self._step, state.frozen)
+
+        def step(params: Any, batch: Batch) -> Sums:
+            self._on_batch()
+            return self._eval_fn(params, state.frozen, batch)
+
         for name, source in self._data.eval_batch_sources.items():
             with open_evaluation_batches(self._setup, source, max_batches) as batches:
                 sums = sum_over_batches(step, get_eval_params(state), batches)
@@ -72,16 +74,6 @@ class HeldOutEvaluator:
             for name, result in results.items()
             if "bits_per_byte" in result
         }
-
-    def _step(self, frozen: Any, params: Any, batch: Batch) -> Sums:
-        self._on_batch()
-        return self._eval_fn(params, frozen, batch)
-
-
-def has_evaluation(folder: Path, step: int) -> bool:
-    """Returns whether a run's records have an evaluation at this step."""
-    records = read_records(folder / "metrics.jsonl")
-    return any(record["step"] == step and "eval_loss" in record for record in records)
 
 
 def get_eval_params(state: TrainState) -> Any:

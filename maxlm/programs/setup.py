@@ -1,7 +1,7 @@
 """Sets up the objects of a run, from its RunConfig, and its batches on its mesh."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -104,6 +104,9 @@ class RunSetup:
 
     def jit_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
+        layouts = None
+        if self.gradients != self.storage:
+            layouts = jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.trainable)
         step = partial(
             train_step,
             model=self.model,
@@ -112,7 +115,7 @@ class RunSetup:
             schedule=self.schedule,
             seed=self.config.seed,
             ema_decay=self.config.train.ema_decay,
-            gradient_layouts=self._gradient_layouts,
+            gradient_layouts=layouts,
             trainable=self.trainable,
             frozen_models=self._frozen_modules,
         )
@@ -126,12 +129,6 @@ class RunSetup:
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
-
-    @property
-    def _gradient_layouts(self) -> Params | None:
-        if self.gradients == self.storage:
-            return None
-        return jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.trainable)
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
@@ -180,10 +177,9 @@ def set_up_run(
     )
 
 
-@contextmanager
 def open_training_batches(
     setup: RunSetup, source: BatchSource, start: int, skips: Skips = ()
-) -> Iterator[Iterator[Batch]]:
+) -> closing[Generator[Batch]]:
     """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``."""
     data = setup.config.data
 
@@ -193,18 +189,15 @@ def open_training_batches(
             pace = {"workers": data.workers, "prefetch": data.prefetch}
             yield from _put_batches(setup, source, **steps, **pace)
 
-    with closing(batches()) as each:
-        yield each
+    return closing(batches())
 
 
-@contextmanager
 def open_evaluation_batches(
     setup: RunSetup, source: BatchSource, max_batches: int | None = None
-) -> Iterator[Iterator[Batch]]:
+) -> closing[Generator[Batch]]:
     """Arrays [micro-batches, rows, ...] of a finite source, in order."""
     steps = min(n for n in (source.num_steps, max_batches) if n is not None)
-    with closing(_put_batches(setup, source, num_steps=steps)) as each:
-        yield each
+    return closing(_put_batches(setup, source, num_steps=steps))
 
 
 def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[Batch]:

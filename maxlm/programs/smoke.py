@@ -77,8 +77,8 @@ class CountingTokenSource:
 
     path, offsets_sha256 = None, ""
 
-    def __init__(self, vocab_size: int, num_documents: int = 512, seed: int = 0):
-        random = np.random.default_rng(seed)
+    def __init__(self, vocab_size: int):
+        random, num_documents = np.random.default_rng(0), 512
         lengths = random.integers(20, 100, num_documents)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         used = min(vocab_size, USED)
@@ -166,7 +166,8 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
 
     if setup.config.model.architecture == "encoder":
         return  # it names tokens, and continues nothing
-    tokens = _generate(setup, state)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
+    (tokens,) = generate_tokens(setup.model, state.params, [[1, 2, 3]], sampling)
     right = len(tokens) == NEW_TOKENS and max(tokens) < setup.config.model.vocab_size
     yield Check("the model generates", right, " ".join(map(str, tokens)))
 
@@ -181,9 +182,3 @@ def _run(
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
     return state, losses
-
-
-def _generate(setup: RunSetup, state: TrainState) -> list[int]:
-    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
-    (tokens,) = generate_tokens(setup.model, state.params, [[1, 2, 3]], sampling)
-    return tokens

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.evaluation import (
-    HeldOutEvaluator,
-    HeldOutResults,
-    MetricsCallback,
-    has_evaluation,
-)
+from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, MetricsCallback
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedData
 from maxlm.programs.resume import TrainingPosition
@@ -24,6 +19,7 @@ from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.profile import Profiler
+from maxlm.train.records import read_records
 from maxlm.train.state import TrainState
 from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
 
@@ -151,7 +147,8 @@ def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> Hel
         checkpointer.local.clear()
     if run.is_lead:
         # A finished run may be started once more.
-        if results and not has_evaluation(run.folder, step):
+        records = read_records(run.folder / "metrics.jsonl")
+        if results and not any(r["step"] == step and "eval_loss" in r for r in records):
             run.log.log(step, evaluator.make_metrics_record(step, results))
         (run.folder / "plots").mkdir(exist_ok=True)
         plot_loss(run.folder / "metrics.jsonl", run.folder / "plots" / "loss.png")
