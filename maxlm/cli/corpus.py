@@ -3,38 +3,148 @@
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
-from maxlm.cli import store
 from maxlm.cli.common import (
     JsonOption,
     KeepOption,
     SetOption,
     SettingsArgument,
     TextArgument,
+    TextFieldOption,
+    WorkersOption,
     make_numeric_table,
     open_console,
     print_json,
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from maxlm.corpus.opened import OpenCorpus
+    from maxlm.runtime.pool import Executor
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Clean and label documents, build token stores, and look into them.",
 )
 
-for verb in (store.build, store.append, store.verify, store.mix):
-    app.command()(verb)
-app.command("info")(store.show_info)
-
 _ROW_COUNTS = ("rows", "labelled")
+StoreArgument = Annotated[str, Argument(help="A token store: a folder, s3://... or gs://...")]
 CorpusArgument = Annotated[Path, Argument(help="A corpus's folder, as `run` made it.")]
+
+
+@app.command()
+def build(
+    text: TextArgument,
+    tokenizer: Annotated[Path, Option(help="A tokenizer's folder.")],
+    out: Annotated[Path, Option(help="The store's folder; appears when complete.")],
+    workers: WorkersOption = None,
+    split: Annotated[
+        Literal["all", "train", "heldout"], Option(help="Which documents to take.")
+    ] = "all",
+    heldout_fraction: Annotated[float, Option(help="Share held out, by hashes of texts.")] = 0.01,
+    text_field: TextFieldOption = "text",
+    on_bad_bytes: Annotated[
+        Literal["error", "replace", "keep", "skip"],
+        Option(help="What to do with text that is not valid UTF-8."),
+    ] = "error",
+    piece_bytes: Annotated[int | None, Option(min=1, help="Cut text files at line ends.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace a store of other inputs.")] = False,
+    join: Annotated[bool, Option("--join", help="Work beside other builders of it.")] = False,
+) -> None:
+    """Tokenize documents into a token store. Run it again after an interruption to go on."""
+    from maxlm.data.documents import SourceConfig
+    from maxlm.data.documents.files import find_folder_format, resolve_glob
+    from maxlm.data.store import build_store
+    from maxlm.runtime.progress import show_progress
+
+    reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
+    source = SourceConfig(documents=tuple(text), text_field=text_field, **reading)
+    options: dict[str, Any] = {"split": split, "heldout_fraction": heldout_fraction}
+    options |= {"workers": workers, "force": force, "join": join}
+    with show_progress() as progress:
+        build_store(source, tokenizer, out, progress=progress, **options)
+    show_info(str(out))
+    for root in chain.from_iterable(map(resolve_glob, text)):
+        if find_folder_format(root) == "corpus":
+            from maxlm.corpus.report import estimate_text_lost_to_dedup
+
+            opened = _open_corpus(root)
+            with _open_engine(opened) as engine:
+                lost = estimate_text_lost_to_dedup(opened, opened.resolve_rules(), engine)
+            print(f"{root}: {lost}")
+
+
+@app.command()
+def append(
+    store: Annotated[Path, Argument(help="A token store's folder.")],
+    text: TextArgument,
+    workers: WorkersOption = None,
+) -> None:
+    """Add documents to a store, as a new segment; those that are there keep their numbers."""
+    from maxlm.data.documents import SourceConfig
+    from maxlm.data.store import TokenStore, append_store
+    from maxlm.runtime.progress import show_progress
+
+    made = TokenStore.open(store).manifest
+    reading: dict[str, Any] = {"on_bad_bytes": made.on_bad_bytes, "piece_bytes": made.piece_bytes}
+    source = SourceConfig(documents=tuple(text), text_field=made.text_field, **reading)
+    with show_progress() as progress:
+        append_store(source, store, workers=workers, progress=progress)
+    show_info(str(store))
+
+
+@app.command()
+def verify(store: StoreArgument) -> None:
+    """Read a whole store: every file against its checksum, counts, offsets and every token."""
+    from maxlm.data.store import TokenStore
+
+    opened = TokenStore.open(store)
+    opened.verify()
+    print(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
+
+
+@app.command()
+def mix(
+    config: Annotated[str, Argument(help="A run's config.")], settings: SettingsArgument = None
+) -> None:
+    """Show what a run reads of each source, over all its steps; builds stores that are missing."""
+    from maxlm.config import load_config
+    from maxlm.data.loader import make_batches, summarize_source_usage
+    from maxlm.programs.prepare import check_prepared_data, prepare_data
+    from maxlm.programs.run_folder import create_run_folder, run_folder_path
+    from maxlm.run import RunConfig
+
+    run = load_config(RunConfig, config, settings or ()).value
+    folder = run_folder_path(run)
+    check_prepared_data(run, folder)
+    with create_run_folder(run, folder):
+        stores = prepare_data(run, folder).train_stores
+    batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
+    table = make_numeric_table("source", ("sequences", "share", "tokens", "epochs"))
+    for row in summarize_source_usage(batches, 0, run.train.steps):
+        figures = (f"{row.share:.2%}", f"{row.tokens:,}", f"{row.epochs:.2f}")
+        table.add_row(row.source, f"{row.sequences:,}", *figures)
+    open_console().print(table)
+
+
+@app.command("info")
+def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Show what a store holds, after checking that its arrays have the sizes it claims."""
+    from maxlm.data.store import TokenStore
+    from maxlm.data.store.store import describe_store, summary_table
+
+    opened = TokenStore.open(store)
+    if as_json:
+        print_json(describe_store(opened))
+    else:
+        open_console().print(summary_table(opened))
 
 
 @app.command()
@@ -92,12 +202,10 @@ def export(
     the texts that `build` tokenizes, with id, source, url, meta and language."""
     opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
-    from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
     rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
-    engines = open_executor(opened.recipe.engine, opened.recipe.workers)
-    with engines as engine, show_progress("parts") as progress:
+    with _open_engine(opened) as engine, show_progress("parts") as progress:
         made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
     print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
     print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
@@ -111,6 +219,12 @@ def _open_corpus(folder: Path, unfinished: bool = False) -> "OpenCorpus":
     from maxlm.corpus.opened import OpenCorpus
 
     return OpenCorpus.open(folder, unfinished=unfinished)
+
+
+def _open_engine(corpus: "OpenCorpus") -> "AbstractContextManager[Executor]":
+    from maxlm.runtime.pool import open_executor
+
+    return open_executor(corpus.recipe.engine, corpus.recipe.workers)
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
@@ -136,12 +250,10 @@ def _print_funnel(
     from maxlm.corpus.report import estimate_text_lost_to_dedup, summarize_corpus, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
-    from maxlm.runtime.pool import open_executor
     from maxlm.runtime.progress import show_progress
 
     rules = corpus.resolve_rules(keep)
-    engines = open_executor(corpus.recipe.engine, corpus.recipe.workers)
-    with engines as engine, show_progress("parts") as progress:
+    with _open_engine(corpus) as engine, show_progress("parts") as progress:
         summary = summarize_corpus(corpus, rules, engine, tokenizer, progress)
         lost = estimate_text_lost_to_dedup(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})

@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic.json_schema import GenerateJsonSchema
 
 from maxlm.config.base import Config
-from maxlm.config.keys import Key, flatten, join_key
+from maxlm.config.keys import flatten, join_key
 from maxlm.config.load import LoadedConfig
 from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
@@ -49,8 +49,10 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
     text = to_yaml(loaded.value)
     comments = {}
     for key, origin in parse_yaml(text, "").list_origins():
-        if (found := _find_origin(loaded, key)) is not None:
-            comments[origin.line] = found
+        # Of a list of leaves, by its first; other containers have none.
+        for leaf in (join_key(key), join_key((*key, 0))):
+            if leaf in loaded.origins:
+                comments[origin.line] = str(loaded.origins[leaf])
     lines = text.splitlines()
     lengths = [len(line) for number, line in enumerate(lines, 1) if number in comments]
     column = max((length for length in lengths if length <= _WIDEST), default=0)
@@ -58,14 +60,6 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
         f"{line:<{column}}  # {comments[number]}" if number in comments else line
         for number, line in enumerate(lines, 1)
     )
-
-
-def _find_origin(loaded: LoadedConfig[Any], key: Key) -> str | None:
-    """The origin of a leaf, or of a list of leaves by its first; None for other containers."""
-    for leaf in (key, (*key, 0)):
-        if join_key(leaf) in loaded.origins:
-            return str(loaded.origins[join_key(leaf)])
-    return None
 
 
 def _escape_references(node: Any) -> Any:

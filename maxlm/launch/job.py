@@ -16,9 +16,9 @@ from maxlm.launch.options import (
     check_options,
     parse_env,
     parse_mounts,
-    parse_node_selectors,
     parse_secrets,
     parse_time_limit_seconds,
+    split_pairs,
     supports_option,
 )
 from maxlm.launch.places import check_paths, find_placeholder_settings
@@ -104,7 +104,8 @@ def make_job(
         raise MaxlmError(f"{both[0]} is named by --env and by --secret", fix="leave one out")
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
-    node_selector = parse_node_selectors(options.node_selector)
+    label = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
+    node_selector = split_pairs("--node-selector", options.node_selector, "KEY=VALUE", label)
     plan = plan_run(run, machine)
     if not plan.fits and not force:
         fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"

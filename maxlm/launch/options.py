@@ -95,7 +95,7 @@ def check_options(options: JobOptions, scheduler: str) -> None:
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
     """Parses variables, ``NAME=VALUE`` each; refuses what looks like a secret."""
-    found = _split_pairs("--env", pairs, "NAME=VALUE", "NCCL_DEBUG=INFO")
+    found = split_pairs("--env", pairs, "NAME=VALUE", "NCCL_DEBUG=INFO")
     for name in found:
         if any(part.rstrip("S").endswith(_SECRET) for part in name.upper().split("_")):
             what = f"--env {name}=... looks like a secret, and would be written into a file"
@@ -103,13 +103,8 @@ def parse_env(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def parse_node_selectors(pairs: Sequence[str]) -> dict[str, str]:
-    """Parses node selectors, ``KEY=VALUE`` each."""
-    example = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
-    return _split_pairs("--node-selector", pairs, "KEY=VALUE", example)
-
-
-def _split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> dict[str, str]:
+def split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> dict[str, str]:
+    """Parses pairs of an option, ``NAME=VALUE`` each, written in this ``form``."""
     for pair in pairs:
         name, equals, _ = pair.partition("=")
         if not equals or not (_NAME if option == "--env" else _PLAIN).fullmatch(name):
