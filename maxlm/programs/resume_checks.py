@@ -1,11 +1,10 @@
 """Checks before a run resumes: its config and text are the same, and no checkpoint was lost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
@@ -13,7 +12,7 @@ from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
 from maxlm.programs.prepare import PreparedData, remove_source_settings
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
-from maxlm.runtime.collectives import broadcast_from_process_0
+from maxlm.runtime.collectives import run_on_process_0
 from maxlm.train.checkpoint import Checkpointer, SkippedCheckpoint, check_same_settings
 from maxlm.train.records import read_records
 
@@ -124,16 +123,20 @@ def raise_no_readable_checkpoint(
 def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | None) -> None:
     """Checks, for a run without a checkpoint, that its events report none to resume from, its own
     or another run's."""
-    saved, other = set[int](), None
-    for event in _read_events(checkpointer.folder.parent):
-        kind, step = event["event"], event["step"]
-        if kind == "saved":
-            saved.add(step)
-        elif kind in ("start", "resume", "rollback", "discard"):
-            saved = {each for each in saved if each <= step}
-        if kind in ("start", "resume"):
-            other = event.get("run")
-    newest, other = broadcast_from_process_0([max(saved, default=None), other])
+
+    def read_events() -> tuple[int | None, str | None]:
+        saved, other = set[int](), None
+        for event in read_records(checkpointer.folder.parent / "events.jsonl"):
+            kind, step = event["event"], event["step"]
+            if kind == "saved":
+                saved.add(step)
+            elif kind in ("start", "resume", "rollback", "discard"):
+                saved = {each for each in saved if each <= step}
+            if kind in ("start", "resume"):
+                other = event.get("run")
+        return max(saved, default=None), other
+
+    newest, other = run_on_process_0(read_events)
     if newest is not None:
         what = f"no checkpoint is left, but one of step {newest} was saved"
         raise _restart_error(checkpointer, what, "put it back")
@@ -144,12 +147,8 @@ def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | No
 
 def count_rollbacks(folder: Path) -> int:
     """Returns how often a run has rolled back in its life."""
-    return broadcast_from_process_0(sum(e["event"] == "rollback" for e in _read_events(folder)))
-
-
-def _read_events(folder: Path) -> Iterable[Mapping[str, Any]]:
-    """Returns a run's events, on process 0; none on others."""
-    return read_records(folder / "events.jsonl") if jax.process_index() == 0 else ()
+    events = folder / "events.jsonl"
+    return run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_records(events)))
 
 
 def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:

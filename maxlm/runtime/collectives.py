@@ -53,6 +53,12 @@ def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def run_on_process_0(function: Callable[[], Any]) -> Any:
+    """Calls ``function`` on process 0; returns its JSON value, or raises its MaxlmError, on all."""
+    result = raise_on_all_hosts(lambda: function() if jax.process_index() == 0 else None)
+    return broadcast_from_process_0(result)
+
+
 class FlagAllReduce:
     """Combines every process's :class:`StopRequest` at a step, without waiting for it.
 

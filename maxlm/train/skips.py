@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from maxlm.config import MaxlmError
-from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
+from maxlm.runtime.collectives import run_on_process_0
 from maxlm.runtime.files import replace_file
 
 BatchRange = tuple[int, int]
@@ -57,7 +55,7 @@ def read_skips(folder: Path) -> Skips | None:
     path = folder / _FILE
 
     def read() -> list[BatchRange] | None:
-        if jax.process_index() > 0 or not path.exists():
+        if not path.exists():
             return None
         try:
             ranges: Any = [tuple(each["batches"]) for each in json.loads(path.read_text())]
@@ -68,7 +66,7 @@ def read_skips(folder: Path) -> Skips | None:
         fix = 'rewrite it from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
         raise MaxlmError("is no list of ranges of batches", where=str(path), fix=fix)
 
-    record = broadcast_from_process_0(raise_on_all_hosts(read))
+    record = run_on_process_0(read)
     return None if record is None else tuple((first, last) for first, last in record)
 
 

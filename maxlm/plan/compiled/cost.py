@@ -101,36 +101,27 @@ def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
     devices, outermost first, of the mesh that it was compiled for."""
     reader = _Reader(parse_hlo(hlo_text), sizes)
     total = reader.cost(reader.module.entry)
-    loops = tuple(sorted(total.unknown_loops))
-    collectives = tuple(total.counted_collectives())
-    return CompiledCost(total.matmul_flops, total.attention_flops, collectives, loops)
+    loops = sorted(name for kind, name in total if kind == "loop")
+    return CompiledCost(*_sum_flops(total), _list_collectives(total), tuple(loops))
 
 
-@dataclass
-class _Tally:
-    """Costs of one run of a computation; collectives and loops are counted."""
+_Tally = Counter[tuple[str, Any]]
+"""Costs of one run of a computation: FLOPs of ("matmul", "") and ("attention", ""), runs of
+("collective", :class:`CompiledCollective`) and of ("loop", name), whose trips are unknown."""
 
-    matmul_flops: int = 0
-    attention_flops: int = 0
-    collectives: Counter[CompiledCollective] = field(default_factory=Counter)
-    unknown_loops: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: "_Tally", times: int = 1) -> None:
-        for name, own in vars(self).items():
-            added = getattr(other, name)
-            if isinstance(own, Counter):
-                own.update({key: times * count for key, count in added.items()})
-            else:
-                setattr(self, name, own + times * added)
+def _sum_flops(tally: _Tally) -> tuple[int, int]:
+    return tally["matmul", ""], tally["attention", ""]
 
-    def counted_collectives(self) -> list[CompiledCollective]:
-        found = (replace(own, count=count) for own, count in self.collectives.items())
-        return sorted(found, key=lambda c: -c.wire_bytes)
 
-    def weight(self) -> tuple[float, ...]:
-        """Returns the key that ranks a branch by cost: FLOPs, then the wire."""
-        wire = sum(c.wire_bytes for c in self.counted_collectives())
-        return self.matmul_flops + self.attention_flops, wire
+def _list_collectives(tally: _Tally) -> tuple[CompiledCollective, ...]:
+    found = (replace(own, count=n) for (kind, own), n in tally.items() if kind == "collective")
+    return tuple(sorted(found, key=lambda c: -c.wire_bytes))
+
+
+def _weigh(tally: _Tally) -> tuple[int, int]:
+    """Returns the key that ranks a branch by cost: FLOPs, then the wire."""
+    return sum(_sum_flops(tally)), sum(c.wire_bytes for c in _list_collectives(tally))
 
 
 @dataclass
@@ -144,10 +135,9 @@ class _Reader:
     def cost(self, computation: Computation) -> _Tally:
         """Returns the tally of one run, everything that it calls included."""
         if computation.name not in self.known:
-            total = _Tally()
+            total = self.known[computation.name] = Counter()
             for instruction in computation.instructions.values():
                 self._add(total, instruction, computation)
-            self.known[computation.name] = total
         return self.known[computation.name]
 
     def _called(self, instruction: Instruction, *attributes: str) -> list[Computation]:
@@ -159,23 +149,23 @@ class _Reader:
         if opcode == "while":
             trips = count_trips(instruction, computation, self.module)
             if trips is None:
-                total.unknown_loops[instruction.op_name or instruction.name] += 1
+                trips, total["loop", instruction.op_name or instruction.name] = 1, 1
             for body in self._called(instruction, "body"):
-                total.add(self.cost(body), 1 if trips is None else trips)
+                total.update({key: trips * n for key, n in self.cost(body).items()})
         elif opcode == "conditional":
             names = "branch_computations", "true_computation", "false_computation"
             branches = [self.cost(branch) for branch in self._called(instruction, *names)]
-            total.add(max(branches, key=_Tally.weight))
+            total.update(max(branches, key=_weigh))
         elif opcode == "fusion":
             self._add_fusion(total, *self._called(instruction, "calls"))
         else:
             self._add_alone(total, instruction, computation)
             for called in self._called(instruction, *CALLS.get(opcode, ())):
-                total.add(self.cost(called))
+                total.update(self.cost(called))
 
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
-        """An all-reduce of which the same fusion keeps
-        a slice is how XLA:TPU writes a reduce-scatter."""
+        """An all-reduce of which the same fusion keeps a slice is how XLA:TPU writes a
+        reduce-scatter."""
         sliced = any(i.opcode == "dynamic-slice" for i in body.instructions.values())
         for instruction in body.instructions.values():
             if instruction.opcode == "fusion":
@@ -189,13 +179,10 @@ class _Reader:
         if instruction.opcode in _KINDS:
             collective = self._collective(instruction, within, scattered)
             if collective.group_size > 1 and not within.continues_async_collective(instruction):
-                total.collectives[collective] += 1
-            return
-        flops = matmul_flops(instruction, within)
-        if flops and _is_attention(self.module.source_files(instruction)):
-            total.attention_flops += flops
-        else:
-            total.matmul_flops += flops
+                total["collective", collective] += 1
+        elif flops := matmul_flops(instruction, within):
+            is_attention = _is_attention(self.module.source_files(instruction))
+            total["attention" if is_attention else "matmul", ""] += flops
 
     def _collective(
         self, instruction: Instruction, within: Computation, scattered: bool

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
+from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, run_on_process_0
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.storage import get_read_failure_fix, join_place, make_kvstore_spec, to_place
 from maxlm.train.checkpoint.reading import (
@@ -63,12 +63,7 @@ class RemoteTier:
         self.failure: str | None = None
         """Why the newest copy is missing, on process 0; None: it is there, or under way."""
         self._is_lead = jax.process_index() == 0
-        self._run_on_process_0(self._open)
-
-    def _run_on_process_0(self, function: Callable[[], Any]) -> Any:
-        """Returns or raises on all processes what ``function`` does."""
-        result = raise_on_all_hosts(lambda: function() if self._is_lead else None)
-        return broadcast_from_process_0(result)
+        run_on_process_0(self._open)
 
     def _open(self) -> None:
         import tensorstore as ts
@@ -128,12 +123,12 @@ class RemoteTier:
         def read() -> dict[str, Any]:
             return parse_metadata(self._read(step, "metadata/metadata"))
 
-        return self._run_on_process_0(lambda: with_retries(place, read))
+        return run_on_process_0(lambda: with_retries(place, read))
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state; its files are fetched to where all processes read them."""
         path = self._folder / _FETCHED / str(step)
-        self._run_on_process_0(lambda: self._fetch(step, path))
+        run_on_process_0(lambda: self._fetch(step, path))
         try:
             return restore_from(path, abstract)
         finally:
