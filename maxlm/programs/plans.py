@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.predict import FORMAT, Machine, RunPlan, plan_run
@@ -18,15 +18,6 @@ from maxlm.sharding import count_min_devices, mesh_sizes
 GB, TERA = 1e9, 1e12
 PlannedVersusCompiled = dict[str, tuple[float, float]]
 """Figure → (planned, compiled)."""
-
-
-class CompiledFit(NamedTuple):
-    """Whether a compiled run fits its machine."""
-
-    fits: bool
-    verdict: str
-    """Says it in words, with the bytes of a device."""
-    figures: PlannedVersusCompiled
 
 
 def read_or_compute_plan(source: str, machine: Machine | None) -> dict[str, Any]:
@@ -64,16 +55,19 @@ def compile_peak_memory_bytes(
     return peaks
 
 
-def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> CompiledFit:
-    """Compiles a run for a machine, and compares the compiler's figures with the plan's."""
+def check_fit_by_compiling(
+    run: RunConfig, machine: Machine, plan: RunPlan
+) -> tuple[bool, str, PlannedVersusCompiled]:
+    """Compiles a run for a machine; returns whether it fits, a verdict with the bytes of a device,
+    and the plan's figures beside the compiler's."""
     try:
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
-        return CompiledFit(False, f"does not fit: {error.what}", {})
+        return False, f"does not fit: {error.what}", {}
     peak, limit = step.memory.peak_bytes, machine.chip.memory_bytes
     fits, words = peak <= limit, f"{format_bytes(peak)} of {format_bytes(limit)} a device"
     verdict = f"{'fits' if fits else 'does not fit'} by the compiler's account: {words}"
-    return CompiledFit(fits, verdict, compare_plan_to_compiled(plan, step))
+    return fits, verdict, compare_plan_to_compiled(plan, step)
 
 
 def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> PlannedVersusCompiled:

@@ -18,15 +18,9 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 @contextmanager
 def show_progress(unit: str = "B") -> Iterator[Progress]:
     """Makes a `Progress` that shows itself on stderr; `unit` is what the amounts count."""
-    if sys.stderr.isatty():
-        with _bar(unit) as progress:
-            yield progress
-    else:
+    if not sys.stderr.isatty():
         yield _lines(unit)
-
-
-@contextmanager
-def _bar(unit: str) -> Iterator[Progress]:
+        return
     from rich import progress as rich_progress
     from rich.console import Console
 
