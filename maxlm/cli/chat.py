@@ -17,15 +17,16 @@ def command(
 ) -> None:
     """Talk with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
 
-    Settings are those of sampling, as temperature=0.7 top_p=0.9; max_new_tokens: by default an
-    answer may fill the context. Each line of piped input is a message.
+    Settings are those of sampling, as top_p=0.9; by default temperature=0.7,
+    and an answer may fill the context. Each line of piped input is a message.
     """
     from maxlm.config import load_config
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.chat import ChatSession, run_chat
     from maxlm.programs.serve import load_chat_model, make_engine
 
-    settings = ["max_new_tokens=1000000000", *(settings or ())]  # what the context has room for
+    # At temperature 1 small models stray; an answer may have what the context has room for.
+    settings = ["temperature=0.7", "max_new_tokens=1000000000", *(settings or ())]
     sampling = load_config(SamplingConfig, None, settings).value
     loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
     engine = make_engine(loaded, ["max_sequences=1"])

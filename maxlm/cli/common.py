@@ -34,7 +34,13 @@ MeshOption = Annotated[
     str | None, Option(help="Devices by axis, such as tensor=2; default: one device.")
 ]
 TemplateOption = Annotated[
-    Path | None, Option("--chat-template", help="A Jinja file to write conversations with.")
+    Path | None,
+    Option(
+        "--chat-template",
+        exists=True,
+        dir_okay=False,
+        help="A Jinja file to write conversations with.",
+    ),
 ]
 StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]

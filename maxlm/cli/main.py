@@ -191,23 +191,26 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     if near := get_close_matches(option, known, n=3):
         fix = f"did you mean {' or '.join(near)}?"
     if any(each.name == "settings" for each in parameters) and (
-        overrides := _find_overrides(option, arguments)
+        overrides := _find_overrides(option, arguments, context.command.name)
     ):
         fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"
     return f"{path}: no such option {option}; {fix}"
 
 
-def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
-    """Find settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
+def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[str]:
+    """Find settings of a verb, as ``key.path=value``, whose key is or ends like the option:
+    ``--steps 5``."""
     from maxlm.config.explain import iterate_schema_keys
     from maxlm.config.keys import join_key
-    from maxlm.run import RunConfig
 
+    schemas = {"serve": ("inference.engine", "Engine"), "chat": ("inference.sampling", "Sampling")}
+    module, name = schemas.get(verb, ("run", "Run"))
+    schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
     words = [word for each in arguments for word in each.split("=", each.startswith("-"))]
     value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
     value = "..." if not value or value.startswith("-") else value
     name = option.strip("-").replace("-", "_").replace(".", "_")
-    keys = sorted(dict.fromkeys(iterate_schema_keys([RunConfig])), key=len)
+    keys = sorted(dict.fromkeys(iterate_schema_keys([schema])), key=len)
     ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
     return [f"{join_key(key)}={value}" for key in ends]
 

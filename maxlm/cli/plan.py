@@ -48,14 +48,14 @@ def command(
     batch: Annotated[int | None, Option(min=1, help="Sequences at once: as many as fit.")] = None,
     cache: Annotated[Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")] = None,
     weights: Annotated[Literal["auto", "fp8", "int8"] | None, Option(help="Matrices.")] = None,
-    ttft_ms: Annotated[float | None, _amount("Longest time to a first token.")] = None,
-    tpot_ms: Annotated[float | None, _amount("Longest time between tokens.")] = None,
+    ttft_ms: Annotated[float | None, _amount("Longest time to a first token.", 1e-3)] = None,
+    tpot_ms: Annotated[float | None, _amount("Longest time between tokens.", 1e-3)] = None,
 ) -> None:
     """Show what a run, or serving its model, holds, sends and takes on a machine, before it is paid
     for.
 
-    Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given. `maxlm plan diff A B`
-    compares two plans.
+    Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
+    `maxlm plan diff A B` compares two plans.
     """
     from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability

@@ -14,10 +14,11 @@ def command(
     model: ModelArgument,
     settings: SettingsArgument = None,
     host: Annotated[str, Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="0: any free one.")] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
     name: Annotated[str | None, Option(help="Name in requests; default: the folder's.")] = None,
     api_key_file: Annotated[
-        Path | None, Option(help="A file with the key to ask for; else $MAXLM_API_KEY.")
+        Path | None,
+        Option(exists=True, dir_okay=False, help="A file with the key; else $MAXLM_API_KEY."),
     ] = None,
     max_queue: Annotated[int, Option(min=0, help="Sequences that may wait; then 429.")] = 256,
     max_body_mb: Annotated[int, Option(min=1, help="Most of a request, in MB.")] = 16,

@@ -49,11 +49,11 @@ def resolve_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if path.is_dir() and name.endswith(("/", ".")):
-        raise MaxlmError("a folder, not a config file", where=name, fix="name a file in it")
-    found = find_shipped_config(name)
+    found = None if name.endswith(("/", ".")) else find_shipped_config(name)
     if found is not None:
         return found
+    if path.is_dir():
+        raise MaxlmError("a folder, not a config file", where=name, fix="name a file in it")
     near = find_similar_configs(path)
     fix = f"did you mean {', '.join(near)}?" if near else "see `maxlm config list`"
     raise MaxlmError("no such file or shipped config", where=name or "''", fix=fix)

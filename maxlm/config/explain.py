@@ -104,7 +104,7 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
         return MaxlmError(f"{name} is required", where=where, fix=fix)
     if kind == "union_tag_invalid":
         value = error["ctx"]["tag"]
-    wanted = [choices] if allowed else []
+    wanted, fix = [choices] if allowed else [], None
     for item in fault.errors:
         prefix, words = "Input should be ", item["msg"]
         if item["type"] in ("literal_error", "union_tag_invalid"):
@@ -115,8 +115,8 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
         words = next((ours for theirs, ours in _WANTED.items() if words.startswith(theirs)), words)
         if item["type"].startswith("model_") and (names := _list_field_names(fault.allowed_types)):
             words += f" ({_join_names(names)})"
+            fix = f"set {name}.kind={value}" if "kind" in names and isinstance(value, str) else None
         wanted += [] if words in wanted else [words]
-    fix = None
     if near := get_close_matches(str(value), [x for x in allowed if isinstance(x, str)], n=1):
         fix = f"did you mean {near[0]}?"
     elif kind == "string_type" and isinstance(value, bool | int | float):

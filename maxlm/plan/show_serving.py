@@ -70,7 +70,7 @@ def format_serving_verdict(plan: ServingPlan) -> str:
         ("token", plan.options.tpot_ms, plan.point.tpot_seconds),
     ):
         if most is not None and 1e3 * value > most:
-            missed.append(f"{format_seconds(value)} a {name} of {format_seconds(most / 1e3)}")
+            missed.append(f"{format_seconds(value)} a {name}, not {format_seconds(most / 1e3)}")
     return f"{words}, but too slow: {' and '.join(missed)}" if missed else words
 
 

@@ -104,6 +104,7 @@ def run_chat(session: ChatSession) -> None:
         try:
             line = input("> " if is_terminal else "").strip()
         except EOFError:
+            print("\n" if is_terminal else "", end="", file=sys.stderr)
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
@@ -138,7 +139,8 @@ def _run_command(session: ChatSession, line: str) -> str:
         except OSError as error:
             raise MaxlmError(f"cannot be written ({error.strerror})", where=str(path)) from None
         return f"saved {len(session.messages)} messages in {path}"
-    return f"no command {line!r}; /help lists them"
+    what = f"{name} needs a word more" if f"\n{name} " in _HELP else f"no command {line!r}"
+    return f"{what}; /help lists commands"
 
 
 def _print_answer(session: ChatSession, text: str) -> None:

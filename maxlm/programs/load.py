@@ -23,7 +23,7 @@ from maxlm.models.params import Params, join_path, replace_base_params, select_b
 from maxlm.programs.convert import open_huggingface_model
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig
+from maxlm.sharding import MeshConfig, count_min_devices
 from maxlm.train.checkpoint import FolderTier, named_leaves
 from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.state import TrainState
@@ -111,8 +111,12 @@ class _MemoryWriter:
 
 
 def _set_up_to_use(config: RunConfig, mesh: MeshConfig | None) -> RunSetup:
+    """Places a model on the first devices that ``mesh`` needs (default: one; with -1: all)."""
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
-    return set_up_run(config, None if mesh else jax.local_devices()[:1], for_training=False)
+    devices = jax.devices() if mesh else jax.local_devices()[:1]
+    if mesh and -1 not in mesh.model_dump().values():
+        devices = devices[: count_min_devices(mesh)]
+    return set_up_run(config, devices, for_training=False)
 
 
 def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:

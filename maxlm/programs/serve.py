@@ -83,12 +83,9 @@ def load_chat_model(
     """Loads a model on a mesh such as ``tensor=2`` (None: one device), with a chat template from a
     file in place of its own, if any."""
     loaded = load_model(folder, step=step, mesh=parse_mesh(mesh) if mesh else None)
+    use_compilation_cache(loaded.config)
     if template is not None:
-        try:
-            text = template.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            fix = "name a Jinja template"
-            raise MaxlmError(f"cannot be read ({error})", where=str(template), fix=fix) from error
+        text = template.read_text("utf-8", "replace")
         loaded.tokenizer.extra_files["chat_template.jinja"] = text.encode()
     return loaded
 
@@ -96,8 +93,7 @@ def load_chat_model(
 def _make_parts(
     loaded: LoadedRun, settings: Sequence[str]
 ) -> tuple[Engine | None, Embedder | None]:
-    """Makes the engine, compiled, and what embeds, as far as the model has them."""
-    use_compilation_cache(loaded.config)
+    """Makes the engine and what embeds, as far as the model has them."""
     model, mesh = loaded.model, loaded.mesh
     if isinstance(model, Encoder):
         if settings:
@@ -105,16 +101,14 @@ def _make_parts(
             raise MaxlmError(what, fix="leave it out")
         return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
     engine = make_engine(loaded, settings)
-    print("compiling ...", file=sys.stderr, flush=True)
-    engine.warm_up()
     if isinstance(model, EncoderDecoder):
         return engine, None
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
 
 
 def make_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
-    """Makes the engine that continues prompts with a model; ``settings`` are those of
-    ``EngineConfig``."""
+    """Makes the engine that continues prompts with a model, and compiles what it runs; ``settings``
+    are those of ``EngineConfig``."""
     config, draft = load_config(EngineConfig, None, settings).value, None
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
@@ -124,4 +118,7 @@ def make_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
             what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
             raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
         draft = DraftModel(other.model, other.params)
-    return Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
+    engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
+    print("compiling ...", file=sys.stderr, flush=True)
+    engine.warm_up()
+    return engine

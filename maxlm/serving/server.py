@@ -40,16 +40,11 @@ def read_api_key(path: str | Path | None) -> str | None:
     """Returns the key that clients have to send: a file's text, else MAXLM_API_KEY's; None: none.
 
     Raises:
-        MaxlmError: the file cannot be read, or a key is empty or not plain ASCII.
+        MaxlmError: a key is empty or not plain ASCII.
     """
     key, where = os.environ.get("MAXLM_API_KEY"), "MAXLM_API_KEY"
     if path is not None:
-        where = str(path)
-        try:
-            key = Path(path).read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            fix = "name a text file with the key in it"
-            raise MaxlmError(f"cannot be read ({error})", where=where, fix=fix) from error
+        key, where = Path(path).read_text("utf-8", "replace").strip(), str(path)
     if key is not None and (not key.isascii() or not key.isprintable() or not key.strip()):
         raise MaxlmError("the key is empty or not printable ASCII", where=where, fix="set another")
     return key

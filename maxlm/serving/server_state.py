@@ -87,7 +87,7 @@ class ServerState:
         limit = self.max_length
         room = limit - num_prompt_tokens
         if room < 1 or (asked or 0) > room:
-            what = f"the model's context is {limit} tokens, and the prompt has {num_prompt_tokens}"
+            what = f"the context is {limit} tokens (max_length), the prompt has {num_prompt_tokens}"
             what += f"; {asked} more were asked for" if room >= 1 else ""
             raise ApiError(400, what, param="max_tokens", code="context_length_exceeded")
         return room if asked is None else max(asked, 1)

@@ -64,6 +64,7 @@ def test_a_conversation_streams_and_is_sent_whole(page, server):
     assert page.inner_text("h1") == "fake"
     say(page, "hi")
     say(page, "the cat")
+    assert server.engine.requests[-1].sampling.temperature == 0.7  # as its field's hint says
     assert answers(page) == ["You said: hi", ANSWERS["cat"]]
     assert last_prompt(server).count("You said: hi") == 1
     note = page.locator("article.assistant .foot").last.inner_text()

@@ -100,6 +100,8 @@ def test_usage_errors(run, verb, arguments, line):
         (["train", "demo", "--steps", "5"], "train.steps=5"),
         (["train", "demo", "--batch-size=96"], "data.batch_size=96"),
         (["plan", "demo", "--train.steps", "--on", "cpux2"], "train.steps=..."),
+        (["serve", "runs/x", "--max_sequences", "4"], "max_sequences=4"),
+        (["chat", "runs/x", "--temperature=0.5"], "temperature=0.5"),
     ],
 )
 def test_an_option_that_is_a_setting(run, arguments, override):

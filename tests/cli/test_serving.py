@@ -31,7 +31,8 @@ def talk(monkeypatch, run, tokenizer):
     def talking(lines: str, *arguments: str, **changes):
         engine = FakeEngine(tokenizer, reply, **changes)
         engine.config = SimpleNamespace(max_length=engine.max_length)
-        loaded = SimpleNamespace(tokenizer=tokenizer)
+        config = SimpleNamespace(compilation_cache=None)
+        loaded = SimpleNamespace(tokenizer=tokenizer, config=config)
         monkeypatch.setattr("maxlm.programs.serve.load_model", lambda *_, **__: loaded)
         monkeypatch.setattr("maxlm.programs.serve.make_engine", lambda *_: engine)
         stdin = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8")
@@ -43,11 +44,12 @@ def talk(monkeypatch, run, tokenizer):
 
 def test_a_conversation_by_lines(talk, tmp_path):
     saved = tmp_path / "talk.json"
-    lines = f"hällo\n\nagain\n/save {saved}\n/reset\nanew\n/nonsense\n/quit\nnever\n"
+    lines = f"hällo\n\nagain\n/save {saved}\n/reset\nanew\n/nonsense\n/save\n/quit\nnever\n"
     (code, out, err), engine = talk(lines, "--system", "Be kind.", "temperature=0.5", "seed=7")
     assert (code, out) == (0, "1:hällo 🐈\n2:again 🐈\n1:anew 🐈\n")
     assert err.count("tokens/s") == 3
     assert "no command '/nonsense'" in err
+    assert "/save needs a word more" in err
     assert [(m["role"], m["content"]) for m in json.loads(saved.read_text())] == [
         *[("system", "Be kind."), ("user", "hällo"), ("assistant", "1:hällo 🐈")],
         *[("user", "again"), ("assistant", "2:again 🐈")],
@@ -70,6 +72,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(talk):
             signal.raise_signal(signal.SIGINT)
 
     (code, out, _), engine = talk("first\nsecond\n", before_step=interrupt)
+    assert {request.sampling.temperature for request in engine.requests} == {0.7}
     assert (code, out) == (0, "1:fi\n2:second 🐈\n")
     assert not engine.sequences
     assert "1:fi<|im_end|>" in engine.tokenizer.decode(engine.requests[1].prompt_tokens)
@@ -97,6 +100,10 @@ def test_serve_says_what_is_wrong_before_it_loads(tmp_path, check_refused):
         port = str(taken.getsockname()[1])
         what = f"127.0.0.1:{port}: cannot listen: Address already in use...--port..."
         check_refused(tmp_path, ["serve", "runs/none", "--port", port], what)
+    for option in ("--api-key-file", "--chat-template"):
+        for given, what in (("no", "path...does not exist"), (".", "file...is a directory")):
+            line = f"maxlm serve: invalid value for '{option}': {what}..."
+            check_refused(tmp_path, ["serve", "runs/none", option, f"{tmp_path}/{given}"], line)
     for verb in (["serve", "--port", "0"], ["chat"]):
         check_refused(tmp_path, [*verb, f"{tmp_path}/no"], f"{tmp_path}/no: no such folder...")
         check_refused(tmp_path, [*verb, f"{tmp_path}"], f"{tmp_path}: neither config.yaml...")
