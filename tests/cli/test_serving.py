@@ -101,8 +101,8 @@ def test_serve_says_what_is_wrong_before_it_loads(tmp_path, check_refused):
         what = f"127.0.0.1:{port}: cannot listen: Address already in use...--port..."
         check_refused(tmp_path, ["serve", "runs/none", "--port", port], what)
     for option in ("--api-key-file", "--chat-template"):
-        for given, what in (("no", "path...does not exist"), (".", "file...is a directory")):
-            line = f"maxlm serve: invalid value for '{option}': {what}..."
+        for given, what in (("no", "does not exist"), (".", "is a directory")):
+            line = f"maxlm serve: invalid value for '{option}': file...{what}..."
             check_refused(tmp_path, ["serve", "runs/none", option, f"{tmp_path}/{given}"], line)
     for verb in (["serve", "--port", "0"], ["chat"]):
         check_refused(tmp_path, [*verb, f"{tmp_path}/no"], f"{tmp_path}/no: no such folder...")
