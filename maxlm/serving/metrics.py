@@ -53,5 +53,7 @@ class ServerMetrics(Collector):
         stats = self._read_stats()
         for name, value in stats._asdict().items() if stats else ():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            words = name.removesuffix("_total").removeprefix("num_").replace("_", " ")
-            yield kind(f"maxlm_{name}", f"The engine's {words}", value=value)
+            words = (
+                name.removeprefix("num_").replace("_total", " since the start").replace("_", " ")
+            )
+            yield kind(f"maxlm_{name}", f"Engine: {words}", value=value)
