@@ -155,8 +155,7 @@ def _print_answer(session: ChatSession, text: str) -> None:
         signal.signal(signal.SIGINT, before)
     print(flush=True)
     if first is not None:
-        rate = (session.num_tokens - 1) / max(time.monotonic() - first, 1e-9)
-        line = (
-            f"{session.num_tokens} tokens, {rate:.1f} tokens/s, first after {first - start:.2f} s"
-        )
+        count, seconds = session.num_tokens, max(time.monotonic() - first, 1e-9)
+        rate = f"{(count - 1) / seconds:.1f} tokens/s"
+        line = f"{count} tokens, {rate}, first after {first - start:.2f} s"
         print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

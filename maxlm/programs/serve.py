@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from maxlm.config import MaxlmError, load_config
@@ -59,18 +58,13 @@ def serve(
             num_running = engine.config.max_sequences * engine.num_shards
         name, tokenizer = name or loaded.config.name, loaded.tokenizer
         as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
-        encode = partial(encode_prompts, tokenizer, as_documents=as_documents)
         del loaded  # the engine has parameters of its own
-        state = ServerState(
-            name,
-            tokenizer,
-            max_length,
-            lambda text: encode([text])[0],
-            EngineLoop(engine, num_running + max_queue),
-            embedder,
-            key,
-            max_body_mb << 20,
-        )
+
+        def encode(text: str) -> list[int]:
+            return encode_prompts(tokenizer, [text], as_documents=as_documents)[0]
+
+        own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
+        state = ServerState(name, tokenizer, max_length, encode, *own)
         if key is None and not host.startswith(_LOOPBACK):
             what = f"anyone who reaches {host} may use this server: there is no API key"
             print(f"warning: {what}", file=sys.stderr)

@@ -83,9 +83,8 @@ class _DrainingServer(uvicorn.Server):
         self.should_exit = self.force_exit = loop.is_draining
         loop.is_draining = True
         if loop.num_open:
-            print(
-                f"finishing {loop.num_open} that run; Ctrl-C ends now", file=sys.stderr, flush=True
-            )
+            what = f"finishing {loop.num_open} that run; Ctrl-C ends now"
+            print(what, file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         self.should_exit |= self._engine_loop.is_draining and not self._engine_loop.num_open
