@@ -145,7 +145,7 @@ class EngineLoop:
                 if (stream := self._streams.get(output.request_id)) is not None:
                     _send(stream, output)
                     ended |= output.finish_reason is not None
-            if ended and self.engine is not None and not self.engine.scheduler.waiting:
+            if ended and self.engine is not None and not self.engine.stats().num_waiting:
                 time.sleep(_PAUSE_SHARE * (time.monotonic() - start))
         except Exception as error:
             self._fail_requests(" ".join(f"{type(error).__name__}: {error}".split())[:500])

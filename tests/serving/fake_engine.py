@@ -12,6 +12,7 @@ from maxlm.inference.text import TextStream
 
 class FakeStats(NamedTuple):
     num_running: int
+    num_waiting: int
     num_free_pages: int
     prompt_tokens_total: int
     generated_tokens_total: int
@@ -46,7 +47,10 @@ class FakeEngine:
 
     def stats(self) -> FakeStats:
         running, prompts = self.sequences[:4], [len(each.prompt_tokens) for each in self.requests]
-        return FakeStats(len(running), 100 - len(running), sum(prompts), self.num_generated)
+        waiting = len(self.sequences) - len(running)
+        return FakeStats(
+            len(running), waiting, 100 - len(running), sum(prompts), self.num_generated
+        )
 
     def add_request(self, request: GenerationRequest) -> None:
         if request.grammar is not None and '"nonsense"' in request.grammar.text:
