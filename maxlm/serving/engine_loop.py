@@ -140,12 +140,16 @@ class EngineLoop:
     def _step(self) -> None:
         """Delivers a step's outputs; on a fault of the engine's its requests fail, others go on."""
         self._is_step_due, start, ended = False, time.monotonic(), False
+        if self.engine is None:
+            return
         try:
-            for output in self.engine.step() if self.engine else ():
+            outputs = self.engine.step()
+            self.stats = self.engine.stats()
+            for output in outputs:
                 if (stream := self._streams.get(output.request_id)) is not None:
                     _send(stream, output)
                     ended |= output.finish_reason is not None
-            if ended and self.engine is not None and not self.engine.stats().num_waiting:
+            if ended and not self.stats.num_waiting:
                 time.sleep(_PAUSE_SHARE * (time.monotonic() - start))
         except Exception as error:
             self._fail_requests(" ".join(f"{type(error).__name__}: {error}".split())[:500])

@@ -81,8 +81,8 @@ def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> in
 @pytest.mark.parametrize("length", [40, 64, 65, 777])
 def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
     # A TPU's pages have room for whole lanes.
-    filled = [heads * ceil(size / 128) * 128 for heads, size in filter(None, (key, value))]
-    exact = 2 * layers * sum(filled)
+    key, value = (of and (of[0], ceil(of[1] / 128) * 128) for of in (key, value))
+    exact = 2 * layers * sum(heads * size for heads, size in filter(None, (key, value)))
     for cache, bits in (("auto", 16), ("int8", 8), ("int4", 4)):
         served = place(name, "v5p-2", 30, length - 30, cache=cache)
         if cache == "auto":
