@@ -28,8 +28,9 @@ import numpy as np
 from tests.ports import free_port
 
 NUM_REQUESTS, CONCURRENCY = 64, 8
-Request = tuple[list[int], int]
-"""Prompt's tokens, output's length."""
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
+Request = tuple[str, int]
+"""Prompt, output's length."""
 
 
 def make_requests() -> list[Request]:
@@ -37,27 +38,31 @@ def make_requests() -> list[Request]:
     prompts = np.exp(random.uniform(np.log(8), np.log(256), NUM_REQUESTS)).astype(int)
     outputs = np.exp(random.uniform(np.log(8), np.log(128), NUM_REQUESTS)).astype(int)
     return [
-        (random.integers(1_000, 40_000, size).tolist(), int(new))
-        for size, new in zip(prompts, outputs, strict=True)
+        (write_prompt(random, size), int(new)) for size, new in zip(prompts, outputs, strict=True)
     ]
 
 
+def write_prompt(random: np.random.Generator, size: int) -> str:
+    """Writes words that are a token each in most vocabularies."""
+    return " ".join(random.choice(WORDS, size))
+
+
 class Client:
-    def __init__(self, url: str, model: str):
-        self.model = model
+    def __init__(self, url: str, model: str, **options: Any):
+        self.options = {"model": model, "temperature": 0, **options}
         self.http = httpx.AsyncClient(base_url=url, timeout=None)
 
     async def complete(self, request: Request) -> int:
-        """Output tokens of a completion that does not end early."""
+        """Output tokens of a completion."""
         prompt, new = request
-        body = {"model": self.model, "prompt": prompt, "max_tokens": new, "min_tokens": new}
-        answer = await self.http.post("/completions", json={**body, "temperature": 0})
+        body = self.options | {"prompt": prompt, "max_tokens": new}
+        answer = await self.http.post("/completions", json=body)
         answer.raise_for_status()
         return answer.json()["usage"]["completion_tokens"]
 
     async def time_first_token(self, request: Request) -> float:
         prompt, new = request
-        body = {"model": self.model, "prompt": prompt, "max_tokens": new, "stream": True}
+        body = self.options | {"prompt": prompt, "max_tokens": new, "stream": True}
         start = time.perf_counter()
         async with self.http.stream("POST", "/completions", json=body) as answer:
             first = 0.0
@@ -100,12 +105,12 @@ async def measure_first_tokens(client: Client, long_prompt: bool) -> list[float]
     random = np.random.default_rng(int(long_prompt))
     background = None
     if long_prompt:
-        prompt = random.integers(1_000, 40_000, 2_000).tolist()
+        prompt = write_prompt(random, 2_000)
         background = asyncio.create_task(client.complete((prompt, 1)))
         await asyncio.sleep(0.05)
     times = []
     while len(times) < 8 and (background is None or not background.done()):
-        prompt = random.integers(1_000, 40_000, 32).tolist()
+        prompt = write_prompt(random, 32)
         times.append(await client.time_first_token((prompt, 2)))
     if background is not None:
         await background
@@ -161,7 +166,7 @@ def main() -> None:
     sizes = {"max_sequences": CONCURRENCY, "max_length": 2304, "page_size": 32}
     sizes |= {"prefill_tokens": args.prefill_tokens, "prefix_cache": False}
     with serve(args.folder, sizes) as url:
-        asyncio.run(measure(Client(url, "model"), args.rounds, "maxlm"))
+        asyncio.run(measure(Client(url, "model", ignore_eos=True), args.rounds, "maxlm"))
 
 
 if __name__ == "__main__":

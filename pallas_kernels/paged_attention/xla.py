@@ -33,7 +33,7 @@ class XlaBlockSizes(NamedTuple):
     queries: int
     """Queries of one row that are attended to at once."""
     keys: int
-    """Keys of a block, rounded up to whole pages."""
+    """Keys of a block, in whole pages; of one row, its last are in smaller ones."""
 
 
 class _Rows(NamedTuple):
@@ -204,15 +204,18 @@ def _adjust_scores(
 def _pages_per_block(
     num_rows: int, operands: PagedOperands, params: PagedParams
 ) -> tuple[int, int]:
-    """Pages of a large block and of a small one, the first a multiple of the second."""
+    """Pages of a large block and of a small one, the first a multiple of the second. Equal ones for
+    several rows: which of them has a key must not depend on other rows, for the order of sums."""
     if params.block_sizes:
         keys = params.block_sizes.keys
     else:
         width = operands.q.shape[2] + (params.value_dim if operands.values is not None else 0)
         token = num_rows * operands.num_kv_heads * width * operands.q.dtype.itemsize
         keys = min(max(_BLOCK_BYTES // token, _MIN_KEYS), _MAX_KEYS)
+        keys = 1 << (keys.bit_length() - 1)
     most = operands.page_tables.shape[1]
-    small = min(max(1, -(-min(keys, _MIN_KEYS) // params.page_size)), most)
+    fewest = keys if num_rows > 1 else min(keys, _MIN_KEYS)
+    small = min(max(1, -(-fewest // params.page_size)), most)
     large = min(max(1, keys // params.page_size), most) // small * small
     return max(large, small), small
 

@@ -1,0 +1,69 @@
+"""Time of a model's products alone on this CPU, in XLA and in PyTorch, fp32.
+
+    python benchmarks/cpu_products.py [--rows 1 8 16 64 512] [--rounds 7]
+
+The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate and up as
+one), each with weights of its own, so that they come from memory. Printed are medians in ms, and
+the time in which a plain sum reads as many bytes: no step with these products is faster.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LAYERS, WIDTH, INNER = 30, 576, 1536
+SHAPES = (WIDTH, 960), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH)
+
+
+def run_layers(multiply, x, layers):
+    for qkv, out, gate_up, down in layers:
+        x = x + multiply(multiply(x, qkv)[:, :WIDTH], out)
+        inner = multiply(x, gate_up)
+        x = x + multiply(inner[:, :INNER] * inner[:, INNER:], down)
+    return x
+
+
+def time_median(run: Callable[[], object], rounds: int) -> float:
+    """Milliseconds; the first call warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 64, 512])
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    random = np.random.default_rng(0)
+    draw = lambda *shape: 0.02 * random.standard_normal(shape, np.float32)  # noqa: E731
+    arrays = [[draw(*shape) for shape in SHAPES] for _ in range(LAYERS)]
+    ours = jax.tree.map(jnp.asarray, arrays)
+    # PyTorch's linear layers hold [outputs, inputs].
+    theirs = [[torch.tensor(x.T.copy()) for x in layer] for layer in arrays]
+    layers = jax.jit(lambda x, layers: run_layers(jnp.matmul, x, layers))
+    flat = jnp.ones(sum(x.size for layer in arrays for x in layer), jnp.float32)
+    total = jax.jit(jnp.sum)
+    read = time_median(lambda: total(flat).block_until_ready(), args.rounds)
+    print(f"reading {flat.nbytes / 1e6:.0f} MB: {read:.1f} ms")
+    for rows in args.rows:
+        x = draw(rows, WIDTH)
+        held, other = jnp.asarray(x), torch.tensor(x)
+        xla = time_median(lambda x=held: layers(x, ours).block_until_ready(), args.rounds)
+        with torch.no_grad():
+            peer = time_median(lambda x=other: run_layers(F.linear, x, theirs), args.rounds)
+        print(f"{rows:4} rows: XLA {xla:6.1f} ms, PyTorch {peer:6.1f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
