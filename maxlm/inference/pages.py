@@ -62,12 +62,12 @@ class PagePool:
         elif self.ref_counts[page] == 1 and page in self.cached:
             self.evictable[page] = None
 
-    def cache(self, page: int, node: "PrefixNode") -> None:
+    def cache_page(self, page: int, node: "PrefixNode") -> None:
         """Hold a page for a node of the prefix tree."""
         self.retain(page)
         self.cached[page] = node
 
-    def uncache(self, page: int) -> "PrefixNode":
+    def uncache_page(self, page: int) -> "PrefixNode":
         """Free an evictable page and return the node that held it."""
         del self.evictable[page]
         node = self.cached.pop(page)
@@ -172,7 +172,7 @@ class PrefixTree:
             node.children[tokens] = child
         for group, (pool, page) in enumerate(zip(self.pools, pages, strict=True)):
             if page and not child.pages[group]:
-                pool.cache(page, child)
+                pool.cache_page(page, child)
                 child.pages[group] = page
             elif page and child.pages[group] != page:
                 pool.retain(child.pages[group])
@@ -189,13 +189,13 @@ class PrefixTree:
     def evict(self, group: int) -> None:
         """Free the page of a group that has been evictable for longest; KeyError: none is."""
         page = next(iter(self.pools[group].evictable), 0)
-        node = self.pools[group].uncache(page)
+        node = self.pools[group].uncache_page(page)
         node.pages[group] = 0
         if self.windows[group] is None:
             assert not node.children, "a page is evicted before those behind it"
             for pool, other in zip(self.pools, node.pages, strict=True):
                 if other:
-                    pool.uncache(other)
+                    pool.uncache_page(other)
             node.pages = [0] * len(self.pools)
         self._prune(node)
 

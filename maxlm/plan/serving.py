@@ -201,7 +201,7 @@ class ServedModel:
         """Counts the bytes of one sequence's caches."""
         return count_sequence_bytes(self.layer_caches, length, self._count_shards)
 
-    def count_memory(self, rows: int) -> dict[str, float]:
+    def count_memory_bytes(self, rows: int) -> dict[str, float]:
         """Counts the bytes of so many rows at their full length, by what they are for."""
         model, vocab = self.work.config.model, self._count_shards(("vocab",))
         # In fp32, with what sampling makes of them.
@@ -219,7 +219,7 @@ class ServedModel:
 
     def count_max_rows(self) -> int:
         """Counts the sequences that fit."""
-        weights, working, each = self.count_memory(1).values()
+        weights, working, each = self.count_memory_bytes(1).values()
         left = FILL * self.machine.chip.memory_bytes - weights - working
         return max(int(left / each), 0)
 
@@ -259,7 +259,7 @@ class ServedModel:
         together = np.clip(PREFILL_CHUNK // self.options.prompt, 1, rows)
         return rows / together / self.options.new * self.estimate_prefill_seconds(together)
 
-    def estimate_decode(self, rows: Number) -> dict[str, Number]:
+    def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
         """Estimates the seconds of a step that adds a token to every row: its parts, and in all."""
         chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
         dtype, (shape, sends) = self.matmul_dtype, self._plan_pass(1, rows)

@@ -35,7 +35,7 @@ class ServingPoint:
     tokens_per_second: float
     """New tokens of all sequences."""
     time: dict[str, float]
-    """Seconds of a step's parts, and in all (:meth:`ServedModel.estimate_decode`)."""
+    """Seconds of a step's parts, and in all (:meth:`ServedModel.estimate_decode_seconds`)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     else:
         (point,) = list_serving_points(served, [options.batch])
     doubled = (replicas * 2**i for i in range(rows.bit_length()))
-    memory = served.count_memory(-(-point.batch // replicas))
+    memory = served.count_memory_bytes(-(-point.batch // replicas))
     memory |= {"total": sum(memory.values()), "limit": machine.chip.memory_bytes}
     first = float(served.estimate_prefill_seconds())
     return ServingPlan(
@@ -106,7 +106,7 @@ def list_serving_points(served: ServedModel, batches: Sequence[int]) -> tuple[Se
     """Lists serving at each number of sequences; replicas with unequal shares are as slow as the
     one with most."""
     rows = np.ceil(np.asarray(batches, float) / served.sizes["data"])
-    time = served.estimate_decode(rows)
+    time = served.estimate_decode_seconds(rows)
     tpot = time["total"] + served.estimate_prefill_share_seconds(rows)
     columns = (column.tolist() for column in np.broadcast_arrays(tpot, *time.values()))
     return tuple(

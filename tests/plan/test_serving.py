@@ -131,19 +131,19 @@ def test_weights_are_counted_once_and_split():
         served = place("llama3_1_8b", "h100x8", 64, 64, tensor=tensor)
         norms = (2 * config.model.num_layers + 1) * 4096
         whole = 2 * (8_030_261_248 - norms)
-        assert served.count_memory(1)["weights"] == whole / tensor + 4 * norms
-        counted.append(served.count_memory(1)["sequences"])
+        assert served.count_memory_bytes(1)["weights"] == whole / tensor + 4 * norms
+        counted.append(served.count_memory_bytes(1)["sequences"])
     assert counted == sorted(counted, reverse=True)
     fp8 = place("llama3_1_8b", "h100x1", 64, 64, weights="fp8")
     layers = 8_030_261_248 - norms - 2 * 128256 * 4096
-    assert fp8.count_memory(1)["weights"] == whole - layers + 4 * norms
+    assert fp8.count_memory_bytes(1)["weights"] == whole - layers + 4 * norms
 
 
 def test_a_step_is_its_roofline():
     served = place("llama3_1_8b", "h100x1", 1024, 512)
     norms, bandwidth = 65 * 4096, 3350e9 * DECODE_EFFICIENCY["nvidia"].reading
     read = 2 * (8_030_261_248 - norms - 128256 * 4096) + 4 * norms
-    time = served.estimate_decode(np.array([1.0, 4000.0]))
+    time = served.estimate_decode_seconds(np.array([1.0, 4000.0]))
     assert time["weights"][0] == pytest.approx(read / bandwidth)
     cached = 2 * 32 * 8 * 128 * 2 * (1024 + 256) / bandwidth
     assert np.asarray(time["cache"]) == pytest.approx([cached, 4000 * cached])
@@ -161,7 +161,7 @@ def test_tensor_parallelism_sums_up_twice_a_layer():
         return float(served.machine.seconds(kind, ("tensor",), size, split)) / 0.54
 
     own = (2 * 32 + 1) * seconds("all-reduce", hidden) + seconds("all-gather", logits)
-    assert served.estimate_decode(rows)["communication"] == pytest.approx(own)
+    assert served.estimate_decode_seconds(rows)["communication"] == pytest.approx(own)
 
 
 @pytest.mark.parametrize("name", ["llama3_1_8b", "mixtral_8x7b", "gemma3_4b", "deepseek_v2_lite"])
