@@ -50,20 +50,20 @@ class CacheRows:
 
     def match_prefix(self, sequence: Sequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
-        if not self._can_match(sequence):
-            return []
-        return self.tree.match(sequence.tokens, sequence.cache_key)
+        tokens = sequence.tokens[: self._count_matchable(sequence)]
+        return self.tree.match(tokens, sequence.cache_key)
 
     def is_computing_prefix(self, sequence: Sequence) -> bool:
         """Return whether a running sequence is computing more of this one's prefix than the tree
         has, in whole pages."""
-        if not self._can_match(sequence):
+        most = self._count_matchable(sequence)
+        if not most:
             return False
         size, start = self.page_size, len(self.match_prefix(sequence)) * self.page_size
         for other in self.running:
             if other.num_to_compute > 1 and other.cache_key == sequence.cache_key:
                 end = max(start, other.num_computed) // size * size + size
-                if end < len(sequence.tokens) and other.tokens[:end] == sequence.tokens[:end]:
+                if end < most and other.tokens[:end] == sequence.tokens[:end]:
                     return True
         return False
 
@@ -222,9 +222,11 @@ class CacheRows:
             self.pools[group].release(page)
         entries[:] = 0
 
-    def _can_match(self, sequence: Sequence) -> bool:
-        """Return whether a sequence may begin with computed pages: not if an encoder's output is in
-        them, or if the logits of its prompt are wanted."""
+    def _count_matchable(self, sequence: Sequence) -> int:
+        """Return the tokens among which a sequence may begin with computed pages: none if an
+        encoder's output is in them; only those before logits that are wanted."""
         if not self.config.prefix_cache or sequence.encoder_tokens:
-            return False
-        return sequence.request.prompt_logprobs is None or sequence.num_output_tokens > 0
+            return 0
+        if sequence.request.prompt_logprobs is None or sequence.num_output_tokens:
+            return len(sequence.tokens)
+        return sequence.logprobs_start

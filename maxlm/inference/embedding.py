@@ -1,6 +1,6 @@
 """Embeddings of texts: hidden states pooled over tokens, without a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec, reshard
 from maxlm.config import MaxlmError
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.params import Params, bind
-from maxlm.sharding import bind_mesh
+from maxlm.sharding import AxisRules, bind_mesh
 
 Pooling = Literal["mean", "last", "first"]
 """Over all tokens of a text; its last one (causal models); its first one ([CLS])."""
@@ -54,37 +54,60 @@ class Embedder:
             rows: token ids of each text, 1 to ``max_length``.
         """
         found = np.zeros((len(rows), self._model.config.d_model), np.float32)
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        while order:
-            longest = len(rows[order[-1]])
-            width = min(max(16, 1 << (longest - 1).bit_length()), max(self.max_length, longest))
-            take = min(len(order), _ROWS if width <= _LONG else 1)
-            batch = [order.pop() for _ in range(take)]
-            num_rows = -(-(1 if take == 1 else _ROWS) // self._ways) * self._ways
-            tokens, lengths = np.zeros((num_rows, width), np.int32), np.ones(num_rows, np.int32)
-            for place, index in enumerate(batch):
-                lengths[place] = len(rows[index])
-                tokens[place, : lengths[place]] = rows[index]
+        for batch, tokens, lengths in iterate_padded_batches(rows, self.max_length, self._ways):
             pooled = self._run(
                 self._model, pooling or self.default_pooling, self._params, tokens, lengths
             )
-            found[batch] = np.asarray(pooled)[:take]
+            found[batch] = np.asarray(pooled)[: len(batch)]
         return found
+
+
+def iterate_padded_batches(
+    rows: Sequence[Sequence[int]], max_length: int, num_ways: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yields rows in batches of few shapes, the longest ones first: widths are powers of two, and
+    rows ``_ROWS`` or as few as the mesh splits (``num_ways``).
+
+    Yields:
+        Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are padding.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    while order:
+        longest = len(rows[order[-1]])
+        width = min(max(16, 1 << (longest - 1).bit_length()), max(max_length, longest))
+        take = min(len(order), _ROWS if width <= _LONG else 1)
+        batch = [order.pop() for _ in range(take)]
+        num_rows = -(-(1 if take == 1 else _ROWS) // num_ways) * num_ways
+        tokens, lengths = np.zeros((num_rows, width), np.int32), np.ones(num_rows, np.int32)
+        for place, index in enumerate(batch):
+            lengths[place] = len(rows[index])
+            tokens[place, : lengths[place]] = rows[index]
+        yield batch, tokens, lengths
+
+
+def forward_padded(
+    forward: Callable[..., Any], rules: AxisRules, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns hidden states [B, S, D] of rows [B, S] with ``lengths`` [B] tokens each; the tokens'
+    places [B, S], and the lengths [B, 1], as they are laid out."""
+    by_row = rules.spec("batch", None)
+    tokens = reshard(tokens, by_row)
+    lengths = reshard(lengths, rules.spec("batch"))[:, None]
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    places = reshard(places, by_row)
+    segments = (places < lengths).astype(jnp.int32)
+    hidden, _ = forward(tokens, places * segments, segments)
+    return hidden, places, lengths
 
 
 def _embed(
     model: Model, pooling: Pooling, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each."""
-    by_row = model.rules.spec("batch", None)
-    tokens = reshard(tokens, by_row)
-    lengths = reshard(lengths, model.rules.spec("batch"))[:, None]
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    places = reshard(places, by_row)
-    segments = (places < lengths).astype(jnp.int32)
     bound: Any = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
-    hidden, _ = forward(tokens, places * segments, segments)
+    hidden, places, lengths = forward_padded(forward, model.rules, tokens, lengths)
+    segments = (places < lengths).astype(jnp.int32)
     weights = {"mean": segments / lengths, "first": places == 0, "last": places == lengths - 1}
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
     pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)

@@ -9,6 +9,7 @@ that nothing compiles after :meth:`Engine.warm_up`.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -421,7 +422,8 @@ class Engine:
 
     def _check_request(self, request: GenerationRequest) -> None:
         where, vocab = f"request {request.request_id}", self.model.config.vocab_size
-        wrong = next((t for t in request.prompt_tokens if not 0 <= t < vocab), None)
+        tokens = chain(request.prompt_tokens, *request.continuations)
+        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
         if wrong is not None:
             what = f"token {wrong} is outside the model's vocabulary of {vocab}"
             fix = "use the tokenizer that the model was trained with"

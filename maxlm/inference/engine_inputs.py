@@ -104,16 +104,18 @@ class InputBuilder:
             own = [sequence.tokens[-1], *drafts.get(sequence, ())]
             tokens[at][: len(own)] = own
             computed[at], counts[at] = sequence.num_computed, num_tokens
-        chunk_tokens, chunk_targets = np.zeros((2, D, C), np.int32)
+        chunk_tokens, chunk_targets = np.zeros((D, C), np.int32), np.full((D, C), -1, np.int32)
         rows, starts, sizes, lengths = np.zeros((4, D, F), np.int32)
         for at, begin, (sequence, start, size, _) in self._locate_chunks(plan):
             rows[at], starts[at], sizes[at] = sequence.row, start, size
             lengths[at] = len(sequence.tokens)
             own = sequence.tokens[start : start + size + 1]
             chunk_tokens[at[0], begin : begin + size] = own[:size]
-            chunk_targets[at[0], begin : begin + len(own) - 1] = own[1:]
+            if sequence.request.prompt_logprobs is not None:
+                first = max(0, sequence.logprobs_start - 1 - start)
+                last = min(len(own), sequence.num_prompt_tokens - start) - 1
+                chunk_targets[at[0], begin + first : begin + last] = own[first + 1 : last + 1]
         asked = [part.sequence.request for part in (*plan.decode, *plan.prefill)]
-        prompts = [chunk.sequence.request for chunk in plan.prefill]
         return StepInputs(
             tokens=tokens,
             computed=computed,
@@ -131,10 +133,8 @@ class InputBuilder:
             prompt_lengths=self._prompt_lengths,
             allowed=self._make_masks(plan, shape, drafts, matchers),
             has_grammar=np.bool_(bool(matchers)),
+            forced_tokens=self._stack_forced_tokens(plan, shape),
             logprobs_wanted=np.bool_(any(request.top_logprobs is not None for request in asked)),
-            prompt_logprobs_wanted=np.bool_(
-                any(request.prompt_logprobs is not None for request in prompts)
-            ),
         )
 
     def stack_page_copies(
@@ -179,7 +179,9 @@ class InputBuilder:
     ) -> list[TokenLogprob]:
         """Returns the tokens of the prompt that follow those of a plan's chunk."""
         (shard, _), begin, (sequence, start, size, _) = self._locate_chunks(plan)[place]
-        known = sequence.tokens[start + 1 : min(start + size + 1, sequence.num_prompt_tokens)]
+        first = max(start + 1, sequence.logprobs_start)
+        known = sequence.tokens[first : min(start + size + 1, sequence.num_prompt_tokens)]
+        begin += first - start - 1
         chosen, top_ids, top = (np.asarray(x)[shard, begin:] for x in result.prompt_logprobs)
         return [
             TokenLogprob(token, float(chosen[i]), _zip(top_ids[i], top[i]))
@@ -225,6 +227,18 @@ class InputBuilder:
         )
         self._settings = RowSettings(*(x.reshape(D, R, *x.shape[1:]) for x in settings))
         return self._settings
+
+    def _stack_forced_tokens(self, plan: ScheduledStep, shape: StepSizes) -> np.ndarray:
+        """Last tokens of continuations that are scored, int32 [D, b·G + F]; -1: one is drawn."""
+        b, G, _, F, _ = shape
+        forced = np.full((self.rows[0], b * G + F), -1, np.int32)
+        for sequence, _ in plan.decode:
+            if tails := sequence.request.continuations:
+                forced[sequence.shard, sequence.row * G] = tails[sequence.index][-1]
+        for (shard, index), _, chunk in self._locate_chunks(plan):
+            if chunk.samples and (tails := chunk.sequence.request.continuations):
+                forced[shard, b * G + index] = tails[chunk.sequence.index][-1]
+        return forced
 
     def _make_history(
         self, plan: ScheduledStep, drafts: Mapping[Sequence, Items[int]]

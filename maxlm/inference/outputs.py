@@ -53,7 +53,7 @@ class OutputBuilder:
             branching: it has no text, and :meth:`branch` may replace it.
         """
         text = None
-        if self.tokenizer is not None and not branching:
+        if self.tokenizer is not None and not branching and not sequence.request.continuations:
             stops = sequence.request.stop_strings
             text = TextStream(self.tokenizer, stops, continued=continued)
         if matcher is not None:
@@ -120,6 +120,6 @@ class OutputBuilder:
         own, count = self._outputs[chunk.sequence], chunk.sequence.request.prompt_logprobs
         if own.started:
             return  # computed again after a preemption
-        if own.prompt_logprobs is None or chunk.start == 0:
+        if own.prompt_logprobs is None or chunk.start < chunk.sequence.logprobs_start:
             own.prompt_logprobs = []
         own.prompt_logprobs += [token._replace(top=token.top[:count]) for token in tokens]

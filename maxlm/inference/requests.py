@@ -30,6 +30,10 @@ class GenerationRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     num_sequences: int = 1
     """Sequences that continue the prompt, each with a random stream of its own."""
+    continuations: tuple[tuple[int, ...], ...] = ()
+    """Tokens to score behind the prompt, one of these for each sequence, in place of drawing any:
+    the log-probability of a continuation's last token is in the output's ``logprobs``, those of
+    all before it are its ``prompt_logprobs``. The prompt is computed once for all of them."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end the output, and are cut off from it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -41,7 +45,8 @@ class GenerationRequest:
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
     none. They are the model's own: before penalties, temperature and filters."""
     prompt_logprobs: int | None = None
-    """Log-probabilities of each token of the prompt but the first, likewise."""
+    """Log-probabilities of each token of the prompt but the first, likewise; with
+    ``continuations`` of their tokens alone."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """For whoever reads the answers; the engine does not look at them."""
 

@@ -87,21 +87,21 @@ class Scheduler:
         if request.request_id in self._requests:
             what = f"a request {request.request_id} is under way"
             raise MaxlmError(what, where="request_id", fix="use another")
-        arrival = next(self._counter)
-        first = Sequence(
-            request,
-            0,
-            list(tokens),
-            num_prompt_tokens=len(tokens),
-            order=(arrival, arrival),
-            encoder_tokens=encoder_tokens,
-            cache_key=cache_key,
-            needs_host=request.grammar is not None,
-        )
-        others = range(1, request.num_sequences)
+        prompts = [(*tokens, *tail[:-1]) for tail in request.continuations]
+        creations = [next(self._counter) for _ in range(request.num_sequences)]
         sequences = [
-            first,
-            *(first.make_sibling(i, first.tokens, next(self._counter)) for i in others),
+            Sequence(
+                request,
+                index,
+                list(prompt),
+                num_prompt_tokens=len(prompt),
+                num_shared_tokens=len(tokens),
+                order=(creations[0], creations[index]),
+                encoder_tokens=encoder_tokens,
+                cache_key=cache_key,
+                needs_host=request.grammar is not None,
+            )
+            for index, prompt in enumerate(prompts or [tokens] * request.num_sequences)
         ]
         self._requests[request.request_id] = list(sequences)
         self.waiting += sequences
@@ -263,7 +263,8 @@ class Scheduler:
             for place, sequence in enumerate(chosen):
                 share = -(-shard.tokens_left // (len(chosen) - place))
                 self._plan_chunk(shard, sequence, step, share)
-        if not any(row.sequence.shard == shard.shard for row in step.decode):
+        working = [*(row.sequence for row in step.decode), *step.encode]
+        if not any(sequence.shard == shard.shard for sequence in working):
             while shard.running and len(step.prefill) == num_before:
                 # Nothing but prompts, which hold all pages.
                 self._preempt(shard.running[-1])
@@ -276,7 +277,9 @@ class Scheduler:
         """Plan up to ``most`` tokens of a sequence, as far as the shard's pages allow."""
         num_left, prompt_left = sequence.num_to_compute, not sequence.num_output_tokens
         leads = len(self._requests[sequence.request.request_id]) > 1 and self._can_share
-        wanted = num_left - (leads and prompt_left and self._find_leader(sequence) is None)
+        wanted, num_shared = num_left, sequence.num_shared_tokens - 1 - sequence.num_computed
+        if leads and prompt_left and num_shared > 0 and self._find_leader(sequence) is None:
+            wanted = num_shared  # the others go on from there
         wanted = min(wanted, most) if shard.chunks_left else 0
         if num_tokens := shard.reserve(sequence, wanted, step.page_copies):
             shard.spend(num_tokens)
@@ -299,7 +302,11 @@ class Scheduler:
             if sequence.encoder_tokens and not sequence.has_encoder_output:
                 step.encode.append(sequence)
                 shard.spend(len(sequence.encoder_tokens))
-            if sequence.num_to_compute == 1 and shard.reserve(sequence, 1, step.page_copies):
+            decodes = sequence.num_to_compute == 1
+            # A copy of a page that it shares in part: the other may be about to write there.
+            if decodes or sequence.num_computed % self.config.page_size:
+                decodes &= bool(shard.reserve(sequence, 1, step.page_copies))
+            if decodes:
                 step.decode.append(DecodeRow(sequence, 1))
 
     def _find_leader(self, sequence: Sequence) -> Sequence | None:
@@ -312,7 +319,7 @@ class Scheduler:
     def _is_blocked(self, sequence: Sequence) -> bool:
         """Return whether a running sequence is about to compute what this one would."""
         if (leader := self._find_leader(sequence)) is not None:
-            is_prefilled = leader.num_computed >= leader.num_prompt_tokens - 1
+            is_prefilled = leader.num_computed >= leader.num_shared_tokens - 1
             has_input = leader.has_encoder_output or not leader.encoder_tokens
             return not (leader.state == "running" and is_prefilled and has_input)
         return any(each.free_rows and each.is_computing_prefix(sequence) for each in self._shards)
@@ -320,7 +327,7 @@ class Scheduler:
     def _place(self, sequence: Sequence) -> CacheRows | None:
         """Give a sequence a row where most of its prefix is, then where most pages are free; None:
         there is no room."""
-        num_prefilled, leader = sequence.num_prompt_tokens - 1, self._find_leader(sequence)
+        num_prefilled, leader = sequence.num_shared_tokens - 1, self._find_leader(sequence)
         if leader is not None:
             shard = self._shards[leader.shard]
             if shard.can_fork(leader, num_prefilled):

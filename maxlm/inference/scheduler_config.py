@@ -59,13 +59,18 @@ def check_request(
     if not request.prompt_tokens or request.num_sequences < 1:
         what = "a request needs a token to continue, and a sequence"
         raise MaxlmError(what, where=where, fix="give a prompt, and num_sequences of 1 or more")
+    if tails := request.continuations:
+        if not all(tails) or request.num_sequences != len(tails) or request.prompt_logprobs is None:
+            what = "continuations are scored one a sequence, with prompt_logprobs, and have tokens"
+            raise MaxlmError(what, where=where, fix=f"set num_sequences={len(tails)}")
+        num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
     if num_prompt_tokens + new > config.max_length:
         what = f"{num_prompt_tokens:,} tokens of prompt and max_new_tokens={new} are more than "
         what += f"the {config.max_length:,} of the longest sequence (max_length)"
         raise MaxlmError(what, where=where, fix="shorten the prompt, or ask for fewer new tokens")
     for window, num_pages in zip(windows, count_pages(config, windows), strict=True):
         # The last token is never read.
-        wanted = -(-(num_prompt_tokens + new - 1) // config.page_size)
+        wanted = -(-(num_prompt_tokens + max(new, 1) - 1) // config.page_size)
         if window is not None:
             wanted = min(wanted, count_spanned_pages(window, config.page_size))
         if wanted > num_pages - 1:

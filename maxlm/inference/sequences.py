@@ -19,6 +19,8 @@ class Sequence:
     tokens: list[int]
     """Prompt (of the decoder) and output."""
     num_prompt_tokens: int
+    num_shared_tokens: int
+    """Tokens of the prompt that the request's other sequences have as well."""
     order: tuple[int, int]
     """Its request's place by arrival, its own by creation: smaller ones go first."""
     encoder_tokens: tuple[int, ...] = ()
@@ -51,12 +53,18 @@ class Sequence:
     def make_sibling(self, index: int, tokens: list[int], creation: int) -> "Sequence":
         """Return a waiting sequence of the same request."""
         order, shared = (self.order[0], creation), (self.encoder_tokens, self.cache_key)
-        own = self.request, index, list(tokens), self.num_prompt_tokens, order, *shared
+        counts = self.num_prompt_tokens, self.num_shared_tokens
+        own = self.request, index, list(tokens), *counts, order, *shared
         return Sequence(*own, needs_host=self.needs_host)
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def logprobs_start(self) -> int:
+        """Index of the first token of the prompt whose log-probability may be wanted."""
+        return self.num_shared_tokens if self.request.continuations else 1
 
     @property
     def num_to_compute(self) -> int:

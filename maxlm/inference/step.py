@@ -72,7 +72,8 @@ class StepInputs(NamedTuple):
     chunk_tokens: Array
     """int32 [D, C], chunk after chunk."""
     chunk_targets: Array
-    """int32 [D, C]: the token that follows each of them."""
+    """int32 [D, C]: the token that follows each of them, where its log-probability is wanted; -1:
+    it is not."""
     chunk_rows: Array
     """int32 [D, F]."""
     chunk_starts: Array
@@ -93,9 +94,9 @@ class StepInputs(NamedTuple):
     """uint32 [D, b·G + F, words]: tokens that grammars allow."""
     has_grammar: Array
     """bool []: whether ``allowed`` is to be looked at."""
+    forced_tokens: Array
+    """int32 [D, b·G + F]: results in place of drawn ones; -1: draw."""
     logprobs_wanted: Array
-    """bool []."""
-    prompt_logprobs_wanted: Array
     """bool []."""
 
 
@@ -202,7 +203,7 @@ def run_step(
         params: as :func:`~maxlm.inference.params.prepare_params` returns them.
     """
     split, whole = model.rules.spec("batch"), PartitionSpec()
-    scalars = "num_steps", "has_grammar", "logprobs_wanted", "prompt_logprobs_wanted"
+    scalars = "num_steps", "has_grammar", "logprobs_wanted"
     kept = {name: reshard(getattr(inputs, name), whole) for name in scalars}
     inputs = jax.tree.map(lambda x: reshard(x, split) if x.ndim else x, inputs)
     inputs = inputs._replace(**kept)
@@ -246,10 +247,10 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
     lengths = jnp.concatenate([lengths, inputs.chunk_starts + inputs.chunk_sizes], axis=1)
     lengths = jnp.maximum(lengths, 0)
 
-    def local(flags, logits, rows, lengths, settings, history, prompt_lengths, allowed):
+    def local(flags, *given):
         has_grammar, logprobs_wanted = flags
-        logits, rows, lengths, settings, history, prompt_lengths, allowed = jax.tree.map(
-            lambda x: x[0], (logits, rows, lengths, settings, history, prompt_lengths, allowed)
+        logits, rows, lengths, settings, history, prompt_lengths, allowed, forced = jax.tree.map(
+            lambda x: x[0], given
         )
         own = jax.tree.map(lambda x: x[rows], settings)
         masked = logits_processors.apply_if(
@@ -262,7 +263,8 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
         processed = process_logits(
             masked, own, history[rows], prompt_lengths[rows], lengths, vocab_size=vocab_size
         )
-        tokens = sample_tokens(processed, make_keys(own, lengths))
+        drawn = sample_tokens(processed, make_keys(own, lengths))
+        tokens = jnp.where(forced >= 0, forced, drawn)
         logprobs = compute_logprobs(
             logits, tokens, logprobs_wanted, vocab_size=vocab_size, top=TOP_LOGPROBS
         )
@@ -270,6 +272,7 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
 
     shards = rules.spec("batch")
     given = rows, lengths, inputs.settings, inputs.history, inputs.prompt_lengths, inputs.allowed
+    given = *given, inputs.forced_tokens
     flags = inputs.has_grammar, inputs.logprobs_wanted
     specs = PartitionSpec(), *(shards,) * (1 + len(given))
     result = map_shards(local, specs, shards)(flags, logits, *given)
@@ -313,8 +316,9 @@ def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState
 
 
 def _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs) -> TokenLogprobs:
-    """Log-probabilities of the tokens that follow each of the chunks', [D, C, ...]; a block at a
-    time, so that few logits are held."""
+    """Log-probabilities of the tokens that follow those of the chunks, where they are wanted,
+    [D, C, ...]; a block at a time, so that few logits are held, and no more blocks than these
+    fill."""
     D, C = inputs.chunk_tokens.shape
     size = min(TOP_LOGPROBS, vocab_size)
     shapes: Any = ((D, C), jnp.float32), ((D, C, size), jnp.int32), ((D, C, size), jnp.float32)
@@ -322,21 +326,32 @@ def _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs) -> TokenL
     none = TokenLogprobs(*(jnp.zeros(*s, out_sharding=layout) for s in shapes))
     if not C:
         return none
+    block = min(PROMPT_BLOCK, C)
+    wanted = inputs.chunk_targets >= 0
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    most = jnp.max(reshard(jnp.sum(wanted, axis=1), PartitionSpec()))
 
-    def compute(hidden):
-        blocks = []
-        for start in range(0, C, PROMPT_BLOCK):
-            stop = min(start + PROMPT_BLOCK, C)
-            logits = bound.logits(hidden[:, start:stop])
-            targets = inputs.chunk_targets[:, start:stop]
-            blocks.append(
-                compute_logprobs(
-                    logits, targets, jnp.ones((), bool), vocab_size=vocab_size, top=TOP_LOGPROBS
-                )
-            )
-        return TokenLogprobs(*(jnp.concatenate(x, axis=1) for x in zip(*blocks, strict=True)))
+    def compute_block(carry):
+        start, found = carry
+        start = jnp.minimum(start, C - block)
+        own = lax.dynamic_slice_in_dim(order, start, block, 1)
+        targets = jnp.take_along_axis(inputs.chunk_targets, own, axis=1)
+        logits = bound.logits(jnp.take_along_axis(hidden, own[..., None], axis=1))
+        logprobs = compute_logprobs(
+            logits,
+            jnp.maximum(targets, 0),
+            jnp.ones((), bool),
+            vocab_size=vocab_size,
+            top=TOP_LOGPROBS,
+        )
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return start + block, jax.tree.map(write, found, TokenLogprobs(*logprobs))
 
-    return lax.cond(inputs.prompt_logprobs_wanted, compute, lambda _: none, hidden)
+    start = jnp.zeros((), jnp.int32)
+    _, found = lax.while_loop(lambda carry: carry[0] < most, compute_block, (start, none))
+    rank = jnp.maximum(jnp.cumsum(wanted, axis=1) - 1, 0)
+    pick = lambda x: jnp.take_along_axis(x, rank.reshape(D, C, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+    return jax.tree.map(pick, found)
 
 
 def _merge(x: jax.Array, rules: AxisRules) -> jax.Array:

@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from maxlm.inference.embedding import Pooling
-from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.scoring import make_score_request, read_score
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
 from maxlm.serving.schemas import EmbeddingBody, ScoreBody, list_prompts
@@ -57,32 +56,30 @@ async def create_scores(state: ServerState, request: Request) -> Response:
         heads = await state.encode_prompts(firsts)
         tails = [state.tokenizer.encode(str(text)) for text in seconds]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
-        scores = await _score_tails(state, request, rows, [*map(len, tails)])
+        scores = await _score_tails(state, request, heads, tails)
     data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
     return _respond(state, rows, data, id=f"score-{uuid4().hex}")
 
 
 async def _score_tails(
-    state: ServerState, request: Request, rows: Rows, tail_lengths: list[int]
+    state: ServerState, request: Request, heads: Rows, tails: list[list[int]]
 ) -> list[float]:
-    """Returns the mean log-probability of each row's last tokens."""
-    if not all(tail_lengths):
+    """Returns the mean log-probability of each tail's tokens behind its head."""
+    if not all(tails):
         raise ApiError(400, "a text is empty", param="text_2")
-    for row in rows:
-        state.resolve_max_tokens(len(row), 1)
-    name, greedy = uuid4().hex, SamplingConfig(temperature=0, max_new_tokens=1)
+    for head, tail in zip(heads, tails, strict=True):
+        state.resolve_max_tokens(len(head) + len(tail), 1)
+    name = uuid4().hex
     asked = [
-        GenerationRequest(f"{name}-{n}", row, greedy, prompt_logprobs=0)
-        for n, row in enumerate(rows)
+        make_score_request(f"{name}-{n}", head, [tail])
+        for n, (head, tail) in enumerate(zip(heads, tails, strict=True))
     ]
-    scores = [0.0] * len(rows)
+    scores = [0.0] * len(tails)
 
     async def collect() -> None:
         async for output in stream:
-            if output.prompt_logprobs is not None:
-                index = int(output.request_id.rpartition("-")[2])
-                tail = output.prompt_logprobs[-tail_lengths[index] :]
-                scores[index] = sum(each.logprob for each in tail) / len(tail)
+            index = int(output.request_id.rpartition("-")[2])
+            scores[index] = read_score(output, tails[index]).logprob / len(tails[index])
 
     with await state.engine_loop.submit(asked) as stream:
         await cancel_on_disconnect(request, collect())

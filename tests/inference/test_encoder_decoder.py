@@ -12,6 +12,7 @@ import pytest
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from maxlm.models.params import bind, param_specs
 from maxlm.sharding import AxisRules
@@ -90,6 +91,20 @@ def test_greedy_rows_equal_whole_passes(both):
             written.append(int(forward(model, params, PROMPTS[prompt], written)[-1].argmax()))
         assert row == written[1:]
     assert len({tuple(row) for row in found.values()}) == len(PROMPTS)  # the input matters
+
+
+def test_outputs_that_are_given_are_scored(both):
+    """Behind the token that outputs begin with, with the input read once for all of its outputs."""
+    model, params = both
+    config = EngineConfig(max_sequences=2, max_length=12, page_size=4)
+    tails = [[7, 9, 3, 1, 2], [8], [7, 2]]
+    pairs = [(prompt, tail) for prompt in PROMPTS for tail in tails]
+    scores = Scorer(Engine(model, params, config)).score(pairs)
+    for (prompt, tail), score in zip(pairs, scores, strict=True):
+        logits = forward(model, params, prompt, [model.config.start_id, *tail])[:-1]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tail)), tail]
+        assert score.logprob == pytest.approx(logprobs.sum(), abs=1e-4)
+        assert score.is_greedy == bool((logits.argmax(-1) == tail).all())
 
 
 def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):

@@ -1,6 +1,8 @@
 """Promise: whatever runs together, in whatever chunks, pages and steps, each sequence's tokens are
 those of whole forward passes of it alone."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -155,6 +157,32 @@ def test_log_probabilities_are_the_model_s_own(llama):
             best = np.argsort(-row)[: len(one.top)]
             assert [token for token, _ in one.top] == best.tolist()
         assert {len(one.top) for one in own[0].logprobs} == {3}
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 5, "num_pages": 14}])
+def test_continuations_are_scored_behind_what_they_share(llama, settings):
+    """Each token of several continuations has the log-probability of a whole pass, whatever else
+    runs, on few pages too; a context may end anywhere in a page, and is as long as can be."""
+    tails = ((3, 1, 4, 1, 5), (9,), (3, 1, 4), (2, 6))
+    contexts = [PROMPTS[1], [5, 9, 2, 40, 3, 8], [11], list(range(7, 51))]
+    engine = make_engine(llama, **settings)
+    options = {"num_sequences": 4, "continuations": tails, "top_logprobs": 1}
+    requests = make_requests(contexts, GREEDY.model_copy(update={"max_new_tokens": 1}), **options)
+    requests = [replace(each, prompt_logprobs=1) for each in requests]
+    (other,) = make_requests([PROMPTS[2]], GREEDY)
+    outputs = list(engine.run([replace(other, request_id="other"), *requests]))
+    assert collect(outputs)["other", 0] == llama.greedy(PROMPTS[2], 9)
+    scored = [each for each in outputs if each.request_id != "other"]
+    assert len(scored) == len(contexts) * len(tails)
+    for output in scored:
+        context, tail = contexts[int(output.request_id)], tails[output.sequence_index]
+        wanted = np.asarray(jax.nn.log_softmax(llama.logits([*context, *tail])))
+        found = [*output.prompt_logprobs, *output.logprobs]
+        assert [one.token_id for one in found] == [*tail]
+        for place, one in enumerate(found, len(context) - 1):
+            assert one.logprob == pytest.approx(wanted[place, one.token_id], abs=1e-4)
+            assert one.top[0][0] == wanted[place].argmax()
+    assert engine.stats().num_free_pages == engine.stats().num_pages
 
 
 def test_a_row_stops_at_a_stop_token_and_the_others_go_on(llama):

@@ -188,14 +188,18 @@ def test_random_traffic_computes_every_token_from_its_own_context(windows, num_p
         if rng.random() < 0.35:
             prefix = prefixes[rng.integers(3)][: rng.integers(longest // 2)]
             tokens = [*prefix, *rng.integers(0, STOP, rng.integers(1, 9)).tolist()]
-            request = make_request(
-                tokens,
-                next(names),
-                new=int(rng.integers(1, longest - 1 - len(tokens))),
-                num_sequences=int(rng.choice([1, 1, 1, 2, 4])),
-                grammar=GrammarSpec("json_object") if rng.random() < 0.1 else None,
-                prompt_logprobs=0 if rng.random() < 0.1 else None,
-            )
+            how = {
+                "new": int(rng.integers(1, longest - 1 - len(tokens))),
+                "num_sequences": int(rng.choice([1, 1, 1, 2, 4])),
+                "grammar": GrammarSpec("json_object") if rng.random() < 0.1 else None,
+                "prompt_logprobs": 0 if rng.random() < 0.1 else None,
+            }
+            if rng.random() < 0.2:  # continuations to score
+                tails = [rng.integers(0, STOP, rng.integers(1, 9)) for _ in range(rng.integers(6))]
+                tails = tuple(tuple(tail.tolist()) for tail in [*tails, np.array([1])])
+                how |= {"new": 1, "num_sequences": len(tails), "continuations": tails}
+                how |= {"grammar": None, "prompt_logprobs": 0}
+            request = make_request(tokens, next(names), **how)
             requests += scheduler.add(request, cache_key=int(rng.integers(2)))
         if rng.random() < 0.06:
             abort_one()
@@ -398,6 +402,23 @@ def test_prompts_start_when_there_are_pages_for_all_of_them():
     finish_all(scheduler, device)
     assert longer.num_cached_tokens == 36  # the other took a page of it
     assert scheduler.num_preemptions == 0
+
+
+def test_continuations_share_a_context_of_any_length():
+    """Continuations that are scored compute the context once, and its whole pages not at all where
+    the tree has them; but always its last token, behind which their first ones are looked up."""
+    tails = ((1, 2, 3, 4, 5), (2,), (1, 2, 3))
+    scheduler, device = simulate(max_sequences=4)
+    context = [*range(10), 7]
+    for number, cached in enumerate([0, 8]):
+        options = {"num_sequences": 3, "continuations": tails, "prompt_logprobs": 0}
+        before = device.num_prefilled
+        sequences = scheduler.add(make_request(context, number, 1, **options))
+        finish_all(scheduler, device)
+        # 5 of the first, 3 of the last; the second decodes its one token.
+        assert device.num_prefilled - before == len(context) - 1 - cached + 5 + 3
+        assert sequences[0].num_cached_tokens == cached
+    check_rest(scheduler, device)
 
 
 def test_prompt_logprobs_need_the_whole_prompt():

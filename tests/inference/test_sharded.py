@@ -9,6 +9,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel
 from maxlm.inference.step import run_step
@@ -59,6 +60,18 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
         return found
 
     assert run(one) == run(four)
+
+
+def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
+    pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
+
+    def run(tiny):
+        config = EngineConfig(**SMALL | {"max_length": 20})  # one context is cut
+        return Scorer(Engine(tiny.model, tiny.params, config)).score(pairs)
+
+    for ours, wanted in zip(run(sharded), run(tinies["llama"]), strict=True):
+        assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert ours.is_greedy == wanted.is_greedy
 
 
 def test_caches_stay_split_and_are_never_sent(sharded, eight):

@@ -76,7 +76,13 @@ class FakeEngine:
         return outputs
 
     def _advance(self, s: _Sequence) -> SequenceOutput:
-        request, token = s.request, s.tokens[s.num_sent]
+        request = s.request
+        if request.continuations:
+            tail = request.continuations[s.index]
+            *before, last = (TokenLogprob(each, -0.5, ((each, -0.5),)) for each in tail)
+            ends = {"logprobs": [last], "prompt_logprobs": before, "finish_reason": "length"}
+            return SequenceOutput(request.request_id, s.index, [tail[-1]], **ends)
+        token = s.tokens[s.num_sent]
         s.num_sent += 1
         self.num_generated += 1
         found = SequenceOutput(request.request_id, s.index, [token])

@@ -225,9 +225,9 @@ def test_embeddings_and_scores(start_server):
     score = {"text_1": "ab", "text_2": ["c", "qz"]}
     answer = server.http.post("/v1/score", json=score).json()
     assert [each["score"] for each in answer["data"]] == [-0.5, -0.5]
-    assert server.engine.tokenizer.decode(server.engine.requests[-1].prompt_tokens) == (
-        "<|endoftext|>abqz"
-    )
+    asked = server.engine.requests[-1]
+    tokens = [*asked.prompt_tokens, *asked.continuations[0]]
+    assert server.engine.tokenizer.decode(tokens) == "<|endoftext|>abqz"
     answer = server.http.post("/v1/score", json={**score, "method": "cosine"}).json()
     expected = [np.dot(*Embedder().embed([[0] * 3, [0] * n], None)) for n in (2, 3)]
     assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-6)
