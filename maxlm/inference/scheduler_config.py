@@ -64,8 +64,8 @@ def check_request(
             what = "continuations are scored one a sequence, with prompt_logprobs, and have tokens"
             raise MaxlmError(what, where=where, fix=f"set num_sequences={len(tails)}")
         num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
-    if num_prompt_tokens + new > config.max_length:
-        what = f"{num_prompt_tokens:,} tokens of prompt and max_new_tokens={new} are more than "
+    if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
+        what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are more than "
         what += f"the {config.max_length:,} of the longest sequence (max_length)"
         raise MaxlmError(what, where=where, fix="shorten the prompt, or ask for fewer new tokens")
     for window, num_pages in zip(windows, count_pages(config, windows), strict=True):

@@ -41,7 +41,7 @@ class Scorer:
 
         Args:
             pairs: token ids; no context and no continuation is empty. A context too long loses its
-                first tokens; an encoder reads all of it.
+                first tokens.
             on_progress: is told how many pairs are done.
 
         Raises:
@@ -73,14 +73,14 @@ class Scorer:
         return [scores[index] for index in range(len(pairs))]
 
     def _cut_context(self, context: Tokens, continuation: Tokens) -> tuple[int, ...]:
-        if isinstance(self.engine.model, EncoderDecoder):
-            return tuple(context)
-        room = self.engine.config.max_length + 1 - len(continuation)
-        if room < 1:
+        longest = self.engine.config.max_length
+        if len(continuation) > longest:
             what = f"a continuation has {len(continuation):,} tokens; the longest sequence has "
-            what += f"{self.engine.config.max_length:,} (max_length)"
+            what += f"{longest:,} (max_length)"
             raise MaxlmError(what, fix="score it in parts")
-        return tuple(context[-room:])
+        # The last token is looked up, never read. An encoder reads contexts apart from it.
+        behind = 0 if isinstance(self.engine.model, EncoderDecoder) else len(continuation) - 1
+        return tuple(context[behind - longest :])
 
 
 def make_score_request(

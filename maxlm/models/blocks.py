@@ -242,12 +242,29 @@ class Block(nnx.Module):
             keys = self.project_keys_values(encoded)
             return cross.cross_attend(x, keys, encoded.pair_segment_ids(inputs))
         # A step of inference: each row's tokens with its own input.
-        batch = inputs.batch
-        keys, segments = jax.tree.map(lambda a: fold_rows(a[:, : batch.uniform_rows[0]]), encoded)
-        y = fold_rows(batch.split_rows(x))
-        own = jnp.ones_like(y[..., 0], jnp.int32)
-        y = cross.cross_attend(y, keys, (own, segments))
-        return y.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
+
+        def attend(tokens: jax.Array, encoded: EncoderOutput) -> jax.Array:
+            """[D, n, T, ...] → [D, n·T, ...]."""
+            D, n, T, *rest = tokens.shape
+            keys, segments = jax.tree.map(fold_rows, encoded)
+            own = jnp.ones((D * n, T), jnp.int32, out_sharding=jax.typeof(segments).sharding)
+            y = cross.cross_attend(fold_rows(tokens), keys, (own, segments))
+            return y.reshape(D, n * T, *rest, out_sharding=jax.typeof(x).sharding)
+
+        batch, b = inputs.batch, inputs.batch.uniform_rows[0]
+        split = b * batch.uniform_rows[1]
+        rows = jax.tree.map(lambda a: a[:, :b], encoded)
+        y = attend(batch.split_rows(x[:, :split]), rows)
+        if split == x.shape[1]:
+            return y
+        tokens, places = batch.split_chunks(x)
+        ids = batch.chunk_rows
+        chunks = jax.tree.map(
+            lambda a: jnp.take_along_axis(a, ids.reshape(*ids.shape, *(1,) * (a.ndim - 2)), 1),
+            encoded,
+        )
+        after = jnp.take_along_axis(attend(tokens, chunks), places[..., None], axis=1)
+        return jnp.concatenate([y, after], axis=1)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)

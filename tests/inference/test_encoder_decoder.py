@@ -96,7 +96,7 @@ def test_greedy_rows_equal_whole_passes(both):
 def test_outputs_that_are_given_are_scored(both):
     """Behind the token that outputs begin with, with the input read once for all of its outputs."""
     model, params = both
-    config = EngineConfig(max_sequences=2, max_length=12, page_size=4)
+    config = EngineConfig(max_sequences=2, max_length=16, page_size=4)
     tails = [[7, 9, 3, 1, 2], [8], [7, 2]]
     pairs = [(prompt, tail) for prompt in PROMPTS for tail in tails]
     scores = Scorer(Engine(model, params, config)).score(pairs)

@@ -1,5 +1,6 @@
 """Tokens of a step, several sequences side by side, and how caches take them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,25 @@ class RaggedBatch:
         first, _, *rest = jax.typeof(x).sharding.spec
         spec = PartitionSpec(first, None, None, *rest)
         return x.reshape(len(x), *self.uniform_rows, *x.shape[2:], out_sharding=spec)
+
+
+    def split_chunks(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gathers the tokens of chunks from x [D, S, ...] to [D, F, C, ...], each chunk as long as
+        all of them, C; returns them, and where each of the C tokens is in F·C, [D, C]."""
+        first, begins = self.uniform_rows[0], math.prod(self.uniform_rows)
+        starts = self.query_starts[:, first:]
+        (D, F), C = self.chunk_rows.shape, x.shape[1] - begins
+        place = jnp.arange(C, dtype=jnp.int32)
+        at = jnp.minimum(starts[:, :-1, None] + place, x.shape[1] - 1)
+        batch, _, *rest = jax.typeof(x).sharding.spec
+        flat = at.reshape(D, F * C, *(1,) * (x.ndim - 2))
+        spec = PartitionSpec(batch, None, None, *rest)
+        tokens = jnp.take_along_axis(x, flat, axis=1)
+        tokens = tokens.reshape(D, F, C, *x.shape[2:], out_sharding=spec)
+        chunk = jnp.sum(place[:, None] + begins >= starts[:, None, 1:], axis=-1)
+        chunk = jnp.minimum(chunk, F - 1)
+        own = place + begins - jnp.take_along_axis(starts, chunk, axis=1)
+        return tokens, jnp.clip(chunk * C + own, 0, F * C - 1)
 
 
 def fold_rows(x: jax.Array) -> jax.Array:
