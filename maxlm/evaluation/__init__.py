@@ -1,1 +1,1 @@
-"""What a model can do, in the numbers that others publish: scores, tasks, judges, ratings."""
+"""Evaluation: scores, tasks, code that is run, judges, ratings, and reports of them."""

@@ -85,7 +85,7 @@ def iterate_padded_batches(
         yield batch, tokens, lengths
 
 
-def forward_padded(
+def compute_padded_states(
     forward: Callable[..., Any], rules: AxisRules, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns hidden states [B, S, D] of rows [B, S] with ``lengths`` [B] tokens each; the tokens'
@@ -106,7 +106,7 @@ def _embed(
     """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each."""
     bound: Any = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
-    hidden, places, lengths = forward_padded(forward, model.rules, tokens, lengths)
+    hidden, places, lengths = compute_padded_states(forward, model.rules, tokens, lengths)
     segments = (places < lengths).astype(jnp.int32)
     weights = {"mean": segments / lengths, "first": places == 0, "last": places == lengths - 1}
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))

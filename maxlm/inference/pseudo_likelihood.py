@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.inference.embedding import forward_padded, iterate_padded_batches
+from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.scoring import ContinuationScore, Tokens
 from maxlm.models.architectures import Encoder
 from maxlm.models.params import Params, bind
@@ -53,8 +53,8 @@ class MaskedScorer:
         Raises:
             MaxlmError: a pair that is longer than the model's longest row.
         """
-        rows, places, owners = [], [], []
-        for index, (context, continuation) in enumerate(pairs):
+        rows, places = [], []
+        for context, continuation in pairs:
             row, start = self._wrap([*context, *continuation])
             if len(row) > self._model.config.max_seq_len:
                 what = f"a text has {len(row):,} tokens, and the model reads "
@@ -64,7 +64,6 @@ class MaskedScorer:
             for place in range(first, first + len(continuation)):
                 rows.append(row)
                 places.append(place)
-                owners.append(index)
         at, logprobs = np.array(places, np.int32), np.zeros(len(rows))
         is_greedy, num_done = np.zeros(len(rows), bool), 0
         length = self._model.config.max_seq_len
@@ -78,10 +77,11 @@ class MaskedScorer:
             num_done += len(batch)
             if on_progress is not None:
                 on_progress(num_done * len(pairs) // len(rows))
-        sums, wrong = np.zeros(len(pairs)), np.zeros(len(pairs), int)
-        np.add.at(sums, owners, logprobs)
-        np.add.at(wrong, owners, ~is_greedy)
-        return [ContinuationScore(float(s), not w) for s, w in zip(sums, wrong, strict=True)]
+        ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
+        return [
+            ContinuationScore(float(own.sum()), bool(greedy.all()), tuple(own.tolist()))
+            for own, greedy in zip(np.split(logprobs, ends), np.split(is_greedy, ends), strict=True)
+        ]
 
 
 def _score_masked(
@@ -95,7 +95,7 @@ def _score_masked(
     """Returns the log-probability [B] of ``targets`` [B] at ``places`` [B] of rows [B, S], and
     whether each is the likeliest token there."""
     bound: Any = bind(model, params)
-    hidden, _, _ = forward_padded(bound, model.rules, tokens, lengths)
+    hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
     places, targets = (reshard(x, model.rules.spec("batch"))[:, None] for x in (places, targets))
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     logprobs = jax.nn.log_softmax(bound.logits(hidden)[:, 0].astype(jnp.float32))

@@ -61,7 +61,7 @@ def check_request(
         raise MaxlmError(what, where=where, fix="give a prompt, and num_sequences of 1 or more")
     if tails := request.continuations:
         if not all(tails) or request.num_sequences != len(tails) or request.prompt_logprobs is None:
-            what = "continuations are scored one a sequence, with prompt_logprobs, and have tokens"
+            what = "continuations have tokens, a sequence each, and prompt_logprobs"
             raise MaxlmError(what, where=where, fix=f"set num_sequences={len(tails)}")
         num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
     if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:

@@ -23,6 +23,8 @@ class ContinuationScore(NamedTuple):
     """Sum over its tokens, in nats."""
     is_greedy: bool
     """Whether each of its tokens is the likeliest in its place."""
+    token_logprobs: tuple[float, ...]
+    """Of each token, in nats."""
 
 
 class Scorer:
@@ -103,7 +105,6 @@ def read_score(output: SequenceOutput, continuation: Tokens) -> ContinuationScor
     """Returns the score of a continuation that the engine has read."""
     entries = [*(output.prompt_logprobs or ()), *output.logprobs]
     assert [entry.token_id for entry in entries] == [*continuation]
-    return ContinuationScore(
-        sum(entry.logprob for entry in entries),
-        all(entry.token_id == entry.top[0][0] for entry in entries),
-    )
+    logprobs = tuple(entry.logprob for entry in entries)
+    is_greedy = all(entry.token_id == entry.top[0][0] for entry in entries)
+    return ContinuationScore(sum(logprobs), is_greedy, logprobs)

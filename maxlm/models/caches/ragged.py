@@ -62,7 +62,6 @@ class RaggedBatch:
         spec = PartitionSpec(first, None, None, *rest)
         return x.reshape(len(x), *self.uniform_rows, *x.shape[2:], out_sharding=spec)
 
-
     def split_chunks(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gathers the tokens of chunks from x [D, S, ...] to [D, F, C, ...], each chunk as long as
         all of them, C; returns them, and where each of the C tokens is in F·C, [D, C]."""
