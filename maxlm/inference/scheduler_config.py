@@ -65,8 +65,8 @@ def check_request(
             raise MaxlmError(what, where=where, fix=f"set num_sequences={len(tails)}")
         num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
     if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
-        what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are more than "
-        what += f"the {config.max_length:,} of the longest sequence (max_length)"
+        what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are more "
+        what += f"than the {config.max_length:,} of the longest sequence (max_length)"
         raise MaxlmError(what, where=where, fix="shorten the prompt, or ask for fewer new tokens")
     for window, num_pages in zip(windows, count_pages(config, windows), strict=True):
         # The last token is never read.
