@@ -35,6 +35,7 @@ VERBS = {
     "generate": "Continue a prompt with a trained model.",
     "chat": "Talk with a model in the terminal.",
     "serve": "Serve a model over HTTP, by OpenAI's protocol, with a chat page.",
+    "eval": "Evaluate a model on tasks of lm-evaluation-harness.",
     "convert": "Turn a Hugging Face checkpoint into a run, or a run into one.",
     "tokenizer": "Train, import and try tokenizers.",
     "corpus": "Clean and label documents, and turn them into token stores.",

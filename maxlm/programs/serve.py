@@ -100,9 +100,11 @@ def _make_parts(
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
 
 
-def make_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
-    """Makes the engine that continues prompts with a model, and compiles what it runs; ``settings``
-    are those of ``EngineConfig``."""
+def make_engine(
+    loaded: LoadedRun, settings: Sequence[str] = (), *, warm_up: bool = True
+) -> Engine:
+    """Makes the engine that continues prompts with a model; ``settings`` are those of
+    ``EngineConfig``; ``warm_up``: compile all that it may run now, rather than when it does."""
     config, draft = load_config(EngineConfig, None, settings).value, None
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
@@ -113,6 +115,7 @@ def make_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
             raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
         draft = DraftModel(other.model, other.params)
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
-    print("compiling ...", file=sys.stderr, flush=True)
-    engine.warm_up()
+    if warm_up:
+        print("compiling ...", file=sys.stderr, flush=True)
+        engine.warm_up()
     return engine

@@ -1,0 +1,192 @@
+"""A model of ours for lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness).
+
+Texts become tokens, and tokens texts, as in the harness's own ``HFLM``: scores and generations of
+the same weights are the same.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer, render_chat
+from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.evaluation.scoring import Scorer
+from maxlm.inference.engine import Engine
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures import EncoderDecoder
+
+
+class MaxlmModel(TemplateLM):
+    """Answers the harness's requests with an engine, which has a tokenizer.
+
+    All processes of a mesh over several hosts are given all requests, and have all answers.
+
+    Args:
+        add_bos_token: whether texts open with bos; None: as the tokenizer's documents do.
+        prefix_token_id: what a text without a context follows; None: bos.
+        max_gen_toks: tokens to generate where a task does not say.
+        seed: of tasks that sample; each request has a random stream of its own.
+        on_progress: called with the requests of a kind that are done, and all of them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
+        super().__init__()
+        if engine.tokenizer is None:
+            raise MaxlmError("the engine has no tokenizer", fix="give it the model's")
+        self.engine = engine
+        self.on_progress = on_progress or (lambda done, total: None)
+        self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+        self._codec: Tokenizer = engine.tokenizer
+        self._add_bos, self._prefix_token_id = add_bos_token, prefix_token_id
+        self._max_gen_toks, self._seed = max_gen_toks, seed
+        self._scorer = Scorer(engine)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at once; one more is predicted."""
+        # The engine's request for a score has that one in its prompt, and draws another.
+        return self.engine.config.max_length - 2
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._codec.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._codec.bos_id if self._prefix_token_id is None else self._prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._codec.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids = self._codec.encode(string, allow_special=True)
+        if add_special_tokens is None:  # a chat template may have written the prefix
+            starts = string.startswith(self._codec.decode([self.prefix_token_id]))
+            add_special_tokens = self._add_bos is not False and not starts
+        if not add_special_tokens:
+            return ids
+        prefix = (self._codec.bos_id,) if self._add_bos else self._codec.prefix_ids
+        return [*prefix, *ids, *([self._codec.eos_id] if self.backend == "seq2seq" else [])]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._truncate_pair(context, tail) for _, context, tail in requests]
+        scores = self._scorer.score(pairs, lambda done: self.on_progress(done, len(pairs)))
+        answers = [(score.logprob, score.is_greedy) for score in scores]
+        for (texts, *_), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _truncate_pair(self, context: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
+        if self.backend == "seq2seq":
+            return context[-self.max_length :], tail[: self.max_length]
+        row = [*context, *tail][-(self.max_length + 1) :]
+        start = len(row) - min(len(tail), len(row) - 1)
+        return row[:start], row[start:]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            for window in utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            ):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows)
+        for number, (logprob, _) in zip(owners, answers, strict=True):
+            totals[number] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        asked = [self._make_request(n, *each.args) for n, each in enumerate(requests)]
+        tokens: list[list[int]] = [[] for _ in asked]
+        num_done, special = 0, {*self._codec.special_tokens.values()}
+        for output in self.engine.run(asked):
+            tokens[int(output.request_id)] += output.token_ids
+            num_done += output.finish_reason is not None
+            self.on_progress(num_done, len(asked))
+        answers = []
+        for request, own, ids in zip(requests, asked, tokens, strict=True):
+            # As transformers does: literals of special tokens may end a text, and are not in it.
+            text = self._codec.decode(i for i in ids if i not in special)
+            answers.append(postprocess_generated_text(text, [*own.stop_strings], None))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _make_request(
+        self, number: int, context: str, settings: dict[str, Any]
+    ) -> GenerationRequest:
+        given: dict[str, Any] = {**normalize_gen_kwargs(settings, self._max_gen_toks)}
+        most, end = given.pop("max_gen_toks"), self._codec.decode([self.eot_token_id])
+        stops = handle_stop_sequences(given.pop("until"), eos=end)
+        if not given.pop("do_sample", False):
+            given["temperature"] = 0
+        given["seed"] = (given.get("seed", self._seed) + number) % 2**32
+        if unknown := given.keys() - SamplingConfig.model_fields.keys():
+            what = f"generation_kwargs has {', '.join(sorted(unknown))}"
+            raise MaxlmError(f"{what}, which is no setting of sampling here", where="task")
+        room = self.max_length if self.backend == "seq2seq" else self.max_length - most
+        if room < 1:
+            what = f"max_gen_toks={most} leaves no room for a prompt in max_length="
+            fix = "set a larger max_length, or fewer max_gen_toks"
+            raise MaxlmError(f"{what}{self.max_length}", where="task", fix=fix)
+        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        sampling = SamplingConfig(**given, max_new_tokens=most)
+        own = {"stop_strings": tuple(filter(None, stops)), "stop_token_ids": (self.eot_token_id,)}
+        return GenerationRequest(str(number), tuple(prompt), sampling, **own)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return get_chat_template(self._codec) if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        try:
+            text = render_chat(
+                self._codec, chat_history, add_generation_prompt=add_generation_prompt
+            )
+        except MaxlmError:
+            if not any(each["role"] == "system" for each in chat_history):
+                raise
+            rest = [each for each in chat_history if each["role"] != "system"]
+            return self.apply_chat_template(rest, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        # The last message is the beginning of the answer: what ends its turn is cut off.
+        last = chat_history[-1]["content"]
+        start, tail = text.rindex(last.strip()), last.lstrip()
+        return text[:start] + (tail if text.startswith(tail, start) else last.strip())

@@ -1,0 +1,180 @@
+"""Tasks of lm-evaluation-harness by name, with rows of its own loaders or of local files."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Kind
+
+from maxlm.config import MaxlmError
+from maxlm.evaluation.local_data import describe_missing, load_split
+
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+class MissingData(MaxlmError):
+    """A task has no local files."""
+
+
+class LocalTaskFactory(TaskFactory):
+    """Builds the harness's tasks as its definitions say, with rows of a folder's files.
+
+    Args:
+        shots: examples before each question; None: as a task says.
+
+    Attributes:
+        missing: names of tasks of groups that the folder has no files of; they are left out.
+    """
+
+    def __init__(self, folder: Path, shots: int | None):
+        super().__init__()
+        self._folder, self._shots = folder, shots
+        self.missing: list[str] = []
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+        config = self._load_full_config(entry, overrides)
+        if "dataset_path" not in config:
+            raise MissingData("this task takes no local files", where=entry.name)
+        own = config.get("num_fewshot")
+        shots = own if own == 0 or self._shots is None else self._shots
+        evaluated = config.get("test_split") or config.get("validation_split")
+        few = config.get("fewshot_split") or config.get("training_split")
+        changes: dict[str, Any] = {name: None for name in _SPLITS}
+        rows: dict[str, Any] = {}
+        for split in dict.fromkeys(filter(None, (evaluated, few if shots else None))):
+            found = load_split(self._folder, config, split, is_evaluated=split == evaluated)
+            if found is None:
+                error = describe_missing(self._folder, config, split)
+                raise MissingData(error.what, where=error.where, fix=error.fix)
+            rows[split] = found
+            changes |= {name: split for name in _SPLITS if config.get(name) == split}
+        changes["dataset_kwargs"] = None
+        changes["custom_dataset"] = lambda **_: rows
+        return super()._build_task(entry, (overrides or {}) | changes)
+
+    def _build_tag(self, entry: Any, overrides: Any, registry: Any) -> list[Any]:
+        return self._build_group_members([entry.name], entry.name, overrides, registry)
+
+    def _build_group_members(
+        self, member_list: Any, group_name: str, overrides: Any, registry: Any
+    ) -> list[Any]:
+        names, built, error = [], [], None
+        for item in member_list:
+            entry = registry.get(item) if isinstance(item, str) else None
+            names += sorted(entry.tags) if entry and entry.kind is Kind.TAG else [item]
+        for name in names:
+            try:
+                built += super()._build_group_members([name], group_name, overrides, registry)
+            except MissingData as missing:
+                error = missing
+                if isinstance(name, str) and registry[name].kind is not Kind.GROUP:
+                    self.missing.append(name)
+        if error and not built:
+            raise error
+        return built
+
+
+def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
+    """Raises MaxlmError, with near names, if the harness has no task, group or tag of a name."""
+    known = manager.all_tasks
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.5)
+            near += [k for k in known if k.startswith(name)][:3]
+            fix = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else None
+            raise MaxlmError(f"unknown task {name!r}", where="--tasks", fix=fix)
+
+
+def load_task(
+    manager: TaskManager, name: str, *, data: Path | None, shots: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Loads a task, a group of tasks, or those with a tag.
+
+    Args:
+        data: a folder with files of its rows (:mod:`maxlm.evaluation.local_data`); None: the
+            harness loads them, from the Hugging Face hub.
+        shots: examples before each question; None: as the task says.
+
+    Returns:
+        The tasks and groups as ``lm_eval.evaluator.evaluate`` takes them; names of the group's
+        tasks that the folder has no files of.
+    """
+    factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
+    manager._factory = factory
+    try:
+        loaded: Any = manager.load(name)
+    except MaxlmError:
+        raise
+    except ModuleNotFoundError as error:
+        what = f"it needs a package: {error}"
+        raise MaxlmError(what, where=name, fix="pip install 'maxlm[eval]'") from error
+    except Exception as error:  # definitions run code of their own, and download
+        what = f"the task cannot be loaded ({type(error).__name__}: {error})"
+        fix = None if data else "without internet, --data FOLDER names local files"
+        raise MaxlmError(what, where=name, fix=fix) from error
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own and shots is not None):
+            task.set_config(key="num_fewshot", value=shots or 0)
+    return loaded, getattr(factory, "missing", [])
+
+
+def evaluate_tasks(
+    model: LM,
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    on_task: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a model on tasks, one after the other.
+
+    Args:
+        limit: rows of each task at most; None: all.
+        seed: of what tasks draw (few-shot examples, the order of choices); None: the harness's
+            own, 0 and 1234.
+        chat: write prompts as conversations, by the model's chat template.
+        system: text of the system's message.
+        on_task: called with a name and its tasks, before they are evaluated.
+
+    Returns:
+        The harness's dict of results, with ``samples`` by task, ``missing``: names of tasks
+        without local files, and ``seconds_by_task`` by name of ``names``.
+    """
+    manager = TaskManager()
+    check_task_names(manager, names)
+    merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
+    for name in dict.fromkeys(names):
+        start = time.perf_counter()
+        random.seed(0 if seed is None else seed)
+        np.random.seed(1234 if seed is None else seed)
+        loaded, missing = load_task(manager, name, data=data, shots=shots)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234 if seed is None else seed)
+        if on_task is not None:
+            on_task(name, loaded)
+        found: Any = evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            system_instruction=system,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+        for key, value in found.items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+        merged["missing"] += missing
+        merged["seconds_by_task"][name] = time.perf_counter() - start
+    return merged
