@@ -2,32 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
-from maxlm.cli.common import (
-    MeshOption,
-    SettingsArgument,
-    StepOption,
-    TemplateOption,
-    make_numeric_table,
-    open_console,
-)
+from maxlm.cli import common
+from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
+
+FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 
 
 def command(
+    context: typer.Context,
     model: Annotated[str, Argument(help="A run's folder, a Hugging Face checkpoint's, or a URL.")],
+    tasks: Annotated[str, Option(help="Names by commas: mmlu,gsm8k,arc_challenge.")],
     settings: SettingsArgument = None,
-    tasks: Annotated[str, Option(help="Names by commas: mmlu,gsm8k,arc_challenge.")] = ...,
     shots: Annotated[int | None, Option(min=0, help="Examples; default: the task's.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Rows of each task at most.")] = None,
-    data: Annotated[
-        Path | None, Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
-    ] = None,
+    data: Annotated[Path | None, FolderOption] = None,
     output: Annotated[Path | None, Option(help="Folder of the results.")] = None,
     chat: Annotated[bool, Option("--chat", help="Ask by the model's chat template.")] = False,
-    system: Annotated[str | None, Option(help="The system's message.")] = None,
+    system: Annotated[str | None, Option(help="Text of the system's message.")] = None,
     seed: Annotated[int | None, Option(min=0, help="Of what tasks draw.")] = None,
     mesh: MeshOption = None,
     step: StepOption = None,
@@ -36,30 +32,28 @@ def command(
     """Evaluate a model on tasks of lm-evaluation-harness: mmlu, mmlu_pro, gsm8k, minerva_math,
     arc_challenge, hellaswag, winogrande, truthfulqa_mc2, gpqa_main_zeroshot, and others.
 
-    MODEL may be an OpenAI-compatible server, as http://host:8000/v1. Settings are the engine's, as
-    max_sequences=32; max_length is the longest text. A row of the table is a task's metric.
+    A URL is that of an OpenAI-compatible server: http://host:8000/v1. Settings are the engine's, as
+    max_sequences=32; max_length is the tokens that the model reads at once.
     """
     import logging
     import os
 
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from maxlm.programs.evaluate import evaluate_model, list_metrics
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    options: dict[str, Any] = {"shots": shots, "limit": limit, "data": data, "seed": seed}
-    options |= {"chat": chat, "system": system, "output": output}
-    options |= {"mesh": mesh, "step": step, "template": template}
-    results, folder = evaluate_model(model, names, settings or (), **options)
-    table = make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
-    seconds = results["maxlm"]["seconds_by_task"]
+    options = {**context.params, "tasks": names, "settings": settings or ()}
+    results, folder = evaluate_model(**options)
+    table = common.make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
+    seconds = dict(results["maxlm"]["seconds_by_task"])
     for task, metric, value, error, rows in list_metrics(results):
         spread = "" if error is None else f"{error:.4f}"
         spent = f"{seconds.pop(task):.1f}" if task in seconds else ""
         table.add_row(task, metric, f"{value:.4f}", spread, str(rows), spent)
-    open_console().print(table)
+    common.open_console().print(table)
     if missing := results["missing"]:
-        print(f"{len(missing)} tasks have no files in {data}: {', '.join(missing[:5])} ...")
+        print(f"{len(missing)} tasks have no files in {data}, as {', '.join(missing[:3])}")
     print(f"written: {folder}")
 
 

@@ -1,8 +1,5 @@
-"""A model of ours for lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness).
-
-Texts become tokens, and tokens texts, as in the harness's own ``HFLM``: scores and generations of
-the same weights are the same.
-"""
+"""A model for lm-evaluation-harness. Texts become tokens, and tokens texts, as in the harness's own
+``HFLM``: scores and generations of the same weights are the same."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +7,7 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models import utils as model_utils
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer, render_chat
@@ -36,7 +29,6 @@ class MaxlmModel(TemplateLM):
         prefix_token_id: what a text without a context follows; None: bos.
         max_gen_toks: tokens to generate where a task does not say.
         seed: of tasks that sample; each request has a random stream of its own.
-        on_progress: called with the requests of a kind that are done, and all of them.
     """
 
     def __init__(
@@ -47,52 +39,38 @@ class MaxlmModel(TemplateLM):
         prefix_token_id: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
     ):
         super().__init__()
         if engine.tokenizer is None:
             raise MaxlmError("the engine has no tokenizer", fix="give it the model's")
-        self.engine = engine
-        self.on_progress = on_progress or (lambda done, total: None)
-        self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+        self.engine, self._scorer = engine, Scorer(engine)
         self._codec: Tokenizer = engine.tokenizer
-        self._add_bos, self._prefix_token_id = add_bos_token, prefix_token_id
-        self._max_gen_toks, self._seed = max_gen_toks, seed
-        self._scorer = Scorer(engine)
+        self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+        self.max_length = engine.config.max_length - 2
+        """Tokens that the model reads at once: to score, the engine also holds the one that is
+        predicted last, and draws another."""
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        """Called with the requests that are done, and all of them."""
+        self._add_bos, self._max_gen_toks, self._seed = add_bos_token, max_gen_toks, seed
+        self._prefix = self._codec.bos_id if prefix_token_id is None else prefix_token_id
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model reads at once; one more is predicted."""
-        # The engine's request for a score has that one in its prompt, and draws another.
-        return self.engine.config.max_length - 2
-
-    @property
-    def eot_token_id(self) -> int:
-        return self._codec.eos_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._codec.bos_id if self._prefix_token_id is None else self._prefix_token_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self._codec.fingerprint
+    eot_token_id = property(lambda self: self._codec.eos_id)
+    prefix_token_id = property(lambda self: self._prefix)
+    tokenizer_name = property(lambda self: self._codec.fingerprint)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         ids = self._codec.encode(string, allow_special=True)
         if add_special_tokens is None:  # a chat template may have written the prefix
-            starts = string.startswith(self._codec.decode([self.prefix_token_id]))
+            starts = string.startswith(self._codec.decode([self._prefix]))
             add_special_tokens = self._add_bos is not False and not starts
         if not add_special_tokens:
             return ids
         prefix = (self._codec.bos_id,) if self._add_bos else self._codec.prefix_ids
         return [*prefix, *ids, *([self._codec.eos_id] if self.backend == "seq2seq" else [])]
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -113,60 +91,54 @@ class MaxlmModel(TemplateLM):
         start = len(row) - min(len(tail), len(row) - 1)
         return row[:start], row[start:]
 
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[float]:
-        windows, owners = [], []
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        windows, owners, totals = [], [], [0.0] * len(requests)
         for number, request in enumerate(requests):
-            for window in utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
-            ):
+            ids = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(ids, self._prefix, self.max_length, 1):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
-        totals = [0.0] * len(requests)
-        answers = self._loglikelihood_tokens(windows)
-        for number, (logprob, _) in zip(owners, answers, strict=True):
+        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[number] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        asked = [self._make_request(n, *each.args) for n, each in enumerate(requests)]
+        asked = [self._make_request(number, *each.args) for number, each in enumerate(requests)]
         tokens: list[list[int]] = [[] for _ in asked]
-        num_done, special = 0, {*self._codec.special_tokens.values()}
+        num_done, special, answers = 0, {*self._codec.special_tokens.values()}, []
         for output in self.engine.run(asked):
             tokens[int(output.request_id)] += output.token_ids
             num_done += output.finish_reason is not None
             self.on_progress(num_done, len(asked))
-        answers = []
         for request, own, ids in zip(requests, asked, tokens, strict=True):
             # As transformers does: literals of special tokens may end a text, and are not in it.
             text = self._codec.decode(i for i in ids if i not in special)
-            answers.append(postprocess_generated_text(text, [*own.stop_strings], None))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+            text = model_utils.postprocess_generated_text(text, [*own.stop_strings], None)
+            answers.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return answers
 
     def _make_request(
         self, number: int, context: str, settings: dict[str, Any]
     ) -> GenerationRequest:
-        given: dict[str, Any] = {**normalize_gen_kwargs(settings, self._max_gen_toks)}
+        given: dict[str, Any] = {**model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)}
         most, end = given.pop("max_gen_toks"), self._codec.decode([self.eot_token_id])
-        stops = handle_stop_sequences(given.pop("until"), eos=end)
+        stops = model_utils.handle_stop_sequences(given.pop("until"), eos=end)
         if not given.pop("do_sample", False):
             given["temperature"] = 0
         given["seed"] = (given.get("seed", self._seed) + number) % 2**32
         if unknown := given.keys() - SamplingConfig.model_fields.keys():
-            what = f"generation_kwargs has {', '.join(sorted(unknown))}"
-            raise MaxlmError(f"{what}, which is no setting of sampling here", where="task")
-        room = self.max_length if self.backend == "seq2seq" else self.max_length - most
+            what = f"{', '.join(sorted(unknown))}: no setting of sampling here"
+            raise MaxlmError(what, where="generation_kwargs", fix="leave it out")
+        room = self.max_length - (0 if self.backend == "seq2seq" else most)
         if room < 1:
-            what = f"max_gen_toks={most} leaves no room for a prompt in max_length="
-            fix = "set a larger max_length, or fewer max_gen_toks"
-            raise MaxlmError(f"{what}{self.max_length}", where="task", fix=fix)
-        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        sampling = SamplingConfig(**given, max_new_tokens=most)
+            what = f"max_gen_toks={most} leaves a prompt no room in max_length={self.max_length}"
+            raise MaxlmError(what, where="generation_kwargs", fix="set a larger max_length")
+        prompt = self.tok_encode(context)[-room:] or [self._prefix]
         own = {"stop_strings": tuple(filter(None, stops)), "stop_token_ids": (self.eot_token_id,)}
+        sampling = SamplingConfig(**given, max_new_tokens=most)
         return GenerationRequest(str(number), tuple(prompt), sampling, **own)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -175,15 +147,15 @@ class MaxlmModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        rest = [each for each in chat_history if each["role"] != "system"]
         try:
             text = render_chat(
                 self._codec, chat_history, add_generation_prompt=add_generation_prompt
             )
         except MaxlmError:
-            if not any(each["role"] == "system" for each in chat_history):
+            if len(rest) == len(chat_history):
                 raise
-            rest = [each for each in chat_history if each["role"] != "system"]
-            return self.apply_chat_template(rest, add_generation_prompt)
+            return self.apply_chat_template(rest, add_generation_prompt)  # as HFLM does
         if add_generation_prompt:
             return text
         # The last message is the beginning of the answer: what ends its turn is cut off.

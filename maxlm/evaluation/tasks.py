@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness by name, with rows of its own loaders or of local files."""
 
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,9 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.local_data import describe_missing, load_split
+from maxlm.evaluation.local_data import MissingData, load_split
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-
-
-class MissingData(MaxlmError):
-    """A task has no local files."""
 
 
 class LocalTaskFactory(TaskFactory):
@@ -31,7 +28,7 @@ class LocalTaskFactory(TaskFactory):
         shots: examples before each question; None: as a task says.
 
     Attributes:
-        missing: names of tasks of groups that the folder has no files of; they are left out.
+        missing: tasks of groups that the folder has no files of; they are left out.
     """
 
     def __init__(self, folder: Path, shots: int | None):
@@ -46,18 +43,13 @@ class LocalTaskFactory(TaskFactory):
         own = config.get("num_fewshot")
         shots = own if own == 0 or self._shots is None else self._shots
         evaluated = config.get("test_split") or config.get("validation_split")
-        few = config.get("fewshot_split") or config.get("training_split")
-        changes: dict[str, Any] = {name: None for name in _SPLITS}
-        rows: dict[str, Any] = {}
-        for split in dict.fromkeys(filter(None, (evaluated, few if shots else None))):
-            found = load_split(self._folder, config, split, is_evaluated=split == evaluated)
-            if found is None:
-                error = describe_missing(self._folder, config, split)
-                raise MissingData(error.what, where=error.where, fix=error.fix)
-            rows[split] = found
-            changes |= {name: split for name in _SPLITS if config.get(name) == split}
-        changes["dataset_kwargs"] = None
-        changes["custom_dataset"] = lambda **_: rows
+        examples = config.get("fewshot_split") or config.get("training_split") if shots else None
+        rows = {
+            split: load_split(self._folder, config, split, is_evaluated=split == evaluated)
+            for split in dict.fromkeys(filter(None, (evaluated, examples)))
+        }
+        changes = {name: config.get(name) if config.get(name) in rows else None for name in _SPLITS}
+        changes |= {"dataset_kwargs": None, "custom_dataset": lambda **_: rows}
         return super()._build_task(entry, (overrides or {}) | changes)
 
     def _build_tag(self, entry: Any, overrides: Any, registry: Any) -> list[Any]:
@@ -85,27 +77,26 @@ class LocalTaskFactory(TaskFactory):
 def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
     """Raises MaxlmError, with near names, if the harness has no task, group or tag of a name."""
     known = manager.all_tasks
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.5)
-            near += [k for k in known if k.startswith(name)][:3]
-            fix = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else None
-            raise MaxlmError(f"unknown task {name!r}", where="--tasks", fix=fix)
+    for name in (each for each in names if each not in known):
+        near = get_close_matches(name, known, n=3) + [k for k in known if k.startswith(name)][:3]
+        fix = (
+            f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "see lm_eval ls tasks"
+        )
+        raise MaxlmError(f"no task {name!r}", where="--tasks", fix=fix)
 
 
-def load_task(
+def load_tasks(
     manager: TaskManager, name: str, *, data: Path | None, shots: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Loads a task, a group of tasks, or those with a tag.
 
     Args:
-        data: a folder with files of its rows (:mod:`maxlm.evaluation.local_data`); None: the
-            harness loads them, from the Hugging Face hub.
+        data: a folder with files of rows (:mod:`maxlm.evaluation.local_data`); None: the harness
+            loads them from the Hugging Face hub.
         shots: examples before each question; None: as the task says.
 
     Returns:
-        The tasks and groups as ``lm_eval.evaluator.evaluate`` takes them; names of the group's
-        tasks that the folder has no files of.
+        Tasks and groups as the harness's ``evaluate`` takes them; the tasks without files.
     """
     factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
     manager._factory = factory
@@ -113,13 +104,10 @@ def load_task(
         loaded: Any = manager.load(name)
     except MaxlmError:
         raise
-    except ModuleNotFoundError as error:
-        what = f"it needs a package: {error}"
-        raise MaxlmError(what, where=name, fix="pip install 'maxlm[eval]'") from error
     except Exception as error:  # definitions run code of their own, and download
-        what = f"the task cannot be loaded ({type(error).__name__}: {error})"
-        fix = None if data else "without internet, --data FOLDER names local files"
-        raise MaxlmError(what, where=name, fix=fix) from error
+        what = f"cannot be loaded ({type(error).__name__}: {error})"
+        fix = None if data else "without internet, name local files: --data FOLDER"
+        raise MaxlmError(what, where=f"task {name}", fix=fix) from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (own and shots is not None):
@@ -137,22 +125,22 @@ def evaluate_tasks(
     seed: int | None = None,
     chat: bool = False,
     system: str | None = None,
-    on_task: Callable[[str, dict[str, Any]], None] | None = None,
+    on_task: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on tasks, one after the other.
 
     Args:
         limit: rows of each task at most; None: all.
-        seed: of what tasks draw (few-shot examples, the order of choices); None: the harness's
-            own, 0 and 1234.
+        seed: of what tasks draw; None: the harness's own, 0 and 1234.
         chat: write prompts as conversations, by the model's chat template.
         system: text of the system's message.
-        on_task: called with a name and its tasks, before they are evaluated.
+        on_task: called with each name before it is evaluated.
 
     Returns:
-        The harness's dict of results, with ``samples`` by task, ``missing``: names of tasks
-        without local files, and ``seconds_by_task`` by name of ``names``.
+        The harness's dict of results, ``samples`` among them; ``missing``: tasks of groups without
+        local files; ``seconds_by_task``.
     """
+    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors: a fork may deadlock beside JAX
     manager = TaskManager()
     check_task_names(manager, names)
     merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
@@ -160,19 +148,14 @@ def evaluate_tasks(
         start = time.perf_counter()
         random.seed(0 if seed is None else seed)
         np.random.seed(1234 if seed is None else seed)
-        loaded, missing = load_task(manager, name, data=data, shots=shots)
+        loaded, missing = load_tasks(manager, name, data=data, shots=shots)
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234 if seed is None else seed)
         if on_task is not None:
-            on_task(name, loaded)
-        found: Any = evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            system_instruction=system,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-        )
+            on_task(name)
+        prompts = {"system_instruction": system, "apply_chat_template": chat}
+        prompts["fewshot_as_multiturn"] = chat
+        found: Any = evaluate(model, loaded, limit=limit, bootstrap_iters=1000, **prompts)
         for key, value in found.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
         merged["missing"] += missing

@@ -1,0 +1,104 @@
+"""`maxlm eval`'s model beside lm-evaluation-harness's own HFLM, on the same weights and rows.
+
+    python benchmarks/eval_parity.py FOLDER DATA [N] [--tasks arc_challenge,gsm8k:5] [--batch-size 16]
+
+FOLDER is a Hugging Face checkpoint, DATA has the tasks' files (docs/evaluation.md). A task may have
+its own number of rows. HFLM is torch in fp32 on the CPU. Each task is evaluated by one after the
+other, so that both meet the same load; seconds are of the evaluation alone, ours with compilation
+and, in brackets, again without. Prints of each task the largest difference of log-likelihoods, how
+many generations are the same, each metric of both, and the ratio of seconds.
+"""
+
+import argparse
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = os.environ["DISABLE_MULTIPROC"] = "1"
+
+import numpy as np
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from maxlm.evaluation.lm_eval_model import MaxlmModel
+from maxlm.evaluation.tasks import load_tasks
+from maxlm.programs.evaluate import make_evaluation_engine
+from maxlm.programs.load import load_model
+
+TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
+
+
+def run(model, manager, name, data, limit):
+    shots = 5 if name.startswith("mmlu") else None
+    random.seed(0)
+    np.random.seed(1234)
+    loaded, _ = load_tasks(manager, name, data=data, shots=shots)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=1234)
+    start = time.perf_counter()
+    found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
+    return found, time.perf_counter() - start
+
+
+def compare(theirs, ours):
+    """Largest difference of log-likelihoods, differing greedy flags and differing texts."""
+    worst, flags, texts, count = 0.0, 0, 0, 0
+    for task, rows in theirs["samples"].items():
+        for one, two in zip(rows, ours["samples"][task], strict=True):
+            assert one["arguments"] == two["arguments"], (task, one["doc_id"])
+            for a, b in zip(one["resps"], two["resps"], strict=True):
+                a, b, count = a[0], b[0], count + 1
+                if isinstance(a, str):
+                    texts += a != b
+                else:
+                    worst = max(worst, abs(a[0] - b[0]))
+                    flags += a[1] != b[1]
+    return worst, flags, texts, count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("rows", type=int, nargs="?", default=40)
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=2048)
+    given = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    theirs = HFLM(
+        pretrained=given.folder,
+        dtype="float32",
+        device="cpu",
+        batch_size=given.batch_size,
+        max_length=given.max_length,
+    )
+    loaded = load_model(given.folder)
+    ours = MaxlmModel(make_evaluation_engine(loaded, [f"max_length={given.max_length}"]))
+    manager, differs = TaskManager(), False
+    for spec in given.tasks.split(","):
+        name, _, rows = spec.partition(":")
+        limit = int(rows or given.rows)
+        (a, hf), (b, first) = (run(m, manager, name, given.data, limit) for m in (theirs, ours))
+        _, again = run(ours, manager, name, given.data, limit)
+        worst, flags, texts, count = compare(a, b)
+        metrics = {k: v for k, v in a["results"][name].items() if "," in k and "stderr" not in k}
+        pairs = {k: (v, b["results"][name][k]) for k, v in metrics.items()}
+        same = all(np.isclose(x, y, rtol=1e-5) for x, y in pairs.values())
+        differs |= not same or flags > 0 or texts > 0 or worst > 1e-4
+        shown = ", ".join(f"{k} {x:.4f} {y:.4f}" for k, (x, y) in pairs.items())
+        print(
+            f"{name}: {limit} rows, {count} requests; max |Δll| {worst:.1e} nats, {flags} greedy "
+            f"flags and {texts} texts differ; HFLM, maxlm: {shown}; {hf:.1f} s, {first:.1f} s "
+            f"(again {again:.1f} s): ratio {first / hf:.2f} ({again / hf:.2f})",
+            flush=True,
+        )
+    sys.exit(differs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""``maxlm eval`` from a checkpoint's folder to the result files, without torch."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from maxlm.data.tokenizer import export_tokenizer
+from tests.programs.tiny import environment
+from tests.serving.running import train_chat_tokenizer
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from maxlm.cli.main import main; "
+
+
+def write_checkpoint(folder) -> None:
+    """A Llama of random values, as a Hugging Face folder."""
+    tokenizer = train_chat_tokenizer()
+    export_tokenizer(tokenizer, folder)
+    D, F, V, layers = 32, 48, tokenizer.vocab_size, 2
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V}
+    config |= {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config |= {"max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+    config |= {"tie_word_embeddings": True, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,)}
+    for n in range(layers):
+        shapes |= {
+            f"model.layers.{n}.{name}": shape
+            for name, shape in {
+                **{"input_layernorm": (D,), "post_attention_layernorm": (D,)},
+                **{"self_attn.q_proj": (32, D), "self_attn.k_proj": (16, D)},
+                **{"self_attn.v_proj": (16, D), "self_attn.o_proj": (D, 32)},
+                **{"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)},
+            }.items()
+        }
+    random = np.random.default_rng(0)
+    values = {f"{k}.weight": random.normal(0, 0.2, s).astype("f4") for k, s in shapes.items()}
+    save_file(values, folder / "model.safetensors")
+
+
+def test_a_checkpoint_to_result_files_without_torch(tmp_path):
+    folder, data = tmp_path / "model", tmp_path / "data"
+    folder.mkdir()
+    data.mkdir()
+    write_checkpoint(folder)
+    rows = [{"query": f"Question: q{n}\n", "choices": ["is", "what"], "gold": 0} for n in range(5)]
+    (data / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"question": f"q{n}", "answer": f"so\n#### {n}"} for n in range(3)]
+    for split in ("train", "test"):
+        path = data / f"gsm8k_{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    arguments = ["eval", str(folder), "--tasks", "piqa,gsm8k", "--data", str(data), "--chat"]
+    arguments += ["--shots", "1", "--limit", "3", "--output", str(tmp_path / "out")]
+    arguments += ["max_length=300", "max_sequences=2"]
+    program = f"{WITHOUT_TORCH}sys.exit(main({arguments!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exact_match (strict-match)" in done.stdout
+    (path,) = (tmp_path / "out").glob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["model_name"] == "model"
+    assert results["n-samples"]["piqa"] == {"original": 5, "effective": 3}
+    assert results["n-shot"] == {"piqa": 1, "gsm8k": 1}
+    assert results["maxlm"]["seconds_by_task"].keys() == {"piqa", "gsm8k"}
+    assert results["maxlm"]["generated_tokens"] > 0
+    (path,) = (tmp_path / "out").glob("samples_piqa_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [each["doc_id"] for each in samples] == [0, 1, 2]
+    accuracy = np.mean([each["acc"] for each in samples])
+    assert results["results"]["piqa"]["acc,none"] == accuracy
+    prompt = samples[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.startswith("<|im_start|>user\nQuestion: q")
+    assert prompt.count("<|im_start|>assistant\n") == 2  # the example's, and the one to answer

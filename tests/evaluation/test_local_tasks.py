@@ -1,0 +1,176 @@
+"""Rows of public files in the official prompts: as the official rows give them."""
+
+import json
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+from lm_eval.tasks import TaskManager
+
+from maxlm.config import MaxlmError
+from maxlm.evaluation.tasks import check_task_names, load_tasks
+
+FOLDERS = ("arc", "piqa", "openbookqa", "winogrande", "lambada", "hellaswag", "gsm8k", "gpqa")
+FOLDERS += ("mmlu/default", "truthfulqa", "mmlu_pro", "minerva_math")
+
+
+@pytest.fixture(scope="module")
+def manager():
+    root = Path(lm_eval.tasks.__file__).parent
+    paths = [root / folder for folder in FOLDERS]
+    return TaskManager(include_path=paths, include_defaults=False)
+
+
+def write(path: Path, *rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_prompt(manager, name, folder, shots=None):
+    """Text, choices and target of a task's first row."""
+    loaded, _ = load_tasks(manager, name, data=folder, shots=shots)
+    (task,) = loaded["tasks"].values()
+    row = task.eval_docs[0]
+    choices = task.doc_to_choice(row) if task.config.doc_to_choice else None
+    return task.doc_to_text(row), choices, task.doc_to_target(row)
+
+
+CHOICES = {"text": ["red", "a hen", "up"], "label": ["A", "B", "C"]}
+STEM = {"stem": "Which lays?", "choices": [{"text": "red", "label": "A"}]}
+FORMS = {
+    # llm-foundry's rows, and those of the official dataset
+    "arc_easy": (
+        {"query": "Question: Which lays?", "choices": CHOICES["text"], "gold": 1},
+        {"id": "x", "question": "Which lays?", "choices": CHOICES, "answerKey": "B"},
+    ),
+    "openbookqa": (
+        {"query": "What lays is", "choices": CHOICES["text"], "gold": 1},
+        {"id": "x", "question_stem": "What lays is", "choices": CHOICES, "answerKey": "B"},
+    ),
+    "piqa": (
+        {"query": "Question: boil an egg\n", "choices": ["in a pan", "in a hat"], "gold": 0},
+        {"goal": "boil an egg", "sol1": "in a pan", "sol2": "in a hat", "label": 0},
+    ),
+    "winogrande": (
+        {
+            "context_options": ["Ann saw Mary as Mary", "Ann saw Mary as Maria"],
+            "continuation": "sang.",
+            "gold": 1,
+        },
+        {
+            "sentence": "Ann saw Mary as _ sang.",
+            "option1": "Mary",
+            "option2": "Maria",
+            "answer": "2",
+        },
+    ),
+    "lambada_openai": (
+        {"context": "He rang the", "continuation": "bell"},
+        {"text": "He rang the bell"},
+    ),
+    "hellaswag": (
+        {"query": "Egg: A man boils. he", "choices": ["sits", "eats", "lays", "is"], "gold": 2},
+        {
+            "activity_label": "Egg",
+            "ctx_a": "A man boils.",
+            "ctx_b": "he",
+            "ctx": "A man boils. he",
+            "endings": ["sits", "eats", "lays", "is"],
+            "label": "2",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_public_form_gives_the_official_prompt(name, manager, tmp_path):
+    public, official = FORMS[name]
+    split = "validation" if name in ("piqa", "winogrande", "hellaswag") else "test"
+    write(tmp_path / "public" / f"{name}.jsonl", public)
+    write(tmp_path / "official" / name / f"{split}.jsonl", official)
+    found = [read_prompt(manager, name, tmp_path / kind) for kind in ("public", "official")]
+    if name == "hellaswag":  # the official prompt capitalizes ctx_b, llm-foundry does not
+        assert found[1][0] == "Egg: A man boils. He"
+        found[1] = found[0][0], *found[1][1:]
+    assert found[0] == found[1]
+    assert found[0][0] != ""
+
+
+def test_ai2_rows_and_parquet_shards(manager, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write(tmp_path / "ARC-Challenge-Test.jsonl", {"question": STEM, "answerKey": "A"})
+    assert read_prompt(manager, "arc_challenge", tmp_path)[1:] == (["red"], 0)
+    folder = tmp_path / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        rows = [{"question": f"q{number}", "answer": f"#### {number}"}]
+        path = folder / f"test-0000{number}-of-00002.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    loaded, _ = load_tasks(manager, "gsm8k", data=tmp_path, shots=0)
+    assert [row["question"] for row in loaded["tasks"]["gsm8k"].eval_docs] == ["q0", "q1"]
+    with pytest.raises(MaxlmError, match=r"looked for gsm8k_train and gsm8k/train \(.jsonl"):
+        load_tasks(manager, "gsm8k", data=tmp_path, shots=None)  # five examples by default
+
+
+def test_mmlu_of_the_subjects_that_are_there(manager, tmp_path):
+    for subject in ("anatomy", "virology"):
+        for split, letter in (("dev", "D"), ("test", "B")):
+            lines = [f'"{split} {n}, {subject}?",w,x,"y, z",v,{letter}\n' for n in range(5)]
+            (tmp_path / f"{subject}_{split}.csv").write_text("".join(lines))
+    loaded, missing = load_tasks(manager, "mmlu", data=tmp_path, shots=2)
+    assert list(loaded["tasks"]) == ["mmlu_anatomy", "mmlu_virology"]
+    assert len(missing) == 55
+    task = loaded["tasks"]["mmlu_anatomy"]
+    task.set_fewshot_seed(seed=1234)
+    prompt = task.fewshot_context(task.eval_docs[3], 2)
+
+    def question(text):
+        return f"{text}, anatomy?\nA. w\nB. x\nC. y, z\nD. v\nAnswer:"
+
+    assert prompt == (
+        "The following are multiple choice questions (with answers) about anatomy.\n\n"
+        f"{question('dev 0')} D\n\n{question('dev 1')} D\n\n{question('test 3')}"
+    )
+    assert task.doc_to_target(task.eval_docs[3]) == 1
+
+
+OFFICIAL = {
+    "truthfulqa_mc2": {
+        "question": "Is it?",
+        "mc1_targets": {"choices": ["yes", "no"], "labels": [1, 0]},
+        "mc2_targets": {"choices": ["yes", "no"], "labels": [1, 0]},
+    },
+    "gpqa_main_zeroshot": {
+        "Question": "Is it?",
+        "Correct Answer": "yes",
+        **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)},
+    },
+    "mmlu_pro_law": {
+        "question": "Is it?",
+        "options": ["no", "yes"],
+        "answer": "B",
+        "category": "law",
+        "cot_content": "A: Let's think step by step. The answer is (B).",
+    },
+    "minerva_math_algebra": {"problem": "Is it?", "solution": "It is $\\boxed{2}$."},
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_rows(name, manager, tmp_path):
+    write(tmp_path / f"{name}.jsonl", OFFICIAL[name])
+    loaded, _ = load_tasks(manager, name, data=tmp_path, shots=0)
+    task = loaded["tasks"][name]
+    assert "Is it?" in task.doc_to_text(task.eval_docs[0])
+
+
+def test_mistakes(manager, tmp_path):
+    with pytest.raises(MaxlmError, match="no task 'helaswag'; did you mean hellaswag"):
+        check_task_names(manager, ["piqa", "helaswag"])
+    with pytest.raises(MaxlmError, match="looked for piqa_validation and piqa/validation"):
+        load_tasks(manager, "piqa", data=tmp_path, shots=None)
+    write(tmp_path / "piqa.jsonl", {"query": "no choices", "choices": [], "gold": "one"})
+    with pytest.raises(MaxlmError, match=r"piqa.jsonl: these rows have no known form \(ValueError"):
+        load_tasks(manager, "piqa", data=tmp_path, shots=None)
