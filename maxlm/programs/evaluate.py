@@ -52,7 +52,7 @@ def evaluate_model(
     about: dict[str, Any] = {"folder": model, "step": step}
     engine, names = None, [""]
     if model.startswith(("http://", "https://")):
-        lm = _open_server(model.rstrip("/"), settings, chat=options.get("chat", False))
+        lm = open_server(model.rstrip("/"), settings, chat=options.get("chat", False))
         name = lm.model
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
@@ -96,10 +96,16 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     return make_engine(loaded, [*map(add_room, [length, *settings])], warm_up=False)
 
 
-def _open_server(url: str, settings: Sequence[str], *, chat: bool) -> Any:
-    """Makes the harness's own client of a server, for its first model."""
+def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:
+    """Makes the harness's own client of an OpenAI-compatible server, for its first model.
+
+    Args:
+        settings: the client's. Log-likelihoods need ``tokenizer=FOLDER``, a Hugging Face
+            tokenizer's, unless the server has one to ask, as vLLM's has.
+        chat: ask by conversations, which have no log-likelihoods.
+    """
     from lm_eval.api.registry import get_model
-    from lm_eval.utils import simple_parse_args_string
+    from lm_eval.utils import check_remote_tokenizer_support, simple_parse_args_string
 
     given = simple_parse_args_string(",".join(settings))
     make: Any = get_model("local-chat-completions" if chat else "local-completions")
@@ -108,10 +114,21 @@ def _open_server(url: str, settings: Sequence[str], *, chat: bool) -> Any:
         if "model" not in given:
             with urlopen(f"{url}/models", timeout=30) as answer:
                 given["model"] = json.load(answer)["data"][0]["id"]
-        return make(**given)
+        if "tokenizer" not in given:
+            has_one = not chat and check_remote_tokenizer_support(given["base_url"], max_retries=1)
+            given.setdefault("tokenizer_backend", "remote" if has_one else "none")
+        client = make(**given)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
-        fix = "check it; tokenizer=FOLDER names a Hugging Face tokenizer, for log-likelihoods"
-        raise MaxlmError(f"this server cannot be used ({error})", where=url, fix=fix) from error
+        what, fix = f"this server cannot be used ({error})", "check the address, and the server"
+        raise MaxlmError(what, where=url, fix=fix) from error
+
+    def refuse(*_: Any) -> None:
+        what = "log-likelihoods from a server need its tokenizer"
+        raise MaxlmError(what, where=url, fix="tokenizer=FOLDER names one; leave --chat out")
+
+    if client.tokenizer is None:
+        client.loglikelihood = client.loglikelihood_rolling = refuse
+    return client
 
 
 def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:

@@ -12,36 +12,22 @@ from maxlm.evaluation.lm_eval_model import MaxlmModel
 from maxlm.programs.evaluate import make_evaluation_engine
 from maxlm.programs.serve import load_chat_model
 
+_OWN = ("add_bos_token", "prefix_token_id", "max_gen_toks", "seed")
+_HARNESS = ("batch_size", "max_batch_size", "device")
+
 
 @register_model("maxlm")
 class LoadedMaxlmModel(MaxlmModel):
-    """A model that the harness loads by its ``--model_args``.
+    """A model that the harness loads by its ``--model_args``: the folder of a run or a Hugging Face
+    checkpoint, a mesh such as ``fsdp=2;tensor=2``, ``MaxlmModel``'s arguments, and settings of the
+    engine. ``--batch_size`` and ``--device`` mean nothing here."""
 
-    Args:
-        run: a run's folder, or a Hugging Face checkpoint's.
-        mesh: devices by axis; a semicolon between axes, as the harness takes the commas.
-        batch_size, max_batch_size, device: the harness's own, without a meaning here.
-        settings: the engine's.
-    """
-
-    def __init__(
-        self,
-        run: str,
-        step: int | None = None,
-        mesh: str | None = None,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        max_gen_toks: int = 256,
-        batch_size: Any = None,
-        max_batch_size: Any = None,
-        device: Any = None,
-        **settings: Any,
-    ):
-        devices = mesh.replace(";", ",") if mesh else None
-        loaded = load_chat_model(run, step=step, mesh=devices, template=None)
-        engine = make_evaluation_engine(loaded, [f"{k}={v}" for k, v in settings.items()])
-        own = {"add_bos_token": add_bos_token, "prefix_token_id": prefix_token_id}
-        super().__init__(engine, **own, max_gen_toks=max_gen_toks)
+    def __init__(self, run: str, step: int | None = None, mesh: str | None = None, **given: Any):
+        axes = mesh.replace(";", ",") if mesh else None
+        loaded = load_chat_model(str(run), step=step, mesh=axes, template=None)
+        own = {name: given.pop(name) for name in _OWN if name in given}
+        settings = [f"{name}={value}" for name, value in given.items() if name not in _HARNESS]
+        super().__init__(make_evaluation_engine(loaded, settings), **own)
 
 
 def main() -> None:
@@ -49,8 +35,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except MaxlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

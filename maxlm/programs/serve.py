@@ -100,9 +100,7 @@ def _make_parts(
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
 
 
-def make_engine(
-    loaded: LoadedRun, settings: Sequence[str] = (), *, warm_up: bool = True
-) -> Engine:
+def make_engine(loaded: LoadedRun, settings: Sequence[str] = (), *, warm_up: bool = True) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
     ``EngineConfig``; ``warm_up``: compile all that it may run now, rather than when it does."""
     config, draft = load_config(EngineConfig, None, settings).value, None

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -11,7 +12,13 @@ from maxlm.data.tokenizer import export_tokenizer
 from tests.programs.tiny import environment
 from tests.serving.running import train_chat_tokenizer
 
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from maxlm.cli.main import main; "
+PROGRAM = """
+import sys
+from maxlm.cli.main import main
+code = main({arguments})
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
 
 
 def write_checkpoint(folder) -> None:
@@ -41,24 +48,38 @@ def write_checkpoint(folder) -> None:
     save_file(values, folder / "model.safetensors")
 
 
+def test_the_harness_makes_a_model_of_its_arguments(tmp_path):
+    from lm_eval.api.registry import get_model
+
+    import maxlm.programs.lm_eval  # noqa: F401  (registers it)
+
+    write_checkpoint(tmp_path)
+    arguments = f"run={tmp_path},max_length=90,max_sequences=2,mesh=fsdp=2;tensor=2,max_gen_toks=5"
+    own = {"batch_size": 1, "device": None}
+    model = get_model("maxlm").create_from_arg_string(arguments, own)
+    assert (model.max_length, model.engine.config.max_sequences) == (90, 2)
+    assert model.engine.mesh.shape["tensor"] == 2
+    (text,) = model.generate_until([SimpleNamespace(args=("what", {"until": []}))])
+    assert isinstance(text, str)
+
+
 def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     folder, data = tmp_path / "model", tmp_path / "data"
     folder.mkdir()
     data.mkdir()
     write_checkpoint(folder)
     rows = [{"query": f"Question: q{n}\n", "choices": ["is", "what"], "gold": 0} for n in range(5)]
-    (data / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("piqa", "piqa_train"):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [{"question": f"q{n}", "answer": f"so\n#### {n}"} for n in range(3)]
     for split in ("train", "test"):
         path = data / f"gsm8k_{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in asked))
     arguments = ["eval", str(folder), "--tasks", "piqa,gsm8k", "--data", str(data), "--chat"]
     arguments += ["--shots", "1", "--limit", "3", "--output", str(tmp_path / "out")]
-    arguments += ["max_length=300", "max_sequences=2"]
-    program = f"{WITHOUT_TORCH}sys.exit(main({arguments!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(tmp_path), capture_output=True, text=True
-    )
+    arguments += ["max_length=300", "max_sequences=2", "max_chunks=1", "decode_steps=1"]
+    command = [sys.executable, "-c", PROGRAM.format(arguments=arguments)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "exact_match (strict-match)" in done.stdout
     (path,) = (tmp_path / "out").glob("results_*.json")

@@ -28,8 +28,8 @@ def tiny(one_device_mesh, tokenizer):
 
 @pytest.fixture(scope="module")
 def engine(tiny, tokenizer):
-    sizes = {"max_sequences": 3, "page_size": 8, "prefill_tokens": 24, "max_chunks": 2}
-    config = EngineConfig(max_length=MAX_LENGTH + 2, decode_steps=2, **sizes)
+    sizes = {"max_sequences": 3, "page_size": 8, "prefill_tokens": 24, "max_chunks": 1}
+    config = EngineConfig(max_length=MAX_LENGTH + 2, decode_steps=1, **sizes)
     return Engine(tiny.model, tiny.params, config, tokenizer)
 
 
@@ -52,7 +52,9 @@ def score_directly(tiny, context, tail):
     """In float64, of the tokens that fit behind the last ``MAX_LENGTH`` that are read."""
     row = [*context, *tail][-(MAX_LENGTH + 1) :]
     logits = tiny.logits(row[:-1]).astype(np.float64)[-len(tail) :]
-    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logprobs = logits - np.log(
+        np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    )
     logprobs -= logits.max(-1, keepdims=True)
     chosen = logprobs[np.arange(len(tail)), tail]
     return chosen.sum(), bool((logits.argmax(-1) == tail).all())
