@@ -37,10 +37,15 @@ def write_checkpoint(folder) -> None:
         shapes |= {
             f"model.layers.{n}.{name}": shape
             for name, shape in {
-                **{"input_layernorm": (D,), "post_attention_layernorm": (D,)},
-                **{"self_attn.q_proj": (32, D), "self_attn.k_proj": (16, D)},
-                **{"self_attn.v_proj": (16, D), "self_attn.o_proj": (D, 32)},
-                **{"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)},
+                "input_layernorm": (D,),
+                "post_attention_layernorm": (D,),
+                "self_attn.q_proj": (32, D),
+                "self_attn.k_proj": (16, D),
+                "self_attn.v_proj": (16, D),
+                "self_attn.o_proj": (D, 32),
+                "mlp.gate_proj": (F, D),
+                "mlp.up_proj": (F, D),
+                "mlp.down_proj": (D, F),
             }.items()
         }
     random = np.random.default_rng(0)
