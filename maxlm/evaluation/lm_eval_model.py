@@ -12,10 +12,10 @@ from lm_eval.models import utils as model_utils
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
-from maxlm.evaluation.scoring import Scorer
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures import EncoderDecoder
 
 
@@ -46,9 +46,8 @@ class MaxlmModel(TemplateLM):
         self.engine, self._scorer = engine, Scorer(engine)
         self._codec: Tokenizer = engine.tokenizer
         self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
-        self.max_length = engine.config.max_length - 2
-        """Tokens that the model reads at once: to score, the engine also holds the one that is
-        predicted last, and draws another."""
+        self.max_length = engine.config.max_length
+        """Tokens that the model reads at once; the beginning of a longer text is cut off."""
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """Called with the requests that are done, and all of them."""
         self._add_bos, self._max_gen_toks, self._seed = add_bos_token, max_gen_toks, seed
@@ -76,20 +75,13 @@ class MaxlmModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._truncate_pair(context, tail) for _, context, tail in requests]
+        pairs = [(context, tail) for _, context, tail in requests]
         scores = self._scorer.score(pairs, lambda done: self.on_progress(done, len(pairs)))
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for (texts, *_), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
-
-    def _truncate_pair(self, context: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
-        if self.backend == "seq2seq":
-            return context[-self.max_length :], tail[: self.max_length]
-        row = [*context, *tail][-(self.max_length + 1) :]
-        start = len(row) - min(len(tail), len(row) - 1)
-        return row[:start], row[start:]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         windows, owners, totals = [], [], [0.0] * len(requests)

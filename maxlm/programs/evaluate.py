@@ -81,19 +81,9 @@ def evaluate_model(
 
 
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
-    """Makes an engine for ``MaxlmModel``; ``max_length`` of the settings is the tokens that the
-    model reads at once."""
-
-    def add_room(setting: str) -> str:  # see MaxlmModel.max_length
-        name, _, value = setting.partition("=")
-        return (
-            f"{name}={int(value) + 2}"
-            if (name, value.isdigit()) == ("max_length", True)
-            else setting
-        )
-
+    """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
     length = f"max_length={min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)}"
-    return make_engine(loaded, [*map(add_room, [length, *settings])], warm_up=False)
+    return make_engine(loaded, [length, *settings], warm_up=False)
 
 
 def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:

@@ -29,7 +29,7 @@ def tiny(one_device_mesh, tokenizer):
 @pytest.fixture(scope="module")
 def engine(tiny, tokenizer):
     sizes = {"max_sequences": 3, "page_size": 8, "prefill_tokens": 24, "max_chunks": 1}
-    config = EngineConfig(max_length=MAX_LENGTH + 2, decode_steps=1, **sizes)
+    config = EngineConfig(max_length=MAX_LENGTH, decode_steps=1, **sizes)
     return Engine(tiny.model, tiny.params, config, tokenizer)
 
 
