@@ -13,7 +13,6 @@ metric of both, and the ratio of seconds.
 import argparse
 import logging
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -35,11 +34,7 @@ TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
 
 def run(model, manager, name, data, limit):
     shots = 5 if name.startswith("mmlu") else None
-    random.seed(0)
-    np.random.seed(1234)
-    loaded, _ = load_tasks(manager, name, data=data, shots=shots)
-    for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed=1234)
+    loaded = load_tasks([name], data=data, shots=shots, manager=manager)[name]
     start = time.perf_counter()
     found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
     return found, time.perf_counter() - start

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -86,78 +86,79 @@ def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
 
 
 def load_tasks(
-    manager: TaskManager, name: str, *, data: Path | None, shots: int | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Loads a task, a group of tasks, or those with a tag.
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    shots: int | None = None,
+    seed: int | None = None,
+    manager: TaskManager | None = None,
+) -> dict[str, Any]:
+    """Loads tasks, groups of tasks, or all that have a tag.
 
     Args:
         data: a folder with files of rows (:mod:`maxlm.evaluation.local_data`); None: the harness
             loads them from the Hugging Face hub.
         shots: examples before each question; None: as the task says.
+        seed: of what tasks draw; None: the harness's own, 0 and 1234.
 
     Returns:
-        Tasks and groups as the harness's ``evaluate`` takes them; the tasks without files.
+        By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a group that
+        ``data`` has no files of.
     """
-    factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
-    manager._factory = factory
-    try:
-        loaded: Any = manager.load(name)
-    except MaxlmError:
-        raise
-    except Exception as error:  # definitions run code of their own, and download
-        what = f"cannot be loaded ({type(error).__name__}: {error})"
-        fix = None if data else "without internet, name local files: --data FOLDER"
-        raise MaxlmError(what, where=f"task {name}", fix=fix) from error
-    for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (own and shots is not None):
-            task.set_config(key="num_fewshot", value=shots or 0)
-    return loaded, getattr(factory, "missing", [])
+    manager, opened = manager or TaskManager(), {}
+    check_task_names(manager, names)
+    for name in names:
+        random.seed(0 if seed is None else seed)
+        np.random.seed(1234 if seed is None else seed)
+        manager._factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
+        try:
+            loaded: Any = manager.load(name)
+        except MaxlmError:
+            raise
+        except Exception as error:  # definitions run code of their own, and download
+            what = f"cannot be loaded ({type(error).__name__}: {error})"
+            fix = None if data else "without internet, name local files: --data FOLDER"
+            raise MaxlmError(what, where=f"task {name}", fix=fix) from error
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (own and shots is not None):
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=1234 if seed is None else seed)
+        opened[name] = loaded | {"missing": getattr(manager._factory, "missing", [])}
+    return opened
 
 
 def evaluate_tasks(
     model: LM,
-    names: Sequence[str],
+    tasks: Mapping[str, Any],
     *,
-    data: Path | None = None,
-    shots: int | None = None,
     limit: int | None = None,
-    seed: int | None = None,
     chat: bool = False,
     system: str | None = None,
     on_task: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a model on tasks, one after the other.
+    """Evaluates a model on tasks (:func:`load_tasks`), one after the other.
 
     Args:
         limit: rows of each task at most; None: all.
-        seed: of what tasks draw; None: the harness's own, 0 and 1234.
         chat: write prompts as conversations, by the model's chat template.
         system: text of the system's message.
         on_task: called with each name before it is evaluated.
 
     Returns:
-        The harness's dict of results, ``samples`` among them; ``missing``: tasks of groups without
-        local files; ``seconds_by_task``.
+        The harness's dict of results, ``samples`` among them; ``missing``; ``seconds_by_task``.
     """
     os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors: a fork may deadlock beside JAX
-    manager = TaskManager()
-    check_task_names(manager, names)
+    prompts = {"system_instruction": system, "apply_chat_template": chat}
     merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
-    for name in dict.fromkeys(names):
+    for name, loaded in tasks.items():
         start = time.perf_counter()
-        random.seed(0 if seed is None else seed)
-        np.random.seed(1234 if seed is None else seed)
-        loaded, missing = load_tasks(manager, name, data=data, shots=shots)
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=1234 if seed is None else seed)
         if on_task is not None:
             on_task(name)
-        prompts = {"system_instruction": system, "apply_chat_template": chat}
-        prompts["fewshot_as_multiturn"] = chat
-        found: Any = evaluate(model, loaded, limit=limit, bootstrap_iters=1000, **prompts)
+        own = {**prompts, "fewshot_as_multiturn": chat, "bootstrap_iters": 1000}
+        found: Any = evaluate(model, loaded, limit=limit, **own)
         for key, value in found.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-        merged["missing"] += missing
+        merged["missing"] += loaded["missing"]
         merged["seconds_by_task"][name] = time.perf_counter() - start
     return merged

@@ -29,6 +29,10 @@ def evaluate_model(
     mesh: str | None = None,
     step: int | None = None,
     template: Path | None = None,
+    data: Path | None = None,
+    shots: int | None = None,
+    seed: int | None = None,
+    chat: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates a model on tasks; writes ``results_TIME.json`` and ``samples_TASK_TIME.jsonl``.
@@ -38,35 +42,37 @@ def evaluate_model(
             server, such as http://host:8000/v1.
         settings: the engine's, as ``max_sequences=32``; a server's: of the harness's client.
         output: folder of the files; default: ``evaluations`` in the run's or runs/NAME.
-        options: of :func:`maxlm.evaluation.tasks.evaluate_tasks`.
+        data, shots, seed, chat, options: of ``load_tasks`` and ``evaluate_tasks`` in
+            :mod:`maxlm.evaluation.tasks`.
 
     Returns:
         The harness's dict of results, and the folder.
     """
     try:
         from maxlm.evaluation.lm_eval_model import MaxlmModel
-        from maxlm.evaluation.tasks import evaluate_tasks
+        from maxlm.evaluation.tasks import evaluate_tasks, load_tasks
     except ModuleNotFoundError as error:
         what, fix = f"the package {error.name} is not installed", "pip install 'maxlm[eval]'"
         raise MaxlmError(what, fix=fix) from None
+    opened = load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
     engine, names = None, [""]
     if model.startswith(("http://", "https://")):
-        lm = open_server(model.rstrip("/"), settings, chat=options.get("chat", False))
+        lm = open_server(model.rstrip("/"), settings, chat=chat)
         name = lm.model
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         name, about["step"] = loaded.config.name, loaded.step
-        if options.get("chat"):
+        if chat:
             get_chat_template(loaded.tokenizer)
         if output is None and (Path(model) / "config.yaml").exists():
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
         engine = make_evaluation_engine(loaded, settings)
-        lm = MaxlmModel(engine)
+        lm = MaxlmModel(engine, seed=seed or 0)
     with show_progress("requests") as progress:
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
-        results = evaluate_tasks(lm, tasks, on_task=names.append, **options)
+        results = evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
     if engine is not None:

@@ -28,7 +28,7 @@ def write(path: Path, *rows: dict) -> None:
 
 def read_prompt(manager, name, folder, shots=None):
     """Text, choices and target of a task's first row."""
-    loaded, _ = load_tasks(manager, name, data=folder, shots=shots)
+    loaded = load_tasks([name], data=folder, shots=shots, manager=manager)[name]
     (task,) = loaded["tasks"].values()
     row = task.eval_docs[0]
     choices = task.doc_to_choice(row) if task.config.doc_to_choice else None
@@ -108,10 +108,10 @@ def test_ai2_rows_and_parquet_shards(manager, tmp_path):
         rows = [{"question": f"q{number}", "answer": f"#### {number}"}]
         path = folder / f"test-0000{number}-of-00002.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    loaded, _ = load_tasks(manager, "gsm8k", data=tmp_path, shots=0)
+    loaded = load_tasks(["gsm8k"], data=tmp_path, shots=0, manager=manager)["gsm8k"]
     assert [row["question"] for row in loaded["tasks"]["gsm8k"].eval_docs] == ["q0", "q1"]
     with pytest.raises(MaxlmError, match=r"looked for gsm8k_train and gsm8k/train \(.jsonl"):
-        load_tasks(manager, "gsm8k", data=tmp_path, shots=None)  # five examples by default
+        load_tasks(["gsm8k"], data=tmp_path, manager=manager)  # five examples by default
 
 
 def test_mmlu_of_the_subjects_that_are_there(manager, tmp_path):
@@ -119,11 +119,10 @@ def test_mmlu_of_the_subjects_that_are_there(manager, tmp_path):
         for split, letter in (("dev", "D"), ("test", "B")):
             lines = [f'"{split} {n}, {subject}?",w,x,"y, z",v,{letter}\n' for n in range(5)]
             (tmp_path / f"{subject}_{split}.csv").write_text("".join(lines))
-    loaded, missing = load_tasks(manager, "mmlu", data=tmp_path, shots=2)
+    loaded = load_tasks(["mmlu"], data=tmp_path, shots=2, manager=manager)["mmlu"]
     assert list(loaded["tasks"]) == ["mmlu_anatomy", "mmlu_virology"]
-    assert len(missing) == 55
+    assert len(loaded["missing"]) == 55
     task = loaded["tasks"]["mmlu_anatomy"]
-    task.set_fewshot_seed(seed=1234)
     prompt = task.fewshot_context(task.eval_docs[3], 2)
 
     def question(text):
@@ -161,7 +160,7 @@ OFFICIAL = {
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_rows(name, manager, tmp_path):
     write(tmp_path / f"{name}.jsonl", OFFICIAL[name])
-    loaded, _ = load_tasks(manager, name, data=tmp_path, shots=0)
+    loaded = load_tasks([name], data=tmp_path, shots=0, manager=manager)[name]
     task = loaded["tasks"][name]
     assert "Is it?" in task.doc_to_text(task.eval_docs[0])
 
@@ -170,7 +169,7 @@ def test_mistakes(manager, tmp_path):
     with pytest.raises(MaxlmError, match="no task 'helaswag'; did you mean hellaswag"):
         check_task_names(manager, ["piqa", "helaswag"])
     with pytest.raises(MaxlmError, match="looked for piqa_validation and piqa/validation"):
-        load_tasks(manager, "piqa", data=tmp_path, shots=None)
+        load_tasks(["piqa"], data=tmp_path, manager=manager)
     write(tmp_path / "piqa.jsonl", {"query": "no choices", "choices": [], "gold": "one"})
     with pytest.raises(MaxlmError, match=r"piqa.jsonl: these rows have no known form \(ValueError"):
-        load_tasks(manager, "piqa", data=tmp_path, shots=None)
+        load_tasks(["piqa"], data=tmp_path, manager=manager)
