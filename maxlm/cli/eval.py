@@ -35,11 +35,6 @@ def command(
     A URL is that of an OpenAI-compatible server: http://host:8000/v1. Settings are the engine's, as
     max_sequences=32; max_length is the tokens that the model reads at once.
     """
-    import logging
-    import os
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from maxlm.programs.evaluate import evaluate_model, list_metrics
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imports make 150,000 objects that stay. Looking through them after every 700 new ones,
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars
         if not traceback:
             # Orbax drops all errors but the first of a checkpoint; Python complains of each.
             sys.unraisablehook = lambda event: None

@@ -1,6 +1,7 @@
 """``maxlm eval``: a model on lm-evaluation-harness's tasks, and the result files."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,8 @@ def evaluate_model(
     Returns:
         The harness's dict of results, and the folder.
     """
-    try:
-        from maxlm.evaluation.lm_eval_model import MaxlmModel
-        from maxlm.evaluation.tasks import evaluate_tasks, load_tasks
-    except ModuleNotFoundError as error:
-        what, fix = f"the package {error.name} is not installed", "pip install 'maxlm[eval]'"
-        raise MaxlmError(what, fix=fix) from None
-    opened = load_tasks(tasks, data=data, shots=shots, seed=seed)
+    models, harness = import_harness()
+    opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
     engine, names = None, [""]
     if model.startswith(("http://", "https://")):
@@ -68,11 +64,11 @@ def evaluate_model(
         if output is None and (Path(model) / "config.yaml").exists():
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
         engine = make_evaluation_engine(loaded, settings)
-        lm = MaxlmModel(engine, seed=seed or 0)
+        lm = models.MaxlmModel(engine, seed=seed or 0)
     with show_progress("requests") as progress:
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
-        results = evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
+        results = harness.evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
     if engine is not None:
@@ -86,10 +82,23 @@ def evaluate_model(
     return results, folder
 
 
+def import_harness() -> tuple[Any, Any]:
+    """Imports :mod:`maxlm.evaluation.lm_eval_model` and ``tasks`` beside it, which load
+    lm-evaluation-harness and keep it quiet."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        from maxlm.evaluation import lm_eval_model, tasks
+    except ModuleNotFoundError as error:
+        what, fix = f"the package {error.name} is not installed", "pip install 'maxlm[eval]'"
+        raise MaxlmError(what, fix=fix) from None
+    return lm_eval_model, tasks
+
+
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
     """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
     length = f"max_length={min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)}"
-    return make_engine(loaded, [length, *settings], warm_up=False)
+    own = [length, "max_sequences=32", "max_chunks=32"]
+    return make_engine(loaded, [*own, *settings], warm_up=False)
 
 
 def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:

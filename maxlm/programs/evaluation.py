@@ -76,6 +76,18 @@ class HeldOutEvaluator:
         }
 
 
+def format_downstream(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics of tasks in a line, and the loss with the longest context."""
+    words = [
+        f"{name.split('/')[1]} {name.split('/')[2]} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith("downstream/")
+    ]
+    if ends := [int(n.partition("/")[2]) for n in metrics if n.startswith("eval_loss_at/")]:
+        words.append(f"loss at {max(ends):,} tokens {metrics[f'eval_loss_at/{max(ends)}']:.3f}")
+    return " · ".join(words)
+
+
 def get_eval_params(state: TrainState) -> Any:
     """Returns the parameters to use a model with: their moving average where there is one."""
     return state.params if state.ema is None else state.ema
@@ -141,11 +153,14 @@ class MetricsCallback(Callback):
         self._log.log(step, record)
 
     def on_evaluation_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        rates = [
+        words = [
             f"{name.partition('/')[2]} {rate:.3f} bits per byte"
             for name, rate in metrics.items()
             if name.startswith("eval_bits_per_byte/")
         ]
-        words = [f"step {step}", f"held out: loss {metrics['eval_loss']:.4f}", *rates]
-        self._display.message(" · ".join(words))
+        if "eval_loss" in metrics:
+            words = [f"held out: loss {metrics['eval_loss']:.4f}", *words]
+        else:
+            words = [format_downstream(metrics)]
+        self._display.message(" · ".join([f"step {step}", *words]))
         self._log.log(step, metrics)

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, MetricsCallback
+from maxlm.programs.downstream import DownstreamEvaluator
+from maxlm.programs.evaluation import (
+    HeldOutEvaluator,
+    HeldOutResults,
+    MetricsCallback,
+    format_downstream,
+)
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedData
 from maxlm.programs.resume import TrainingPosition
@@ -68,6 +74,7 @@ def train_model(
             run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
         step_fn = setup.jit_train_step()
         evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
+        downstream = DownstreamEvaluator(setup, data, on_work=watchdog.reset_timer)
 
         def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
             detector = LossSpikeDetector(setup.config.faults, position.detector_state)
@@ -88,6 +95,7 @@ def train_model(
                     MetricsCallback(setup, data, run.plan, log, display),
                     detector,
                     EvaluationCallback(evaluator.evaluate_metrics, every_steps),
+                    EvaluationCallback(downstream.evaluate, config.train.downstream.every),
                     CheckpointCallback(saver, metadata, detector),
                     StopCallback(run.signals, all_reduce, saver.is_due_by_time, str(run.folder)),
                 ]
@@ -98,7 +106,7 @@ def train_model(
         while isinstance(result := train_from(position), RollbackDecision):
             position = _roll_back(run, result, position)
         run.signals.raise_if_signaled()
-        heldout = _finish(run, evaluator, result)
+        heldout = _finish(run, evaluator, downstream, result)
     return TrainingResult(setup, data, run.plan, run.position.step, result, run.folder, heldout)
 
 
@@ -130,13 +138,15 @@ def _roll_back(
     return position
 
 
-def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> HeldOutResults:
-    """Evaluates on all held-out text and closes the run's records."""
+def _finish(
+    run: OpenRun, evaluator: HeldOutEvaluator, downstream: DownstreamEvaluator, state: TrainState
+) -> HeldOutResults:
+    """Evaluates on all held-out text, and on tasks, and closes the run's records."""
     step = int(state.step)
     run.watchdog.start_timer(step, "evaluation")
     began = time.monotonic()
-    results = evaluator.evaluate(state)
-    if results:
+    results, on_tasks = evaluator.evaluate(state), downstream.evaluate(state)
+    if results or on_tasks:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
     run.watchdog.stop_timer()
@@ -150,6 +160,11 @@ def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> Hel
         records = read_records(run.folder / "metrics.jsonl")
         if results and not any(r["step"] == step and "eval_loss" in r for r in records):
             run.log.log(step, evaluator.make_metrics_record(step, results))
-        (run.folder / "plots").mkdir(exist_ok=True)
-        plot_loss(run.folder / "metrics.jsonl", run.folder / "plots" / "loss.png")
+        if on_tasks:
+            run.log.log(step, on_tasks)
+            run.say(f"step {step} · {format_downstream(on_tasks)}")
+        plots = run.folder / "plots"
+        plots.mkdir(exist_ok=True)
+        plot_loss(run.folder / "metrics.jsonl", plots / "loss.png")
+        downstream.plot([*read_records(run.folder / "metrics.jsonl")], run.plan, plots)
     return results

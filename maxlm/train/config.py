@@ -5,6 +5,24 @@ from pydantic import Field
 from maxlm.config import Config, LocalPath
 
 
+class DownstreamConfig(Config):
+    """Evaluation on tasks of lm-evaluation-harness while a run trains; see docs/evaluation.md."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of the harness's tasks, such as arc_easy."""
+    every: int = Field(default=0, ge=0)
+    """Steps between such evaluations; 0: only at the end."""
+    limit: int | None = Field(default=200, gt=0)
+    """Rows of each task at most; null: all."""
+    shots: int | None = Field(default=None, ge=0)
+    """Examples before each question; null: as each task says."""
+    data: LocalPath | None = None
+    """Folder with files of the tasks' rows; null: the harness's own loaders."""
+    position_documents: int = Field(default=0, ge=0)
+    """Held-out documents of at least `data.seq_len` tokens on which the loss is measured by
+    position: how much a longer context helps; 0: none."""
+
+
 class TrainConfig(Config):
     steps: int = Field(default=1000, gt=0)
     """Optimizer updates in the whole run."""
@@ -28,6 +46,7 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_batches: int = Field(default=16, gt=0)
     """Batches of one such evaluation; the one at the end reads all held-out text."""
+    downstream: DownstreamConfig = DownstreamConfig()
 
 
 class CheckpointConfig(Config):
