@@ -54,7 +54,7 @@ def compute_gold_probability(samples: Sequence[Mapping[str, Any]]) -> float | No
     return float(np.mean(found)) if found else None
 
 
-def plot_downstream(
+def draw_downstream(
     records: Sequence[Mapping[str, float]], flops_per_token: float, image: Path
 ) -> None:
     """Draws, as a PNG, each task's metric and its smooth proxy over the compute of training, and

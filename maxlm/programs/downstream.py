@@ -11,7 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import (
     compute_gold_probability,
     compute_position_losses,
-    plot_downstream,
+    draw_downstream,
 )
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
@@ -72,7 +72,7 @@ class DownstreamEvaluator:
 
     def plot(self, records: Sequence[Mapping[str, float]], plan: RunPlan, folder: Path) -> None:
         """Draws what was evaluated as ``downstream.png`` in a folder."""
-        plot_downstream(records, plan.layout.flops_per_token, folder / "downstream.png")
+        draw_downstream(records, plan.layout.flops_per_token, folder / "downstream.png")
 
     def _evaluate_tasks(self, engine: Engine) -> dict[str, float]:
         record: dict[str, float] = {}
