@@ -13,6 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.inference.engine import Engine
+from maxlm.inference.pseudo_likelihood import MaskedScorer
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
@@ -20,11 +21,13 @@ from maxlm.models.architectures import EncoderDecoder
 
 
 class MaxlmModel(TemplateLM):
-    """Answers the harness's requests with an engine, which has a tokenizer.
+    """Answers the harness's requests with an engine, or a masked model's scorer.
 
     All processes of a mesh over several hosts are given all requests, and have all answers.
 
     Args:
+        tokenizer: default: the engine's.
+        max_length: tokens that the model reads at once; default: the engine's longest sequence.
         add_bos_token: whether texts open with bos; None: as the tokenizer's documents do.
         prefix_token_id: what a text without a context follows; None: bos.
         max_gen_toks: tokens to generate where a task does not say.
@@ -33,24 +36,31 @@ class MaxlmModel(TemplateLM):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | MaskedScorer,
         *,
+        tokenizer: Tokenizer | None = None,
+        max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
     ):
         super().__init__()
-        if engine.tokenizer is None:
-            raise MaxlmError("the engine has no tokenizer", fix="give it the model's")
-        self.engine, self._scorer = engine, Scorer(engine)
-        self._codec: Tokenizer = engine.tokenizer
-        self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
-        self.max_length = engine.config.max_length
+        self.engine, self.backend = None, "causal"
+        if isinstance(engine, MaskedScorer):
+            self._scorer = engine
+        else:
+            self.engine, self._scorer = engine, Scorer(engine)
+            tokenizer, max_length = engine.tokenizer, engine.config.max_length
+            self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+        assert tokenizer is not None, "the harness's texts need a tokenizer"
+        assert max_length is not None
+        self._codec, self.max_length = tokenizer, max_length
         """Tokens that the model reads at once; the beginning of a longer text is cut off."""
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """Called with the requests that are done, and all of them."""
-        self._add_bos, self._max_gen_toks, self._seed = add_bos_token, max_gen_toks, seed
+        self._add_bos = False if self.engine is None else add_bos_token  # MaskedScorer adds it
+        self._max_gen_toks, self._seed = max_gen_toks, seed
         self._prefix = self._codec.bos_id if prefix_token_id is None else prefix_token_id
 
     eot_token_id = property(lambda self: self._codec.eos_id)
@@ -97,6 +107,9 @@ class MaxlmModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        if self.engine is None:
+            what = "a masked model names tokens; it does not continue text"
+            raise MaxlmError(what, where="generate_until", fix="choose tasks of multiple choice")
         asked = [self._make_request(number, *each.args) for number, each in enumerate(requests)]
         tokens: list[list[int]] = [[] for _ in asked]
         num_done, special, answers = 0, {*self._codec.special_tokens.values()}, []

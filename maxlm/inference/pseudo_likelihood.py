@@ -51,22 +51,23 @@ class MaskedScorer:
         :meth:`~maxlm.inference.scoring.Scorer.score`. A context may be empty.
 
         Raises:
-            MaxlmError: a pair that is longer than the model's longest row.
+            MaxlmError: a continuation that is longer than the model's longest row.
         """
-        rows, places = [], []
+        rows, places, length = [], [], self._model.config.max_seq_len
         for context, continuation in pairs:
-            row, start = self._wrap([*context, *continuation])
-            if len(row) > self._model.config.max_seq_len:
-                what = f"a text has {len(row):,} tokens, and the model reads "
-                what += f"{self._model.config.max_seq_len:,} (model.max_seq_len)"
+            room = length - len(self._wrap([])[0]) - len(continuation)
+            if room < 0:
+                what = f"a continuation has {len(continuation):,} tokens, and the model reads "
+                what += f"{length:,}, those at a text's ends included (model.max_seq_len)"
                 raise MaxlmError(what, fix="score it in parts")
+            context = context[max(0, len(context) - room) :]
+            row, start = self._wrap([*context, *continuation])
             first = start + len(context)
             for place in range(first, first + len(continuation)):
                 rows.append(row)
                 places.append(place)
         at, logprobs = np.array(places, np.int32), np.zeros(len(rows))
         is_greedy, num_done = np.zeros(len(rows), bool), 0
-        length = self._model.config.max_seq_len
         for batch, tokens, lengths in iterate_padded_batches(rows, length, self._ways):
             own, index = np.zeros(len(lengths), np.int32), np.arange(len(batch))
             own[: len(batch)] = at[batch]

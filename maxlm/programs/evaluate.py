@@ -12,6 +12,8 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.inference.engine import Engine
+from maxlm.inference.pseudo_likelihood import MaskedScorer
+from maxlm.models.architectures import Encoder
 from maxlm.programs.load import LoadedRun
 from maxlm.programs.serve import load_chat_model, make_engine
 from maxlm.runtime.files import convert_write_errors
@@ -63,8 +65,13 @@ def evaluate_model(
             get_chat_template(loaded.tokenizer)
         if output is None and (Path(model) / "config.yaml").exists():
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
-        engine = make_evaluation_engine(loaded, settings)
-        lm = models.MaxlmModel(engine, seed=seed or 0)
+        if isinstance(loaded.model, Encoder):
+            room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
+            given = {"tokenizer": loaded.tokenizer, "max_length": room}
+            lm = models.MaxlmModel(make_masked_scorer(loaded), **given)
+        else:
+            engine = make_evaluation_engine(loaded, settings)
+            lm = models.MaxlmModel(engine, seed=seed or 0)
     with show_progress("requests") as progress:
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
@@ -99,6 +106,22 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     length = f"max_length={min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)}"
     own = [length, "max_sequences=32", "max_chunks=32"]
     return make_engine(loaded, [*own, *settings], warm_up=False)
+
+
+def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
+    """Makes the scorer of an encoder, whose texts are whole documents."""
+    tokenizer, mask_id = loaded.tokenizer, getattr(loaded.config.task, "mask_id", None)
+    if mask_id is None:
+        mask_id = loaded.config.model.vocab_size - 1
+
+    def wrap(tokens: list[int]) -> tuple[list[int], int]:
+        size = len(tokenizer.prefix_ids)
+        if tokens[:size] == [*tokenizer.prefix_ids]:  # where a text has no context
+            return [*tokens, tokenizer.eos_id], 0
+        return [*tokenizer.prefix_ids, *tokens, tokenizer.eos_id], size
+
+    own = loaded.model, loaded.params, loaded.mesh
+    return MaskedScorer(*own, mask_id=mask_id, wrap=wrap)
 
 
 def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:

@@ -42,5 +42,7 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
             wanted = logprobs[np.arange(len(tail)), targets]
             assert score.logprob == pytest.approx(wanted.sum(), abs=1e-4)
             assert score.is_greedy == bool((logits.argmax(-1) == targets).all())
-    with pytest.raises(MaxlmError, match="34 tokens"):
-        scorer.score([([5] * 29, [6] * 3)])
+    cut, whole = scorer.score([([9] * 40 + [5] * 28, [6] * 3), ([5] * 28, [6] * 3)])
+    assert cut.logprob == pytest.approx(whole.logprob, abs=1e-5)
+    with pytest.raises(MaxlmError, match="32 tokens"):
+        scorer.score([([], [6] * 32)])
