@@ -1,0 +1,289 @@
+"""Runs untrusted programs: a fresh process each, confined, limited, killed as a whole.
+
+`detect_isolation` tries the layers, strongest first: bubblewrap; user, mount, process and network
+namespaces; Landlock and a seccomp filter, which need no privilege; limits alone. A warning names
+what the one found does not isolate.
+"""
+
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from maxlm.evaluation import isolation as isolation_script
+from maxlm.runtime.pool import count_usable_cores
+
+_NOBODY = 65534
+_NOT_ISOLATED = {
+    "seccomp": "the number of processes, if this user is root",
+    "limits": "the network, files, other processes",
+}
+# The program runs in a module of its own, after which builtins must be as they were: a program that
+# replaces `abs` passes the tests that call it. The token proves that its last line was reached.
+_HARNESS = """
+import builtins, os, sys
+def run(write=os.write, table=vars(builtins)):
+    token, _, program = sys.stdin.buffer.read().partition(b"\\n")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.path.append(sys.argv[2])
+    module = sys.modules["program"] = type(sys)("program")
+    known = list(table.items())
+    exec(compile(program, "program.py", "exec"), vars(module))
+    for name, value in known:
+        if table.get(name) is not value and name != "_":
+            raise RuntimeError(f"the program replaced builtins.{name}")
+    write(int(sys.argv[1]), token)
+run()
+"""
+
+
+@dataclass(frozen=True)
+class SandboxLimits:
+    """Limits of one program: seconds by the clock and of CPU, bytes of memory of each of its
+    processes, processes and threads, bytes of its files, files open at once, and the last bytes
+    kept of what it prints."""
+
+    seconds: float = 10.0
+    memory_bytes: int = 1 << 30
+    processes: int = 32
+    file_bytes: int = 32 << 20
+    open_files: int = 128
+    output_bytes: int = 64 << 10
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How programs are confined: the layer, and the user (a number) that they run as."""
+
+    layer: Literal["bubblewrap", "namespaces", "seccomp", "limits"]
+    user: int
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """How a program ended; ``message`` is the last line of its error, "" if it passed."""
+
+    status: Literal["passed", "failed", "timed_out", "out_of_memory"]
+    message: str
+    output: str
+    exit_code: int
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+
+@cache
+def detect_isolation() -> Isolation:
+    """Return the strongest layer that runs a program here, found by trying; warn of what it leaves
+    open."""
+    own = os.geteuid()
+    users = (_NOBODY, own) if own == 0 else (own,)
+    layers = ("bubblewrap", "namespaces", "seccomp", "limits")
+    for isolation in (Isolation(layer, user) for layer in layers for user in users):
+        if isolation.layer == "bubblewrap" and not shutil.which("bwrap"):
+            continue
+        if run_python("", SandboxLimits(), isolation).passed:
+            break
+    else:
+        isolation = Isolation("limits", own)
+    if isolation.layer in _NOT_ISOLATED:
+        warnings.warn(
+            f"programs run without namespaces; not isolated: {_NOT_ISOLATED[isolation.layer]}",
+            stacklevel=2,
+        )
+    return isolation
+
+
+def run_all(
+    programs: Sequence[str], limits: SandboxLimits | None = None, workers: int | None = None
+) -> list[ExecutionResult]:
+    """Run Python programs, `workers` at once (as many as there are cores)."""
+    detect_isolation()
+    with ThreadPoolExecutor(workers or count_usable_cores()) as pool:
+        return list(pool.map(lambda program: run_python(program, limits), programs))
+
+
+def run_python(
+    program: str, limits: SandboxLimits | None = None, isolation: Isolation | None = None
+) -> ExecutionResult:
+    """Run a Python program in a fresh interpreter, with an empty folder to work in.
+
+    It passes if its last line was reached: the process then writes a token to a pipe. An exit code
+    proves nothing (``os._exit(0)``). A program that searches the interpreter's memory for the token
+    can lie; nothing within one interpreter prevents that.
+    """
+    token = secrets.token_hex(16).encode()
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as answer, tempfile.TemporaryFile() as stdin:
+        stdin.write(token + b"\n" + program.encode("utf-8", "surrogatepass"))
+        stdin.seek(0)
+        packages = sysconfig.get_path("purelib")
+        command = [sys.executable, "-ISBuc", _HARNESS, str(writer), packages]
+        try:
+            result = run_command(
+                command, limits, isolation=isolation, stdin=stdin.fileno(), inherited=(writer,)
+            )
+        finally:
+            os.close(writer)
+        os.set_blocking(answer.fileno(), False)
+        if (answer.read(1 + len(token)) or b"") == token and result.status != "timed_out":
+            return ExecutionResult("passed", "", result.output, result.exit_code)
+    if result.passed:
+        message = "it ended before its last line"
+        return ExecutionResult("failed", message, result.output, result.exit_code)
+    return result
+
+
+def run_command(
+    command: Sequence[str],
+    limits: SandboxLimits | None = None,
+    *,
+    readable: Sequence[Path] = (),
+    writable: Sequence[Path] = (),
+    folder: Path | None = None,
+    isolation: Isolation | None = None,
+    stdin: int = subprocess.DEVNULL,
+    inherited: Sequence[int] = (),
+) -> ExecutionResult:
+    """Run a command; it passes if its exit code is 0.
+
+    Args:
+        command: an absolute path and its arguments.
+        readable: folders that it may read besides the system's and this Python's.
+        writable: folders that it may change; their owner becomes the user that it runs as.
+        folder: where it works; an empty temporary folder by default.
+        isolation: as detected by default.
+        stdin: a descriptor.
+        inherited: further descriptors that it keeps.
+    """
+    limits, isolation = limits or SandboxLimits(), isolation or detect_isolation()
+    status, alive = os.pipe()
+    with _open_scratch_folder(isolation) as scratch:
+        arguments = _isolated_command(
+            isolation,
+            limits=asdict(limits),
+            readable=[*_list_system_paths(), *map(str, readable)],
+            writable=list(map(str, writable)),
+            folder=str(folder or scratch),
+            command=list(command),
+            environment={
+                "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+                "HOME": str(scratch),
+                "LANG": "C.UTF-8",
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+            status=alive,
+        )
+        process = subprocess.Popen(
+            arguments,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={"PATH": "/usr/bin:/bin"},
+            pass_fds=(alive, *inherited),
+            start_new_session=True,
+        )
+        os.close(alive)
+        try:
+            output, ended = _read_until_end(process, status, limits)
+            if ended:  # A zombie until it is waited for: nothing else gets its number.
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        finally:
+            os.close(status)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()  # type: ignore
+    code, text = process.returncode, output.decode("utf-8", "replace")
+    lines = text.strip().splitlines()
+    last = lines[-1].strip() if lines else f"exit code {code}"
+    if not ended or code == 128 + signal.SIGXCPU:
+        return ExecutionResult("timed_out", f"longer than {limits.seconds:g} s", text, code)
+    if code == 0:
+        return ExecutionResult("passed", "", text, code)
+    return ExecutionResult("out_of_memory" if "MemoryError" in last else "failed", last, text, code)
+
+
+def _isolated_command(isolation: Isolation, **job: Any) -> list[str]:
+    """Return the command line that confines and runs a job of `maxlm.evaluation.isolation`."""
+    source = Path(isolation_script.__file__).read_text("utf-8")
+    layer = "limits" if isolation.layer == "bubblewrap" else isolation.layer
+    group = isolation.user if isolation.user != os.geteuid() else os.getegid()
+    job |= {"layer": layer, "user": isolation.user, "group": group}
+    script = [sys.executable, "-ISBuc", source, json.dumps(job)]
+    if isolation.layer != "bubblewrap":
+        return script
+    arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    arguments += ["--die-with-parent", "--proc", "/proc", "--dev", "/dev", "--chdir", "/"]
+    if os.geteuid() == 0:  # Without a user namespace, so that the script can change the user.
+        arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        arguments += ["--unshare-user"]
+    size = str(job["limits"]["file_bytes"])
+    for path in ("/tmp", "/dev/shm"):
+        arguments += ["--perms", "1777", "--size", size, "--tmpfs", path]
+    paths = [*job["readable"], *job["writable"]]
+    for parent in sorted({str(each) for path in paths for each in Path(path).parents} - {"/"}):
+        arguments += ["--perms", "0755", "--dir", parent]  # Its own would be 0700.
+    for path in job["readable"]:
+        link = os.path.islink(path)
+        arguments += ["--symlink" if link else "--ro-bind", os.readlink(path) if link else path, path]
+    for path in job["writable"]:
+        arguments += ["--bind", path, path]
+    return [shutil.which("bwrap") or "bwrap", *arguments, "--remount-ro", "/", *script]
+
+
+def _list_system_paths() -> list[str]:
+    """Return what a program may read: the system's programs and libraries, and this Python's."""
+    system = "/usr /bin /sbin /lib /lib32 /lib64 /etc /nix/store".split()
+    python = [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
+    return [path for path in dict.fromkeys(system + python) if os.path.exists(path)]
+
+
+@contextmanager
+def _open_scratch_folder(isolation: Isolation) -> Iterator[str]:
+    """Yield an empty folder's path; where a layer has a /tmp of its own, that."""
+    if isolation.layer in ("bubblewrap", "namespaces"):
+        yield "/tmp"
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chown(folder, isolation.user, -1)
+        yield folder
+
+
+def _read_until_end(
+    process: subprocess.Popen[bytes], status: int, limits: SandboxLimits
+) -> tuple[bytes, bool]:
+    """Return the end of what a process prints, and whether it ended in time."""
+    assert process.stdout
+    deadline, output, pipe = time.monotonic() + limits.seconds, b"", process.stdout.fileno()
+    with selectors.DefaultSelector() as selector:
+        for descriptor in (pipe, status):
+            selector.register(descriptor, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = [key.fd for key, _ in selector.select(left)]
+            if pipe in ready:
+                chunk = os.read(pipe, 1 << 16)
+                output = (output + chunk)[-limits.output_bytes :]
+                if not chunk:
+                    selector.unregister(pipe)
+            elif status in ready:
+                return output, True
+    return output, False
