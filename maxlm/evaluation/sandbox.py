@@ -173,6 +173,10 @@ def run_command(
         inherited: further descriptors that it keeps.
     """
     limits, isolation = limits or SandboxLimits(), isolation or detect_isolation()
+    for top in writable:
+        if isolation.user != os.geteuid() and os.stat(top).st_uid != isolation.user:
+            for each in (top, *top.rglob("*")):
+                os.chown(each, isolation.user, isolation.user, follow_symlinks=False)
     status, alive = os.pipe()
     with _open_scratch_folder(isolation) as scratch:
         arguments = _isolated_command(
