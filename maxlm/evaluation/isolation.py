@@ -1,6 +1,7 @@
 """Confines one command and runs it: the script that `maxlm.evaluation.sandbox` starts.
 
-It runs as ``python -I -S -c SOURCE JOB`` and may import the standard library alone. JOB is JSON:
+It runs as ``python -I -S -c SOURCE JOB``, once a program, so it imports little (``json`` would take
+as long as all else). JOB is a dict as `repr` writes it:
 ``layer`` ("namespaces", "seccomp" or "limits"), ``user`` and ``group`` (numbers that the command
 runs as), ``limits`` (`SandboxLimits`), ``readable`` and ``writable`` (paths), ``folder`` (where it
 works), ``command``, ``environment``, ``status`` (a descriptor that closes when all has ended).
@@ -8,18 +9,12 @@ works), ``command``, ``environment``, ``status`` (a descriptor that closes when 
 
 import ctypes
 import fcntl
-import json
 import os
-import platform
 import resource
-import signal
 import struct
 import sys
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-libc: Any = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # socket, kill, tkill, tgkill, both sigqueueinfo, pidfd_send_signal, setsid, setpgid, ptrace,
 # process_vm_writev, io_uring_setup (which opens sockets), by machine, after its audit number.
@@ -29,7 +24,7 @@ _DENIED = {
 }
 
 
-def main(job: dict[str, Any]) -> None:
+def main(job: dict) -> None:
     """Run a job; the exit code is its command's, or 128 and the signal's number, or 125 if it
     cannot be confined."""
     try:
@@ -48,7 +43,7 @@ def main(job: dict[str, Any]) -> None:
             os._exit(_shell_exit_code(status))
 
 
-def enter_namespaces(job: dict[str, Any]) -> None:
+def enter_namespaces(job: dict) -> None:
     """Go on as the first process of new user, network, process, mount, IPC and host name
     namespaces, all of whose processes end with it; the one that called waits for it."""
     owner, (reader, writer) = os.getpid(), os.pipe()
@@ -58,22 +53,21 @@ def enter_namespaces(job: dict[str, Any]) -> None:
         os.close(writer)
         started = os.read(reader, 1)
         users, groups = {os.geteuid(), job["user"]}, {os.getegid(), job["group"]}
-        with suppress(OSError):
-            for name, ids in {"setgroups": (), "uid_map": users, "gid_map": groups}.items():
-                text = "\n".join(f"{number} {number} 1" for number in ids) or "deny"
-                Path(f"/proc/{owner}/{name}").write_text(text)
-            os._exit(0 if started else 1)
-        os._exit(1)
+        wrote = started and all(
+            _write(f"/proc/{owner}/{name}", "\n".join(f"{each} {each} 1" for each in ids) or "deny")
+            for name, ids in {"setgroups": (), "uid_map": users, "gid_map": groups}.items()
+        )
+        os._exit(0 if wrote else 1)
     _call("unshare", 0x7C020000)  # CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
     os.write(writer, b"1")
     if os.waitpid(mapper, 0)[1]:
         raise OSError("the users of a namespace cannot be mapped")
     if first := os.fork():
         os._exit(_shell_exit_code(os.waitpid(first, 0)[1]))
-    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    _call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
 
 
-def build_root(job: dict[str, Any]) -> None:
+def build_root(job: dict) -> None:
     """Replace the root by one of the readable paths, read-only, the writable ones, a few devices
     and an empty /tmp of ``limits.file_bytes``. Bring the loopback device up."""
     import _socket
@@ -97,11 +91,13 @@ def build_root(job: dict[str, Any]) -> None:
         _mount(path, target, None, 0x5000)  # MS_BIND, MS_REC
         _set_mount_flags(target, 6 if path in job["writable"] else 7, recursive=True)
     for device in DEVICES:
-        Path(base + device).touch()
+        _write(base + device, "")
         _mount(device, base + device, None, 0x1000)
     os.symlink("/tmp", f"{base}/dev/shm")
-    with suppress(OSError):  # A container that hides a part of its own /proc allows no other.
+    try:
         _mount("proc", f"{base}/proc", "proc", 14)  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+    except OSError:
+        pass  # A container that hides a part of its own /proc allows no other.
     os.chdir(base)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", 2)  # MNT_DETACH
@@ -110,15 +106,14 @@ def build_root(job: dict[str, Any]) -> None:
     fcntl.ioctl(_socket.socket(), 0x8914, request)  # SIOCSIFFLAGS
 
 
-def confine(job: dict[str, Any]) -> None:
+def confine(job: dict) -> None:
     """Set limits, give up privileges and, without namespaces, deny files, sockets and signals."""
     limits = job["limits"]
-    with suppress(OSError):  # If the machine runs out of memory, this one ends first.
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    _write("/proc/self/oom_score_adj", "1000")  # If memory runs out, this one ends first.
     os.chdir(job["folder"])
     os.set_inheritable(job["status"], False)
     if os.geteuid() == 0:
-        with suppress(OSError):
+        if job["layer"] != "namespaces":
             os.setgroups([])
         os.setresgid(*[job["group"]] * 3)
         os.setresuid(*[job["user"]] * 3)
@@ -139,7 +134,7 @@ def confine(job: dict[str, Any]) -> None:
         deny_system_calls()
 
 
-def restrict_files(job: dict[str, Any]) -> None:
+def restrict_files(job: dict) -> None:
     """Allow reading of the readable paths and writing of the writable ones, by Landlock."""
     version = _call("syscall", 444, None, 0, 1)
     every = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
@@ -153,7 +148,7 @@ def restrict_files(job: dict[str, Any]) -> None:
 
 def deny_system_calls() -> None:
     """Make sockets, signals and new process groups fail, by a seccomp filter (EPERM)."""
-    audit, *denied = _DENIED[platform.machine()]
+    audit, *denied = _DENIED[os.uname().machine]
     last = len(denied) + 1
     rows = [(0x20, 0, 0, 4), (0x15, 0, last + 2, audit), (0x20, 0, 0, 0), (0x35, last, 0, 1 << 30)]
     rows += [(0x15, last - 1 - index, 0, number) for index, number in enumerate(denied)]
@@ -161,6 +156,15 @@ def deny_system_calls() -> None:
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in rows))
     filters = struct.pack("HxxxxxxP", len(rows), ctypes.addressof(program))
     _call("prctl", 22, 2, filters, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def _write(path: str, text: str) -> bool:
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError:
+        return False
+    return True
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
@@ -173,7 +177,7 @@ def _set_mount_flags(path: str, flags: int, *, recursive: bool) -> None:
     _call("syscall", 442, -100, path.encode(), 0x8000 if recursive else 0, attributes, 32)
 
 
-def _call(name: str, *arguments: Any) -> int:
+def _call(name: str, *arguments) -> int:
     words = (ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
     result = getattr(libc, name)(*words)
     if result < 0:
@@ -186,4 +190,4 @@ def _shell_exit_code(status: int) -> int:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(eval(sys.argv[1]))

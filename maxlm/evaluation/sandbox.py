@@ -5,7 +5,6 @@ namespaces; Landlock and a seccomp filter, which need no privilege; limits alone
 what the one found does not isolate.
 """
 
-import json
 import os
 import secrets
 import selectors
@@ -231,7 +230,7 @@ def _isolated_command(isolation: Isolation, **job: Any) -> list[str]:
     layer = "limits" if isolation.layer == "bubblewrap" else isolation.layer
     group = isolation.user if isolation.user != os.geteuid() else os.getegid()
     job |= {"layer": layer, "user": isolation.user, "group": group}
-    script = [sys.executable, "-ISBuc", source, json.dumps(job)]
+    script = [sys.executable, "-ISBuc", source, repr(job)]
     if isolation.layer != "bubblewrap":
         return script
     arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_code_eval_has_the_form_of_the_metric():
 def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
     """Its task definitions get our metric, without the network, for right and wrong answers."""
     pytest.importorskip("evaluate")
-    tasks = pytest.importorskip("lm_eval.tasks")
+    lm_eval = pytest.importorskip("lm_eval")
+    loader = pytest.importorskip("lm_eval.tasks._yaml_loader")
     from maxlm.evaluation import code
 
     ran = []
@@ -129,18 +131,16 @@ def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
         return run_all(programs, *arguments)
 
     monkeypatch.setattr(code, "run_all", record)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = Path(lm_eval.__file__).parent / "tasks" / task.partition("_")[0]
     with replace_code_eval():
-        manager = tasks.TaskManager()
-        entry = manager._index[task] if hasattr(manager, "_index") else None
-        config = tasks._yaml_loader.load_yaml(entry.yaml_path)
+        config = loader.load_yaml(folder / f"{task}.yaml")
     [metric] = config["metric_list"]
     options = {"k": metric["k"]} if "k" in metric else {}
     tests, right, wrong = "assert f(2) == 4", "def f(x): return 2 * x", "def f(x): return x"
     for answer, expected in ((right, 1.0), (wrong, 0.0)):
         score = metric["metric"](references=[tests], predictions=[[answer]], **options)
         assert (score["pass@1"] if isinstance(score, dict) else score) == expected
-    assert len(ran) == 2 + 2 * 0
+    assert [each.startswith((right, wrong)) for each in ran[-2:]] == [True, True]
 
 
 @pytest.mark.parametrize(
