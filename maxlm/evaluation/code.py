@@ -1,4 +1,4 @@
-"""Functional correctness of generated code: HumanEval, and pass@k (Chen et al. 2021, 2107.03374)."""
+"""Functional correctness of generated code: HumanEval and pass@k (Chen et al., 2107.03374)."""
 
 import gzip
 import json
@@ -63,15 +63,17 @@ def score_samples(
         passed[sample["task_id"]].append(result.passed)
     counts = {task: (len(each), sum(each)) for task, each in passed.items()}
     tasks = {
-        task: {"num_samples": n, "num_correct": c} | average_pass_at_k([(n, c)], ks)
+        task: {"num_samples": n, "num_correct": c} | compute_mean_pass_at_k([(n, c)], ks)
         for task, (n, c) in counts.items()
     }
-    score = average_pass_at_k(counts.values(), ks)
+    score = compute_mean_pass_at_k(counts.values(), ks)
     score |= {"num_problems": len(tasks), "num_samples": len(samples)}
     return score | {"tasks": tasks}, results
 
 
-def average_pass_at_k(counts: Collection[tuple[int, int]], ks: Sequence[int]) -> dict[str, float]:
+def compute_mean_pass_at_k(
+    counts: Collection[tuple[int, int]], ks: Sequence[int]
+) -> dict[str, float]:
     """Return ``pass@k`` as the mean over problems with (samples, correct ones), for each k that all
     problems have samples for."""
     fewest = min((samples for samples, _ in counts), default=0)
@@ -88,29 +90,23 @@ def evaluate_code(
     k: Sequence[int] = (1, 10, 100),
     num_workers: int | None = None,
     timeout: float = 10.0,
-) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-    """Score programs as Hugging Face's metric ``code_eval`` does, in the sandbox.
+) -> tuple[dict[str, float], list[list[ExecutionResult]]]:
+    """Score programs in the sandbox, with the arguments of Hugging Face's metric ``code_eval``.
 
     Args:
         references: each problem's tests.
         predictions: each problem's candidate programs.
-        k: which pass@k to return, of those that every problem has candidates for.
         timeout: seconds a program.
 
     Returns:
-        ``pass@k``, and by problem each candidate's number and result.
+        ``pass@k``, of those k that every problem has candidates for; each candidate's result.
     """
-    samples = [(task, each) for task, programs in enumerate(predictions) for each in programs]
-    programs = [f"{program}\n{references[task]}" for task, program in samples]
-    found = run_all(programs, SandboxLimits(seconds=timeout), num_workers)
-    results = defaultdict[int, list[tuple[int, dict[str, Any]]]](list)
-    for (task, _), result in zip(samples, found, strict=True):
-        number, text = len(results[task]), result.status.replace("_", " ")
-        text = f"failed: {result.message}" if text == "failed" else text
-        record = {"task_id": task, "passed": result.passed, "result": text}
-        results[task].append((number, record | {"completion_id": number}))
-    counts = [(len(each), sum(r["passed"] for _, r in each)) for each in results.values()]
-    return average_pass_at_k(counts, k), dict(results)
+    pairs = zip(references, predictions, strict=True)
+    programs = [f"{program}\n{tests}" for tests, each in pairs for program in each]
+    found = iter(run_all(programs, SandboxLimits(seconds=timeout), num_workers))
+    results = [[next(found) for _ in each] for each in predictions]
+    counts = [(len(each), sum(result.passed for result in each)) for each in results]
+    return compute_mean_pass_at_k(counts, k), results
 
 
 @contextmanager

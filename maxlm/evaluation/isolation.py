@@ -4,7 +4,8 @@ It runs as ``python -I -S -c SOURCE JOB``, once a program, so it imports little 
 as long as all else). JOB is a dict as `repr` writes it:
 ``layer`` ("namespaces", "seccomp" or "limits"), ``user`` and ``group`` (numbers that the command
 runs as), ``limits`` (`SandboxLimits`), ``readable`` and ``writable`` (paths), ``folder`` (where it
-works), ``command``, ``environment``, ``status`` (a descriptor that closes when all has ended).
+works), ``command``, ``environment``, ``status`` (a descriptor that closes when all has ended; an
+error before the command starts is written to it).
 """
 
 import ctypes
@@ -18,24 +19,24 @@ libc = ctypes.CDLL(None, use_errno=True)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # socket, kill, tkill, tgkill, both sigqueueinfo, pidfd_send_signal, setsid, setpgid, ptrace,
 # process_vm_writev, io_uring_setup (which opens sockets), by machine, after its audit number.
-_DENIED = {
+_BLOCKED = {
     "x86_64": (0xC000003E, 41, 62, 200, 234, 129, 297, 424, 112, 109, 101, 311, 425),
     "aarch64": (0xC00000B7, 198, 129, 130, 131, 138, 240, 424, 157, 154, 117, 271, 425),
 }
 
 
 def main(job: dict) -> None:
-    """Run a job; the exit code is its command's, or 128 and the signal's number, or 125 if it
-    cannot be confined."""
+    """Run a job; the exit code is its command's, or 128 and the signal's number."""
     try:
+        _die_with_parent()
         if job["layer"] == "namespaces":
             enter_namespaces(job)
             build_root(job)
         if (child := os.fork()) == 0:
-            confine(job)
+            set_limits(job)
             os.execve(job["command"][0], job["command"], job["environment"])
     except BaseException as error:
-        os.write(2, f"sandbox: {error}\n".encode())
+        os.write(job["status"], str(error).encode())
         os._exit(125)
     while True:  # The first process of a namespace also reaps what the command leaves behind.
         pid, status = os.wait()
@@ -64,7 +65,7 @@ def enter_namespaces(job: dict) -> None:
         raise OSError("the users of a namespace cannot be mapped")
     if first := os.fork():
         os._exit(_shell_exit_code(os.waitpid(first, 0)[1]))
-    _call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+    _die_with_parent()
 
 
 def build_root(job: dict) -> None:
@@ -94,10 +95,8 @@ def build_root(job: dict) -> None:
         _write(base + device, "")
         _mount(device, base + device, None, 0x1000)
     os.symlink("/tmp", f"{base}/dev/shm")
-    try:
-        _mount("proc", f"{base}/proc", "proc", 14)  # MS_NOSUID, MS_NODEV, MS_NOEXEC
-    except OSError:
-        pass  # A container that hides a part of its own /proc allows no other.
+    proc = f"{base}/proc".encode()  # A container that hides a part of its own allows none.
+    libc.mount(b"proc", proc, b"proc", 14, None)  # MS_NOSUID, MS_NODEV, MS_NOEXEC
     os.chdir(base)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", 2)  # MNT_DETACH
@@ -106,35 +105,36 @@ def build_root(job: dict) -> None:
     fcntl.ioctl(_socket.socket(), 0x8914, request)  # SIOCSIFFLAGS
 
 
-def confine(job: dict) -> None:
+def set_limits(job: dict) -> None:
     """Set limits, give up privileges and, without namespaces, deny files, sockets and signals."""
     limits = job["limits"]
     _write("/proc/self/oom_score_adj", "1000")  # If memory runs out, this one ends first.
     os.chdir(job["folder"])
     os.set_inheritable(job["status"], False)
+    for capability in range(64):  # Root keeps none, either.
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
     if os.geteuid() == 0:
         if job["layer"] != "namespaces":
             os.setgroups([])
         os.setresgid(*[job["group"]] * 3)
         os.setresuid(*[job["user"]] * 3)
-    cpu = int(limits["seconds"]) + 1
-    for name, amount in {
-        "AS": limits["memory_bytes"],
-        "NPROC": limits["processes"],
-        "FSIZE": limits["file_bytes"],
-        "NOFILE": limits["open_files"],
-        "CORE": 0,
-    }.items():
+    amounts = {"AS": limits["memory_bytes"], "NPROC": limits["processes"], "CORE": 0}
+    if job["layer"] != "namespaces":  # There it counts all of the user's: allow for those there.
+        with open("/proc/loadavg") as file:
+            amounts["NPROC"] += int(file.read().split()[3].partition("/")[2])
+    amounts |= {"FSIZE": limits["file_bytes"], "NOFILE": limits["open_files"]}
+    for name, amount in amounts.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (amount, amount))
+    cpu = int(limits["seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    if sys.platform == "linux":
-        _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _die_with_parent()
+    _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if job["layer"] == "seccomp":
-        restrict_files(job)
-        deny_system_calls()
+        limit_files(job)
+        block_system_calls()
 
 
-def restrict_files(job: dict) -> None:
+def limit_files(job: dict) -> None:
     """Allow reading of the readable paths and writing of the writable ones, by Landlock."""
     version = _call("syscall", 444, None, 0, 1)
     every = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
@@ -146,16 +146,20 @@ def restrict_files(job: dict) -> None:
     _call("syscall", 446, ruleset, 0)
 
 
-def deny_system_calls() -> None:
+def block_system_calls() -> None:
     """Make sockets, signals and new process groups fail, by a seccomp filter (EPERM)."""
-    audit, *denied = _DENIED[os.uname().machine]
-    last = len(denied) + 1
+    audit, *blocked = _BLOCKED[os.uname().machine]
+    last = len(blocked) + 1
     rows = [(0x20, 0, 0, 4), (0x15, 0, last + 2, audit), (0x20, 0, 0, 0), (0x35, last, 0, 1 << 30)]
-    rows += [(0x15, last - 1 - index, 0, number) for index, number in enumerate(denied)]
+    rows += [(0x15, last - 1 - index, 0, number) for index, number in enumerate(blocked)]
     rows += [(6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050001)]  # allow; EPERM
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in rows))
     filters = struct.pack("HxxxxxxP", len(rows), ctypes.addressof(program))
     _call("prctl", 22, 2, filters, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def _die_with_parent() -> None:
+    _call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
 
 
 def _write(path: str, text: str) -> bool:

@@ -1,14 +1,12 @@
 """Runs untrusted programs: a fresh process each, confined, limited, killed as a whole.
 
-`detect_isolation` tries the layers, strongest first: bubblewrap; user, mount, process and network
-namespaces; Landlock and a seccomp filter, which need no privilege; limits alone. A warning names
-what the one found does not isolate.
+`detect_isolation` tries the layers, strongest first: namespaces with a root of their own; Landlock
+and a seccomp filter, which containers allow as well; limits alone. A warning names what is open.
 """
 
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +14,15 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from maxlm.config import MaxlmError
 from maxlm.evaluation import isolation as isolation_script
 from maxlm.runtime.pool import count_usable_cores
 
@@ -69,7 +68,7 @@ class SandboxLimits:
 class Isolation:
     """How programs are confined: the layer, and the user (a number) that they run as."""
 
-    layer: Literal["bubblewrap", "namespaces", "seccomp", "limits"]
+    layer: Literal["namespaces", "seccomp", "limits"]
     user: int
 
 
@@ -91,21 +90,19 @@ class ExecutionResult:
 def detect_isolation() -> Isolation:
     """Return the strongest layer that runs a program here, found by trying; warn of what it leaves
     open."""
-    own = os.geteuid()
+    own, layers = os.geteuid(), ("namespaces", "seccomp", "limits")
     users = (_NOBODY, own) if own == 0 else (own,)
-    layers = ("bubblewrap", "namespaces", "seccomp", "limits")
-    for isolation in (Isolation(layer, user) for layer in layers for user in users):
-        if isolation.layer == "bubblewrap" and not shutil.which("bwrap"):
-            continue
-        if run_python("", SandboxLimits(), isolation).passed:
+    candidates = [Isolation(layer, user) for layer in layers for user in users]
+    for isolation in candidates:
+        try:
+            run_python("", SandboxLimits(seconds=60), isolation)
             break
-    else:
-        isolation = Isolation("limits", own)
+        except MaxlmError:
+            if isolation == candidates[-1]:
+                raise
     if isolation.layer in _NOT_ISOLATED:
-        warnings.warn(
-            f"programs run without namespaces; not isolated: {_NOT_ISOLATED[isolation.layer]}",
-            stacklevel=2,
-        )
+        left_open = _NOT_ISOLATED[isolation.layer]
+        warnings.warn(f"no namespaces for programs; not isolated: {left_open}", stacklevel=2)
     return isolation
 
 
@@ -167,39 +164,46 @@ def run_command(
         readable: folders that it may read besides the system's and this Python's.
         writable: folders that it may change; their owner becomes the user that it runs as.
         folder: where it works; an empty temporary folder by default.
-        isolation: as detected by default.
+        isolation: as detected by default. Raises MaxlmError if it is not possible here.
         stdin: a descriptor.
         inherited: further descriptors that it keeps.
     """
     limits, isolation = limits or SandboxLimits(), isolation or detect_isolation()
+    own = os.geteuid()
     for top in writable:
-        if isolation.user != os.geteuid() and os.stat(top).st_uid != isolation.user:
+        if isolation.user != own and os.stat(top).st_uid != isolation.user:
             for each in (top, *top.rglob("*")):
                 os.chown(each, isolation.user, isolation.user, follow_symlinks=False)
     status, alive = os.pipe()
-    with _open_scratch_folder(isolation) as scratch:
-        arguments = _isolated_command(
-            isolation,
-            limits=asdict(limits),
-            readable=[*_list_system_paths(), *map(str, readable)],
-            writable=list(map(str, writable)),
-            folder=str(folder or scratch),
-            command=list(command),
-            environment={
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        os.chown(scratch, isolation.user, -1)
+        if isolation.layer == "namespaces":  # They have a /tmp of their own.
+            scratch = "/tmp"
+        job = {
+            "layer": isolation.layer,
+            "user": isolation.user,
+            "group": isolation.user if isolation.user != own else os.getegid(),
+            "limits": asdict(limits),
+            "readable": [*_list_system_paths(), *map(str, readable)],
+            "writable": [*map(str, writable)],
+            "folder": str(folder or scratch),
+            "command": [*command],
+            "environment": {
                 "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-                "HOME": str(scratch),
+                "HOME": scratch,
                 "LANG": "C.UTF-8",
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
             },
-            status=alive,
-        )
+            "status": alive,
+        }
+        source = Path(isolation_script.__file__).read_text("utf-8")
         process = subprocess.Popen(
-            arguments,
+            [sys.executable, "-ISBuc", source, repr(job)],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={"PATH": "/usr/bin:/bin"},
+            env={},
             pass_fds=(alive, *inherited),
             start_new_session=True,
         )
@@ -208,6 +212,9 @@ def run_command(
             output, ended = _read_until_end(process, status, limits)
             if ended:  # A zombie until it is waited for: nothing else gets its number.
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                if error := os.read(status, 1000):
+                    what = f"the command cannot be run in the sandbox: {error.decode()}"
+                    raise MaxlmError(what, where=str(command[0]))
         finally:
             os.close(status)
             with suppress(ProcessLookupError):
@@ -224,51 +231,11 @@ def run_command(
     return ExecutionResult("out_of_memory" if "MemoryError" in last else "failed", last, text, code)
 
 
-def _isolated_command(isolation: Isolation, **job: Any) -> list[str]:
-    """Return the command line that confines and runs a job of `maxlm.evaluation.isolation`."""
-    source = Path(isolation_script.__file__).read_text("utf-8")
-    layer = "limits" if isolation.layer == "bubblewrap" else isolation.layer
-    group = isolation.user if isolation.user != os.geteuid() else os.getegid()
-    job |= {"layer": layer, "user": isolation.user, "group": group}
-    script = [sys.executable, "-ISBuc", source, repr(job)]
-    if isolation.layer != "bubblewrap":
-        return script
-    arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    arguments += ["--die-with-parent", "--proc", "/proc", "--dev", "/dev", "--chdir", "/"]
-    if os.geteuid() == 0:  # Without a user namespace, so that the script can change the user.
-        arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        arguments += ["--unshare-user"]
-    size = str(job["limits"]["file_bytes"])
-    for path in ("/tmp", "/dev/shm"):
-        arguments += ["--perms", "1777", "--size", size, "--tmpfs", path]
-    paths = [*job["readable"], *job["writable"]]
-    for parent in sorted({str(each) for path in paths for each in Path(path).parents} - {"/"}):
-        arguments += ["--perms", "0755", "--dir", parent]  # Its own would be 0700.
-    for path in job["readable"]:
-        link = os.path.islink(path)
-        arguments += ["--symlink" if link else "--ro-bind", os.readlink(path) if link else path, path]
-    for path in job["writable"]:
-        arguments += ["--bind", path, path]
-    return [shutil.which("bwrap") or "bwrap", *arguments, "--remount-ro", "/", *script]
-
-
 def _list_system_paths() -> list[str]:
     """Return what a program may read: the system's programs and libraries, and this Python's."""
-    system = "/usr /bin /sbin /lib /lib32 /lib64 /etc /nix/store".split()
-    python = [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
-    return [path for path in dict.fromkeys(system + python) if os.path.exists(path)]
-
-
-@contextmanager
-def _open_scratch_folder(isolation: Isolation) -> Iterator[str]:
-    """Yield an empty folder's path; where a layer has a /tmp of its own, that."""
-    if isolation.layer in ("bubblewrap", "namespaces"):
-        yield "/tmp"
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.chown(folder, isolation.user, -1)
-        yield folder
+    paths = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store"]
+    paths += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
 def _read_until_end(

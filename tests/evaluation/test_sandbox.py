@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from maxlm.config import MaxlmError
 from maxlm.evaluation.sandbox import (
     Isolation,
     SandboxLimits,
@@ -54,6 +55,12 @@ time.sleep(0.5)
 os._exit(0)
 """,
 }
+CAPABILITIES = """
+import ctypes
+header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capget(header, data) == 0
+assert not any(data), "it has privileges"
+"""
 FORK_BOMB = """
 import os
 while True:
@@ -65,7 +72,10 @@ while True:
 
 
 def works(isolation: Isolation) -> bool:
-    return run_python("", isolation=isolation).passed
+    try:
+        return run_python("", isolation=isolation).passed
+    except MaxlmError:
+        return False
 
 
 @pytest.fixture(scope="module", params=["detected", "seccomp"])
@@ -166,6 +176,7 @@ def test_harmless_programs_pass(isolation):
         "import pickle\nclass A: pass\nassert isinstance(pickle.loads(pickle.dumps(A())), A)",
         "if __name__ == '__main__': raise RuntimeError('not as in the reference harness')",
         "assert 'é😀' == '\\u00e9\\U0001f600'",
+        CAPABILITIES,
         "import asyncio\nasync def f(): return 3\nassert asyncio.run(f()) == 3",
     ]
     os.environ["MAXLM_TEST"] = "1"
@@ -194,6 +205,8 @@ def test_command_changes_what_it_may_and_nothing_else(isolation, tmp_path):
     for folder in (work, other):
         folder.mkdir()
         (folder / "file").write_text("old")
+    with pytest.raises(MaxlmError, match="/bin/missing"):
+        run_command(["/bin/missing"], LIMITS, isolation=isolation)
     script = f"echo new > {work}/file; cat {other}/file; echo new > {other}/file"
     command = ["/bin/sh", "-c", script]
     result = run_command(
@@ -210,9 +223,9 @@ def test_without_namespaces_a_warning_names_what_is_open(monkeypatch):
 
     real = sandbox.run_python
 
-    def fail_with_namespaces(program, limits, isolation):
-        if isolation.layer in ("bubblewrap", "namespaces"):
-            return sandbox.ExecutionResult("failed", "denied", "", 125)
+    def fail_with_namespaces(program, limits=None, isolation=None):
+        if isolation.layer == "namespaces":
+            raise MaxlmError("denied")
         return real(program, limits, isolation)
 
     monkeypatch.setattr(sandbox, "run_python", fail_with_namespaces)
