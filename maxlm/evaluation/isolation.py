@@ -48,7 +48,7 @@ def enter_namespaces(job: dict) -> None:
     """Go on as the first process of new user, network, process, mount, IPC and host name
     namespaces, all of whose processes end with it; the one that called waits for it."""
     owner, (reader, writer) = os.getpid(), os.pipe()
-    if os.geteuid() == 0:
+    if job["user"] != os.geteuid():
         os.setgroups([])
     if (mapper := os.fork()) == 0:  # A namespace's users are mapped from outside.
         os.close(writer)
@@ -113,7 +113,7 @@ def set_limits(job: dict) -> None:
     os.set_inheritable(job["status"], False)
     for capability in range(64):  # Root keeps none, either.
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-    if os.geteuid() == 0:
+    if job["user"] != os.geteuid():
         if job["layer"] != "namespaces":
             os.setgroups([])
         os.setresgid(*[job["group"]] * 3)

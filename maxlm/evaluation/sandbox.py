@@ -97,7 +97,7 @@ def detect_isolation() -> Isolation:
         try:
             run_python("", SandboxLimits(seconds=60), isolation)
             break
-        except MaxlmError:
+        except (MaxlmError, OSError):
             if isolation == candidates[-1]:
                 raise
     if isolation.layer in _NOT_ISOLATED:
