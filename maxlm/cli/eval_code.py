@@ -44,8 +44,7 @@ def score_humaneval_samples(
     target = output or samples.with_name(f"{samples.name}_results.jsonl")
     with replace_file(target) as new, open(new, "w") as file:
         for record, result in zip(records, results, strict=True):
-            text = result.status if result.status != "failed" else f"failed: {result.message}"
-            print(json.dumps(record | {"result": text, "passed": result.passed}), file=file)
+            print(json.dumps(record | {"result": str(result), "passed": result.passed}), file=file)
     if as_json:
         return print_json(score)
     table = make_numeric_table("HumanEval", ["value"])

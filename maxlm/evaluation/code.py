@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,8 +118,6 @@ def replace_code_eval() -> Iterator[None]:
     as they are loaded, and keep it: load them within the block, with
     ``confirm_run_unsafe_code=True``.
     """
-    import sys
-
     import evaluate
 
     load = evaluate.load
@@ -147,7 +146,7 @@ def read_records(path: Path, *keys: str) -> list[dict[str, Any]]:
             found = json.loads(text)
             records = list(found.values()) if isinstance(found, dict) else found
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise MaxlmError(f"no readable JSON lines ({error})", where=str(path)) from error
     for number, record in enumerate(records, 1):

@@ -28,7 +28,7 @@ from maxlm.runtime.pool import count_usable_cores
 
 _NOBODY = 65534
 _NOT_ISOLATED = {
-    "seccomp": "the number of processes, if this user is root",
+    "seccomp": "the size of all of a program's files, and how many processes root starts",
     "limits": "the network, files, other processes",
 }
 # The program runs in a module of its own, after which builtins must be as they were: a program that
@@ -84,6 +84,10 @@ class ExecutionResult:
     @property
     def passed(self) -> bool:
         return self.status == "passed"
+
+    def __str__(self) -> str:
+        words = self.status.replace("_", " ")
+        return f"{words}: {self.message}" if words == "failed" else words
 
 
 @cache

@@ -156,6 +156,14 @@ def test_bad_files_are_refused(name, text, message, tmp_path):
         read_records(tmp_path / "missing.jsonl")
 
 
+def test_records_may_hold_any_character(tmp_path):
+    record = {"task_id": "a\u2028b\u0085c"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "a.json").write_text(json.dumps({"x": record}), "utf-8")
+    assert read_records(tmp_path / "a.jsonl", "task_id") == [record]
+    assert read_records(tmp_path / "a.json", "task_id") == [record]
+
+
 def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     from maxlm.cli.eval_code import score_humaneval_samples
 
@@ -172,6 +180,7 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
     written = read_records(tmp_path / "samples.jsonl_results.jsonl", "completion", "passed")
     assert [each["passed"] for each in written] == [True, False]
+    assert [each["result"].partition(":")[0] for each in written] == ["passed", "failed"]
     score_humaneval_samples(samples, data)
     assert "0.0000" in capsys.readouterr().out
     with pytest.raises(MaxlmError, match="--k"):
