@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation import isolation as isolation_script
 from maxlm.runtime.pool import count_usable_cores
 
+Layer = Literal["namespaces", "seccomp", "limits"]
 _NOBODY = 65534
 _NOT_ISOLATED = {
     "seccomp": "the size of all of a program's files, and how many processes root starts",
@@ -68,7 +69,7 @@ class SandboxLimits:
 class Isolation:
     """How programs are confined: the layer, and the user (a number) that they run as."""
 
-    layer: Literal["namespaces", "seccomp", "limits"]
+    layer: Layer
     user: int
 
 
@@ -94,9 +95,9 @@ class ExecutionResult:
 def detect_isolation() -> Isolation:
     """Return the strongest layer that runs a program here, found by trying; warn of what it leaves
     open."""
-    own, layers = os.geteuid(), ("namespaces", "seccomp", "limits")
+    own = os.geteuid()
     users = (_NOBODY, own) if own == 0 else (own,)
-    candidates = [Isolation(layer, user) for layer in layers for user in users]
+    candidates = [Isolation(layer, user) for layer in get_args(Layer) for user in users]
     for isolation in candidates:
         try:
             run_python("", SandboxLimits(seconds=60), isolation)
