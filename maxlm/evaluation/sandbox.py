@@ -189,8 +189,8 @@ def run_command(
             "user": isolation.user,
             "group": isolation.user if isolation.user != own else os.getegid(),
             "limits": asdict(limits),
-            "readable": [*_list_system_paths(), *map(str, readable)],
-            "writable": [*map(str, writable)],
+            "readable": [*_list_system_paths(), *map(os.path.abspath, readable)],
+            "writable": [*map(os.path.abspath, writable)],
             "folder": str(folder or scratch),
             "command": [*command],
             "environment": {
