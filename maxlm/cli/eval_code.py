@@ -1,9 +1,8 @@
 """maxlm eval humaneval-samples, maxlm eval swe-bench"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import JsonOption, WorkersOption, make_numeric_table, open_console, print_json
@@ -14,7 +13,7 @@ _SecondsOption = Annotated[float, Option(min=0.1, help="Seconds a program may ta
 def score_humaneval_samples(
     samples: Annotated[Path, Argument(help="JSON lines of task_id and completion.")],
     data: Annotated[Path, Option(help="HumanEval.jsonl, or .jsonl.gz.")],
-    k: Annotated[str, Option(help="Of pass@k.")] = "1,10,100",
+    k: Annotated[list[int], Option(min=1, help="Of pass@k.")] = [1, 10, 100],  # noqa: B006
     truncate: Annotated[
         bool, Option("--truncate", help="Cut completions where a function of HumanEval ends.")
     ] = False,
@@ -26,33 +25,20 @@ def score_humaneval_samples(
     """Score completions of HumanEval's problems: pass@k, by running them in a sandbox."""
     import json
 
-    from maxlm.config import MaxlmError
     from maxlm.evaluation.code import read_records, score_samples, truncate_completion
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
     from maxlm.runtime.files import replace_file
 
-    if not all(each.isdigit() and int(each) > 0 for each in k.split(",")):
-        raise MaxlmError(f"--k {k}", fix="numbers by commas: 1,10,100")
     problems = read_records(data, "task_id", "prompt", "test", "entry_point")
     records = read_records(samples, "task_id", "completion")
     if truncate:
         records = [r | {"completion": truncate_completion(r["completion"])} for r in records]
-    limits = SandboxLimits(seconds=seconds)
-    ks = [int(each) for each in k.split(",")]
-    score, results = score_samples(problems, records, ks, limits, workers)
-    score["isolation"] = detect_isolation().layer
-    target = output or samples.with_name(f"{samples.name}_results.jsonl")
-    with replace_file(target) as new, open(new, "w") as file:
+    score, results = score_samples(problems, records, k, SandboxLimits(seconds), workers)
+    with replace_file(output or Path(f"{samples}_results.jsonl")) as new, open(new, "w") as file:
         for record, result in zip(records, results, strict=True):
-            print(json.dumps(record | {"result": str(result), "passed": result.passed}), file=file)
-    if as_json:
-        return print_json(score)
-    table = make_numeric_table("HumanEval", ["value"])
-    for name, value in score.items():
-        if isinstance(value, int | float):
-            table.add_row(name, f"{value:.4f}" if name.startswith("pass@") else str(value))
-    open_console().print(table)
-    print(f"written: {target} (isolation: {score['isolation']})")
+            record |= {"result": result.message or "passed", "passed": result.passed}
+            print(json.dumps(record), file=file)
+    _print_score("HumanEval", score | {"isolation": detect_isolation()}, as_json)
 
 
 def run_swe_bench(
@@ -66,30 +52,27 @@ def run_swe_bench(
 ) -> None:
     """Apply predicted patches in local clones, run the tests, and report which are resolved."""
     import json
-    from dataclasses import replace
 
     from maxlm.evaluation.code import read_records
-    from maxlm.evaluation.swe_bench import LIMITS, evaluate_predictions
+    from maxlm.evaluation.swe_bench import evaluate_predictions
     from maxlm.runtime.files import replace_file
 
     keys = ("instance_id", "repo", "base_commit", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS")
-    report = evaluate_predictions(
-        read_records(predictions, "instance_id", "model_patch"),
-        read_records(instances, *keys),
-        repositories,
-        logs=output,
-        limits=replace(LIMITS, seconds=seconds),
-        readable=readable or (),
-    )
+    tasks = read_records(instances, *keys)
+    answers = read_records(predictions, "instance_id", "model_patch")
+    options = {"seconds": seconds, "readable": readable or ()}
+    report = evaluate_predictions(answers, tasks, repositories, output, **options)
     if output:
         with replace_file(output / "report.json") as new:
             new.write_text(json.dumps(report, indent=2))
+    _print_score("SWE-bench", report, as_json)
+
+
+def _print_score(title: str, score: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        return print_json(report)
-    table = make_numeric_table("SWE-bench", ["instances"])
-    for name, value in report.items():
-        if name.endswith("_instances"):
-            table.add_row(name.removesuffix("_instances").replace("_", " "), str(value))
+        return print_json(score)
+    table = make_numeric_table(title, ["value"])
+    for name, value in score.items():
+        if not isinstance(value, dict | list):
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     open_console().print(table)
-    for name in report["error_ids"]:
-        typer.echo(f"does not apply: {name}")

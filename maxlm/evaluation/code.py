@@ -4,8 +4,8 @@ import gzip
 import json
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
 from pathlib import Path
@@ -14,9 +14,6 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_all
-
-STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion of a HumanEval function ends (Chen et al. 2021, section 2.2)."""
 
 
 def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -28,14 +25,13 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def truncate_completion(completion: str) -> str:
-    """Return a completion up to the first of `STOP_SEQUENCES`."""
-    return re.split("|".join(STOP_SEQUENCES), completion, maxsplit=1)[0]
+    """Return a completion up to where a function of HumanEval ends (Chen et al., section 2.2)."""
+    return re.split("\nclass|\ndef|\n#|\nif|\nprint", completion, maxsplit=1)[0]
 
 
 def build_check_program(problem: Mapping[str, str], completion: str) -> str:
     """Return the program that ends without error if a HumanEval problem's completion is correct."""
-    check = f"{problem['test']}\ncheck({problem['entry_point']})"
-    return f"{problem['prompt']}{completion}\n{check}"
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
 def score_samples(
@@ -44,45 +40,18 @@ def score_samples(
     ks: Sequence[int] = (1, 10, 100),
     limits: SandboxLimits | None = None,
     workers: int | None = None,
-) -> tuple[dict[str, Any], list[ExecutionResult]]:
-    """Run samples (``task_id``, ``completion``) against HumanEval's problems.
-
-    Returns:
-        ``pass@k`` as means over the problems with samples, for each k that all of them have samples
-        for; ``num_problems``, ``num_samples``; the same by task in ``tasks``; and each sample's
-        result, in order.
-    """
+) -> tuple[dict[str, float], list[ExecutionResult]]:
+    """Run samples (``task_id``, ``completion``) against HumanEval's problems. Return ``pass@k`` as
+    means over the problems with samples, for each k that all of these have samples for,
+    ``num_problems`` and ``num_samples``; and each sample's result, in order."""
     by_id = {problem["task_id"]: problem for problem in problems}
-    for number, sample in enumerate(samples, 1):
-        if sample["task_id"] not in by_id:
-            what = f"sample {number} is of {sample['task_id']}, which is no problem of the data"
-            raise MaxlmError(what, fix="name the problems' file: --data")
+    if unknown := [each["task_id"] for each in samples if each["task_id"] not in by_id]:
+        raise MaxlmError(f"a sample's {unknown[0]} is no problem of the data", fix="see --data")
     programs = [build_check_program(by_id[each["task_id"]], each["completion"]) for each in samples]
     results = run_all(programs, limits, workers)
-    passed = defaultdict[str, list[bool]](list)
-    for sample, result in zip(samples, results, strict=True):
-        passed[sample["task_id"]].append(result.passed)
-    counts = {task: (len(each), sum(each)) for task, each in passed.items()}
-    tasks = {
-        task: {"num_samples": n, "num_correct": c} | compute_mean_pass_at_k([(n, c)], ks)
-        for task, (n, c) in counts.items()
-    }
-    score = compute_mean_pass_at_k(counts.values(), ks)
-    score |= {"num_problems": len(tasks), "num_samples": len(samples)}
-    return score | {"tasks": tasks}, results
-
-
-def compute_mean_pass_at_k(
-    counts: Collection[tuple[int, int]], ks: Sequence[int]
-) -> dict[str, float]:
-    """Return ``pass@k`` as the mean over problems with (samples, correct ones), for each k that all
-    problems have samples for."""
-    fewest = min((samples for samples, _ in counts), default=0)
-    return {
-        f"pass@{k}": sum(estimate_pass_at_k(n, c, k) for n, c in counts) / len(counts)
-        for k in ks
-        if k <= fewest
-    }
+    tasks = [each["task_id"] for each in samples]
+    score = {"num_problems": len({*tasks}), "num_samples": len(tasks)}
+    return score | _compute_mean_pass_at_k(tasks, results, ks), results
 
 
 def evaluate_code(
@@ -91,45 +60,42 @@ def evaluate_code(
     k: Sequence[int] = (1, 10, 100),
     num_workers: int | None = None,
     timeout: float = 10.0,
-) -> tuple[dict[str, float], list[list[ExecutionResult]]]:
-    """Score programs in the sandbox, with the arguments of Hugging Face's metric ``code_eval``.
-
-    Args:
-        references: each problem's tests.
-        predictions: each problem's candidate programs.
-        timeout: seconds a program.
-
-    Returns:
-        ``pass@k``, of those k that every problem has candidates for; each candidate's result.
-    """
+) -> tuple[dict[str, float], list[ExecutionResult]]:
+    """Score each problem's candidate programs by its tests, with the arguments (``timeout`` in
+    seconds) and the scores of Hugging Face's metric ``code_eval``, in the sandbox."""
     pairs = zip(references, predictions, strict=True)
     programs = [f"{program}\n{tests}" for tests, each in pairs for program in each]
-    found = iter(run_all(programs, SandboxLimits(seconds=timeout), num_workers))
-    results = [[next(found) for _ in each] for each in predictions]
-    counts = [(len(each), sum(result.passed for result in each)) for each in results]
-    return compute_mean_pass_at_k(counts, k), results
+    problems = [number for number, each in enumerate(predictions) for _ in each]
+    results = run_all(programs, SandboxLimits(seconds=timeout), num_workers)
+    return _compute_mean_pass_at_k(problems, results, k), results
+
+
+def _compute_mean_pass_at_k(
+    problems: Sequence[str | int], results: Sequence[ExecutionResult], ks: Sequence[int]
+) -> dict[str, float]:
+    counts, pairs = Counter(problems), zip(problems, results, strict=True)
+    correct = Counter(name for name, result in pairs if result.passed)
+    score = {}
+    for k in ks:
+        if k <= min(counts.values(), default=0):
+            each = [estimate_pass_at_k(n, correct[name], k) for name, n in counts.items()]
+            score[f"pass@{k}"] = sum(each) / len(each)
+    return score
 
 
 @contextmanager
 def replace_code_eval() -> Iterator[None]:
-    """Make `evaluate.load("code_eval")` give `evaluate_code` within the block.
-
-    lm-evaluation-harness's tasks (humaneval, mbpp and their kin) load the metric, from the network,
-    as they are loaded, and keep it: load them within the block, with
-    ``confirm_run_unsafe_code=True``.
-    """
+    """Make `evaluate.load("code_eval")` give `evaluate_code` within the block, in which to load
+    lm-evaluation-harness's tasks (humaneval, mbpp and their kin): they load and keep the metric."""
     import evaluate
 
     load = evaluate.load
     for name in ("humaneval", "mbpp"):  # Loaded before, they would keep the other.
         sys.modules.pop(f"lm_eval.tasks.{name}.utils", None)
-
-    def load_ours(path: str, *arguments: Any, **options: Any) -> Any:
-        if path == "code_eval":
-            return SimpleNamespace(compute=evaluate_code)
-        return load(path, *arguments, **options)
-
-    evaluate.load = load_ours
+    ours = SimpleNamespace(compute=evaluate_code)
+    evaluate.load = lambda path, *rest, **options: (
+        ours if path == "code_eval" else load(path, *rest, **options)
+    )
     try:
         yield
     finally:
@@ -137,21 +103,15 @@ def replace_code_eval() -> Iterator[None]:
 
 
 def read_records(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Read JSON objects that all have `keys`: one a line, or a list, or the values of an object;
-    a name that ends in ".gz" is decompressed. Raises MaxlmError."""
+    """Read JSON objects that all have `keys`: one a line, or, of a name in ".json", a list; a name
+    that ends in ".gz" is decompressed. Raises MaxlmError."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        if path.name.removesuffix(".gz").endswith(".json"):
-            found = json.loads(text)
-            records = list(found.values()) if isinstance(found, dict) else found
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise MaxlmError(f"no readable JSON lines ({error})", where=str(path)) from error
-    for number, record in enumerate(records, 1):
-        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-        if missing:
-            what = f"record {number} has no {', '.join(missing)}"
-            raise MaxlmError(what, where=str(path), fix=f"each needs {', '.join(keys)}")
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = json.loads(text if path.suffix == ".json" else f"[{','.join(lines)}]")
+        if bad := [each for each in records if any(key not in each for key in keys)]:
+            raise ValueError(f"not all of {', '.join(keys)} are in {bad[0]}"[:500])
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise MaxlmError(f"no readable JSON records ({error})", where=str(path)) from error
     return records

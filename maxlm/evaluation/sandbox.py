@@ -1,37 +1,49 @@
-"""Runs untrusted programs: a fresh process each, confined, limited, killed as a whole.
+"""Runs untrusted programs: a fresh process each, confined by bubblewrap or util-linux, with limits.
 
-`detect_isolation` tries the layers, strongest first: namespaces with a root of their own; Landlock
-and a seccomp filter, which containers allow as well; limits alone. A warning names what is open.
+`detect_isolation` finds the strongest layer that works. Root's programs run as another user.
 """
 
 import os
+import random
 import secrets
-import selectors
+import select
+import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation import isolation as isolation_script
 from maxlm.runtime.pool import count_usable_cores
 
-Layer = Literal["namespaces", "seccomp", "limits"]
-_NOBODY = 65534
-_NOT_ISOLATED = {
-    "seccomp": "the size of all of a program's files, and how many processes root starts",
-    "limits": "the network, files, other processes",
-}
+Layer = Literal["bwrap", "unshare", "limits"]
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store")
+# A new root, built over /proc: nothing that a program may read lies beneath. A container that
+# hides a part of its own /proc allows no other. The shell stays, to collect orphans.
+_BUILD_ROOT = """set -e
+mount -t tmpfs -o mode=755,size=16m tmpfs /proc
+cd /proc; mkdir -p proc dev tmp old {made}
+mount -t tmpfs -o mode=1777,nr_inodes=10000,size={size} tmpfs tmp
+for path in {readable}; do mount --bind -o ro "$path" ".$path"; done
+for path in {writable}; do mkdir -p ".$path"; mount --bind "$path" ".$path"; done
+for name in null zero random urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
+ln -s /tmp dev/shm
+mount -t proc proc proc 2> /dev/null || :
+ip link set lo up 2> /dev/null || :
+mount -o remount,bind,ro .
+pivot_root . old; umount -l /old
+cd {folder}
+"$@"; exit $?
+"""
 # The program runs in a module of its own, after which builtins must be as they were: a program that
 # replaces `abs` passes the tests that call it. The token proves that its last line was reached.
 _HARNESS = """
@@ -42,10 +54,10 @@ def run(write=os.write, table=vars(builtins)):
     sys.path.append(sys.argv[2])
     module = sys.modules["program"] = type(sys)("program")
     known = list(table.items())
+    write(int(sys.argv[1]), b"+")
     exec(compile(program, "program.py", "exec"), vars(module))
-    for name, value in known:
-        if table.get(name) is not value and name != "_":
-            raise RuntimeError(f"the program replaced builtins.{name}")
+    if replaced := [name for name, value in known if table.get(name) is not value and name != "_"]:
+        raise RuntimeError(f"the program replaced builtins: {replaced}")
     write(int(sys.argv[1]), token)
 run()
 """
@@ -53,9 +65,8 @@ run()
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of one program: seconds by the clock and of CPU, bytes of memory of each of its
-    processes, processes and threads, bytes of its files, files open at once, and the last bytes
-    kept of what it prints."""
+    """Limits of one program: seconds by the clock, bytes of memory of each process, processes and
+    threads, bytes of files and of output, files open at once, and the last bytes kept of output."""
 
     seconds: float = 10.0
     memory_bytes: int = 1 << 30
@@ -63,14 +74,6 @@ class SandboxLimits:
     file_bytes: int = 32 << 20
     open_files: int = 128
     output_bytes: int = 64 << 10
-
-
-@dataclass(frozen=True)
-class Isolation:
-    """How programs are confined: the layer, and the user (a number) that they run as."""
-
-    layer: Layer
-    user: int
 
 
 @dataclass(frozen=True)
@@ -86,29 +89,19 @@ class ExecutionResult:
     def passed(self) -> bool:
         return self.status == "passed"
 
-    def __str__(self) -> str:
-        words = self.status.replace("_", " ")
-        return f"{words}: {self.message}" if words == "failed" else words
-
 
 @cache
-def detect_isolation() -> Isolation:
-    """Return the strongest layer that runs a program here, found by trying; warn of what it leaves
-    open."""
-    own = os.geteuid()
-    users = (_NOBODY, own) if own == 0 else (own,)
-    candidates = [Isolation(layer, user) for layer in get_args(Layer) for user in users]
-    for isolation in candidates:
-        try:
-            run_python("", SandboxLimits(seconds=60), isolation)
-            break
-        except (MaxlmError, OSError):
-            if isolation == candidates[-1]:
-                raise
-    if isolation.layer in _NOT_ISOLATED:
-        left_open = _NOT_ISOLATED[isolation.layer]
-        warnings.warn(f"no namespaces for programs; not isolated: {left_open}", stacklevel=2)
-    return isolation
+def detect_isolation() -> Layer:
+    """Return the strongest layer that runs a program here, found by trying; warn if it is limits
+    alone. Raises MaxlmError if none does."""
+    # Within bwrap root remains root, whose processes have no limit.
+    for layer in get_args(Layer)[os.geteuid() == 0 :]:
+        with suppress(MaxlmError, OSError):
+            run_python("", SandboxLimits(seconds=60), layer)
+            if layer == "limits":
+                warnings.warn("not isolated: the network, files, other processes", stacklevel=2)
+            return layer
+    raise MaxlmError("no sandbox works here", fix="install util-linux; do not run this as root")
 
 
 def run_all(
@@ -121,144 +114,109 @@ def run_all(
 
 
 def run_python(
-    program: str, limits: SandboxLimits | None = None, isolation: Isolation | None = None
+    program: str, limits: SandboxLimits | None = None, layer: Layer | None = None
 ) -> ExecutionResult:
     """Run a Python program in a fresh interpreter, with an empty folder to work in.
 
-    It passes if its last line was reached: the process then writes a token to a pipe. An exit code
-    proves nothing (``os._exit(0)``). A program that searches the interpreter's memory for the token
-    can lie; nothing within one interpreter prevents that.
+    It passes if its last line was reached, after which a token is written: an exit code proves
+    nothing (``os._exit(0)``). A program can still lie that searches the interpreter's memory.
+    Raises MaxlmError if it cannot be started.
     """
     token = secrets.token_hex(16).encode()
-    reader, writer = os.pipe()
-    with os.fdopen(reader, "rb") as answer, tempfile.TemporaryFile() as stdin:
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as answer:
         stdin.write(token + b"\n" + program.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
-        packages = sysconfig.get_path("purelib")
-        command = [sys.executable, "-ISBuc", _HARNESS, str(writer), packages]
-        try:
-            result = run_command(
-                command, limits, isolation=isolation, stdin=stdin.fileno(), inherited=(writer,)
-            )
-        finally:
-            os.close(writer)
-        os.set_blocking(answer.fileno(), False)
-        if (answer.read(1 + len(token)) or b"") == token and result.status != "timed_out":
-            return ExecutionResult("passed", "", result.output, result.exit_code)
-    if result.passed:
-        message = "it ended before its last line"
-        return ExecutionResult("failed", message, result.output, result.exit_code)
-    return result
+        files, packages = (stdin.fileno(), answer.fileno()), sysconfig.get_path("purelib")
+        command = [sys.executable, "-ISBuc", _HARNESS, str(files[1]), packages]
+        result = run_command(command, limits, layer=layer, files=files)
+        answer.seek(0)
+        answered = answer.read()
+    if result.status == "timed_out":
+        return result
+    if not answered:
+        raise MaxlmError(f"a program cannot be run in the sandbox: {result.message}")
+    if answered == b"+" + token:
+        return replace(result, status="passed", message="")
+    early = "it ended before its last line"
+    return replace(result, status="failed", message=early) if result.passed else result
 
 
 def run_command(
     command: Sequence[str],
     limits: SandboxLimits | None = None,
     *,
-    readable: Sequence[Path] = (),
-    writable: Sequence[Path] = (),
     folder: Path | None = None,
-    isolation: Isolation | None = None,
-    stdin: int = subprocess.DEVNULL,
-    inherited: Sequence[int] = (),
+    readable: Sequence[Path] = (),
+    layer: Layer | None = None,
+    files: Sequence[int] = (subprocess.DEVNULL,),
 ) -> ExecutionResult:
-    """Run a command; it passes if its exit code is 0.
-
-    Args:
-        command: an absolute path and its arguments.
-        readable: folders that it may read besides the system's and this Python's.
-        writable: folders that it may change; their owner becomes the user that it runs as.
-        folder: where it works; an empty temporary folder by default.
-        isolation: as detected by default. Raises MaxlmError if it is not possible here.
-        stdin: a descriptor.
-        inherited: further descriptors that it keeps.
+    """Run a command; it passes if its exit code is 0. It works in, and may change, `folder` (root
+    changes its owner; by default an empty one), and may read `readable` besides the system's
+    folders and this Python's. `files` are descriptors: its standard input, and others it keeps.
     """
-    limits, isolation = limits or SandboxLimits(), isolation or detect_isolation()
-    own = os.geteuid()
-    for top in writable:
-        if isolation.user != own and os.stat(top).st_uid != isolation.user:
-            for each in (top, *top.rglob("*")):
-                os.chown(each, isolation.user, isolation.user, follow_symlinks=False)
-    status, alive = os.pipe()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        os.chown(scratch, isolation.user, -1)
-        if isolation.layer == "namespaces":  # They have a /tmp of their own.
-            scratch = "/tmp"
-        job = {
-            "layer": isolation.layer,
-            "user": isolation.user,
-            "group": isolation.user if isolation.user != own else os.getegid(),
-            "limits": asdict(limits),
-            "readable": [*_list_system_paths(), *map(os.path.abspath, readable)],
-            "writable": [*map(os.path.abspath, writable)],
-            "folder": str(folder or scratch),
-            "command": [*command],
-            "environment": {
-                "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-                "HOME": scratch,
-                "LANG": "C.UTF-8",
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
-            "status": alive,
-        }
-        source = Path(isolation_script.__file__).read_text("utf-8")
+    limits, layer = limits or SandboxLimits(), layer or detect_isolation()
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with temporary as scratch, tempfile.TemporaryFile() as printed:
+        path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        folder = folder.absolute() if folder else Path(scratch if layer == "limits" else "/tmp")
+        prefix = _list_prefix(layer, limits, folder, readable)
         process = subprocess.Popen(
-            [sys.executable, "-ISBuc", source, repr(job)],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
+            [*prefix, *command],
+            stdin=files[0],
+            stdout=printed,
             stderr=subprocess.STDOUT,
-            env={},
-            pass_fds=(alive, *inherited),
+            cwd=folder,
+            env={"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+            pass_fds=files[1:],
             start_new_session=True,
         )
-        os.close(alive)
+        ended, descriptor = select.poll(), os.pidfd_open(process.pid)
         try:
-            output, ended = _read_until_end(process, status, limits)
-            if ended:  # A zombie until it is waited for: nothing else gets its number.
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-                if error := os.read(status, 1000):
-                    what = f"the command cannot be run in the sandbox: {error.decode()}"
-                    raise MaxlmError(what, where=str(command[0]))
+            ended.register(descriptor, select.POLLIN)
+            in_time = bool(ended.poll(limits.seconds * 1000))
         finally:
-            os.close(status)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()  # type: ignore
-    code, text = process.returncode, output.decode("utf-8", "replace")
-    lines = text.strip().splitlines()
-    last = lines[-1].strip() if lines else f"exit code {code}"
-    if not ended or code == 128 + signal.SIGXCPU:
+            os.close(descriptor)
+            os.killpg(process.pid, signal.SIGKILL)  # Not waited for yet: its number is its own.
+            code = process.wait()
+        printed.seek(max(0, printed.seek(0, os.SEEK_END) - limits.output_bytes))
+        text = printed.read().decode("utf-8", "replace")
+    last = (text.strip().splitlines() or [f"exit code {code}"])[-1].strip()[:500]
+    if not in_time:
         return ExecutionResult("timed_out", f"longer than {limits.seconds:g} s", text, code)
-    if code == 0:
-        return ExecutionResult("passed", "", text, code)
-    return ExecutionResult("out_of_memory" if "MemoryError" in last else "failed", last, text, code)
+    status = "passed" if code == 0 else "out_of_memory" if "MemoryError" in last else "failed"
+    return ExecutionResult(status, last if code else "", text, code)
 
 
-def _list_system_paths() -> list[str]:
-    """Return what a program may read: the system's programs and libraries, and this Python's."""
-    paths = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store"]
-    paths += [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
-
-
-def _read_until_end(
-    process: subprocess.Popen[bytes], status: int, limits: SandboxLimits
-) -> tuple[bytes, bool]:
-    """Return the end of what a process prints, and whether it ended in time."""
-    assert process.stdout
-    deadline, output, pipe = time.monotonic() + limits.seconds, b"", process.stdout.fileno()
-    with selectors.DefaultSelector() as selector:
-        for descriptor in (pipe, status):
-            selector.register(descriptor, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            ready = [key.fd for key, _ in selector.select(left)]
-            if pipe in ready:
-                chunk = os.read(pipe, 1 << 16)
-                output = (output + chunk)[-limits.output_bytes :]
-                if not chunk:
-                    selector.unregister(pipe)
-            elif status in ready:
-                return output, True
-    return output, False
+def _list_prefix(
+    layer: Layer, limits: SandboxLimits, folder: Path, readable: Sequence[Path]
+) -> list[str]:
+    """Return the command that runs, confined, the one that is put behind it."""
+    size, processes, is_root = limits.file_bytes, limits.processes, os.geteuid() == 0
+    at, rights = shlex.quote(str(folder)), "setpriv --no-new-privs"
+    own = "" if at == "/tmp" else at
+    if is_root:  # A user each, of systemd's for services: processes are limited by user.
+        user = random.randrange(61184, 65520)
+        rights += f" --reuid={user} --regid={user} --clear-groups"
+        if own:
+            subprocess.run(["chown", "-hR", f"{user}:{user}", folder], check=True)
+    elif layer == "limits":  # It counts all of the user's: allow for those there.
+        processes += int(Path("/proc/loadavg").read_text("utf-8").split()[3].partition("/")[2])
+    # If the machine runs out of memory, this one ends first.
+    prefix = "choom -n 1000 -- setpriv --pdeathsig KILL "
+    python = (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parents[1])
+    paths = dict.fromkeys(os.path.abspath(each) for each in (*_SYSTEM, *python, *readable))
+    found = [shlex.quote(path) for path in paths if os.path.exists(path)]
+    if layer == "bwrap":
+        prefix += "bwrap --unshare-all --die-with-parent --proc /proc --dev /dev "
+        prefix += f"--size {size} --tmpfs /tmp "
+        prefix += "".join(f"--ro-bind {path} {path} " for path in found)
+        prefix += f"{own and f'--bind {at} {at}'} --remount-ro / --chdir {at} "
+    elif layer == "unshare":
+        rights += " --bounding-set=-all --inh-caps=-all"
+        read, made = " ".join(found), " .".join(["", *found])
+        script = _BUILD_ROOT.format(readable=read, made=made, writable=own, folder=at, size=size)
+        prefix += "unshare --mount --net --pid --ipc --uts --kill-child "
+        prefix += f"{'' if is_root else '--map-root-user'} sh -c {shlex.quote(script)} sh "
+    limit = f" prlimit --as={limits.memory_bytes} --fsize={size} --core=0 --nproc={processes}"
+    limit += f" --nofile={limits.open_files} --cpu={int(limits.seconds) + 1}"
+    return shlex.split(prefix + rights + limit)

@@ -10,38 +10,31 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_command
+from maxlm.evaluation.sandbox import SandboxLimits, run_command
 from maxlm.runtime.files import convert_write_errors
 
 DEFAULT_TEST_COMMAND = "python -m pytest -rA -p no:cacheprovider"
-LIMITS = SandboxLimits(1800, 4 << 30, 256, 1 << 30, 1024, 64 << 20)
-_PASSED = ("PASSED", "XFAIL")
-_OUTCOMES = (*_PASSED, "FAILED", "ERROR", "SKIPPED")
-# As the benchmark's harness tries them.
+# As the benchmark's harness tries them. A model's changes of the tests' own files do not count.
 _APPLY = """
-git apply --verbose {patch} || git apply --verbose --reject {patch} ||
-patch --batch --fuzz=5 -p1 -i {patch}
-"""
-# A model's changes of the tests' own files do not count.
-_TEST = """
+git apply --verbose .git/model || git apply --verbose --reject .git/model ||
+patch --batch --fuzz=5 -p1 -i .git/model || exit 98
 for file in {files}; do git checkout {commit} -- "$file" 2>/dev/null || rm -rf -- "$file"; done
-git apply --verbose {patch} || exit 99
-{command}
+git apply --verbose .git/test || exit 99
 """
 
 
 def extract_patch(answer: str) -> str:
     """Return the patch in a model's answer: the first ``diff`` or ``patch`` fence or tag, or else
     the first of another name, or else the whole answer; "" if that holds no hunk."""
-    named, others = [], []
-    for pattern in (r"<([\w-]+)>(.*?)</\1>", r"```(\w*)[ \t]*\n(.*?)```"):
-        for name, text in re.findall(pattern, answer, re.DOTALL):
-            (named if name in ("diff", "patch") else others).append(text)
-    patch = [*named, *others, answer][0].strip("\n") + "\n"
+    found = re.findall(r"<([\w-]+)>(.*?)</\1>", answer, re.DOTALL)
+    found += re.findall(r"```(\w*)[ \t]*\n(.*?)```", answer, re.DOTALL)
+    found.sort(key=lambda each: each[0] not in ("diff", "patch"))
+    patch = [*(text for _, text in found), answer][0].strip("\n") + "\n"
     return patch if re.search(r"^(@@ |diff --git )", patch, re.MULTILINE) else ""
 
 
@@ -55,91 +48,61 @@ def evaluate_prediction(
     instance: Mapping[str, Any],
     patch: str,
     repositories: Path,
-    limits: SandboxLimits = LIMITS,
+    seconds: float = 1800.0,
     readable: Sequence[Path] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Apply a patch to a clone at an instance's commit and run its tests, in the sandbox.
-
-    Args:
-        repositories: a folder of clones: owner/name, owner__name or name.
-        readable: folders that tests may read, such as a virtual environment.
-
-    Returns:
-        The instance's entry of the benchmark's report, and the log. Raises MaxlmError if the
-        repository or the commit is missing.
-    """
-    report: dict[str, Any] = dict.fromkeys(
-        ("patch_is_None", "patch_exists", "patch_successfully_applied", "resolved"), False
-    )
-    if not patch.strip():
-        return report | {"patch_is_None": True}, ""
-    report["patch_exists"] = True
+    """Apply a patch to an instance's clone, of those in `repositories`, and run the tests in the
+    sandbox, where they may read the folders `readable` (a virtual environment). Return its entry of
+    the benchmark's report, and the log. Raises MaxlmError without a clone or the commit."""
+    limits = SandboxLimits(seconds, 4 << 30, 256, 1 << 30, 1024, 64 << 20)
+    exists, test_patch = bool(patch.strip()), instance["test_patch"]
+    report: dict[str, Any] = {"patch_is_None": not exists, "patch_exists": exists}
+    report |= {"patch_successfully_applied": False, "resolved": False}
+    if not exists:
+        return report, ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        top, names = Path(temporary), {"model": patch, "test": instance["test_patch"]}
-        clone = top / "repository"
-        _clone(instance, repositories, clone)
-        for name, text in names.items():
-            (top / f"{name}.patch").write_text(text)
-
-        def run(script: str) -> ExecutionResult:
-            command = ["/bin/sh", "-c", script]
-            return run_command(command, limits, readable=readable, writable=[top], folder=clone)
-
-        applied = run(_APPLY.format(patch=f"{top}/model.patch"))
+        clone, commit = Path(temporary), instance["base_commit"]
+        _clone(instance["repo"], commit, repositories, clone)
+        for name, text in (("model", patch), ("test", test_patch)):
+            (clone / ".git" / name).write_text(text, "utf-8")
+        run = partial(run_command, limits=limits, folder=clone, readable=readable)
+        files = re.findall(r"^diff --git a/.* b/(.*)$", test_patch, re.MULTILINE)
+        script = _APPLY.format(files=shlex.join(files), commit=shlex.quote(commit))
+        applied = run(["/bin/sh", "-c", script])
+        if applied.exit_code == 99:
+            raise MaxlmError("its test patch does not apply", where=instance["instance_id"])
         if not applied.passed:
             return report, applied.output
-        report["patch_successfully_applied"] = True
-        files = re.findall(r"^diff --git a/.* b/(.*)$", instance["test_patch"], re.MULTILINE)
-        script = _TEST.format(
-            files=" ".join(map(shlex.quote, files)) or '""',
-            commit=instance["base_commit"],
-            patch=f"{top}/test.patch",
-            command=instance.get("test_command", DEFAULT_TEST_COMMAND),
-        )
-        tested = run(script)
-    log = applied.output + tested.output
-    if tested.exit_code == 99:
-        raise MaxlmError("its test patch does not apply", where=instance["instance_id"])
-    outcomes = parse_test_log("" if tested.status == "timed_out" else tested.output)
-    report["tests_status"] = {
-        group: {
-            "success": [test for test in tests if outcomes.get(test) in _PASSED],
-            "failure": [test for test in tests if outcomes.get(test) not in _PASSED],
-        }
-        for group in ("FAIL_TO_PASS", "PASS_TO_PASS")
-        for tests in [_read_tests(instance[group])]
-    }
-    report["resolved"] = not any(each["failure"] for each in report["tests_status"].values())
-    return report, log
+        tested = run(["/bin/sh", "-c", instance.get("test_command", DEFAULT_TEST_COMMAND)])
+    passed = parse_test_log("" if tested.status == "timed_out" else tested.output)
+    report |= {"patch_successfully_applied": True, "resolved": True, "tests_status": {}}
+    for group in ("FAIL_TO_PASS", "PASS_TO_PASS"):
+        tests = instance[group]
+        tests = json.loads(tests) if isinstance(tests, str) else tests
+        success, failure = [t for t in tests if t in passed], [t for t in tests if t not in passed]
+        report["tests_status"][group] = {"success": success, "failure": failure}
+        report["resolved"] &= not failure
+    return report, applied.output + tested.output
 
 
-def parse_test_log(log: str) -> dict[str, str]:
-    """Return test to outcome, of the lines that ``pytest -rA`` ends with."""
-    found = {}
-    for words in (line.replace(" - ", " ").split() for line in log.splitlines()):
-        if len(words) > 1 and words[0] in _OUTCOMES:
-            found[words[1]] = words[0]  # The benchmark's lists have names up to a space, too.
-    return found
+def parse_test_log(log: str) -> set[str]:
+    """Return the tests that passed, of the lines that ``pytest -rA`` ends with."""
+    # The benchmark's lists have names up to a space, too. The last outcome of a name counts.
+    words = re.findall(r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)", log, re.MULTILINE)
+    outcomes = {name: outcome for outcome, name in words}
+    return {name for name, outcome in outcomes.items() if outcome in ("PASSED", "XFAIL")}
 
 
 def evaluate_predictions(
     predictions: Sequence[Mapping[str, Any]],
     instances: Sequence[Mapping[str, Any]],
     repositories: Path,
-    *,
     logs: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate predictions: the last of each instance.
-
-    Args:
-        logs: a folder to write each instance's log to.
-        options: see `evaluate_prediction`.
-
-    Returns:
-        The benchmark's report of a run (its schema 2), and each instance's own in ``instances``.
-        In ``error_ids`` are those whose patch does not apply.
-    """
+    """Evaluate predictions, the last of each instance, with options of `evaluate_prediction`; write
+    each one's log to `logs`. Return the benchmark's report of a run (schema 2; in ``error_ids`` are
+    those whose patch does not apply), and each instance's own in ``instances``."""
     by_id = {each["instance_id"]: each for each in instances}
     patches = {each["instance_id"]: each["model_patch"] or "" for each in predictions}
     if unknown := [name for name in patches if name not in by_id]:
@@ -150,26 +113,20 @@ def evaluate_predictions(
         if logs:
             with convert_write_errors(logs):
                 logs.mkdir(parents=True, exist_ok=True)
-                (logs / f"{name}.log").write_text(log)
-    completed = [name for name, each in reports.items() if each["patch_successfully_applied"]]
-    empty = [name for name, each in reports.items() if each["patch_is_None"]]
-    ids = {
-        "submitted": list(patches),
-        "completed": completed,
-        "incomplete": [name for name in by_id if name not in patches],
-        "resolved": [name for name in completed if reports[name]["resolved"]],
-        "unresolved": [name for name in completed if not reports[name]["resolved"]],
-        "empty_patch": empty,
-        "error": [name for name in patches if name not in completed + empty],
-    }
-    counts = {f"{key}_instances": len(found) for key, found in ids.items() if key != "incomplete"}
-    lists = {f"{key}_ids": sorted(found) for key, found in ids.items()}
-    report = {"total_instances": len(by_id), **counts, **lists, "schema_version": 2}
+                (logs / f"{name}.log").write_text(log, "utf-8")
+    ids = {"submitted": set(patches), "incomplete": by_id.keys() - patches}
+    fields = ("patch_successfully_applied", "resolved", "patch_is_None")
+    for key, field in zip(("completed", "resolved", "empty_patch"), fields, strict=True):
+        ids[key] = {name for name, each in reports.items() if each[field]}
+    ids["unresolved"] = ids["completed"] - ids["resolved"]
+    ids["error"] = ids["submitted"] - ids["completed"] - ids["empty_patch"]
+    report: dict[str, Any] = {"total_instances": len(by_id), "schema_version": 2}
+    for key, names in ids.items():
+        report |= {f"{key}_instances": len(names), f"{key}_ids": sorted(names)}
     return report | {"instances": reports}
 
 
-def _clone(instance: Mapping[str, Any], repositories: Path, target: Path) -> None:
-    name, commit = instance["repo"], instance["base_commit"]
+def _clone(name: str, commit: str, repositories: Path, target: Path) -> None:
     places = [repositories / each for each in (name, name.replace("/", "__"), Path(name).name)]
     source = next((each for each in places if each.is_dir()), None)
     if source is None:
@@ -181,7 +138,3 @@ def _clone(instance: Mapping[str, Any], repositories: Path, target: Path) -> Non
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             raise MaxlmError(done.stderr.strip().splitlines()[-1], where=f"{source} at {commit}")
-
-
-def _read_tests(value: str | list[str]) -> list[str]:
-    return json.loads(value) if isinstance(value, str) else value

@@ -75,7 +75,7 @@ def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
     assert sum(result.passed for result in results[164:]) == 0
 
 
-def test_score_by_task_and_overall(problems):
+def test_score_of_samples(problems):
     """Two problems: 1 of 2 and 2 of 2 samples correct."""
     first, second = problems[:2]
     good, bad = first["canonical_solution"], "    return None\n"
@@ -87,9 +87,7 @@ def test_score_by_task_and_overall(problems):
     ]
     score, results = score_samples(problems, samples, (1, 2, 10), GENEROUS)
     assert [result.passed for result in results] == [False, True, True, True]
-    assert (score["pass@1"], score["pass@2"]) == (0.75, 1.0)
-    assert "pass@10" not in score
-    assert score["tasks"][first["task_id"]]["pass@1"] == 0.5
+    assert score == {"pass@1": 0.75, "pass@2": 1.0, "num_problems": 2, "num_samples": 4}
     with pytest.raises(MaxlmError, match="HumanEval/9999"):
         score_samples(problems, [{"task_id": "HumanEval/9999", "completion": ""}])
 
@@ -109,7 +107,7 @@ def test_code_eval_has_the_form_of_the_metric():
         references=["assert add(2,3)==5"], predictions=candidates, k=[1, 2]
     )
     assert scores == {"pass@1": 0.5, "pass@2": 1.0}
-    assert [[result.passed for result in each] for each in results] == [[False, True]]
+    assert [result.passed for result in results] == [False, True]
 
 
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct"])
@@ -142,8 +140,8 @@ def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"task_id": 1}\n{"task": 1}', "record 2 has no task_id"),
-        ("a.jsonl", "[1]", "record 1 has no task_id"),
+        ("a.jsonl", '{"task_id": 1}\n{"task": 1}', "not all of task_id"),
+        ("a.jsonl", "1", "no readable JSON"),
         ("a.jsonl", "{", "no readable JSON"),
         ("a.jsonl.gz", "{}", "no readable JSON"),
     ],
@@ -159,7 +157,7 @@ def test_bad_files_are_refused(name, text, message, tmp_path):
 def test_records_may_hold_any_character(tmp_path):
     record = {"task_id": "a\u2028b\u0085c"}
     (tmp_path / "a.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
-    (tmp_path / "a.json").write_text(json.dumps({"x": record}), "utf-8")
+    (tmp_path / "a.json").write_text(json.dumps([record]), "utf-8")
     assert read_records(tmp_path / "a.jsonl", "task_id") == [record]
     assert read_records(tmp_path / "a.json", "task_id") == [record]
 
@@ -180,8 +178,6 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
     written = read_records(tmp_path / "samples.jsonl_results.jsonl", "completion", "passed")
     assert [each["passed"] for each in written] == [True, False]
-    assert [each["result"].partition(":")[0] for each in written] == ["passed", "failed"]
+    assert [each["result"] for each in written] == ["passed", "AssertionError"]
     score_humaneval_samples(samples, data)
     assert "0.0000" in capsys.readouterr().out
-    with pytest.raises(MaxlmError, match="--k"):
-        score_humaneval_samples(samples, data, k="0")

@@ -158,7 +158,7 @@ def test_patch_of_the_tests_has_no_effect(benchmark):
 
 def test_hostile_patch_does_no_harm(benchmark, tmp_path):
     """Its code runs as the tests do: it cannot write beside its clone."""
-    if detect_isolation().layer == "limits":
+    if detect_isolation() == "limits":
         pytest.skip("this machine isolates nothing but by limits")
     _, _, diff = benchmark
     target = tmp_path / "made"
@@ -210,13 +210,8 @@ FAILED tests/a.py::test_four - AssertionError: PASSED tests/a.py::test_five
 ERROR tests/b.py
 1 passed
 """
-    assert parse_test_log(log) == {
-        "tests/a.py::test_one": "PASSED",
-        "tests/a.py::test_two[x": "PASSED",
-        "tests/a.py::test_three": "XFAIL",
-        "tests/a.py::test_four": "FAILED",
-        "tests/b.py": "ERROR",
-    }
+    passed = {f"tests/a.py::{name}" for name in ("test_one", "test_two[x", "test_three")}
+    assert parse_test_log(log) == passed
 
 
 def test_command_writes_the_report(benchmark, tmp_path, capsys):
