@@ -31,8 +31,9 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/st
 # hides a part of its own /proc allows no other. The shell stays, to collect orphans.
 _BUILD_ROOT = """set -e
 mount -t tmpfs -o mode=755,size=16m tmpfs /proc
-cd /proc; mkdir -p proc dev tmp old {made}
+cd /proc; mkdir proc dev tmp old
 mount -t tmpfs -o mode=1777,nr_inodes=10000,size={size} tmpfs tmp
+mkdir -p {made}
 for path in {readable}; do mount --bind -o ro "$path" ".$path"; done
 for path in {writable}; do mkdir -p ".$path"; mount --bind "$path" ".$path"; done
 for name in null zero random urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
@@ -183,7 +184,7 @@ def run_command(
     last = (text.strip().splitlines() or [f"exit code {code}"])[-1].strip()[:500]
     if not in_time:
         return ExecutionResult("timed_out", f"longer than {limits.seconds:g} s", text, code)
-    status = "passed" if code == 0 else "out_of_memory" if "MemoryError" in last else "failed"
+    status = "passed" if code == 0 else "out_of_memory" if "MemoryError" in text[-99:] else "failed"
     return ExecutionResult(status, last if code else "", text, code)
 
 
