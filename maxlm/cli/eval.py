@@ -1,6 +1,5 @@
 """maxlm eval"""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from typer import Argument, Option
 
 from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
+from maxlm.cli.eval_code import run_swe_bench, score_humaneval_samples
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 
@@ -52,4 +52,4 @@ def command(
     print(f"written: {folder}")
 
 
-subcommands: dict[str, Callable[..., None]] = {}
+subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": run_swe_bench}
