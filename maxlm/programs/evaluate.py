@@ -103,13 +103,16 @@ def import_harness() -> tuple[Any, Any]:
 
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
     """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
-    length = f"max_length={min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)}"
-    own = [length, "max_sequences=32", "max_chunks=32"]
+    length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
+    # Most sequences are short: 32 of 512 tokens, and what several of them share.
+    pages = max(2 * length, 32 * 512) // 16 + 1
+    own = [f"max_length={length}", f"num_pages={pages}", "max_sequences=32", "max_chunks=32"]
     return make_engine(loaded, [*own, *settings], warm_up=False)
 
 
 def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
     """Makes the scorer of an encoder, whose texts are whole documents."""
+    assert isinstance(loaded.model, Encoder)
     tokenizer, mask_id = loaded.tokenizer, getattr(loaded.config.task, "mask_id", None)
     if mask_id is None:
         mask_id = loaded.config.model.vocab_size - 1

@@ -57,7 +57,7 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
 def test_a_wrong_task_is_refused_before_anything_is_trained(tmp_path):
     text = tiny.write_text(tmp_path / "text")
     train = {"steps": 6, "downstream": {"tasks": ["pika"]}}
-    with pytest.raises(MaxlmError, match="did you mean .*piqa"):
+    with pytest.raises(MaxlmError, match=r"did you mean .*piqa"):
         tiny.train(tiny.write_config(tmp_path, text, train=train))
 
 
