@@ -28,6 +28,9 @@ def command(
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
+    coordinator: Annotated[str | None, Option(help="host:port of the first process.")] = None,
+    num_processes: Annotated[int | None, Option(help="How many there are.")] = None,
+    process_id: Annotated[int | None, Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness: mmlu, mmlu_pro, gsm8k, minerva_math,
     arc_challenge, hellaswag, winogrande, truthfulqa_mc2, gpqa_main_zeroshot, and others.
@@ -35,11 +38,25 @@ def command(
     A URL is that of an OpenAI-compatible server: http://host:8000/v1. Settings are the engine's, as
     max_sequences=32; max_length is the tokens that the model reads at once.
     """
-    from maxlm.programs.evaluate import evaluate_model, list_metrics
+    from maxlm.runtime.session import distributed_session
+    from maxlm.train.config import FaultToleranceConfig
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {**context.params, "tasks": names, "settings": settings or ()}
-    results, folder = evaluate_model(**options)
+    own = {name: options.pop(name) for name in ("coordinator", "num_processes", "process_id")}
+    faults = FaultToleranceConfig()
+    own |= {
+        "join_timeout_seconds": faults.join_seconds,
+        "peer_timeout_seconds": faults.peer_seconds,
+    }
+    with distributed_session({"eval": [model, *names, *options["settings"]]}, **own):
+        import jax
+
+        from maxlm.programs.evaluate import evaluate_model, list_metrics
+
+        results, folder = evaluate_model(**options)
+        if jax.process_index() != 0:
+            return
     table = common.make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
     seconds = dict(results["maxlm"]["seconds_by_task"])
     for task, metric, value, error, rows in list_metrics(results):

@@ -106,7 +106,9 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
     # Most sequences are short: 32 of 512 tokens, and what several of them share.
     pages = max(2 * length, 32 * 512) // 16 + 1
-    own = [f"max_length={length}", f"num_pages={pages}", "max_sequences=32", "max_chunks=32"]
+    # Of several hosts none may time its own steps: all run the same.
+    own = [] if jax.process_count() == 1 else ["decode_steps=1"]
+    own += [f"max_length={length}", f"num_pages={pages}", "max_sequences=32", "max_chunks=32"]
     return make_engine(loaded, [*own, *settings], warm_up=False)
 
 
