@@ -1,12 +1,10 @@
-r"""A config as layers of settings: files, what they include, and overrides on top.
+"""A config as layers of settings: files, what they include, and overrides on top.
 
-``${key.path}`` stands for the value of another key, ``\${`` for a plain ``${``. Nothing else is
-filled in, the environment least of all: a config may be another's, and what it resolves to is
-printed into jobs and kept with runs.
+Nothing is filled in, the environment least of all: a config may be another's, and what it resolves
+to is printed into jobs and kept with runs.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,7 @@ from maxlm.config.keys import (
     join_key,
     split_key,
 )
-from maxlm.config.yaml_text import MAX_COPIES, Setting, parse_yaml
-
-_MAX_DEPTH = 64
-# Pairs of backslashes, which stand for one each, before an escaped or a true reference.
-_REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)(?:(\\\$\{)|\$\{([^}]*)(\}?))")
+from maxlm.config.yaml_text import MAX_DEPTH, Setting, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -56,13 +50,12 @@ class SettingsTree:
 
 
 def build_tree(path: Path | None, overrides: Sequence[str]) -> SettingsTree:
-    """Lays `path`, its includes and the overrides over one another and resolves ``${...}``."""
+    """Lays `path`, its includes and the overrides over one another."""
     root = Setting({}, COMMAND_LINE)
     for layer in _read_layers(path, ()) if path is not None else ():
         root = _merge(root, layer, ())
     for override in overrides:
         root = _override(root, override)
-    root = _ReferenceResolver(root).expand(root, (), None, 0)
     return SettingsTree(root.to_plain(), dict(root.list_origins()))
 
 
@@ -136,7 +129,7 @@ def _override(root: Setting, override: str) -> Setting:
     """Sets ``key.path=value``, where the value is YAML and a list index a part of the key."""
     name, equals, text = override.partition("=")
     parts = split_key(name.strip())
-    if not equals or parts is None or len(parts) > _MAX_DEPTH:
+    if not equals or parts is None or len(parts) > MAX_DEPTH:
         what = f"{format_value(override)} is not an override"
         fix = "write key=value, such as model.num_layers=4"
         raise MaxlmError(what, where=str(COMMAND_LINE), fix=fix)
@@ -153,9 +146,6 @@ def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: 
     if not parts:
         return _merge(node, value, key)
     name, where = join_key((*key, parts[0])), str(COMMAND_LINE)
-    if node and _is_reference(node):
-        what = f"{join_key(key)} is {node.value}; {name} cannot be set on its own"
-        raise MaxlmError(what, where=where, fix="set what it stands for")
     if node and isinstance(node.value, list):
         size = len(node.value)
         if not parts[0].isdecimal() or int(parts[0]) >= size:
@@ -170,72 +160,3 @@ def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: 
     mapping = node if node and isinstance(node.value, dict) else Setting({}, COMMAND_LINE)
     child = _set_value(mapping.value.get(part), parts[1:], value, (*key, part))
     return Setting({**mapping.value, part: child}, mapping.origin)
-
-
-def _is_reference(node: Setting) -> bool:
-    """Returns whether a value stands for another, in whole or in part."""
-    return isinstance(node.value, str) and "${" in node.value
-
-
-@dataclass
-class _ReferenceResolver:
-    """Replaces references by what they stand for."""
-
-    root: Setting
-    num_copies: int = 0
-    """Values that references stand for, so far; long text counts more."""
-
-    def expand(self, node: Setting, key: Key, origin: SettingOrigin | None, depth: int) -> Setting:
-        """Return the setting at `key` without references; `origin` is that of the reference that
-        leads here, at which its values count as written."""
-        if origin:
-            self.num_copies += 1 + (len(node.value) // 100 if isinstance(node.value, str) else 0)
-        if depth > _MAX_DEPTH or self.num_copies > MAX_COPIES:
-            what = f"${{...}} stands for more than {MAX_COPIES:,} values"
-            what = "nested too deep, perhaps without end" if depth > _MAX_DEPTH else what
-            raise _reference_error(node, key[:4], what)
-        at = origin or node.origin
-        if isinstance(node.value, list):
-            items = enumerate(node.value)
-            return Setting([self.expand(v, (*key, i), origin, depth + 1) for i, v in items], at)
-        if isinstance(node.value, dict):
-            pairs = node.value.items()
-            return Setting({k: self.expand(v, (*key, k), origin, depth + 1) for k, v in pairs}, at)
-        if not _is_reference(node):
-            return Setting(node.value, at)
-        whole = _REFERENCE.fullmatch(node.value)
-        if whole and not whole[1] and not whole[2]:
-            return self._look_up(whole, node, key, at, depth)
-
-        def fill(found: re.Match[str]) -> str:
-            value = "${" if found[2] else self._look_up(found, node, key, at, depth).value
-            if isinstance(value, dict | list):
-                fix = "name one value inside it"
-                raise _reference_error(node, key, f"${{{found[3]}}} is no text", fix)
-            return found[1][::2] + (value if isinstance(value, str) else format_value(value))
-
-        return Setting(_REFERENCE.sub(fill, node.value), at)
-
-    def _look_up(
-        self, found: re.Match[str], node: Setting, key: Key, at: SettingOrigin, depth: int
-    ) -> Setting:
-        """Return the expanded setting that a reference, found in `node` at `key`, names."""
-        name = f"${{{found[3][:60]}{found[4]}"
-        parts = split_key(found[3]) if found[4] and ":" not in found[3] else None
-        if parts is None:
-            fix = r"only ${key.path} is filled in; for a plain ${ write \${"
-            raise _reference_error(node, key, f"bad reference {name}", fix)
-        target, reached, expanded = self.root, (), False
-        for part in parts:
-            if _is_reference(target):
-                target, expanded = self.expand(target, reached, at, depth + 1), True
-            step = int(part) if isinstance(target.value, list) and part.isdecimal() else part
-            if step not in target.children:
-                fix = "write that key too: references see what is written, not the defaults"
-                raise _reference_error(node, key, f"{name} names no key that is written", fix)
-            target, reached = target.children[step], (*reached, step)
-        return target if expanded else self.expand(target, reached, at, depth + 1)
-
-
-def _reference_error(node: Setting, key: Key, what: str, fix: str | None = None) -> MaxlmError:
-    return MaxlmError(f"{join_key(key)}: {what}", where=str(node.origin), fix=fix)

@@ -33,7 +33,6 @@ def load_config(
 
     Mappings merge deeply; lists are replaced whole. From lowest to highest: the defaults of
     `cls`, each file under ``include:`` in order, the file itself, the overrides in order.
-    ``${key.path}`` stands for another value that is written.
 
     Args:
         cls: the config class to check against.

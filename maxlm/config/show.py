@@ -1,7 +1,6 @@
 """Configs to look at: as YAML with the origin of each value, their differences, their schema."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -41,7 +40,7 @@ def compare_configs(
 
 def to_yaml(config: Config) -> str:
     """Returns the whole config as YAML that `load_config` reads back equal."""
-    return dump_yaml(_escape_references(to_plain(config)))
+    return dump_yaml(to_plain(config))
 
 
 def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
@@ -60,17 +59,6 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
         f"{line:<{column}}  # {comments[number]}" if number in comments else line
         for number, line in enumerate(lines, 1)
     )
-
-
-def _escape_references(node: Any) -> Any:
-    r"""Text that merely contains ``${`` must not become a reference when read again."""
-    if isinstance(node, dict):
-        return {key: _escape_references(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escape_references(item) for item in node]
-    if isinstance(node, str):
-        return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
-    return node
 
 
 class _PartialJsonSchema(GenerateJsonSchema):

@@ -10,7 +10,9 @@ import yaml
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Key, SettingOrigin, format_value
 
-MAX_COPIES = 20_000
+MAX_DEPTH = 64
+_MAX_COPIES = 20_000
+_ENDLESS = "nested too deep, perhaps without end"
 _STR, _SEQ = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -83,21 +85,24 @@ class _Loader(yaml.SafeLoader):
             raise MaxlmError(f"the tag {format_value(tag)} is not allowed", where=where)
         return super().compose_node(parent, index)
 
-    def build(self, node: yaml.Node, origin: SettingOrigin) -> Setting:
+    def build(self, node: yaml.Node, origin: SettingOrigin, depth: int = 0) -> Setting:
         self._count(node, origin)
+        if depth > MAX_DEPTH:
+            raise MaxlmError(_ENDLESS, where=str(origin))
+        depth += 1
         if isinstance(node, yaml.MappingNode):
             pairs = self._list_pairs(node, origin).items()
-            return Setting({name: self.build(value, at) for name, (at, value) in pairs}, origin)
+            return Setting({k: self.build(v, at, depth) for k, (at, v) in pairs}, origin)
         if isinstance(node, yaml.SequenceNode):
-            items = [self.build(item, self.locate(item.start_mark)) for item in node.value]
+            items = [self.build(item, self.locate(item.start_mark), depth) for item in node.value]
             return Setting(items, origin)
         return Setting(self.construct_object(node), origin)
 
     def _count(self, node: yaml.Node, origin: SettingOrigin) -> None:
         self.num_copies += id(node) in self.seen
         self.seen.add(id(node))
-        if self.num_copies > MAX_COPIES:
-            what = f"aliases stand for more than {MAX_COPIES:,} values"
+        if self.num_copies > _MAX_COPIES:
+            what = f"aliases stand for more than {_MAX_COPIES:,} values"
             raise MaxlmError(what, where=str(origin))
 
     def _list_pairs(self, node: yaml.MappingNode, origin: SettingOrigin) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
             return Setting(None, SettingOrigin(source))
         return loader.build(node, loader.locate(node.start_mark))
     except RecursionError:
-        raise MaxlmError("nested too deep, perhaps without end", where=source) from None
+        raise MaxlmError(_ENDLESS, where=source) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)

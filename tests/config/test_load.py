@@ -81,32 +81,12 @@ def test_an_include_may_name_a_shipped_config(write):
     assert load_config(RunConfig, path).value == want
 
 
-def test_references_are_written_where_they_stand(write):
-    class Parts(Config):
-        a: dict[str, list[int]]
-        b: dict[str, list[int]]
-        c: int
-        texts: list[str]
-
-    path = write(
-        "run.yaml",
-        "a: {x: [3, 5]}\nb: ${a}\nc: ${b.x[1]}\n"
-        r"texts: ['${c}-${b.x.0}', '\${c}', '\\${c}', 'a\\b', '\\\${c}${c}', '${texts.1}']",
-    )
-    loaded = load_config(Parts, path, ["a.x.1=7"])
-    assert loaded.value == Parts(
-        a={"x": [3, 7]},
-        b={"x": [3, 7]},
-        c=7,
-        texts=["7-3", "${c}", r"\7", r"a\\b", r"\${c}7", "${c}"],
-    )
-    assert {key: at.line for key, at in loaded.origins.items() if at != COMMAND_LINE} == {
-        "a.x.0": 1,
-        "b.x.0": 2,
-        "b.x.1": 2,
-        "c": 3,
-        **{f"texts.{index}": 4 for index in range(6)},
-    }
+def test_nothing_is_filled_in(write, monkeypatch):
+    """Not the environment, whose secrets would be printed into jobs."""
+    monkeypatch.setenv("SECRET", "s")
+    texts = ["${oc.env:SECRET}", "${name}", "$SECRET"]
+    path = write("run.yaml", f"name: x\nlabels: {texts}")
+    assert load_config(Run, path).value.labels == texts
 
 
 def test_a_replaced_value_forgets_what_it_replaced(write):
