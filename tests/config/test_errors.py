@@ -105,6 +105,7 @@ INCLUDES = {
     "base.yaml:1; write both alike",
 }
 
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
