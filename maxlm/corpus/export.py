@@ -6,9 +6,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
-from itertools import accumulate, chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,9 @@ from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import resolve_duplicates_for_rules
-from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
+from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, lock_folder
 from maxlm.runtime.pool import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -29,10 +29,7 @@ from maxlm.runtime.progress import Progress, ignore_progress
 ExportFormat = Literal["parquet", "jsonl"]
 _COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
 _MANIFEST = "export.json"
-_FILE_BYTES = 256 << 20  # Of text.
-_JOB_BYTES = 128 << 20  # Of the shards' files, which are compressed.
-_GROUP_BYTES, _GROUP_ROWS = 16 << 20, 4096
-_TYPES = {"text": pa.large_string()}
+_GROUP_CHARS, _GROUP_ROWS = 16 << 20, 4096
 
 
 def export_corpus(
@@ -45,7 +42,7 @@ def export_corpus(
     force: bool = False,
     progress: Progress = ignore_progress,
 ) -> Counter[str]:
-    """Write the documents that `rules` keep to files of about 256 MB of text in the folder `out`.
+    """Write the documents that `rules` keep to files in the folder `out`, one of each shard.
 
     They are those that a token store is built from, in the same order, each with `id`, `source`,
     `url`, `meta` (JSON), `language` where a stage tells it, and `text`. Parquet is compressed with
@@ -71,15 +68,9 @@ def export_corpus(
         shutil.rmtree(new, ignore_errors=True)  # Of a killed export.
         new.mkdir()
         shards = resolve_duplicates_for_rules(corpus, rules, progress)
-        ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
-        parts = groupby(zip(ends, shards, strict=True), lambda each: each[0] // _JOB_BYTES)
-        jobs = [
-            (str(new / f"{number:06d}"), [shard for _, shard in part])
-            for number, (_, part) in enumerate(parts)
-        ]
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
-        write = partial(_export_shards, rules, columns, format)
-        for each in JobRunner("export", engine, progress)(write, jobs):
+        write = partial(_export_shard, rules, columns, format, new)
+        for each in JobRunner("export", engine, progress)(write, list(enumerate(shards))):
             counts.update(each)
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
@@ -102,55 +93,40 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise MaxlmError("there is an export here", where=str(out), fix=fix)
 
 
-def _export_shards(
+def _export_shard(
     rules: FilterRules,
     columns: Sequence[str],
     format: ExportFormat,
-    part: tuple[str, list[StageShardView]],
+    folder: Path,
+    part: tuple[int, StageShardView],
 ) -> Counter[str]:
-    """Write the documents of some shards to files whose names begin with the given path."""
-    start, shards = part
+    """Write the documents of a shard to a file, if it has some."""
+    number, shard = part
     counts: Counter[str] = Counter()
-    file, size = None, 0
-    with ExitStack() as open_files:
-        for rows, length in _read_groups(rules, columns, shards, counts):
-            if file is None:
-                path, size = f"{start}-{counts['files']:03d}.{format}", 0
-                counts["files"] += 1
-                if format == "parquet":
-                    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in rows[0]])
-                    new = pq.ParquetWriter(path, schema, compression="zstd")
-                    file = open_files.enter_context(new)
-                else:
-                    file = open_files.enter_context(gzip.open(f"{path}.gz", "wt", 6, "utf-8"))
-            if isinstance(file, pq.ParquetWriter):
-                file.write_batch(pa.RecordBatch.from_pylist(rows, schema=file.schema))
-            else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            size += length
-            if size >= _FILE_BYTES:
-                open_files.close()
-                file = None
-    return counts
-
-
-def _read_groups(
-    rules: FilterRules,
-    columns: Sequence[str],
-    shards: Sequence[StageShardView],
-    counts: Counter[str],
-) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Some documents at a time, and the bytes of their texts; adds up `counts` on the way."""
     names = [name if "." not in name else "language" for name in columns]
-    rows, size = [], 0
-    kept = chain.from_iterable(read_filtered_documents(shard, rules, columns) for shard in shards)
-    for values, text in chain(kept, [((), None)]):
-        if rows and (not values or size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS):
-            counts.update(documents=len(rows), text_bytes=size)
-            yield rows, size
-            rows, size = [], 0
-        if text:
-            rows.append(dict(zip(names, values, strict=True)) | {"text": text})
-            size += len(text.encode())
-        elif values:
-            counts["dropped" if text is None else "empty"] += 1
+    schema = pa.schema([*((n, pa.string()) for n in names), ("text", pa.large_string())])
+
+    def read_rows() -> Iterator[dict[str, Any]]:
+        for values, text in read_filtered_documents(shard, rules, columns):
+            if text:
+                counts.update(documents=1, text_bytes=len(text.encode()))
+                yield dict(zip(names, values, strict=True)) | {"text": text}
+            else:
+                counts["dropped" if text is None else "empty"] += 1
+
+    groups = batch_by_size(read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS)
+    path = folder / f"{number:06d}.{format}"
+    if format == "parquet":
+        with pq.ParquetWriter(path, schema, compression="zstd") as file:
+            for rows in groups:
+                file.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+    else:
+        path = path.with_name(f"{path.name}.gz")
+        with gzip.open(path, "wt", 6, "utf-8") as file:
+            for row in chain.from_iterable(groups):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if counts["documents"]:
+        counts["files"] = 1
+    else:
+        path.unlink()
+    return counts

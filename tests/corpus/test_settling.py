@@ -238,12 +238,13 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     export = ["corpus", "export", corpus, "--to", to, "--out", out]
     assert main(export) == 0
     told = capfd.readouterr().out
-    [path] = Path(out).glob(f"*.{to}*")
+    paths = sorted(Path(out).glob(f"*.{to}*"))
+    assert f"{len(paths)} files" in told
     if to == "jsonl":
-        made = [*map(json.loads, gzip.decompress(path.read_bytes()).splitlines())]
+        made = [json.loads(x) for p in paths for x in gzip.decompress(p.read_bytes()).splitlines()]
     else:
-        made = pq.read_table(path).to_pylist()
-        assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+        made = [row for path in paths for row in pq.read_table(path).to_pylist()]
+        assert pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression == "ZSTD"
     opened, codec = TokenStore.open(store), load_tokenizer(tokenizer)
     texts = [
         codec.decode_bytes(opened.text_tokens(i).tolist()) for i in range(opened.num_documents)
