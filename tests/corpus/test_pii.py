@@ -133,6 +133,7 @@ def test_harmless_sentences_hold_nothing(sentence):
         ("phone", "06.12.34.56.78", "Paul, {}"),
         ("phone", "555-867-5309x12", "dial {}!"),
         ("phone", "020 7946 0958", "London {}"),
+        ("phone", "612 345 678", "Teléfono: {}"),  # also thousands
         ("ip", "8.26.56.126", "resolver {}."),
         ("ip", "2606:4700:4700::1111", "AAAA {}"),
         ("iban", "GB82 WEST 1234 5698 7654 32", "IBAN {} AND MORE 1234"),

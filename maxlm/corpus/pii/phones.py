@@ -22,12 +22,14 @@ _WORDS = re.compile(
     r"\blig(?:ue|ar)|\breach\b|\bcontact\b|kontakt\b|電話|电话|전화|\bтел"
 )
 _BEFORE, _AFTER = re.compile(r"[\w.,/#$€£¥=&%-]"), re.compile(r"[\w%€°]")
-# Dates, decimal fractions, thousands, ISBNs; US postal codes and clauses of US regulations, which
-# every licence text quotes.
+# Dates, decimal fractions, ISBNs.
 _OTHER = re.compile(
     r"[0-9]{1,4}([-./])[0-9]{1,2}\1[0-9]{1,4}(?![-./]?[0-9])"
     r"|[0-9]+\.[0-9]+|97[89](?:[ -]?[0-9]){10}"
-    r"|[1-9][0-9]{0,2}([ .\u00a0])[0-9]{3}(?:\2[0-9]{3})*(?:(?!\2)\.[0-9]+)?"
+)
+# Thousands; US postal codes and clauses of US regulations, which every licence text quotes.
+_UNSPOKEN_OTHER = re.compile(
+    r"[1-9][0-9]{0,2}([ .\u00a0])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)\.[0-9]+)?"
     r"|[0-9]{5}-[0-9]{4}|[0-9]{3}\.[0-9]{3}-[0-9]{4}"
 )
 _NORTH_AMERICAN = re.compile(
@@ -91,6 +93,8 @@ class PhoneFinder:
             return False
         if spoken or _NORTH_AMERICAN.fullmatch(base):
             return True
+        if _UNSPOKEN_OTHER.fullmatch(base):
+            return False
         usual = self._library.format_number(number, self._library.PhoneNumberFormat.NATIONAL)
         written = base.lstrip("(").startswith("0") or _GROUP.findall(usual) == groups
         return len(groups) > 1 and written and self._library.is_valid_number(number)
