@@ -9,6 +9,7 @@ from typer import Argument, Option
 from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
 from maxlm.cli.eval_code import run_swe_bench, score_humaneval_samples
+from maxlm.cli.eval_report import compare, report
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 
@@ -52,7 +53,8 @@ def command(
     with distributed_session({"eval": [model, *names, *options["settings"]]}, **own):
         import jax
 
-        from maxlm.programs.evaluate import evaluate_model, list_metrics
+        from maxlm.evaluation.results import list_metrics
+        from maxlm.programs.evaluate import evaluate_model
 
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
@@ -70,3 +72,4 @@ def command(
 
 
 subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": run_swe_bench}
+subcommands |= {"report": report, "diff": compare}

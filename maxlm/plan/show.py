@@ -1,10 +1,6 @@
 """A plan as tables for a terminal, and as a page for a browser."""
 
-import json
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import SearchResult
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.report_page import render_report_page
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
 OPTIMAL = 20
@@ -281,14 +278,8 @@ def render_candidates_table(
 
 
 def render_report(plan: Mapping[str, Any]) -> str:
-    """Renders what ``RunPlan.to_json`` returns as one HTML page that needs no network:
-    ``report.html`` with the plan's JSON in it."""
-    # No "<" at all: "</script" would end the element, and "<!--<script" would keep it open.
-    data = json.dumps(plan, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    parts = {"{{title}}": escape(str(plan["name"])), "{{plan}}": data}
-    template = files("maxlm.plan").joinpath("report.html").read_text("utf-8")
-    # In one pass: a name may itself read "{{plan}}".
-    return re.sub(r"\{\{(?:title|plan)\}\}", lambda found: parts[found.group()], template)
+    """Renders what ``RunPlan.to_json`` returns as one HTML page that needs no network."""
+    return render_report_page("maxlm.plan", str(plan["name"]), plan)
 
 
 def write_report(plan: Mapping[str, Any], path: str | Path) -> None:

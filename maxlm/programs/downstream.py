@@ -13,12 +13,13 @@ from maxlm.evaluation.curves import (
     compute_position_losses,
     draw_downstream,
 )
+from maxlm.evaluation.results import list_metrics
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures import Encoder
 from maxlm.plan.layout import place_run
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.evaluate import import_harness, list_metrics
+from maxlm.programs.evaluate import import_harness
 from maxlm.programs.evaluation import get_eval_params
 from maxlm.programs.prepare import PreparedData
 from maxlm.programs.setup import RunSetup

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -178,15 +178,3 @@ def write_results(folder: Path, results: dict[str, Any], model_name: str) -> Non
         for task, rows in samples.items():
             tracker.save_results_samples(task, rows)
         (folder / f"results_{tracker.date_id}.json").stat()  # the tracker raises nothing itself
-
-
-def list_metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None, int]]:
-    """Yields task, metric, value, standard error (None: there is none) and number of rows."""
-    for task, found in results["results"].items():
-        for key, value in found.items():
-            metric, _, kind = key.partition(",")
-            if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
-                error = found.get(f"{metric}_stderr,{kind}")
-                name = metric if kind == "none" else f"{metric} ({kind})"
-                rows = found.get("sample_count", {}).get(key, found.get("sample_len", 0))
-                yield task, name, value, error if isinstance(error, float) else None, rows

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,15 +42,16 @@ class Report:
 
 
 @pytest.fixture
-def open_report(browser: Any, tmp_path) -> Iterator[Callable[..., Report]]:
-    """``open_report(plan, width=1200)``: the page of a plan's JSON, loaded."""
+def open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Report]]:
+    """``open_report(plan, width=1200)``: the page of a plan's JSON, or a path's, loaded."""
     from maxlm.plan.show import write_report
 
     opened = []
 
-    def opening(plan: dict[str, Any], width: int = 1200, **options: Any) -> Report:
-        path = tmp_path / "report.html"
-        write_report(plan, path)
+    def opening(plan: dict[str, Any] | Path, width: int = 1200, **options: Any) -> Report:
+        path = plan if isinstance(plan, Path) else tmp_path / "report.html"
+        if not isinstance(plan, Path):
+            write_report(plan, path)
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
         report = Report(page)
         opened.append(report)

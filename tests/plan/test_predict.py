@@ -156,7 +156,7 @@ def report(name: str = "demo") -> tuple[dict[str, Any], str]:
 def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out():
     hostile = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
     (plan, page), (_, usual) = report(hostile), report()
-    (data,) = re.findall(r'<script id="plan" type="application/json">(.*?)</script>', page, re.S)
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
     assert json.loads(data) == plan
     assert plan["name"] == hostile
     for mark in ("<script", "</script"):

@@ -1,0 +1,19 @@
+"""Reports as HTML pages of one file, which need no network: their common style and script."""
+
+import json
+import re
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+
+def render_report_page(package: str, title: str, data: Mapping[str, Any]) -> str:
+    """Renders ``report_head.html`` and a package's ``report.html``, with the title and data."""
+    names = {"maxlm.runtime": "report_head.html", package: "report.html"}
+    page = "".join(files(each).joinpath(name).read_text("utf-8") for each, name in names.items())
+    # No "<" at all: "</script" would end the element, and "<!--<script" would keep it open.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    parts = {"{{title}}": escape(title), "{{data}}": text}
+    # In one pass: a title may itself read "{{data}}".
+    return re.sub(r"\{\{(?:title|data)\}\}", lambda found: parts[found.group()], page)
