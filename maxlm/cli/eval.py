@@ -10,6 +10,7 @@ from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
 from maxlm.cli.eval_code import run_swe_bench, score_humaneval_samples
 from maxlm.cli.eval_report import compare, report
+from maxlm.cli.eval_judge import evaluate_mt_bench, serve_arena, show_ratings
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 
@@ -73,3 +74,4 @@ def command(
 
 subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": run_swe_bench}
 subcommands |= {"report": report, "diff": compare}
+subcommands |= {"mt-bench": evaluate_mt_bench, "ratings": show_ratings, "arena": serve_arena}

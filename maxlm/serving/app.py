@@ -64,7 +64,7 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
     except ClientDisconnect:
         response = Response(status_code=499)  # nobody reads it; as nginx counts them
     except Exception as error:
-        response = _make_error_response(error)
+        response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
     return response
 
@@ -72,19 +72,25 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
 async def _refuse_path(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = f"{request.method} {request.url.path[:200]}: no such path, or not by this method"
-    return _make_error_response(ApiError(status, what))
+    return make_error_response(ApiError(status, what))
 
 
-def _make_error_response(error: Exception) -> Response:
+def make_error_response(error: Exception) -> Response:
+    """Returns an error in OpenAI's form."""
     found = convert_error(error)
     headers = {"retry-after": str(found.retry_after)} if found.retry_after else None
     return JSONResponse(found.to_json(), found.status, headers)
 
 
+def make_page_response(path: Path) -> Response:
+    """Returns a page that needs nothing but itself and this server."""
+    headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
+    return FileResponse(path, headers=headers)
+
+
 async def show_page(state: ServerState, request: Request) -> Response:
     """Answers / with the chat page."""
-    headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
-    return FileResponse(Path(__file__).with_name("page.html"), headers=headers)
+    return make_page_response(Path(__file__).with_name("page.html"))
 
 
 async def report_health(state: ServerState, request: Request) -> Response:

