@@ -10,12 +10,13 @@ from maxlm.cli.common import make_numeric_table, open_console
 
 _ModelsArgument = Annotated[list[str], Argument(metavar="URL[#MODEL]...", help="Endpoints.")]
 _TokensOption = Annotated[int, Option(min=1, help="Of an answer.")]
-_KeyOption = Annotated[str, Option(help="Environment variable with the models' key.")]
 
 
 def evaluate_mt_bench(
     models: _ModelsArgument,
-    judge: Annotated[str, Option(metavar="URL[#MODEL]", help="Its key: OPENAI_API_KEY.")],
+    judge: Annotated[
+        str, Option(metavar="URL[#MODEL]", help="Its key: $JUDGE_API_KEY, or else $OPENAI_API_KEY.")
+    ],
     mode: Annotated[Literal["single", "pairwise"], Option(help="Grade, or compare.")] = "single",
     data: Annotated[Path | None, Option(help="FastChat's data/mt_bench folder.")] = None,
     output: Annotated[Path, Option(help="Where answers and judgments go.")] = Path("runs/mt_bench"),
@@ -23,15 +24,14 @@ def evaluate_mt_bench(
     max_tokens: _TokensOption = 1024,
     judge_max_tokens: Annotated[int, Option(min=1, help="Of a judgment.")] = 2048,
     concurrency: Annotated[int, Option(min=1, help="Requests at a time.")] = 4,
-    key_variable: _KeyOption = "OPENAI_API_KEY",
 ) -> None:
     """Answer MT-Bench's questions and judge the answers; the same command goes on after a cut."""
     from maxlm.evaluation.endpoint import open_endpoint
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
     from maxlm.runtime.progress import show_progress
 
-    loaded, judging = load_mt_bench(data, limit), open_endpoint(judge)
-    endpoints, pairwise = [open_endpoint(m, key_variable) for m in models], mode == "pairwise"
+    loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
+    endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
     limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
     limits |= {"pairwise": pairwise, "concurrency": concurrency}
     with show_progress("requests") as progress:
@@ -96,7 +96,6 @@ def serve_arena(
     port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8080,
     temperature: Annotated[float, Option(min=0, help="Of the answers.")] = 0.7,
     max_tokens: _TokensOption = 1024,
-    key_variable: _KeyOption = "OPENAI_API_KEY",
 ) -> None:
     """Serve a page where two models answer blindly, and votes rate them."""
     import uvicorn
@@ -106,7 +105,7 @@ def serve_arena(
     from maxlm.serving.server import bind_socket
 
     bound = bind_socket(host, port)
-    endpoints = [open_endpoint(model, key_variable) for model in models]
+    endpoints = [open_endpoint(model) for model in models]
     arena = Arena(endpoints, database, temperature=temperature, max_tokens=max_tokens)
     print(f"http://{host}:{bound.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(arena.make_app(), lifespan="off", log_config=None)).run([bound])

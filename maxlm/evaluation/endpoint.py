@@ -53,16 +53,10 @@ class ChatEndpoint:
         return self.client.chat.completions.create(model=self.model, messages=messages, **options)
 
 
-def open_endpoint(
-    address: str, key_variable: str = "OPENAI_API_KEY", max_retries: int = 10
-) -> ChatEndpoint:
+def open_endpoint(address: str, key_variable: str = "", max_retries: int = 10) -> ChatEndpoint:
     """Returns the endpoint of ``URL[#MODEL]``, such as localhost:8000; without a model, of the
-    first that it serves.
-
-    Args:
-        key_variable: the environment variable that holds the key; it may be unset.
-        max_retries: 10 take about a minute.
-    """
+    first that it serves. Its key is in `key_variable`, or else in OPENAI_API_KEY, or it needs none.
+    10 retries take about a minute."""
     url, _, model = address.partition("#")
     url = (url if "://" in url else f"http://{url}").rstrip("/")
     parts = urlsplit(url)
@@ -71,7 +65,7 @@ def open_endpoint(
     near = parts.hostname in ("localhost", "127.0.0.1", "::1")  # no proxy leads there
     client = OpenAI(
         base_url=url if parts.path else f"{url}/v1",
-        api_key=os.environ.get(key_variable) or "none",
+        api_key=os.environ.get(key_variable) or os.environ.get("OPENAI_API_KEY") or "none",
         max_retries=max_retries,
         http_client=DefaultHttpxClient(trust_env=not near, timeout=Timeout(900, connect=10)),
     )

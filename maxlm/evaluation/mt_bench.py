@@ -3,8 +3,10 @@
 import json
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from itertools import combinations, permutations
 from pathlib import Path
@@ -90,45 +92,37 @@ def run_mt_bench(
     if len({*names}) < len(names) or (pairwise and len(names) < 2):
         what = "a comparison needs two models or more, of different names"
         raise MaxlmError(what, where=", ".join(names), fix="serve with --name, or drop one")
-    how, answers = (concurrency, progress), {}
+    fill, answers = partial(fill_records, num_threads=concurrency, progress=progress), {}
     for endpoint in models:
         path = output / "model_answer" / f"{endpoint.model.replace('/', '_')}.jsonl"
-        answers[endpoint.model] = fill_records(
-            path,
-            ["question_id"],
-            [(number,) for number in data.questions],
-            lambda key, old, model=endpoint: old or _answer(model, data, key[0], max_tokens),
-            *how,
-        )
-    fields = ("question_id", *(("model_1", "model_2") if pairwise else ("model",)), "turn")
+        make = partial(_answer, endpoint, data, max_tokens)
+        answers[endpoint.model] = fill(path, ["question_id"], [(n,) for n in data.questions], make)
+    kind, sides = ("pair", ["model_1", "model_2"]) if pairwise else ("single", ["model"])
     keys = [
         (number, *match, turn + 1)
         for number, question in data.questions.items()
-        for match in combinations(names, 2 if pairwise else 1)
+        for match in combinations(names, len(sides))
         for turn in range(min(2, len(question["turns"])))
     ]
-
-    def decide(key: Any, old: Record) -> Record:
-        turns = [answers[name][key[:1]]["choices"][0]["turns"] for name in key[1:-1]]
-        own = dict(zip(fields, key, strict=True))
-        return _judge(judge, data, old | own, turns, judge_max_tokens)
-
-    kind = "pair" if pairwise else "single"
     path = output / "model_judgment" / f"{judge.model.replace('/', '_')}_{kind}.jsonl"
-    judgments = fill_records(path, fields, keys, decide, *how)
-    groups: dict[str, list[Record]] = {}
-    for key, record in judgments.items():
-        groups.setdefault(" against ".join(key[1:-1]), []).append(record)
-    asked = [each for records in (*answers.values(), judgments) for each in records.values()]
+    make = partial(_judge, judge, data, judge_max_tokens, answers)
+    judgments = fill(path, ["question_id", *sides, "turn"], keys, make)
+    records = [*judgments.values()]
+    asked = [each for found in (*answers.values(), judgments) for each in found.values()]
     result = {
         "judge": judge.model,
-        "judgments": len(judgments),
-        "unreadable": sum(read_value(record) is None for record in judgments.values()),
+        "judgments": len(records),
+        "unreadable": sum(read_value(record) is None for record in records),
         "refused": [record["error"] for record in asked if "error" in record],
-        "summaries": {k: summarize_judgments(v, data) for k, v in groups.items()},
+        "summaries": {
+            " against ".join(match): summarize_judgments(
+                [judgments[key] for key in keys if key[1:-1] == match], data
+            )
+            for match in combinations(names, len(sides))
+        },
     }
     if pairwise:
-        verdicts = [(record["g1_winner"], record["g2_winner"]) for record in judgments.values()]
+        verdicts = [(record["g1_winner"], record["g2_winner"]) for record in records]
         result["position_bias"] = judging.measure_position_bias(verdicts)
     with replace_file(output / f"mt_bench_{kind}.json") as new:
         new.write_text(json.dumps(result, indent=1), "utf-8")
@@ -142,42 +136,46 @@ def _ask(endpoint: ChatEndpoint, talk: Any, temperature: float, max_tokens: int)
         return "$ERROR$", {"error": str(error)}  # FastChat's word for it
 
 
-def _answer(endpoint: ChatEndpoint, data: MtBenchData, number: Any, max_tokens: int) -> Record:
-    question, talk, turns = data.questions[number], [], []
-    record = {"question_id": number, "answer_id": uuid.uuid4().hex, "model_id": endpoint.model}
+def _answer(
+    endpoint: ChatEndpoint, data: MtBenchData, max_tokens: int, key: Any, record: Record
+) -> Record:
+    if record:
+        return record
+    question, talk = data.questions[key[0]], []
+    record = {"question_id": key[0], "answer_id": uuid.uuid4().hex, "model_id": endpoint.model}
     for prompt in question["turns"]:
         talk.append({"role": "user", "content": prompt})
         text, error = _ask(endpoint, talk, TEMPERATURES.get(question["category"], 0.7), max_tokens)
         talk.append({"role": "assistant", "content": text})
-        turns.append(text)
         record |= error
+    turns = [message["content"] for message in talk[1::2]]
     return record | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
 
 
 def _judge(
-    judge: ChatEndpoint, data: MtBenchData, record: Record, answers: Any, max_tokens: int
+    judge: ChatEndpoint, data: MtBenchData, max_tokens: int, answers: Any, key: Any, record: Record
 ) -> Record:
     """Asks for the verdicts that a record has not, or has on another prompt: one on an answer, or
     two on a pair, in both orders."""
-    number, single = record["question_id"], len(answers) == 1
-    question, reference = data.questions[number], data.references.get(number, ())
-    for game, order in enumerate(permutations(range(len(answers))), 1):
-        shown, prefix = [answers[n] for n in order], "" if single else f"g{game}_"
-        name, messages = judging.format_judge_prompt(
-            data.templates, question, shown, record["turn"], reference
-        )
-        prompt = messages[1]["content"]
+    number, *names, turn = key
+    models = ["model"] if len(names) == 1 else ["model_1", "model_2"]
+    record = record | {"question_id": number, **dict(zip(models, names, strict=True)), "turn": turn}
+    for game, order in enumerate(permutations(range(len(names))), 1):
+        prefix = f"g{game}_" if len(names) == 2 else ""
+        shown = [answers[names[n]][number,]["choices"][0]["turns"] for n in order]
+        question, reference = data.questions[number], data.references.get(number, ())
+        name, talk = judging.format_judge_prompt(data.templates, question, shown, turn, reference)
+        prompt = talk[1]["content"]
         if record.get(f"{prefix}user_prompt") == prompt:
             continue
-        text, error = _ask(judge, messages, 0.0, max_tokens)
+        text, error = _ask(judge, talk, 0.0, max_tokens)
         record |= {f"{prefix}user_prompt": prompt, f"{prefix}judgment": text, **error}
         record |= {"judge": [judge.model, name], "tstamp": time.time()}
-        if single:
-            record["score"] = judging.parse_score(text)
+        if prefix:
+            sides = {side: models[n] for side, n in zip("AB", order, strict=True)}
+            record[f"{prefix}winner"] = sides.get(winner := judging.parse_winner(text), winner)
         else:
-            sides = {side: f"model_{n + 1}" for side, n in zip("AB", order, strict=True)}
-            winner = judging.parse_winner(text)
-            record[f"{prefix}winner"] = sides.get(winner, winner)
+            record["score"] = judging.parse_score(text)
     return record
 
 
@@ -198,18 +196,19 @@ def summarize_judgments(records: Sequence[Record], data: MtBenchData) -> Record:
     kinds = {key: question["category"] for key, question in data.questions.items()}
     found: dict[str, Record] = {kind: {} for kind in (*kinds.values(), "all")}
     for kind, cells in found.items():
-        own = [each for each in records if kind in (kinds[each["question_id"]], "all")]
         for name, turns in (("turn_1", (1,)), ("turn_2", (2,)), ("both", (1, 2))):
-            values = [(e["question_id"], read_value(e)) for e in own if e["turn"] in turns]
-            readable = [(str(key), value) for key, value in values if value is not None]
-            mean = low = high = None
-            if readable:
-                keys, scores = zip(*readable, strict=True)
-                index = np.unique(keys, return_inverse=True)[1]
-                sums, counts = np.bincount(index, scores), np.bincount(index)
+            values, num_unreadable = defaultdict(list), 0
+            for record in records:
+                if record["turn"] in turns and kind in (kinds[record["question_id"]], "all"):
+                    value = read_value(record)
+                    num_unreadable += value is None
+                    values[record["question_id"]] += [] if value is None else [value]
+            sums, counts = ([f(each) for each in values.values() if each] for f in (sum, len))
+            cell = dict.fromkeys(("mean", "low", "high"))
+            if counts:
                 draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
-                means = sums[draws].sum(1) / counts[draws].sum(1)
-                mean, (low, high) = float(np.mean(scores)), np.percentile(means, [2.5, 97.5])
-            cells[name] = {"mean": mean, "low": low, "high": high}
-            cells[name] |= {"n": len(readable), "unreadable": len(values) - len(readable)}
+                means = np.array(sums)[draws].sum(1) / np.array(counts)[draws].sum(1)
+                low, high = np.percentile(means, [2.5, 97.5])
+                cell = {"mean": sum(sums) / sum(counts), "low": low, "high": high}
+            cells[name] = cell | {"n": sum(counts), "unreadable": num_unreadable}
     return found

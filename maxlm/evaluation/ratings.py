@@ -35,8 +35,9 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
     if is_database:
         with closing(sqlite3.connect(path)) as connection:
             connection.row_factory = sqlite3.Row
-            query = "select * from battles where winner is not null order by tstamp"
-            found = map(dict, connection.execute(query).fetchall())
+            found = [
+                dict(row) for row in connection.execute("select * from battles order by tstamp")
+            ]
         talks = ("conversation_a", "conversation_b")
         return [battle | {name: json.loads(battle[name]) for name in talks} for battle in found]
     battles = read_records(path, ("model_a", "model_b", "winner"))
@@ -77,8 +78,8 @@ def fit_bradley_terry(
     seed: int = 0,
 ) -> BradleyTerryFit:
     """Fits P(a beats b) = sigmoid(r_a - r_b + c · x) by maximum likelihood (Bradley and Terry
-    1952); a tie is half a win each. Intervals are 1.96 bootstrap standard errors each way: percentiles
-    cover less, because maximum likelihood exaggerates differences, and resampling does so again.
+    1952); a tie is half a win each. Intervals are 1.96 standard errors by the bootstrap over battles;
+    percentiles cover less: likelihood exaggerates differences, and resampling does so again.
 
     Args:
         features: [N, K] covariates x, as `compute_style_features` returns.

@@ -20,8 +20,8 @@ ONE_SCORE_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 SHAPES = """
 Rating: [[{n}]] | [[{n}]] because | [{n}] | **[[{n}]]** | [[ {n} ]] | Rating: {n} | [[{n}/10]] |
 [1] then [[{n}]] | [[{n}]] and [[1]] | [[{n}] | [{n}]] | [[rating]] {n} | | [[-{n}]] | [[{n},{m}]] |
-list[{m}] = {n} | [[{n}.]] | ［［{n}］］ | [[A]] not [[B]] | [[B]] | the tie is [[C]] | [[B]] or [[A]] |
-[A] | [[a]] | [[C]][[B]]
+list[{m}] = {n} | [[{n}.]] | ［［{n}］］ | [[A]] not [[B]] | [[B]] | the tie is [[C]] |
+[A] | [[a]] | [[B]] or [[A]] | [[C]][[B]]
 """
 
 
