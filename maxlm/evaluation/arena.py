@@ -19,11 +19,10 @@ from starlette.routing import Route
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.endpoint import ChatEndpoint
-from maxlm.evaluation.ratings import compute_leaderboard, read_battles
+from maxlm.evaluation.ratings import BATTLE_COLUMNS, compute_leaderboard, read_battles
 from maxlm.serving.app import make_error_response, make_page_response
 from maxlm.serving.errors import ApiError
 
-_COLUMNS = "id text primary key, model_a, model_b, winner, tstamp, conversation_a, conversation_b"
 _Messages = Annotated[list[dict[str, str]], Field(min_length=1)]
 
 
@@ -55,7 +54,7 @@ class Arena:
             raise MaxlmError(what, where=", ".join(self._endpoints), fix="serve with --name")
         self._database, self._options = database, options
         self._battles: dict[str, list[str]] = {}  # both models; none are left after the vote
-        self._execute(f"create table if not exists battles ({_COLUMNS})")
+        self._execute(f"create table if not exists battles ({', '.join(BATTLE_COLUMNS)})")
 
     def make_app(self) -> Starlette:
         """Returns the page's server."""
@@ -103,7 +102,7 @@ class Arena:
         if not models:
             raise ApiError(409, "no battle without a vote")
         talks = (json.dumps(talk) for talk in (body.conversation_a, body.conversation_b))
-        values = (body.battle, *models, body.winner, time.time(), *talks)
-        self._execute("insert into battles values (?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (*models, body.winner, time.time(), *talks)
+        self._execute("insert into battles values (?, ?, ?, ?, ?, ?)", *values)
         self._battles[body.battle] = []
         return JSONResponse(models)

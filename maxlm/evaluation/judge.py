@@ -19,8 +19,8 @@ def parse_score(judgment: str) -> float:
 def parse_winner(judgment: str) -> str:
     """Returns A, B or tie by the first of [[A]], [[B]], [[C]], in this order, that a judgment
     contains; error: none of them."""
-    marks = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
-    return next((winner for mark, winner in marks.items() if mark in judgment), "error")
+    marks = (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"))
+    return next((winner for mark, winner in marks if mark in judgment), "error")
 
 
 def format_judge_prompt(
@@ -30,14 +30,9 @@ def format_judge_prompt(
     turn: int,
     reference: Sequence[str] = (),
 ) -> tuple[str, list[dict[str, str]]]:
-    """Returns a template's name, and the conversation to send to the judge.
-
-    Args:
-        templates: by name, as in FastChat's judge_prompts.jsonl.
-        answers: turns of one model to be graded, or of two to be compared.
-        turn: 1 or 2; a second turn is judged with the first before it.
-        reference: turns of the reference answer.
-    """
+    """Returns the name of one of FastChat's templates, and the conversation to send to the judge.
+    `answers` are turns of one model to be graded, or of two to be compared; a second turn is judged
+    with the first before it."""
     guided, single = question["category"] in REFERENCE_CATEGORIES, len(answers) == 1
     name = ("single-" if single else "pair-") + ("math-v1" if guided else f"v{2 - single}")
     name += "-multi-turn" if turn == 2 else ""
@@ -57,14 +52,9 @@ def format_judge_prompt(
 
 def measure_position_bias(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Measures a judge by pairs of verdicts (model_1, model_2, tie or error); model_1 is shown
-    first in the first game, and second in the second.
-
-    Returns:
-        num_pairs without error; consistency, the share of pairs with the same verdict in both
-        orders; first_share, the share of wins of the answer that is shown first (None: no such);
-        p_value, an exact sign test over pairs, whose two verdicts may depend on each other;
-        is_biased, whether it is below 0.05.
-    """
+    first in the first, and second in the second. Returns num_pairs without error; consistency, the
+    share of pairs with equal verdicts; first_share, the share of wins of the answer shown first;
+    p_value of an exact sign test over pairs, whose two verdicts may depend on each other."""
     from scipy.stats import binomtest
 
     pairs = [pair for pair in verdicts if "error" not in pair]

