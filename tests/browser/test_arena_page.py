@@ -61,6 +61,8 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     (kept,) = read_battles(database)
     assert kept["winner"] == "model_b"
     assert page.inner_text("#b h2") == f"Model B: {kept['model_b']}"
+    top = page.evaluate("main.scrollTop = 0, main.firstElementChild.getBoundingClientRect().top")
+    assert top > page.locator("header").bounding_box()["height"]
     wide, there = page.evaluate(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )

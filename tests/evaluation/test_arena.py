@@ -79,7 +79,7 @@ def test_sides_are_random_and_votes_rate(client):
     assert best["low"] < best["rating"] < best["high"]
 
 
-def test_what_no_battle_has_is_refused(client, fakes, capsys):
+def test_what_no_battle_has_is_refused(client, fakes, tmp_path, capsys):
     talk = [{"role": "user", "content": "Hi"}]
     assert vote(client, (talk, talk), "tie").status_code == 409
     assert client.post("/vote", content=b"[").status_code == 400
@@ -90,9 +90,6 @@ def test_what_no_battle_has_is_refused(client, fakes, capsys):
     response = client.post("/answer", json={"battle": "x", "side": "a", "messages": talk})
     assert response.text == ""
     assert "refuses" in capsys.readouterr().err  # the server alone is told why
-
-
-def test_an_arena_needs_two_models(tmp_path, fakes):
     one = fakes[0].open()
     assert "two models" in message(Arena, [one], tmp_path / "x.db")
     assert "different names" in message(Arena, [one, one], tmp_path / "x.db")
