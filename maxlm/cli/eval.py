@@ -9,8 +9,8 @@ from typer import Argument, Option
 from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
 from maxlm.cli.eval_code import run_swe_bench, score_humaneval_samples
-from maxlm.cli.eval_report import compare, report
 from maxlm.cli.eval_judge import evaluate_mt_bench, serve_arena, show_ratings
+from maxlm.cli.eval_report import compare, report
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 
