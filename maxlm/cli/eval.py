@@ -63,9 +63,10 @@ def command(
     table = common.make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
     seconds = dict(results["maxlm"]["seconds_by_task"])
     for task, metric, value, error, rows in list_metrics(results):
-        spread = "" if error is None else f"{error:.4f}"
+        show = "{:.4f}".format if abs(value) < 1000 else "{:.4g}".format
+        spread = "" if error is None else show(error)
         spent = f"{seconds.pop(task):.1f}" if task in seconds else ""
-        table.add_row(task, metric, f"{value:.4f}", spread, str(rows), spent)
+        table.add_row(task, metric, show(value), spread, str(rows), spent)
     common.open_console().print(table)
     if missing := results["missing"]:
         print(f"{len(missing)} tasks have no files in {data}, as {', '.join(missing[:3])}")

@@ -38,8 +38,11 @@ def compare(
     table = make_numeric_table("task", columns)
     table.box = None
     for each in found:
-        figures = [f"{each.first:.3f}", f"{each.second:.3f}", f"{each.second - each.first:+.3f}"]
-        figures += ["{:.2f} to {:.2f}".format(*each.interval), f"{each.p:.3g}"]
+        large = max(map(abs, each.interval)) >= 1000
+        form, near = ("{:.4g}", "{:.3g} to {:.3g}") if large else ("{:.3f}", "{:.2f} to {:.2f}")
+        change = each.second - each.first
+        figures = [form.format(value) for value in (each.first, each.second, change)]
+        figures += [near.format(*each.interval), f"{each.p:.3g}"]
         table.add_row(f"{each.task} {each.metric}", *figures, f"{each.num_docs:,}", each.verdict)
     open_console().print(table)
     notes = [f"A: {a.path}", f"B: {b.path}", *(note for each in found for note in each.notes)]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from math import log, sqrt
+from math import exp, expm1, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +58,8 @@ def compare_samples(
     direction.
 
     Zeros and ones by McNemar's exact test, with Agresti and Min's interval (2005, Statistics in
-    Medicine 24). Others by a paired t test of what each document adds to the figures (the delta
-    method for perplexities): unlike Wilcoxon's it tests the mean that is shown, and as differences
+    Medicine 24). Others by a paired t test of what each document adds to the figures, perplexities
+    by their logarithms: unlike Wilcoxon's it tests the mean that is shown, and as differences
     of equal models are symmetric it holds for few documents. Raises MaxlmError if no document is in
     both.
     """
@@ -86,6 +86,9 @@ def compare_samples(
     if changed := sum(first[key].prompt_hash != second[key].prompt_hash for key in keys):
         notes.append(f"warning: {task}: {changed:,} prompts differ: other examples?")
     figures = float(a.mean()), float(b.mean())
+    if _is_perplexity(metric):
+        figures = exp(figures[0]), exp(figures[1])
+        low, high = figures[0] * expm1(low), figures[0] * expm1(high)
     verdict = "rises" if (figures[1] > figures[0]) == higher_is_better else "falls"
     return TaskComparison(task, metric, *figures, (low, high), p, verdict, n, notes)
 
@@ -99,10 +102,15 @@ def compute_holm_p_values(p_values: Sequence[float]) -> list[float]:
 
 
 def _split_figure(metric: str, values: Sequence[tuple[float, float]]) -> np.ndarray:
-    """Splits a metric's figure into what each document adds, to first order; their mean is it."""
+    """Splits a metric's figure, a perplexity's logarithm, into what each document adds, to first
+    order; their mean is it."""
     (sums, weights), name = np.asarray(values).T, metric.split(" ")[0]
     mean = sums.sum() / weights.sum()
     shares = (sums - mean * weights) / weights.mean()
-    if name.endswith("perplexity"):
-        return np.exp(-mean) * (1 - shares)
+    if _is_perplexity(metric):
+        return -(mean + shares)
     return -(mean + shares) / log(2) if name == "bits_per_byte" else sums
+
+
+def _is_perplexity(metric: str) -> bool:
+    return metric.split(" ")[0].endswith("perplexity")

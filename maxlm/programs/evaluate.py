@@ -60,10 +60,11 @@ def evaluate_model(
         name = lm.model
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-        name, about["step"] = loaded.config.name, loaded.step
+        name, is_run = loaded.config.name, (Path(model) / "config.yaml").exists()
+        about["step"] = loaded.step if is_run else None
         if chat:
             get_chat_template(loaded.tokenizer)
-        if output is None and (Path(model) / "config.yaml").exists():
+        if output is None and is_run:
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
         if isinstance(loaded.model, Encoder):
             room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1

@@ -66,10 +66,20 @@ def test_perplexities_are_of_all_documents_together():
         a, b = (figure(each.sum() / weights.sum()) for each in (first, second))
         assert (found.first, found.second) == (pytest.approx(a), pytest.approx(b))
         assert found.verdict == "falls"  # It rises, and lower is better.
-        # The interval beside a bootstrap of documents.
+        # The interval beside a bootstrap of documents; a perplexity's is of B ÷ A, times A.
         a, b = (figure(each[picks].sum(1) / weights[picks].sum(1)) for each in (first, second))
+        change = b - a if metric == "bits_per_byte" else found.first * (b / a - 1)
         width = found.interval[1] - found.interval[0]
-        assert width == pytest.approx(2 * 1.97 * np.std(b - a), rel=0.1)
+        assert width == pytest.approx(2 * 1.97 * np.std(change), rel=0.1)
+
+
+def test_perplexities_that_are_far_apart_differ():
+    """The test is of their logarithms: a few hard documents do not hide what all say."""
+    rng = np.random.default_rng(6)
+    first = rng.normal(-4, 3, 60)
+    found = compare(first, first - rng.gamma(2.0, 5.0, 60), "perplexity", higher=False)
+    assert found.second > 1000 * found.first
+    assert found.p < 1e-9
 
 
 @pytest.mark.parametrize("metric", ["acc", "f1"])
