@@ -23,14 +23,25 @@ def evaluate_mt_bench(
     limit: Annotated[int | None, Option(min=1, help="Questions, evenly spread.")] = None,
     max_tokens: _TokensOption = 1024,
     judge_max_tokens: Annotated[int, Option(min=1, help="Of a judgment.")] = 2048,
+    judge_body: Annotated[
+        str, Option(metavar="JSON", help='More fields of its requests: \'{"regex": "..."}\'.')
+    ] = "{}",
     concurrency: Annotated[int, Option(min=1, help="Requests at a time.")] = 4,
 ) -> None:
     """Answer MT-Bench's questions and judge the answers; the same command goes on after a cut."""
+    import json
+    from dataclasses import replace
+
+    from maxlm.config import MaxlmError
     from maxlm.evaluation.endpoint import open_endpoint
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
     from maxlm.runtime.progress import show_progress
 
     loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
+    try:
+        judging = replace(judging, extra_body=dict(json.loads(judge_body)))
+    except ValueError as error:
+        raise MaxlmError(f"no JSON object ({error})", where="--judge-body") from None
     endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
     limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
     limits |= {"pairwise": pairwise, "concurrency": concurrency}

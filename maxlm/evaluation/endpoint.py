@@ -1,9 +1,9 @@
 """Chat models behind OpenAI's protocol."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +32,8 @@ class ChatEndpoint:
 
     client: OpenAI
     model: str
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Fields beyond the protocol that each request has, such as our server's ``regex``."""
 
     def complete(self, messages: Sequence[Any], **options: float) -> str:
         """Returns the answer to a conversation; options are temperature, max_tokens and others of
@@ -50,7 +52,8 @@ class ChatEndpoint:
             raise OSError("the answer broke off")
 
     def _create(self, messages: Sequence[Any], **options: Any) -> Any:
-        return self.client.chat.completions.create(model=self.model, messages=messages, **options)
+        options |= {"model": self.model, "extra_body": self.extra_body}
+        return self.client.chat.completions.create(messages=messages, **options)
 
 
 def open_endpoint(address: str, key_variable: str = "", max_retries: int = 10) -> ChatEndpoint:
