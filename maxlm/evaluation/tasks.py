@@ -21,6 +21,7 @@ from maxlm.evaluation.code import replace_code_eval
 from maxlm.evaluation.local_data import MissingData, load_split
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_CODE_TASKS = ("humaneval", "mbpp")
 
 
 class LocalTaskFactory(TaskFactory):
@@ -45,7 +46,7 @@ class LocalTaskFactory(TaskFactory):
         own = config.get("num_fewshot")
         shots = own if own == 0 or self._shots is None else self._shots
         evaluated = config.get("test_split") or config.get("validation_split")
-        examples = config.get("fewshot_split") or config.get("training_split") if shots else None
+        examples = _find_fewshot_split(config) if shots else None
         rows = {
             split: load_split(self._folder, config, split, is_evaluated=split == evaluated)
             for split in dict.fromkeys(filter(None, (evaluated, examples)))
@@ -74,6 +75,16 @@ class LocalTaskFactory(TaskFactory):
         if error and not built:
             raise error
         return built
+
+
+def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
+    """Returns the split of the examples, as the harness chooses it; None: the evaluated one, or
+    examples that the definition has itself."""
+    if split := config.get("fewshot_split"):
+        return split
+    if (config.get("fewshot_config") or {}).get("samples"):
+        return None
+    return config.get("training_split") or config.get("validation_split")
 
 
 def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
@@ -105,7 +116,11 @@ def load_tasks(
 
     Returns:
         By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a group that
-        ``data`` has no files of.
+        ``data`` has no files of, its ``seed`` that of the examples.
+
+    Raises:
+        MaxlmError: an unknown task, rows that cannot be loaded, or a task that would run generated
+            programs outside the sandbox.
     """
     manager, opened = manager or TaskManager(), {}
     check_task_names(manager, names)
@@ -114,7 +129,7 @@ def load_tasks(
         np.random.seed(1234 if seed is None else seed)
         manager._factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
         try:
-            runs_code = any(kind in name for kind in ("humaneval", "mbpp"))
+            runs_code = any(kind in name for kind in _CODE_TASKS)
             with replace_code_eval() if runs_code else nullcontext():
                 loaded: Any = manager.load(name)
         except MaxlmError:
@@ -127,8 +142,12 @@ def load_tasks(
             own = task.get_config("num_fewshot")
             if own is None or (own and shots is not None):
                 task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=1234 if seed is None else seed)
-        opened[name] = loaded | {"missing": getattr(manager._factory, "missing", [])}
+            unsafe = getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
+            if unsafe and not runs_code:
+                what = "it would run generated programs outside the sandbox"
+                raise MaxlmError(what, where=f"task {task.config.task}", fix="leave it out")
+        missing = getattr(manager._factory, "missing", [])
+        opened[name] = loaded | {"missing": missing, "seed": 1234 if seed is None else seed}
     return opened
 
 
@@ -159,8 +178,10 @@ def evaluate_tasks(
         start = time.perf_counter()
         if on_task is not None:
             on_task(name)
+        for task in loaded["tasks"].values():  # each time: the same examples
+            task.set_fewshot_seed(seed=loaded["seed"])
         own = {**prompts, "fewshot_as_multiturn": chat, "bootstrap_iters": 1000}
-        own["confirm_run_unsafe_code"] = True  # it runs in the sandbox
+        own["confirm_run_unsafe_code"] = True  # in the sandbox: load_tasks refuses others
         found: Any = evaluate(model, loaded, limit=limit, **own)
         for key, value in found.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval.tasks
 import pytest
+from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks import TaskManager
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.tasks import check_task_names, load_tasks
+from maxlm.evaluation.tasks import _find_fewshot_split, check_task_names, evaluate_tasks, load_tasks
 
 FOLDERS = ("arc", "piqa", "openbookqa", "winogrande", "lambada", "hellaswag", "gsm8k", "gpqa")
 FOLDERS += ("mmlu/default", "truthfulqa", "mmlu_pro", "minerva_math")
@@ -112,6 +114,43 @@ def test_ai2_rows_and_parquet_shards(manager, tmp_path):
     assert [row["question"] for row in loaded["tasks"]["gsm8k"].eval_docs] == ["q0", "q1"]
     with pytest.raises(MaxlmError, match=r"looked for gsm8k_train and gsm8k/train \(.jsonl"):
         load_tasks(["gsm8k"], data=tmp_path, manager=manager)  # five examples by default
+
+
+def test_examples_come_from_where_the_harness_takes_them(manager, tmp_path):
+    problem = {"problem": "Is it?", "solution": "It is $\\boxed{2}$."}
+    write(tmp_path / "algebra" / "test.jsonl", problem)  # the definition has its own examples
+    task = load_tasks(["minerva_math_algebra"], data=tmp_path, manager=manager)
+    task = task["minerva_math_algebra"]["tasks"]["minerva_math_algebra"]
+    assert task.fewshot_context(task.eval_docs[0], 4).count("Problem:") == 5
+    validation = _find_fewshot_split({"validation_split": "val", "test_split": "test"})
+    assert validation == "val"
+
+
+def test_tasks_that_run_programs_outside_the_sandbox_are_refused(manager, monkeypatch):
+    for name, unsafe in (("cruxeval_output", False), ("pseudo_to_code_2k", True)):
+        config = SimpleNamespace(task=name)
+        own = {"config": config, "UNSAFE_CODE": unsafe, "get_config": lambda key: 2}
+        loaded = {"tasks": {name: SimpleNamespace(**own)}}
+        monkeypatch.setattr(manager, "load", lambda _, loaded=loaded: loaded)
+        monkeypatch.setattr("maxlm.evaluation.tasks.check_task_names", lambda *_: None)
+        with pytest.raises(MaxlmError, match=f"task {name}: it would run generated programs"):
+            load_tasks([name], manager=manager)
+
+
+def test_each_evaluation_has_the_same_examples(manager, tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(30)]
+    write(tmp_path / "gsm8k_train.jsonl", *rows)
+    write(tmp_path / "gsm8k_test.jsonl", {"question": "q?", "answer": "#### 7"})
+    tasks, seen = load_tasks(["gsm8k"], data=tmp_path, manager=manager), []
+
+    class Recorder(DummyLM):
+        def generate_until(self, requests, disable_tqdm=False):
+            seen.append([request.args[0] for request in requests])
+            return ["7"] * len(requests)
+
+    for _ in range(2):
+        evaluate_tasks(Recorder(), tasks)
+    assert seen[0] == seen[1]
 
 
 def test_mmlu_of_the_subjects_that_are_there(manager, tmp_path):
