@@ -72,7 +72,9 @@ def evaluate_mt_bench(
 
 
 def show_ratings(
-    battles: Annotated[Path, Argument(exists=True, help="JSONL, or an arena's database.")],
+    battles: Annotated[
+        Path, Argument(exists=True, dir_okay=False, help="JSONL, or an arena's database.")
+    ],
     style_control: Annotated[bool, Option(help="Hold length, headers, lists, bold fixed.")] = False,
     output: Annotated[Path | None, Option(help="JSON file; default: beside the battles.")] = None,
 ) -> None:

@@ -33,7 +33,8 @@ def compare(
     from maxlm.evaluation.results import find_evaluations
 
     a, b = (find_evaluations(folder)[-1] for folder in (first, second))
-    found, skipped = compare_evaluations(a, b, tasks.split(",") if tasks else [], alpha)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found, skipped = compare_evaluations(a, b, names, alpha)
     columns = ["A", "B", "B - A", f"{1 - alpha:.3g} interval", "p", "docs", "verdict"]
     table = make_numeric_table("task", columns)
     table.box = None

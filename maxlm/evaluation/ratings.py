@@ -35,8 +35,11 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         is_database = file.read(15) == b"SQLite format 3"
     if is_database:
-        with closing(sqlite3.connect(path)) as connection:
-            rows = connection.execute("select * from battles order by tstamp").fetchall()
+        try:
+            with closing(sqlite3.connect(path)) as connection:
+                rows = connection.execute("select * from battles order by tstamp").fetchall()
+        except sqlite3.Error as error:
+            raise MaxlmError(f"no arena's database ({error})", where=str(path)) from None
         values = [(*row[:4], *map(json.loads, row[4:])) for row in rows]
         return [dict(zip(BATTLE_COLUMNS, each, strict=True)) for each in values]
     battles = read_records(path, ("model_a", "model_b", "winner"))
@@ -161,9 +164,11 @@ def compute_style_features(battles: Sequence[Battle]) -> np.ndarray:
     LMSYS's "Does style matter?" (2024), but about zero, so that swapped sides change nothing.
     Counted in conversation_a and _b, but for length without code; MaxlmError: a battle has none."""
     talks = [battle.get(f"conversation_{side}") for battle in battles for side in "ab"]
-    if not all(talks):
-        raise MaxlmError("style control needs conversation_a and conversation_b")
-    counts = np.array([_count_style(talk) for talk in talks], float).reshape(-1, 2, 4)
+    try:
+        counts = np.array([_count_style(talk or None) for talk in talks], float).reshape(-1, 2, 4)
+    except (TypeError, KeyError):
+        what = "style control needs conversation_a and conversation_b: lists of role and content"
+        raise MaxlmError(what) from None
     ratio = (counts[:, 0] - counts[:, 1]) / (counts.sum(axis=1) + 1)
     return ratio / np.maximum(np.sqrt((ratio**2).mean(axis=0)), 1e-9)
 

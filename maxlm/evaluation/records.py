@@ -15,9 +15,13 @@ Record = dict[str, Any]
 
 
 def read_records(path: Path, fields: Sequence[str], skip_damaged: bool = False) -> list[Record]:
-    """Returns a JSONL file's records. Raises MaxlmError for a line without all `fields`."""
-    records = []
-    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
+    """Returns a JSONL file's records. Raises MaxlmError for a file that cannot be read, and for a
+    line without all `fields`."""
+    try:
+        lines, records = path.read_bytes().rstrip(b"\n").split(b"\n"), []
+    except OSError as error:
+        raise MaxlmError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             _ = [record[field] for field in fields]

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -73,7 +74,7 @@ def evaluate_model(
         else:
             engine = make_evaluation_engine(loaded, settings)
             lm = models.MaxlmModel(engine, seed=seed or 0)
-    with show_progress("requests") as progress:
+    with show_progress("requests") as progress, _convert_server_errors(model):
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
         results = harness.evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
@@ -163,6 +164,17 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
     if client.tokenizer is None:
         client.loglikelihood = client.loglikelihood_rolling = refuse
     return client
+
+
+@contextmanager
+def _convert_server_errors(model: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # requests' errors are, and name no file
+        if error.filename or not model.startswith(("http://", "https://")):
+            raise
+        what, fix = f"the server does not answer ({error})", "start it, and evaluate again"
+        raise MaxlmError(what, where=model, fix=fix) from error
 
 
 def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:

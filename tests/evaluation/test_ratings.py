@@ -1,6 +1,8 @@
 """Ratings agree with an independent fit, their intervals cover, and style is told from quality."""
 
 import json
+import sqlite3
+from contextlib import closing
 
 import choix
 import numpy as np
@@ -123,3 +125,17 @@ def test_the_command_reads_battles_in_order_of_time(tmp_path, capsys):
     assert (found["elo"], found["rank"]) == (pytest.approx(ratings["m0"]), 1)
     path.write_text('{"model_a": "x", "model_b": "y", "winner": "both"}')
     assert "battles.jsonl:1: winner='both'" in message(read_battles, path)
+
+
+def test_files_without_battles_are_named_in_one_line(tmp_path, capsys):
+    other, talks = tmp_path / "other.db", tmp_path / "talks.jsonl"
+    with closing(sqlite3.connect(other)) as connection, connection:
+        connection.execute("create table x (y)")
+    talk = {"conversation_a": [{"role": "assistant"}], "conversation_b": []}
+    talks.write_text(json.dumps({"model_a": "x", "model_b": "y", "winner": "tie", **talk}))
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\n")
+    for name, what in (("other.db", "arena's database"), ("bad.jsonl", "not a record")):
+        assert main(["eval", "ratings", str(tmp_path / name)]) == 2
+        assert what in capsys.readouterr().err
+    assert main(["eval", "ratings", str(talks), "--style-control"]) == 2
+    assert "lists of role and content" in capsys.readouterr().err
