@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lm_eval.tasks
 import pytest
@@ -143,13 +144,13 @@ def test_each_evaluation_has_the_same_examples(manager, tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", {"question": "q?", "answer": "#### 7"})
     tasks, seen = load_tasks(["gsm8k"], data=tmp_path, manager=manager), []
 
-    class Recorder(DummyLM):
-        def generate_until(self, requests, disable_tqdm=False):
-            seen.append([request.args[0] for request in requests])
-            return ["7"] * len(requests)
+    def answer(self, requests):
+        seen.append([request.args[0] for request in requests])
+        return ["7"] * len(requests)
 
+    model: Any = type("Recorder", (DummyLM,), {"generate_until": answer})
     for _ in range(2):
-        evaluate_tasks(Recorder(), tasks)
+        evaluate_tasks(model(), tasks)
     assert seen[0] == seen[1]
 
 
