@@ -60,21 +60,35 @@ class EvaluationResult(NamedTuple):
 
 
 def choose_main_metric(metrics: Iterable[str]) -> str:
-    """Chooses ``acc_norm`` if there is one, else the first, as published tables do; "" of none."""
-    return "acc_norm" if "acc_norm" in metrics else next(iter(metrics), "")
+    """Chooses ``acc_norm``, else ``acc``, else the first, as published tables do; "" of none."""
+    names = [*metrics]
+    return next((name for name in ("acc_norm", "acc", *names) if name in names), "")
 
 
 def find_evaluations(source: Path) -> list[EvaluationResult]:
-    """Reads the newest evaluation of each folder under a run or folder, by model and step; or one
-    results file. Raises MaxlmError where there is none, and for one that is damaged."""
+    """Reads the evaluations of each folder under a run or folder, each task's newest, by model and
+    step; or one results file. Raises MaxlmError where there is none, and for one that is
+    damaged."""
     paths = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
     if not paths:
         fix = "name a run, or a folder that maxlm eval or lm_eval --output_path wrote"
         raise MaxlmError("no evaluation here (results_*.json)", where=str(source), fix=fix)
-    # Names end in the time: of each folder the last one stays.
-    newest = {path.parent: path for path in paths}.values()
-    found = [_parse_file(path, partial(_parse_results, path))[0] for path in newest]
-    return sorted(found, key=lambda each: (each.model, each.step or 0))
+    merged: dict[Any, EvaluationResult] = {}
+    for path in reversed(paths):  # names end in the time
+        (found,) = _parse_file(path, partial(_parse_results, path))
+        place = path.parent, found.model, found.step
+        newer = merged.get(place)
+        merged[place] = found if newer is None else _merge_evaluations(newer, found)
+    return sorted(merged.values(), key=lambda each: (each.model, each.step or 0))
+
+
+def _merge_evaluations(newer: EvaluationResult, older: EvaluationResult) -> EvaluationResult:
+    """Adds the tasks that only an older evaluation has, and what that one cost."""
+    if older.tasks.keys() <= newer.tasks.keys():
+        return newer
+    units = [*newer.units, *(name for name in older.units if name not in newer.tasks)]
+    costs = {name: (newer.costs[name] or 0) + (older.costs[name] or 0) for name in newer.costs}
+    return newer._replace(tasks=older.tasks | newer.tasks, units=units, costs=costs)
 
 
 def list_metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None, int]]:

@@ -53,6 +53,8 @@ class MaskedScorer:
         Raises:
             MaxlmError: a continuation that is longer than the model's longest row.
         """
+        if not pairs:
+            return []
         rows, places, length = [], [], self._model.config.max_seq_len
         for context, continuation in pairs:
             room = length - len(self._wrap([])[0]) - len(continuation)

@@ -41,16 +41,20 @@ def test_other_forms_of_scores(tmp_path):
     assert values == [{"exact_match (strict)": (1, 1)}, {"word_perplexity": (-20, 4)}, {}, {}]
 
 
-def test_the_newest_evaluation_of_each_checkpoint_is_taken(tmp_path):
+def test_the_newest_evaluation_of_each_task_is_taken(tmp_path):
     for step in (30, 4):
         folder = tmp_path / "evaluations" / f"step-{step:06d}"
-        for time, score in (("2026-01-01T00", 0.0), ("2026-01-02T00", 1.0)):
-            tasks = {"t": {"acc": [score, score]}}
-            path = write_evaluation(folder, tasks, time=time, maxlm={"step": step})
-    found = [
-        (each.step, each.tasks["t"].metrics["acc"].value) for each in find_evaluations(tmp_path)
-    ]
-    assert found == [(4, 1), (30, 1)]
+        for time, score, name in (("01T00", 0.0, "old"), ("02T00", 1.0, "new")):
+            tasks = {"t": {"acc": [score, score]}, name: {"acc": [score]}}
+            about = {"step": step, "seconds": 2.0}
+            path = write_evaluation(folder, tasks, time=f"2026-01-{time}", maxlm=about)
+    found = find_evaluations(tmp_path)
+    assert [each.step for each in found] == [4, 30]
+    for each in found:
+        values = {name: task.metrics["acc"].value for name, task in each.tasks.items()}
+        assert values == {"t": 1, "new": 1, "old": 0}
+        assert {*each.units} == {*values}
+        assert each.costs["seconds"] == 4
     assert [each.step for each in find_evaluations(path)] == [4]
 
 
