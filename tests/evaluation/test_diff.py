@@ -146,6 +146,7 @@ def test_groups_are_compared_over_all_their_documents(tmp_path):
 def test_what_cannot_be_compared_is_named(two, tmp_path, capsys):
     with pytest.raises(MaxlmError, match=r"compare arx \(not in both\); tasks of both: arc, piqa"):
         compare_both(tmp_path, ["arc", "arx"])
+    next(two[0].glob("results_*")).unlink()
     write_evaluation(two[0], {"other": {"acc": [1.0]}}, time="2027")
     with pytest.raises(MaxlmError, match=r"compare other \(not in both\), arc \(not in both\)"):
         compare_both(tmp_path, [])
