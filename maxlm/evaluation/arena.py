@@ -23,6 +23,8 @@ from maxlm.evaluation.ratings import BATTLE_COLUMNS, compute_leaderboard, read_b
 from maxlm.serving.app import make_error_response, make_page_response
 from maxlm.serving.errors import ApiError
 
+MAX_OPEN_BATTLES = 10_000
+"""Battles without a vote that are remembered; the oldest are forgotten."""
 _Messages = Annotated[list[dict[str, str]], Field(min_length=1)]
 
 
@@ -81,6 +83,8 @@ class Arena:
         body = AnswerBody.model_validate_json(await request.body())
         if len(body.messages) == 1:
             self._battles.setdefault(body.battle, random.sample(list(self._endpoints), 2))
+            while len(self._battles) > MAX_OPEN_BATTLES:
+                del self._battles[next(iter(self._battles))]
         models = self._battles.get(body.battle)
         if not models:  # also one from before a restart
             raise ApiError(409, "this battle is over")

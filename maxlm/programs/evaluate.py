@@ -55,7 +55,7 @@ def evaluate_model(
     models, harness = import_harness()
     opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
-    engine, names = None, [""]
+    names = [""]
     if model.startswith(("http://", "https://")):
         lm = open_server(model.rstrip("/"), settings, chat=chat)
         name = lm.model
@@ -67,20 +67,14 @@ def evaluate_model(
             get_chat_template(loaded.tokenizer)
         if output is None and is_run:
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
-        if isinstance(loaded.model, Encoder):
-            room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
-            given = {"tokenizer": loaded.tokenizer, "max_length": room}
-            lm = models.MaxlmModel(make_masked_scorer(loaded), **given)
-        else:
-            engine = make_evaluation_engine(loaded, settings)
-            lm = models.MaxlmModel(engine, seed=seed or 0)
+        lm = make_harness_model(loaded, models.MaxlmModel, settings, seed=seed or 0)
     with show_progress("requests") as progress, _convert_server_errors(model):
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
         results = harness.evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
-    if engine is not None:
+    if (engine := getattr(lm, "engine", None)) is not None:
         stats = engine.stats()
         about["prompt_tokens"] = stats.prompt_tokens_total
         about["generated_tokens"] = stats.generated_tokens_total
@@ -101,6 +95,20 @@ def import_harness() -> tuple[Any, Any]:
         what, fix = f"the package {error.name} is not installed", "pip install 'maxlm[eval]'"
         raise MaxlmError(what, fix=fix) from None
     return lm_eval_model, tasks
+
+
+def make_harness_model(
+    loaded: LoadedRun, kind: Any, settings: Sequence[str] = (), **options: Any
+) -> Any:
+    """Makes a ``MaxlmModel`` (``kind``) with an engine, or with an encoder's scorer."""
+    if not isinstance(loaded.model, Encoder):
+        return kind(make_evaluation_engine(loaded, settings), **options)
+    if settings:
+        what = f"{settings[0]} is for a model that generates text; this is an encoder"
+        raise MaxlmError(what, fix="leave it out")
+    room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
+    own = {"tokenizer": loaded.tokenizer, "max_length": room}
+    return kind(make_masked_scorer(loaded), **own, **options)
 
 
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:

@@ -9,7 +9,7 @@ from lm_eval.api.registry import register_model
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.lm_eval_model import MaxlmModel
-from maxlm.programs.evaluate import make_evaluation_engine
+from maxlm.programs.evaluate import make_harness_model
 from maxlm.programs.serve import load_chat_model
 
 _OWN = ("add_bos_token", "prefix_token_id", "max_gen_toks", "seed")
@@ -27,7 +27,7 @@ class LoadedMaxlmModel(MaxlmModel):
         loaded = load_chat_model(str(run), step=step, mesh=axes, template=None)
         own = {name: given.pop(name) for name in _OWN if name in given}
         settings = [f"{name}={value}" for name, value in given.items() if name not in _HARNESS]
-        super().__init__(make_evaluation_engine(loaded, settings), **own)
+        make_harness_model(loaded, super().__init__, settings, **own)
 
 
 def main() -> None:
