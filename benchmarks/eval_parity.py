@@ -32,8 +32,8 @@ from maxlm.programs.load import load_model
 TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
 
 
-def run(model, manager, name, data, limit):
-    shots = 5 if name.startswith("mmlu") else None
+def run(model, manager, name, data, limit, shots):
+    shots = 5 if name.startswith("mmlu") else shots
     loaded = load_tasks([name], data=data, shots=shots, manager=manager)[name]
     start = time.perf_counter()
     found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
@@ -62,6 +62,7 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("rows", type=int, nargs="?", default=40)
     parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--shots", type=int, help="default: 5 for MMLU, else the task's")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--softmax-dtype", default="float64")
     parser.add_argument("--max-length", type=int, default=2048)
@@ -81,7 +82,8 @@ def main():
     for spec in given.tasks.split(","):
         name, _, rows = spec.partition(":")
         limit = int(rows or given.rows)
-        (a, hf), (b, own) = (run(m, manager, name, given.data, limit) for m in (theirs, ours))
+        own = manager, name, given.data, limit, given.shots
+        (a, hf), (b, own) = (run(model, *own) for model in (theirs, ours))
         apart, flags, texts, count = compare(a, b)
         metrics = {k: v for k, v in a["results"][name].items() if "," in k and "stderr" not in k}
         pairs = {k: (v, b["results"][name][k]) for k, v in metrics.items()}

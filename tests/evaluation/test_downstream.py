@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
@@ -28,18 +27,18 @@ def write_rows(folder) -> str:
 
 def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     data = write_rows(tmp_path / "data")
-    downstream = {"tasks": ["piqa"], "every": 3, "limit": 5, "data": data, "position_documents": 2}
+    downstream = {"tasks": ["piqa"], "every": 2, "limit": 5, "data": data, "position_documents": 2}
     text = tiny.write_text(tmp_path / "text")
-    train = {"steps": 6, "downstream": downstream}
-    config = tiny.write_config(tmp_path, text, train=train, mesh={"fsdp": 4, "tensor": 2})
+    train = {"steps": 4, "downstream": downstream}
+    config = tiny.write_config(tmp_path, text, train=train, mesh={"fsdp": 2, "data": -1})
     run, _ = tiny.train(config)
     records = [r for r in tiny.read_metrics(run.folder) if "downstream/piqa/acc" in r]
-    assert [record["step"] for record in records] == [3, 6]
+    assert [record["step"] for record in records] == [2, 4]
     assert {f"eval_loss_at/{n}" for n in (1, 2, 4, 8, 16, 31)} <= records[0].keys()
     results, folder = evaluate_model(
         str(run.folder), ["piqa"], ["max_length=32"], data=tmp_path / "data", limit=5
     )
-    assert folder == run.folder / "evaluations" / "step-000006"
+    assert folder == run.folder / "evaluations" / "step-000004"
     for metric in ("acc", "acc_norm"):
         value = results["results"]["piqa"][f"{metric},none"]
         assert records[-1][f"downstream/piqa/{metric}"] == value
@@ -52,13 +51,6 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     found = records[-1]["downstream/piqa/gold_probability"]
     assert found == pytest.approx(np.mean(rights), abs=1e-4)
     assert (run.folder / "plots" / "downstream.png").stat().st_size > 10_000
-
-
-def test_a_wrong_task_is_refused_before_anything_is_trained(tmp_path):
-    text = tiny.write_text(tmp_path / "text")
-    train = {"steps": 6, "downstream": {"tasks": ["pika"]}}
-    with pytest.raises(MaxlmError, match=r"did you mean .*piqa"):
-        tiny.train(tiny.write_config(tmp_path, text, train=train))
 
 
 def test_losses_by_position_are_means_over_documents(one_device_mesh):

@@ -23,7 +23,7 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
     rng, done = np.random.default_rng(0), []
     pairs = [
         (rng.integers(4, 66, before).tolist(), rng.integers(4, 66, size).tolist())
-        for before, size in [(0, 5), (7, 1), (3, 28), (0, 1), (11, 6)]
+        for before, size in [(0, 5), (7, 1), (3, 28)]
     ]
     scores = scorer.score(pairs, done.append)
     assert done[-1] == len(pairs)
