@@ -97,7 +97,7 @@ def main():
             f"ratio {own / hf:.2f}",
             flush=True,
         )
-    sys.exit(differs)
+    sys.exit(int(differs))
 
 
 if __name__ == "__main__":
