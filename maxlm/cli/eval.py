@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
-from maxlm.cli.eval_code import run_swe_bench, score_humaneval_samples
+from maxlm.cli.eval_code import evaluate_swe_bench, score_humaneval_samples
 from maxlm.cli.eval_judge import evaluate_mt_bench, serve_arena, show_ratings
 from maxlm.cli.eval_report import compare, report
 
@@ -73,6 +73,6 @@ def command(
     print(f"written: {folder}")
 
 
-subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": run_swe_bench}
+subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": evaluate_swe_bench}
 subcommands |= {"report": report, "diff": compare}
 subcommands |= {"mt-bench": evaluate_mt_bench, "ratings": show_ratings, "arena": serve_arena}

@@ -25,7 +25,7 @@ def score_humaneval_samples(
     """Score completions of HumanEval's problems: pass@k, by running them in a sandbox."""
     import json
 
-    from maxlm.evaluation.code import read_records, score_samples, truncate_completion
+    from maxlm.evaluation.code import read_records, score_code_samples, truncate_completion
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
     from maxlm.runtime.files import replace_file
 
@@ -33,7 +33,7 @@ def score_humaneval_samples(
     records = read_records(samples, "task_id", "completion")
     if truncate:
         records = [r | {"completion": truncate_completion(r["completion"])} for r in records]
-    score, results = score_samples(problems, records, k, SandboxLimits(seconds), workers)
+    score, results = score_code_samples(problems, records, k, SandboxLimits(seconds), workers)
     with replace_file(output or Path(f"{samples}_results.jsonl")) as new, open(new, "w") as file:
         for record, result in zip(records, results, strict=True):
             record |= {"result": result.message or "passed", "passed": result.passed}
@@ -41,7 +41,7 @@ def score_humaneval_samples(
     _print_score("HumanEval", score | {"isolation": detect_isolation()}, as_json)
 
 
-def run_swe_bench(
+def evaluate_swe_bench(
     predictions: Annotated[Path, Argument(help="instance_id, model_name_or_path, model_patch.")],
     instances: Annotated[Path, Option(help="The benchmark's instances, JSON or JSON lines.")],
     repositories: Annotated[Path, Option(exists=True, help="Clones: owner__name, or name.")],

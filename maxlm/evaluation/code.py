@@ -34,7 +34,7 @@ def build_check_program(problem: Mapping[str, str], completion: str) -> str:
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
-def score_samples(
+def score_code_samples(
     problems: Iterable[Mapping[str, str]],
     samples: Sequence[Mapping[str, str]],
     ks: Sequence[int] = (1, 10, 100),

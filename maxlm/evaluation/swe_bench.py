@@ -74,7 +74,7 @@ def evaluate_prediction(
         if not applied.passed:
             return report, applied.output
         tested = run(["/bin/sh", "-c", instance.get("test_command", DEFAULT_TEST_COMMAND)])
-    passed = parse_test_log("" if tested.status == "timed_out" else tested.output)
+    passed = parse_passed_tests("" if tested.status == "timed_out" else tested.output)
     report |= {"patch_successfully_applied": True, "resolved": True, "tests_status": {}}
     for group in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         tests = instance[group]
@@ -85,7 +85,7 @@ def evaluate_prediction(
     return report, applied.output + tested.output
 
 
-def parse_test_log(log: str) -> set[str]:
+def parse_passed_tests(log: str) -> set[str]:
     """Return the tests that passed, of the lines that ``pytest -rA`` ends with."""
     # The benchmark's lists have names up to a space, too. The last outcome of a name counts.
     words = re.findall(r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)", log, re.MULTILINE)

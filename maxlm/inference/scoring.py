@@ -24,7 +24,7 @@ class ContinuationScore(NamedTuple):
     is_greedy: bool
     """Whether each of its tokens is the likeliest in its place."""
     token_logprobs: tuple[float, ...]
-    """Of each token, in nats."""
+    """Log-probability of each token, in nats."""
 
 
 class Scorer:

@@ -74,11 +74,11 @@ def test_score_of_samples(problems):
         {"task_id": first["task_id"], "completion": good + "\n\ndef helper():\n    pass\n"},
         {"task_id": second["task_id"], "completion": second["canonical_solution"]},
     ]
-    score, results = code.score_samples(problems, samples, (1, 2, 10), GENEROUS)
+    score, results = code.score_code_samples(problems, samples, (1, 2, 10), GENEROUS)
     assert [result.passed for result in results] == [False, True, True, True]
     assert score == {"pass@1": 0.75, "pass@2": 1.0, "num_problems": 2, "num_samples": 4}
     with pytest.raises(MaxlmError, match="HumanEval/9999"):
-        code.score_samples(problems, [{"task_id": "HumanEval/9999", "completion": ""}])
+        code.score_code_samples(problems, [{"task_id": "HumanEval/9999", "completion": ""}])
     candidates = ["def add(a,b): return a*b", "def add(a, b): return a+b"]
     scores, _ = code.evaluate_code(
         references=["assert add(2,3)==5"], predictions=[candidates], k=[1, 2]

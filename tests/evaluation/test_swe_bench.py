@@ -66,7 +66,7 @@ def evaluate(benchmark, patch, **options):
 
 
 def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsys):
-    from maxlm.cli.eval_code import run_swe_bench
+    from maxlm.cli.eval_code import evaluate_swe_bench
 
     folder, instance, _ = benchmark
     predictions, instances = tmp_path / "predictions.jsonl", tmp_path / "instances.json"
@@ -74,7 +74,7 @@ def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsy
         json.dumps(swe_bench.make_prediction("someone__sums-1", "m", instance["patch"]))
     )
     instances.write_text(json.dumps([instance]))
-    run_swe_bench(predictions, instances, folder, output=tmp_path / "out")
+    evaluate_swe_bench(predictions, instances, folder, output=tmp_path / "out")
     assert "resolved" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["resolved_ids"] == report["completed_ids"] == ["someone__sums-1"]
@@ -160,4 +160,4 @@ def test_patches_are_found_in_answers():
 def test_log_is_read_as_by_the_benchmark():
     log = "PASSED a.py::one\nPASSED a.py::two[x y]\nXFAIL a.py::three - known\nERROR b.py\n"
     log += "FAILED a.py::four - AssertionError: PASSED a.py::five\n1 passed\n"
-    assert swe_bench.parse_test_log(log) == {"a.py::one", "a.py::two[x", "a.py::three"}
+    assert swe_bench.parse_passed_tests(log) == {"a.py::one", "a.py::two[x", "a.py::three"}
