@@ -7,15 +7,15 @@ Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, f
 compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
 (jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
 memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
-(maxlm/plan/compiled/cost.py). The peer's attention is in kernels whose products are not counted,
-so ours stands apart. One case takes a minute or three. With --depths: seconds to trace and to
-compile the same step with as many layers, alternately, and their ratio to the first depth's.
+(benchmarks/compiled/cost.py), beside the peer's and beside what `maxlm plan` says. The peer's
+attention is in kernels whose products are not counted, so ours stands apart. One case takes a
+minute or three. With --depths: seconds to trace and to compile the same step with as many layers,
+alternately, and their ratio to the first depth's.
 """
 
 import argparse
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,10 @@ from typing import Any
 from cases import add_cases, chosen
 from program_traffic import read_program_traffic
 
+from benchmarks.compiled.compare import compare_plan_to_compiled
+from benchmarks.compiled.cost import read_step_cost
 from maxlm.config import MaxlmError, load_config
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
 
@@ -146,13 +149,13 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     print(f"\n{name}: {case.rows}×{case.seq_len} a device, {case.topology}, {mesh}", flush=True)
     if extra:
         print(f"  with {' '.join(extra)}")
-    began = time.perf_counter()
     step = compile_step(config, case.topology)
-    print(f"  traced and compiled in {time.perf_counter() - began:.1f} s")
+    print(f"  traced and compiled in {step.seconds:.1f} s")
+    hlo_text, cost, memory = step.compiled.as_text(), read_step_cost(step), step.memory
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-        (dump / f"{name}.hlo").write_text(step.hlo_text)
-    memory, cost, traffic = step.memory, step.cost, read_program_traffic(step.hlo_text)
+        (dump / f"{name}.hlo").write_text(hlo_text)
+    traffic = read_program_traffic(hlo_text)
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
     ours: dict[str, float] = {
         "arguments, GB": memory.argument_bytes / GB,
@@ -176,6 +179,11 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
             cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
         print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost, traffic)
+    plan = plan_run(config, Machine.from_name(case.topology))
+    print(f"  {'':<36}{'plan':>9}{'compiler':>9}{'ratio':>7}")
+    for what, (planned, compiled) in compare_plan_to_compiled(plan, step).items():
+        ratio = planned / compiled if compiled else None
+        print(f"  {what:<36}{planned:>9.3f}{compiled:>9.3f}{_figure(ratio):>7}")
 
 
 def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], rounds: int) -> None:
@@ -187,9 +195,8 @@ def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], r
     for number in range(rounds + 1):
         for depth in depths:
             overrides = [*case.overrides(), f"model.num_layers={depth}", *extra]
-            config, began = load_config(RunConfig, case.run, overrides).value, time.perf_counter()
-            compile_step(config, case.topology)
-            seconds = time.perf_counter() - began
+            config = load_config(RunConfig, case.run, overrides).value
+            seconds = compile_step(config, case.topology).seconds
             print(f"{name}, {depth} layers, round {number}: {seconds:.1f} s", flush=True)
             if number:
                 taken[depth].append(seconds)

@@ -25,8 +25,8 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     from jax import lax
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from benchmarks.compiled.cost import read_compiled_cost
     from maxlm.parallel import local
-    from maxlm.plan.compiled.cost import read_compiled_cost
 
     axes, rows = ("fsdp",), PartitionSpec("fsdp")
     split, whole = (axes, ()), ((), ())
@@ -47,7 +47,7 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     x = jax.ShapeDtypeStruct(given, jnp.bfloat16, sharding=NamedSharding(mesh, rows))
     with jax.set_mesh(mesh):
         text = jax.jit(local.map_shards(run, (rows,), rows)).lower(x).compile().as_text()
-    cost = read_compiled_cost(text, dict(mesh.shape), on_chip_spaces=(1,))
+    cost = read_compiled_cost(text, dict(mesh.shape))
     least = 2 * prod(shape) * (ways - 1) / ways
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()})
     return cost.wire_bytes() / least, ", ".join(kinds)

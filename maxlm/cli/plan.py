@@ -60,7 +60,11 @@ def command(
     from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import plan_run
-    from maxlm.plan.show import render_plan_tables, render_plan_vs_compiler_table
+    from maxlm.plan.show import (
+        format_seconds,
+        render_plan_tables,
+        render_plan_vs_compiler_table,
+    )
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
@@ -106,11 +110,13 @@ def command(
     if machine and compiled:
         from maxlm.programs.plans import check_fit_by_compiling
 
-        fits, words, compared = check_fit_by_compiling(run, machine, result)
-        figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
-        out["compiled"] = {"fits": fits, "words": words, "figures": figures}
-        if compared:
-            shown.append(render_plan_vs_compiler_table(compared, "The plan beside the compiler"))
+        verdict = check_fit_by_compiling(run, machine, result)
+        fits, words, seconds = verdict.fits, verdict.words, verdict.seconds
+        figures = {k: {"plan": a, "compiler": b} for k, (a, b) in verdict.figures.items()}
+        out["compiled"] = {"fits": fits, "words": words, "seconds": seconds, "figures": figures}
+        if seconds is not None:
+            shown.append(render_plan_vs_compiler_table(verdict.figures))
+            words += f"; compiled in {format_seconds(seconds)}"
         shown.append(f"\n{words}")
     _show(out, shown, fits, html, as_json)
 

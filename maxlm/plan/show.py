@@ -249,12 +249,15 @@ def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = Non
     return "\n".join(lines)
 
 
-def render_plan_vs_compiler_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
-    cells = (
-        (what, f"{ours:,.3f}", f"{theirs:,.3f}", f"{ours / theirs:.3f}" if theirs else "")
-        for what, (ours, theirs) in rows.items()
-    )
-    right = ("plan", "compiler", "plan ÷ compiler")
+def render_plan_vs_compiler_table(figures: Mapping[str, tuple[float | None, float]]) -> Group:
+    """Renders parts of a device's memory, bytes, as planned and as compiled."""
+    cells = []
+    for what, (ours, theirs) in figures.items():
+        planned = "" if ours is None else format_bytes(ours)
+        deviation = f"{ours / theirs - 1:+.1%}" if ours and theirs else ""
+        cells.append((what, planned, format_bytes(theirs), deviation))
+    right = ("plan", "compiler", "deviation")
+    title = "Memory of each device, as planned and as compiled"
     return make_table(title, ("what", *right), cells, right)
 
 

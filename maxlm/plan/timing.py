@@ -100,14 +100,6 @@ class DeviceFlops:
     loss: Number
     """Forward FLOPs of the loss, for all micro-batches; the backward part is twice that."""
 
-    def step_matmul_flops(self, stage_passes_with_bubble: Number) -> Number:
-        """Counts a step's FLOPs without attention's, a pipeline's idle turns included."""
-        return stage_passes_with_bubble * (self.forward + self.backward) + 3 * self.loss
-
-    def step_attention_flops(self, stage_passes_with_bubble: Number) -> Number:
-        """Counts a step's FLOPs of attention, a pipeline's idle turns included."""
-        return stage_passes_with_bubble * (self.attention_forward + self.attention_backward)
-
 
 def count_device_flops(shape: StepShape) -> DeviceFlops:
     """Counts what a device computes: its layers for one micro-batch, the loss for all."""

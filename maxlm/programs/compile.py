@@ -4,18 +4,12 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.plan.compiled.cost import (
-    CompiledCost,
-    CompiledMemory,
-    read_compiled_cost,
-    read_compiled_memory,
-)
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
@@ -25,27 +19,35 @@ _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")
 
 
 @dataclass(frozen=True)
+class CompiledMemory:
+    """A compiled program's main memory on each device, bytes."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    """Bytes of the output that take an argument's place."""
+    temp_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+
+
+def read_compiled_memory(compiled: Any) -> CompiledMemory:
+    """Reads ``compiled.memory_analysis()``."""
+    stats, parts = compiled.memory_analysis(), ("argument", "output", "alias", "temp")
+    return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
+
+
+@dataclass(frozen=True)
 class CompiledStep:
     """A training step as the machine's own compiler made it."""
 
-    topology: Topology
     setup: RunSetup
     compiled: Any
     """``jax.stages.Compiled``."""
-
-    @cached_property
-    def hlo_text(self) -> str:
-        """Scheduled HLO; raises MaxlmError if a compiler too new for this JAX wrote it."""
-        try:
-            return self.compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            what = f"this JAX cannot read what its compiler wrote ({str(error).splitlines()[0]})"
-            fix = f"install the versions maxlm is tested with: {_install(self.topology)}"
-            raise MaxlmError(what, fix=fix) from error
-
-    @cached_property
-    def cost(self) -> CompiledCost:
-        return read_compiled_cost(self.hlo_text, dict(self.setup.mesh.shape))
+    seconds: float
+    """Seconds to trace and to compile it."""
 
     @property
     def memory(self) -> CompiledMemory:
@@ -63,7 +65,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device. Raises
     DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
     """
-    machine = parse_topology(topology)
+    machine, began = parse_topology(topology), perf_counter()
     setup = set_up_run(config, get_topology_devices(machine))
     # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
     arguments = setup.abstract_state, make_abstract_batch(setup)
@@ -78,7 +80,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
         found = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
         words = found.group() if found else str(error).splitlines()[0]
         raise DoesNotFit(f"the compiler finds no room: {words}") from None
-    return CompiledStep(machine, setup, compiled)
+    return CompiledStep(setup, compiled, perf_counter() - began)
 
 
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:

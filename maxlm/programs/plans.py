@@ -1,7 +1,8 @@
 """Plans from files, folders and configs, and candidates verified by a compiler."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,22 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.plan.predict import FORMAT, Machine, RunPlan, plan_run
 from maxlm.plan.search import Candidate
 from maxlm.plan.show import format_bytes
-from maxlm.plan.timing import count_device_flops
-from maxlm.programs.compile import CompiledStep, DoesNotFit, compile_step
+from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 
-GB, TERA = 1e9, 1e12
-PlannedVersusCompiled = dict[str, tuple[float, float]]
-"""Figure → (planned, compiled)."""
+
+@dataclass(frozen=True)
+class CompilerVerdict:
+    """Whether a run fits by its compiler's account."""
+
+    fits: bool
+    words: str
+    """Verdict with the bytes of a device."""
+    seconds: float | None = None
+    """Seconds to compile; None: the compiler finds no room."""
+    figures: Mapping[str, tuple[float | None, int]] = field(default_factory=dict)
+    """Part of a device's memory → (planned, compiled), bytes; None: not planned on its own."""
 
 
 def read_or_compute_plan(source: str, machine: Machine | None) -> dict[str, Any]:
@@ -55,46 +64,22 @@ def compile_peak_memory_bytes(
     return peaks
 
 
-def check_fit_by_compiling(
-    run: RunConfig, machine: Machine, plan: RunPlan
-) -> tuple[bool, str, PlannedVersusCompiled]:
-    """Compiles a run for a machine; returns whether it fits, a verdict with the bytes of a device,
-    and the plan's figures beside the compiler's."""
+def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> CompilerVerdict:
+    """Compiles a run for a machine; compares the memory of a device with the plan's."""
     try:
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
-        return False, f"does not fit: {error.what}", {}
-    peak, limit = step.memory.peak_bytes, machine.chip.memory_bytes
-    fits, words = peak <= limit, f"{format_bytes(peak)} of {format_bytes(limit)} a device"
-    verdict = f"{'fits' if fits else 'does not fit'} by the compiler's account: {words}"
-    return fits, verdict, compare_plan_to_compiled(plan, step)
-
-
-def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> PlannedVersusCompiled:
-    """Returns figure → (planned, compiled), in GB and TFLOP of one device and step.
-
-    Products of a dropless mixture's experts are in kernels that the compiler does not see into;
-    rows of a ragged exchange are counted by the compiler at the room they have.
-    """
-    held, compiled, cost = plan.memory, step.memory, step.cost
-    counted, slots = count_device_flops(plan.shape), plan.shape.stage_passes_with_bubble
-    resting, more = held.total - held.transient_bytes, compiled.peak_bytes - compiled.argument_bytes
-    matmul, attention = counted.step_matmul_flops(slots), counted.step_attention_flops(slots)
-    rows = {
-        "resting: state and batch, GB": (resting / GB, compiled.argument_bytes / GB),
-        "more at the peak, GB": (held.transient_bytes / GB, more / GB),
-        "peak, GB": (held.total / GB, compiled.peak_bytes / GB),
-        "matrix products, TFLOP": (matmul / TERA, cost.matmul_flops / TERA),
-        "attention's products, TFLOP": (attention / TERA, cost.attention_flops / TERA),
-        "sent, GB": (sum(s.sent_bytes for s in plan.collectives) / GB, cost.wire_bytes() / GB),
+        return CompilerVerdict(False, f"does not fit: {error.what}")
+    memory, limit, held = step.memory, machine.chip.memory_bytes, plan.memory
+    peak, transient = float(held.total), float(held.transient_bytes)
+    figures = {
+        "arguments: state and batch": (peak - transient, memory.argument_bytes),
+        "outputs": (None, memory.output_bytes),
+        "outputs in arguments' place": (None, memory.alias_bytes),
+        "temporaries": (transient, memory.temp_bytes),
+        "peak": (peak, memory.peak_bytes),
     }
-    planned: dict[tuple[str, str], float] = {}
-    for s in plan.collectives:
-        key = s.kind, "+".join(s.axes)
-        planned[key] = planned.get(key, 0.0) + s.sent_bytes
-    found = cost.wire_by_kind_and_axes()
-    for kind, axes in sorted(planned.keys() | found.keys()):
-        pair = planned.get((kind, axes), 0.0) / GB, found.get((kind, axes), 0) / GB
-        if max(pair) > 1e-3:
-            rows[f"  {kind} over {axes}, GB"] = pair
-    return {what: (float(ours), float(theirs)) for what, (ours, theirs) in rows.items()}
+    fits = memory.peak_bytes <= limit
+    words = f"{'fits' if fits else 'does not fit'} by the compiler's account: "
+    words += f"{format_bytes(memory.peak_bytes)} of {format_bytes(limit)} a device"
+    return CompilerVerdict(fits, words, step.seconds, figures)

@@ -70,10 +70,15 @@ def test_on_this_machine_with_its_own_compiler(run):
     out = json.loads(run("plan", "demo", *settings, "--on", "cpux8", "--compile", "--json").out)
     assert out["machine"]["words"] == "8 CPU devices on one host"
     assert out["compiled"]["fits"]
-    rest = out["compiled"]["figures"]["resting: state and batch, GB"]
+    assert out["compiled"]["seconds"] > 0
+    figures = out["compiled"]["figures"]
+    rest = figures["arguments: state and batch"]
     assert rest["plan"] == pytest.approx(rest["compiler"], rel=1e-3)
-    sent = out["compiled"]["figures"]["sent, GB"]
-    assert sent["plan"] == pytest.approx(sent["compiler"], rel=0.05)
+    # What is trained takes the place of what was.
+    outputs, reused = figures["outputs"], figures["outputs in arguments' place"]
+    assert outputs["compiler"] == pytest.approx(reused["compiler"], rel=1e-3)
+    own, peak = figures["temporaries"]["compiler"], figures["peak"]["compiler"]
+    assert peak == pytest.approx(rest["compiler"] + own, rel=1e-3)
 
 
 def test_the_page_and_json(run, tmp_path):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.compiled.compare import count_step_flops
+from benchmarks.compiled.cost import read_compiled_cost
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.compiled.cost import read_compiled_cost, read_compiled_memory
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.shape import StepShape
-from maxlm.plan.timing import count_device_flops
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
-from maxlm.programs.compile import make_abstract_batch
+from maxlm.programs.compile import make_abstract_batch, read_compiled_memory
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -99,11 +99,6 @@ def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
     return Counter({("all-gather", "+".join(axes)): 2 * shape.work.num_expert_layers * one})
 
 
-def products(shape: StepShape) -> float:
-    flops, slots = count_device_flops(shape), shape.stage_passes_with_bubble
-    return float(flops.step_matmul_flops(slots) + flops.step_attention_flops(slots))
-
-
 @pytest.mark.parametrize(
     ("layout", "model", "off"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
@@ -112,6 +107,7 @@ def test_bytes_sent_and_products(layout, model, off):
     if OLD and "pp" in layout:
         pytest.skip("jax 0.10 adds gathers of its own")
     shape, cost, held = compiled(run(layout, model))
+    products = cost.matmul_flops + cost.attention_flops
     ours, theirs = sent(shape), Counter(cost.wire_by_kind_and_axes())
     theirs -= gathered_for_top_k(shape)
     assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=off)
@@ -128,7 +124,7 @@ def test_bytes_sent_and_products(layout, model, off):
     # an encoder makes biases of a table.
     again = shape.work.is_attention_recomputed(shape.remat)
     exact = 1e-3 if model == "encoder_decoder" else 0.05 if again else 1e-6
-    assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
+    assert sum(count_step_flops(shape)) == pytest.approx(products, rel=exact)
 
 
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
@@ -136,8 +132,9 @@ def test_every_remat_policy(remat):
     """The peak is a CPU's, whose compiler keeps other copies than a TPU's;
     benchmarks/plan_memory.py has the machines that matter."""
     shape, cost, held = compiled(run("fsdp", "gqa_window", remat=remat))
+    products = cost.matmul_flops + cost.attention_flops
     exact = 0.05 if shape.work.is_attention_recomputed(remat) else 1e-6  # as above
-    assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
+    assert sum(count_step_flops(shape)) == pytest.approx(products, rel=exact)
     assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.02)
     if remat == "none":
         assert float(estimate_memory(shape).total) == pytest.approx(held.peak_bytes, rel=0.25)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from maxlm.plan.compiled.flops import matmul_flops
-from maxlm.plan.compiled.groups import find_device_group
-from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
-from maxlm.plan.compiled.loops import count_trips
+from benchmarks.compiled.flops import matmul_flops
+from benchmarks.compiled.groups import find_device_group
+from benchmarks.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
+from benchmarks.compiled.loops import count_trips
 from maxlm.plan.network import sent_bytes
+from maxlm.programs.compile import CompiledStep
 
 COLLECTIVES = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
@@ -75,25 +76,8 @@ class CompiledCost:
         return dict(total.most_common())
 
 
-@dataclass(frozen=True)
-class CompiledMemory:
-    """A compiled program's main memory on each device, bytes."""
-
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
-    """Bytes of the output that take an argument's place."""
-    temp_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
-
-
-def read_compiled_memory(compiled: Any) -> CompiledMemory:
-    """Reads ``compiled.memory_analysis()``."""
-    stats, parts = compiled.memory_analysis(), ("argument", "output", "alias", "temp")
-    return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
+def read_step_cost(step: CompiledStep) -> CompiledCost:
+    return read_compiled_cost(step.compiled.as_text(), dict(step.setup.mesh.shape))
 
 
 def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:

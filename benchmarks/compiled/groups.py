@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.compiled.hlo import Instruction
+from benchmarks.compiled.hlo import Instruction
 
 _EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
 _ASSIGNED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction
+from benchmarks.compiled.hlo import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
 # What only moves or renames a value.

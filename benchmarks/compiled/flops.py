@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
+from benchmarks.compiled.hlo import Computation, HloShape, Instruction
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:

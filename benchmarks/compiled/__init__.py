@@ -1,0 +1,1 @@
+"""Reads costs out of compiled programs' text (HLO): what plans are checked against."""
