@@ -1,6 +1,5 @@
 """``maxlm runs``: how far runs are, and where their time went."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,27 +30,15 @@ def list_runs(
 def show(
     run: Annotated[str, Argument(help="A run's folder.")], as_json: JsonOption = False
 ) -> None:
-    """Show a run's goodput, what else its time went to, its interruptions, how long steps take; and
-    draw it."""
-    import sys
+    """Show a run's goodput, what else its time went to, its interruptions, how long steps take."""
     import time
 
-    from maxlm.config import MaxlmError
     from maxlm.programs.runs import read_run
-    from maxlm.programs.show_runs import draw_history, show_run
+    from maxlm.programs.show_runs import show_run
 
     now = time.time()
     found = read_run(run, now)
     if as_json:
         print_json(found.to_json())
-        return
-    open_console().print(show_run(found, now))
-    if not found.history.wall_seconds:
-        return
-    image = Path(run) / "plots" / "goodput.png"
-    try:
-        draw_history(found.history, image, title=found.name)
-    except MaxlmError as error:  # Another's run can be looked at, if not written to.
-        print(f"not drawn: {error}", file=sys.stderr)
     else:
-        print(f"drawn: {image}")
+        open_console().print(show_run(found, now))

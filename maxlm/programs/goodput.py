@@ -62,8 +62,6 @@ class Attempt:
     """A reason of the ``stop`` event, ``hang`` after one, ``killed`` without either, or
     ``running``."""
     devices: int | None
-    points: tuple[tuple[float, int], ...]
-    """(unix seconds, step reached), as far as events tell; a rollback goes back."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +158,11 @@ def _account(
     end = stops[-1] if stops else "hang" if hung else "killed"
     if end == "killed" and now - ended < SILENCE:
         end, ended = "running", max(ended, now)
-    points: list[tuple[float, int]] = []
-    for time, event in zip(times, log, strict=True):
-        # Steps only grow: a late event may name an earlier one.
-        step = max([event["step"], *(step for _, step in points[-1:])])
-        if event["event"] == "rollback":
-            points.append((time, max(step, event.get("from_step", 0))))
-            step = event["step"]
-        points.append((time, step))
-    devices, last = start.get("devices"), points[-1][1]
-    attempt = Attempt(began, ended, start["step"], last, end, devices, tuple(points))
+    last = 0
+    for event in log:
+        # Steps only grow, but at a rollback: a late event may name an earlier one.
+        last = event["step"] if event["event"] == "rollback" else max(last, event["step"])
+    attempt = Attempt(began, ended, start["step"], last, end, start.get("devices"))
     return attempt, list(_find_spans(log, times, kept, attempt))
 
 

@@ -40,9 +40,6 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data: seconds, unix seconds, shares."""
         told = self.history
-        attempts = [asdict(attempt) for attempt in told.attempts]
-        for attempt in attempts:
-            del attempt["points"]
         return {
             "name": self.name,
             "state": self.state,
@@ -59,7 +56,7 @@ class RunSummary:
             "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
             "planned": {"step_seconds": self.planned_step_seconds, "goodput": self.planned_goodput},
             "damaged_lines": self.damaged_lines,
-            "attempts": attempts,
+            "attempts": [asdict(attempt) for attempt in told.attempts],
             "events": dict(told.event_counts),
         }
 

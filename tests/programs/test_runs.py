@@ -1,16 +1,13 @@
 """What a run's folder tells of it: beside the plan, the config and the records it was made of."""
 
 import json
-import struct
 
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.programs.goodput import PARTS, summarize_run_events
 from maxlm.programs.runs import list_runs, read_run
-from maxlm.programs.show_runs import COLUMNS, draw_history
 from maxlm.run import RunConfig
 
 BEGAN = 1_700_000_000.0
@@ -111,35 +108,3 @@ def test_no_run_is_an_error(tmp_path):
         read_run(tmp_path)
     with pytest.raises(MaxlmError, match="no such folder"):
         list_runs(tmp_path / "nowhere")
-
-
-def test_the_plot_shows_all_of_the_time(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    lines, areas, plot, stairs = [], {}, Axes.plot, Axes.stairs
-
-    def record_line(self, x, y, **options):
-        lines.append((np.atleast_1d(x), np.atleast_1d(y)))
-        return plot(self, x, y, **options)
-
-    def record_area(self, top, edges, **options):
-        areas[options["label"].split()[0]] = top - options["baseline"]
-        return stairs(self, top, edges, **options)
-
-    monkeypatch.setattr(Axes, "plot", record_line)
-    monkeypatch.setattr(Axes, "stairs", record_area)
-    told = summarize_run_events(EVENTS, now_unix_seconds=BEGAN + 1e6)
-    image = tmp_path / "plots" / "goodput.png"
-    draw_history(told, image, title="seven")
-    assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
-    assert [path.name for path in image.parent.iterdir()] == ["goodput.png"]
-    assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
-    seconds = told.seconds_by_activity
-    assert set(areas) == {part for part in PARTS if seconds[part]}
-    for part, heights in areas.items():
-        assert heights.sum() * told.wall_seconds / COLUMNS == pytest.approx(seconds[part])
-    # Both attempts, with a mark at the end of each. In minutes.
-    assert [(y[0], y[-1]) for _, y in lines] == [(0, 60), (60, 60), (51, 102), (102, 102)]
-    assert lines[0][0][-1] == lines[1][0][0] == pytest.approx(150 / 60)
-    with pytest.raises(MaxlmError, match="no time to plot"):
-        draw_history(summarize_run_events([], 0.0), tmp_path / "image.png")
