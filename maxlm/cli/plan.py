@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from maxlm.cli.common import (
     ConfigArgument,
@@ -55,7 +55,6 @@ def command(
     for.
 
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
-    `maxlm plan diff A B` compares two plans.
     """
     from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability
@@ -138,28 +137,6 @@ def _show(
             console.print(part, markup=False)
     if fits is False:
         raise typer.Exit(1)
-
-
-def compare(
-    first: Annotated[str, Argument(help="A plan's JSON, a run's folder, or a config.")],
-    second: Annotated[str, Argument(help="Another.")],
-    on: MachineOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what differs between two plans."""
-    from maxlm.plan.diff import compare_plans, render_diff_tables
-    from maxlm.programs.plans import read_or_compute_plan
-
-    machine = _find_machine(on) if on else None
-    plans = [read_or_compute_plan(source, machine) for source in (first, second)]
-    found = compare_plans(*plans)
-    if as_json:
-        print_json(found)
-    else:
-        open_console().print(render_diff_tables(found, (first, second)))
-
-
-subcommands = {"diff": compare}
 
 
 def _plan_serving(

@@ -24,7 +24,6 @@ from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
-FORMAT = 1
 # Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
 FILL = 0.95
 
@@ -174,7 +173,6 @@ class RunPlan:
         machine, limit, hours = self.machine, self.memory_limit_bytes, self.run_hours
         margin = None if limit is None else limit - float(self.memory.total)
         return {
-            "format": FORMAT,
             **asdict(self.layout),
             "remat": self.shape.remat,
             "micro_batches": self.shape.micro_batches,

@@ -1,19 +1,14 @@
-"""Plans from files, folders and configs, and candidates verified by a compiler."""
+"""Plans and candidates of a search, verified by a compiler."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
-from typing import Any
 
-from maxlm.config import MaxlmError, load_config
-from maxlm.plan.predict import FORMAT, Machine, RunPlan, plan_run
+from maxlm.plan.predict import Machine, RunPlan
 from maxlm.plan.search import Candidate
 from maxlm.plan.show import format_bytes
 from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
-from maxlm.sharding import count_min_devices, mesh_sizes
 
 
 @dataclass(frozen=True)
@@ -27,27 +22,6 @@ class CompilerVerdict:
     """Seconds to compile; None: the compiler finds no room."""
     figures: Mapping[str, tuple[float | None, int]] = field(default_factory=dict)
     """Part of a device's memory → (planned, compiled), bytes; None: not planned on its own."""
-
-
-def read_or_compute_plan(source: str, machine: Machine | None) -> dict[str, Any]:
-    """Reads a plan, as ``RunPlan.to_json`` gives it, of a JSON file, a run's folder (plan.json) or
-    a config, which is planned on the machine; None: the smallest mesh there is."""
-    path = Path(source)
-    path = path / "plan.json" if path.is_dir() else path
-    if path.suffix != ".json":
-        run = load_config(RunConfig, source).value
-        sizes = None if machine else mesh_sizes(run.mesh, count_min_devices(run.mesh))
-        return plan_run(run, machine, sizes=sizes).to_json()
-    try:
-        plan = json.loads(path.read_text())
-    except OSError as error:
-        raise MaxlmError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except ValueError:
-        plan = None
-    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
-        what = "is no plan that this version reads"
-        raise MaxlmError(what, where=str(path), fix="write one with maxlm plan CONFIG --json")
-    return plan
 
 
 def compile_peak_memory_bytes(

@@ -113,7 +113,7 @@ def generate_samples(run: TrainingResult) -> str:
 def _places(folder: Path, generates: bool) -> str:
     kinds = {
         "config.yaml": "the run, resolved",
-        "plan.json": "what was planned: maxlm plan diff compares two",
+        "plan.json": "what was planned",
         "checkpoints": "the model and its optimizer",
         "tokenizer": "text to ids",
         "data": "token stores",

@@ -47,12 +47,10 @@ def test_exit_codes(run):
         ([*FITS[1:], "--devices", "8"], "--devices goes without --on"),
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
         ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
-        (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["llama3_8b", "--serve"], "--serve needs a machine"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"], "'auto', 'int8', 'int4'"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--compile"], "--compile is of training"),
         ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
-        (["diff", "llama2_7b"], "missing argument 'second'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, check_refused, tmp_path):
@@ -89,21 +87,6 @@ def test_the_page_and_json(run, tmp_path):
     code, _, err = run(*FITS, "--html", tmp_path / "nowhere" / "report.html")
     assert (code, "nowhere" in err) == (2, True)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_diff_of_files_folders_and_configs(run, tmp_path):
-    for name, more in (("a", []), ("b", ["model.remat=mlp"])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "plan.json").write_text(run(*FITS, *more, "--json").out)
-    first, second = tmp_path / "a", tmp_path / "b" / "plan.json"
-    found = json.loads(run("plan", "diff", first, second, "--json").out)
-    assert found["facts"] == {"remat": ["full", "mlp"]}
-    assert run("plan", "diff", first, first) == (0, "no difference\n", "")
-    out = run("plan", "diff", "llama2_7b", "llama2_13b", "--on", "v5p-1024").out
-    assert {"6,738,415,616", "13,015,864,320"} <= {*out.split()}
-    second.write_text('{"mesh": 1, "rows": 2, "memory": 3}')
-    code, _, err = run("plan", "diff", first, second)
-    assert (code, "is no plan" in err) == (2, True)
 
 
 def test_a_search_prints_what_train_takes(run, tmp_path):
