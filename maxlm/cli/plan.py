@@ -29,7 +29,6 @@ def command(
     settings: SettingsArgument = None,
     on: MachineOption = None,
     mesh: Annotated[str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")] = None,
-    devices: Annotated[int | None, Option(min=1, help="Without --on: how many devices.")] = None,
     compiled: Annotated[bool, Option("--compile", help="Ask its compiler too (a minute).")] = False,
     searching: Annotated[
         bool, Option("--search", help="Find the quickest mesh and remat.")
@@ -78,7 +77,7 @@ def command(
     requests |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
     requests = {name: value for name, value in requests.items() if value is not None}
     if serve:
-        training = {"--compile": compiled, "--compile-top": compile_top, "--devices": devices}
+        training = {"--compile": compiled, "--compile-top": compile_top}
         training["--device-mtbf, --restart or --checkpoint"] = given
         _refuse(training, "is of training", "leave it out, or --serve")
         top = top or 10 * searching
@@ -89,13 +88,12 @@ def command(
     on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
     on_machines |= {"--price": price is not None, "--device-mtbf, --restart or --checkpoint": given}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
-    _refuse({"--devices": devices and on}, "goes without --on", "leave one of the two out")
     _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
     run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
-    sizes = None if on else mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
+    sizes = None if on else mesh_sizes(run.mesh, count_min_devices(run.mesh))
     machine, found = _find_machine(on) if on else None, None
     if machine and search:
         run, found = _search(run, machine, config, top or 10, compile_top, as_json)

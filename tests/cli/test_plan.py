@@ -44,7 +44,6 @@ def test_exit_codes(run):
         (["llama2_7b", "--on", "v9-8"], "no machine is called 'v9-8'"),
         (["llama2_7b", "--on", "v5p-64", "--mesh", "fsdp=7"], "needs 7 devices, 32 here"),
         (["llama2_7b", "--price", "2"], "--price needs a machine"),
-        ([*FITS[1:], "--devices", "8"], "--devices goes without --on"),
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
         ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
         (["llama3_8b", "--serve"], "--serve needs a machine"),
