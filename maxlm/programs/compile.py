@@ -113,7 +113,8 @@ def get_topology_devices(topology: Topology) -> list[Any]:
         return here[: topology.devices]
     if not has_compiler(topology.platform):
         what = f"no compiler for {topology.platform.upper()}s is installed"
-        raise MaxlmError(what, fix=_install(topology))
+        extra = _PACKAGES[topology.platform][1]
+        raise MaxlmError(what, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -138,7 +139,3 @@ def has_compiler(platform: str) -> bool:
         return importlib.util.find_spec(_PACKAGES[platform][0]) is not None
     except ModuleNotFoundError:
         return False
-
-
-def _install(topology: Topology) -> str:
-    return f"pip install -c constraints.txt 'maxlm[{_PACKAGES[topology.platform][1]}]'"
