@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("maxlm", "pallas_kernels")
 _VERBS = """
     abort accumulate add align all allocate append apply arrange assemble attend autotune await
-    balance begin bind block broadcast build cache cast check choose chunk clean clear clip close
+    balance begin bind block broadcast build cache calibrate cast check choose chunk clean clear
+    clip close
     collect combine compare compile compute concatenate configure convert copy corrupt count create
     cross cut declare decode decompress dedent dequantize describe detect detokenize dispatch divide
     download draw dump embed emit encode enter estimate evaluate exclude expand export extract fetch

@@ -25,7 +25,7 @@ KeepOption = Annotated[
     list[str] | None,
     Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
 ]
-SetOption = Annotated[list[str] | None, Option("--set", help="KEY=VALUE of its training.")]
+SetOption = Annotated[list[str] | None, Option("--set", help="KEY=VALUE of its settings.")]
 MachineOption = Annotated[
     str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
 ]

@@ -286,28 +286,23 @@ def _read_texts(documents: list[str]) -> Iterator[bytes]:
     return (document.text for document in read_documents(source))
 
 
-@app.command("train-perplexity")
-def train_perplexity(
-    text: TextArgument,
+@app.command("calibrate-perplexity")
+def calibrate_perplexity(
+    model: Annotated[Path, Argument(help="An n-gram model: an ARPA or binary file of KenLM.")],
+    reference: Annotated[list[str], Option(help="Documents that set the thirds; repeatable.")],
     out: Annotated[Path, Option(help="The model's folder.")],
-    reference: Annotated[list[str] | None, Option(help="Documents that set the thirds.")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Train an n-gram model of good prose in one language, for the stage `perplexity`.
-
-    Without --reference, some of TEXT that are kept out of training set the thirds.
-    """
+    """Set the cutoffs of an n-gram model of good prose, for the stage `perplexity`."""
     from maxlm.config import load_config
     from maxlm.corpus.stages import perplexity
 
     config = load_config(perplexity.PerplexityConfig, None, settings or ()).value
-    sample = map(bytes.decode, _read_texts(reference)) if reference else None
-    report = perplexity.train_perplexity(map(bytes.decode, _read_texts(text)), out, config, sample)
-    print(f"{report.documents:,} documents, {report.model.tokens:,} words")
-    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in report.percentiles.items())
-    print(f"perplexities of {report.reference:,} reference documents: {percentiles}")
-    low, high = report.cutoffs
-    print(f"head up to {low:,.1f}, tail beyond {high:,.1f}")
+    sample = map(bytes.decode, _read_texts(reference))
+    found = perplexity.calibrate_perplexity(model, sample, out, config)
+    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in found.percentiles.items())
+    print(f"perplexities of {found.documents:,} reference documents: {percentiles}")
+    print("head up to {:,.1f}, tail beyond {:,.1f}".format(*found.cutoffs))
     print(f"the model: {out}")
 
 

@@ -1,13 +1,14 @@
 """Measures how far a text is from good prose, by an n-gram model (CCNet, arXiv 1911.00359).
 
-A model is a folder: `model.arpa`, which KenLM reads, and `cutoffs.json` with the settings of
-its words, the perplexities that part head, middle and tail, and what it was trained on.
+A model is a folder: `model.kenlm`, an ARPA or binary file that KenLM reads, and `cutoffs.json` with
+the settings of its words and the perplexities that part head, middle and tail.
 """
 
 import hashlib
+import shutil
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,59 +19,38 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
 from maxlm.corpus.stage import PerDocumentStage, check_packages
 from maxlm.corpus.text import UNICODE, LineSplitter, LineSplitterConfig, make_line_splitter
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
-TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
-"""The command that trains a model."""
-MODEL = "model.arpa"
+CALIBRATE = "maxlm corpus calibrate-perplexity MODEL --reference DOCUMENTS --out FOLDER"
+"""The command that writes a model's folder."""
+MODEL = "model.kenlm"
 CUTOFFS = "cutoffs.json"
 _SHOWN = (5, 10, 25, 50, 75, 90, 95)
 _FEWEST = 20  # Documents whose thirds mean something.
 
 
 class PerplexityConfig(Config):
-    """Settings of a perplexity model's training."""
+    """Settings of a perplexity model's calibration."""
 
     words: LineSplitterConfig = LineSplitterConfig()
-    ngrams: KneserNeyConfig = KneserNeyConfig()
     percentiles: tuple[float, float] = (100 / 3, 200 / 3)
     """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
     code has 30 and 60."""
-    hold_out: int = Field(default=20, ge=2)
-    """One document in this many is kept out of training as the reference, if none is given."""
     reference_documents: int = Field(default=10_000, ge=_FEWEST)
-    """The most documents in the reference; all others are trained on."""
+    """The most documents that are read of the reference."""
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityConfig":
         if not 0 <= self.percentiles[0] <= self.percentiles[1] <= 100:
             raise ValueError("percentiles must rise within 0 and 100")
-        if self.ngrams.order < 2:
-            raise ValueError("KenLM opens no models of order 1")
         return self
 
 
 @dataclass(frozen=True)
-class PerplexityReport:
-    """Figures of a training."""
-
-    documents: int
-    """Documents trained on."""
-    model: KneserNeyReport
-    reference: int
-    """Documents in the reference."""
-    percentiles: dict[int, float]
-    """Percentiles of the reference's perplexities, at 5, 10, 25, 50, 75, 90 and 95."""
-    cutoffs: tuple[float, float]
-    """Perplexities: up to the first is head, beyond the second tail."""
-
-
-@dataclass(frozen=True)
 class PerplexityModel:
-    """A trained model, opened."""
+    """A model, opened."""
 
     split_lines: LineSplitter
     log10_prob: Callable[[str], float]
@@ -104,35 +84,39 @@ def _load(path: Path) -> Callable[[str], float]:
     try:
         return kenlm.Model(str(path), config).score
     except OSError as error:
-        raise _unreadable(path, str(error)) from error
+        raise _make_model_error(path, str(error)) from error
 
 
 class PerplexityMetadata(Config):
     """The content of `cutoffs.json`."""
 
     cutoffs: tuple[float, float]
+    """Perplexities: up to the first is head, beyond the second tail."""
     words: LineSplitterConfig
     model_sha256: str
-    report: dict[str, Any]
+    documents: int
+    """Documents in the reference."""
+    percentiles: dict[int, float]
+    """Percentiles of the reference's perplexities, at 5, 10, 25, 50, 75, 90 and 95."""
 
 
 def read_perplexity_metadata(folder: Path) -> PerplexityMetadata:
-    """Reads what a model's training recorded."""
+    """Reads what a model's calibration recorded."""
     path = folder / CUTOFFS
     try:
         return PerplexityMetadata.model_validate_json(path.read_bytes())
     except OSError as error:
         what = f"there is no perplexity model: {error.strerror}"
-        raise MaxlmError(what, where=str(path), fix=f"train one: {TRAIN}") from error
+        raise MaxlmError(what, where=str(path), fix=f"write one: {CALIBRATE}") from error
     except ValidationError as error:
-        raise _unreadable(path, str(error)) from error
+        raise _make_model_error(path, str(error)) from error
 
 
 def hash_model(folder: Path) -> str:
     """Hashes all that decides a model's perplexities: its files and its tokenizer's."""
     kept, path = read_perplexity_metadata(folder), folder / MODEL
     if not path.is_file() or hash_file(path) != kept.model_sha256:
-        raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
+        raise _make_model_error(path, f"it is not the one that {CUTOFFS} was written for")
     parts = [kept.model_dump_json()]
     if kept.words.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer
@@ -141,9 +125,10 @@ def hash_model(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _unreadable(path: Path, reason: str) -> MaxlmError:
+def _make_model_error(path: Path, reason: str) -> MaxlmError:
     what = f"cannot read the perplexity model: {reason}"
-    return MaxlmError(what, where=str(path), fix=f"train it again: {TRAIN}")
+    fix = f"train a model with KenLM's lmplz, then: {CALIBRATE}"
+    return MaxlmError(what, where=str(path), fix=fix)
 
 
 def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> str:
@@ -151,62 +136,46 @@ def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> str:
     return ("head", "middle", "tail")[bisect_left(cutoffs, perplexity)]
 
 
-def train_perplexity(
-    texts: Iterable[str],
+def calibrate_perplexity(
+    model_path: Path,
+    reference: Iterable[str],
     folder: Path,
     config: PerplexityConfig | None = None,
-    reference: Iterable[str] | None = None,
-) -> PerplexityReport:
-    """Train a model on texts and write it to `folder`.
+) -> PerplexityMetadata:
+    """Sets a model's cutoffs and writes both to `folder`, for `PerplexityStage`.
 
     Args:
-        texts: documents of good prose in one language, read once, not kept.
+        model_path: an ARPA or binary file of KenLM, of lines that `config.words` makes.
         reference: documents whose perplexities set the cutoffs. CCNet takes the crawl that is to
-            be filtered, so that each bucket gets a third of it. None: documents held out of
-            `texts`, which makes "tail" all that is less likely than two thirds of good prose.
+            be filtered, so that each bucket gets a third of it.
 
     Raises:
-        MaxlmError: too few documents or words, the disk is full, or a package is missing.
+        MaxlmError: KenLM cannot read the model, too few documents, the disk is full, or a package
+            is missing.
     """
-    check_packages(("kenlm-ex",), "training a perplexity model")
+    check_packages(("kenlm-ex",), "calibrating a perplexity model")
     config = config or PerplexityConfig()
-    with convert_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without it, a model that is being replaced is not taken for a whole one.
-        (folder / CUTOFFS).unlink(missing_ok=True)
-    held: list[str] = []
-    lines, most = make_line_splitter(config.words), config.reference_documents
-    documents = 0
-
-    def sentences() -> Iterator[str]:
-        nonlocal documents
-        for i, text in enumerate(texts, 1):
-            if reference is None and i % config.hold_out == 0 and len(held) < most:
-                held.append(text)
-            else:
-                documents += 1
-                yield from lines(text)
-
-    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams)
-    model = PerplexityModel(lines, _load(folder / MODEL))
-    scores = [model.perplexity(text) for text in held or islice(reference or (), most)]
+    model = PerplexityModel(make_line_splitter(config.words), _load(model_path))
+    scores = map(model.perplexity, islice(reference, config.reference_documents))
     perplexities = np.array([score for score in scores if score is not None])
     if len(perplexities) < _FEWEST:
         what = f"{len(perplexities)} documents are too few to set cutoffs by"
-        fix = f"give {_FEWEST} or more as reference, or hold_out a larger part of more documents"
-        raise MaxlmError(what, fix=fix)
+        raise MaxlmError(what, fix=f"give {_FEWEST} or more as reference")
     low, high = np.percentile(perplexities, config.percentiles)
-    shown: dict[int, float] = {p: float(np.percentile(perplexities, p)) for p in _SHOWN}
-    whole = PerplexityReport(documents, report, len(perplexities), shown, (float(low), float(high)))
-    kept = PerplexityMetadata(
-        cutoffs=whole.cutoffs,
+    metadata = PerplexityMetadata(
+        cutoffs=(float(low), float(high)),
         words=config.words,
-        model_sha256=hash_file(folder / MODEL),
-        report=asdict(whole),
+        model_sha256=hash_file(model_path),
+        documents=len(perplexities),
+        percentiles={p: float(np.percentile(perplexities, p)) for p in _SHOWN},
     )
-    with replace_file(folder / CUTOFFS) as new:
-        new.write_text(kept.model_dump_json(indent=2) + "\n")
-    return whole
+    with convert_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(folder / MODEL) as new:
+            shutil.copyfile(model_path, new)
+        with replace_file(folder / CUTOFFS) as new:
+            new.write_text(metadata.model_dump_json(indent=2) + "\n")
+    return metadata
 
 
 ANY = "*"
@@ -214,10 +183,10 @@ ANY = "*"
 
 
 class PerplexityStage(PerDocumentStage):
-    """Perplexity under a 5-gram Kneser-Ney model, and CCNet's buckets (arXiv 1911.00359).
+    """Perplexity under an n-gram model of KenLM, and CCNet's buckets (arXiv 1911.00359).
 
-    The models are those of `maxlm corpus train-perplexity`. Low is not always good: repetition and
-    boilerplate are unsurprising too.
+    The models' folders are those of `maxlm corpus calibrate-perplexity`. Low is not always good:
+    repetition and boilerplate are unsurprising too.
 
     Labels: `value`, the perplexity by word, line ends counted; `bucket`, "head", "middle" or
     "tail" by the model's cutoffs. Both are null where there is no model for the language, or not
