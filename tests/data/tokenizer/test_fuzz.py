@@ -6,30 +6,10 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from maxlm.data.tokenizer import import_tokenizer
-from maxlm.data.tokenizer.rank_files import read_packaged_tiktoken_file
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
-from tests.data.tokenizer.references import fuzz_bytes, fuzz_texts, long_texts, tiktoken_encoding
+from tests.data.tokenizer.references import fuzz_texts, long_texts
 
 COUNT = int(os.environ.get("MAXLM_FUZZ", "200"))
-
-
-def test_tiktoken(tmp_path):
-    """A known file is known by its content. Other patterns than this one are compared on small rank
-    files in test_bare_files.py."""
-    path = tmp_path / "any"
-    path.write_bytes(read_packaged_tiktoken_file("tiktoken:cl100k_base"))
-    ours, reference = import_tokenizer(path), tiktoken_encoding("cl100k_base")
-    texts = [*fuzz_texts(COUNT), *long_texts(20_000), "a" * 1_000_000]
-    assert ours.encode_batch(texts) == [reference.encode_ordinary(text) for text in texts]
-    for text in texts[:100]:
-        assert ours.encode(text, allow_special=True) == reference.encode(
-            text, allowed_special="all"
-        )
-    assert ours.vocab_size == reference.n_vocab
-    assert ours.decode_bytes(range(1000)) == reference.decode_bytes(range(1000))
-    for data in fuzz_bytes(COUNT // 4):
-        ids = ours.encode(data)
-        assert ours.decode_bytes(ids) == reference.decode_bytes(ids) == data
 
 
 @pytest.mark.parametrize("name", MAKERS)
