@@ -108,11 +108,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         store = TokenStore.open(folder / "store")
         batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
         tokens = [batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)]
-        return [
-            batches.mixture.count_sequences_before(100),
-            batches.sources[0].num_sequences,
-            tokens,
-        ]
+        return [batches.sources[0].num_sequences, tokens]
 
     packed()
     return {

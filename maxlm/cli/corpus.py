@@ -110,30 +110,6 @@ def verify(store: StoreArgument) -> None:
     print(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
 
 
-@app.command()
-def mix(
-    config: Annotated[str, Argument(help="A run's config.")], settings: SettingsArgument = None
-) -> None:
-    """Show what a run reads of each source, over all its steps; builds stores that are missing."""
-    from maxlm.config import load_config
-    from maxlm.data.loader import make_batches, summarize_source_usage
-    from maxlm.programs.prepare import check_prepared_data, prepare_data
-    from maxlm.programs.run_folder import create_run_folder, run_folder_path
-    from maxlm.run import RunConfig
-
-    run = load_config(RunConfig, config, settings or ()).value
-    folder = run_folder_path(run)
-    check_prepared_data(run, folder)
-    with create_run_folder(run, folder):
-        stores = prepare_data(run, folder).train_stores
-    batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
-    table = make_numeric_table("source", ("sequences", "share", "tokens", "epochs"))
-    for row in summarize_source_usage(batches, 0, run.train.steps):
-        figures = (f"{row.share:.2%}", f"{row.tokens:,}", f"{row.epochs:.2f}")
-        table.add_row(row.source, f"{row.sequences:,}", *figures)
-    open_console().print(table)
-
-
 @app.command("info")
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds, after checking that its arrays have the sizes it claims."""

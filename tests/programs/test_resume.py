@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
-from maxlm.cli.main import main
-from maxlm.config import MaxlmError
+from maxlm.config import MaxlmError, load_config
 from maxlm.data.documents import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.programs.prepare import prepare_data
+from maxlm.programs.run_folder import create_run_folder, run_folder_path
+from maxlm.run import RunConfig
 from tests.programs import tiny
 from tests.programs.tiny import train
 
@@ -137,23 +138,20 @@ def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path
         train(path, "train.steps=3", "data.sources.0.store_segments=2")
 
 
-def test_mix_prepares_for_its_config_alone(tmp_path, capfd):
-    """Weights may be tried; other text is refused, by itself and by a run."""
+def test_prepared_text_is_for_its_config_alone(tmp_path):
+    """Weights may be changed; other text is refused."""
     texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
     path = tiny.write_config(tmp_path, texts[0])
-    assert main(["corpus", "mix", path, "data.sources.0.weight=2"]) == 0
-    assert main(["corpus", "mix", path, "data.sources.0.max_epochs=500"]) == 0
-    written = yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())
-    assert written["data"]["sources"][0]["documents"] == [texts[0]]
-    capfd.readouterr()
-    other = f"data.sources.0.documents=[{texts[1]}]"
-    assert main(["corpus", "mix", path, other]) == 2
-    assert "the text here was prepared with another config: data.sources" in capfd.readouterr().err
-    with pytest.raises(MaxlmError, match="the text here was prepared with another config"):
-        train(path, other)
+    run = load_config(RunConfig, path).value
+    with create_run_folder(run, run_folder_path(run)):
+        prepare_data(run, run_folder_path(run))
+    with pytest.raises(MaxlmError, match=r"prepared with another config: data\.sources"):
+        train(path, f"data.sources.0.documents=[{texts[1]}]")
+    train(path, "data.sources.0.weight=2", "data.sources.0.max_epochs=500", "train.steps=1")
 
 
-def test_mix_leaves_nothing_of_what_it_refuses(tmp_path, capfd):
+def test_a_run_leaves_nothing_of_text_that_it_refuses(tmp_path):
     path = tiny.write_config(tmp_path, str(tmp_path / "nowhere"))
-    assert main(["corpus", "mix", path]) == 2
+    with pytest.raises(MaxlmError):
+        train(path)
     assert [each.name for each in tmp_path.iterdir()] == ["tiny.yaml"]

@@ -1,6 +1,6 @@
 """Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
 
-from maxlm.data.loader.batches import Batch, Batches, SourceUsage, summarize_source_usage
+from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
     check_num_steps,
@@ -17,11 +17,9 @@ __all__ = [
     "LoaderConfig",
     "Mixing",
     "Phase",
-    "SourceUsage",
     "TokenSource",
     "check_num_steps",
     "load_batches",
     "make_batches",
     "make_one_pass_batches",
-    "summarize_source_usage",
 ]

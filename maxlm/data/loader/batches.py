@@ -138,32 +138,3 @@ def _read(
     shift = np.cumsum(read_lengths) - read_lengths - read_starts
     reads = np.repeat(np.arange(opens.size), closes - opens + 1)
     return stream, starts + shift[reads]
-
-
-@dataclass(frozen=True)
-class SourceUsage:
-    """The share of some steps that is read from one source."""
-
-    source: str
-    sequences: int
-    share: float
-    """Fraction of all sequences of these steps."""
-    tokens: int
-    """Tokens, rounded: a sequence counts as the mean of its source's."""
-    epochs: float
-    """Times that these steps read the source."""
-
-
-def summarize_source_usage(batches: Batches, start_step: int, stop_step: int) -> list[SourceUsage]:
-    """Returns what steps `start_step` to `stop_step` of a mixture's batches read from each source;
-    the steps past its end count as nothing. O(1) in the number of steps.
-    """
-    mixture, size = batches.mixture, batches.batch_size
-    first, last = (mixture.count_sequences_before(n * size) for n in (start_step, stop_step))
-    counts = [b - a for a, b in zip(first, last, strict=True)]
-    rows = []
-    for name, count, source in zip(mixture.names, counts, batches.sources, strict=True):
-        epochs = count / source.num_sequences
-        share, tokens = count / max(1, sum(counts)), round(epochs * source.store.num_tokens)
-        rows.append(SourceUsage(name, count, share, tokens, epochs))
-    return rows

@@ -15,7 +15,7 @@ before it, so each store's stream goes on without a gap or a repeat.
 import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TypeVar
@@ -32,9 +32,6 @@ BLOCK = 256
 # Past any index: what `permute`, the arithmetic of the tree and Grain's counts can take.
 ENDLESS = 1 << 62
 _SHARE_BITS = 31
-
-# A ramp is so many steps of a stair: each change of weights costs a look-up one segment more.
-RAMP_STAIRS = 16
 
 Weights = Mapping[str, float]
 
@@ -127,21 +124,11 @@ class MixtureOrder:
             streams[at] += np.array(segment.sequences_before)[stores[at]]
         return stores, streams
 
-    def count_sequences_before(self, index: int) -> tuple[int, ...]:
-        """Counts each store's sequences among the first `index`, but for the shuffling of the block
-        that `index` cuts."""
-        segment = self._segment_at(index)
-        here = _counts(segment.tree, min(index, self.end) - segment.start)
-        return tuple(before + here.get(i, 0) for i, before in enumerate(segment.sequences_before))
-
     def shares(self, index: int) -> dict[str, float]:
         """Returns each store's share of the sequences around a global index, by name; sum 1."""
-        weights = self._segment_at(index).weights
-        return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
-
-    def _segment_at(self, index: int) -> MixtureSegment:
         number = bisect_right(self.segments, index, key=lambda segment: segment.start)
-        return self.segments[number - 1]
+        weights = self.segments[number - 1].weights
+        return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
 
     def _shuffled(self, indices: Int64s, number: int) -> Int64s:
         """Indices within segment `number`, each moved within its block."""
@@ -238,9 +225,6 @@ class Phase(Config):
     weights: dict[str, float] = Field(min_length=1)
     """Weights by source, at least 0, which reads nothing of it. A source that is not named here has
     its own weight."""
-    ramp_steps: int = Field(default=0, ge=0)
-    """Steps, from `from_step` on, over which shares move from the ones before to these, along a
-    straight line in 16 stairs; 0 changes them at once."""
 
 
 @dataclass(frozen=True)
@@ -279,9 +263,8 @@ class Mixing:
                 what = f"from step {phase.from_step:,} on all weights are 0"
                 fix = "give a source a weight above 0 there"
                 raise MaxlmError(what, where=f"phases.{number}.weights", fix=fix)
-            after = scaled(weights)
-            steps += _ramp(phase, steps[-1][1], after)
-        # What a later phase says of the same step is what holds.
+            steps.append((phase.from_step, scaled(weights)))
+        # A phase that begins at step 0 takes the place of the sources' own weights.
         (_, first), *later = dict(steps).items()
         changes = [(step * batch_size, weights) for step, weights in later]
         # 0 would be a source that nobody meant to leave out.
@@ -290,8 +273,8 @@ class Mixing:
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
-    """Refuses phases of sources that are not there, or that begin before the one ahead is over."""
-    free_from = -1
+    """Refuses phases of sources that are not there, and phases out of order."""
+    previous_step = -1
     for number, phase in enumerate(phases):
         where = f"phases.{number}"
         for name in phase.weights:
@@ -299,19 +282,8 @@ def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
                 near = get_close_matches(name, names, n=1)
                 fix = f"did you mean {near[0]!r}?" if near else f"sources are: {', '.join(names)}"
                 raise MaxlmError(f"there is no source {name!r}", where=f"{where}.weights", fix=fix)
-        if phase.from_step <= free_from:
-            what = f"from_step={phase.from_step} is not past the phase before and its ramp"
-            fix = f"begin at step {free_from + 1} or later, in rising order"
+        if phase.from_step <= previous_step:
+            what = f"from_step={phase.from_step} is not past the phase before"
+            fix = f"begin at step {previous_step + 1} or later, in rising order"
             raise MaxlmError(what, where=where, fix=fix)
-        free_from = phase.from_step + max(0, phase.ramp_steps - 1)
-
-
-def _ramp(phase: Phase, before: Weights, after: Weights) -> Iterator[tuple[int, Weights]]:
-    """(first step, weights) of each stair and of what follows."""
-    low, high = sum(before.values()), sum(after.values())
-    stairs = min(RAMP_STAIRS, phase.ramp_steps) if low and high else 0
-    for stair in range(stairs):
-        part = (stair + 0.5) / stairs
-        mixed = {n: (1 - part) * before[n] / low + part * after[n] / high for n in before}
-        yield phase.from_step + stair * phase.ramp_steps // stairs, mixed
-    yield phase.from_step + phase.ramp_steps, after
+        previous_step = phase.from_step

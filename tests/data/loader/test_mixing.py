@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.data.loader import Mixing, Phase, load_batches, make_batches, summarize_source_usage
+from maxlm.data.loader import Mixing, Phase, load_batches, make_batches
 from maxlm.data.loader.mixture import BLOCK, ENDLESS, MixtureOrder
 from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
@@ -63,15 +63,6 @@ def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most
             assert (stores == store).sum() == limits[store]
         with pytest.raises(IndexError):
             made.locate(np.array([made.end]))
-
-
-@given(first=some_weights, later=changes, most=caps, index=st.integers(0, 6000))
-def test_counts_are_those_of_the_unshuffled_order(first, later, most, index):
-    made, _, _ = mixture(first, later, most, None)
-    stores, _ = made.locate(np.arange(min(index, made.end)))
-    assert made.count_sequences_before(index) == tuple(
-        np.bincount(stores, minlength=len(made.names))
-    )
 
 
 @given(first=some_weights, later=changes, most=caps, key=keys, data=st.data())
@@ -159,34 +150,6 @@ def test_phases_begin_with_their_step():
     assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
 
 
-def test_a_ramp_moves_shares_along_a_line():
-    phase = Phase(from_step=1000, ramp_steps=3200, weights={"a": 8, "b": 1, "c": 1})
-    mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(phase,))
-    for step in range(0, 6000, 100):
-        expected = 0.5 + 0.3 * min(max((step - 1000) / 3200, 0), 1)
-        assert abs(shares_of(mixing, step)["a"] - expected) <= 0.3 / 16
-    assert shares_of(mixing, 999)["a"] == 0.5
-    assert shares_of(mixing, 4200)["a"] == 0.8
-
-
-def test_the_table_counts_what_batches_hold():
-    stores = {"web": MemoryStore([300, 20] * 20), "code": MemoryStore([100] * 3)}
-    mixing = Mixing(
-        {"web": 3, "code": 1},
-        max_epochs={"code": 4},
-        phases=(Phase(from_step=20, weights={"code": 9}),),
-    )
-    made = make_batches(stores, mixing, config(shuffle=False), seed=0)
-    owners, _ = made.locate(np.arange(5 * 8, 200 * 8))
-    web, code = summarize_source_usage(made, 5, 200)
-    assert (web.source, code.source) == ("web", "code")
-    assert [web.sequences, code.sequences] == np.bincount(owners).tolist()
-    assert web.share + code.share == pytest.approx(1)
-    assert code.epochs == code.sequences / 19
-    assert code.tokens == round(300 * code.epochs)
-    assert summarize_source_usage(made, 0, 10**6)[1].epochs == 4
-
-
 def test_refusals():
     def refused(**settings):
         sources = [{"name": n, "documents": ["x"], "weight": w} for n, w in (("web", 1), ("q", 0))]
@@ -200,10 +163,9 @@ def test_refusals():
     assert "there is no source 'books'; sources are: web, q" in refused(
         phases=[{"from_step": 0, "weights": {"books": 1}}]
     )
-    ramp = {"from_step": 5, "weights": {"q": 1}, "ramp_steps": 10}
-    late = {"from_step": 14, "weights": {"q": 2}}
-    found = refused(phases=[ramp, late])
-    assert "phases.1: from_step=14 is not past the phase before and its ramp; begin at st" in found
+    phase = {"from_step": 5, "weights": {"q": 1}}
+    found = refused(phases=[phase, phase])
+    assert "phases.1: from_step=5 is not past the phase before; begin at step 6 or later" in found
     stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, expected in (
         (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
