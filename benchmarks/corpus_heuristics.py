@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=3000, help="most of a document")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    config = SourceConfig(documents=tuple(arguments.paths), on_bad_bytes="skip")
+    config = SourceConfig(documents=tuple(arguments.paths), on_bad_bytes="replace")
     documents = islice(read_documents(config), arguments.documents)
     texts = [document.text.decode()[: arguments.characters] for document in documents]
     size = sum(len(text.encode()) for text in texts) / 1e6

@@ -51,7 +51,7 @@ def build(
     heldout_fraction: Annotated[float, Option(help="Share held out, by hashes of texts.")] = 0.01,
     text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
-        Literal["error", "replace", "keep", "skip"],
+        Literal["error", "replace"],
         Option(help="What to do with text that is not valid UTF-8."),
     ] = "error",
     piece_bytes: Annotated[int | None, Option(min=1, help="Cut text files at line ends.")] = None,
@@ -343,7 +343,7 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
         return
     tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(opened, tokenizer)
-    # Bytes, so that a document's own line ends and undecodable bytes come out as they went in.
+    # Bytes, so that a document's own line ends come out as they went in.
     stream = typer.get_binary_stream("stdout")
     stream.write(tokenizer.decode_bytes(opened.text_tokens(index).tolist()))
     stream.flush()

@@ -206,11 +206,10 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
 def _read_texts(
     text: list[str], text_field: str, progress: Callable[[str, int, int], None], limit: int = 2**63
 ) -> Iterator[bytes]:
-    """Yield texts, undecodable bytes too, and report their bytes against their files' size or
-    ``limit``."""
+    """Yield texts, and report their bytes against their files' size or ``limit``."""
     from maxlm.data.documents import SourceConfig, list_files, read_documents
 
-    source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
+    source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="replace")
     files = list_files(source)
     total, done = min(sum(file.size for file in files), limit), 0
     for file in files:

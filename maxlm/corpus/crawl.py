@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -56,9 +56,6 @@ class CrawlSource(FilesConfig):
     """The source that its documents are said to come from: web, code, books, ..."""
     url_field: str = "url"
     """The JSON key or Parquet column of a document's address, if there is one."""
-    on_bad_bytes: Literal["replace", "skip"] = "replace"
-    """Treatment of text that is not valid UTF-8: put U+FFFD for each bad sequence, or leave out the
-    whole document. HTML has encodings of its own, which extraction detects."""
     max_document_bytes: int = Field(default=64 << 20, gt=0)
     """Longer documents are skipped and counted, compressed ones by their decompressed size."""
 

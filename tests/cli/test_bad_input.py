@@ -72,7 +72,7 @@ data.sources=[{name: a, store: store}]
 data.sources.0.documents=[bad.txt]
     bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes
     (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) to "replace",
-    "keep" or "skip", or convert the text to UTF-8
+    or convert the text to UTF-8
 --resume untrained
     untrained/checkpoints: no checkpoints here; name a run that has saved one
 --resume trained model.d_model=48 model.mlp.d_ff=32

@@ -62,17 +62,6 @@ def test_json_lines(tmp_path):
     assert counts == {"broken": 6, "empty": 2, "too_large": 3}
 
 
-def test_bytes_that_are_no_text_may_be_left_out(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"fine")
-    (tmp_path / "b.txt").write_bytes(b"latin \xe9 one")
-    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a\xff"}\n{"text": "b\\ud800"}\n{"text": "c"}\n')
-    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"d", b"e\xff"]).buffers())
-    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
-    rows, counts = read(tmp_path, documents=(str(tmp_path),), on_bad_bytes="skip")
-    assert [row["text"] for row in rows] == ["fine", "c", "d"]
-    assert counts == {"bad_bytes": 4}
-
-
 def test_text_and_html_files(tmp_path):
     root = tmp_path / "tree"
     (root / "src").mkdir(parents=True)
@@ -156,7 +145,7 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
     (tmp_path / "a.txt").write_text("changed")
     assert names()[0] != before[0]
     assert names()[1] == before[1]
-    assert not set(names(on_bad_bytes="skip")) & set(names())
+    assert not set(names(piece_bytes=9)) & set(names())
 
 
 def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):

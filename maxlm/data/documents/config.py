@@ -8,7 +8,7 @@ from maxlm.config import Config, LocalPath
 
 PYTHON_STDLIB = "python-stdlib"
 
-BadBytes = Literal["error", "replace", "keep", "skip"]
+BadBytes = Literal["error", "replace"]
 
 
 class FilesConfig(Config):
@@ -32,19 +32,21 @@ class FilesConfig(Config):
     a file is one document. For a corpus of few, long files (a book, a log), which otherwise has
     too few documents to hold any out."""
 
-    on_bad_bytes: BadBytes = "error"
-    """Treatment of text that is not valid UTF-8.
-
-    `error` stops and names the place. `replace` puts U+FFFD for each bad sequence: always valid
-    text, but the original bytes are lost. `keep` passes the bytes on as they are: nothing is
-    lost, but the model learns to produce invalid UTF-8. `skip` leaves out the whole document."""
-
     reads_html: ClassVar[bool] = False
     """Whether HTML files are documents in any encoding, so that a NUL does not make one binary."""
+
+    @property
+    def replaces_bad_bytes(self) -> bool:
+        """Whether bytes that are not UTF-8 become U+FFFD, and are no error."""
+        return True
 
 
 class SourceConfig(FilesConfig):
     """The files of a corpus and how to read them."""
+
+    on_bad_bytes: BadBytes = "error"
+    """Treatment of text that is not valid UTF-8: `error` stops and names the place, `replace` puts
+    U+FFFD for each bad sequence."""
 
     keep: dict[str, str] | None = None
     """Rules by name that replace those of a corpus's recipe, expressions over labels of which a
@@ -52,3 +54,7 @@ class SourceConfig(FilesConfig):
 
     cut: tuple[str, ...] | None = None
     """Labels with spans to cut out of a corpus's texts; null: the recipe's."""
+
+    @property
+    def replaces_bad_bytes(self) -> bool:
+        return self.on_bad_bytes == "replace"

@@ -63,13 +63,13 @@ class Document:
     """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0); for
     pieces of a text file by `#index` (from 0)."""
     text: bytes
-    """UTF-8, except under the policy `on_bad_bytes="keep"`. Never empty."""
+    """UTF-8. Never empty."""
 
 
 class SkipReason(Enum):
     """The reason why a document is not taken."""
 
-    EMPTY = "empty, or not decodable under the policy skip"
+    EMPTY = "empty"
     RULE = "a corpus's rules drop it"
 
 

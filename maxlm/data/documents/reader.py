@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents.config import BadBytes, FilesConfig, SourceConfig
+from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
 from maxlm.data.documents.files import list_files, load_reader
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
@@ -22,7 +22,7 @@ _ROW = 8  # A line of JSON may be so much longer than its text, and so may Parqu
 _BOM = b"\xef\xbb\xbf"
 _FIX = (
     "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
-    'to "replace", "keep" or "skip", or convert the text to UTF-8'
+    'to "replace", or convert the text to UTF-8'
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -37,7 +37,7 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     """The other fields of a row of JSONL or Parquet."""
     skip_reason: str = ""
-    """Why there is no text: "broken", "bad_bytes" (under the policy "skip") or "too_large"."""
+    """Why there is no text: "broken" or "too_large"."""
     error: MaxlmError | None = None
     """The error that a broken record would raise."""
 
@@ -49,8 +49,9 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
     batch, so neither is ever in memory as a whole.
 
     Raises:
-        MaxlmError: see `find_files`; also undecodable bytes (policy "error"), lines that are not
-            JSON objects with `text_field`, Parquet without that column, missing packages.
+        MaxlmError: see `find_files`; also undecodable bytes (if `on_bad_bytes` is "error"), lines
+            that are not JSON objects with `text_field`, Parquet without that column, missing
+            packages.
     """
     for each in [file] if file else list_files(source):
         found = read_slice(source, make_whole_slice(each))
@@ -86,7 +87,7 @@ def read_records(
             each row broken, instead of the file an error.
 
     Raises:
-        MaxlmError: undecodable bytes under the policy "error"; the file cannot be read.
+        MaxlmError: undecodable bytes, unless `source` replaces them; the file cannot be read.
         DamagedFile: compressed data or Parquet is damaged from here on.
     """
     match part.file.format:
@@ -114,8 +115,7 @@ def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> I
             if max_bytes is not None and len(piece) > max_bytes:
                 yield Record(name, skip_reason="too_large")
             else:
-                text = _apply_policy(piece, source.on_bad_bytes, str(file.path), position)
-                yield Record(name, text, skip_reason="bad_bytes" if text is None else "")
+                yield Record(name, _decode(source, piece, str(file.path), position).encode())
             if piece_bytes is None:
                 return
             position += len(piece)
@@ -147,9 +147,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
 
 
 def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Record:
-    decoded = _decode_text(line, source.on_bad_bytes, where)
-    if decoded is None:
-        return Record(name, skip_reason="bad_bytes")
+    decoded = _decode(source, line, where)
     try:
         row = json.loads(decoded)
     except (ValueError, RecursionError) as error:
@@ -174,9 +172,9 @@ def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -
     if not isinstance(text, str | bytes):
         what = f'"{source.text_field}" holds {type(text).__name__}, not a string'
         return _broken(name, what, where, "set text_field to the key of the text")
-    convert = _apply_policy if isinstance(text, bytes) else _encode_text
-    text = convert(text, source.on_bad_bytes, where)  # pyright: ignore[reportArgumentType]
-    return Record(name, text, row, skip_reason="bad_bytes" if text is None else "")
+    if isinstance(text, bytes):
+        text = _decode(source, text, where)
+    return Record(name, _encode(source, text, where), row)
 
 
 def _broken(name: str, what: str, where: str, fix: str) -> Record:
@@ -251,43 +249,24 @@ def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
         raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
 
 
-def _decode_text(data: bytes, policy: BadBytes, where: str, offset: int = 0) -> str | None:
-    """Decodes UTF-8; returns None where the policy "skip" leaves the text out.
-
-    Under "keep", bytes that are not UTF-8 become U+DC80..U+DCFF ("surrogateescape"), which
-    `_encode_text` turns back into themselves.
-    """
+def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> str:
+    """Decodes UTF-8. `offset` is the place of `data` in its file, for the error."""
+    if source.replaces_bad_bytes:
+        return data.decode("utf-8", "replace")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        if policy == "error":
-            byte, place = error.object[error.start], offset + error.start
-            what = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
-            raise MaxlmError(what, where=where, fix=_FIX) from error
-    if policy == "skip":
-        return None
-    return data.decode("utf-8", "replace" if policy == "replace" else "surrogateescape")
+        byte, place = error.object[error.start], offset + error.start
+        what = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
+        raise MaxlmError(what, where=where, fix=_FIX) from error
 
 
-def _encode_text(text: str, policy: BadBytes, where: str) -> bytes | None:
+def _encode(source: FilesConfig, text: str, where: str) -> bytes:
     r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates in it."""
     found = _SURROGATE.search(text)
     if found is None:
         return text.encode()
-    if policy == "error":
-        what = f"character {found.start()} is a lone surrogate (U+{ord(found[0]):04X}), not valid"
-        raise MaxlmError(f"{what} UTF-8", where=where, fix=_FIX)
-    if policy == "skip":
-        return None
-    if policy == "replace":
+    if source.replaces_bad_bytes:
         return _SURROGATE.sub("\ufffd", text).encode()
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-
-
-def _apply_policy(data: bytes, policy: BadBytes, where: str, offset: int = 0) -> bytes | None:
-    """Returns `data` if it is valid UTF-8, else what `policy` makes of it; see `_decode_text`."""
-    text = _decode_text(data, policy, where, offset)
-    return None if text is None else _encode_text(text, policy, where)
+    what = f"character {found.start()} is a lone surrogate (U+{ord(found[0]):04X}), not valid"
+    raise MaxlmError(f"{what} UTF-8", where=where, fix=_FIX)

@@ -33,7 +33,7 @@ class SourceEntry(Config):
     text_bytes: int = 0
     """Bytes of those documents' text."""
     num_left_out: int = 0
-    """Documents that were empty, or left out by `on_bad_bytes="skip"`."""
+    """Documents that were empty."""
     num_dropped: int = 0
     """Documents of a corpus that its rules dropped (an older version counts them above)."""
 

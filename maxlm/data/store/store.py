@@ -266,7 +266,7 @@ def summary_table(store: TokenStore) -> Table:
         "on disk": f"{about['bytes_on_disk']:,} bytes" if store.path else "elsewhere",
         "split": split,
         "source files": f"{len(manifest.sources):,}",
-        "left out": f"{left_out:,} empty or undecodable documents, "
+        "left out": f"{left_out:,} empty documents, "
         f"{manifest.num_binary_files:,} binary files, {dropped:,} documents that rules dropped",
         "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig, list_files, read_documents
-from maxlm.data.documents.config import BadBytes
 
 
 def texts(path, **settings) -> list[bytes]:
@@ -79,19 +78,16 @@ def test_empty_files_hold_no_documents(tmp_path):
 BAD = b"ab\xff\xfe c\xc3"
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [("replace", ["ab\ufffd\ufffd c\ufffd".encode()]), ("keep", [BAD]), ("skip", [])],
-)
-def test_bad_bytes_by_policy(tmp_path, policy: BadBytes, expected):
+def test_bad_bytes_may_be_replaced(tmp_path):
     (tmp_path / "a.txt").write_bytes(BAD)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + BAD + b'"}\n')
     pq.write_table(pa.table({"text": pa.array([BAD], pa.binary())}), tmp_path / "a.parquet")
     for name in ("a.txt", "a.jsonl", "a.parquet"):
-        assert texts(tmp_path / name, on_bad_bytes=policy) == expected
+        found = texts(tmp_path / name, on_bad_bytes="replace")
+        assert found == ["ab\ufffd\ufffd c\ufffd".encode()]
     (tmp_path / "b.jsonl").write_text('{"text": "a\\ud800b"}')
-    surrogate = {"replace": ["a\ufffdb".encode()], "keep": [b"a\xed\xa0\x80b"], "skip": []}
-    assert texts(tmp_path / "b.jsonl", on_bad_bytes=policy) == surrogate[policy]
+    assert texts(tmp_path / "b.jsonl", on_bad_bytes="replace") == ["a\ufffdb".encode()]
+    assert "character 1 is a lone surrogate (U+D800)" in fails(tmp_path / "b.jsonl")
 
 
 def test_bad_bytes_are_an_error_by_default(tmp_path):
@@ -104,16 +100,6 @@ def test_bad_bytes_are_an_error_by_default(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array([b"fine", BAD], pa.binary())}), path)
     assert fails(path).startswith(f"{path}, row 1: byte 0xff at offset 2 is not valid UTF-8; ")
-
-
-@given(st.binary())
-def test_replace_gives_valid_utf8_and_keep_gives_the_same_bytes(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("bytes") / "a.txt"
-    path.write_bytes(data)
-    kept = texts(path, on_bad_bytes="keep")
-    assert kept == ([data] if data else [])
-    replaced = texts(path, on_bad_bytes="replace")
-    assert b"".join(replaced).decode() == data.decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +133,7 @@ def test_damaged_compression(tmp_path, suffix, damage):
     path = tmp_path / f"a.txt{suffix}"
     whole = compress(bytes(range(256)) * 99, suffix)
     path.write_bytes(whole[:-9] if damage == "cut" else b"garbage")
-    message = fails(path, on_bad_bytes="keep")
+    message = fails(path)
     assert message.startswith(f"{path}: damaged or incomplete {suffix} data (")
     assert message.endswith("; fetch or compress the file again")
 

@@ -103,8 +103,8 @@ def test_appending_again_does_nothing_and_doubles_are_refused(
     assert refused(both).endswith(
         f"{sources[1].documents[0]} is already in the store; leave it out"
     )
-    other = SourceConfig(documents=both.documents[:1], on_bad_bytes="skip")
-    assert "cannot append: on_bad_bytes was error, now skip; give" in refused(other)
+    other = SourceConfig(documents=both.documents[:1], on_bad_bytes="replace")
+    assert "cannot append: on_bad_bytes was error, now replace; give" in refused(other)
 
 
 def test_earlier_segments_have_earlier_rules(appended):

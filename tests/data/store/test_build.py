@@ -128,8 +128,8 @@ def test_other_inputs_need_force(tmp_path, corpus, byte_tokenizer, folder_bytes)
     old, new = (hashlib.sha256(f"{s} 300".encode()).hexdigest()[:12] for s in (0, 1))
     assert refused(tokenizer=byte_tokenizer(1)) == f"another tokenizer ({old}, now {new})"
     assert refused(split="train", heldout_fraction=0.1) == "split was all, now train"
-    other_policy = corpus.model_copy(update={"on_bad_bytes": "skip"})
-    assert refused(other_policy) == "on_bad_bytes was error, now skip"
+    other_policy = corpus.model_copy(update={"on_bad_bytes": "replace"})
+    assert refused(other_policy) == "on_bad_bytes was error, now replace"
     (folder / "z.txt").write_text("new")
     assert refused() == "13 files, now 14"
     (folder / "a3.txt").write_text("changed")
