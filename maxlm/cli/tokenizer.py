@@ -1,6 +1,6 @@
 """`maxlm tokenizer`: train or import tokenizers, try them, measure them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -147,39 +147,7 @@ def measure(
     if as_json:
         print_json(found.as_dict())
     else:
-        _print_measures({str(tokenizer): found})
-
-
-@app.command()
-def compare(
-    first: Annotated[str, Argument(help="A tokenizer's folder, or what `import` takes.")],
-    second: Annotated[str, Argument(help="Another.")],
-    text: TextArgument,
-    by_language: Annotated[bool, Option("--by-language", help="Group by language.")] = False,
-    text_field: TextFieldOption = "text",
-    as_json: JsonOption = False,
-) -> None:
-    """Measure two tokenizers on the same text: bytes per token by group, fertility, speed."""
-    from maxlm.data.tokenizer import compare_tokenizers, import_tokenizer, load_tokenizer
-    from maxlm.data.tokenizer.files import METADATA
-    from maxlm.runtime.progress import show_progress
-
-    tokenizers = {}
-    for name in (first, second):
-        ours = (Path(name) / METADATA).exists()
-        tokenizers[name] = load_tokenizer(name) if ours else import_tokenizer(name)
-    with show_progress() as progress:
-        texts = (
-            (argument, document)
-            for argument in text
-            for document in _read_texts([argument], text_field, progress)
-        )
-        found = compare_tokenizers(tokenizers, _by_language(texts) if by_language else texts)
-    if as_json:
-        pairs = found.items()
-        print_json({group: {k: v.as_dict() for k, v in each.items()} for group, each in pairs})
-    else:
-        _print_comparison(found)
+        _print_measures(str(tokenizer), found)
 
 
 def _require_free(out: Path, force: bool) -> None:
@@ -189,18 +157,6 @@ def _require_free(out: Path, force: bool) -> None:
     if has_tokenizer_files(out) and not force:
         fix = "add --force to replace it, or choose another --out"
         raise MaxlmError("there is a tokenizer here already", where=str(out), fix=fix)
-
-
-def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """Yield each text with its detected language."""
-    import pyarrow as pa
-
-    from maxlm.corpus.stages.language import LanguageStage
-
-    label = LanguageStage().make_batch_label_fn()
-    for _, text in texts:
-        rows = pa.record_batch({"text": [text.decode("utf-8", "replace")]})
-        yield label(rows).column("name")[0].as_py(), text
 
 
 def _read_texts(
@@ -222,31 +178,19 @@ def _read_texts(
         progress("reading", total, total)
 
 
-def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
-    """Print bytes per token by group, then all measures over all texts; a column a tokenizer."""
-    *_, total = found.values()
-    groups = make_numeric_table("group", ("MB", *total), title="bytes per token (tokens per word)")
-    for group, by_name in found.items():
-        size = next(iter(by_name.values())).bytes / 1e6
-        cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in by_name.values())
-        groups.add_row(group, f"{size:,.2f}", *cells)
-    open_console().print(groups)
-    _print_measures(total)
-
-
-def _print_measures(found: "dict[str, TokenizerStats]") -> None:
-    """Print a row for each measure, and a column for each tokenizer."""
-    table = make_numeric_table("all texts", list(found))
+def _print_measures(name: str, found: "TokenizerStats") -> None:
+    """Print a row for each measure."""
+    table = make_numeric_table("measure", [name])
     measures = {
-        "documents": "{0.documents:,}",
-        "bytes": "{0.bytes:,}",
-        "tokens": "{0.tokens:,}",
-        "bytes per token": "{0.bytes_per_token:.3f}",
-        "tokens per word": "{0.fertility:.3f}",
-        "unknown": "{0.unknown_share:.2%}",
-        "vocabulary used": "{0.used_ids:,} of {0.vocab_size:,} ({0.vocabulary_use:.1%})",
-        "speed": "{0.megabytes_per_second:.2f} MB/s",
+        "documents": f"{found.documents:,}",
+        "bytes": f"{found.bytes:,}",
+        "tokens": f"{found.tokens:,}",
+        "bytes per token": f"{found.bytes_per_token:.3f}",
+        "tokens per word": f"{found.fertility:.3f}",
+        "unknown": f"{found.unknown_share:.2%}",
+        "vocabulary used": f"{found.vocabulary_use:.1%} of {found.vocab_size:,}",
+        "speed": f"{found.megabytes_per_second:.2f} MB/s",
     }
-    for measure, form in measures.items():
-        table.add_row(measure, *(form.format(stats) for stats in found.values()))
+    for measure in measures.items():
+        table.add_row(*measure)
     open_console().print(table)

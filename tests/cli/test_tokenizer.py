@@ -83,12 +83,6 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
         assert not (tmp_path / "nothing").exists()
 
 
-def test_compare_says_what_to_do_of_a_tokenizer_without_roles(tmp_path, corpus, trained, run):
-    path = write_checkpoint(tmp_path / "c", "smollm2") / "tokenizer.json"
-    code, _, err = run("tokenizer", "compare", trained, path, "--", corpus)
-    assert (code, "(--eos of `maxlm tokenizer import`)" in err) == (2, True)
-
-
 def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
     checkpoint, kept = write_checkpoint(tmp_path / "checkpoint", "llama2"), tmp_path / "kept"
     take = ["tokenizer", "import", checkpoint, "--out", kept]

@@ -6,7 +6,7 @@ from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, measure_tokenizer
+from maxlm.data.tokenizer.stats import TokenizerStats, measure_tokenizer
 from maxlm.data.tokenizer.train import train_tokenizer
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerStats",
-    "compare_tokenizers",
     "encode_chat",
     "export_tokenizer",
     "has_tokenizer_files",

@@ -1,15 +1,13 @@
-"""Measures how well tokenizers suit a text, and how fast they are."""
+"""Measures how well a tokenizer suits a text, and how fast it is."""
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
-
-ALL = "all"
-"""The name of all groups together."""
 
 _BATCH_TEXTS = 256
 
@@ -30,12 +28,6 @@ class TokenizerStats:
     vocab_size: int
     seconds: float
     """Time spent encoding, not reading."""
-
-    def __add__(self, other: "TokenizerStats") -> "TokenizerStats":
-        """Add the counts of another set of texts, by the same tokenizer."""
-        sums = ("documents", "bytes", "words", "tokens", "unknown", "seconds")
-        counts = {name: getattr(self, name) + getattr(other, name) for name in sums}
-        return replace(self, used=self.used | other.used, **counts)
 
     @property
     def used_ids(self) -> int:
@@ -76,52 +68,23 @@ class TokenizerStats:
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
     """Encode every text and count."""
-    return compare_tokenizers({"": tokenizer}, ((ALL, text) for text in texts))[ALL][""]
-
-
-def compare_tokenizers(
-    tokenizers: Mapping[str, Tokenizer], texts: Iterable[tuple[str, bytes]]
-) -> dict[str, dict[str, TokenizerStats]]:
-    """Encode every text by every tokenizer and count: by group of texts, then by tokenizer.
-
-    Texts come with the name of a group, such as a language. The group ``ALL`` comes last.
-    """
-    found: dict[str, dict[str, TokenizerStats]] = {}
-    texts = iter(texts)
+    counts: Counter[str] = Counter()
+    used: set[int] = set()
+    seconds, texts = 0.0, iter(texts)
     while batch := list(itertools.islice(texts, _BATCH_TEXTS)):
-        groups: dict[str, list[bytes]] = {}
-        for group, text in batch:
-            groups.setdefault(group, []).append(text)
-        is_first = not found
-        for name, tokenizer in tokenizers.items():
-            if is_first:  # What is built at first use takes no part.
-                tokenizer.encode_batch([text for _, text in batch])
-            for group, members in groups.items():
-                counts = _count(tokenizer, members)
-                for each in {group, ALL}:
-                    of_group = found.setdefault(each, {})
-                    of_group[name] = of_group[name] + counts if name in of_group else counts
-    found = {
-        group: found[group]
-        for group in sorted(found, key=lambda group: (group == ALL, group))
-        if all(counts.tokens for counts in found[group].values())
-    }
-    if not found:
+        if not counts:  # What is built at first use takes no part.
+            tokenizer.encode_batch(batch)
+        start = time.perf_counter()
+        encoded = tokenizer.encode_batch(batch)
+        seconds += time.perf_counter() - start
+        unknown = tokenizer.codec.unknown_ids
+        counts["documents"] += len(batch)
+        counts["bytes"] += sum(map(len, batch))
+        counts["words"] += sum(len(text.split()) for text in batch)
+        counts["tokens"] += sum(map(len, encoded))
+        counts["unknown"] += sum(ids.count(i) for ids in encoded for i in unknown)
+        used.update(*encoded)
+    if not counts["tokens"]:
         raise MaxlmError("no text to measure", fix="give files that are not empty")
-    return found
-
-
-def _count(tokenizer: Tokenizer, texts: list[bytes]) -> TokenizerStats:
-    start = time.perf_counter()
-    encoded = tokenizer.encode_batch(texts)
-    seconds = time.perf_counter() - start
-    return TokenizerStats(
-        documents=len(texts),
-        bytes=sum(map(len, texts)),
-        words=sum(len(text.split()) for text in texts),
-        tokens=sum(map(len, encoded)),
-        unknown=sum(ids.count(i) for ids in encoded for i in tokenizer.codec.unknown_ids),
-        used=frozenset().union(*encoded),
-        vocab_size=tokenizer.vocab_size,
-        seconds=seconds,
-    )
+    size = tokenizer.vocab_size
+    return TokenizerStats(**counts, used=frozenset(used), vocab_size=size, seconds=seconds)
