@@ -85,17 +85,6 @@ def import_(
 
 
 @app.command()
-def export(
-    tokenizer: TokenizerArgument,
-    out: Annotated[Path, Option(help="Where to write; other files there stay.")],
-) -> None:
-    """Write a tokenizer's files for other tools, an imported one's as they came."""
-    from maxlm.data.tokenizer import export_tokenizer
-
-    export_tokenizer(tokenizer, out)
-
-
-@app.command()
 def encode(
     tokenizer: TokenizerArgument,
     text: Annotated[str, Argument(help="The text; - reads standard input.")] = "-",

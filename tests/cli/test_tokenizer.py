@@ -83,7 +83,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
         assert not (tmp_path / "nothing").exists()
 
 
-def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
+def test_import_of_a_checkpoints_tokenizer(tmp_path, run):
     checkpoint, kept = write_checkpoint(tmp_path / "checkpoint", "llama2"), tmp_path / "kept"
     take = ["tokenizer", "import", checkpoint, "--out", kept]
     assert "not every text comes back" in run(*take).out
@@ -91,7 +91,6 @@ def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
     assert run(*take, "--force").code == 0
     ids = run("tokenizer", "encode", kept, "the fox").out.split()
     assert run("tokenizer", "decode", kept, *ids).out == "the fox"
-    assert run("tokenizer", "export", kept, "--out", tmp_path / "out").code == 0
     (checkpoint / "config.json").unlink()
     for path in checkpoint.iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        assert (kept / path.name).read_bytes() == path.read_bytes()
