@@ -4,7 +4,8 @@
 
 FOLDER is a Hugging Face checkpoint, DATA has the tasks' files (docs/evaluation.md). A task may have
 its own number of rows. HFLM is torch in fp32 on the CPU. Each task is evaluated by one after the
-other, so that both meet the same load; seconds are of the evaluation alone, ours with compilation.
+other, so that both meet the same load; seconds are of the evaluation alone, ours with compilation,
+but for programs that `maxlm eval` has compiled before.
 HFLM's softmax is in float64: in fp32 its sum over the vocabulary is off by 8e-6 nats a token.
 Prints of each task how far log-likelihoods are apart, how many generations differ, each
 metric of both, and the ratio of seconds.
@@ -27,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from maxlm.evaluation.lm_eval_model import MaxlmModel
 from maxlm.evaluation.tasks import load_tasks
 from maxlm.programs.evaluate import make_evaluation_engine
-from maxlm.programs.load import load_model
+from maxlm.programs.serve import load_chat_model
 
 TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
 
@@ -76,7 +77,7 @@ def main():
         max_length=given.max_length,
         softmax_dtype=given.softmax_dtype,
     )
-    loaded = load_model(given.folder)
+    loaded = load_chat_model(given.folder, step=None, mesh=None, template=None)
     ours = MaxlmModel(make_evaluation_engine(loaded, [f"max_length={given.max_length}"]))
     manager, differs = TaskManager(), False
     for spec in given.tasks.split(","):

@@ -249,8 +249,8 @@ class Engine:
             yield from self.step()
 
     def warm_up(self) -> None:
-        """Compiles every program that steps may need."""
-        empty = ScheduledStep(num_steps=0)
+        """Compiles every program that steps may need; none is compiled later."""
+        empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
         with jax.set_mesh(self.mesh):
             for shape in self._inputs.list_shapes():
                 self._run(empty, shape, {})
@@ -316,7 +316,7 @@ class Engine:
             return drafts
         for sequence in self.scheduler.running:
             most = min(config.num_drafts, sequence.num_tokens_left - 1)
-            if sequence.num_to_compute != 1 or most < 1 or self._outputs.is_branching(sequence):
+            if not sequence.decodes or most < 1 or self._outputs.is_branching(sequence):
                 continue
             draft = [0] * most
             if isinstance(config, PromptLookupConfig):

@@ -47,7 +47,9 @@ class InputBuilder:
     ):
         self.num_drafts = num_drafts
         self.max_steps = max(config.decode_steps, 1 + num_drafts)
-        self._fewest_rows = config.max_sequences if all_rows else 1
+        self._all_rows = all_rows
+        self.is_warm = False
+        """Whether no shape is chosen but those of `list_shapes`."""
         self.config, self.rows = config, (num_shards, config.max_sequences)
         self._words = -(-vocab_size // 32)
         self._no_history = np.zeros((*self.rows, config.max_length), np.int32)
@@ -56,7 +58,7 @@ class InputBuilder:
         self._settings: RowSettings | None = None
 
     def list_shapes(self) -> list[StepSizes]:
-        """Lists all shapes that plans have."""
+        """Lists the shapes that plans fit in."""
         config, widths = self.config, dict.fromkeys((1, 1 + self.num_drafts))
         steps = {width: self.max_steps if width == 1 else 1 for width in widths}
         decode = [StepSizes(b, G, 0, 0, steps[G]) for b in self._list_row_counts() for G in widths]
@@ -66,7 +68,8 @@ class InputBuilder:
         ]
 
     def choose_shape(self, plan: ScheduledStep, *, has_drafts: bool) -> StepSizes:
-        """Returns the smallest shape that a plan fits in."""
+        """Returns the smallest shape that a plan fits in. Where nothing but continuations is read,
+        and their own programs may be compiled, it has no rows that decode."""
         width = 1 + self.num_drafts if has_drafts else 1
         config, tokens = self.config, Counter[int]()
         for chunk in plan.prefill:
@@ -76,7 +79,10 @@ class InputBuilder:
             b = next(count for count in self._list_row_counts() if count >= used)
             return StepSizes(b, width, 0, 0, self.max_steps if width == 1 else 1)
         size = next(size for size in self._list_chunk_sizes() if size >= max(tokens.values()))
-        return StepSizes(config.max_sequences, width, size, config.max_chunks, 1)
+        only_reads = all(chunk.sequence.request.continuations for chunk in plan.prefill)
+        no_rows = only_reads and not (plan.decode or self._all_rows or self.is_warm)
+        b = 0 if no_rows else config.max_sequences
+        return StepSizes(b, width, size, config.max_chunks, 1)
 
     def build(
         self,
@@ -189,7 +195,8 @@ class InputBuilder:
         ]
 
     def _list_row_counts(self) -> list[int]:
-        most, counts = self.config.max_sequences, [self._fewest_rows]
+        most = self.config.max_sequences
+        counts = [most if self._all_rows else 1]
         while counts[-1] < most:
             counts.append(min(4 * counts[-1], most))
         return counts

@@ -240,7 +240,7 @@ class Scheduler:
     def _plan_decode(self, shard: CacheRows, step: ScheduledStep) -> None:
         """Plan a token, and drafts where there are pages for them, for each row that decodes."""
         for sequence in list(shard.running):
-            if sequence.state != "running" or sequence.num_to_compute != 1:
+            if sequence.state != "running" or not sequence.decodes:
                 continue
             wanted = 1 + min(sequence.num_drafts, sequence.num_tokens_left - 1)
             while not (num_tokens := shard.reserve(sequence, wanted, step.page_copies)):
@@ -252,17 +252,17 @@ class Scheduler:
                 step.decode.append(DecodeRow(sequence, num_tokens))
 
     def _plan_prefill(self, shard: CacheRows, step: ScheduledStep) -> None:
-        """Plan chunks of the prompts that have begun: equal shares, so that no short prompt waits
-        for a long one to end."""
+        """Plan chunks of the prompts that have begun: the shortest first, whole, so that none waits
+        for a longer one to end; an equal share of the oldest in any case."""
         num_before = len(step.prefill)
-        if prompts := [each for each in shard.running if each.num_to_compute > 1]:
-            # The shortest, and the oldest in any case.
-            others = sorted(prompts[1:], key=lambda each: each.num_to_compute)
-            chosen = [prompts[0], *others[: max(0, shard.chunks_left - 1)]]
-            chosen.sort(key=lambda each: each.num_to_compute)
-            for place, sequence in enumerate(chosen):
-                share = -(-shard.tokens_left // (len(chosen) - place))
-                self._plan_chunk(shard, sequence, step, share)
+        if prompts := [each for each in shard.running if not each.decodes]:
+            oldest, *others = prompts
+            others.sort(key=lambda each: each.num_to_compute)
+            chosen = [oldest, *others[: max(0, shard.chunks_left - 1)]]
+            kept = -(-shard.tokens_left // len(chosen))
+            for sequence in sorted(chosen, key=lambda each: each.num_to_compute):
+                kept = 0 if sequence is oldest else kept
+                self._plan_chunk(shard, sequence, step, shard.tokens_left - kept)
         working = [*(row.sequence for row in step.decode), *step.encode]
         if not any(sequence.shard == shard.shard for sequence in working):
             while shard.running and len(step.prefill) == num_before:
@@ -302,7 +302,7 @@ class Scheduler:
             if sequence.encoder_tokens and not sequence.has_encoder_output:
                 step.encode.append(sequence)
                 shard.spend(len(sequence.encoder_tokens))
-            decodes = sequence.num_to_compute == 1
+            decodes = sequence.decodes
             # A copy of a page that it shares in part: the other may be about to write there.
             if decodes or sequence.num_computed % self.config.page_size:
                 decodes &= bool(shard.reserve(sequence, 1, step.page_copies))

@@ -68,8 +68,13 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens whose keys and values are not there; 1: it decodes."""
+        """Tokens whose keys and values are not there."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on token by token; continuations are read, however long they are."""
+        return self.num_to_compute == 1 and not self.request.continuations
 
     @property
     def num_tokens_left(self) -> int:

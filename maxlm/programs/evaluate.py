@@ -114,11 +114,11 @@ def make_harness_model(
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
     """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
     length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
-    # Most sequences are short: 32 of 512 tokens, and what several of them share.
-    pages = max(2 * length, 32 * 512) // 16 + 1
+    # Most sequences are short: 64 of 256 tokens, and what several of them share.
+    pages = max(2 * length, 64 * 256) // 16 + 1
     # Of several hosts none may time its own steps: all run the same.
     own = [] if jax.process_count() == 1 else ["decode_steps=1"]
-    own += [f"max_length={length}", f"num_pages={pages}", "max_sequences=32", "max_chunks=32"]
+    own += [f"max_length={length}", f"num_pages={pages}", "max_sequences=64", "max_chunks=64"]
     return make_engine(loaded, [*own, *settings], warm_up=False)
 
 

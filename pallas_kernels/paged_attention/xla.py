@@ -3,7 +3,8 @@
 last. No more than a block is ever copied.
 
 Uniform rows go through their blocks together. Other rows' queries go a block of one row after the
-other. Both loops end where the batch ends, not where arrays do.
+other, large ones and small ones for the rest. All loops end where the batch ends, not where arrays
+do.
 """
 
 from functools import partial
@@ -22,18 +23,17 @@ from pallas_kernels.paged_attention.params import (
     dequantize,
 )
 
-# Of a block's keys and values together, so that they stay in a core's cache until they are used.
-_BLOCK_BYTES = 1 << 20
-_MIN_KEYS, _MAX_KEYS = 128, 512
-_QUERIES, _MANY_QUERIES = 64, 256
-"""Queries of a block: of chunks below 512 tokens, which may be of many rows, and of longer ones."""
+_QUERIES, _FEW_QUERIES = 64, 16
+"""Of a block of one row, and of one of what is left of it."""
+_KEYS, _DECODING_KEYS = 64, 128
+"""Of a block, for those and for uniform rows."""
 
 
 class XlaBlockSizes(NamedTuple):
     queries: int
     """Queries of one row that are attended to at once."""
     keys: int
-    """Keys of a block, in whole pages; of one row, its last are in smaller ones."""
+    """Keys of a block, in whole pages."""
 
 
 class _Rows(NamedTuple):
@@ -68,7 +68,7 @@ def _attend_uniform_rows(
     lengths = operands.kv_lengths[:rows]
     positions = lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)
     own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
-    o, lse = _attend_rows(own, operands, params)
+    o, lse = _attend_rows(own, operands, params, _DECODING_KEYS)
     return o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)
 
 
@@ -77,11 +77,12 @@ def _attend_ragged_rows(
 ) -> tuple[jax.Array, jax.Array]:
     q = operands.q[params.num_uniform_queries :]
     T, N, _ = q.shape
-    block = _QUERIES if T < 2 * _MANY_QUERIES else _MANY_QUERIES
-    block = min(params.block_sizes.queries if params.block_sizes else block, T)
+    own = params.block_sizes
+    large, small = (own.queries, own.queries) if own else (_QUERIES, _FEW_QUERIES)
+    large, small = min(large, T), min(small, T)
     out = (
-        jnp.zeros((T + block, N, params.value_dim), params.dtype),
-        jnp.full((T + block, N), -jnp.inf, accumulation_dtype(q)),
+        jnp.zeros((T + small, N, params.value_dim), params.dtype),
+        jnp.full((T + small, N), -jnp.inf, accumulation_dtype(q)),
     )
     if params.num_uniform < len(operands.kv_lengths):
         lengths, limits, tables = (
@@ -90,59 +91,67 @@ def _attend_ragged_rows(
         )
         starts = operands.query_starts[params.num_uniform :] - params.num_uniform_queries
         counts = starts[1:] - starts[:-1]
-        ends = jnp.cumsum(-(-counts // block))
+        num_large = counts // large
         # A block may begin at the last query.
-        q = jnp.pad(q, ((0, block), (0, 0), (0, 0)))
-        offsets = jnp.arange(block, dtype=jnp.int32)
+        q = jnp.pad(q, ((0, small), (0, 0), (0, 0)))
 
-        def attend_block(i, out):
+        def attend_block(size, first, count, ends, i, out):
             row = jnp.searchsorted(ends, i, side="right")
-            begin = (i - ends[row]) * block + -(-counts[row] // block) * block
-            first = lengths[row] - counts[row] + begin
+            begin = first[row] + (i - ends[row] + count[row]) * size
+            offsets = jnp.arange(size, dtype=jnp.int32)
             inside = offsets < counts[row] - begin
             own = _Rows(
-                lax.dynamic_slice_in_dim(q, starts[row] + begin, block)[None],
-                jnp.where(inside, first + offsets, -1)[None],
+                lax.dynamic_slice_in_dim(q, starts[row] + begin, size)[None],
+                jnp.where(inside, lengths[row] - counts[row] + begin + offsets, -1)[None],
                 limits[row][None],
                 tables[row][None],
             )
-            # The next block, if it follows at once, writes over what lies behind this row.
             return tuple(
                 lax.dynamic_update_slice_in_dim(x, y[0], starts[row] + begin, 0)
-                for x, y in zip(out, _attend_rows(own, operands, params), strict=True)
+                for x, y in zip(out, _attend_rows(own, operands, params, _KEYS), strict=True)
             )
 
-        out = lax.fori_loop(0, ends[-1], attend_block, out)
+        # Small blocks come first: one may be longer than what is left of its row, and the next
+        # one, or a large one, writes over what it wrote behind it.
+        num_small = -(-(counts - num_large * large) // small)
+        for size, first, count in (
+            (small, num_large * large, num_small),
+            (large, jnp.zeros_like(counts), num_large),
+        ):
+            ends = jnp.cumsum(count)
+            body = partial(attend_block, size, first, count, ends)
+            out = lax.fori_loop(0, ends[-1], body, out)
     return out[0][:T], out[1][:T]
 
 
 def _attend_rows(
-    rows: _Rows, operands: PagedOperands, params: PagedParams
+    rows: _Rows, operands: PagedOperands, params: PagedParams, num_keys: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [R, E, N, Hv] and lse [R, E, N]."""
     (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
     wide, group, limits = accumulation_dtype(rows.q), N // K, rows.limits
-    large, small = _pages_per_block(R, operands, params)
-    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % large)))
+    num_keys = params.block_sizes.keys if params.block_sizes else num_keys
+    num_pages = min(max(1, num_keys // params.page_size), rows.tables.shape[1])
+    block = num_pages * params.page_size
+    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % num_pages)))
     q = rows.q.reshape(R, E, K, group, H).transpose(0, 2, 3, 1, 4).reshape(R, K, group * E, H)
     positions, sees = rows.positions, rows.positions >= 0
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
-    last = -(-ends.max() // (small * params.page_size))
+    last = -(-ends.max() // block)
     first = jnp.zeros((), jnp.int32)
     if params.window is not None:
         lowest = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max).min()
-        first = jnp.maximum(lowest - params.window + 1, 0) // (small * params.page_size)
+        first = jnp.maximum(lowest - params.window + 1, 0) // block
 
-    def attend_block(num_pages, begin, j, carry):
+    def attend_block(j, carry):
         o, top, total = carry
-        page, block = begin + j * num_pages, num_pages * params.page_size
-        pages = lax.dynamic_slice_in_dim(tables, page, num_pages, 1)
+        pages = lax.dynamic_slice_in_dim(tables, j * num_pages, num_pages, 1)
         k = _read_pages(operands.keys, pages, per_channel=True, dtype=rows.q.dtype)
         v = k[..., : params.value_dim]
         if operands.values is not None:
             v = _read_pages(operands.values, pages, per_channel=False, dtype=rows.q.dtype)
         scores = jnp.einsum("rkmh,rkth->rkmt", q, k, preferred_element_type=wide)
-        keys = page * params.page_size + jnp.arange(block, dtype=jnp.int32)
+        keys = j * block + jnp.arange(block, dtype=jnp.int32)
         distance = positions[..., None] - keys
         scores = scores.reshape(R, K, group, E, block) * params.scale
         scores = _adjust_scores(scores, distance, operands, params)
@@ -171,13 +180,7 @@ def _attend_rows(
         top, total = jnp.where(live, sinks, top), jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
-    carry, begin = (o, top, total), first * small
-    # Large blocks while they are full, small ones for the rest.
-    for size in (large, small) if large > small else (small,):
-        count = (last * small - begin) // size
-        carry = lax.fori_loop(0, count, partial(attend_block, size, begin), carry)
-        begin += count * size
-    o, top, total = carry
+    o, top, total = lax.fori_loop(first, last, attend_block, (o, top, total))
     o = o / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0]
     o = o.transpose(0, 3, 1, 2, 4).reshape(R, E, N, params.value_dim)
@@ -199,25 +202,6 @@ def _adjust_scores(
         own = operands.biases[:, jnp.clip(-distance, -reach, reach) + reach]
         scores += own.reshape(K, group, *distance.shape).transpose(2, 0, 1, 3, 4)
     return scores
-
-
-def _pages_per_block(
-    num_rows: int, operands: PagedOperands, params: PagedParams
-) -> tuple[int, int]:
-    """Pages of a large block and of a small one, the first a multiple of the second. Equal ones for
-    several rows: which of them has a key must not depend on other rows, for the order of sums."""
-    if params.block_sizes:
-        keys = params.block_sizes.keys
-    else:
-        width = operands.q.shape[2] + (params.value_dim if operands.values is not None else 0)
-        token = num_rows * operands.num_kv_heads * width * operands.q.dtype.itemsize
-        keys = min(max(_BLOCK_BYTES // token, _MIN_KEYS), _MAX_KEYS)
-        keys = 1 << (keys.bit_length() - 1)
-    most = operands.page_tables.shape[1]
-    fewest = keys if num_rows > 1 else min(keys, _MIN_KEYS)
-    small = min(max(1, -(-fewest // params.page_size)), most)
-    large = min(max(1, keys // params.page_size), most) // small * small
-    return max(large, small), small
 
 
 def _read_pages(pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any) -> jax.Array:

@@ -415,10 +415,23 @@ def test_continuations_share_a_context_of_any_length():
         before = device.num_prefilled
         sequences = scheduler.add(make_request(context, number, 1, **options))
         finish_all(scheduler, device)
-        # 5 of the first, 3 of the last; the second decodes its one token.
-        assert device.num_prefilled - before == len(context) - 1 - cached + 5 + 3
+        # Nothing decodes.
+        assert device.num_prefilled - before == len(context) - 1 - cached + 5 + 1 + 3
         assert sequences[0].num_cached_tokens == cached
     check_rest(scheduler, device)
+
+
+def test_short_prompts_are_read_whole_and_the_oldest_goes_on():
+    """Prompts are read in order of what is left of them, but for a share of the oldest."""
+    scheduler, device = simulate(max_sequences=4, prefill_tokens=32)
+    for number, size in enumerate([60, 20, 30, 10]):
+        scheduler.add(make_request([number] * size, number))
+    found = []
+    for _ in range(2):
+        step = scheduler.schedule()
+        found.append([(chunk.sequence.order[0], chunk.num_tokens) for chunk in step.prefill])
+        device.run(step)
+    assert found == [[(3, 10), (1, 14), (0, 8)], [(1, 6), (2, 15), (0, 11)]]
 
 
 def test_prompt_logprobs_need_the_whole_prompt():
