@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +56,13 @@ def evaluate_model(
     models, harness = import_harness()
     opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
-    names = [""]
+    names, log = [""], None
     if model.startswith(("http://", "https://")):
         lm = open_server(model.rstrip("/"), settings, chat=chat)
         name = lm.model
+        output = output or _default_folder(name)
+        log = output / "answers.jsonl"
+        lm = resume_answers(lm, log)
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         name, is_run = loaded.config.name, (Path(model) / "config.yaml").exists()
@@ -79,10 +83,16 @@ def evaluate_model(
         about["prompt_tokens"] = stats.prompt_tokens_total
         about["generated_tokens"] = stats.generated_tokens_total
     results["maxlm"] = about
-    folder = output or Path("runs", name.rpartition("/")[2], "evaluations")
+    folder = output or _default_folder(name)
     if jax.process_index() == 0:
         write_results(folder, results, name)
+        if log is not None:
+            log.unlink(missing_ok=True)
     return results, folder
+
+
+def _default_folder(name: str) -> Path:
+    return Path("runs", name.rpartition("/")[2], "evaluations")
 
 
 def import_harness() -> tuple[Any, Any]:
@@ -174,14 +184,34 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
     return client
 
 
+def resume_answers(client: Any, log: Path) -> Any:
+    """Wraps a client in one that keeps answers in a file, and begins with those of a run that was
+    cut off."""
+    from maxlm.evaluation.resume import ResumableModel
+
+    with convert_write_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    resumed = ResumableModel(client, log)
+    if resumed.dbdict:
+        what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
+        print(f"{what}; delete it to ask for all", file=sys.stderr)
+    return resumed
+
+
 @contextmanager
 def _convert_server_errors(model: str) -> Iterator[None]:
+    if not model.startswith(("http://", "https://")):
+        yield
+        return
+    from aiohttp import ClientError
+
     try:
         yield
-    except OSError as error:  # requests' errors are, and name no file
-        if error.filename or not model.startswith(("http://", "https://")):
+    except (OSError, ClientError) as error:  # requests' errors are OSErrors, and name no file
+        if getattr(error, "filename", None):
             raise
-        what, fix = f"the server does not answer ({error})", "start it, and evaluate again"
+        what = f"the server does not answer ({error})"
+        fix = "start it, and evaluate again: answers so far are kept"
         raise MaxlmError(what, where=model, fix=fix) from error
 
 

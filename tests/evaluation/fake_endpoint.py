@@ -58,7 +58,8 @@ def run_endpoint(
                 lines = [f"data: {json.dumps(event)}\n\n" for event in events]
                 self.answer(200, "".join(lines) + "data: [DONE]\n\n", "text/event-stream")
             else:
-                self.answer(200, json.dumps({"choices": [{"message": {"content": text}}]}))
+                choice = {"index": 0, "message": {"content": text}}
+                self.answer(200, json.dumps({"choices": [choice]}))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     fake = FakeEndpoint(f"http://127.0.0.1:{server.server_port}/v1", reply, name)

@@ -1,11 +1,13 @@
 """A server as the model: the harness's own client, by the server's address alone."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.evaluate import open_server
+from maxlm.programs.evaluate import evaluate_model, open_server
+from tests.evaluation.fake_endpoint import run_endpoint
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
 
@@ -19,3 +21,28 @@ def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer
             client.loglikelihood(asked)
     with pytest.raises(MaxlmError, match="this server cannot be used"):
         open_server("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("num_concurrent", [1, 2])
+def test_an_evaluation_that_is_cut_off_asks_for_the_rest(tmp_path, num_concurrent):
+    numbers = [14, 25, 36, 47, 58, 69, 70]
+    rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in numbers]
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answered, room = [], 4
+
+    def reply(body):
+        if len(answered) == room:
+            return None
+        answered.append(next(n for n in numbers if f"{n}?" in json.dumps(body["messages"])))
+        return f"#### {answered[-1]}"
+
+    settings = [f"num_concurrent={num_concurrent}", "max_retries=1"]
+    options = {"output": tmp_path / "out", "data": tmp_path, "shots": 0, "chat": True}
+    with run_endpoint(reply) as fake:
+        with pytest.raises(MaxlmError, match=r"does not answer .*; start it, and evaluate again"):
+            evaluate_model(fake.url, ["gsm8k"], settings, **options)
+        room = 100
+        results, folder = evaluate_model(fake.url, ["gsm8k"], settings, **options)
+    assert sorted(answered) == numbers  # none twice
+    assert results["results"]["gsm8k"]["exact_match,strict-match"] == 1
+    assert not (folder / "answers.jsonl").exists()
