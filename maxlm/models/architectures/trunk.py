@@ -21,7 +21,7 @@ from maxlm.models.layers.positions import (
     compute_relative_biases,
     compute_sinusoids,
 )
-from maxlm.models.layers.rope import Rotary, compute_rotary
+from maxlm.models.layers.rope import Rotary, compute_rotary, materialize_rotary
 from maxlm.models.params import (
     Params,
     bind,
@@ -34,6 +34,7 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
+from maxlm.parallel.local import get_platform
 from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 
@@ -190,6 +191,10 @@ class Trunk(nnx.Module):
         """Returns each kind of layer's inputs for a step of inference."""
         biases, where = self.relative_biases(), (batch.positions, None)
         contexts = self._contexts(stack, where, batch.lengths)
+        if get_platform() == "cpu":
+            contexts = tuple(
+                (*rest, turns and materialize_rotary(turns)) for *rest, turns in contexts
+            )
         return [
             self._attention_inputs(kind, context, biases)._replace(batch=batch)
             for kind, context in zip(stack.kinds, contexts, strict=True)

@@ -180,6 +180,14 @@ def compute_rotary(
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
+def materialize_rotary(rotary: Rotary) -> Rotary:
+    """Makes angles arrays of their own, by a product with the identity, which is exact. XLA's CPU
+    compiler computes cosines anew in each fusion that reads them, and so for each layer that is not
+    in a loop and each head; it removes barriers before it fuses, and products it does not fuse."""
+    identity = jnp.eye(rotary.cos.shape[-1], dtype=rotary.cos.dtype)
+    return Rotary(rotary.cos @ identity, rotary.sin @ identity)
+
+
 def _dynamic(
     lengths: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
 ) -> jax.Array:
