@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,7 +59,6 @@ def build(
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.documents import SourceConfig
-    from maxlm.data.documents.files import find_folder_format, resolve_glob
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 
@@ -71,14 +69,6 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
-    for root in chain.from_iterable(map(resolve_glob, text)):
-        if find_folder_format(root) == "corpus":
-            from maxlm.corpus.report import estimate_text_lost_to_dedup
-
-            opened = _open_corpus(root)
-            with _open_engine(opened) as engine:
-                lost = estimate_text_lost_to_dedup(opened, opened.resolve_rules(), engine)
-            print(f"{root}: {lost}")
 
 
 @app.command()
@@ -154,10 +144,7 @@ def report(
     keep: KeepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
-
-    "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
-    """
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
     opened = _open_corpus(corpus)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
@@ -221,9 +208,7 @@ def _print_funnel(
     as_json: bool = False,
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
-    from dataclasses import asdict
-
-    from maxlm.corpus.report import estimate_text_lost_to_dedup, summarize_corpus, write_report
+    from maxlm.corpus.report import summarize_corpus, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.progress import show_progress
@@ -231,13 +216,12 @@ def _print_funnel(
     rules = corpus.resolve_rules(keep)
     with _open_engine(corpus) as engine, show_progress("parts") as progress:
         summary = summarize_corpus(corpus, rules, engine, tokenizer, progress)
-        lost = estimate_text_lost_to_dedup(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
     rows = compute_funnel(rules, summary, sources)
     if page is not None:
-        write_report(corpus, rules, summary, page, str(lost))
+        write_report(corpus, rules, summary, page)
     if as_json:
-        print_json({"funnel": rows, "text_lost": asdict(lost)})
+        print_json({"funnel": rows})
         return
     columns = ("dropped", "left", "MB", *sources)
     table = make_numeric_table("rule", columns, title=str(corpus.folder))
@@ -246,7 +230,6 @@ def _print_funnel(
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
     open_console().print(table)
-    print(lost)
     read = corpus.read_manifest(DOCUMENTS)["counts"]
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:

@@ -1,13 +1,6 @@
 """Reports on a corpus: its figures, those of its rules, and examples, as numbers and as a page."""
 
-from maxlm.corpus.report.lost import LostText, estimate_text_lost_to_dedup
 from maxlm.corpus.report.page import write_report
 from maxlm.corpus.report.summary import CorpusSummary, summarize_corpus
 
-__all__ = [
-    "CorpusSummary",
-    "LostText",
-    "estimate_text_lost_to_dedup",
-    "summarize_corpus",
-    "write_report",
-]
+__all__ = ["CorpusSummary", "summarize_corpus", "write_report"]

@@ -22,9 +22,9 @@ _WIDTH, _HEIGHT = 440, 120
 
 
 def write_report(
-    corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary, path: Path, lost_text: str = ""
+    corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary, path: Path
 ) -> None:
-    """Write the page, whole or not at all; `lost_text` is a sentence about text lost."""
+    """Write the page, whole or not at all."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
@@ -41,7 +41,6 @@ def write_report(
     ]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
-        lost=lost_text,
         sources=sources,
         read=corpus.read_manifest(DOCUMENTS)["counts"],
         funnel=compute_funnel(rules, summary, sources),
