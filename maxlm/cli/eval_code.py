@@ -25,12 +25,13 @@ def score_humaneval_samples(
     """Score completions of HumanEval's problems: pass@k, by running them in a sandbox."""
     import json
 
-    from maxlm.evaluation.code import read_records, score_code_samples, truncate_completion
+    from maxlm.evaluation.code import score_code_samples, truncate_completion
+    from maxlm.evaluation.records import read_records
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
     from maxlm.runtime.files import replace_file
 
-    problems = read_records(data, "task_id", "prompt", "test", "entry_point")
-    records = read_records(samples, "task_id", "completion")
+    problems = read_records(data, ("task_id", "prompt", "test", "entry_point"))
+    records = read_records(samples, ("task_id", "completion"))
     if truncate:
         records = [r | {"completion": truncate_completion(r["completion"])} for r in records]
     score, results = score_code_samples(problems, records, k, SandboxLimits(seconds), workers)
@@ -53,13 +54,13 @@ def evaluate_swe_bench(
     """Apply predicted patches in local clones, run the tests, and report which are resolved."""
     import json
 
-    from maxlm.evaluation.code import read_records
+    from maxlm.evaluation.records import read_records
     from maxlm.evaluation.swe_bench import evaluate_predictions
     from maxlm.runtime.files import replace_file
 
     keys = ("instance_id", "repo", "base_commit", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS")
-    tasks = read_records(instances, *keys)
-    answers = read_records(predictions, "instance_id", "model_patch")
+    tasks = read_records(instances, keys)
+    answers = read_records(predictions, ("instance_id", "model_patch"))
     options = {"seconds": seconds, "readable": readable or ()}
     report = evaluate_predictions(answers, tasks, repositories, output, **options)
     if output:

@@ -1,16 +1,12 @@
 """Functional correctness of generated code: HumanEval and pass@k (Chen et al., 2107.03374)."""
 
-import gzip
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_all
@@ -48,10 +44,9 @@ def score_code_samples(
     if unknown := [each["task_id"] for each in samples if each["task_id"] not in by_id]:
         raise MaxlmError(f"a sample's {unknown[0]} is no problem of the data", fix="see --data")
     programs = [build_check_program(by_id[each["task_id"]], each["completion"]) for each in samples]
-    results = run_all(programs, limits, workers)
     tasks = [each["task_id"] for each in samples]
-    score = {"num_problems": len({*tasks}), "num_samples": len(tasks)}
-    return score | _compute_mean_pass_at_k(tasks, results, ks), results
+    score, results = _score_programs(tasks, programs, ks, limits, workers)
+    return score | {"num_problems": len({*tasks}), "num_samples": len(tasks)}, results
 
 
 def evaluate_code(
@@ -66,13 +61,18 @@ def evaluate_code(
     pairs = zip(references, predictions, strict=True)
     programs = [f"{program}\n{tests}" for tests, each in pairs for program in each]
     problems = [number for number, each in enumerate(predictions) for _ in each]
-    results = run_all(programs, SandboxLimits(seconds=timeout), num_workers)
-    return _compute_mean_pass_at_k(problems, results, k), results
+    return _score_programs(problems, programs, k, SandboxLimits(seconds=timeout), num_workers)
 
 
-def _compute_mean_pass_at_k(
-    problems: Sequence[str | int], results: Sequence[ExecutionResult], ks: Sequence[int]
-) -> dict[str, float]:
+def _score_programs(
+    problems: Sequence[str | int],
+    programs: Sequence[str],
+    ks: Sequence[int],
+    limits: SandboxLimits | None,
+    workers: int | None,
+) -> tuple[dict[str, float], list[ExecutionResult]]:
+    """Run each problem's candidates; return pass@k as means over the problems, and results."""
+    results = run_all(programs, limits, workers)
     counts, pairs = Counter(problems), zip(problems, results, strict=True)
     correct = Counter(name for name, result in pairs if result.passed)
     score = {}
@@ -80,7 +80,7 @@ def _compute_mean_pass_at_k(
         if k <= min(counts.values(), default=0):
             each = [estimate_pass_at_k(n, correct[name], k) for name, n in counts.items()]
             score[f"pass@{k}"] = sum(each) / len(each)
-    return score
+    return score, results
 
 
 @contextmanager
@@ -100,18 +100,3 @@ def replace_code_eval() -> Iterator[None]:
         yield
     finally:
         evaluate.load = load
-
-
-def read_records(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Read JSON objects that all have `keys`: one a line, or, of a name in ".json", a list; a name
-    that ends in ".gz" is decompressed. Raises MaxlmError."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = json.loads(text if path.suffix == ".json" else f"[{','.join(lines)}]")
-        if bad := [each for each in records if any(key not in each for key in keys)]:
-            raise ValueError(f"not all of {', '.join(keys)} are in {bad[0]}"[:500])
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise MaxlmError(f"no readable JSON records ({error})", where=str(path)) from error
-    return records

@@ -1,5 +1,6 @@
-"""JSONL files of records: answers, judgments, battles."""
+"""Files of JSON records: problems, answers, judgments, battles."""
 
+import gzip
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -15,15 +16,21 @@ Record = dict[str, Any]
 
 
 def read_records(path: Path, fields: Sequence[str], skip_damaged: bool = False) -> list[Record]:
-    """Returns a JSONL file's records. Raises MaxlmError for a file that cannot be read, and for a
-    line without all `fields`."""
+    """Returns a file's records: one a line, or, of a name in ".json", a list; a name that ends in
+    ".gz" is decompressed. Raises MaxlmError for a file that cannot be read, and for a record
+    without all `fields`."""
     try:
-        lines, records = path.read_bytes().rstrip(b"\n").split(b"\n"), []
-    except OSError as error:
-        raise MaxlmError(f"cannot be read ({error.strerror})", where=str(path)) from None
-    for number, line in enumerate(lines, 1):
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        rows = json.loads(data) if path.suffix == ".json" else data.split(b"\n")
+    except (OSError, EOFError, ValueError) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise MaxlmError(what, where=str(path)) from None
+    records = []
+    for number, row in enumerate(rows, 1):
+        if row in (b"", b"\r"):
+            continue
         try:
-            record = json.loads(line)
+            record = json.loads(row) if isinstance(row, bytes) else row
             _ = [record[field] for field in fields]
             records.append(record)
         except (ValueError, TypeError, KeyError) as error:

@@ -12,6 +12,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation import code
+from maxlm.evaluation.records import read_records
 from maxlm.evaluation.sandbox import SandboxLimits, run_all
 
 GENEROUS = SandboxLimits(seconds=60)
@@ -121,18 +122,17 @@ def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     for text in ('{"task_id": 1}\n{"task": 1}', "1", "{"):
         path.write_text(text)
-        with pytest.raises(MaxlmError, match="no readable JSON"):
-            code.read_records(path, "task_id")
+        with pytest.raises(MaxlmError, match="not a record with task_id"):
+            read_records(path, ["task_id"])
     (tmp_path / "a.jsonl.gz").write_text("{}")
-    with pytest.raises(MaxlmError, match="no readable JSON"):
-        code.read_records(tmp_path / "a.jsonl.gz")
-    with pytest.raises(MaxlmError, match="no readable JSON"):
-        code.read_records(tmp_path / "missing.jsonl")
+    for name in ("a.jsonl.gz", "missing.jsonl"):
+        with pytest.raises(MaxlmError, match="cannot be read"):
+            read_records(tmp_path / name, [])
     record = {"task_id": "a\u2028b\u0085c"}
     (tmp_path / "b.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
     (tmp_path / "b.json").write_text(json.dumps([record]), "utf-8")
-    assert code.read_records(tmp_path / "b.jsonl", "task_id") == [record]
-    assert code.read_records(tmp_path / "b.json", "task_id") == [record]
+    assert read_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
+    assert read_records(tmp_path / "b.json", ["task_id"]) == [record]
 
 
 def test_command_scores_a_samples_file(tmp_path, problems, capsys):
@@ -146,6 +146,6 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     samples.write_text("\n".join(json.dumps(each | {"completion": c}) for each, c in pairs))
     score_humaneval_samples(samples, data, truncate=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
-    written = code.read_records(tmp_path / "samples.jsonl_results.jsonl", "completion", "passed")
+    written = read_records(tmp_path / "samples.jsonl_results.jsonl", ["completion", "passed"])
     assert [each["passed"] for each in written] == [True, False]
     assert [each["result"] for each in written] == ["passed", "AssertionError"]
