@@ -1,6 +1,5 @@
 """maxlm launch"""
 
-import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -53,17 +52,15 @@ def command(
     maxlm launch jobset my.yaml --on v5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
     maxlm launch tpu-vm my.yaml --on v5p-64 --name my-tpu --zone us-east5-a --submit
 
-    my.yaml names text (data.sources) and a folder that all hosts see. Without text the job is
-    printed with placeholders to replace, and cannot be submitted.
+    my.yaml names text (data.sources) and a folder that all hosts see.
 
     Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
     """
     import jax
 
-    from maxlm.config import MaxlmError, load_config
+    from maxlm.config import load_config
     from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
     from maxlm.launch.options import JobOptions
-    from maxlm.launch.places import find_placeholder_settings, make_placeholder_settings
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.run import RunConfig
     from maxlm.runtime.files import convert_write_errors
@@ -75,14 +72,9 @@ def command(
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
     run = load_config(RunConfig, config, settings or ()).value
-    placeholders = [] if submitting else make_placeholder_settings(run)
-    settings = [*(settings or ()), *placeholders]
-    if placeholders:
-        run = load_config(RunConfig, config, settings).value
-    if submitting and (named := find_placeholder_settings(run)):
-        raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
     more: dict[str, Any] = {"force": force, "user_template": template is not None}
-    job, plan = make_job(run, config, settings, scheduler=scheduler, on=on, options=options, **more)
+    more |= {"scheduler": scheduler, "on": on, "options": options}
+    job, plan = make_job(run, config, settings or (), **more)
     text = render_job(job, template)
     kept = job_file_path(job, run)
     written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
@@ -91,9 +83,6 @@ def command(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(text, end="")
-    if placeholders:
-        shown = shlex.join(placeholders)
-        print(f"warning: the job has placeholders; set paths of your own: {shown}", file=sys.stderr)
     print(f"planned: {summarize_plan(plan)}", file=sys.stderr)
     if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
         words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"

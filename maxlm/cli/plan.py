@@ -34,7 +34,6 @@ def command(
         bool, Option("--search", help="Find the quickest mesh and remat.")
     ] = False,
     top: Annotated[int | None, Option(min=1, help="How many a search shows: 10.")] = None,
-    compile_top: Annotated[int, Option(min=0, help="How many of them to compile.")] = 0,
     html: Annotated[Path | None, Option(help="Write a page to look at, all in one file.")] = None,
     as_json: JsonOption = False,
     price: Annotated[float | None, _amount("A device's price an hour: shows the run's.")] = None,
@@ -66,7 +65,6 @@ def command(
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
-    search = searching or compile_top > 0
     amounts = {
         "device_mtbf_hours": device_mtbf,
         "restart_seconds": restart,
@@ -77,26 +75,25 @@ def command(
     requests |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
     requests = {name: value for name, value in requests.items() if value is not None}
     if serve:
-        training = {"--compile": compiled, "--compile-top": compile_top}
-        training["--device-mtbf, --restart or --checkpoint"] = given
+        training = {"--compile": compiled, "--device-mtbf, --restart or --checkpoint": given}
         _refuse(training, "is of training", "leave it out, or --serve")
         top = top or 10 * searching
         out, shown, fits = _plan_serving(config, settings, on, mesh, requests, top, price)
         return _show(out, shown, fits, html, as_json)
     asked = {f"--{name.replace('_', '-')}": True for name in requests}
     _refuse(asked, "is of serving", "add --serve")
-    on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
+    on_machines = {"--compile": compiled, "--search": searching}
     on_machines |= {"--price": price is not None, "--device-mtbf, --restart or --checkpoint": given}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
-    _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
-    _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
+    _refuse({"--top": top and not searching}, "is how many a search shows", "add --search")
+    _refuse({"--mesh": mesh and searching}, "is what --search chooses", "leave one of the two out")
     run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
     sizes = None if on else mesh_sizes(run.mesh, count_min_devices(run.mesh))
     machine, found = _find_machine(on) if on else None, None
-    if machine and search:
-        run, found = _search(run, machine, config, top or 10, compile_top, as_json)
+    if machine and searching:
+        run, found = _search(run, machine, config, top or 10, as_json)
     result = plan_run(run, machine, sizes=sizes, reliability=Reliability(**given))
     out, fits = result.to_json(), result.fits
     shown: list[Any] = [render_plan_tables(result, price_per_device_hour=price)]
@@ -205,7 +202,7 @@ def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
 
 
 def _search(
-    run: Any, machine: Any, source: str, top: int, verify: int, quiet: bool
+    run: Any, machine: Any, source: str, top: int, quiet: bool
 ) -> tuple[Any, dict[str, Any]]:
     """Print the quickest candidates; return the first as a run, and all of them as plain data.
 
@@ -213,17 +210,14 @@ def _search(
         typer.Exit: nothing fits.
     """
     from dataclasses import asdict
-    from math import inf
 
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
-    from maxlm.programs.plans import compile_peak_memory_bytes
 
-    found = search_layouts(run, machine, top=max(top, verify))
+    found = search_layouts(run, machine, top=top)
     counts: dict[str, Any] = {"tried": found.num_tried, "possible": found.num_divisible}
     counts |= {"fitting": found.num_fitting, "taken": found.search_seconds}
     console = open_console(sys.stderr if quiet else sys.stdout)
-    limit = machine.chip.memory_bytes
     console.print(
         f"{found.num_tried:,} candidates in {found.search_seconds:.2f} s "
         f"({found.num_tried / max(found.search_seconds, 1e-9):,.0f} a second): "
@@ -240,18 +234,9 @@ def _search(
         if quiet:
             print_json({"fits": False, "search": {**counts, "best": []}})
         raise typer.Exit(1)
-    peaks = compile_peak_memory_bytes(run, machine, found.best[:verify])
-    console.print(render_candidates_table(found, limit, peaks))
-    good = [i for i in (peaks or range(len(found.best))) if peaks.get(i, 0) <= limit]
-    if not good:
-        console.print("none of those compiled fits by the compiler's account")
-        raise typer.Exit(1)
-    winner = found.best[good[0]].apply(run)
+    console.print(render_candidates_table(found, machine.chip.memory_bytes))
+    winner = found.best[0].apply(run)
     text = format_run_yaml(winner, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
     console.print(text, markup=False)
-    best = [
-        {**asdict(own), "compiled": peaks[i] if peaks.get(i, inf) < inf else None}
-        for i, own in enumerate(found.best)
-    ]
-    return winner, {**counts, "best": best, "config": text}
+    return winner, {**counts, "best": [asdict(own) for own in found.best], "config": text}

@@ -21,7 +21,7 @@ from maxlm.launch.options import (
     split_pairs,
     supports_option,
 )
-from maxlm.launch.places import check_paths, find_placeholder_settings
+from maxlm.launch.places import check_paths
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_bytes
 from maxlm.run import RunConfig
@@ -116,13 +116,10 @@ def make_job(
         config = str(path.resolve())
         if in_container or scheduler != "slurm":  # the job does not see this machine's files
             config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
-    title = f"{run.name} on {on}: {machine.topology.description}"
-    if placeholders := find_placeholder_settings(run):
-        title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(
         scheduler=scheduler,
         name=name,
-        title=title,
+        title=f"{run.name} on {on}: {machine.topology.description}",
         hosts=hosts,
         config=config,
         settings=tuple(settings),

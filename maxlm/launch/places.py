@@ -11,22 +11,6 @@ from maxlm.run import RunConfig
 
 # What may be a bucket's.
 _URLS = ("store", "remote_folder")
-# In a job that is shown for a run without text: nobody's folder.
-PLACEHOLDER = "/path/to/"
-
-
-def make_placeholder_settings(run: RunConfig) -> list[str]:
-    """Return settings in place of the text that a run does not name; none where it names some."""
-    if run.data.sources:
-        return []
-    tokenizer = [] if run.tokenizer.path or run.train.start_from else ["tokenizer.path"]
-    found = [f"data.sources=[{{store: {PLACEHOLDER}tokens}}]"]
-    return found + [f"{key}={PLACEHOLDER}tokenizer" for key in tokenizer]
-
-
-def find_placeholder_settings(run: RunConfig) -> list[str]:
-    """Return the settings that hold placeholders."""
-    return [key for key, place in _places(run).items() if place.startswith(PLACEHOLDER)]
 
 
 def check_paths(
@@ -58,7 +42,7 @@ def check_paths(
         return
     for key, place in named.items():
         url = "://" in place and key.endswith(_URLS)
-        if not url and not place.startswith(PLACEHOLDER):
+        if not url:
             _check_place(key, place, scheduler, mounted if in_container else None)
 
 

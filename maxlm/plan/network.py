@@ -10,20 +10,17 @@ Algorithms are rings: (n − 1) / n of an array for an all-gather or a reduce-sc
 an all-reduce. An all-to-all on a ring of n sends its bytes n / 4 hops on average.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from math import log
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 
-from maxlm.plan.hardware import CHIPS, Chip
+from maxlm.plan.hardware import Chip
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, Number
 from maxlm.sharding import MESH_AXES
-from maxlm.sharding.links import BETWEEN_SLICES, arrange_devices
+from maxlm.sharding.links import BETWEEN_SLICES
 
 Phase = Literal["forward", "backward", "once"]
 PASSES: tuple[Phase, Phase] = ("forward", "backward")
@@ -141,32 +138,3 @@ class Network:
         link, network = chip.link_bandwidth, inner * chip.network_bandwidth
         rate = np.where(leaves, np.minimum(network, link), link)
         return sent_bytes(kind, ways, whole) / rate + latency
-
-
-def describe_torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Returns, for each mesh axis of several devices, the dimensions of a TPU's torus that
-    neighbours along it differ in, as ``x·y``; "" for one that only crosses slices. The layout is a
-    run's, on devices that are coordinates alone."""
-    sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
-    places = product(*map(range, (topology.slices, *reversed(sides), topology.devices_per_chip)))
-    devices = [
-        SimpleNamespace(
-            id=i,
-            platform="tpu",
-            device_kind=CHIPS[topology.kind].device_kinds[0],
-            coords=(x, y, z),
-            core_on_chip=core,
-            slice_index=part,
-            process_index=part,
-        )
-        for i, (part, z, y, x, core) in enumerate(places)
-    ]
-    grid = arrange_devices(sizes, devices)
-    coords = np.array([device.coords for device in grid.ravel()]).reshape(*grid.shape, 3)
-    found = {}
-    for dim, axis in enumerate(sizes):
-        if sizes[axis] > 1:
-            along = np.moveaxis(coords, dim, 0)
-            differs = (along != along[:1]).any(axis=tuple(range(along.ndim - 1)))
-            found[axis] = "·".join(np.array(["x", "y", "z"])[differs])
-    return found

@@ -15,7 +15,7 @@ from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
-from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimensions
+from maxlm.plan.network import Network, PlannedCollective
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
@@ -219,9 +219,6 @@ def plan_run(
     if links is None and machine:
         split = MeshPartitioning(config, sizes)
         links = {a: machine.link((a,), split) for a in MESH_AXES if sizes[a] > 1}
-        if platform == "tpu":  # with the dimensions of the torus
-            along = describe_torus_dimensions(machine.topology, sizes)
-            links = {a: f"{own} along {along[a]}" if along[a] else own for a, own in links.items()}
     layout = compute_run_layout(config, sizes, links)
     work, micro = RunWorkload.from_config(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)

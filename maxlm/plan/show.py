@@ -1,7 +1,6 @@
 """A plan as tables for a terminal, and as a page for a browser."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -261,21 +260,16 @@ def render_plan_vs_compiler_table(figures: Mapping[str, tuple[float | None, floa
     return make_table(title, ("what", *right), cells, right)
 
 
-def render_candidates_table(
-    result: SearchResult, memory_limit_bytes: float, compiled_peak_bytes: Mapping[int, float] = {}
-) -> Group:
-    """Renders a search's best layouts, with the compiler's peak in bytes of those that are
-    compiled, by their place; infinite: no room."""
+def render_candidates_table(result: SearchResult, memory_limit_bytes: float) -> Group:
+    """Renders a search's best layouts."""
     rows = []
-    for place, own in enumerate(result.best):
+    for own in result.best:
         mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
         residual = ", ".join(own.residual) or "whole"
-        peak = compiled_peak_bytes.get(place)
-        room = "" if peak is None else format_bytes(peak) if peak < inf else "no room"
         share = f"{own.memory / memory_limit_bytes:.0%}"
-        figures = (format_seconds(own.seconds), format_bytes(own.memory), share, room)
+        figures = (format_seconds(own.seconds), format_bytes(own.memory), share)
         rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
-    right = ("step", "memory", "of\nlimit", "by the\ncompiler" if compiled_peak_bytes else "")
+    right = ("step", "memory", "of\nlimit")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
     return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
 

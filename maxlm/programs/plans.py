@@ -1,11 +1,9 @@
-"""Plans and candidates of a search, verified by a compiler."""
+"""Plans verified by a compiler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 from maxlm.plan.predict import Machine, RunPlan
-from maxlm.plan.search import Candidate
 from maxlm.plan.show import format_bytes
 from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
@@ -22,20 +20,6 @@ class CompilerVerdict:
     """Seconds to compile; None: the compiler finds no room."""
     figures: Mapping[str, tuple[float | None, int]] = field(default_factory=dict)
     """Part of a device's memory → (planned, compiled), bytes; None: not planned on its own."""
-
-
-def compile_peak_memory_bytes(
-    run: RunConfig, machine: Machine, candidates: Sequence[Candidate]
-) -> dict[int, float]:
-    """Returns, by index, each candidate's peak memory in bytes as the machine's compiler lays it
-    out; infinite where it does not fit."""
-    peaks = {}
-    for i, own in enumerate(candidates):
-        try:
-            peaks[i] = float(compile_step(own.apply(run), machine.name).memory.peak_bytes)
-        except DoesNotFit:
-            peaks[i] = inf
-    return peaks
 
 
 def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> CompilerVerdict:

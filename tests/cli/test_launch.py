@@ -26,6 +26,8 @@ slurm $TPU
     slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or
 tpu-vm $TPU --on 2xv5p-64
     tpu-vm starts one slice, and 2xv5p-64 is 2; use jobset
+slurm llama2_7b folder=/data/runs --on h100x64
+    data.sources: no text to train on; name documents or a store there
 slurm $GPU --nodes 4
     --nodes 4: h100x64 is 8 hosts of 8; leave --nodes out, or name the shape of GPUs, as in
     h100:16x4
@@ -86,32 +88,6 @@ def test_what_does_not_fit_says_how_to_find_what_does(run, check_refused, tmp_pa
     fix = "find what does: maxlm plan llama2_7b --on h100x8 --search (or --force)"
     check_refused(tmp_path, job, f"llama2_7b: does not fit on h100x8: ...; {fix}")
     assert "--gpus-per-node=8" in run(*job, "--force").out
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["slurm", "llama2_7b", "--on", "h100x64"],
-        ["jobset", "llama2_7b", *IN_CLUSTER, "--on", "h100x64"],
-        ["skypilot", "my.yaml", *IN_CLUSTER, "--on", "h100x64"],
-        ["ray", "my.yaml", "--on", "h100x64"],
-        ["tpu-vm", "llama2_7b", "--on", "v5p-64"],
-    ],
-)
-def test_a_run_without_text_gets_a_job_with_placeholders(arguments, client, run):
-    """Paths put in their place make the job that these paths themselves make."""
-    Path("my.yaml").write_text("include: llama2_7b\n")
-    job = ["launch", *arguments, "folder=/data/runs"]
-    wanted = run(*job, *TEXT).out
-    _, out, err = run(*job)
-    mark = "; REPLACE THE PLACEHOLDERS in data.sources.0.store, tokenizer.path"
-    assert out.count(mark) == 1
-    assert out.replace(mark, "").replace("/path/to/", "/data/") == wanted
-    settings = ["data.sources=[{store: /path/to/tokens}]", "tokenizer.path=/path/to/tokenizer"]
-    warning = f"warning: the job has placeholders; set paths of your own: {shlex.join(settings)}\n"
-    assert err.startswith(warning)
-    code, _, err = run(*job, *settings, "--submit")
-    assert (code, "error: data.sources.0.store is a placeholder; name" in err) == (2, True)
 
 
 def test_a_template_of_ones_own(run, check_refused, tmp_path):
