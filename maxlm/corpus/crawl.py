@@ -8,7 +8,7 @@ import io
 import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,6 @@ SkipCallback = Callable[[str], None]
 
 _LINE_START = b"\nWARC/"
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-_STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|meta)\b", re.I)
 _SNIFF = 1024
@@ -141,18 +139,19 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
         raise _PassOver(kind)
     if record.content_length > max_bytes:
         raise _PassOver("too_large")
-    body = record.reader.read()
+    record.parse_http(quirks_mode=True)
+    http, length, body = record.http_headers, record.content_length, record.reader.read()
     # A Content-Length that is too large swallows the records that follow; a wrong one reads as 0.
-    if len(body) < (record.content_length or kind == "response") or b"\r\n\r\nWARC/" in body:
+    is_whole = len(body) >= length and b"\r\n\r\nWARC/" not in body
+    if not is_whole or (record.is_http and (http is None or http.status_code is None)):
         raise _Damaged("broken")
     content_type, codings = headers.get("Content-Type") or "", ()
-    if body.startswith(b"HTTP/"):
-        http, body = _parse_http(body)
-        content_type = http.get("content-type", "")
-        names = ("transfer-encoding", "content-encoding")
+    if record.is_http:
+        if http.status_code // 100 != 2:
+            raise _PassOver("status")
+        content_type = http.get("Content-Type", "")
+        names = ("Transfer-Encoding", "Content-Encoding")
         codings = [c for each in names for c in reversed(http.get(each, "").split(","))]
-    elif content_type.startswith("application/http"):
-        raise _PassOver("broken")
     media = content_type.partition(";")[0].strip().lower()
     is_text = media == "text/plain" and kind != "response"
     if media and media not in _HTML_TYPES and not is_text:
@@ -175,26 +174,6 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
         text=remove_control_characters(decode(body, meta.get("charset"))[0]) if is_text else None,
         meta=meta,
     )
-
-
-def _parse_http(message: bytes) -> tuple[Mapping[str, str], bytes]:
-    """The headers, by names in lower case, and the body of a successful response.
-
-    Raises:
-        _PassOver: another status; no HTTP.
-    """
-    end = _BLANK_LINE.search(message)
-    head, body = (message[: end.start()], message[end.end() :]) if end else (message, b"")
-    status = _STATUS.match(head)
-    if status is None:
-        raise _PassOver("broken")
-    if not status[1].startswith(b"2"):
-        raise _PassOver("status")
-    headers: dict[str, str] = {}
-    for line in head.decode("latin-1").splitlines()[1:]:
-        key, _, value = line.partition(":")
-        headers[key.strip().lower()] = value.strip()
-    return headers, body
 
 
 def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:

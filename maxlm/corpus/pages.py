@@ -3,30 +3,26 @@
 Runs C code on whatever the web holds; `maxlm.corpus.extraction` runs it at a safe distance.
 """
 
-import html
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Any
 
 from maxlm.corpus.encoding import count_control_bytes, decode, remove_control_characters
 
 _HEAD = 1 << 16  # Characters of a page in which its metadata are looked for.
 _TAG = re.compile(r"<[a-zA-Z!/?]")
-_TITLE = re.compile(r"<title\b[^>]{0,500}>([^<]*)", re.I)
-_META = re.compile(r"<meta\b[^>]{0,2000}>", re.I)
-_ATTRIBUTE = re.compile(r"""([\w:.-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""")
-_LANGUAGE = re.compile(r"""<html\b[^>]{0,2000}?\blang\s*=\s*["']?([a-zA-Z]{2,3}(?:-\w+)*)""", re.I)
-_CODE = re.compile(r"[a-zA-Z]{2,3}(?:-\w+)*")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-\w+)*")
 _PUBLISHED = re.compile(r'"datePublished"\s*:\s*"([^"]{8,40})"')
-_TIME = re.compile(r"""<time\b[^>]{0,500}?\bdatetime\s*=\s*["']?([^"'>]{8,40})""", re.I)
-_DAY = re.compile(r"((?:19|20)\d\d)[-/.]?([01]\d)[-/.]?([0-3]\d)(?!\d)")
-# Schema.org, Open Graph, Dublin Core, Google Scholar and the rest, best first.
-_DATE_NAMES = (
-    "article:published_time datepublished og:published_time citation_publication_date "
-    "dc.date.issued dcterms.issued dc.date.created dcterms.created dc.date dcterms.date pubdate "
-    "publishdate publish-date publish_date publication_date parsely-pub-date sailthru.date "
-    "article.published citation_date date"
+_DAY = re.compile(r"\s*((?:19|20)\d\d)[-/.]?([01]\d)[-/.]?([0-3]\d)(?!\d)")
+# Open Graph, schema.org, Google Scholar, Dublin Core and the rest, best first.
+_DATES = (
+    'meta[property="article:published_time"]',
+    'meta[itemprop="datePublished"]',
+    'meta[name="citation_publication_date" i]',
+    'meta[name^="dc.date" i], meta[name^="dcterms." i]',
+    'meta[name="pubdate" i], meta[name="publish-date" i], meta[name="date" i]',
+    "time[datetime]",
 )
 _TITLE_CHARACTERS = 500
 
@@ -83,15 +79,7 @@ def extract_page(
     depth = 0 if few else estimate_html_depth(raw)
     if depth > TOO_DEEP:
         return ExtractedPage("too_deep", encoding=encoding)
-    head = source[:_HEAD]
-    metas = dict(_metas(head.partition("</head>")[0]))
-    page = ExtractedPage(
-        "ok",
-        title=_title(head, metas),
-        date=_date(head, metas),
-        language_hint=_language(head, metas),
-        encoding=encoding,
-    )
+    page = ExtractedPage("ok", None, *_read_metadata(source[:_HEAD]), encoding)
     if use_trafilatura and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
         return replace(page, text=text, mode="trafilatura")
     if text := _resiliparse(source):
@@ -142,35 +130,28 @@ def estimate_html_depth(data: bytes) -> int:
     return deepest
 
 
-def _title(head: str, metas: dict[str, str]) -> str | None:
-    found = _TITLE.search(head)
-    text = html.unescape(found[1]) if found else metas.get("og:title", "")
-    return remove_control_characters(" ".join(text.split()))[:_TITLE_CHARACTERS] or None
+def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
+    """Reads the title, the date of publication and the declared language."""
+    from resiliparse.parse.html import HTMLTree
+
+    tree = HTMLTree.parse(head)
+    document: Any = tree.document
+    published = _PUBLISHED.search(head)
+    root = document.query_selector("html[lang]")
+    language = root.getattr("lang").lower() if root else ""
+    nodes = [node for each in _DATES for node in document.query_selector_all(each)]
+    days = [node.getattr("content") or node.getattr("datetime") or "" for node in nodes]
+    days += [published[1]] if published else []
+    title = remove_control_characters(" ".join((tree.title or "").split()))
+    return (
+        title[:_TITLE_CHARACTERS] or None,
+        next(filter(None, map(_parse_day, days)), None),
+        language if _LANGUAGE.fullmatch(language) else None,
+    )
 
 
-def _date(head: str, metas: dict[str, str]) -> str | None:
-    values = [metas[name] for name in _DATE_NAMES.split() if name in metas]
-    values += [found[1] for pattern in (_PUBLISHED, _TIME) if (found := pattern.search(head))]
-    for value in values:
-        if found := _DAY.match(value.strip()):
-            try:
-                return date(*map(int, found.groups())).isoformat()
-            except ValueError:
-                continue
-    return None
-
-
-def _language(head: str, metas: dict[str, str]) -> str | None:
-    found = _LANGUAGE.search(head)
-    code = found[1] if found else metas.get("content-language", "").strip()
-    return code.lower() if _CODE.fullmatch(code) else None
-
-
-def _metas(head: str) -> Iterator[tuple[str, str]]:
-    """(name in lower case, content) of meta tags, last first: in a dict the first wins."""
-    for tag in reversed(_META.findall(head)):
-        attributes = {k.lower(): v.strip("\"'") for k, v in _ATTRIBUTE.findall(tag)}
-        content = attributes.get("content")
-        for key in ("name", "property", "itemprop", "http-equiv"):
-            if content and (name := attributes.get(key)):
-                yield name.lower(), html.unescape(content)
+def _parse_day(text: str) -> str | None:
+    try:
+        return date(*map(int, found.groups())).isoformat() if (found := _DAY.match(text)) else None
+    except ValueError:
+        return None

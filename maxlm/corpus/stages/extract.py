@@ -37,7 +37,7 @@ class ExtractStage(PerDocumentStage):
     max_bytes: int = Field(default=1 << 23, gt=0)
     """Longer pages have no text. Trees take some hundred times as much memory."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     @property
     def input_columns(self) -> tuple[str, ...]:
