@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -62,17 +61,6 @@ class RunConfig(Config):
     faults: FaultToleranceConfig = FaultToleranceConfig()
     reporting: ReportingConfig = ReportingConfig()
     samples: FinalSamplesConfig = FinalSamplesConfig()
-
-    # Settings that had another name in earlier versions, by it.
-    renamed: ClassVar[Mapping[str, str]] = {"objective": "task"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_saved(cls, settings: Any) -> Any:
-        # A run's own config holds every setting; what a person writes is told of the new name.
-        if isinstance(settings, Mapping) and "chunk_tokens" in (settings.get("objective") or ()):
-            return {cls.renamed.get(key, key): value for key, value in settings.items()}
-        return settings
 
     @model_validator(mode="after")
     def _check_parts(self):

@@ -133,8 +133,6 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     leaf = str(last)
     siblings = _list_field_names(fault.parent_types)
     everywhere = list(iterate_schema_keys([cls]))
-    if not parents and leaf in (renamed := getattr(cls, "renamed", {})):
-        return f"did you mean {renamed[leaf]}?"
     if leaf == "include":
         return "`include` stands at the top of a file only"
     if "." in leaf and (*parents, *leaf.split(".")) in everywhere:

@@ -56,14 +56,10 @@ def check_same_inputs(
             what += f"began with, from {was.get('source', 'nowhere')}"
             fix = "put its parameters back, or train in another run folder"
             raise MaxlmError(what, where=error_location, fix=fix)
-    before = saved_metadata.get("stores", {})  # Older checkpoints lack it.
+    before = saved_metadata.get("stores", {})  # A converted model's has none.
     for source in config.data.sources:
         name, store = source.name, new_metadata["stores"][source.name]
-        # An older run, or store, has no hash of tokens.
-        if name not in before or all(
-            store[key] == value or None in (store[key], value)
-            for key, value in before[name].items()
-        ):
+        if store == before.get(name, store):
             continue
         was, became = (
             f"{each['documents']:,} documents, {each['tokens']:,} tokens"
@@ -107,7 +103,7 @@ def remove_changeable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_store(store: TokenStore) -> dict[str, Any]:
     """Returns what shows whether a store still holds the same documents."""
     counts = {"documents": store.num_documents, "tokens": store.num_tokens}
-    digest = store.manifest.tokens_sha256  # None: an older version made the store.
+    digest = store.manifest.tokens_sha256
     return counts | {"offsets_sha256": store.offsets_sha256, "tokens_sha256": digest}
 
 

@@ -68,12 +68,3 @@ def test_a_task_of_an_installed_package_is_found_by_its_kind(monkeypatch):
         load_config(RunConfig, "demo", ["task.kind=other", "task.betta=2"])
     with pytest.raises(MaxlmError, match=r"task\.kind must be one of .*, not 'unknown'"):
         load_config(RunConfig, "demo", ["task.kind=unknown"])
-
-
-def test_configs_of_runs_from_before_the_settings_new_name_are_read():
-    config = load_config(RunConfig, find_asset(T5)).value
-    saved = config.model_dump(mode="json")
-    saved["objective"] = saved.pop("task")
-    assert RunConfig.model_validate(saved) == config
-    with pytest.raises(MaxlmError, match=r"unknown key objective; did you mean task\?"):
-        load_config(RunConfig, "demo", ["objective.z_loss=1e-4"])

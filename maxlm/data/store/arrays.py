@@ -4,7 +4,7 @@ Tokens lie in shards of 16 Mi (one file each, so a trillion tokens is 60,000 fil
 chunks of 16 Ki that are compressed apart, so that a short random range costs one small read.
 LZ4, not zstd: 40% larger on disk, but it doubles the rate of short random reads. Chunks of offsets
 are a block of `Offsets`. Chunks and the shards' indices carry a CRC-32C, so a damaged one is an
-error; the chunks of stores that older versions built carry none.
+error.
 """
 
 from collections.abc import Sequence

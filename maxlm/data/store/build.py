@@ -18,10 +18,10 @@ from maxlm.data.store.manifest import (
     MANIFEST_NAME,
     Manifest,
     Split,
+    StoreSegment,
     append_manifest,
     describe_differences,
     is_already_appended,
-    make_segment,
     read_manifest,
     segment_path,
     write_manifest,
@@ -191,8 +191,11 @@ def _write_segment(
         if base is None:
             plan.tokenizer.save(store / "tokenizer")
         checksums_digest = write_checksums(store)
-    segment = make_segment(
-        manifest,
+    segment = StoreSegment(
+        num_tokens=manifest.num_tokens,
+        num_documents=manifest.num_documents,
+        num_sources=len(manifest.sources),
+        selection=manifest.selection,
         offsets_sha256=offsets_digest,
         tokens_sha256=tokens_digest,
         checksums_sha256=checksums_digest,

@@ -25,8 +25,7 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
     """Returns (name, what is wrong) of files that are not as they were written.
 
     Args:
-        digest: the SHA-256 of the list of checksums; None: an older version wrote the store, and
-            kept no list at all, or none of its digest.
+        digest: the SHA-256 of the list of checksums; None: it is not known.
     """
 
     def find_fault(digest: str, name: str) -> str | None:

@@ -35,7 +35,7 @@ class SourceEntry(Config):
     num_left_out: int = 0
     """Documents that were empty."""
     num_dropped: int = 0
-    """Documents of a corpus that its rules dropped (an older version counts them above)."""
+    """Documents of a corpus that its rules dropped."""
 
 
 class StoreSegment(Config):
@@ -45,13 +45,13 @@ class StoreSegment(Config):
     num_documents: int
     num_sources: int
     """Number of the manifest's sources that are its; they follow those of the segments before."""
-    offsets_sha256: str | None = None
-    """SHA-256 of its offsets, as little-endian int64; null: an older version wrote it."""
-    tokens_sha256: str | None = None
+    offsets_sha256: str
+    """SHA-256 of its offsets, as little-endian int64."""
+    tokens_sha256: str
     """SHA-256 of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as
-    little-endian numbers of their dtype; null: an older version wrote it."""
-    checksums_sha256: str | None = None
-    """SHA-256 of its list of checksums; null: an older version wrote it."""
+    little-endian numbers of their dtype."""
+    checksums_sha256: str
+    """SHA-256 of its list of checksums."""
     selection: str | None = None
     """The rules by which its documents were taken from corpora."""
 
@@ -87,15 +87,15 @@ class Manifest(Config):
     """Segments, in the order of their documents."""
 
     @property
-    def offsets_sha256(self) -> str | None:
-        """A hash of all offsets; None if an older version wrote some."""
-        digests = [segment.offsets_sha256 or "" for segment in self.segments]
-        return digests[0] or None if len(digests) == 1 else _hash_digests(digests)
+    def offsets_sha256(self) -> str:
+        """A hash of all offsets."""
+        digests = [segment.offsets_sha256 for segment in self.segments]
+        return digests[0] if len(digests) == 1 else _hash_digests(digests)
 
     @property
-    def tokens_sha256(self) -> str | None:
-        """A hash of the tokens of all segments; None if an older version wrote one of them."""
-        return _hash_digests([segment.tokens_sha256 or "" for segment in self.segments])
+    def tokens_sha256(self) -> str:
+        """A hash of the tokens of all segments."""
+        return _hash_digests([segment.tokens_sha256 for segment in self.segments])
 
     def take_segments(self, num_segments: int) -> "Manifest":
         """Returns the manifest as of so many segments (but for `num_binary_files`)."""
@@ -119,17 +119,6 @@ class Manifest(Config):
         )
 
 
-def make_segment(manifest: Manifest, **digests: str) -> StoreSegment:
-    """Returns the one segment of a manifest that has none yet."""
-    return StoreSegment(
-        num_tokens=manifest.num_tokens,
-        num_documents=manifest.num_documents,
-        num_sources=len(manifest.sources),
-        selection=manifest.selection,
-        **digests,
-    )
-
-
 def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
     selection = _together((existing.selection, new.selection))
@@ -140,8 +129,8 @@ def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     )
 
 
-def _hash_digests(digests: Sequence[str]) -> str | None:
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if all(digests) else None
+def _hash_digests(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _together(selections: Iterable[str | None]) -> str | None:
@@ -181,8 +170,6 @@ def read_manifest(folder: Place) -> Manifest:
     if manifest.format_version != FORMAT_VERSION:
         what = f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
         raise MaxlmError(what, where=str(path), fix=rebuild)
-    if not manifest.segments:  # An older version wrote it.
-        manifest = manifest.model_copy(update={"segments": (make_segment(manifest),)})
     return manifest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -90,10 +89,10 @@ class TokenStore:
             return Offsets(self._offset_ranges, self.num_documents + 1)
         return self._wait(self._offsets.read(), "offsets")
 
-    @cached_property
+    @property
     def offsets_sha256(self) -> str:
-        """A hash of the offsets; quick unless a maxlm wrote the store that kept none."""
-        return self.manifest.offsets_sha256 or self._hash(self._offsets)
+        """A hash of the offsets."""
+        return self.manifest.offsets_sha256
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start].
@@ -129,8 +128,7 @@ class TokenStore:
     def verify(self) -> None:
         """Check every file against its checksum, then that offsets rise and all tokens are ids.
 
-        The manifest was checked when the store was opened. Of files of an older version, which
-        wrote no checksums or none of their list, what is listed is checked.
+        The manifest was checked when the store was opened.
         """
         for folder, segment in zip(self._folders, self.manifest.segments, strict=True):
             for name, fault in find_damaged_files(folder, segment.checksums_sha256):
@@ -179,14 +177,6 @@ class TokenStore:
             fix = get_read_failure_fix(self.place, _REBUILD)
             raise MaxlmError(what, where=where, fix=fix) from error
         return copy
-
-    def _hash(self, offsets) -> str:
-        """SHA-256, in hex, of an array of offsets as little-endian int64."""
-        digest, size = hashlib.sha256(), offsets.shape[0]
-        for first in range(0, size, _VERIFY_DOCUMENTS):
-            part = offsets[first : min(first + _VERIFY_DOCUMENTS, size)].read()
-            digest.update(np.ascontiguousarray(self._wait(part, "offsets")).data)
-        return digest.hexdigest()
 
     def _offset_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         futures = [self._offsets[start:stop].read() for start, stop in ranges]

@@ -68,19 +68,6 @@ def test_readers_of_before_go_on(tmp_path, sources, byte_tokenizer, folder_bytes
         TokenStore.open(out, segments=3)
 
 
-def test_the_store_of_an_older_version_can_be_appended_to(appended, sources):
-    """Without segments and checksums in it."""
-    path = appended / "manifest.json"
-    first = TokenStore.open(appended, segments=1)
-    values = first.manifest.model_dump(mode="json")
-    path.write_text(json.dumps({k: v for k, v in values.items() if k != "segments"}))
-    (appended / "checksums.sha256").unlink()
-    assert TokenStore.open(appended).offsets_sha256 == first.offsets_sha256
-    segments = append_store(sources[1], appended, workers=1).segments
-    assert [segment.num_documents for segment in segments] == [40, 40]
-    TokenStore.open(appended).verify()
-
-
 def test_appending_again_does_nothing_and_doubles_are_refused(
     tmp_path, sources, appended, folder_bytes
 ):
