@@ -95,7 +95,7 @@ class _ChatAnswer(Answer):
     def __init__(
         self, state: ServerState, body: ChatBody, prompt: tuple[int, ...], plan: _ToolPlan
     ):
-        super().__init__(state, body, [prompt], body.n)
+        super().__init__(state, body, [prompt])
         self._body, self._plan = body, plan
         self._parsers: dict[int, ToolCallParser] = {}
 

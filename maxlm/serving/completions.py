@@ -31,17 +31,15 @@ class _Completions(Answer):
         prompts: list[tuple[int, ...]],
         texts: list[str],
     ):
-        super().__init__(state, body, prompts, body.best_of or body.n)
+        super().__init__(state, body, prompts)
         self._body, self._texts = body, texts
         self._num_chars: dict[int, int] = {}  # that were described before, by sequence
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
         body, most = self._body, self.state.resolve_max_tokens(len(prompt), self._body.max_tokens)
-        ranks = self.num_sequences > body.n
         return replace(
             body.make_request(request_id, prompt, most, self.state.tokenizer.vocab_size),
-            num_sequences=self.num_sequences,
-            top_logprobs=0 if ranks and body.logprobs is None else body.logprobs,
+            top_logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
 
@@ -49,7 +47,7 @@ class _Completions(Answer):
         text, entries, described = output.text, output.logprobs, None
         if self._body.max_tokens == 0:  # the engine makes one at least
             text, entries, self.completion_tokens = "", [], 0
-        prompt_index = index // self.num_sequences
+        prompt_index = index // self._body.n
         if self._body.echo and index not in self._num_chars:
             text = self._texts[prompt_index] + text
             first = TokenLogprob(self.prompts[prompt_index][0], math.nan)  # nothing before it
@@ -61,31 +59,12 @@ class _Completions(Answer):
         reason = output.finish_reason
         return {"index": index, "text": text, "logprobs": described, "finish_reason": reason}
 
-    def choose(self, outputs: dict[int, SequenceOutput]) -> list[int]:
-        """Returns the ``n`` likeliest sequences of each prompt."""
-
-        def compute_mean_logprob(index: int) -> float:
-            values = [entry.logprob for entry in outputs[index].logprobs]
-            return sum(values) / max(len(values), 1)
-
-        if self.num_sequences == self._body.n:
-            return sorted(outputs)
-        chosen = []
-        for start in range(0, len(outputs), self.num_sequences):
-            own = range(start, start + self.num_sequences)
-            chosen += sorted(own, key=compute_mean_logprob, reverse=True)[: self._body.n]
-        return chosen
-
 
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/completions."""
     body = await state.read_body(request, CompletionBody)
-    num_sequences, given = body.best_of or body.n, list_prompts(body.prompt)
-    if num_sequences < body.n:
-        raise ApiError(400, "best_of is below n", param="best_of")
-    if body.stream and num_sequences > body.n:
-        raise ApiError(400, "best_of above n cannot be streamed", param="best_of")
-    if len(given) * num_sequences > MAX_PROMPTS:
+    given = list_prompts(body.prompt)
+    if len(given) * body.n > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
     prompts = await state.encode_prompts(given)
     decode = state.tokenizer.decode

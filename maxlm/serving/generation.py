@@ -28,8 +28,7 @@ class Answer(ABC):
     """An answer to a body, made of the outputs of its requests.
 
     Args:
-        prompts: one request is made for each.
-        num_sequences: of each prompt; those of prompt 0 come first.
+        prompts: one request is made for each; the ``n`` sequences of prompt 0 come first.
     """
 
     id_prefix: ClassVar[str]
@@ -41,9 +40,8 @@ class Answer(ABC):
         state: ServerState,
         body: GenerationBody,
         prompts: Sequence[tuple[int, ...]],
-        num_sequences: int,
     ):
-        self.state, self.prompts, self.num_sequences = state, prompts, num_sequences
+        self.state, self.prompts, self._num_sequences = state, prompts, body.n
         self._is_stream, self._include_usage = body.stream, body.stream_options.include_usage
         self.completion_tokens = 0
         self._cached_tokens: dict[str, int] = {}
@@ -58,10 +56,6 @@ class Answer(ABC):
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
         """Returns a choice of an answer, or of an event: what an output adds to sequence ``index``,
         in the API's form."""
-
-    def choose(self, outputs: dict[int, SequenceOutput]) -> list[int]:
-        """Returns which sequences are answered with."""
-        return sorted(outputs)
 
     async def respond(self, request: Request) -> Response:
         """Returns the answer to a client that has sent its body."""
@@ -88,8 +82,7 @@ class Answer(ABC):
                 own.text += output.text
                 own.logprobs += output.logprobs
                 own.finish_reason = output.finish_reason
-        choices = [self.describe(index, whole[index]) for index in self.choose(whole)]
-        choices = [{**choice, "index": place} for place, choice in enumerate(choices)]
+        choices = [self.describe(index, whole[index]) for index in sorted(whole)]
         return self._about | {"choices": choices, "usage": self._describe_usage()}
 
     async def _read(self, stream: RequestStream) -> AsyncIterator[tuple[int, SequenceOutput]]:
@@ -98,7 +91,7 @@ class Answer(ABC):
             cached = self._cached_tokens.get(output.request_id, 0)
             self._cached_tokens[output.request_id] = max(output.num_cached_tokens, cached)
             prompt_index = int(output.request_id.rpartition("-")[2])
-            yield prompt_index * self.num_sequences + output.sequence_index, output
+            yield prompt_index * self._num_sequences + output.sequence_index, output
 
     def _describe_usage(self) -> dict[str, Any]:
         prompt_tokens = sum(map(len, self.prompts))

@@ -154,7 +154,6 @@ class CompletionBody(GenerationBody):
     max_tokens: int = Field(default=16, ge=0)
     echo: bool = False
     logprobs: TopLogprobs | None = None
-    best_of: int | None = Field(default=None, ge=1, le=128)
 
 
 class ToolFunction(ApiModel):

@@ -78,7 +78,6 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
     ("path", "change", "param"),
     [
         ("completions", {"stream": 5}, "stream"),
-        ("completions", {"best_of": 1, "n": 2}, "best_of"),
         ("completions", {"prompt": "x" * 3000}, "max_tokens"),
         ("completions", {"max_tokens": 5000}, "max_tokens"),
         ("completions", {"prompt": [5, 280]}, "prompt"),

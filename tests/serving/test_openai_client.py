@@ -141,11 +141,11 @@ def test_echo_and_logprobs_as_harnesses_read_them(start_server):
     assert "".join(e["choices"][0]["text"] for e in events) == "é thebc"
 
 
-def test_best_of_gives_as_many_as_asked_for(start_server):
+def test_each_prompt_gets_n_choices(start_server):
     server = start_server()
-    found = server.client.completions.create(model="fake", prompt=["x", "y"], best_of=3, n=2)
+    found = server.client.completions.create(model="fake", prompt=["x", "y"], n=2)
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    assert [request.num_sequences for request in server.engine.requests] == [3, 3]
+    assert [request.num_sequences for request in server.engine.requests] == [2, 2]
 
 
 def test_json_schemas_reach_the_grammar(start_server):
