@@ -119,15 +119,8 @@ class GrammarMatcher:
             return False
         if token not in self._stop_ids:
             return self._matcher.try_consume_tokens([token]) == 1
-        # llguidance counts some of these for its rollback, and others not.
         self._has_ended = self._matcher.is_accepting()
         return self._has_ended
-
-    def rollback(self, num_tokens: int) -> None:
-        """Take back the last tokens that were accepted; an ``error`` stays."""
-        if num_tokens:
-            self._matcher.rollback(num_tokens - self._has_ended)
-            self._has_ended = False
 
     def copy(self) -> "GrammarMatcher":
         """Return a matcher at the same place that goes on by itself."""

@@ -1,8 +1,7 @@
 """Requests to the engine, and what it answers with."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from maxlm.inference.sampling import SamplingConfig
 
@@ -47,8 +46,6 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     """Log-probabilities of each token of the prompt but the first, likewise; with
     ``continuations`` of their tokens alone."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """For whoever reads the answers; the engine does not look at them."""
 
 
 class TokenLogprob(NamedTuple):

@@ -16,16 +16,20 @@ from maxlm.models.families.names import (
 from maxlm.models.families.reader import ConfigReader
 
 H = "transformer.h.{layer}"
-TABLE = {
+# Of Falcon too.
+COMMON = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
-    **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
-    **map_norm(f"{H}.input_layernorm", "attention_norm"),
     f"{H}.self_attention.query_key_value.weight": interleave_by_kv_head(*QKV_KERNELS),
     f"{H}.self_attention.query_key_value.bias": interleave_by_kv_head(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
-    **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
     **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),
     **map_norm("transformer.ln_f", "final_norm"),
+}
+TABLE = {
+    **COMMON,
+    **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
+    **map_norm(f"{H}.input_layernorm", "attention_norm"),
+    **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
 }
 
 

@@ -3,39 +3,22 @@ kv heads. The 1B models with ALiBi scale and round their slopes in a way of thei
 
 from typing import Any
 
-from maxlm.models.families import fields
+from maxlm.models.families import bloom, fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.names import (
-    QKV_BIASES,
-    QKV_KERNELS,
-    NameTable,
-    copy,
-    interleave_by_kv_head,
-    linear,
-    map_linear,
-    map_linears,
-    map_norm,
-)
+from maxlm.models.families.names import NameTable, linear, map_norm
 from maxlm.models.families.reader import ConfigReader
-
-H = "transformer.h.{layer}"
-TABLE = {
-    "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
-    f"{H}.self_attention.query_key_value.weight": interleave_by_kv_head(*QKV_KERNELS),
-    f"{H}.self_attention.query_key_value.bias": interleave_by_kv_head(*QKV_BIASES),
-    **map_linear(f"{H}.self_attention.dense", "attention.out"),
-    **map_linears(f"{H}.mlp", "mlp", dense_h_to_4h="up", dense_4h_to_h="down"),
-    **map_norm("transformer.ln_f", "final_norm"),
-    "lm_head.weight": linear("head.kernel"),
-}
 
 
 def _table(config: Any) -> NameTable:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     if config.placement == "parallel":
         attention, mlp = "ln_attn", "ln_mlp"
-    norms = map_norm(f"{H}.{attention}", "attention_norm"), map_norm(f"{H}.{mlp}", "mlp_norm")
-    return {**TABLE, **norms[0], **norms[1]}
+    return {
+        **bloom.COMMON,
+        **map_norm(f"{bloom.H}.{attention}", "attention_norm"),
+        **map_norm(f"{bloom.H}.{mlp}", "mlp_norm"),
+        "lm_head.weight": linear("head.kernel"),
+    }
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
