@@ -1,18 +1,15 @@
-"""Reports a run's numbers to TensorBoard, Weights & Biases and Prometheus, beside its own files.
+"""Reports a run's numbers to TensorBoard and Weights & Biases, beside its own files.
 
 A sink is made for one attempt of a run, by process 0.
 """
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
-
-from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.runtime.files import convert_write_errors
@@ -37,24 +34,14 @@ class ReportingConfig(Config):
     """Write TensorBoard events to FOLDER/NAME/tensorboard; false: do not."""
     wandb: WandbConfig | None = None
     """Report to Weights & Biases too; null: do not."""
-    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
-    """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
-    prometheus_address: str = Field(default="127.0.0.1", min_length=1)
-    """Address or host name to answer at. The default answers the host itself alone; 0.0.0.0 (or ::
-    for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
     def check_packages(self) -> None:
-        """Checks that the packages for it are here; raises MaxlmError if one is missing."""
-        needed = {
-            "wandb": self.wandb is not None and self.wandb.mode != "disabled",
-            "prometheus_client": self.prometheus_port is not None,
-        }
-        for package, wanted in needed.items():
-            # A folder of that name, such as wandb makes beside a script, has no origin.
-            if wanted and getattr(find_spec(package), "origin", None) is None:
-                setting = f"reporting.{package.replace('_client', '_port')}"
-                fix = "pip install 'maxlm[reporting]', or leave the setting out"
-                raise MaxlmError(f"the package {package} is not installed", where=setting, fix=fix)
+        """Checks that the package for it is here; raises MaxlmError if it is missing."""
+        wanted = self.wandb is not None and self.wandb.mode != "disabled"
+        # A folder of that name, such as wandb makes beside a script, has no origin.
+        if wanted and getattr(find_spec("wandb"), "origin", None) is None:
+            what, fix = "the package wandb is not installed", "pip install 'maxlm[reporting]'"
+            raise MaxlmError(what, where="reporting.wandb", fix=f"{fix}, or leave the setting out")
 
 
 class Sink:
@@ -81,8 +68,6 @@ def open_sinks(config: ReportingConfig, folder: Path, resume_step: int) -> Itera
         resume_step: what TensorBoard has of later steps is withdrawn; 0: a new run.
     """
     config.check_packages()
-    if config.prometheus_port is not None:
-        yield PrometheusSink(config.prometheus_address, config.prometheus_port)
     if config.tensorboard:
         yield TensorBoardSink(folder / "tensorboard", resume_step)
     if config.wandb is not None and config.wandb.mode != "disabled":
@@ -165,45 +150,3 @@ class WandbSink(Sink):
 
     def close(self) -> None:
         self._run.finish()
-
-
-class PrometheusSink(Sink):
-    """An HTTP endpoint with the newest value of every number: ``maxlm_step``, ``maxlm_loss``, ...;
-    ``maxlm_last_step_timestamp`` (unix seconds), ``maxlm_time_seconds_total{spent=...}`` of this
-    attempt (as ``progress`` events count it) and ``maxlm_events_total{event=...}``."""
-
-    def __init__(self, address: str, port: int):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-
-        self._registry, self._gauges = CollectorRegistry(), {}
-        self._gauge, self._spent = Gauge, dict[str, float]()
-        about = {"registry": self._registry, "namespace": "maxlm"}
-        self._seconds = Counter("time_seconds", "Of this attempt, by use", ["spent"], **about)
-        self._events = Counter("events", "What happened in this attempt", ["event"], **about)
-        try:
-            self._server, self._thread = start_http_server(port, address, self._registry)
-        except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
-            what = f"cannot listen on {address} port {port}: {error}"
-            fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
-            raise MaxlmError(what, where="reporting.prometheus_port", fix=fix) from error
-
-    def log(self, step: int, values: Numbers) -> None:
-        for name, value in {**values, "step": step, "last_step_timestamp": time.time()}.items():
-            name = "maxlm_" + re.sub(r"\W", "_", name, flags=re.ASCII)
-            if name not in self._gauges:
-                self._gauges[name] = self._gauge(name, "Its newest value", registry=self._registry)
-            self._gauges[name].set(value)
-
-    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
-        self._events.labels(kind).inc()
-        if kind == "rollback":  # ``progress`` counts anew from here.
-            self._spent = {}
-        if kind == "progress":
-            for spent, seconds in details.items():
-                self._seconds.labels(spent).inc(seconds - self._spent.get(spent, 0.0))
-            self._spent = dict(details)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

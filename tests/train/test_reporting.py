@@ -1,11 +1,8 @@
-"""What is read back from TensorBoard's files and a scraped endpoint, and what W&B is told."""
+"""What is read back from TensorBoard's files, and what W&B is told."""
 
-import math
 import struct
 import sys
-import time
 from types import SimpleNamespace
-from urllib.request import urlopen
 
 import pytest
 
@@ -14,7 +11,6 @@ from maxlm.train import reporting as reporting_module
 from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.reporting import ReportingConfig, WandbConfig
 from tests.errors import message
-from tests.ports import free_port
 from tests.train.test_metrics import files_at_most
 
 
@@ -70,58 +66,6 @@ def test_full_disk_is_an_error_of_tensorboard_not_a_wait(tmp_path):
             log.log(2, {"loss": 1.0})
 
 
-def scrape(port, host="127.0.0.1"):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    kinds = {family.name: family.type for family in families}
-    samples = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in families
-        for sample in family.samples
-    }
-    return kinds, samples
-
-
-def test_scrape_has_the_newest_numbers(tmp_path):
-    pytest.importorskip("prometheus_client", reason="pip install 'maxlm[reporting]'")
-    port = free_port()
-    config = ReportingConfig(tensorboard=False, prometheus_port=port)
-    with MetricsLog(tmp_path, reporting=config) as log:
-        log.log(1, {"loss": 9.0})
-        log.log(2, {"loss": float("nan"), "tokens_per_second": 1200.5, "mfu": 0.4})
-        log.log(2, {"eval_bits_per_byte/text": 1.25})
-        log.event("progress", 1, stepping=3.0, loading=0.5, saving=0.0)
-        log.event("progress", 2, stepping=7.5, loading=0.5, saving=2.0, evaluating=1.0)
-        log.event("rollback", 1, from_step=2, reason="loss", batches=[1, 2])
-        log.event("progress", 2, stepping=1.5)
-        kinds, samples = scrape(port)
-        assert kinds["maxlm_mfu"] == "gauge"
-        assert kinds["maxlm_time_seconds"] == "counter"
-        assert math.isnan(samples["maxlm_loss",])
-        assert samples["maxlm_step",] == 2
-        assert samples["maxlm_tokens_per_second",] == 1200.5
-        assert samples["maxlm_eval_bits_per_byte_text",] == 1.25
-        assert abs(samples["maxlm_last_step_timestamp",] - time.time()) < 60
-        spent = {k[1]: v for k, v in samples.items() if k[0] == "maxlm_time_seconds_total"}
-        assert spent == {"stepping": 9.0, "loading": 0.5, "saving": 2.0, "evaluating": 1.0}
-        assert samples["maxlm_events_total", "progress"] == 3
-        with pytest.raises(OSError, match="refused"):
-            scrape(port, "127.0.0.2")
-        # A port that is taken ends the second run before it begins; the first goes on.
-        with pytest.raises(MaxlmError, match=f"prometheus_port: .* 127.0.0.1 port {port}: .*Addr"):
-            MetricsLog(tmp_path / "other", reporting=config)
-        assert scrape(port)[1]["maxlm_step",] == 2
-    everywhere = config.model_copy(update={"prometheus_address": "0.0.0.0"})
-    with MetricsLog(tmp_path, resume_step=3, reporting=everywhere):  # the port is free again
-        assert ("maxlm_step",) not in scrape(port, "127.0.0.2")[1]
-    for address in ("node.invalid", "a..b", "192.0.2.1"):
-        nowhere = config.model_copy(update={"prometheus_address": address})
-        with pytest.raises(MaxlmError, match=r"^reporting\.prometheus_port: cannot listen on "):
-            MetricsLog(tmp_path, reporting=nowhere)
-
-
 def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, monkeypatch):
     started, told = [], []
 
@@ -161,15 +105,11 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, mo
 
 
 def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeypatch):
-    for settings, where in (
-        ({"wandb": {}}, "reporting.wandb: the package wandb"),
-        ({"prometheus_port": 9000}, "reporting.prometheus_port: the package prometheus_client"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(reporting_module, "find_spec", lambda name: None)
-            text = message(ReportingConfig(**settings).check_packages)
-        assert text.startswith(where)
-        assert "pip install 'maxlm[reporting]'" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting_module, "find_spec", lambda name: None)
+        text = message(ReportingConfig(wandb=WandbConfig()).check_packages)
+    assert text.startswith("reporting.wandb: the package wandb")
+    assert "pip install 'maxlm[reporting]'" in text
     ReportingConfig(wandb=WandbConfig(mode="disabled")).check_packages()
     # A folder that wandb has made beside a script is no package.
     (tmp_path / "wandb").mkdir()
