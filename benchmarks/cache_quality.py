@@ -7,7 +7,7 @@ The texts are prompts whose log-probabilities the engine tells (teacher forcing)
 through the cache. Evicting caches have room for half of a text; ``recent`` keeps its last tokens
 alone. Bytes are of a token in one layer, scales included, over those of bf16.
 
-RUN: a run's folder, for instance SmolLM2-135M as `maxlm convert` writes it. On that model int8
+RUN: a run or a Hugging Face folder, for instance SmolLM2-135M. On that model int8
 should be at most 1.005, int4 at most 1.05, and h2o at most 1.10 and below ``recent``.
 """
 
@@ -23,7 +23,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.caches import CacheLayout, has_unit
-from maxlm.programs.load import LoadedRun, load_run
+from maxlm.programs.load import LoadedRun, load_model
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "docs/architecture.md", ROOT / "LICENSE"]
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
-    run = load_run(args.run)
+    run = load_model(args.run)
     prompts = [run.tokenizer.encode(path.read_text())[: args.tokens] for path in args.texts]
     base, base_bytes = None, None
     print(f"{'cache':8}{'bytes':>8}", *(f"{path.name:>20}" for path in args.texts), flush=True)
