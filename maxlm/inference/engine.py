@@ -249,7 +249,7 @@ class Engine:
             yield from self.step()
 
     def warm_up(self) -> None:
-        """Compiles every program that steps may need; none is compiled later."""
+        """Compiles every program that steps may need, but for encoders; none is compiled later."""
         empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
         with jax.set_mesh(self.mesh):
             for shape in self._inputs.list_shapes():
