@@ -9,7 +9,12 @@ import numpy as np
 from scipy import stats
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.results import EvalDoc, EvaluationResult, choose_main_metric
+from maxlm.evaluation.results import (
+    EvalDoc,
+    EvaluationResult,
+    choose_main_metric,
+    is_perplexity,
+)
 
 
 class TaskComparison(NamedTuple):
@@ -86,7 +91,7 @@ def compare_samples(
     if changed := sum(first[key].prompt_hash != second[key].prompt_hash for key in keys):
         notes.append(f"warning: {task}: {changed:,} prompts differ: other examples?")
     figures = float(a.mean()), float(b.mean())
-    if _is_perplexity(metric):
+    if is_perplexity(metric):
         figures = exp(figures[0]), exp(figures[1])
         low, high = figures[0] * expm1(low), figures[0] * expm1(high)
     verdict = "rises" if (figures[1] > figures[0]) == higher_is_better else "falls"
@@ -107,10 +112,6 @@ def _split_figure(metric: str, values: Sequence[tuple[float, float]]) -> np.ndar
     (sums, weights), name = np.asarray(values).T, metric.split(" ")[0]
     mean = sums.sum() / weights.sum()
     shares = (sums - mean * weights) / weights.mean()
-    if _is_perplexity(metric):
+    if is_perplexity(metric):
         return -(mean + shares)
     return -(mean + shares) / log(2) if name == "bits_per_byte" else sums
-
-
-def _is_perplexity(metric: str) -> bool:
-    return metric.split(" ")[0].endswith("perplexity")

@@ -5,7 +5,7 @@ import json
 import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ def _parse_results(path: Path, data: dict[str, Any]) -> EvaluationResult:
             files = {leaf: path.with_name(f"samples_{leaf}_{stamp}.jsonl") for leaf in leaves}
             tasks[name] = TaskResult({}, files)
         better = (data.get("higher_is_better", {}).get(name) or {}).get(metric.split(" ")[0])
-        own = *_compute_interval(value, stderr, n), n, data.get("n-shot", {}).get(name)
+        own = *_compute_interval(metric, value, stderr, n), n, data.get("n-shot", {}).get(name)
         tasks[name].metrics[metric] = MetricResult(value, *own, better is not False)
     costs = {key: ours.get(key) for key in ("seconds", "prompt_tokens", "generated_tokens")}
     costs["seconds"] = float(costs["seconds"] or data.get("total_evaluation_time_seconds") or 0)
@@ -136,7 +136,14 @@ def _parse_results(path: Path, data: dict[str, Any]) -> EvaluationResult:
     return EvaluationResult(path, str(model), ours.get("step"), tasks, units, costs)
 
 
-def _compute_interval(value: float, stderr: float | None, n: int) -> tuple[Any, Any, Any]:
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric, with its filter or without, is the exponential of a mean."""
+    return metric.split(" ")[0].endswith("perplexity")
+
+
+def _compute_interval(
+    metric: str, value: float, stderr: float | None, n: int
+) -> tuple[Any, Any, Any]:
     from scipy import stats
 
     if stderr is None:
@@ -145,6 +152,9 @@ def _compute_interval(value: float, stderr: float | None, n: int) -> tuple[Any, 
     if n and abs(stderr**2 * (n - 1) - value * (1 - value)) < 1e-9:
         interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high), "Wilson"
+    if is_perplexity(metric):  # normal is its logarithm
+        factor = exp(1.96 * stderr / value)
+        return value / factor, value * factor, "normal"
     return value - 1.96 * stderr, value + 1.96 * stderr, "normal"
 
 

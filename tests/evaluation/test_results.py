@@ -1,7 +1,9 @@
 """Evaluation folders are read as they were written, and what is damaged is named."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
@@ -16,15 +18,20 @@ def test_figures_and_samples_are_read(tmp_path):
     data = json.loads(path.read_text())
     # Figures that are no numbers are left out.
     data["results"]["arc"] |= {"f1,none": float("nan"), "acc_norm_stderr,none": "N/A", "x,none": ""}
+    data["results"]["arc"] |= {"perplexity,none": 58.0, "perplexity_stderr,none": 33.0}
     path.write_text(json.dumps(data))
     (own,) = find_evaluations(tmp_path)
     assert (own.model, own.step, own.units) == ("tiny", 7, ["arc"])
     assert own.costs == {"seconds": 12.5, "prompt_tokens": 99, "generated_tokens": None}
     task = own.tasks["arc"]
-    assert [*task.metrics] == ["acc", "acc_norm"]
+    assert [*task.metrics] == ["acc", "acc_norm", "perplexity"]
     acc = task.metrics["acc"]
     assert (acc.value, acc.n, acc.shots) == (pytest.approx(2 / 3), 3, 5)
     assert task.metrics["acc_norm"].interval is None
+    # Of the logarithm, whose standard error is 33 / 58.
+    ends = math.log(58) + np.array([-1.96, 1.96]) * 33 / 58
+    perplexity = task.metrics["perplexity"]
+    assert [perplexity.low, perplexity.high] == pytest.approx(np.exp(ends))
     assert [sample.values["acc"] for sample in task.read_samples()] == [(1, 1), (0, 1), (1, 1)]
 
 
