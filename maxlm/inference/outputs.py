@@ -112,7 +112,8 @@ class OutputBuilder:
             if stop is not None:
                 taken.finish_reason, taken.stop_match = "stop", stop
         taken.text = "".join(text)
-        self.num_generated_tokens += len(taken.token_ids)
+        if not request.continuations:  # their tokens are given
+            self.num_generated_tokens += len(taken.token_ids)
         return taken
 
     def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:

@@ -99,7 +99,9 @@ def test_outputs_that_are_given_are_scored(both):
     config = EngineConfig(max_sequences=2, max_length=16, page_size=4)
     tails = [[7, 9, 3, 1, 2], [8], [7, 2]]
     pairs = [(prompt, tail) for prompt in PROMPTS for tail in tails]
-    scores = Scorer(Engine(model, params, config)).score(pairs)
+    engine = Engine(model, params, config)
+    scores = Scorer(engine).score(pairs)
+    assert engine.stats().generated_tokens_total == 0
     for (prompt, tail), score in zip(pairs, scores, strict=True):
         logits = forward(model, params, prompt, [model.config.start_id, *tail])[:-1]
         logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tail)), tail]
