@@ -316,7 +316,7 @@ class Engine:
             return drafts
         for sequence in self.scheduler.running:
             most = min(config.num_drafts, sequence.num_tokens_left - 1)
-            if not sequence.decodes or most < 1 or self._outputs.is_branching(sequence):
+            if not sequence.is_decoding or most < 1 or self._outputs.is_branching(sequence):
                 continue
             draft = [0] * most
             if isinstance(config, PromptLookupConfig):

@@ -240,7 +240,7 @@ class Scheduler:
     def _plan_decode(self, shard: CacheRows, step: ScheduledStep) -> None:
         """Plan a token, and drafts where there are pages for them, for each row that decodes."""
         for sequence in list(shard.running):
-            if sequence.state != "running" or not sequence.decodes:
+            if sequence.state != "running" or not sequence.is_decoding:
                 continue
             wanted = 1 + min(sequence.num_drafts, sequence.num_tokens_left - 1)
             while not (num_tokens := shard.reserve(sequence, wanted, step.page_copies)):
@@ -255,7 +255,7 @@ class Scheduler:
         """Plan chunks of the prompts that have begun: the shortest first, whole, so that none waits
         for a longer one to end; an equal share of the oldest in any case."""
         num_before = len(step.prefill)
-        if prompts := [each for each in shard.running if not each.decodes]:
+        if prompts := [each for each in shard.running if not each.is_decoding]:
             oldest, *others = prompts
             others.sort(key=lambda each: each.num_to_compute)
             chosen = [oldest, *others[: max(0, shard.chunks_left - 1)]]
@@ -302,7 +302,7 @@ class Scheduler:
             if sequence.encoder_tokens and not sequence.has_encoder_output:
                 step.encode.append(sequence)
                 shard.spend(len(sequence.encoder_tokens))
-            decodes = sequence.decodes
+            decodes = sequence.is_decoding
             # A copy of a page that it shares in part: the other may be about to write there.
             if decodes or sequence.num_computed % self.config.page_size:
                 decodes &= bool(shard.reserve(sequence, 1, step.page_copies))

@@ -72,7 +72,7 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def decodes(self) -> bool:
+    def is_decoding(self) -> bool:
         """Whether it goes on token by token; continuations are read, however long they are."""
         return self.num_to_compute == 1 and not self.request.continuations
 

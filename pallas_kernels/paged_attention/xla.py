@@ -23,10 +23,10 @@ from pallas_kernels.paged_attention.params import (
     dequantize,
 )
 
+# Queries of one row in a block, and in a block of what is left of the row.
 _QUERIES, _FEW_QUERIES = 64, 16
-"""Of a block of one row, and of one of what is left of it."""
+# Keys in a block, for these rows and for uniform ones.
 _KEYS, _DECODING_KEYS = 64, 128
-"""Of a block, for those and for uniform rows."""
 
 
 class XlaBlockSizes(NamedTuple):
@@ -95,7 +95,7 @@ def _attend_ragged_rows(
         # A block may begin at the last query.
         q = jnp.pad(q, ((0, small), (0, 0), (0, 0)))
 
-        def attend_block(size, first, count, ends, i, out):
+        def attend_queries(size, first, count, ends, i, out):
             row = jnp.searchsorted(ends, i, side="right")
             begin = first[row] + (i - ends[row] + count[row]) * size
             offsets = jnp.arange(size, dtype=jnp.int32)
@@ -119,7 +119,7 @@ def _attend_ragged_rows(
             (large, jnp.zeros_like(counts), num_large),
         ):
             ends = jnp.cumsum(count)
-            body = partial(attend_block, size, first, count, ends)
+            body = partial(attend_queries, size, first, count, ends)
             out = lax.fori_loop(0, ends[-1], body, out)
     return out[0][:T], out[1][:T]
 
@@ -143,7 +143,7 @@ def _attend_rows(
         lowest = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max).min()
         first = jnp.maximum(lowest - params.window + 1, 0) // block
 
-    def attend_block(j, carry):
+    def attend_keys(j, carry):
         o, top, total = carry
         pages = lax.dynamic_slice_in_dim(tables, j * num_pages, num_pages, 1)
         k = _read_pages(operands.keys, pages, per_channel=True, dtype=rows.q.dtype)
@@ -180,7 +180,7 @@ def _attend_rows(
         top, total = jnp.where(live, sinks, top), jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
-    o, top, total = lax.fori_loop(first, last, attend_block, (o, top, total))
+    o, top, total = lax.fori_loop(first, last, attend_keys, (o, top, total))
     o = o / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0]
     o = o.transpose(0, 3, 1, 2, 4).reshape(R, E, N, params.value_dim)
