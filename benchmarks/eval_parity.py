@@ -8,7 +8,8 @@ other, so that both meet the same load; seconds are of the evaluation alone, our
 but for programs that `maxlm eval` has compiled before.
 HFLM's softmax is in float64: in fp32 its sum over the vocabulary is off by 8e-6 nats a token.
 Prints of each task how far log-likelihoods are apart, how many generations differ, each
-metric of both, and the ratio of seconds.
+metric of both, and the ratio of seconds. --float64 N: of the N requests that are furthest apart,
+how far each model is from a float64 one (torch).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 os.environ["TQDM_DISABLE"] = os.environ["DISABLE_MULTIPROC"] = "1"
 
 import numpy as np
+import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -42,19 +44,27 @@ def run(model, manager, name, data, limit, shots):
 
 
 def compare(theirs, ours):
-    """Differences of log-likelihoods; differing greedy flags, differing texts, requests."""
-    differences, flags, texts, count = [0.0], 0, 0, 0
+    """Requests with both log-likelihoods; differing greedy flags, differing texts, requests."""
+    scored, flags, texts, count = [], 0, 0, 0
     for task, rows in theirs["samples"].items():
         for one, two in zip(rows, ours["samples"][task], strict=True):
             assert one["arguments"] == two["arguments"], (task, one["doc_id"])
-            for a, b in zip(one["resps"], two["resps"], strict=True):
+            for arguments, a, b in zip(one["arguments"], one["resps"], two["resps"], strict=True):
                 a, b, count = a[0], b[0], count + 1
                 if isinstance(a, str):
                     texts += a != b
                 else:
-                    differences.append(abs(a[0] - b[0]))
+                    scored.append((arguments, a[0], b[0]))
                     flags += a[1] != b[1]
-    return np.array(differences[1:] or [0.0]), flags, texts, count
+    return scored, flags, texts, count
+
+
+def score_in_float64(model, context, tail):
+    """Log-likelihood of a tail in nats, by HFLM's model in float64."""
+    context, tail = model._encode_pair(context, tail)
+    with torch.no_grad():
+        logits = model.model(torch.tensor([[*context, *tail][:-1]])).logits[0, -len(tail) :]
+    return torch.log_softmax(logits, -1)[range(len(tail)), tail].sum().item()
 
 
 def main():
@@ -67,6 +77,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--softmax-dtype", default="float64")
     parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--float64", type=int, default=0, metavar="N")
     given = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     theirs = HFLM(
@@ -79,13 +90,15 @@ def main():
     )
     loaded = load_chat_model(given.folder, step=None, mesh=None, template=None)
     ours = MaxlmModel(make_evaluation_engine(loaded, [f"max_length={given.max_length}"]))
-    manager, differs = TaskManager(), False
+    manager, differs, furthest = TaskManager(), False, {}
     for spec in given.tasks.split(","):
         name, _, rows = spec.partition(":")
         limit = int(rows or given.rows)
         own = manager, name, given.data, limit, given.shots
         (a, hf), (b, own) = (run(model, *own) for model in (theirs, ours))
-        apart, flags, texts, count = compare(a, b)
+        scored, flags, texts, count = compare(a, b)
+        furthest[name] = sorted(scored, key=lambda each: -abs(each[1] - each[2]))[: given.float64]
+        apart = np.array([abs(x - y) for _, x, y in scored] or [0.0])
         metrics = {k: v for k, v in a["results"][name].items() if "," in k and "stderr" not in k}
         pairs = {k: (v, b["results"][name][k]) for k, v in metrics.items()}
         same = all(np.isclose(x, y, rtol=1e-5) for x, y in pairs.values())
@@ -98,6 +111,12 @@ def main():
             f"ratio {own / hf:.2f}",
             flush=True,
         )
+    theirs.model.double()
+    for name, rows in furthest.items():
+        if rows:
+            exact = np.array([score_in_float64(theirs, *arguments) for arguments, _, _ in rows])
+            errors = (np.abs(np.array([row[i] for row in rows]) - exact).max() for i in (1, 2))
+            print("{}: from float64 HFLM ≤ {:.1e}, maxlm ≤ {:.1e} nats".format(name, *errors))
     sys.exit(int(differs))
 
 
