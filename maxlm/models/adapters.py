@@ -6,7 +6,7 @@ an entry point of the group ``maxlm.adapters`` named as its kind).
 """
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, SerializeAsAny
 
@@ -19,7 +19,20 @@ from maxlm.models.params import Params, bind_specs, param_specs
 class Adapter(Config):
     """A way to adapt a model, with a ``kind`` of its own and that kind's settings."""
 
+    changes_base: ClassVar[bool] = False
+    """Whether :meth:`init_from_base` changes the base: without the adapter it is another model."""
+
     kind: Any
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that every example begins with and the adapter has parameters for: those at
+        positions below it; real tokens follow."""
+        return 0
+
+    def init_from_base(self, params: Params) -> Params:
+        """Return fresh parameters with those that depend on the base, which are in them."""
+        return params
 
     def adapt(self, specs: Params) -> Params:
         """Return the declarations of a model with a :class:`~maxlm.models.params.Leaf` of

@@ -1,0 +1,1 @@
+"""Adapters: small trained parts beside a model's own parameters."""
