@@ -5,11 +5,8 @@ row has is a function of the seed alone, and where it stands of the seed and the
 row of any batch is found in O(1).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,109 +14,24 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.documents.streams import make_missing_package_error
 from maxlm.data.loader.batches import Batch
 from maxlm.data.loader.packing import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
+from maxlm.data.row_files import RowFiles
 
 Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
 """A row of a file to arrays by name; pure, and pickles. Along "seq" an array is as long as the
-example, at most a row's length."""
+example, at most a row's length; one without "seq" is the example's entry of the row's array."""
 
 # Examples that are packed together.
 PACKING_BLOCK = 16384
 
 
 @dataclass(frozen=True)
-class JsonlRows:
-    """Lines that are JSON objects; empty ones are passed over."""
-
-    path: Path
-    starts: NDArray[np.int64] = field(repr=False)
-    """Offsets at which rows begin, in bytes [rows]."""
-
-    def __len__(self) -> int:
-        return self.starts.size
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            file.seek(int(self.starts[index]))
-            line = file.readline()
-        try:
-            if isinstance(row := json.loads(line), dict):
-                return row
-        except ValueError:
-            pass
-        what = f"row {index} is no JSON object"
-        raise MaxlmError(what, where=str(self.path), fix="repair the line")
-
-
-@dataclass(frozen=True)
-class ParquetRows:
-    """Rows of a Parquet file, of which a row group is read at once."""
-
-    path: Path
-
-    @cached_property
-    def _group_starts(self) -> NDArray[np.int64]:
-        metadata = _open_parquet(self.path).metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        return np.cumsum([0, *sizes])
-
-    def __len__(self) -> int:
-        return int(self._group_starts[-1])
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
-        table = _read_group(self.path, group)
-        return table.slice(index - int(self._group_starts[group]), 1).to_pylist()[0]
-
-
-RowFile = JsonlRows | ParquetRows
-"""Rows by number; small to pickle."""
-
-
-@lru_cache(maxsize=16)
-def _open_parquet(path: Path) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise make_missing_package_error(path) from error
-    return ParquetFile(path)
-
-
-@lru_cache(maxsize=16)
-def _read_group(path: Path, group: int) -> Any:
-    return _open_parquet(path).read_row_group(group)
-
-
-def open_rows(path: str | Path) -> RowFile:
-    """Open a file of rows, by its name's ending: ``.jsonl``, ``.json`` or ``.parquet``."""
-    path = Path(path)
-    if not path.is_file():
-        raise MaxlmError("no such file", where=str(path), fix="name a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
-        rows: RowFile = ParquetRows(path)
-    elif path.suffix in (".jsonl", ".json"):
-        starts, at = [], 0
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    starts.append(at)
-                at += len(line)
-        rows = JsonlRows(path, np.array(starts, np.int64))
-    else:
-        raise MaxlmError("no file of rows", where=str(path), fix="name a .jsonl or .parquet file")
-    if not len(rows):
-        raise MaxlmError("the file has no rows", where=str(path), fix="give it some")
-    return rows
-
-
-@dataclass(frozen=True)
 class RowSource:
     """A batch source of rows; see :func:`make_row_source`."""
 
-    file: RowFile
+    file: RowFiles
     encode: Encode
     arrays: Mapping[str, BatchArraySpec]
     batch_size: int
@@ -131,6 +43,8 @@ class RowSource:
     """Row i has examples [offsets[i], offsets[i + 1])."""
     endless: bool = True
     """False reads the file once; rows past its end are padding."""
+    notes: tuple[str, ...] = ()
+    """Notes for the user, such as examples that are left out."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -158,20 +72,19 @@ class RowSource:
 
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:
         """Write examples into row i, which is zeros, one after the other."""
-        start = 0
-        for number, example in enumerate(examples, 1):
-            encoded = self.encode(self.file[example])
-            length = _measure(encoded, self.arrays, f"{self.file.path}: row {example}")
+        start = segments = 0
+        for number, example in enumerate(examples):
+            encoded = encode_row(self.encode, self.file, example)
+            length = measure_example(encoded, self.arrays, self.file.locate(example))
+            own = {"positions": np.arange(length), "segment_ids": np.ones(length, np.int32)}
+            own |= {name: np.asarray(value) for name, value in encoded.items()}
             for name, array in self.arrays.items():
-                prefix = name.removesuffix("segment_ids").removesuffix("positions")
-                if name in encoded:
-                    value = np.asarray(encoded[name])
-                elif prefix != name:
-                    size = len(encoded[f"{prefix}tokens"])
-                    value = np.arange(size)
-                    value = np.full_like(value, number) if name.endswith("segment_ids") else value
-                else:
+                if "seq" not in array.axes:
+                    batch[name][i, number] = own[name]
                     continue
+                value = own[name]
+                if name == "segment_ids":
+                    value, segments = value + segments, segments + int(value.max(initial=0))
                 place = (
                     slice(start, start + size) if axis == "seq" else slice(None)
                     for axis, size in zip(array.axes, value.shape, strict=True)
@@ -180,15 +93,31 @@ class RowSource:
             start += length
 
 
-def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec], where: str) -> int:
-    """Return the tokens of an encoded example: those of its longest array along "seq"."""
-    along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
-    length = max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
-    if length > (room := _room(arrays)):
+def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
+    """Encodes a row of a file; what is wrong with it names the file and the row."""
+    row = file[index]
+    try:
+        return encode(row)
+    except MaxlmError as error:
+        raise MaxlmError(error.what, where=file.locate(index), fix=error.fix) from error
+
+
+def measure_example(
+    encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec], where: str
+) -> int:
+    """Returns the tokens of an encoded example; raises MaxlmError if a row has no room for it."""
+    length, room = _count_tokens(encoded, arrays), _room(arrays)
+    if length > room:
         what = f"an example of {length} tokens, where a row of a batch has {room}"
         fix = "raise data.seq_len, or let the task cut its examples"
         raise MaxlmError(what, where=where, fix=fix)
     return length
+
+
+def _count_tokens(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec]) -> int:
+    """The tokens of an encoded example: those of its longest array along "seq"."""
+    along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
+    return max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
 
 
 def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
@@ -197,47 +126,62 @@ def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
 
 
 def make_row_source(
-    file: RowFile,
+    file: RowFiles,
     encode: Encode,
     arrays: Mapping[str, BatchArraySpec],
     batch_size: int,
     *,
     seed: int,
-    packed: bool = False,
+    examples: NDArray[np.int64] | None = None,
+    lengths: NDArray[np.int64] | None = None,
+    examples_per_row: int | None = 1,
     shuffle: bool = True,
     endless: bool = True,
+    notes: Sequence[str] = (),
 ) -> RowSource:
     """Makes a batch source of a file's rows, each example exactly once an epoch.
 
     Args:
-        arrays: a row's, which ``encode`` fills, but for those whose names end in ``segment_ids``
-            and ``positions``: where it leaves them out, they number the examples of a row from 1
-            and the ``tokens`` of each (under the same prefix) from 0. Zeros pad all else.
-        packed: several examples share a row, each in the fullest row that has room for it
-            (best-fit decreasing). Every example is encoded once beforehand, for its length.
+        arrays: a row's, which ``encode`` fills, but for ``segment_ids`` and ``positions``: where it
+            leaves them out, they number the examples of a row from 1 and the tokens of each from 0.
+            Segments that it does number, from 1 on, are numbered on from example to example. An
+            array without the axis "seq" has its examples along its first. Zeros pad all else.
+        examples: the rows of the file to read; None: all.
+        lengths: tokens of each of ``examples``; None: each is encoded for it once, if need be.
+        examples_per_row: the most that share a row, each in the fullest row that has room for it
+            (best-fit decreasing); None: as many as there is room for.
         shuffle: False keeps the file's order.
         endless: False reads the file once.
     """
     key = derive_key(seed, "rows") if shuffle else None
-    examples = np.arange(len(file), dtype=np.int64)
-    offsets = np.arange(len(file) + 1, dtype=np.int64)
-    if packed:
+    examples = np.arange(len(file), dtype=np.int64) if examples is None else examples
+    offsets = np.arange(len(examples) + 1, dtype=np.int64)
+    if examples_per_row != 1:
+        if lengths is None:
+            found = ((encode_row(encode, file, i), file.locate(i)) for i in examples.tolist())
+            lengths = np.array([measure_example(own, arrays, where) for own, where in found])
         if key is not None:
-            examples = permute(examples, len(file), derive_key(seed, "packing"))
-        examples, offsets = _pack(file, encode, arrays, examples)
-    return RowSource(file, encode, arrays, batch_size, key, examples, offsets, endless)
+            order = permute(np.arange(len(examples)), len(examples), derive_key(seed, "packing"))
+            examples, lengths = examples[order], lengths[order]
+        examples, offsets = _pack(examples, lengths, _room(arrays), examples_per_row)
+    shared = batch_size, key, examples, offsets, endless
+    return RowSource(file, encode, arrays, *shared, tuple(notes))
 
 
 def _pack(
-    file: RowFile, encode: Encode, arrays: Mapping[str, BatchArraySpec], examples: NDArray[np.int64]
+    examples: NDArray[np.int64], lengths: NDArray[np.int64], room: int, most: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Examples in order of their rows, and where each row's begin."""
-    where, numbers = f"{file.path}: row", examples.tolist()
-    lengths = np.array([_measure(encode(file[i]), arrays, f"{where} {i}") for i in numbers])
     order, counts = [], []
     for start in range(0, len(examples), PACKING_BLOCK):
         block = slice(start, start + PACKING_BLOCK)
-        rows = pack_best_fit(lengths[block], _room(arrays))
+        rows = pack_best_fit(lengths[block], room)
+        if most is not None:
+            # What a full row has too many of begins another.
+            by_row = np.argsort(rows, kind="stable")
+            place = np.arange(len(rows)) - np.searchsorted(rows[by_row], rows[by_row])
+            split = rows[by_row] * len(rows) + place // most
+            rows[by_row] = np.unique(split, return_inverse=True)[1]
         order.append(examples[block][np.argsort(rows, kind="stable")])
         counts.append(np.bincount(rows))
     return np.concatenate(order), np.cumsum([0, *np.concatenate(counts)])

@@ -73,6 +73,7 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
         heldout=all_heldout,
         mixing=config.data.mixing(),
         start_id=getattr(config.model, "start_id", 0),
+        num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
     )
     # Refuses a store shorter than a sequence, and builds what indices are missing.
     batches = config.task.batch_source(inputs)

@@ -15,10 +15,11 @@ from maxlm.config import MaxlmError, add_default_tag
 from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
+from maxlm.tasks.sft import SftTask
 from maxlm.tasks.task import FrozenModelSource, SourceInputs, Task, TaskModels, Vocabulary
 from maxlm.tasks.text import ClmTask
 
-_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task
+_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask
 _TASKS: dict[str, type[Task]] = {
     task.model_fields["kind"].default: task for task in _Builtin.__args__
 }

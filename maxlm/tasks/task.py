@@ -69,6 +69,8 @@ class SourceInputs:
     mixing: Mapping[str, float] | Mixing = field(default_factory=dict)
     start_id: int = 0
     """The token that a decoder beside an encoder reads first."""
+    num_virtual_tokens: int = 0
+    """Tokens that every example begins with for an adapter's sake; see ``Adapter``."""
 
 
 class Task(Config):

@@ -38,12 +38,33 @@ class RowTransform:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class TextTask(Task):
-    """A model of one sequence that predicts tokens of text."""
+class TokenPredictionTask(Task):
+    """A model that predicts tokens, each with a weight."""
 
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
     cross-entropy."""
+
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+        """Returns the cross-entropy of targets (next tokens, masked ones, or what a decoder writes
+        for the input in ``ENCODER_ARRAYS``) and what layers add (balance of experts)."""
+        inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+        beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
+        model, names = models.trained, ("tokens", "positions", "segment_ids")
+        hidden, aux = model(*(batch[name] for name in names), **beside)
+        loss, cross_entropy = fused_cross_entropy_loss(
+            targets=batch["targets"],
+            weights=batch["weights"],
+            z_loss=self.z_loss,
+            chunk_tokens=self.chunk_tokens,
+            **_head_arguments(model, hidden),
+        )
+        sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+        return loss + aux.loss, sums | aux.sums
+
+
+class TextTask(TokenPredictionTask):
+    """A model of one sequence that predicts tokens of text."""
 
     def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform | None:
         """Returns the host's change of a text batch into the task's batch; None: no change."""
@@ -70,23 +91,6 @@ class TextTask(Task):
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
         transform = self.make_batch_transform(inputs)
         return source if transform is None else TransformedSource(source, transform)
-
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """Returns the cross-entropy of targets (next tokens, masked ones, or what a decoder writes
-        for the input in ``ENCODER_ARRAYS``) and what layers add (balance of experts)."""
-        inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
-        beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
-        model, names = models.trained, ("tokens", "positions", "segment_ids")
-        hidden, aux = model(*(batch[name] for name in names), **beside)
-        loss, cross_entropy = fused_cross_entropy_loss(
-            targets=batch["targets"],
-            weights=batch["weights"],
-            z_loss=self.z_loss,
-            chunk_tokens=self.chunk_tokens,
-            **_head_arguments(model, hidden),
-        )
-        sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
-        return loss + aux.loss, sums | aux.sums
 
 
 class ClmTask(TextTask):

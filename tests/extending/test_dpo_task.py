@@ -15,7 +15,8 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
-from maxlm.data.rows import make_row_source, open_rows
+from maxlm.data.row_files import open_rows
+from maxlm.data.rows import make_row_source
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import plan_run
@@ -89,6 +90,8 @@ def encode_pair(tokenizer: Tokenizer, length: int, row: dict[str, str]) -> dict[
         ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
         found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]
         found[f"{side}_weights"] = np.arange(1, len(ids)) >= len(prompt)
+        found[f"{side}_positions"] = np.arange(len(ids) - 1)
+        found[f"{side}_segment_ids"] = np.ones(len(ids) - 1)
     return found
 
 

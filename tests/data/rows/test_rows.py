@@ -10,7 +10,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.loader import load_batches
-from maxlm.data.rows import make_row_source, open_rows
+from maxlm.data.row_files import open_rows
+from maxlm.data.rows import make_row_source
 
 SEQ, ROWS, EXAMPLES = 16, 4, 37
 ARRAYS = {
@@ -72,9 +73,9 @@ def epoch(source, number=0):
     return examples, order
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [1, 3, None])
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
-    source = make(file, packed=packed)
+    source = make(file, examples_per_row=packed)
     (first, order), (second, other) = epoch(source), epoch(source, 1)
     assert first == second
     assert order != other
@@ -83,15 +84,16 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
         assert (tokens, weights) == (want["tokens"], want["weights"])
         assert positions == list(range(len(tokens)))
     assert sorted(first) == list(range(EXAMPLES))
-    assert epoch(make(file, packed=True))[0] == epoch(make(file))[0]
-    assert not packed or source.rows_per_epoch < EXAMPLES / 2
+    assert epoch(make(file, examples_per_row=None))[0] == epoch(make(file))[0]
+    assert packed is not None or source.rows_per_epoch < EXAMPLES / 2
+    assert packed is None or np.diff(source.row_offsets).max() == packed
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [1, 3, None])
 def test_batches_do_not_depend_on_hosts_workers_or_where_a_run_resumes(file, packed):
-    source = make(file, packed=packed)
+    source = make(file, examples_per_row=packed)
     whole = [source.rows(step, range(ROWS)) for step in range(12)]
-    again = pickle.loads(pickle.dumps(make(file, packed=packed)))
+    again = pickle.loads(pickle.dumps(make(file, examples_per_row=packed)))
     for rows in ([3, 1], [0], [2]):
         with load_batches(again, rows, start_step=5, num_steps=7) as batches:
             for step, batch in enumerate(batches, 5):
@@ -107,32 +109,33 @@ def test_one_pass_keeps_the_files_order_and_is_filled_up_with_padding(file):
     assert not batches[-1]["weights"][1:].any()
 
 
-def test_arrays_under_a_prefix_have_lengths_and_numbers_of_their_own(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"chosen": [5, 6, 7], "rejected": [8], "score": 0.5}')
-    arrays = {
-        f"{side}_{name}": BatchArraySpec.of_tokens(4)
-        for side in ("chosen", "rejected")
-        for name in ("tokens", "segment_ids", "positions")
-    } | {"score": BatchArraySpec((), np.float32, ())}
+def test_segments_are_numbered_on_and_examples_have_entries_of_their_own(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"a": [5, 6], "b": [8], "score": 0.5}\n' * 3)
+    arrays = ARRAYS | {"score": BatchArraySpec((2,), np.float32, (None,))}
 
     def encode(row):
-        sides = {f"{side}_tokens": row[side] for side in ("chosen", "rejected")}
-        return {"score": row["score"], **sides}
+        tokens = row["a"] + row["b"]
+        segments = np.repeat([1, 2], [len(row["a"]), len(row["b"])])
+        own = {"tokens": tokens, "segment_ids": segments, "positions": [0, 1, 0]}
+        return own | {"weights": np.ones(3), "score": row["score"]}
 
-    source = make_row_source(open_rows(tmp_path / "pairs.jsonl"), encode, arrays, 1, seed=0)
-    batch = {name: array[0].tolist() for name, array in source.rows(0, [0]).items()}
-    assert batch["chosen_tokens"] == [5, 6, 7, 0]
-    assert batch["chosen_positions"] == [0, 1, 2, 0]
-    assert batch["rejected_segment_ids"] == [1, 0, 0, 0]
-    assert batch["score"] == 0.5
+    rows = open_rows(tmp_path / "pairs.jsonl")
+    source = make_row_source(rows, encode, arrays, 2, seed=0, examples_per_row=2)
+    batch = source.rows(0, [0, 1])
+    sizes = batch["segment_ids"].max(-1)
+    assert sorted(sizes) == [2, 4]
+    (two,) = np.flatnonzero(sizes == 4)
+    assert batch["segment_ids"][two].tolist()[:7] == [1, 1, 2, 3, 3, 4, 0]
+    assert batch["score"][two].tolist() == [0.5, 0.5]
+    assert batch["score"][1 - two].tolist() == [0.5, 0]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [1, 3, None])
 def test_an_example_longer_than_a_row_is_named(tmp_path, packed):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": [1] * 20, "completion": [2]}))
     with pytest.raises(MaxlmError, match=r"row 0: an example of 21 tokens, where a row .* has 16"):
-        make(open_rows(path), packed=packed).rows(0, [0])
+        make(open_rows(path), examples_per_row=packed).rows(0, [0])
 
 
 @pytest.mark.parametrize(

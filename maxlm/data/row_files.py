@@ -1,0 +1,149 @@
+"""Files of rows, each a dictionary: JSON Lines, Parquet, and datasets saved to disk."""
+
+import json
+import mmap
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.data.documents.streams import COMPRESSIONS, make_missing_package_error, open_stream
+
+_FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """The rows of some files by number, one file after the other; small to pickle."""
+
+    paths: tuple[Path, ...]
+    starts: tuple[int, ...]
+    """Number of each file's first row, and of all rows."""
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        file, row = self._find(index)
+        return _open_file(self.paths[file])[row]
+
+    def locate(self, index: int) -> str:
+        """Returns the file and the place in it of a row, counted from 0, for messages."""
+        file, row = self._find(index)
+        return f"{self.paths[file]}: row {row}"
+
+    def _find(self, index: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return file, index - self.starts[file]
+
+
+def open_rows(*paths: str | Path) -> RowFiles:
+    """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``), ``.parquet``,
+    and folders that Hugging Face's ``datasets`` saved.
+
+    Raises:
+        MaxlmError: a file that is missing, empty or none of these.
+    """
+    opened = [Path(path) for path in paths]
+    sizes = [len(_open_file(path)) for path in opened]
+    return RowFiles(tuple(opened), tuple(np.cumsum([0, *sizes]).tolist()))
+
+
+class _JsonLines:
+    """Lines that are JSON objects; empty ones are passed over."""
+
+    def __init__(self, path: Path, data: Any):
+        self._path, self._data = path, data
+        ends = [found.start() for found in re.finditer(rb"\n", data)] + [len(data)]
+        spans = zip([0, *(end + 1 for end in ends)], ends, strict=False)
+        self._spans = [(a, b) for a, b in spans if data[a:b].strip()]
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._spans[index]
+        try:
+            if isinstance(row := json.loads(self._data[start:end]), dict):
+                return row
+        except ValueError:
+            pass
+        what = f"row {index} is no JSON object"
+        raise MaxlmError(what, where=str(self._path), fix="repair the line")
+
+
+class _ArrowRows:
+    """Rows of an Arrow table."""
+
+    def __init__(self, table: Any):
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+
+@lru_cache(maxsize=64)
+def _open_file(path: Path) -> _JsonLines | _ArrowRows:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packed = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    kind = suffixes[-2 if packed else -1] if len(suffixes) > bool(packed) else ""
+    if path.is_dir():
+        rows: _JsonLines | _ArrowRows = _ArrowRows(_read_arrow(_list_arrow_files(path)))
+    elif not path.is_file():
+        raise MaxlmError("no such file", where=str(path), fix=_FIX)
+    elif kind == ".parquet" and not packed:
+        rows = _ArrowRows(_read_arrow([path]))
+    elif kind not in (".jsonl", ".json"):
+        raise MaxlmError("no file of rows", where=str(path), fix=_FIX)
+    elif packed:
+        with open_stream(path, packed) as stream:
+            rows = _JsonLines(path, stream.read())
+    else:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            rows = _JsonLines(
+                path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            )
+    if not len(rows):
+        raise MaxlmError("the file has no rows", where=str(path), fix="give it some")
+    return rows
+
+
+def _list_arrow_files(folder: Path) -> list[Path]:
+    """The files of a dataset that ``save_to_disk`` wrote."""
+    try:
+        if (splits := folder / "dataset_dict.json").exists():
+            names = ", ".join(json.loads(splits.read_text("utf-8"))["splits"])
+            what, fix = f"a dataset with the splits {names}", "name one of their folders"
+            raise MaxlmError(what, where=str(folder), fix=fix)
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX) from None
+
+
+def _read_arrow(paths: Sequence[Path]) -> Any:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise make_missing_package_error(paths[0]) from error
+    tables = []
+    for path in paths:
+        try:
+            if path.suffix == ".parquet":
+                tables.append(parquet.read_table(path, memory_map=True))
+            else:
+                tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+        except (OSError, pa.ArrowInvalid) as error:
+            what, fix = f"cannot be read: {error}", "write the file again"
+            raise MaxlmError(what, where=str(path), fix=fix) from error
+    return pa.concat_tables(tables)

@@ -1,0 +1,218 @@
+"""Tasks on rows of files: prompts with answers, conversations, pairs of answers."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from maxlm.config import LocalPath, MaxlmError
+from maxlm.data.batch_source import BatchArraySpec, BatchSource
+from maxlm.data.conversations import EncodedSequence
+from maxlm.data.loader.permutation import derive_key, permute
+from maxlm.data.row_files import RowFiles, open_rows
+from maxlm.data.rows import encode_row, make_row_source
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.tasks.task import SourceInputs, Task
+
+TooLong = Literal["drop", "cut_end", "cut_start"]
+EncodedExample = Mapping[str, Any]
+"""A row's arrays by name; see :data:`maxlm.data.rows.Encode`."""
+
+
+class RowTask(Task):
+    """A task on rows of JSON Lines, Parquet or saved datasets; see
+    :mod:`maxlm.data.conversations` for their forms.
+
+    An example is one sequence of tokens or several, which stand one after the other in a row of
+    ``data.seq_len`` tokens as segments of their own, so that one pass through the model reads all.
+    """
+
+    reads_text: ClassVar[bool] = False
+    sequences_per_example: ClassVar[int] = 1
+
+    files: tuple[LocalPath, ...] = ()
+    """Files to train on: .jsonl (also .gz, .zst), .parquet, folders that `datasets` saved."""
+    validation_files: tuple[LocalPath, ...] = ()
+    """Files to evaluate on."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rows of ``files`` to evaluate on instead, drawn by the run's seed."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Most tokens of a prompt and its answer; null: as many as a row has room for."""
+    too_long: TooLong = "drop"
+    """Longer ones are left out, or lose what is too much at their end or start. One without a token
+    to learn is left out."""
+    examples_per_row: int | None = Field(default=1, ge=1)
+    """Most examples that share a row, each with attention to itself alone; null: as many as fit."""
+
+    @abstractmethod
+    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+        """Returns the ``sequences_per_example`` sequences of a file's row; raises MaxlmError saying
+        what is wrong with it."""
+
+    def example_arrays(self) -> dict[str, BatchArraySpec]:
+        """Returns arrays with a value for each example of a row, [examples, ...], by name."""
+        return {}
+
+    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns an example's entries of :meth:`example_arrays`."""
+        return {}
+
+    @property
+    def num_segments(self) -> int:
+        """Sequences in a row at most, where ``examples_per_row`` says."""
+        return (self.examples_per_row or 0) * self.sequences_per_example
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
+        names = ("tokens", "targets", "segment_ids", "positions")
+        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(seq_len))
+        arrays |= {"weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
+        return arrays | self.example_arrays()
+
+    def make_encoder(
+        self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
+    ) -> "ExampleEncoder":
+        """Returns what encodes rows for batches of ``seq_len`` tokens."""
+        room = seq_len // self.sequences_per_example
+        length = min(self.max_length or room + 1, room + 1 - num_virtual_tokens)
+        return ExampleEncoder(self, tokenizer, length, num_virtual_tokens)
+
+    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
+        """Opens the files to train or evaluate on."""
+        paths = getattr(self, which)
+        if not paths:
+            what = f"task.kind={self.kind} trains on rows of files, and none is named"
+            raise MaxlmError(what, where=f"task.{which}", fix="name a .jsonl or .parquet file")
+        return open_rows(*paths)
+
+    def batch_source(self, inputs: SourceInputs) -> BatchSource:
+        file = self.open_files("files")
+        training, _ = self._split(len(file), inputs.seed)
+        shuffle = inputs.loader.shuffle
+        return self._make_source(file, training, inputs, shuffle=shuffle, endless=True)
+
+    def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
+        once = partial(self._make_source, inputs=inputs, shuffle=False, endless=False)
+        if self.validation_files:
+            file = self.open_files("validation_files")
+            return {"validation": once(file, np.arange(len(file)))}
+        file = self.open_files("files")
+        _, heldout = self._split(len(file), inputs.seed)
+        return {"validation": once(file, heldout)} if heldout.size else {}
+
+    def for_small_model(self) -> Self:
+        small = super().for_small_model()
+        return small.model_copy(update={"max_length": None, "too_long": "cut_end"})
+
+    def _split(self, num_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows to train and to evaluate on, in the file's order."""
+        if self.validation_files or not self.validation_fraction:
+            return np.arange(num_rows), np.arange(0)
+        order = permute(np.arange(num_rows), num_rows, derive_key(seed, "validation"))
+        size = min(num_rows - 1, max(1, round(num_rows * self.validation_fraction)))
+        return np.sort(order[size:]), np.sort(order[:size])
+
+    def _make_source(
+        self,
+        file: RowFiles,
+        examples: NDArray[np.int64],
+        inputs: SourceInputs,
+        **options: bool,
+    ) -> BatchSource:
+        assert inputs.tokenizer is not None
+        loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
+        encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
+        lengths, cut = np.zeros(len(examples), np.int64), 0
+        for i, example in enumerate(examples.tolist()):
+            if encoded := encode_row(encoder, file, example):
+                lengths[i], cut = len(encoded["tokens"]), cut + encoded["was_cut"]
+        kept = np.flatnonzero(lengths)
+        if not kept.size:
+            what = f"no row has at most {encoder.max_length} tokens and one to learn"
+            fix = "raise data.seq_len, or set task.too_long=cut_end"
+            raise MaxlmError(what, where=str(file.paths[0]), fix=fix)
+        notes = []
+        if cut:
+            notes.append(f"{cut} of {len(examples)} rows are cut to {encoder.max_length} tokens")
+        if lost := len(examples) - kept.size:
+            why = f"longer than {encoder.max_length} tokens, or without one to learn"
+            notes.append(f"{lost} of {len(examples)} rows are left out: {why}")
+        return make_row_source(
+            *(file, encoder, arrays, loader.batch_size),
+            seed=inputs.seed,
+            examples=examples[kept],
+            lengths=lengths[kept],
+            examples_per_row=self.examples_per_row,
+            notes=notes,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class ExampleEncoder:
+    """Encodes rows for a task's batches; pure, and pickles."""
+
+    task: RowTask
+    tokenizer: Tokenizer
+    max_length: int
+    """Tokens of a sequence at most, without virtual ones."""
+    num_virtual_tokens: int = 0
+
+    def __call__(self, row: Mapping[str, Any]) -> EncodedExample:
+        """Returns an example's arrays; none of an example that is left out."""
+        whole = self.task.encode_example(self.tokenizer, row)
+        sequences = [self._cut(sequence) for sequence in whole]
+        if not all(sequence.num_targets for sequence in sequences):
+            return {}
+        arrays = join_sequences(sequences, self.num_virtual_tokens)
+        return {
+            **arrays,
+            **self.task.encode_example_values(row),
+            "was_cut": sequences != whole,
+        }
+
+    def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
+        if len(sequence.tokens) <= self.max_length:
+            return sequence
+        match self.task.too_long:
+            case "drop":
+                return EncodedSequence([], [])
+            case "cut_end":
+                part = slice(self.max_length)
+            case "cut_start":
+                part = slice(-self.max_length, None)
+        return EncodedSequence(sequence.tokens[part], [False, *sequence.is_target[part][1:]])
+
+
+def join_sequences(
+    sequences: Sequence[EncodedSequence], num_virtual_tokens: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Lays sequences out one after the other, each a segment that begins with virtual tokens."""
+    parts = []
+    for segment, sequence in enumerate(sequences, 1):
+        ids = np.array([0] * num_virtual_tokens + sequence.tokens, np.int32)
+        learnt = np.array([False] * num_virtual_tokens + sequence.is_target)
+        size = len(ids) - 1
+        parts.append(
+            {
+                "tokens": ids[:-1],
+                "targets": ids[1:],
+                "weights": learnt[1:].astype(np.float32),
+                "segment_ids": np.full(size, segment, np.int32),
+                "positions": np.arange(size, dtype=np.int32),
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def sum_by_segment(values: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
+    """Sums values [..., S] over the tokens of each segment 1 to n: [..., n]; padding, 0, is left
+    out."""
+    own = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
+    return jnp.where(own, values[..., None], 0).sum(-2)

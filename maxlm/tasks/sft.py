@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: the cross-entropy of answers."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from maxlm.data.conversations import (
+    EncodedSequence,
+    Turns,
+    encode_answer,
+    encode_conversation,
+    get_column,
+)
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.tasks.rows import RowTask
+from maxlm.tasks.text import TokenPredictionTask
+
+
+class SftTask(RowTask, TokenPredictionTask):
+    """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts and
+    completions; a token counts alike wherever it stands in a batch."""
+
+    kind: Literal["sft"] = "sft"
+    examples_per_row: int | None = Field(default=None, ge=1)
+    turns: Turns = "all"
+    """Turns that are learnt: all of ``roles``, or the last alone."""
+    roles: tuple[str, ...] = ("assistant",)
+    """Roles whose turns are learnt."""
+    learn_prompt: bool = False
+    """Learn every token, of prompts and other roles too."""
+
+    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+        if "messages" in row:
+            own = {"turns": self.turns, "roles": self.roles, "tools": row.get("tools")}
+            encoded = encode_conversation(tokenizer, row["messages"], **own)
+        else:
+            prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
+            encoded = encode_answer(tokenizer, prompt, completion)
+        if self.learn_prompt:
+            encoded = encoded._replace(is_target=[True] * len(encoded.tokens))
+        return [encoded]
