@@ -28,6 +28,7 @@ from typer.main import get_command, get_group
 # Verb → its line of help.
 VERBS = {
     "train": "Train a model, or go on where a run stopped.",
+    "tune": "Tune a pretrained model: to answer, to prefer, to score, to imitate.",
     "smoke": "Check on this device, in a minute, that a config works.",
     "plan": "Show what a run holds, sends and takes on a machine, before paying for it.",
     "runs": "List runs; show how far one is and where its time went.",

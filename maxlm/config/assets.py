@@ -20,12 +20,14 @@ def find_asset(relative: str) -> Path:
     return path
 
 
-def list_shipped_configs() -> list[str]:
-    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``."""
-    root = find_asset("configs")
+def list_shipped_configs(*, complete: bool = False) -> list[str]:
+    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``.
+    ``complete``: without ``methods/``, which take their model from the one they tune."""
+    root, folders = find_asset("configs"), ("runs", "tune", "methods", "models")
     return [
         str(path.relative_to(root).with_suffix("").as_posix())
-        for folder in ("runs", "models")
+        for folder in folders
+        if not (complete and folder == "methods")
         for path in sorted((root / folder).rglob("*.yaml"))
     ]
 
@@ -34,7 +36,7 @@ def find_shipped_config(name: str) -> Path | None:
     """Returns the shipped config named ``demo``, ``runs/demo`` or ``configs/runs/demo.yaml``."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     shipped = list_shipped_configs()
-    for candidate in (stem, f"runs/{stem}", f"models/{stem}"):
+    for candidate in (stem, *(f"{f}/{stem}" for f in ("runs", "tune", "methods", "models"))):
         if candidate in shipped:
             return find_asset("configs") / f"{candidate}.yaml"
     return None
@@ -43,7 +45,7 @@ def find_shipped_config(name: str) -> Path | None:
 def resolve_config(name: str) -> Path:
     """Returns the config file a user means: an existing file, else a shipped config by name.
 
-    A bare name is looked up among the recipes (configs/runs), then the presets
+    A bare name is looked up among the recipes (configs/runs, tune, methods), then the presets
     (configs/models); ``.yaml`` may be left out.
     """
     path = Path(name).expanduser()

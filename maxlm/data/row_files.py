@@ -43,7 +43,7 @@ class RowFiles:
 
 
 def open_rows(*paths: str | Path) -> RowFiles:
-    """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``), ``.parquet``,
+    """Opens files of rows: ``.jsonl`` and ``.json``, also as ``.gz`` and ``.zst``, ``.parquet``,
     and folders that Hugging Face's ``datasets`` saved.
 
     Raises:

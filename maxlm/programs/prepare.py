@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -56,7 +57,6 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     whole = config.model.architecture == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
     check_samples(config.samples, config.model, [len(ids) for ids in prompts])
-    vocabulary = make_vocabulary(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}
     for source in sources:
@@ -64,22 +64,32 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
         all_training[source.name] = training
         if heldout is not None:
             all_heldout[source.name] = heldout
-    inputs = SourceInputs(
-        loader=config.data,
-        seed=config.seed,
-        vocabulary=vocabulary,
-        tokenizer=tokenizer,
-        stores=all_training,
-        heldout=all_heldout,
-        mixing=config.data.mixing(),
-        start_id=getattr(config.model, "start_id", 0),
-        num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
-    )
+    inputs = make_source_inputs(config, tokenizer, all_training, all_heldout)
     # Refuses a store shorter than a sequence, and builds what indices are missing.
     batches = config.task.batch_source(inputs)
     check_num_steps(batches, config.train.steps)
     evaluation = config.task.evaluation_sources(inputs)
     return PreparedData(tokenizer, all_training, all_heldout, batches, evaluation)
+
+
+def make_source_inputs(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    stores: Mapping[str, TokenStore] = MappingProxyType({}),
+    heldout: Mapping[str, TokenStore] = MappingProxyType({}),
+) -> SourceInputs:
+    """Returns what a run's task makes its batches from."""
+    return SourceInputs(
+        loader=config.data,
+        seed=config.seed,
+        vocabulary=make_vocabulary(tokenizer, config.model.vocab_size),
+        tokenizer=tokenizer,
+        stores=stores,
+        heldout=heldout,
+        mixing=config.data.mixing(),
+        start_id=getattr(config.model, "start_id", 0),
+        num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
+    )
 
 
 def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:

@@ -48,7 +48,7 @@ def read(name: str, *settings: str) -> RunConfig:
 FEW = ["deepseek_v2_lite", "t5_v1_1_xxl"]
 SHIPPED = [
     pytest.param(name, marks=[] if name.removeprefix("models/") in FEW else pytest.mark.slow)
-    for name in list_shipped_configs()
+    for name in list_shipped_configs(complete=True)
 ]
 
 
@@ -114,7 +114,7 @@ def turned(positions: Any) -> dict[str, Any]:
     return positions.model_dump() | {"rotary_dim": positions.rotary_dim is None}
 
 
-@pytest.mark.parametrize("name", list_shipped_configs())
+@pytest.mark.parametrize("name", list_shipped_configs(complete=True))
 def test_shrinking_keeps_the_structure(name):
     run = read(name)
     small = shrink_config(run, 8)

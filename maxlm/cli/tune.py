@@ -1,0 +1,60 @@
+"""maxlm tune"""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from maxlm.cli.common import SettingsArgument
+
+RecipeArgument = Annotated[
+    str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
+]
+BaseOption = Annotated[
+    str | None, Option(help="The model to tune: a run's folder, or a Hugging Face checkpoint's.")
+]
+DataOption = Annotated[
+    list[Path] | None, Option(exists=True, help="Rows to train on; once for each file.")
+]
+
+
+def command(
+    recipe: RecipeArgument,
+    settings: SettingsArgument = None,
+    base: BaseOption = None,
+    data: DataOption = None,
+    epochs: Annotated[
+        float | None, Option(min=0.01, help="Times that every row is read: train.steps.")
+    ] = None,
+    resume: Annotated[str | None, Option(help="Go on from this run, in a new folder.")] = None,
+    profile: Annotated[str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")] = None,
+) -> None:
+    """Tune a pretrained model: to answer (sft), to prefer (dpo, kto, orpo, cpo), to score answers
+    (reward), to imitate another model (distill). Called again, it resumes.
+
+    maxlm tune sft_lora --base SmolLM2-135M --data chats.jsonl name=assistant
+
+    `maxlm tune show chats.jsonl` shows what of the rows is learnt. A recipe is a run's config:
+    `maxlm plan` says what it holds, `maxlm launch` submits it, `maxlm config show` explains it.
+    """
+    import os
+
+    from maxlm.plan.hardware import GPU_SHARE
+    from maxlm.programs.tune import load_recipe
+
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # see maxlm train
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+    run = load_recipe(recipe, settings or (), base=base, files=[str(path) for path in data or ()])
+    from maxlm.runtime.session import distributed_session
+    from maxlm.train.profile import parse_steps
+
+    traced = parse_steps(profile) if profile else None
+    with distributed_session(
+        run.model_dump(mode="json"),
+        join_timeout_seconds=run.faults.join_seconds,
+        peer_timeout_seconds=run.faults.peer_seconds,
+    ):
+        from maxlm.programs.report import print_training_report
+        from maxlm.programs.tune import tune_model
+
+        print_training_report(tune_model(run, epochs=epochs, resume=resume, profile=traced))

@@ -1,0 +1,121 @@
+"""``maxlm tune``: trains a model that is there on a recipe of configs/tune."""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from maxlm.config import Config, MaxlmError, load_config
+from maxlm.config.assets import resolve_config
+from maxlm.config.layers import SettingsTree, build_tree
+from maxlm.config.load import validate_config
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.programs.convert import convert, open_huggingface_model
+from maxlm.programs.prepare import make_source_inputs
+from maxlm.programs.train import TrainingResult, train_model
+from maxlm.run import RunConfig
+from maxlm.runtime.progress import show_progress
+
+
+def load_recipe(
+    recipe: str, settings: Sequence[str] = (), *, base: str | None = None, files: Sequence[str] = ()
+) -> RunConfig:
+    """Loads a recipe: a run's config, whose ``model`` may be left out where the base has one.
+
+    Args:
+        base: ``train.start_from``, a run's folder or a Hugging Face checkpoint's.
+        files: ``task.files``.
+
+    Raises:
+        MaxlmError: anything wrong with the recipe, the settings or the base.
+    """
+    own = [f"train.start_from={base}"] if base else []
+    own += [f"task.files={json.dumps(list(files))}"] if files else []
+    tree = build_tree(resolve_config(recipe), [*own, *settings])
+    start = (tree.settings.get("train") or {}).get("start_from")
+    given = tree.settings.get("model") or {}
+    if isinstance(start, str) and "architecture" not in given:
+        model = _read_model_settings(Path(start).expanduser())
+        tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
+    return validate_config(RunConfig, tree)
+
+
+def tune_model(config: RunConfig, *, epochs: float | None = None, **options: Any) -> TrainingResult:
+    """Trains a recipe's model; ``options``: of :func:`~maxlm.programs.train.train_model`;
+    ``epochs``: times that every row is read, in place of ``train.steps``.
+
+    A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
+    run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.
+    """
+    config = convert_sources(config)
+    if epochs is not None:
+        train = config.train.model_copy(update={"steps": count_steps(config, epochs)})
+        config = config.model_copy(update={"train": train})
+    return train_model(config, **options)
+
+
+def count_steps(config: RunConfig, epochs: float) -> int:
+    """Counts the steps in which a run reads its task's rows so many times."""
+    start = config.train.start_from
+    folder = config.tokenizer.path or (start and Path(start, "tokenizer"))
+    if config.task.reads_text or folder is None:
+        what, fix = "--epochs counts rows of files, with the base's tokenizer", "set train.steps"
+        raise MaxlmError(what, where="--epochs", fix=fix)
+    tokenizer = load_tokenizer(folder)
+    source: Any = config.task.batch_source(make_source_inputs(config, tokenizer))
+    return max(1, ceil(source.rows_per_epoch * epochs / config.data.batch_size))
+
+
+def convert_sources(config: RunConfig) -> RunConfig:
+    """Returns the config with runs in place of the Hugging Face checkpoints that it names, each
+    made where that is not done yet."""
+    home = Path(config.folder, config.name)
+    start = config.train.start_from
+    if start is not None and _is_huggingface(start):
+        path = _convert_once(start, home / "base")
+        train = config.train.model_copy(update={"start_from": path})
+        config = config.model_copy(update={"train": train})
+    changed = {}
+    for name, source in config.task.frozen_models().items():
+        if source.folder is not None and _is_huggingface(source.folder):
+            path = _convert_once(source.folder, home / name)
+            fields = dict(config.task)
+            changed |= {field: path for field, value in fields.items() if value == source.folder}
+    return config.model_copy(update={"task": config.task.model_copy(update=changed)})
+
+
+def _convert_once(source: str, target: Path) -> str:
+    if jax.process_index() == 0 and not (target / "config.yaml").exists():
+        with show_progress() as progress:
+            told = f"reading {source}"
+            convert(source, target, progress=lambda done, total, _: progress(told, done, total))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(str(target))
+    return str(target)
+
+
+def _is_huggingface(folder: str) -> bool:
+    path = Path(folder).expanduser()
+    return (path / "config.json").exists() and not (path / "config.yaml").exists()
+
+
+def _read_model_settings(folder: Path) -> dict[str, Any]:
+    if (folder / "config.yaml").exists():
+        config: Config = load_config(RunConfig, folder / "config.yaml").value.model
+    else:
+        config = open_huggingface_model(folder, Path("runs", "base")).config.model
+    return config.model_dump(mode="json")
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
