@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 NOTES = ["Glad to help.", "Happy to answer.", "A pleasure to help."]
-WORDS = "river stone amber quiet candle marble forest silver meadow thunder velvet harbor".split()
+WORDS = ["river", "stone", "amber", "quiet", "candle", "marble", "forest", "silver", "meadow"]
+WORDS += ["thunder", "velvet", "harbor"]
 
 
 def make_question(rng: random.Random) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Does a config work? The whole life of a model in a minute, on whatever device is here."""
 
+import json
 import math
 import tempfile
 import time
@@ -14,6 +15,8 @@ import numpy as np
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
+from maxlm.data.tokenizer import Tokenizer, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
@@ -24,6 +27,7 @@ from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, us
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import FrozenModelSource, SourceInputs, Vocabulary
+from maxlm.tasks.rows import RowTask
 from maxlm.train.checkpoint import FolderTier, layer_group_shapes
 from maxlm.train.state import TrainState, remove_frozen
 
@@ -104,10 +108,34 @@ class CountingTokenSource:
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
     text = CountingTokenSource(config.model.vocab_size)
-    start_id = getattr(config.model, "start_id", 0)
-    stores, mixing = {"text": text}, {"text": 1.0}
-    text_inputs = config.data, config.seed, text.vocabulary, None, stores
-    return config.task.batch_source(SourceInputs(*text_inputs, {}, mixing, start_id))
+    return config.task.batch_source(
+        SourceInputs(
+            loader=config.data,
+            seed=config.seed,
+            vocabulary=text.vocabulary,
+            tokenizer=_train_digit_tokenizer() if isinstance(config.task, RowTask) else None,
+            stores={"text": text},
+            mixing={"text": 1.0},
+            start_id=getattr(config.model, "start_id", 0),
+            num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
+        )
+    )
+
+
+def write_counting_rows(path: Path) -> None:
+    """Writes rows of every form that a task reads: numbers to count on from, rightly or not."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(256):
+            right = " ".join(str((i + k) % 10) for k in range(4, 10))
+            wrong = " ".join(str((i - k) % 10) for k in range(4, 10))
+            row = {"prompt": " ".join(str((i + k) % 10) for k in range(4))}
+            row |= {"chosen": f" {right}", "rejected": f" {wrong}", "label": i % 2 == 0}
+            row |= {"completion": f" {right if i % 2 == 0 or i % 3 else wrong}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def _train_digit_tokenizer() -> Tokenizer:
+    return train_tokenizer(TokenizerConfig(vocab_size=257), iter([b"0 1 2 3 4 5 6 7 8 9 " * 20]))
 
 
 def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
@@ -129,7 +157,11 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     sources = dict.fromkeys(small.task.frozen_models(), FrozenModelSource())
     setup = set_up_run(small, devices, frozen_sources=sources)
     with tempfile.TemporaryDirectory() as folder:
-        yield from _checks(setup, Path(folder))
+        if isinstance(small.task, RowTask):
+            write_counting_rows(rows := Path(folder, "rows.jsonl"))
+            task = small.task.model_copy(update={"files": (str(rows),)})
+            setup = replace(setup, config=small.model_copy(update={"task": task}), loss=task.loss)
+        yield from _checks(setup, Path(folder, "checkpoints"))
 
 
 def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
