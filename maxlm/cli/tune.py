@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from maxlm.cli.common import SettingsArgument
+from maxlm.cli.tune_show import show
 
 RecipeArgument = Annotated[
     str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
@@ -58,3 +59,6 @@ def command(
         from maxlm.programs.tune import tune_model
 
         print_training_report(tune_model(run, epochs=epochs, resume=resume, profile=traced))
+
+
+subcommands = {"show": show}

@@ -60,7 +60,7 @@ class DataConfig(LoaderConfig):
     heldout_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of documents kept out of training for evaluation, chosen by a hash of their text."""
     build_workers: int | None = Field(default=None, ge=1)
-    """Processes that tokenize documents; null: one a core."""
+    """Processes that tokenize documents, or rows of files; null: one a core."""
 
     @model_validator(mode="after")
     def _names_differ(self):

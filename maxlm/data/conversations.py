@@ -13,10 +13,11 @@ Rows of files have one of these forms, the values of ``prompt``, ``completion``,
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer, encode_chat
+from maxlm.data.tokenizer import Tokenizer, encode_chat_turns
 
 Turns = Literal["all", "last"]
 Row = Mapping[str, Any]
@@ -43,68 +44,66 @@ def encode_conversation(
     num_prompt_messages: int = 0,
     tools: Any = None,
 ) -> EncodedSequence:
-    """Encodes a conversation by the tokenizer's chat template.
-
-    A turn is learnt from behind what opens it (``add_generation_prompt``) to its last special
-    token. A message with ``"train": false`` is not learnt.
+    """Encodes a conversation by the tokenizer's chat template; see ``encode_chat_turns`` for which
+    tokens of a turn are learnt. A message with ``"train": false`` is not learnt.
 
     Args:
         turns: which turns of ``roles`` are learnt.
         num_prompt_messages: messages at the beginning that are not learnt.
 
     Raises:
-        MaxlmError: no turn to learn, roles out of order, a template that writes a turn otherwise
-            once others follow, or drops it.
+        MaxlmError: no turn to learn or an empty one, roles out of order, a template that drops or
+            rewrites turns.
     """
-    _check_roles(messages, roles)
-    chosen = [
+    _check_messages(messages)
+    learnt = [
         i
         for i, message in enumerate(messages)
-        if i >= num_prompt_messages and message["role"] in roles and message.get("train", True)
+        # Parquet fills in null where a message says nothing.
+        if i >= num_prompt_messages
+        and message["role"] in roles
+        and message.get("train") is not False
     ]
-    if not chosen:
-        what = f"no {' or '.join(roles)} turn"
+    if not learnt:
+        own = dict.fromkeys(str(each["role"]) for each in messages)
+        what = f"no {' or '.join(roles)} turn to learn: the roles are {', '.join(own)}"
         raise MaxlmError(what, where="messages", fix="leave the row out, or end it with an answer")
+    learnt = learnt[-1:] if turns == "last" else learnt
+    if empty := [i for i in learnt if _is_empty(messages[i])]:
+        what = f"an empty completion: message {empty[0]} has no text"
+        raise MaxlmError(what, where="messages", fix="leave the row out")
     given = [{k: v for k, v in message.items() if k != "train"} for message in messages]
     settings = {} if tools is None else {"tools": tools}
-    tokens = encode_chat(tokenizer, given, **settings)
+    tokens, spans = encode_chat_turns(tokenizer, given, learnt, **settings)
     is_target = [False] * len(tokens)
-    special = {*tokenizer.special_tokens.values()}
-    for i in chosen[-1:] if turns == "last" else chosen:
-        opened = messages[i]["role"] == "assistant"
-        before = encode_chat(tokenizer, given[:i], add_generation_prompt=opened, **settings)
-        after = tokens
-        if i + 1 < len(given):
-            after = encode_chat(tokenizer, given[: i + 1], **settings)
-        if tokens[: len(before)] != before or tokens[: len(after)] != after:
-            what = f"the chat template writes turn {i} otherwise, or drops it, where others follow"
-            fix = "set task.turns=last, or use another template"
-            raise MaxlmError(what, where="messages", fix=fix)
-        end = next((n for n in range(len(after), len(before), -1) if after[n - 1] in special), None)
-        for n in range(len(before), end or len(after)):
-            is_target[n] = True
+    for span in spans:
+        is_target[span.start : span.stop] = [True] * len(span)
     return EncodedSequence(tokens, is_target)
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any) -> EncodedSequence:
     """Encodes a prompt and the answer to learn: texts, which the end-of-text token follows, or
     lists of messages; raises MaxlmError if they are neither, or the answer is empty."""
+    for name, value in (("the prompt", prompt), ("the completion", answer)):
+        if not isinstance(value, str | list):
+            what = f"{name} is of type {type(value).__name__}, neither text nor a list of messages"
+            raise MaxlmError(what, where=name, fix="write one of them")
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise MaxlmError("an empty completion", where="completion", fix="leave the row out")
     if isinstance(prompt, str) and isinstance(answer, str):
         before = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
-        learnt = [*tokenizer.encode(answer), tokenizer.eos_id]
-        return EncodedSequence(before + learnt, [False] * len(before) + [True] * len(learnt))
+        # As one text, where no token crosses: some tokenizers write a space before any text.
+        whole = [*tokenizer.prefix_ids, *tokenizer.encode(prompt + answer)]
+        if whole[: len(before)] != before:
+            whole = before + tokenizer.encode(answer)
+        num_learnt = len(whole) + 1 - len(before)
+        is_target = [False] * len(before) + [True] * num_learnt
+        return EncodedSequence([*whole, tokenizer.eos_id], is_target)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    if not isinstance(prompt, list) or not isinstance(answer, list):
-        what, fix = "neither text nor a list of messages", "write one of them"
-        raise MaxlmError(what, where="prompt", fix=fix)
-    return encode_conversation(
-        tokenizer, [*prompt, *answer], num_prompt_messages=len(prompt), turns="all"
-    )
+    return encode_conversation(tokenizer, [*prompt, *answer], num_prompt_messages=len(prompt))
 
 
 def encode_pair(tokenizer: Tokenizer, row: Row) -> tuple[EncodedSequence, EncodedSequence]:
@@ -112,22 +111,29 @@ def encode_pair(tokenizer: Tokenizer, row: Row) -> tuple[EncodedSequence, Encode
     chosen, rejected = get_column(row, "chosen"), get_column(row, "rejected")
     if chosen == rejected:
         raise MaxlmError("chosen equals rejected", where="chosen", fix="leave the row out")
-    prompt = row.get("prompt")
-    if prompt is None:
-        if not isinstance(chosen, list) or not isinstance(rejected, list):
-            raise MaxlmError("no prompt", where="prompt", fix="give one")
-        size = 0
+    prompt, are_lists = row.get("prompt"), isinstance(chosen, list) and isinstance(rejected, list)
+    if prompt is None and not are_lists:
+        prompt = get_column(row, "prompt")
+    size = 0
+    if are_lists and not isinstance(prompt, list):
         while chosen[size : size + 1] == rejected[size : size + 1]:
             size += 1
+    # Some data sets say the prompt twice: as text, and as what both conversations begin with.
+    if size or prompt is None:
         prompt, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
     return encode_answer(tokenizer, prompt, chosen), encode_answer(tokenizer, prompt, rejected)
 
 
 def get_column(row: Row, name: str) -> Any:
-    """Returns a value of a row; raises MaxlmError naming the columns that there are."""
+    """Returns a value of a row; raises MaxlmError if it is null, or naming the columns that there
+    are."""
     if row.get(name) is None:
-        what = f"no column {name!r}: there are {', '.join(map(repr, row))}"
-        raise MaxlmError(what, where=name, fix="rename the file's columns, or use another task")
+        if name in row:
+            raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")
+        near = get_close_matches(name, row, n=1, cutoff=0.5)
+        fix = f"rename {near[0]!r}" if near else "rename the file's columns"
+        what = f"no column {name!r}: there are {', '.join(map(repr, row)) or 'none'}"
+        raise MaxlmError(what, where=name, fix=f"{fix}, or use another task")
     return row[name]
 
 
@@ -140,9 +146,16 @@ def get_label(row: Row) -> bool:
     return bool(label)
 
 
-def _check_roles(messages: Any, learnt: Sequence[str]) -> None:
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return not (content.strip() if isinstance(content, str) else content) and not any(
+        message.get(name) for name in ("tool_calls", "reasoning_content", "thinking", "reasoning")
+    )
+
+
+def _check_messages(messages: Any) -> None:
     is_list = isinstance(messages, list) and messages
-    if not is_list or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+    if not is_list or not all(isinstance(m, Mapping) and m.get("role") for m in messages):
         what, fix = "no list of messages", 'give some like {"role": "user", "content": ...}'
         raise MaxlmError(what, where="messages", fix=fix)
     before = None
@@ -156,4 +169,7 @@ def _check_roles(messages: Any, learnt: Sequence[str]) -> None:
             what = f"roles out of order: message {i} is {role!r} after {before or 'nothing'!r}"
             fix = "let system come first, then user and assistant by turns"
             raise MaxlmError(what, where="messages", fix=fix)
+        if message.get("content") is None and _is_empty(message):
+            what = f"message {i}, of role {role!r}, has no content"
+            raise MaxlmError(what, where="messages", fix="give it some, or leave the row out")
         before = role

@@ -1,11 +1,11 @@
-"""Files of rows, each a dictionary: JSON Lines, Parquet, and datasets saved to disk."""
+"""Files of rows, each a dictionary: JSON Lines, Parquet, datasets saved to disk."""
 
 import json
 import mmap
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,18 @@ class RowFiles:
 
 
 def open_rows(*paths: str | Path) -> RowFiles:
-    """Opens files of rows: ``.jsonl`` and ``.json``, also as ``.gz`` and ``.zst``, ``.parquet``,
-    and folders that Hugging Face's ``datasets`` saved.
+    """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``),
+    ``.parquet``, and folders that Hugging Face's ``datasets`` saved.
 
     Raises:
         MaxlmError: a file that is missing, empty or none of these.
     """
     opened = [Path(path) for path in paths]
+    for path in opened:
+        written = path.stat().st_mtime_ns if path.exists() else 0
+        if _WRITTEN.get(path) != written:
+            _OPENED.pop(path, None)
+            _WRITTEN[path] = written
     sizes = [len(_open_file(path)) for path in opened]
     return RowFiles(tuple(opened), tuple(np.cumsum([0, *sizes]).tolist()))
 
@@ -59,22 +64,23 @@ class _JsonLines:
 
     def __init__(self, path: Path, data: Any):
         self._path, self._data = path, data
-        ends = [found.start() for found in re.finditer(rb"\n", data)] + [len(data)]
-        spans = zip([0, *(end + 1 for end in ends)], ends, strict=False)
-        self._spans = [(a, b) for a, b in spans if data[a:b].strip()]
+        spans = (found.span() for found in re.finditer(rb"[^\n]*\S[^\n]*", data))
+        self._spans = np.fromiter(spans, np.dtype((np.int64, 2)))
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = self._spans[index]
+        fault = ""
         try:
-            if isinstance(row := json.loads(self._data[start:end]), dict):
+            row = json.loads(self._data[slice(*self._spans[index])])
+            if isinstance(row, dict):
                 return row
-        except ValueError:
-            pass
-        what = f"row {index} is no JSON object"
-        raise MaxlmError(what, where=str(self._path), fix="repair the line")
+        except (ValueError, RecursionError) as error:
+            fault = f" ({error})"
+        what = f"no JSON object{fault}"
+        fix = "write one object on each line"
+        raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
 
 
 class _ArrowRows:
@@ -90,13 +96,23 @@ class _ArrowRows:
         return self._table.slice(index, 1).to_pylist()[0]
 
 
-@lru_cache(maxsize=64)
+_OPENED: dict[Path, Any] = {}
+_WRITTEN: dict[Path, int] = {}
+"""When a file was last written, in nanoseconds, as it was opened."""
+
+
 def _open_file(path: Path) -> _JsonLines | _ArrowRows:
+    if path not in _OPENED:
+        _OPENED[path] = _read_file(path)
+    return _OPENED[path]
+
+
+def _read_file(path: Path) -> _JsonLines | _ArrowRows:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     kind = suffixes[-2 if packed else -1] if len(suffixes) > bool(packed) else ""
     if path.is_dir():
-        rows: _JsonLines | _ArrowRows = _ArrowRows(_read_arrow(_list_arrow_files(path)))
+        rows = _ArrowRows(_read_arrow(_list_arrow_files(path)))
     elif not path.is_file():
         raise MaxlmError("no such file", where=str(path), fix=_FIX)
     elif kind == ".parquet" and not packed:
@@ -108,10 +124,9 @@ def _open_file(path: Path) -> _JsonLines | _ArrowRows:
             rows = _JsonLines(path, stream.read())
     else:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            rows = _JsonLines(
-                path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-            )
+            empty = not os.fstat(file.fileno()).st_size
+            read = mmap.ACCESS_READ
+            rows = _JsonLines(path, b"" if empty else mmap.mmap(file.fileno(), 0, access=read))
     if not len(rows):
         raise MaxlmError("the file has no rows", where=str(path), fix="give it some")
     return rows

@@ -99,6 +99,9 @@ def open_run(
         check_no_lost_checkpoint(checkpointer, resume)
     for each in position.skipped:
         say(str(each))
+    for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
+        for note in getattr(rows, "notes", ()):
+            say(f"{name}: {note}")
     if position.checkpoint_place:
         say(f"resuming from step {step} in {position.checkpoint_place}")
     elif start := config.train.start_from:

@@ -17,7 +17,12 @@ from maxlm.data.documents import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import check_num_steps
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    add_chat_template,
+    load_tokenizer,
+    train_tokenizer,
+)
 from maxlm.inference.sampling import check_samples
 from maxlm.programs.generate import encode_prompts
 from maxlm.run import PREPARED, RunConfig
@@ -89,6 +94,7 @@ def make_source_inputs(
         mixing=config.data.mixing(),
         start_id=getattr(config.model, "start_id", 0),
         num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
+        build_workers=config.data.build_workers,
     )
 
 
@@ -156,6 +162,7 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
         for source in config.data.sources:
             if source.store is not None:
                 _named_stores(source, tokenizer)  # Refused before anything is written.
+        add_chat_template(tokenizer, config.tokenizer)
         tokenizer.save(home)
     else:
         try:

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,12 @@ from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import encode_row, make_row_source
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.runtime.pool import open_executor
+from maxlm.runtime.progress import ignore_progress, show_progress
 from maxlm.tasks.task import SourceInputs, Task
 
+# So many rows take longer than processes to start: seconds.
+_MANY_ROWS, _PART_ROWS = 16384, 1024
 TooLong = Literal["drop", "cut_end", "cut_start"]
 EncodedExample = Mapping[str, Any]
 """A row's arrays by name; see :data:`maxlm.data.rows.Encode`."""
@@ -108,7 +113,7 @@ class RowTask(Task):
 
     def for_small_model(self) -> Self:
         small = super().for_small_model()
-        return small.model_copy(update={"max_length": None, "too_long": "cut_end"})
+        return small.model_copy(update={"max_length": None, "too_long": "cut_start"})
 
     def _split(self, num_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows to train and to evaluate on, in the file's order."""
@@ -128,30 +133,88 @@ class RowTask(Task):
         assert inputs.tokenizer is not None
         loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
         encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
-        lengths, cut = np.zeros(len(examples), np.int64), 0
-        for i, example in enumerate(examples.tolist()):
-            if encoded := encode_row(encoder, file, example):
-                lengths[i], cut = len(encoded["tokens"]), cut + encoded["was_cut"]
-        kept = np.flatnonzero(lengths)
+        scan = scan_examples(encoder, file, examples, inputs.build_workers)
+        notes = self.describe_scan(scan, encoder.max_length)
+        kept = np.flatnonzero(scan.lengths)
         if not kept.size:
-            what = f"no row has at most {encoder.max_length} tokens and one to learn"
-            fix = "raise data.seq_len, or set task.too_long=cut_end"
-            raise MaxlmError(what, where=str(file.paths[0]), fix=fix)
-        notes = []
-        if cut:
-            notes.append(f"{cut} of {len(examples)} rows are cut to {encoder.max_length} tokens")
-        if lost := len(examples) - kept.size:
-            why = f"longer than {encoder.max_length} tokens, or without one to learn"
-            notes.append(f"{lost} of {len(examples)} rows are left out: {why}")
+            fix = "raise data.seq_len, or set task.too_long"
+            raise MaxlmError(notes[-1], where=str(file.paths[0]), fix=fix)
         return make_row_source(
             *(file, encoder, arrays, loader.batch_size),
             seed=inputs.seed,
             examples=examples[kept],
-            lengths=lengths[kept],
+            lengths=scan.lengths[kept],
             examples_per_row=self.examples_per_row,
             notes=notes,
             **options,
         )
+
+    def describe_scan(self, scan: "ExampleScan", max_length: int) -> list[str]:
+        """Says which rows are cut and left out, and by which rule."""
+        rule, total = f"task.too_long={self.too_long}", f"of {len(scan.lengths):,} rows"
+        notes = []
+        if cut := int(scan.was_cut.sum()):
+            notes.append(f"{cut:,} {total} are cut to {max_length:,} tokens ({rule})")
+        if lost := int((scan.lengths == 0).sum()) - len(scan.errors):
+            why = f"longer than {max_length:,} tokens"
+            if self.too_long != "drop":
+                why = f"no token to learn among the {max_length:,} that are kept"
+            notes.append(f"{lost:,} {total} are left out: {why} ({rule})")
+        return notes
+
+
+class ExampleScan(NamedTuple):
+    """Counts of encoded rows of files, arrays int64 [n]."""
+
+    lengths: NDArray[np.int64]
+    """Tokens that each has in a row of a batch; 0: it is left out."""
+    num_targets: NDArray[np.int64]
+    """Tokens of each to learn."""
+    was_cut: NDArray[np.int64]
+    """1 where tokens were cut off, else 0."""
+    errors: list[MaxlmError]
+    """Faults of those that cannot be read."""
+
+
+def scan_examples(
+    encoder: "ExampleEncoder",
+    file: RowFiles,
+    examples: NDArray[np.int64],
+    workers: int | None = 1,
+    *,
+    keep_errors: bool = False,
+) -> ExampleScan:
+    """Encodes rows of files once; many in up to so many processes, with a progress bar. A row that
+    cannot be read raises its MaxlmError, or, with ``keep_errors``, is left out."""
+    is_long = len(examples) >= _MANY_ROWS
+    parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
+    counts, errors, done = [np.zeros((3, 0), np.int64)] * len(parts), list[MaxlmError](), 0
+    is_shown = is_long and jax.process_index() == 0
+    with ExitStack() as stack:
+        progress = stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
+        pool = stack.enter_context(open_executor("local", workers if is_long else 1))
+        scan = partial(_scan, encoder, file)
+        for number, counts[number], faults in pool.map_unordered(scan, [*enumerate(parts)]):
+            if faults and not keep_errors:
+                raise faults[0]
+            errors, done = errors + faults, done + len(parts[number])
+            progress("encoding rows", done, len(examples))
+    return ExampleScan(*np.concatenate(counts, axis=1), errors=errors)
+
+
+def _scan(
+    encoder: "ExampleEncoder", file: RowFiles, job: tuple[int, NDArray[np.int64]]
+) -> tuple[int, NDArray[np.int64], list[MaxlmError]]:
+    number, examples = job
+    counts, errors = np.zeros((3, len(examples)), np.int64), list[MaxlmError]()
+    for i, example in enumerate(examples.tolist()):
+        try:
+            if encoded := encode_row(encoder, file, example):
+                learnt = np.count_nonzero(encoded["weights"])
+                counts[:, i] = len(encoded["tokens"]), learnt, encoded["was_cut"]
+        except MaxlmError as error:
+            errors.append(error)
+    return number, counts, errors
 
 
 @dataclass(frozen=True)
@@ -174,20 +237,23 @@ class ExampleEncoder:
         return {
             **arrays,
             **self.task.encode_example_values(row),
-            "was_cut": sequences != whole,
+            "was_cut": any(len(each.tokens) > self.max_length for each in whole),
         }
 
     def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
-        if len(sequence.tokens) <= self.max_length:
-            return sequence
-        match self.task.too_long:
-            case "drop":
-                return EncodedSequence([], [])
-            case "cut_end":
-                part = slice(self.max_length)
-            case "cut_start":
-                part = slice(-self.max_length, None)
-        return EncodedSequence(sequence.tokens[part], [False, *sequence.is_target[part][1:]])
+        tokens, is_target = sequence
+        # The first token is learnt where virtual ones stand before it.
+        is_first_learnt = self.num_virtual_tokens > 0
+        if len(tokens) > self.max_length:
+            match self.task.too_long:
+                case "drop":
+                    return EncodedSequence([], [])
+                case "cut_end":
+                    part = slice(self.max_length)
+                case "cut_start":
+                    part, is_first_learnt = slice(-self.max_length, None), False
+            tokens, is_target = tokens[part], is_target[part]
+        return EncodedSequence(tokens, [is_first_learnt and is_target[0], *is_target[1:]])
 
 
 def join_sequences(

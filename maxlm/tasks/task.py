@@ -71,6 +71,8 @@ class SourceInputs:
     """The token that a decoder beside an encoder reads first."""
     num_virtual_tokens: int = 0
     """Tokens that every example begins with for an adapter's sake; see ``Adapter``."""
+    build_workers: int | None = 1
+    """Processes that encode rows of files once; None: one a core."""
 
 
 class Task(Config):

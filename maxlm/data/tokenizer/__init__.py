@@ -1,7 +1,7 @@
 """Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
 tokenizers."""
 
-from maxlm.data.tokenizer.chat import encode_chat, render_chat
+from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
@@ -14,7 +14,9 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerStats",
+    "add_chat_template",
     "encode_chat",
+    "encode_chat_turns",
     "export_tokenizer",
     "has_tokenizer_files",
     "import_tokenizer",

@@ -6,14 +6,16 @@ it runs in Jinja's sandbox and is given plain data only.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import islice, pairwise
 from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
-from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.config import CHAT_TOKENS, TokenizerConfig
 
 Message = Mapping[str, Any]
 """A message, with at least {"role": ..., "content": ...}."""
@@ -27,7 +29,9 @@ _TEMPLATES = {
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
 }
-# Noncharacters: never in text that means anything, so one is free to mark places with.
+_TEMPLATE_FILE = "chat_template.jinja"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Noncharacters: never in text that means anything, so some are free to mark places with.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -39,9 +43,26 @@ def make_chat_files(config: TokenizerConfig) -> dict[str, bytes]:
     roles = {"bos_token": config.bos, "eos_token": config.eos, "pad_token": config.pad}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
     return {
-        "chat_template.jinja": _TEMPLATES[config.chat].encode(),
+        _TEMPLATE_FILE: _TEMPLATES[config.chat].encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n",
     }
+
+
+def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """Lets a tokenizer write conversations as ``config.chat`` says, if it says anything, and stop
+    at a turn's end; raises MaxlmError if its vocabulary lacks the special tokens of it."""
+    if config.chat is None:
+        return
+    special, needed = tokenizer.special, CHAT_TOKENS[config.chat]
+    if missing := [token for token in needed if token not in special.ids]:
+        what = f"the vocabulary has no special token {' or '.join(missing)}"
+        fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
+        raise MaxlmError(what, where=f"tokenizer.chat={config.chat}", fix=fix)
+    roles = {"bos": special.bos, "eos": special.eos, "pad": special.pad}
+    own = make_chat_files(config.model_copy(update=roles))
+    tokenizer.extra_files = own | tokenizer.extra_files | {_TEMPLATE_FILE: own[_TEMPLATE_FILE]}
+    stops = *tokenizer.extra_stop_ids, special.ids[needed[-1]]
+    tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
 
 
 def render_chat(
@@ -59,23 +80,8 @@ def render_chat(
         add_generation_prompt: end with what opens the assistant's turn.
         variables: further ones of the template, such as ``enable_thinking``.
     """
-    given: dict[str, Any] = {
-        "messages": [_as_templates_read(each) for each in _checked(messages)],
-        "tools": tools and list(tools),
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
-    # Plain data has no methods that the sandbox does not know.
-    given = json.loads(_as_json(given | variables))
-    try:
-        template = _compile(get_chat_template(tokenizer, with_tools=tools is not None))
-        return template.render(**_special_names(tokenizer) | given)
-    except MaxlmError:
-        raise
-    except Exception as error:  # It is a program of someone else's: it may raise anything.
-        what = f"the chat template cannot write this conversation: {error}"
-        fix = "change the messages to suit the template, or the template"
-        raise MaxlmError(what, fix=fix) from error
+    own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    return _render(tokenizer, _make_template_variables(messages, **own, **variables))
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
@@ -84,17 +90,132 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
     turn, or begins another's, by writing so. Settings are ``render_chat``'s.
     """
-    settings["messages"] = list(_checked(messages))
-    text = _as_json(settings)
-    mark = next((m for m in _MARKS if m not in text and _escaped(m) not in text), None)
-    if mark is None:
-        what = "the messages hold every noncharacter from U+FDD0 to U+FDEF"
-        raise MaxlmError(what, where="messages", fix="remove one of them")
-    literals = list(tokenizer.special.ids)
-    beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
-    longest = max(map(len, beginnings), default=0)
+    given, (mark, *_) = _disarm(tokenizer, messages, settings)
+    rendered = _render(tokenizer, given).replace(_escaped(mark), mark)
+    return tokenizer.encode_with_escapes(rendered, mark if mark in rendered else None)
+
+
+def encode_chat_turns(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    **settings: Any,
+) -> tuple[list[int], list[range]]:
+    """Returns the ids of ``encode_chat``, and the places among them that each of ``turns``
+    (messages by index, in order) wrote: what the template marks as {% generation %}, else from
+    behind what opens the assistant's turn to its last special token. No token crosses a turn's
+    beginning or end.
+
+    Raises:
+        MaxlmError: a template that drops a message, or writes a turn otherwise once others follow.
+    """
+    given, (mark, *edges) = _disarm(tokenizer, messages, settings)
+
+    def render(stop: int, **variables: Any) -> str:
+        own = given | {"messages": given["messages"][:stop]} | variables
+        return _render(tokenizer, own).replace(_escaped(mark), mark)
+
+    writers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    template = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
+    marked = {*turns} <= {*writers} and _GENERATION.search(template) is not None
+    if marked:
+        opening, closing = edges
+        rendered = render(len(messages), _generation_start=opening, _generation_end=closing)
+        pieces = rendered.replace(closing, opening).split(opening)
+        text = "".join(pieces)
+        if len(pieces) != 2 * len(writers) + 1:
+            raise _make_template_error("does not mark each assistant turn as {% generation %}")
+        kept = {2 * writers.index(i) + 1 for i in turns}
+    else:
+        text, cuts = render(len(messages)), [0]
+        for i in turns:
+            is_assistant = messages[i]["role"] == "assistant"
+            before = render(i, add_generation_prompt=is_assistant) if i else ""
+            after = render(i + 1) if i + 1 < len(messages) else text
+            is_part = text.startswith(before) and text.startswith(after)
+            if not is_part or not cuts[-1] <= len(before) < len(after):
+                raise _make_template_error(f"drops message {i}, or writes it otherwise at the end")
+            cuts += [len(before), len(after)]
+        pieces = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
+        kept = {*range(1, len(pieces), 2)}
+    for i, message in enumerate(given["messages"]):
+        role, content = message["role"], message.get("content")
+        verbatim = role in ("system", "developer", "user") and isinstance(content, str)
+        if verbatim and content.strip() not in text:
+            raise _make_template_error(f"drops message {i}, of role {role!r}")
+    ids, spans, special = list[int](), list[range](), {*tokenizer.special_tokens.values()}
+    escape = mark if mark in text else None
+    for number, own in enumerate(_encode_pieces(tokenizer, pieces, escape)):
+        if number in kept:
+            last = next((n for n in range(len(own), 0, -1) if own[n - 1] in special), None)
+            spans.append(range(len(ids), len(ids) + (len(own) if marked else last or len(own))))
+        ids += own
+    return ids, spans
+
+
+def _encode_pieces(
+    tokenizer: Tokenizer, pieces: Sequence[str], escape: str | None
+) -> Iterator[list[int]]:
+    """Encodes a text cut into pieces; together they are the text's own ids."""
+    if tokenizer.lossless:  # What a piece is encoded as depends on no other.
+        yield from (tokenizer.encode_with_escapes(piece, escape) for piece in pieces)
+        return
+    text, before = "", list[int]()
+    for piece in pieces:
+        text += piece
+        ids = tokenizer.encode_with_escapes(text, escape)
+        if ids[: len(before)] != before:
+            raise _make_template_error("lets a token cross the beginning or end of a turn")
+        yield ids[len(before) :]
+        before = ids
+
+
+def _make_template_error(fault: str) -> MaxlmError:
+    fix = "set task.turns=last, or give the tokenizer a template with {% generation %} marks"
+    return MaxlmError(f"the chat template {fault}", where=_TEMPLATE_FILE, fix=fix)
+
+
+def _make_template_variables(
+    messages: Sequence[Message], *, tools: Any = None, **variables: Any
+) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "messages": [_as_templates_read(each) for each in _checked(messages)],
+        "tools": tools and list(tools),
+        "documents": None,
+        "add_generation_prompt": False,
+    }
+    # Plain data has no methods that the sandbox does not know.
+    return json.loads(_as_json(given | variables))
+
+
+def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
+    try:
+        source = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
+        return _compile(source).render(**_special_names(tokenizer) | given)
+    except MaxlmError:
+        raise
+    except Exception as error:  # It is a program of someone else's: it may raise anything.
+        what = f"the chat template cannot write this conversation: {error}"
+        fix = "change the messages to suit the template, or the template"
+        raise MaxlmError(what, fix=fix) from error
+
+
+def _disarm(
+    tokenizer: Tokenizer, messages: Sequence[Message], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """A template's variables, with a character within each literal of a special token; it, and
+    others that occur nowhere either."""
+    given = _make_template_variables(messages, **settings)
+    text = _as_json(given)
+    unused = (m for m in _MARKS if m not in text and _escaped(m) not in text)
+    if len(free := list(islice(unused, 3))) < 3:
+        what = "the messages hold nearly every noncharacter from U+FDD0 to U+FDEF"
+        raise MaxlmError(what, where="messages", fix="remove some of them")
+    mark, (literals, firsts, beginnings) = free[0], _list_literals(tokenizer)
 
     def disarm(string: str) -> str:
+        if not any(char in string for char in firsts):
+            return string
         for literal in literals:
             string = string.replace(literal, literal[:1] + mark + literal[1:])
         return string
@@ -104,15 +225,19 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
         # Words are what templates ask for, such as roles.
         string = disarm(string)
         end = len(string.rstrip())
-        if string.isidentifier() or not any(
-            string[max(0, end - n) : end] in beginnings for n in range(1, longest + 1)
-        ):
+        if string.isidentifier() or not string.endswith(beginnings, 0, end):
             return string
         return string[:end] + mark + string[end:]
 
-    rendered = render_chat(tokenizer, **_map_strings(settings, disarm, disarm_end))
-    rendered = rendered.replace(_escaped(mark), mark)
-    return tokenizer.encode_with_escapes(rendered, mark if mark in rendered else None)
+    return _map_strings(given, disarm, disarm_end), free
+
+
+@lru_cache(maxsize=8)
+def _list_literals(tokenizer: Tokenizer) -> tuple[list[str], set[str], tuple[str, ...]]:
+    """Literals of special tokens, their first characters, and all their beginnings."""
+    literals = list(tokenizer.special.ids)
+    beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
+    return literals, {literal[:1] for literal in literals}, tuple(beginnings)
 
 
 def _escaped(char: str) -> str:
@@ -167,18 +292,23 @@ def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
         MaxlmError: it carries none.
     """
     carried = tokenizer.extra_files
-    if "chat_template.jinja" in carried:
-        return carried["chat_template.jinja"].decode()
+    if _TEMPLATE_FILE in carried:
+        return carried[_TEMPLATE_FILE].decode()
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = json.loads(carried.get(name, b"{}")).get("chat_template")
+        found = _read_json(carried.get(name, b"{}")).get("chat_template")
         if isinstance(found, list):
             named = {each["name"]: each["template"] for each in found}
             found = (with_tools and named.get("tool_use")) or named.get("default")
         if found:
             return found
-    fix = "train it with chat set, import one that has a template, or give --chat-template FILE"
-    what, where = "the tokenizer carries no chat template", "chat_template.jinja"
-    raise MaxlmError(what, where=where, fix=fix)
+    fix = "set tokenizer.chat, import one that has a template, or give --chat-template FILE"
+    what = "the tokenizer carries no chat template"
+    raise MaxlmError(what, where=_TEMPLATE_FILE, fix=fix)
+
+
+@lru_cache(maxsize=16)  # These files are long, and every text needs them.
+def _read_json(data: bytes) -> Mapping[str, Any]:
+    return json.loads(data)
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
@@ -187,7 +317,7 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     names: dict[str, Any] = {"bos_token": special.bos, "eos_token": special.eos}
     names["pad_token"] = special.pad
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in json.loads(tokenizer.extra_files.get(file, b"{}")).items():
+        for name, token in _read_json(tokenizer.extra_files.get(file, b"{}")).items():
             if name.endswith("_token") and not isinstance(token, bool):
                 names[name] = token.get("content") if isinstance(token, dict) else token
     return {name: token for name, token in names.items() if token is not None}
@@ -201,14 +331,16 @@ def _compile(source: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}: what the assistant wrote, marked for training; plain text here."""
+        """{% generation %}: what the assistant wrote, between two variables' values, if given."""
 
         tags: set[str] = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
         def parse(self, parser: Parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            names = (nodes.Name(f"_generation_{n}", "load") for n in ("start", "end"))
+            start, end = (nodes.Output([name]) for name in names)
+            return nodes.Scope([start, *body, end], lineno=line)
 
     def refuse(message: str):
         raise TemplateError(message)

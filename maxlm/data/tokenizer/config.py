@@ -59,7 +59,9 @@ class TokenizerConfig(Config):
     """Form of a conversation: adds the special tokens of its roles, and a template for
     ``render_chat`` and other tools. ``chatml``: <|im_start|>role, the text, <|im_end|> (Qwen,
     SmolLM2). ``llama3``: headers with the role, <|eot_id|> after a turn. Set ``eos`` to the token
-    that ends a turn if generation shall stop there."""
+    that ends a turn if generation shall stop there. With ``path``, or a run to start from, the
+    run's copy of that tokenizer gets the template in place of its own, and stops at the end of a
+    turn; its vocabulary must have these special tokens."""
 
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Train on the first so many bytes of the corpus, so a corpus in order of source should be

@@ -142,8 +142,9 @@ def test_an_example_longer_than_a_row_is_named(tmp_path, packed):
     ("name", "text", "what"),
     [
         ("a.jsonl", "\n", "the file has no rows"),
+        ("a.jsonl", "", "the file has no rows"),
         ("a.txt", "{}", "no file of rows"),
-        ("a.jsonl", "{\n", "row 0 is no JSON object"),
+        ("a.jsonl", "{\n", "row 0: no JSON object"),
         (None, "", "no such file"),
     ],
 )
