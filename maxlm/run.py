@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from maxlm.adapters import AdapterConfig
 from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import FinalSamplesConfig, check_samples
-from maxlm.models.adapters import AdapterConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.models.placement import check_latent_split
@@ -46,8 +46,8 @@ class RunConfig(Config):
     softmax, loss and optimizer are float32 in any case."""
     model: ModelConfig
     adapter: AdapterConfig | None = None
-    """Form of the model's parameters at rest, by the kind that an installed package registers, such
-    as beside low-rank matrices; `train.trainable` says which are trained. null: as they are."""
+    """Small parameters beside the model's own, by kind, which alone are trained unless
+    `train.trainable` says otherwise; an installed package may register others. null: none."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -82,12 +82,33 @@ def read_frozen_configs(
     """Return the runs whose models a run's task only reads, by name; ``sources``: default, those of
     the task."""
     sources = config.task.frozen_models() if sources is None else sources
-    runs = {
-        name: load_config(RunConfig, Path(source.folder) / "config.yaml").value
-        for name, source in sources.items()
-        if source.folder is not None
-    }
-    return {name: runs.get(name, config) for name in sources}
+    bases = list_base_models(config, sources)
+
+    def read(name: str, source: FrozenModelSource) -> RunConfig:
+        if source.folder is not None:
+            return load_config(RunConfig, Path(source.folder) / "config.yaml").value
+        return config.model_copy(update={"adapter": None}) if name in bases else config
+
+    return {name: read(name, source) for name, source in sources.items()}
+
+
+def list_base_models(
+    config: RunConfig, sources: Mapping[str, FrozenModelSource] | None = None
+) -> frozenset[str]:
+    """Return the names of those models of a task that are the base of the run's own adapter, and so
+    need no parameters of their own: the models that training starts from, where these have no
+    adapter and the base never changes. ``sources``: default, those of the task."""
+    sources = config.task.frozen_models() if sources is None else sources
+    adapter, start = config.adapter, config.train.start_from
+    if adapter is None or adapter.changes_base or config.train.trainable is not None:
+        return frozenset()
+    if start is not None:
+        path = Path(start) / "config.yaml"
+        if not Path(start).is_dir():
+            return frozenset()  # it may have had an adapter
+        if path.exists() and load_config(RunConfig, path).value.adapter is not None:
+            return frozenset()
+    return frozenset(name for name, source in sources.items() if source.folder is None)
 
 
 def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:

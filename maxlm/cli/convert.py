@@ -15,8 +15,11 @@ def command(
     dtype: Annotated[str | None, Option(help="Write float32, bfloat16 or float16.")] = None,
     step: StepOption = None,
     shard_gb: Annotated[float, Option(help="Most of a file, in GB of 10^9 bytes.")] = 5.0,
+    adapter: Annotated[bool, Option("--adapter", help="Write a run's adapter, for PEFT.")] = False,
+    base: Annotated[Path | None, Option(help="The model that a PEFT adapter is for.")] = None,
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.
+    A run's adapter is merged, or with --adapter written alone; PEFT's are read beside their --base.
 
     Tensors pass one at a time, so that a model need not fit in memory. To go on from an imported
     run, train under a new name with train.start_from=TARGET.
@@ -35,6 +38,8 @@ def command(
             dtype=dtype,
             step=step,
             shard_bytes=int(shard_gb * 1e9),
+            adapter=adapter,
+            base=base,
             progress=lambda done, total, name: show("converting", done, total),
         )
     print(f"{done.folder}: {done.family}, {done.num_params:,} parameters, {done.dtype}")

@@ -5,7 +5,7 @@ That a family's table, the files and our parameters agree is checked before anyt
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
@@ -16,7 +16,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
+from maxlm.huggingface.checkpoint import ReadSlice
 from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
 from maxlm.huggingface.files import (
     SHARD_BYTES,
@@ -34,6 +34,16 @@ class ParamWriter(Protocol):
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None: ...
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
+
+
+class ParamSliceReader(Protocol):
+    """Reads parameters slice by slice; see ``RunCheckpointReader``."""
+
+    shapes: dict[str, Shape]
+
+    def open_slice_reader(
+        self, name: str, num_lead_axes: int, scratch_folder: Path
+    ) -> AbstractContextManager[ReadSlice]: ...
 
 
 Progress = Callable[[int, int, str], Any]
@@ -84,7 +94,7 @@ def import_tensors(
 
 
 def export_tensors(
-    checkpoint: RunCheckpointReader,
+    checkpoint: ParamSliceReader,
     entries: Sequence[TensorEntry],
     dtypes: TensorDtypes,
     folder: str | Path,

@@ -72,6 +72,11 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     return {stored.name: stored for file in files for stored in _read_header(folder / file)}
 
 
+def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of one file; raises as :func:`list_stored_tensors`."""
+    return {stored.name: stored for stored in _read_header(path)}
+
+
 def read_tensor(
     stored: StoredTensor, dtype: np.dtype | None = None, *, lossy: bool = False
 ) -> np.ndarray:

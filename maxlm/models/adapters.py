@@ -6,23 +6,26 @@ an entry point of the group ``maxlm.adapters`` named as its kind).
 """
 
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any, TypeVar
 
-from pydantic import BeforeValidator, SerializeAsAny
+import jax
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.blocks import parse_registered_config
-from maxlm.models.params import Params, bind_specs, param_specs
+from maxlm.models.params import Leaf, Params, bind_specs, param_specs
 
 
 class Adapter(Config):
     """A way to adapt a model, with a ``kind`` of its own and that kind's settings."""
 
-    changes_base: ClassVar[bool] = False
-    """Whether :meth:`init_from_base` changes the base: without the adapter it is another model."""
-
     kind: Any
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether :meth:`init_from_base` changes the base: without the adapter it is another
+        model."""
+        return False
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -40,20 +43,43 @@ class Adapter(Config):
         raise NotImplementedError
 
 
+AdapterT = TypeVar("AdapterT", bound=Adapter)
 _ADAPTERS: dict[type[Adapter], type[Adapter]] = {}
 
 
-def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+def register_adapter(adapter: type[AdapterT]) -> type[AdapterT]:
     """Makes an adapter known by its kind; also as a decorator."""
     _ADAPTERS[adapter] = adapter
     return adapter
 
 
 parse_adapter = partial(parse_registered_config, _ADAPTERS, "adapter", register=register_adapter)
-AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter)]
 
 
 def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: Any) -> Model:
     """Builds a model whose parameters rest as its adapter says, by ``config.build(**kwargs)``."""
     model = config.build(**kwargs)
     return model if adapter is None else bind_specs(model, adapter.adapt(param_specs(model)))
+
+
+@jax.jit
+def _merge(leaf: Leaf) -> jax.Array | None:
+    return leaf.merge()
+
+
+def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
+    """Return declarations and parameters with the array of :meth:`Leaf.merge` in place of each leaf
+    that has one; the others stay. Runs under the mesh of the parameters, which it takes out of
+    ``params`` one by one, so that little is held twice."""
+    merged_specs, merged = dict(specs), dict[str, Any]()
+    for name in sorted(params):  # a bias before its kernel
+        held = params.pop(name)
+        if isinstance(held, dict):
+            merged_specs[name], merged[name] = merge_adapter(specs[name], held)
+            continue
+        merged[name] = held
+        if isinstance(held, Leaf) and held.base_field and (value := _merge(held)) is not None:
+            merged_specs[name], merged[name] = getattr(specs[name], held.base_field), value
+            if name == "kernel" and "bias" in merged:
+                merged["bias"] = held.merge_bias(merged["bias"])
+    return merged_specs, merged

@@ -135,6 +135,10 @@ class ParamReader:
         return multiply_kernels(x, values, wholes, used, self.token_layout)
 
 
+RowReader = Callable[[Any, tuple[str | None, ...]], jax.Array]
+"""``(table, logical axes or ()) -> rows`` of the ids that are looked up, [..., S, columns]."""
+
+
 class Leaf:
     """A parameter at rest, where that is not one array.
 
@@ -156,9 +160,30 @@ class Leaf:
         """Returns the array that inputs are multiplied with, beside maps of the same input."""
         return self.materialize(reader)
 
+    def prepare_input(self, x: jax.Array, reader: ParamReader) -> jax.Array:
+        """Changes the map's input; then it is multiplied apart from maps of the same input."""
+        return x
+
     def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         """Completes the map of x, from the product y of x and :meth:`read_kernel`."""
         return y
+
+    def finish_output(self, y: jax.Array, reader: ParamReader) -> jax.Array:
+        """Changes the map's output y, its bias included."""
+        return y
+
+    def look_up(self, read_rows: "RowReader", reader: ParamReader) -> jax.Array:
+        """Returns rows of a table."""
+        return read_rows(self, ())
+
+    def merge(self) -> jax.Array | None:
+        """Returns the parameter as one fp32 array that a model without this leaf has, in the base's
+        layout; None: no array computes the same."""
+        return None
+
+    def merge_bias(self, bias: jax.Array) -> jax.Array:
+        """Returns the bias that belongs to the kernel of :meth:`merge`."""
+        return bias
 
 
 @jax.tree_util.register_dataclass

@@ -23,7 +23,7 @@ from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_ba
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
-from maxlm.run import RunConfig, read_frozen_configs
+from maxlm.run import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.train.optimizer import OptStateSpec, make_optimizer, make_schedule, opt_state_specs
 from maxlm.train.trainable import select_trainable
@@ -67,7 +67,7 @@ class RunWorkload:
     trained_names: frozenset[str]
     """Names of parameters."""
     frozen_specs: tuple[ParamSpec, ...] = ()
-    """The parameters of other models that the task reads."""
+    """The parameters of other models that the task reads, but for an adapter's base."""
     cache_bytes: int = 0
     """Caches of one row in generation, on all devices together; 0: the model does not generate."""
 
@@ -86,7 +86,9 @@ class RunWorkload:
         trained_specs = flatten_names(trained).items()
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
-        frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
+        bases = list_base_models(config)
+        others = (run for name, run in read_frozen_configs(config).items() if name not in bases)
+        frozen = (param_specs(build(run)) for run in others)
         cache = count_layer_caches(model) if isinstance(model, Decoder) else {}
         return cls(
             config=config,

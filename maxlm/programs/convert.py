@@ -27,10 +27,13 @@ from maxlm.huggingface.convert import (
 )
 from maxlm.huggingface.dtypes import TensorDtypes
 from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
+from maxlm.huggingface.merged import MergedCheckpointReader
+from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
+from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import TensorEntry
-from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -124,20 +127,31 @@ def convert(
     dtype: str | None = None,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
+    base: str | Path | None = None,
     progress: Progress = ignore_tensor_progress,
 ) -> ConversionResult:
-    """Converts a Hugging Face folder to a run, which takes no options, or a run to a Hugging Face
-    folder, whichever ``source`` is.
+    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder and its base
+    to a run, or a run to a Hugging Face or PEFT folder, whichever ``source`` is.
 
     Args:
         family: under whose names; None: that it came from, else the first that can say what the
             model computes.
         dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came, else float32.
         step: which checkpoint; None: the newest.
+        adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
+        base: the Hugging Face folder of the model that a PEFT adapter is for.
     """
     source, target = Path(source), Path(target)
     if (source / "config.yaml").exists():
+        if adapter:
+            return _export_adapter(source, target, family, step)
         return _export_run(source, target, family, dtype, step, shard_bytes, progress)
+    if (source / PEFT_CONFIG).exists() and not (source / "config.json").exists():
+        if base is None:
+            fix = "name its base's folder: --base FOLDER"
+            raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
+        return _import_run(Path(base), target, progress, source)
     if (source / "config.json").exists():
         shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
         options = {"family": family, "dtype": dtype, "step": step, "shard-gb": shards}
@@ -151,17 +165,30 @@ def convert(
     raise MaxlmError(what, where=str(source), fix=fix)
 
 
-def _import_run(source: Path, target: Path, progress: Progress) -> ConversionResult:
-    """Writes a Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
+def _import_run(
+    source: Path, target: Path, progress: Progress, adapter_folder: Path | None = None
+) -> ConversionResult:
+    """Writes a Hugging Face checkpoint, with a PEFT adapter or without, as a run of step 0: config,
+    checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
     _check_free(target)
     opened = open_huggingface_model(source, target)
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
+    specs, adapter, arrays = _build_specs(config), None, {}
+    if adapter_folder is not None:
+        entries = family.list_entries(config.model)
+        adapter, arrays = read_peft_adapter(adapter_folder, specs, entries)
+        config = config.model_copy(update={"adapter": adapter})
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        dtypes = opened.import_tensors(writer, progress)
+        if adapter is None:
+            dtypes = opened.import_tensors(writer, progress)
+        else:
+            adapted = AdaptedParamWriter(writer, adapter, specs, arrays)
+            dtypes = opened.import_tensors(adapted, progress)
+            adapted.finish()
         # The way back asks under the usual names.
         usual = [entry.theirs for entry in family.list_entries(config.model)]
         names = zip((entry.theirs for entry in opened.entries), usual, strict=True)
@@ -181,6 +208,7 @@ def _import_run(source: Path, target: Path, progress: Progress) -> ConversionRes
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
     parameters = sum(spec.size for spec in opened.specs.values())
+    parameters += sum(array.size for array in arrays.values())
     return ConversionResult(family.name, target, parameters, dtypes.default, opened.notes)
 
 
@@ -194,15 +222,11 @@ def _export_run(
     progress: Progress,
 ) -> ConversionResult:
     """Writes a run's checkpoint as a folder that transformers loads."""
-    config = load_config(RunConfig, source / "config.yaml").value
-    if config.adapter is not None:
-        what = f"no published model has adapter.kind={config.adapter.kind}, as this run's has"
-        fix = "name a run without one, such as the one that this began with"
-        raise MaxlmError(what, where=str(source), fix=fix)
-    average = config.train.ema_decay is not None
-    reader = RunCheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
+    config, reader = _open_run(source, step)
     published = read_metadata(reader.folder).get("published") or {}
     chosen = _choose_family(config.model, family or published.get("family"))
+    if config.adapter is not None:
+        reader = MergedCheckpointReader(reader, config.adapter, _build_specs(config))
     values = chosen.write_config(config.model)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
@@ -229,8 +253,36 @@ def _export_run(
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
 
 
+def _export_adapter(
+    source: Path, target: Path, family: str | None, step: int | None
+) -> ConversionResult:
+    """Writes a run's adapter as a folder that PEFT loads."""
+    config, reader = _open_run(source, step)
+    if config.adapter is None:
+        raise MaxlmError("this run has no adapter", where=str(source), fix="leave out --adapter")
+    published = read_metadata(reader.folder).get("published") or {}
+    chosen = _choose_family(config.model, family or published.get("family"))
+    _check_free(target)
+    with _whole(target) as folder:
+        entries, specs = chosen.list_entries(config.model), _build_specs(config)
+        count = write_peft_adapter(folder, config.adapter, specs, reader, entries)
+    return ConversionResult(chosen.name, target, count, "F32", [])
+
+
+def _open_run(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
+    """A run's config, and its parameters to use."""
+    config = load_config(RunConfig, source / "config.yaml").value
+    name = "params" if config.train.ema_decay is None else "ema"
+    return config, RunCheckpointReader(source / "checkpoints", step, name=name)
+
+
+def _build_specs(config: RunConfig) -> Params:
+    """Declarations of a run's model, without its adapter."""
+    return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
+
+
 def _list_specs(config: RunConfig) -> dict[str, ParamSpec]:
-    return flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
+    return flatten_names(_build_specs(config))
 
 
 def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:

@@ -18,8 +18,17 @@ from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
-from maxlm.models.params import Params, join_path, replace_base_params, select_base_params
+from maxlm.models.params import (
+    Leaf,
+    Params,
+    bind_specs,
+    flatten_names,
+    join_path,
+    replace_base_params,
+    select_base_params,
+)
 from maxlm.programs.convert import open_huggingface_model
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
@@ -42,10 +51,14 @@ class LoadedRun:
 
 
 def load_run(
-    folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    merge: bool = True,
 ) -> LoadedRun:
     """Loads the parameters of a run's checkpoint (default: the newest), whatever mesh wrote them,
-    on ``mesh`` (default: one device)."""
+    on ``mesh`` (default: one device). ``merge``: adapters that can be are merged into the base."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         what = "no run here (no config.yaml)"
@@ -59,8 +72,14 @@ def load_run(
             setup.shardings.params,
         )
         params = tier.restore_params(step, abstract, name)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return LoadedRun(setup.config, setup.mesh, setup.model, params, tokenizer, step or 0)
+    tokenizer, model, config = load_tokenizer(folder / "tokenizer"), setup.model, setup.config
+    if merge and config.adapter is not None:
+        with jax.set_mesh(setup.mesh):
+            specs, params = merge_adapter(setup.specs, params)
+        model = bind_specs(model, specs)
+        if not any(isinstance(s, Leaf) for s in flatten_names(specs, _is_leaf).values()):
+            config = config.model_copy(update={"adapter": None})
+    return LoadedRun(config, setup.mesh, model, params, tokenizer, step or 0)
 
 
 def load_model(
@@ -135,15 +154,18 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     """Returns a fresh state, with another run's parameters if the run starts from one. An adapted
     run takes those of one without an adapter as the base of its own."""
     state, start = setup.init_train_state(), setup.config.train.start_from
-    if start is None:
+    adapter, abstract, params = setup.config.adapter, setup.abstract_state.params, state.params
+    if start is None and adapter is None:
         return state
-    abstract = setup.abstract_state.params
-    with _open_checkpoints(start) as (tier, config, name):
-        if _is_adapted(config):
-            params = tier.restore_params(None, abstract, name)
-        else:
-            base = tier.restore_params(None, select_base_params(abstract), name)
-            params = replace_base_params(state.params, base)
+    adapted = False
+    if start is not None:
+        with _open_checkpoints(start) as (tier, config, name):
+            adapted = _is_adapted(config)
+            own = abstract if adapted else select_base_params(abstract)
+            found = tier.restore_params(None, own, name)
+            params = found if adapted else replace_base_params(params, found)
+    if adapter is not None and not adapted:
+        params = adapter.init_from_base(params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)
 
@@ -183,6 +205,10 @@ def _open_checkpoints(
         config = tier.metadata(step)["config"]
         average = config["train"].get("ema_decay") is not None
         yield tier, config, "ema" if average else "params"
+
+
+def _is_leaf(held: Any) -> bool:
+    return isinstance(held, Leaf)
 
 
 def _is_adapted(config: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from maxlm.models.params import Params
 from maxlm.models.placement import PlacedModel
 from maxlm.parallel.context import sequence_order_indices
 from maxlm.plan.layout import place_frozen_models, place_run
-from maxlm.run import RunConfig, resolve_micro_batches
+from maxlm.run import RunConfig, list_base_models, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import FrozenModelSource
 from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
@@ -62,7 +62,10 @@ class RunSetup:
     optimizer: optax.GradientTransformation
     loss: Loss
     frozen_sources: Mapping[str, FrozenModelSource]
+    """Sources of the models that have parameters of their own."""
     frozen_models: Mapping[str, PlacedModel]
+    base_models: Mapping[str, Model]
+    """Models of the task that are the trained one's base, without its adapter."""
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -118,14 +121,16 @@ class RunSetup:
             gradient_layouts=layouts,
             trainable=self.trainable,
             frozen_models=self._frozen_modules,
+            base_models=self.base_models,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def jit_eval_step(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
         first call."""
-        how = {"model": self.model, "loss": self.loss, "frozen_models": self._frozen_modules}
-        return bind_mesh(self.mesh, jax.jit(partial(evaluate_step, **how)))
+        models = {"frozen_models": self._frozen_modules, "base_models": self.base_models}
+        step = partial(evaluate_step, model=self.model, loss=self.loss, **models)
+        return bind_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
@@ -159,6 +164,8 @@ def set_up_run(
     optimizer = make_optimizer(config.optimizer, schedule, trainable)
     sources = config.task.frozen_models() if frozen_sources is None else frozen_sources
     sources = sources if for_training else {}
+    others = place_frozen_models(config, sources, dict(mesh.shape), dtype)
+    bases = list_base_models(config, sources)
     return RunSetup(
         config=config,
         mesh=mesh,
@@ -172,8 +179,9 @@ def set_up_run(
         trainable=trainable,
         optimizer=shard_optimizer(optimizer, trainable, placed.optimizer, placed.storage),
         loss=config.task.loss,
-        frozen_sources=sources,
-        frozen_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
+        frozen_sources={name: own for name, own in sources.items() if name not in bases},
+        frozen_models={name: own for name, own in others.items() if name not in bases},
+        base_models={name: others[name].model for name in bases},
     )
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.params import GatheredParam, Params, bind, param_specs
+from maxlm.models.params import GatheredParam, Params, bind, param_specs, select_base_params
 from maxlm.parallel.pipeline import run_1f1b_pipeline
 from maxlm.tasks.task import TaskModels
 from maxlm.train.state import TrainState
@@ -39,6 +39,7 @@ def train_step(
     gradient_layouts: Params | None = None,
     trainable: Params | None = None,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
+    base_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Sums]:
     """Computes gradients over micro-batches, and applies one optimizer update.
 
@@ -48,6 +49,7 @@ def train_step(
             batch, so that A changes memory and nothing else (but for the balance of experts,
             which is measured over a micro-batch).
         model, frozen_models: the modules whose parameters the state holds.
+        base_models: the modules of frozen models that are ``model`` without its adapter.
         schedule: the optimizer's, to be reported.
         gradient_layouts: see ``compute_loss_and_gradients``.
         trainable: the declarations of the parameters that are trained; default: all.
@@ -61,7 +63,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
-    frozen = {name: bind(own, state.frozen[name]) for name, own in frozen_models.items()}
+    frozen = _bind_frozen(frozen_models, state.frozen) | _bind_base(base_models, state.params)
 
     def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         return loss(TaskModels(bound, frozen), batch, key)
@@ -122,6 +124,16 @@ def _learned(specs: Params, tree: Any) -> Any:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
+def _bind_frozen(models: Mapping[str, Any], params: Mapping[str, Params]) -> dict[str, Any]:
+    return {name: bind(own, params[name]) for name, own in models.items()}
+
+
+def _bind_base(models: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """Binds models to the base of adapted parameters, to which no gradient goes."""
+    base = jax.tree.map(lax.stop_gradient, select_base_params(params))
+    return {name: bind(own, base) for name, own in models.items()}
+
+
 def evaluate_step(
     params: Params,
     frozen: Mapping[str, Params],
@@ -130,9 +142,10 @@ def evaluate_step(
     model: Any,
     loss: Loss,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
+    base_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
-    bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
+    bound = _bind_frozen(frozen_models, frozen) | _bind_base(base_models, params)
     models, key = TaskModels(bind(model, params), bound), jax.random.key(0)
 
     def sums_of(batch: Batch) -> Sums:

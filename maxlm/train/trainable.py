@@ -3,20 +3,25 @@
 A part of a tree of parameters is that tree with None for the arrays that are not in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import filter as filter_names
+from typing import Any
 
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import GatheredParam, Params, join_path
+from maxlm.models.params import GatheredParam, Leaf, Params, flatten_names, join_path
 
 
-def select_trainable(specs: Params, patterns: Sequence[str]) -> Params:
+def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern, such as
-    ``layers.attention.*``; raises MaxlmError for one that no name matches."""
+    ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
+    that an adapter adds."""
     names, matched = _list_names(specs), set[str]()
+    if patterns is None:
+        return _keep(specs, _list_added_names(specs) or {*names})
     for pattern in patterns:
         if not (found := filter_names(names, pattern)):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
@@ -41,7 +46,17 @@ def merge_params(a: Params, b: Params) -> Params:
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=is_whole)
 
 
-def _list_names(tree: Params) -> list[str]:
+def _list_added_names(specs: Params) -> set[str]:
+    """Names of the arrays that leaves hold beside their base."""
+    added: set[str] = set()
+    leaves: Mapping[str, Any] = flatten_names(specs, lambda held: isinstance(held, Leaf))
+    for name, held in leaves.items():
+        if field := getattr(held, "base_field", None):
+            added |= {f"{name}.{own}" for own in _list_names(replace(held, **{field: None}))}
+    return added
+
+
+def _list_names(tree: Any) -> list[str]:
     return [join_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 

@@ -168,13 +168,11 @@ def test_a_gathered_array_of_a_leaf_lies_as_its_own_axes_say(mesh):
 
 @pytest.fixture
 def make_config(tmp_path):
-    """``make_config(name, **parts)``: a run with low-rank matrices, which alone are trained."""
+    """``make_config(name, mesh, train, **parts)``: a run's config."""
     text = tiny.write_text(tmp_path / "text")
 
     def make(name: str, mesh: dict[str, int], train: dict[str, Any], **parts: Any) -> RunConfig:
         settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": mesh}
-        if "adapter" in parts:
-            train = train | {"trainable": ["*.lora_a", "*.lora_b"]}
         settings["data"]["heldout_fraction"] = 0
         settings |= {"train": train, "checkpoint": {"every_steps": 2}}
         settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}

@@ -76,6 +76,21 @@ class TensorEntry:
     """Joins what ``split`` splits."""
     aliases: tuple[str, ...] = ()
     """Names under which the same tensor may be stored again (tied heads)."""
+    rule: TensorRule | None = None
+    pieces: tuple[ParamShape, ...] = ()
+    """Shapes of ``ours``, which ``rule`` made the entry of."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of a map's inputs, or of a table's rows."""
+        piece = self.pieces[0]
+        return piece.shape[: piece.num_input_dims or len(piece.shape) - 1]
+
+    def convert_outputs(self) -> TensorConversion:
+        """Returns the conversion of a vector with a number for each of a map's outputs."""
+        assert self.rule is not None
+        outputs = (piece.shape[len(self.input_shape) :] for piece in self.pieces)
+        return self.rule.make_conversion(tuple(ParamShape(shape, 0) for shape in outputs))
 
 
 NameTable = Mapping[str, TensorRule]
@@ -235,9 +250,11 @@ def _entry(
 ) -> list[TensorEntry]:
     if any(own not in specs for own in ours):
         return []
-    form = rule.make_conversion(tuple(_piece(specs[own], len(at)) for own in ours))
+    pieces = tuple(_piece(specs[own], len(at)) for own in ours)
+    form = rule.make_conversion(pieces)
     places = tuple(ParamSlice(own, at) for own in ours)
-    return [TensorEntry(name, form.shape, places, form.split, form.join, rule.aliases)]
+    how = (form.split, form.join, rule.aliases, rule, pieces)
+    return [TensorEntry(name, form.shape, places, *how)]
 
 
 def _piece(spec: ParamSpec, leading: int) -> ParamShape:

@@ -13,7 +13,6 @@ from maxlm.models.params import (
     declare,
     get_spec,
     materialize,
-    read_weight,
     truncated_normal,
 )
 from maxlm.parallel.embedding import embed_tokens
@@ -70,19 +69,31 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
     x = x.astype(dtype)
-    if isinstance(held[0], FusedKernel):
-        ys = held[0].multiply(x, uses)
-    else:
-        pairs = list(zip(uses, held, strict=True))
-        weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
-        ys = [
-            kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
-            for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
-        ]
-    return tuple(
+    fused = isinstance(held[0], FusedKernel)
+    ys = held[0].multiply(x, uses) if fused else _multiply(x, uses, held)
+    ys = [
         y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
         for layer, y in zip(layers, ys, strict=True)
+    ]
+    return tuple(
+        kernel.finish_output(y, use) if isinstance(kernel, Leaf) else y
+        for y, use, kernel in zip(ys, uses, held, strict=True)
     )
+
+
+def _multiply(x: jax.Array, uses: list[ParamReader], kernels: list[Any]) -> list[jax.Array]:
+    """Multiplies x by kernels at rest; all in one program, where none changes its input."""
+    pairs = list(zip(uses, kernels, strict=True))
+    xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
+    weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
+    if all(own is x for own in xs):
+        ys = uses[0].multiply(x, *weights)
+    else:
+        ys = (use.multiply(own, w)[0] for use, own, w in zip(uses, xs, weights, strict=True))
+    return [
+        kernel.finish_product(y, own, use) if isinstance(kernel, Leaf) else y
+        for y, own, (use, kernel) in zip(ys, xs, pairs, strict=True)
+    ]
 
 
 def compute_residual_std(std: float, num_layers: int) -> float:
@@ -101,6 +112,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
-        table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
-        layout = *get_layout(ids)[:-1], *parse_spec(self.rules.spec("residual", "embed"), 2)
-        return embed_tokens(table.value, ids, table.compute_layout, layout, self.dtype)
+        reader = ParamReader(get_spec(self.table), self.rules, accumulation_dtype(self.dtype))
+        tokens = *get_layout(ids)[:-1], self.rules.residual
+
+        def read_rows(param: Any, axes: tuple[str | None, ...] = ()) -> jax.Array:
+            table = reader.read(param, axes)
+            layout = *tokens, self.rules.mesh_axes((axes or reader.spec.axes)[-1])
+            return embed_tokens(table.value, ids, table.compute_layout, layout, self.dtype)
+
+        held = self.table.get_value()
+        return held.look_up(read_rows, reader) if isinstance(held, Leaf) else read_rows(held)

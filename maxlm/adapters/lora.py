@@ -1,0 +1,264 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), as PEFT defines them."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import reshard
+from pydantic import Field
+
+from maxlm.adapters.targets import (
+    declare_input_map,
+    declare_output_map,
+    declare_vector,
+    replace_targets,
+    split_dims,
+)
+from maxlm.config import MaxlmError
+from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.params import (
+    Initializer,
+    Leaf,
+    ParamReader,
+    Params,
+    ParamSpec,
+    RowReader,
+    ShardedWeight,
+)
+from maxlm.parallel.local import get_layout, make_spec
+
+_TINY = 1e-30
+"""Least norm that is divided by: an output whose weights are all 0 stays 0."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraParam(Leaf):
+    """``x · base + scale · (x · A) · B``, or with DoRA (Liu et al. 2024, arXiv 2402.09353, §4.1)
+    that times ``magnitude / ‖base + scale · A · B‖`` for each output. Norms have no gradient."""
+
+    base_field: ClassVar[str] = "base"
+
+    base: Any
+    lora_a: Any
+    """[..., *inputs, rank]."""
+    lora_b: Any
+    """[..., rank, *outputs]."""
+    lora_magnitude: Any
+    """[..., *outputs], each magnitude's difference from the base's norm: with zeros the model is
+    the base bit for bit, and gradients are those of the magnitude. None: no DoRA."""
+    scale: float = field(metadata={"static": True})
+
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
+        base, own = self._read(reader)
+        return ShardedWeight(own._multiply_out(), base.compute_layout)
+
+    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
+        return reader.read(self.base)
+
+    def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
+        in_axes, out_axes = self._axes(reader)
+        (h,) = reader.multiply(x, reader.read(self.lora_a, in_axes))
+        (added,) = reader.multiply(h, reader.read(self.lora_b, out_axes))
+        return self._scale_outputs(y + self.scale * added, reader)
+
+    def merge(self) -> jax.Array | None:
+        return None if isinstance(self.base, Leaf) else self._multiply_out()
+
+    def split_principal(self) -> Self:
+        """Takes the base's largest singular values and vectors out of it, into A and B (PiSSA, Meng
+        et al. 2024, arXiv 2404.02948, eq. 2–4)."""
+        lead, rank = self._lead, self.lora_a.shape[-1]
+        shape = prod(self.lora_a.shape[lead:-1]), prod(self.lora_b.shape[lead + 1 :])
+
+        def factor(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+            root = jnp.sqrt(s[:rank] / self.scale)
+            a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
+            product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+            return kernel - self.scale * product, a, b
+
+        parts = lax.map(factor, self.base.reshape(-1, *shape))
+        names = "base", "lora_a", "lora_b"
+        pairs = zip(names, parts, strict=True)
+        own = replace(self, **{n: x.reshape(getattr(self, n).shape) for n, x in pairs})
+        if self.lora_magnitude is None:
+            return own
+        before, after = own._compute_norms()
+        return replace(own, lora_magnitude=after - before)
+
+    @property
+    def _lead(self) -> int:
+        """Dimensions before the inputs: layers, experts."""
+        return self.lora_a.ndim + self.lora_b.ndim - self.base.ndim - 2
+
+    def _axes(self, reader: ParamReader) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """Logical axes of one layer's A and B."""
+        (lead, end), axes = split_dims(reader.spec), reader.spec.axes
+        layers = reader.spec.num_layer_axes
+        return (*axes[layers:end], None), (*axes[layers:lead], None, *axes[end:])
+
+    def _read(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
+        """Reads the base, and all arrays in its layout."""
+        base, (in_axes, out_axes), lead = reader.read(self.base), self._axes(reader), self._lead
+        layout, end = get_layout(base.value), len(in_axes) - 1
+
+        def read(param: Any, axes: tuple[str | None, ...], *layout: Any, **how: Any) -> Any:
+            if param is not None:
+                return reshard(replace(reader, **how).read(param, axes).value, make_spec(layout))
+
+        outer, outputs = layout[:lead], layout[end:]
+        vector = *out_axes[:lead], *out_axes[lead + 1 :]
+        return base, replace(
+            self,
+            base=base.value,
+            lora_a=read(self.lora_a, in_axes, *layout[:end], ()),
+            lora_b=read(self.lora_b, out_axes, *outer, (), *outputs),
+            lora_magnitude=read(self.lora_magnitude, vector, *outer, *outputs, dtype=jnp.float32),
+        )
+
+    def _scale_outputs(self, y: jax.Array, reader: ParamReader) -> jax.Array:
+        """Scales results [B, S, *outputs] to DoRA's magnitudes."""
+        if self.lora_magnitude is None:
+            return y
+        factors = self._read(reader)[1]._compute_factors()
+        return y * reshard(factors.astype(y.dtype), make_spec(get_layout(y)[-factors.ndim :]))
+
+    def _compute_factors(self) -> jax.Array:
+        before, after = self._compute_norms()
+        return (before + self.lora_magnitude) / jnp.maximum(after, _TINY)
+
+    def _multiply_out(self) -> jax.Array:
+        """Computes the kernel whose product this is."""
+        lead, outer = self._lead, tuple(range(self._lead))
+        over = ((self.lora_a.ndim - 1,), (lead,)), (outer, outer)
+        product = lax.dot_general(self.lora_a, self.lora_b, over, precision=lax.Precision.HIGHEST)
+        kernel = self.base + self.scale * product
+        if self.lora_magnitude is None:
+            return kernel
+        inputs = tuple(range(lead, self.lora_a.ndim - 1))
+        return kernel * jnp.expand_dims(self._compute_factors(), inputs).astype(kernel.dtype)
+
+    def _compute_norms(self) -> tuple[jax.Array, jax.Array]:
+        """Computes norms of each output's weights in the base, and in the base with A · B, fp32
+        [..., *outputs] without gradient; A · B is never made."""
+        parts = self.base, self.lora_a, self.lora_b
+        w, a, b = (lax.stop_gradient(x.astype(jnp.float32)) for x in parts)
+        lead, layout = self._lead, get_layout(w)
+        batch, inputs = tuple(range(lead)), tuple(range(lead, a.ndim - 1))
+
+        def dot(x: jax.Array, y: jax.Array, over: Any, *dims: Any) -> jax.Array:
+            meshless = jax.sharding.get_abstract_mesh().empty
+            out = None if meshless else make_spec((*layout[:lead], *dims))
+            how: Any = {"precision": lax.Precision.HIGHEST, "out_sharding": out}
+            return lax.dot_general(x, y, (over, (batch, batch)), **how)
+
+        outputs = layout[a.ndim - 1 :]
+        aw, aa = dot(a, w, (inputs, inputs), (), *outputs), dot(a, a, (inputs, inputs), (), ())
+        bb = dot(aa, b, ((lead + 1,), (lead,)), (), *outputs)
+        added = jnp.sum(b * (2 * self.scale * aw + self.scale**2 * bb), axis=lead)
+        squares = jnp.sum(jnp.square(w), axis=inputs)
+        return jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + added, 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraTable(LoraParam):
+    """A table of which a row is ``base[id] + scale · A[id] · B``. A head that is tied to it reads
+    the base."""
+
+    tied: bool = field(metadata={"static": True})
+
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
+        return reader.read(self.base)
+
+    def look_up(self, read_rows: RowReader, reader: ParamReader) -> jax.Array:
+        rows, (in_axes, out_axes) = read_rows(self.base, ()), self._axes(reader)
+        h = read_rows(self.lora_a, in_axes)
+        b = replace(reader, dtype=rows.dtype).read(self.lora_b, out_axes)
+        b = reshard(b.value, make_spec(b.compute_layout))
+        out = jax.typeof(rows).sharding.spec
+        rows += self.scale * jnp.einsum("...r,rd->...d", h, b, out_sharding=out)
+        return self._scale_outputs(rows, reader)
+
+    def merge(self) -> jax.Array | None:
+        return None if self.tied else super().merge()
+
+
+@register_adapter
+class LoraAdapter(Adapter):
+    """Low-rank matrices beside kernels: LoRA, rsLoRA, DoRA, PiSSA."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=8, gt=0)
+    """Columns of A, rows of B."""
+    alpha: float = Field(default=16.0, gt=0)
+    """What they add is multiplied by alpha / rank."""
+    rank_stabilized: bool = False
+    """Multiply by alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732), so that large ranks
+    learn as fast as small ones."""
+    dora: bool = False
+    """Learn each output's magnitude apart from its direction (DoRA)."""
+    init: Literal["default", "pissa"] = "default"
+    """default: A is random and B zero, so that the first step is the base's. pissa: A and B are the
+    base's principal singular vectors, and the base keeps the rest."""
+    targets: tuple[str, ...] | None = None
+    """Maps that are adapted, by names such as `query` and `mlp.up` or patterns of full names such
+    as `layers.attention.*`; `experts`: those of routed experts; `embedding`: the table of tokens;
+    null: all linear maps of layers but for routed experts."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    @property
+    def changes_base(self) -> bool:
+        return self.init == "pissa"
+
+    def adapt(self, specs: Params) -> Params:
+        adapt = partial(self._adapt_one, tied="head" not in specs)
+        return replace_targets(specs, self.targets, adapt)
+
+    def init_from_base(self, params: Params) -> Params:
+        if self.init != "pissa":
+            return params
+
+        def split(held: Any) -> Any:
+            if not isinstance(held, LoraParam) or isinstance(held, LoraTable):
+                return held
+            layouts = jax.tree.map(lambda x: x.sharding.spec, held)
+            run: Any = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)
+            with jax.set_mesh(held.base.sharding.mesh):
+                return jax.jit(run)(held)
+
+        return jax.tree.map(split, params, is_leaf=lambda held: isinstance(held, Leaf))
+
+    def _adapt_one(self, name: str, spec: ParamSpec, tied: bool) -> LoraParam:
+        zeros = jax.nn.initializers.zeros
+        lead, end = split_dims(spec)
+        sides = prod(spec.shape[lead:end]), prod(spec.shape[end:])
+        if self.init == "pissa" and self.rank > min(sides):
+            what = f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
+            raise MaxlmError(what, where="adapter.init", fix="lower the rank, or its targets")
+        if self.dora and "expert" in spec.axes:
+            what = f"DoRA of the experts {name} is not implemented"
+            raise MaxlmError(what, where="adapter.dora", fix="set it to false, or other targets")
+        first, second = _draw_uniform(sides[0]), zeros
+        if not spec.contracting_dims:  # as PEFT: the rows' part is zero
+            first, second = zeros, jax.nn.initializers.normal(1.0)
+        magnitude = declare_vector(spec, zeros) if self.dora else None
+        parts = (
+            *(spec, declare_input_map(spec, self.rank, first)),
+            *(declare_output_map(spec, self.rank, second), magnitude, self.scale),
+        )
+        return LoraParam(*parts) if spec.contracting_dims else LoraTable(*parts, tied=tied)
+
+
+def _draw_uniform(num_inputs: int) -> Initializer:
+    """Draws uniformly within ± 1 / √inputs, as torch's linear maps and PEFT's A."""
+    limit = num_inputs**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)

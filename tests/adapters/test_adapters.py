@@ -1,0 +1,182 @@
+"""Adapters against their equations, on one device and on meshes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.adapters import BottleneckAdapter, Ia3Adapter, LoraAdapter
+from maxlm.config import MaxlmError
+from maxlm.inference.params import prepare_params
+from maxlm.models.adapters import Adapter, build_adapted_model, merge_adapter
+from maxlm.models.params import (
+    Leaf,
+    bind,
+    bind_specs,
+    flatten_names,
+    init_params,
+    param_specs,
+    replace_base_params,
+)
+from maxlm.sharding import AxisRules
+from tests.models.building import LLAMA_GQA
+
+BIASED = LLAMA_GQA.attention.model_copy(update={"bias": True})
+CONFIG = LLAMA_GQA.model_copy(update={"attention": BIASED})
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 37, (2, 11)), jnp.int32)
+POSITIONS = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
+EVERYWHERE = ("query", "out", "mlp.*", "embedding", "head")
+ADAPTERS: dict[str, Adapter] = {
+    "lora": LoraAdapter(rank=4),
+    "rslora": LoraAdapter(rank=4, rank_stabilized=True),
+    "dora": LoraAdapter(rank=3, dora=True),
+    "everywhere": LoraAdapter(rank=4, targets=EVERYWHERE),
+    "dora_everywhere": LoraAdapter(rank=4, dora=True, targets=EVERYWHERE),
+    "ia3": Ia3Adapter(),
+    "ia3_queries": Ia3Adapter(targets=("query", "up"), input_targets=("out",)),
+    "houlsby": BottleneckAdapter(reduction_factor=4),
+    "pfeiffer": BottleneckAdapter(placement="pfeiffer", reduction_factor=4),
+}
+
+
+@pytest.fixture
+def on_one_device(one_device_mesh):
+    with jax.set_mesh(one_device_mesh):
+        yield
+
+
+def build(adapter: Adapter, config: Any = CONFIG) -> tuple[Any, Any, Any, Any]:
+    """The base and its random parameters; the adapted model, with the base's parameters in its
+    own."""
+    base = config.build(rules=AxisRules(), dtype=jnp.float32)
+    model = build_adapted_model(config, adapter, rules=AxisRules(), dtype=jnp.float32)
+    params = randomize(init_params(param_specs(base), jax.random.key(0)))
+    fresh = init_params(param_specs(model), jax.random.key(1))
+    return base, params, model, replace_base_params(fresh, params)
+
+
+def randomize(params: Any, seed: int = 2) -> Any:
+    rng = np.random.default_rng(seed)
+    noise = lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    return jax.tree.map(noise, params)
+
+
+@jax.jit(static_argnums=0)
+def run(model: Any, params: Any) -> jax.Array:
+    bound = bind(model, params)
+    return bound.logits(bound(TOKENS, POSITIONS)[0])
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_computes_the_same(name):
+    base, params, model, fresh = build(ADAPTERS[name])
+    np.testing.assert_array_equal(run(base, params), run(model, fresh))
+    noisy = replace_base_params(randomize(fresh), params)
+    want = run(model, noisy)
+    assert np.abs(want - run(base, params)).max() > 0.1
+    specs, merged = merge_adapter(param_specs(model), noisy)
+    got = run(bind_specs(model, specs), merged)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_merging_dora_is_its_equation_and_taking_the_product_away_gives_the_base():
+    *_, fresh = build(ADAPTERS["dora"])
+    noisy = flatten_names(randomize(fresh), lambda held: isinstance(held, Leaf))
+    held = noisy["layers.attention.key.kernel"]
+    w, a, b, m = (np.asarray(x, np.float64) for x in jax.tree.leaves(held))
+    product = held.scale * np.einsum("lir,lrkh->likh", a, b)
+    want = w + product
+    norms = np.sqrt(np.square(w).sum(1)), np.sqrt(np.square(want).sum(1))
+    factors = ((norms[0] + m) / norms[1])[:, None]
+    merged = held.merge()
+    np.testing.assert_allclose(merged, want * factors, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(merged / factors - product, w, atol=1e-6)
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("name", ["houlsby", "pfeiffer"])
+def test_bottlenecks_are_their_equations(name):
+    *_, model, fresh = build(ADAPTERS[name])
+    noisy = randomize(fresh)
+    block = model.stacks["layers"]
+    one = jax.tree.map(lambda x: x[0], noisy["layers"])
+    x = np.random.default_rng(0).standard_normal((2, 5, 18)).astype(np.float32)
+    got = bind(block.mlp.down, one["mlp"]["down"])(x)
+    leaf = one["mlp"]["down"]["kernel"]
+    base, down, down_bias, up, up_bias = (np.asarray(p, np.float64) for p in jax.tree.leaves(leaf))
+    y = x @ base
+    h = y @ down + down_bias
+    h = h / (1 + np.exp(-h)) if name == "houlsby" else np.maximum(h, 0)
+    np.testing.assert_allclose(got, y + h @ up + up_bias, rtol=2e-5, atol=2e-5)
+    assert down.shape == (14, 3)
+    adapted = [n for n in flatten_names(fresh) if n.endswith("adapter_down")]
+    assert len(adapted) == (2 if name == "houlsby" else 1)
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("dora", [False, True])
+def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
+    adapter = LoraAdapter(rank=3, init="pissa", dora=dora)
+    base, params, model, fresh = build(adapter)
+    found = adapter.init_from_base(fresh)
+    np.testing.assert_allclose(run(model, found), run(base, params), rtol=1e-4, atol=2e-5)
+    w = params["layers"]["attention"]["out"]["kernel"].reshape(3, 24, 14)
+    kernel = found["layers"]["attention"]["out"]["kernel"]
+    values = np.linalg.svd(w, compute_uv=False)
+    rest = np.linalg.svd(kernel.base.reshape(3, 24, 14), compute_uv=False)
+    np.testing.assert_allclose(rest[:, :11], values[:, 3:], rtol=1e-4, atol=1e-5)
+    a = kernel.lora_a.reshape(3, 24, 3)
+    spread = np.einsum("lir,liq->lrq", a, a) * kernel.scale
+    np.testing.assert_allclose(spread, values[:, :3, None] * np.eye(3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_experts_have_a_pair_of_maps_each():
+    settings = {"num_experts": 4, "experts_per_token": 2, "d_ff": 10, "shared_experts": 1}
+    config = CONFIG.model_copy(update={"moe": None, "mlp": None}).model_dump()
+    config = type(CONFIG).model_validate(config | {"moe": settings})
+    base, params, model, fresh = build(LoraAdapter(rank=2, targets=("experts", "query")), config)
+    np.testing.assert_array_equal(run(base, params), run(model, fresh))
+    specs = flatten_names(param_specs(model))
+    assert specs["layers.moe.up.lora_a"].shape == (3, 4, 14, 2)
+    assert specs["layers.moe.up.lora_b"].axes == ("layers", "expert", None, "mlp")
+    assert not any("shared" in name and "lora" in name for name in specs)
+    noisy = replace_base_params(randomize(fresh), params)
+    leaf = noisy["layers"]["moe"]["down"]
+    product = jnp.einsum("lefr,lerd->lefd", leaf.lora_a, leaf.lora_b)
+    np.testing.assert_allclose(leaf.merge(), leaf.base + 8 * product, rtol=1e-5, atol=1e-5)
+    want = run(model, noisy)
+    _, plain = merge_adapter(param_specs(model), noisy)
+    np.testing.assert_allclose(run(base, plain), want, rtol=1e-4, atol=2e-5)
+    with pytest.raises(MaxlmError, match="DoRA of the experts"):
+        build(LoraAdapter(dora=True, targets=("experts",)), config)
+    with pytest.raises(MaxlmError, match="behind routed experts"):
+        build(BottleneckAdapter(), config)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_a_tied_head_reads_the_base_table_and_the_engine_reads_leaves():
+    config = CONFIG.model_copy(update={"tie_embeddings": True})
+    adapter = LoraAdapter(rank=2, targets=("embedding", "key"))
+    base, params, model, fresh = build(adapter, config)
+    noisy = replace_base_params(randomize(fresh), params)
+    hidden = jnp.ones((1, 1, 14))
+    logits = [bind(m, p).logits(hidden) for m, p in ((base, params), (model, noisy))]
+    np.testing.assert_array_equal(*logits)
+    prepared = prepare_params(model, noisy)
+    np.testing.assert_allclose(run(model, noisy), run(model, prepared), rtol=1e-5, atol=1e-5)
+    _, merged = merge_adapter(param_specs(model), noisy)
+    assert isinstance(merged["embedding"]["table"], Leaf)
+
+
+@pytest.mark.parametrize(
+    ("target", "near"), [("qery", "query"), ("mlp.dwn", "down"), ("experts", "such as")]
+)
+def test_an_unknown_target_is_refused_with_near_names(target, near):
+    with pytest.raises(MaxlmError, match=rf"{target}.*no linear map.*\n?.*") as caught:
+        build(LoraAdapter(targets=(target,)))
+    assert near in str(caught.value)

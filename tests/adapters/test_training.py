@@ -1,0 +1,146 @@
+"""Runs that train an adapter."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.models.params import flatten_names, select_base_params
+from maxlm.plan.predict import plan_run
+from maxlm.programs.load import init_or_warm_start_state, load_run
+from maxlm.programs.train import train_model
+from maxlm.run import RunConfig, list_base_models
+from maxlm.sharding import MESH_AXES
+from maxlm.tasks import ClmTask, FrozenModelSource, TaskModels, register_task
+from tests.programs import tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
+ADAPTERS = {
+    "lora": {"kind": "lora", "rank": 4},
+    "dora": {"kind": "lora", "rank": 4, "dora": True, "targets": ["query", "mlp.*", "embedding"]},
+    "ia3": {"kind": "ia3"},
+    "houlsby": {"kind": "bottleneck"},
+    "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
+}
+
+
+@register_task
+class ReferenceTask(ClmTask):
+    """Cross-entropy beside that of the model that training starts from."""
+
+    kind: Literal["test_reference"] = "test_reference"  # pyright: ignore
+
+    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
+        return {"reference": FrozenModelSource()}
+
+    def loss(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
+        total, sums = super().loss(models, batch, key)
+        other, _ = super().loss(TaskModels(models.frozen["reference"]), batch, key)
+        return total, sums | {"reference": other}
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    text = tiny.write_text(tmp_path / "text")
+
+    def make(name: str, mesh: Mapping[str, int], **parts: Any) -> RunConfig:
+        settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": {"fsdp": 1, **mesh}}
+        settings["data"]["heldout_fraction"] = 0
+        settings |= {"train": {"steps": 3}, "checkpoint": {"every_steps": 3}}
+        settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}
+        return RunConfig.model_validate(settings | parts)
+
+    return make
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """``train(config)``: trains on as many devices as the config's mesh has."""
+    everyone = jax.devices()
+
+    def run(config: RunConfig) -> Any:
+        devices = everyone[: prod(config.mesh.model_dump().values())]
+        monkeypatch.setattr(jax, "devices", lambda *_: devices)
+        return train_model(config, say=lambda _: None)
+
+    return run
+
+
+@pytest.fixture
+def base(make_config, train) -> Any:
+    """A run without an adapter, to start from."""
+    return train(make_config("start", SPREAD))
+
+
+def read_losses(run: Any) -> list[float]:
+    return [record["loss"] for record in tiny.read_metrics(run.folder)]
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "houlsby"])
+def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, base, name):
+    start = {"train": {"steps": 3, "start_from": str(base.folder)}}
+    one = train(make_config("one", {}, adapter=ADAPTERS[name], **start))
+    spread = train(make_config("spread", SPREAD, adapter=ADAPTERS[name], **start))
+    np.testing.assert_allclose(read_losses(spread), read_losses(one), rtol=2e-5)
+    for own, other in zip(*(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True):
+        np.testing.assert_allclose(other, own, atol=3e-4)
+    began, names = init_or_warm_start_state(spread.setup).params, flatten_names(base.state.params)
+    assert are_equal(select_base_params(spread.state.params), base.state.params)
+    trained = {n for n, s in flatten_names(spread.setup.trainable).items() if s is not None}
+    assert trained == set(flatten_names(began)) - {
+        f"{n}.base" if f"{n}.base" in flatten_names(began) else n for n in names
+    }
+    changed = flatten_names(
+        jax.tree.map(lambda a, b: bool((a != b).any()), spread.state.params, began)
+    )
+    assert all(changed[name] for name in trained)
+    goes_on = train(make_config("goes_on", SPREAD, **start))
+    assert read_losses(goes_on)[0] == read_losses(spread)[0]  # bit for bit
+
+    # A run that is used has the adapter merged, where it can be.
+    loaded = load_run(spread.folder)
+    assert (loaded.config.adapter is None) == (name != "houlsby")
+    assert ("adapter_up" in str(jax.tree.structure(loaded.params))) == (name == "houlsby")
+
+
+def test_pipelines_and_context_train_it_too(make_config, train):
+    adapter = ADAPTERS["dora"]
+    want = read_losses(train(make_config("one", {}, adapter=adapter)))
+    train_settings = {"steps": 3, "micro_batches": 2}
+    for mesh in ({"stage": 2, "tensor": 2}, {"context": 2, "fsdp": 2}):
+        own = train(make_config("-".join(mesh), mesh, adapter=adapter, train=train_settings))
+        np.testing.assert_allclose(read_losses(own), want, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa"])
+def test_the_reference_is_the_base_without_parameters_of_its_own(make_config, train, base, name):
+    parts: dict[str, Any] = {"adapter": ADAPTERS[name], "task": {"kind": "test_reference"}}
+    parts["train"] = {"steps": 3, "start_from": str(base.folder)}
+    config = make_config("run", SPREAD, **parts)
+    memory = plan_run(config, sizes=dict.fromkeys(MESH_AXES, 1)).memory
+    run = train(config)
+    losses = [r["reference"] for r in tiny.read_metrics(run.folder)]
+    if name == "pissa":  # the base is not the start
+        assert set(run.state.frozen) == {"reference"}
+        assert memory.frozen > 0
+    else:
+        assert not run.state.frozen
+        assert memory.frozen == 0
+        del parts["adapter"]
+        plain = train(make_config("plain", SPREAD, **parts))
+        want = [r["reference"] for r in tiny.read_metrics(plain.folder)]
+        np.testing.assert_allclose(losses, want, rtol=1e-6)
+    assert read_losses(run)[0] == pytest.approx(losses[0], rel=1e-5)
+    assert read_losses(run)[-1] < losses[-1]
+    # An adapter that began before this run belongs to its start.
+    again = {"train": {"steps": 1, "start_from": str(run.folder)}, "adapter": ADAPTERS[name]}
+    assert not list_base_models(make_config("again", SPREAD, **parts | again))

@@ -1,0 +1,224 @@
+"""Adapters against PEFT: logits, counts, merging, and files both ways."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.adapters import LoraAdapter
+from maxlm.config import MaxlmError
+from maxlm.models.params import bind, bind_specs, flatten_names, init_params, param_specs
+from maxlm.programs.convert import convert
+from maxlm.programs.load import load_run
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (3, 11))
+CONV: dict[str, Any] = {"fan_in_fan_out": True}
+CASES: dict[str, Any] = {
+    "lora": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "o_proj"]),
+    "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules="all-linear"),
+    "dora": peft.LoraConfig(r=3, use_dora=True, target_modules="all-linear"),
+    "pissa": peft.LoraConfig(r=3, init_lora_weights="pissa", target_modules=["k_proj", "up_proj"]),
+    "pissa_dora": peft.LoraConfig(
+        r=2, use_dora=True, init_lora_weights="pissa", target_modules=["o_proj"]
+    ),
+    "patterns": peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"q_proj": 5},
+        alpha_pattern={"v_proj": 3},
+    ),
+    "embedding": peft.LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "v_proj"]),
+    "dora_embedding": peft.LoraConfig(r=3, use_dora=True, target_modules=["embed_tokens"]),
+    "ia3": peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny Llama with grouped queries, one with biases, and a tiny GPT-2, as published."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bases")
+    sizes: dict[str, Any] = {"vocab_size": 61, "max_position_embeddings": 16}
+    sizes |= {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4}
+    llama = {"num_key_value_heads": 2, "intermediate_size": 34, "tie_word_embeddings": False}
+    qwen = transformers.Qwen2Config(**sizes, **llama, use_sliding_window=False)
+    gpt2 = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=4)
+    for name, model in {
+        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **llama)),
+        "qwen": transformers.Qwen2ForCausalLM(qwen),
+        "gpt2": transformers.GPT2LMHeadModel(gpt2),
+    }.items():
+        randomize(model)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def randomize(model: Any, spread: float = 0.1) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(spread * torch.randn(parameter.shape))
+
+
+def adapt(folder: Path, config: Any) -> Any:
+    """A published model with a random adapter of PEFT's."""
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = peft.get_peft_model(base.eval(), config).eval()
+    randomize(model)
+    return model
+
+
+def run_torch(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def run_ours(folder: Path, *, merge: bool) -> np.ndarray:
+    loaded = load_run(folder, merge=merge)
+    with jax.set_mesh(loaded.mesh):
+        return compute_logits(loaded.model, loaded.params)
+
+
+def compute_logits(model: Any, params: Any) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        bound = bind(model, params)
+        return bound.logits(bound(TOKENS.astype(np.int32), positions)[0])
+
+    return np.asarray(run(params))
+
+
+@pytest.fixture(autouse=True)
+def _without_tokenizer(monkeypatch):
+    monkeypatch.setattr("maxlm.programs.load.load_tokenizer", lambda folder: None)
+
+
+def check(folders: Path, base: str, config: Any, tmp_path: Path) -> None:
+    """PEFT's files here, ours there, and the merged model as transformers reads it."""
+    theirs = adapt(folders / base, config)
+    want = run_torch(theirs)
+    theirs.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "run", base=folders / base)
+    plain = run_torch(transformers.AutoModelForCausalLM.from_pretrained(folders / base))
+    assert np.abs(want - plain).max() > 0.05
+    for merge in (False, True):
+        got = run_ours(tmp_path / "run", merge=merge)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    ours = load_run(tmp_path / "run", merge=False)
+    names = [n for n in flatten_names(ours.params) if ".lora_" in n or ".ia3" in n]
+    count = sum(flatten_names(ours.params)[name].size for name in names)
+    trainable, _ = theirs.get_nb_trainable_parameters()
+    if base == "llama" and not getattr(config, "rank_pattern", None):
+        assert count == trainable
+
+    convert(tmp_path / "run", tmp_path / "back", adapter=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / base)
+    again = peft.PeftModel.from_pretrained(model, tmp_path / "back").eval()
+    np.testing.assert_allclose(run_torch(again), want, rtol=1e-5, atol=1e-5)
+    convert(tmp_path / "run", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(run_torch(merged), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_llama_compute_the_same_both_ways(folders, tmp_path, name):
+    check(folders, "llama", CASES[name], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        ("qwen", CASES["dora"]),
+        ("qwen", CASES["ia3"]),
+        (
+            "gpt2",
+            peft.LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"]),
+        ),
+        (
+            "gpt2",
+            peft.LoraConfig(r=2, fan_in_fan_out=True, use_dora=True, target_modules=["c_attn"]),
+        ),
+        (
+            "gpt2",
+            peft.IA3Config(
+                target_modules=["c_attn", "mlp.c_proj"],
+                feedforward_modules=["mlp.c_proj"],
+                **CONV,
+            ),
+        ),
+    ],
+    ids=["biases", "ia3_biases", "fused", "fused_dora", "fused_ia3"],
+)
+def test_biases_and_fused_maps(folders, tmp_path, base, config):
+    check(folders, base, config, tmp_path)
+
+
+def test_an_adapter_of_another_base_names_the_tensors(folders, tmp_path):
+    adapt(folders / "llama", CASES["lora"]).save_pretrained(tmp_path / "peft")
+    with pytest.raises(MaxlmError, match=r"do not fit this model: .*lora_A.*\d+ more"):
+        convert(tmp_path / "peft", tmp_path / "run", base=folders / "gpt2")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(MaxlmError, match="an adapter without its base"):
+        convert(tmp_path / "peft", tmp_path / "run")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
+    with pytest.raises(MaxlmError, match=r"modules_to_save=\['lm_head'\] is not implemented"):
+        convert(tmp_path / "peft", tmp_path / "run", base=folders / "llama")
+
+
+def test_experts_in_memory(tmp_path):
+    """LoRA on experts: PEFT has one A for gate and up, which are one parameter there."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "max_position_embeddings": 16, "num_hidden_layers": 2}
+    sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(**sizes, sliding_window=None)
+    config._experts_implementation = "eager"
+    base = transformers.MixtralForCausalLM(config).eval()
+    randomize(base)
+    base.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "run")
+    loaded = load_run(tmp_path / "run")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=8, target_parameters=names))
+    randomize(theirs)
+
+    adapter = LoraAdapter(rank=2, alpha=8, targets=("experts",))
+    model = bind_specs(loaded.model, adapter.adapt(param_specs(loaded.model)))
+    fresh = init_params(param_specs(model), jax.random.key(0))
+    values = {n: np.array(x) for n, x in flatten_names(fresh).items()}
+    values |= {
+        n if n in values else f"{n}.base": x for n, x in flatten_names(loaded.params).items()
+    }
+    for layer, block in enumerate(theirs.base_model.model.model.layers):
+        wrapper = block.mlp.experts
+        while hasattr(wrapper, "parameter_name"):
+            a, b = (m["default"].weight.detach().numpy() for m in (wrapper.lora_A, wrapper.lora_B))
+            a = a.reshape(4, 2, -1).transpose(0, 2, 1)
+            b = b.reshape(-1, 2, 4).transpose(2, 1, 0)
+            whole = wrapper.parameter_name == "down_proj"
+            maps = {"down": b} if whole else {"gate": b[..., :20], "up": b[..., 20:]}
+            for name, own in maps.items():
+                values[f"layers.moe.{name}.lora_a"][layer] = a
+                values[f"layers.moe.{name}.lora_b"][layer] = own
+            wrapper = wrapper.base_layer
+    with jax.set_mesh(loaded.mesh):
+        params = jax.tree.unflatten(
+            jax.tree.structure(fresh), list(map(jnp.asarray, values.values()))
+        )
+        got = compute_logits(model, params)
+    np.testing.assert_allclose(got, run_torch(theirs), rtol=1e-5, atol=1e-5)
