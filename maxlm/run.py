@@ -11,6 +11,7 @@ from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import FinalSamplesConfig, check_samples
+from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.models.placement import check_latent_split
@@ -64,7 +65,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_parts(self):
-        check_task(self.task, self.model, self.data.seq_len)
+        check_task(self.task, self.model, self.data.seq_len, self.num_virtual_tokens)
         check_latent_split(self.model, self.sharding.compute)
         check_samples(self.samples, self.model)
         batch, micro = self.data.batch_size, self.train.micro_batches
@@ -74,6 +75,11 @@ class RunConfig(Config):
                 fix="make the batch a multiple of the micro-batches",
             )
         return self
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens that every example begins with."""
+        return count_virtual_tokens(self.adapter)
 
 
 def read_frozen_configs(

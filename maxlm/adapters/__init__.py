@@ -12,9 +12,10 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 from maxlm.adapters.bottleneck import BottleneckAdapter
 from maxlm.adapters.ia3 import Ia3Adapter
 from maxlm.adapters.lora import LoraAdapter
+from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter
 from maxlm.models.adapters import Adapter, parse_adapter
 
-_Builtin = LoraAdapter | Ia3Adapter | BottleneckAdapter
+_Builtin = LoraAdapter | Ia3Adapter | BottleneckAdapter | PrefixAdapter | PromptAdapter
 _KINDS = [adapter.model_fields["kind"].default for adapter in _Builtin.__args__]
 
 
@@ -31,3 +32,4 @@ AdapterConfig = Annotated[
 ]
 
 __all__ = ["AdapterConfig", "BottleneckAdapter", "Ia3Adapter", "LoraAdapter"]
+__all__ += ["PrefixAdapter", "PromptAdapter"]

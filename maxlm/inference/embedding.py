@@ -54,7 +54,9 @@ class Embedder:
             rows: token ids of each text, 1 to ``max_length``.
         """
         found = np.zeros((len(rows), self._model.config.d_model), np.float32)
-        for batch, tokens, lengths in iterate_padded_batches(rows, self.max_length, self._ways):
+        num_virtual = self._model.num_virtual_tokens
+        rows, longest = [[0] * num_virtual + [*row] for row in rows], self.max_length + num_virtual
+        for batch, tokens, lengths in iterate_padded_batches(rows, longest, self._ways):
             pooled = self._run(
                 self._model, pooling or self.default_pooling, self._params, tokens, lengths
             )
@@ -107,8 +109,10 @@ def _embed(
     bound: Any = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
     hidden, places, lengths = compute_padded_states(forward, model.rules, tokens, lengths)
-    segments = (places < lengths).astype(jnp.int32)
-    weights = {"mean": segments / lengths, "first": places == 0, "last": places == lengths - 1}
+    first = model.num_virtual_tokens
+    is_real = (places >= first) & (places < lengths)
+    means = is_real / (lengths - first)
+    weights = {"mean": means, "first": places == first, "last": places == lengths - 1}
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
     pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)
     pooled /= jnp.maximum(jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True)), 1e-12)

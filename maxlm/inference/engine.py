@@ -123,11 +123,13 @@ class Engine:
         _check_model(model)
         self.model: Any = model
         self.config, self.tokenizer = _limit_length(config, model), tokenizer
+        longest = self.config.max_length + model.num_virtual_tokens
+        self._own_config = self.config.model_copy(update={"max_length": longest})
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
         self.num_shards = prod(self.mesh.shape[axis] for axis in model.rules.batch)
         windows = list_paged_windows(model, config.cache)
-        pages = dict(zip(windows, count_pages(self.config, windows), strict=True))
+        pages = dict(zip(windows, count_pages(self._own_config, windows), strict=True))
         narrow = [count for window, count in pages.items() if window is not None]
         self._windows = windows
         self._layout = CacheLayout(
@@ -146,7 +148,7 @@ class Engine:
         self._copies_rows = self._has_row_arrays or encodes
         speculation = self.config.speculation
         self._inputs = InputBuilder(
-            self.config,
+            self._own_config,
             self.num_shards,
             model.config.vocab_size,
             num_drafts=speculation.num_drafts if speculation else 0,
@@ -284,15 +286,16 @@ class Engine:
     def _make_scheduler(self) -> Scheduler:
         start = getattr(self.model.config, "start_id", None)
         return Scheduler(
-            self.config,
+            self._own_config,
             self._windows,
             num_shards=self.num_shards,
             decoder_start_id=start if isinstance(self.model, EncoderDecoder) else None,
             has_row_state=self._has_row_arrays,
+            num_virtual_tokens=self.model.num_virtual_tokens,
         )
 
     def _make_runner(self, model: Model, params: Params) -> ModelRunner:
-        sizes = {"max_length": self.config.max_length, "vocab_size": self.vocab_size}
+        sizes = {"max_length": self._own_config.max_length, "vocab_size": self.vocab_size}
         with jax.set_mesh(self.mesh):
             return ModelRunner(model, params, self._layout, self._windows, **sizes)
 
@@ -445,6 +448,7 @@ def _check_model(model: Model) -> None:
 def _limit_length(config: EngineConfig, model: Model) -> EngineConfig:
     """The config with no longer sequences than the model has positions for."""
     limit = model.config.position_limit
-    if limit is None or config.max_length <= limit:
+    if limit is None:
         return config
-    return config.model_copy(update={"max_length": limit})
+    longest = min(config.max_length, limit - model.num_virtual_tokens)
+    return config.model_copy(update={"max_length": longest})

@@ -258,6 +258,7 @@ class InputBuilder:
         history = np.zeros_like(self._no_history)
         for each in sequences:
             own = [*each.tokens, *drafts.get(each, ())][: history.shape[-1]]
+            own[: each.num_virtual_tokens] = [-1] * each.num_virtual_tokens  # no token at all
             history[each.shard, each.row, : len(own)] = own
         return history
 

@@ -79,11 +79,12 @@ class OutputBuilder:
         taken = SequenceOutput(request.request_id, sequence.index, [])
         if not own.started:
             own.started = True
-            taken.num_cached_tokens = sequence.num_cached_tokens
+            num_virtual = sequence.num_virtual_tokens
+            taken.num_cached_tokens = max(0, sequence.num_cached_tokens - num_virtual)
             if request.prompt_logprobs is not None:
                 taken.prompt_logprobs = own.prompt_logprobs or []
-            self.num_prompt_tokens += sequence.num_prompt_tokens
-            self.num_cached_tokens += sequence.num_cached_tokens
+            self.num_prompt_tokens += sequence.num_prompt_tokens - num_virtual
+            self.num_cached_tokens += taken.num_cached_tokens
         left, text = sequence.num_tokens_left, []
         for token in tokens:
             taken.token_ids.append(token.token_id)

@@ -33,6 +33,8 @@ class Scheduler:
         decoder_start_id: first token of the decoder, where an encoder reads the prompt.
         has_row_state: whether layers keep by row what cannot be taken back (recurrent states,
             evicting caches): no prefix is shared.
+        num_virtual_tokens: dummy tokens (0) to put before every prompt; ``config.max_length`` has
+            them in it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Scheduler:
         num_shards: int = 1,
         decoder_start_id: int | None = None,
         has_row_state: bool = False,
+        num_virtual_tokens: int = 0,
     ):
         self.config, self.windows = config, windows
         self.num_pages = count_pages(config, windows)
@@ -55,6 +58,7 @@ class Scheduler:
         """Sequences without a row, the next to start first."""
         self.num_preemptions = 0
         self._decoder_start_id = decoder_start_id
+        self._num_virtual_tokens = num_virtual_tokens
         self._can_share = bool(windows) and not has_row_state
         if not self._can_share:
             config = config.model_copy(update={"prefix_cache": False})
@@ -83,7 +87,9 @@ class Scheduler:
         encoder_tokens, tokens = (), request.prompt_tokens
         if self._decoder_start_id is not None:
             encoder_tokens, tokens = tokens, (self._decoder_start_id,)
-        check_request(request, len(tokens), self.config, self.windows)
+        num_virtual = self._num_virtual_tokens
+        tokens = (0,) * num_virtual + tokens
+        check_request(request, len(tokens), self.config, self.windows, num_virtual)
         if request.request_id in self._requests:
             what = f"a request {request.request_id} is under way"
             raise MaxlmError(what, where="request_id", fix="use another")
@@ -99,6 +105,7 @@ class Scheduler:
                 order=(creations[0], creations[index]),
                 encoder_tokens=encoder_tokens,
                 cache_key=cache_key,
+                num_virtual_tokens=num_virtual,
                 needs_host=request.grammar is not None,
             )
             for index, prompt in enumerate(prompts or [tokens] * request.num_sequences)

@@ -53,8 +53,10 @@ def check_request(
     num_prompt_tokens: int,
     config: SchedulerConfig,
     windows: tuple[int | None, ...],
+    num_virtual_tokens: int = 0,
 ) -> None:
-    """Refuse a request, with so many tokens of the decoder, that could not even run alone."""
+    """Refuse a request, with so many tokens of the decoder, virtual ones among them, that could not
+    even run alone."""
     where, new = f"request {request.request_id}", request.sampling.max_new_tokens
     if not request.prompt_tokens or request.num_sequences < 1:
         what = "a request needs a token to continue, and a sequence"
@@ -66,7 +68,8 @@ def check_request(
         num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
     if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
         what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are more "
-        what += f"than the {config.max_length:,} of the longest sequence (max_length)"
+        longest = config.max_length - num_virtual_tokens
+        what += f"than the {longest:,} of the longest sequence (max_length)"
         raise MaxlmError(what, where=where, fix="shorten the prompt, or ask for fewer new tokens")
     for window, num_pages in zip(windows, count_pages(config, windows), strict=True):
         # The last token is never read.

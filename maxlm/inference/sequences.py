@@ -17,8 +17,9 @@ class Sequence:
     index: int
     """Which of the request's sequences."""
     tokens: list[int]
-    """Prompt (of the decoder) and output."""
+    """Virtual tokens, prompt (of the decoder) and output."""
     num_prompt_tokens: int
+    """Virtual ones included."""
     num_shared_tokens: int
     """Tokens of the prompt that the request's other sequences have as well."""
     order: tuple[int, int]
@@ -27,6 +28,8 @@ class Sequence:
     """The prompt, where an encoder reads it."""
     cache_key: Hashable = None
     """Sequences with different ones share no pages."""
+    num_virtual_tokens: int = 0
+    """Dummy tokens that stand before the prompt's; see :mod:`maxlm.adapters.virtual_tokens`."""
     needs_host: bool = False
     """Whether its next token depends on what the host does with the last one (a grammar)."""
     stop_ids: tuple[int, ...] = ()
@@ -52,7 +55,8 @@ class Sequence:
 
     def make_sibling(self, index: int, tokens: list[int], creation: int) -> "Sequence":
         """Return a waiting sequence of the same request."""
-        order, shared = (self.order[0], creation), (self.encoder_tokens, self.cache_key)
+        shared = self.encoder_tokens, self.cache_key, self.num_virtual_tokens
+        order = (self.order[0], creation)
         counts = self.num_prompt_tokens, self.num_shared_tokens
         own = self.request, index, list(tokens), *counts, order, *shared
         return Sequence(*own, needs_host=self.needs_host)
@@ -64,7 +68,8 @@ class Sequence:
     @property
     def logprobs_start(self) -> int:
         """Index of the first token of the prompt whose log-probability may be wanted."""
-        return self.num_shared_tokens if self.request.continuations else 1
+        first = self.num_virtual_tokens + 1
+        return self.num_shared_tokens if self.request.continuations else first
 
     @property
     def num_to_compute(self) -> int:

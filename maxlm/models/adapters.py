@@ -17,7 +17,8 @@ from maxlm.models.params import Leaf, Params, bind_specs, param_specs
 
 
 class Adapter(Config):
-    """A way to adapt a model, with a ``kind`` of its own and that kind's settings."""
+    """A way to adapt a model, with a ``kind`` of its own and that kind's settings. One that has
+    parameters for virtual tokens says in a setting ``num_virtual_tokens`` how many there are."""
 
     kind: Any
 
@@ -26,12 +27,6 @@ class Adapter(Config):
         """Whether :meth:`init_from_base` changes the base: without the adapter it is another
         model."""
         return False
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Tokens that every example begins with and the adapter has parameters for: those at
-        positions below it; real tokens follow."""
-        return 0
 
     def init_from_base(self, params: Params) -> Params:
         """Return fresh parameters with those that depend on the base, which are in them."""
@@ -56,10 +51,20 @@ def register_adapter(adapter: type[AdapterT]) -> type[AdapterT]:
 parse_adapter = partial(parse_registered_config, _ADAPTERS, "adapter", register=register_adapter)
 
 
+def count_virtual_tokens(adapter: Adapter | None) -> int:
+    """Returns the tokens that every example begins with and an adapter has parameters for: those at
+    positions below it; real tokens follow."""
+    return getattr(adapter, "num_virtual_tokens", 0)
+
+
 def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: Any) -> Model:
     """Builds a model whose parameters rest as its adapter says, by ``config.build(**kwargs)``."""
     model = config.build(**kwargs)
-    return model if adapter is None else bind_specs(model, adapter.adapt(param_specs(model)))
+    if adapter is None:
+        return model
+    model = bind_specs(model, adapter.adapt(param_specs(model)))
+    model.num_virtual_tokens = count_virtual_tokens(adapter)
+    return model
 
 
 @jax.jit

@@ -185,6 +185,11 @@ class Leaf:
         """Returns the bias that belongs to the kernel of :meth:`merge`."""
         return bias
 
+    def replace_virtual(self, y: jax.Array, positions: jax.Array, reader: ParamReader) -> jax.Array:
+        """Puts a leaf's own vectors, if it has some, in place of those of virtual tokens: the first
+        ``positions`` int [..., S] of y [..., S, *outputs], which a table or kernel gave."""
+        return y
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -260,6 +265,17 @@ def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     gradient may be reduced whole, and where there is no gradient."""
     own = read_weight(param, rules, dtype)
     return reshard(own.value, make_spec(own.compute_layout))
+
+
+def replace_virtual(
+    param: nnx.Param, y: jax.Array, positions: jax.Array, rules: AxisRules
+) -> jax.Array:
+    """Returns a parameter's result y in the compute dtype with :meth:`Leaf.replace_virtual` done to
+    it."""
+    held = param.get_value()
+    if not isinstance(held, Leaf):
+        return y
+    return held.replace_virtual(y, positions, ParamReader(get_spec(param), rules, y.dtype))
 
 
 def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> ModuleT:

@@ -61,7 +61,8 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     whole = config.model.architecture == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
-    check_samples(config.samples, config.model, [len(ids) for ids in prompts])
+    lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
+    check_samples(config.samples, config.model, lengths)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}
     for source in sources:
@@ -93,7 +94,7 @@ def make_source_inputs(
         heldout=heldout,
         mixing=config.data.mixing(),
         start_id=getattr(config.model, "start_id", 0),
-        num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
+        num_virtual_tokens=config.num_virtual_tokens,
         build_workers=config.data.build_workers,
     )
 

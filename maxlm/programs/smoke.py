@@ -117,7 +117,7 @@ def make_counting_batch_source(config: RunConfig) -> BatchSource:
             stores={"text": text},
             mixing={"text": 1.0},
             start_id=getattr(config.model, "start_id", 0),
-            num_virtual_tokens=config.adapter.num_virtual_tokens if config.adapter else 0,
+            num_virtual_tokens=config.num_virtual_tokens,
         )
     )
 

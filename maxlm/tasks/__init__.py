@@ -44,9 +44,9 @@ def list_task_kinds(architecture: str) -> list[str]:
     return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
 
 
-def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
-    """Checks that a task can train a model on rows of ``seq_len`` tokens of text; raises MaxlmError
-    naming the settings."""
+def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens: int = 0) -> None:
+    """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of examples
+    that begin with ``num_virtual_tokens``; raises MaxlmError naming the settings."""
     if model.architecture != task.architecture:
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture {task.architecture}, "
@@ -59,6 +59,10 @@ def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
         what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
         raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")
     task.check(seq_len, model.vocab_size)
+    if num_virtual_tokens and (task.reads_text or model.architecture != "decoder"):
+        what = f"task.kind={task.kind} has no examples that begin with virtual tokens"
+        fix = "use a task on examples for a decoder, or another adapter"
+        raise MaxlmError(what, where="adapter", fix=fix)
 
 
 def _validate_task(settings: Any, validate: Any) -> Task:

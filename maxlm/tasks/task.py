@@ -70,7 +70,7 @@ class SourceInputs:
     start_id: int = 0
     """The token that a decoder beside an encoder reads first."""
     num_virtual_tokens: int = 0
-    """Tokens that every example begins with for an adapter's sake; see ``Adapter``."""
+    """Tokens that every example begins with for an adapter's sake; see ``count_virtual_tokens``."""
     build_workers: int | None = 1
     """Processes that encode rows of files once; None: one a core."""
 

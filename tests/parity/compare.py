@@ -12,10 +12,11 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import Config
+from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.params import bind, flatten_names, param_specs
+from maxlm.models.params import bind, flatten_names, join_path, param_specs
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 
@@ -66,6 +67,7 @@ def logits(
     positions: np.ndarray | None = None,
     segments: np.ndarray | None = None,
     dtype: Any = jnp.float32,
+    adapter: Adapter | None = None,
     **more: Any,
 ) -> np.ndarray:
     """[B, S, V] of our model.
@@ -75,7 +77,7 @@ def logits(
     """
     mesh = one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
-    model = config.build(rules=rules, dtype=dtype)
+    model = build_adapted_model(config, adapter, rules=rules, dtype=dtype)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -87,7 +89,9 @@ def logits(
         return bound.logits(hidden)
 
     with jax.set_mesh(mesh):
-        params = placed(flat, mesh)
+        specs = param_specs(model)
+        named = jax.tree_util.tree_map_with_path(lambda path, _: flat[join_path(path)], specs)
+        params = jax.device_put(named, whole)
         put = jax.tree.map(
             lambda a: jax.device_put(np.asarray(a, np.int32), whole),
             (tokens, positions, segments, more),

@@ -73,7 +73,7 @@ def beam_search(
         GenerationRequest(str(n), tuple(p), sampling, ignore_eos=True, top_logprobs=TOP_LOGPROBS)
         for n, p in enumerate(prompts)
     ]
-    room, num_beams = engine.config, config.num_beams
+    room, num_beams = engine.scheduler.config, config.num_beams
     most_pages = room.num_pages or room.max_sequences * room.pages_per_sequence + 1
     num_pages = {each.request_id: _count_pages(engine, each, num_beams) for each in requests}
     waiting, running = deque(requests), dict[str, _BeamSearch]()
@@ -172,6 +172,7 @@ def _count_pages(engine: Engine, request: GenerationRequest, num_beams: int) -> 
     """Pages that beams hold at most, at their longest and alike in the prompt alone."""
     is_encoded, size = isinstance(engine.model, EncoderDecoder), engine.config.page_size
     num_prompt_tokens = 1 if is_encoded else len(request.prompt_tokens)
+    num_prompt_tokens += engine.model.num_virtual_tokens
     num_tokens = num_prompt_tokens + request.sampling.max_new_tokens - 1
     shared = num_prompt_tokens // size
     return shared + num_beams * (-(-num_tokens // size) - shared)

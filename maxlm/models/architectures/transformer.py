@@ -20,6 +20,7 @@ from maxlm.models.params import (
     declare,
     get_values,
     read_weight,
+    replace_virtual,
     take_stacked_layer,
 )
 from maxlm.parallel.local import make_spec
@@ -75,6 +76,7 @@ class Transformer(Trunk):
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
         self.layers_fn: LayersFunction | None = None
+        self.num_virtual_tokens = 0
 
     @property
     def trunks(self) -> dict[str, Trunk]:
@@ -118,7 +120,9 @@ class Transformer(Trunk):
         if tokens.ndim == 3:  # outside the layers, stages are one more data axis
             split = self.rules.spec("layers", "batch", "seq")
             tokens, positions = reshard(tokens, split), reshard(positions, split)
-        return self.embed_inputs(self.embedding(tokens), positions)
+        x = self.embedding(tokens)
+        x = replace_virtual(self.embedding.table, x, positions, self.rules)
+        return self.embed_inputs(x, positions)
 
     def cache_specs(self, layout: CacheLayout) -> Caches:
         """Returns each layer's ``Mixer.cache_spec``."""

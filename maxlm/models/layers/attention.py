@@ -14,6 +14,7 @@ from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGr
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
+from maxlm.models.params import replace_virtual
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
@@ -174,6 +175,8 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.rotary is not None:
             q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        k = replace_virtual(self.key.kernel, k, inputs.positions, self.rules)
+        v = replace_virtual(self.value.kernel, v, inputs.positions, self.rules)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
         scores = attention_kwargs(self.config, inputs, self.rules)
         if cache is None:
