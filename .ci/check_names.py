@@ -19,8 +19,9 @@ _VERBS = """
     clip close
     collect combine compare compile compute concatenate configure convert copy corrupt count create
     cross cut declare decode decompress dedent dequantize describe detect detokenize dispatch divide
-    download draw dump embed emit encode enter estimate evaluate exclude expand export extract fetch
-    fill filter find finish fit flatten fold format freeze fuse gather generate get group handle
+    download draw dump embed emit encode enter estimate evaluate exclude expand export extend
+    extract fetch fill filter find finish fit flatten fold format freeze fuse gather generate get
+    group handle
     hash ignore import infer init insert install interleave intersect invert iterate jit join keep
     kill label launch lay limit link list load locate lock log look lower make map mark mask match
     materialize measure merge mix move multiply name normalize number open order pack pad parse

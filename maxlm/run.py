@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from maxlm.adapters import AdapterConfig
 from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
@@ -13,6 +13,7 @@ from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import FinalSamplesConfig, check_samples
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
+from maxlm.models.context_extension import TuneConfig, extend_context
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.models.placement import check_latent_split
 from maxlm.parallel.config import ParallelConfig
@@ -45,6 +46,7 @@ class RunConfig(Config):
     compute_dtype: ComputeDtype = "auto"
     """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
     softmax, loss and optimizer are float32 in any case."""
+    tune: TuneConfig = TuneConfig()
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """Small parameters beside the model's own, by kind, which alone are trained unless
@@ -63,8 +65,26 @@ class RunConfig(Config):
     reporting: ReportingConfig = ReportingConfig()
     samples: FinalSamplesConfig = FinalSamplesConfig()
 
+    @field_validator("model")
+    @classmethod
+    def _extend_context(cls, model: ModelConfig, info: ValidationInfo) -> ModelConfig:
+        return extend_context(model, info.data.get("tune", TuneConfig()))
+
+    @field_validator("data")
+    @classmethod
+    def _extend_rows(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        length = info.data.get("tune", TuneConfig()).extend_to
+        if length is None or "seq_len" in data.model_fields_set:
+            return data
+        return data.model_copy(update={"seq_len": length})
+
     @model_validator(mode="after")
     def _check_parts(self):
+        scaling, extended = self.model.positions.scaling, self.tune.extend_to
+        if extended and scaling and self.data.seq_len * scaling.factor <= extended:
+            what = f"data.seq_len={self.data.seq_len} is no longer than the model was before "
+            what += f"tune.extend_to={extended}"
+            raise MaxlmError(what, fix=f"set data.seq_len={extended}")
         check_task(self.task, self.model, self.data.seq_len, self.num_virtual_tokens)
         check_latent_split(self.model, self.sharding.compute)
         check_samples(self.samples, self.model)

@@ -9,6 +9,7 @@ from typer import Argument, Option
 from maxlm.cli import common
 from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
 from maxlm.cli.eval_code import evaluate_swe_bench, score_humaneval_samples
+from maxlm.cli.eval_context import show_passkey_accuracy, show_position_perplexities
 from maxlm.cli.eval_judge import evaluate_mt_bench, serve_arena, show_ratings
 from maxlm.cli.eval_report import compare, report
 
@@ -76,3 +77,4 @@ def command(
 subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": evaluate_swe_bench}
 subcommands |= {"report": report, "diff": compare}
 subcommands |= {"mt-bench": evaluate_mt_bench, "ratings": show_ratings, "arena": serve_arena}
+subcommands |= {"positions": show_position_perplexities, "passkey": show_passkey_accuracy}

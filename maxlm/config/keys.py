@@ -26,6 +26,7 @@ class SettingOrigin:
 
 DEFAULT = SettingOrigin("default")
 COMMAND_LINE = SettingOrigin("command line")
+DERIVED = SettingOrigin("from another setting")
 
 
 def join_key(key: Iterable[str | int]) -> str:

@@ -14,6 +14,7 @@ from maxlm.config.assets import find_shipped_config, find_similar_configs
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import (
     COMMAND_LINE,
+    DERIVED,
     Key,
     SettingOrigin,
     format_path,
@@ -36,9 +37,11 @@ class SettingsTree:
         """Returns where the node at `key` was written, else its nearest parent that was."""
         return self.origins[self._find_written(key)]
 
-    def find_value_origin(self, key: Key) -> SettingOrigin | None:
-        """Returns where the value a config holds at `key` comes from; None for a default."""
-        at = self._find_written(key)
+    def find_value_origin(self, key: Key, value: Any) -> SettingOrigin | None:
+        """Returns where the `value` a config holds at `key` comes from; None for a default."""
+        at, written = self._find_written(key), get_descendant(self.settings, key)
+        if isinstance(written, int | float) and isinstance(value, int | float) and written != value:
+            return DERIVED
         # A validator takes text such as `fsdp=2` apart; below a mapping stand defaults.
         whole = not isinstance(get_descendant(self.settings, at), dict | list)
         return self.origins[at] if at == key or whole else None

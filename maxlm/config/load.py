@@ -23,7 +23,7 @@ class LoadedConfig(Generic[C]):
     value: C
     origins: Mapping[str, SettingOrigin]
     """Origin of each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
-    or default."""
+    default, or another setting that changed it."""
 
 
 def load_config(
@@ -46,8 +46,8 @@ def load_config(
     """
     tree = build_tree(resolve_config(source) if isinstance(source, str) else source, overrides)
     value = validate_config(cls, tree)
-    leaves = [key for key, _ in flatten(value.model_dump(mode="json")) if key]
-    origins = {join_key(key): tree.find_value_origin(key) or DEFAULT for key in leaves}
+    leaves = [each for each in flatten(value.model_dump(mode="json")) if each[0]]
+    origins = {join_key(key): tree.find_value_origin(key, x) or DEFAULT for key, x in leaves}
     return LoadedConfig(value, origins)
 
 

@@ -1,6 +1,6 @@
 """Measures beside a task's own metric: the loss by position, and a smooth proxy of accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,22 @@ from maxlm.inference.scoring import Scorer, Tokens
 from maxlm.runtime.files import replace_file
 
 
-def compute_position_losses(scorer: Scorer, documents: Sequence[Tokens]) -> dict[int, float]:
+def compute_position_losses(
+    scorer: Scorer,
+    documents: Sequence[Tokens],
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[int, float]:
     """Computes the mean loss by position (Kaplan et al. 2020, arXiv 2001.08361, §D.5).
 
     Args:
         documents: token ids, of equal length: each position has the same documents.
+        on_progress: is told how many documents are done.
 
     Returns:
         Nats per token, by the last position of a range that begins behind the one before: 1, 2, 4,
         8, ... tokens of context.
     """
-    scores = scorer.score([(document[:1], document[1:]) for document in documents])
+    scores = scorer.score([(document[:1], document[1:]) for document in documents], on_progress)
     losses = -np.array([score.token_logprobs for score in scores]).mean(axis=0)
     ends = [1 << k for k in range((losses.size - 1).bit_length() + 1)]
     starts = [0, *ends]

@@ -20,6 +20,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
+from maxlm.models.context_extension import check_start_scaling
 from maxlm.models.params import (
     Leaf,
     Params,
@@ -145,6 +146,7 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     if start is None:
         return None
     with _open_checkpoints(start) as (tier, config, name):
+        check_start_scaling(setup.config.tune, config["model"], start)
         own = wanted if _is_adapted(config) else select_base_params(wanted)
         tier.check_param_shapes(None, own, name)
         return tier.metadata()

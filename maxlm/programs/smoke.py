@@ -65,6 +65,7 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     rate = config.optimizer.smoke_learning_rate
     schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": rate}
     changes: dict[str, Any] = {
+        "tune": {},  # the model has its scaling
         "model": small,
         "task": task,
         "mesh": {"data": 1, "fsdp": num_devices},

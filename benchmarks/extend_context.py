@@ -1,0 +1,114 @@
+"""Perplexity by position of a small model at four times the length that it was trained at.
+
+    python benchmarks/extend_context.py [FOLDER] [--steps 1500] [--tune-steps 150]
+
+Trains a model like the demo's on the Python standard library in rows of 128 tokens; measures it at
+512 as it is and with ``tune.extend_to=512`` by yarn, ntk and linear; goes on training with each of
+them, and without scaling, on as many tokens a step; and measures again. Runs that are in FOLDER
+(runs/extend_context) already are taken as they are.
+
+Text is that of held-out documents. The bar: with YaRN the perplexity at positions 257 to 512 is at
+most 1.1 times that at 65 to 128, where it is 3 times or more without scaling.
+"""
+
+import argparse
+from collections.abc import Mapping
+from math import exp
+from pathlib import Path
+
+from maxlm.config import load_config
+from maxlm.data.store import TokenStore
+from maxlm.evaluation.curves import compute_position_losses
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.scoring import Scorer
+from maxlm.programs.load import load_run
+from maxlm.programs.setup import set_up_run
+from maxlm.programs.train import train_model
+from maxlm.run import RunConfig
+
+LENGTH, LONG, TOKENS = 128, 512, 2048
+KINDS = ("none", "yarn", "ntk", "linear")
+
+
+def make_config(folder: Path, kind: str | None, steps: int, rate: float) -> RunConfig:
+    """Makes the run of the base model (None), or one that goes on from it."""
+    base, length = folder / "base", LENGTH if kind is None else LONG
+    settings = [f"folder={folder}", f"data.seq_len={length}", f"data.batch_size={TOKENS // length}"]
+    settings += [f"train.steps={steps}", f"schedule.learning_rate={rate}", "data.workers=0"]
+    settings += [f"model.max_seq_len={LENGTH}", f"train.eval_every={steps}", "samples.prompts=[]"]
+    settings += [f"checkpoint.every_steps={steps}"]
+    if kind is None:
+        return load_config(RunConfig, "demo", [*settings, "name=base"]).value
+    stores = "{name: text, store: %s, heldout_store: %s}"
+    stores %= base / "data/text/train", base / "data/text/heldout"
+    settings += [f"name={kind}", f"train.start_from={base}", f"data.sources=[{stores}]"]
+    settings += [f"tokenizer={{path: {base / 'tokenizer'}}}", "schedule.warmup_steps=10"]
+    settings += (
+        [f"model.max_seq_len={LONG}"]
+        if kind == "none"
+        else [f"tune.extend_to={LONG}", f"tune.extend_by={kind}"]
+    )
+    return load_config(RunConfig, "demo", settings).value
+
+
+def train_once(config: RunConfig) -> Path:
+    """Trains a run that is not there yet; returns its folder."""
+    run = Path(config.folder, config.name)
+    if not (run / "checkpoints" / str(config.train.steps)).exists():
+        train_model(config, say=lambda line: print(f"  {config.name}: {line}", flush=True))
+    return run
+
+
+def read_windows(store_folder: Path, most: int) -> list[list[int]]:
+    """Reads windows of LONG tokens from a store; they overlap, so that most of the text stands in
+    each range of positions. Of each document its beginning alone, so that windows are of many."""
+    store = TokenStore.open(store_folder)
+    texts = (store.text_tokens(index).tolist() for index in range(store.num_documents))
+    windows = [
+        text[start : start + LONG]
+        for text in texts
+        for start in range(0, min(len(text), 4 * LONG) - LONG + 1, LENGTH)
+    ]
+    return windows[:: max(1, len(windows) // most)][:most]
+
+
+def measure(run: Path, config: RunConfig, windows: list[list[int]]) -> dict[int, float]:
+    """Computes perplexities by position of a run's parameters in the model of a config."""
+    loaded = load_run(run)
+    model = set_up_run(config, list(loaded.mesh.devices.flat), for_training=False).model
+    engine = Engine(model, loaded.params, EngineConfig(max_sequences=16, max_length=LONG))
+    losses = compute_position_losses(Scorer(engine), windows)
+    return {end: exp(loss) for end, loss in losses.items()}
+
+
+def show(name: str, found: Mapping[int, float]) -> None:
+    """Prints a row: perplexities from the 17th position on, and the last over that at LENGTH."""
+    values = {end: value for end, value in found.items() if end > 16}
+    ratio = values[max(values)] / values[LENGTH]
+    print(
+        f"{name:16}", *(f"{value:9.2f}" for value in values.values()), f"{ratio:8.3f}", flush=True
+    )
+
+
+def main() -> None:
+    """Prints the table, and whether the bar holds."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/extend_context"))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--rate", type=float, default=2e-3, help="Of training on.")
+    parser.add_argument("--windows", type=int, default=256)
+    args = parser.parse_args()
+    base = train_once(make_config(args.folder, None, args.steps, 8e-3))
+    configs = {k: make_config(args.folder, k, args.tune_steps, args.rate) for k in KINDS}
+    windows = read_windows(base / "data/text/heldout", args.windows)
+    print(f"{len(windows)} windows; perplexity of positions up to", flush=True)
+    print(" " * 16 + "".join(f"{end:>10}" for end in (32, 64, 128, 256, 511, "ratio")), flush=True)
+    for kind, config in configs.items():
+        show(f"{kind}, before", measure(base, config, windows))
+    for kind, config in configs.items():
+        show(f"{kind}, after", measure(train_once(config), config, windows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Passkey retrieval: a number hidden in filler text, asked for at its end (Mohtashami & Jaggi 2023,
+arXiv 2305.16300, §4.2). Prompts need no chat template."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.engine import Engine
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there."
+)
+SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.")
+SENTENCES += ("There and back again.",)
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+
+
+class PasskeyResults(NamedTuple):
+    """Shares of the right answers."""
+
+    lengths: list[int]
+    """Tokens of a prompt and its answer, at most."""
+    depths: list[float]
+    """Place of the key in the filler, in percent: 0 is the beginning."""
+    accuracy: list[list[float]]
+    """By length and depth."""
+
+
+def build_passkey_prompt(
+    tokenizer: Tokenizer, max_tokens: int, depth: float, key: str
+) -> list[int]:
+    """Builds a prompt of as many sentences as ``max_tokens`` hold, with the key behind ``depth``
+    percent of them.
+
+    Raises:
+        MaxlmError: there is no room for the key and the question.
+    """
+
+    def encode(num_sentences: int) -> list[int]:
+        own = [SENTENCES[i % len(SENTENCES)] for i in range(num_sentences)]
+        place = round(depth / 100 * num_sentences)
+        before, behind = " ".join(own[:place]), " ".join(own[place:])
+        parts = filter(None, [TASK, before, NEEDLE.format(key=key), behind, QUESTION])
+        return [*tokenizer.prefix_ids, *tokenizer.encode("\n".join(parts))]
+
+    base, some = len(encode(0)), len(encode(100))
+    if base > max_tokens:
+        what = f"a passkey prompt has {base} tokens, and room for {max_tokens}"
+        raise MaxlmError(what, where="--lengths", fix="use longer ones")
+    count = max(0, (max_tokens - base) * 100 // (some - base))
+    while len(encode(count + 1)) <= max_tokens:
+        count += 1
+    while len(prompt := encode(count)) > max_tokens:
+        count -= 1
+    return prompt
+
+
+def parse_passkey(text: str) -> str | None:
+    """Returns the first number in an answer."""
+    found = re.search(r"\d+", text)
+    return found and found[0]
+
+
+def evaluate_passkey(
+    engine: Engine,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    num_samples: int,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PasskeyResults:
+    """Asks for keys of five digits, by greedy decoding.
+
+    Args:
+        engine: with a tokenizer, and room for the longest of ``lengths``.
+        num_samples: keys for each length and depth; cells have keys of their own.
+        on_progress: is told how many answers there are, and of how many.
+    """
+    tokenizer, random = engine.tokenizer, Random(seed)
+    assert tokenizer is not None
+    # A stray space or quotation mark may come first.
+    room = max(len(tokenizer.encode(f" {key}")) for key in (10000, 54321, 98989)) + 3
+    sampling = SamplingConfig(temperature=0, max_new_tokens=room)
+    requests, keys = [], []
+    for length, depth, _ in product(lengths, depths, range(num_samples)):
+        keys.append(str(random.randint(10_000, 99_999)))
+        prompt = build_passkey_prompt(tokenizer, length - room, depth, keys[-1])
+        requests.append(GenerationRequest(str(len(requests)), tuple(prompt), sampling))
+    answers, done = [list[int]() for _ in keys], 0
+    for output in engine.run(requests):
+        answers[int(output.request_id)] += output.token_ids
+        done += output.finish_reason is not None
+        on_progress(done, len(keys))
+    pairs = zip(answers, keys, strict=True)
+    right = np.array([parse_passkey(tokenizer.decode(answer)) == key for answer, key in pairs])
+    accuracy = right.reshape(len(lengths), len(depths), num_samples).mean(axis=-1).tolist()
+    return PasskeyResults([*lengths], [*depths], accuracy)

@@ -1,0 +1,95 @@
+"""Longer contexts for a pretrained model, by scaling of its rotary positions."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.layers.rope import LinearScaling, NtkScaling, Scaling, YarnScaling
+
+
+class TuneConfig(Config):
+    """Changes of a pretrained model that training goes on from."""
+
+    extend_to: int | None = Field(default=None, gt=0)
+    """Tokens of context to extend the model to, from its ``max_seq_len``: sets that,
+    ``positions.scaling`` and, where it is not given, ``data.seq_len``. null: the model as it is."""
+    extend_by: Literal["yarn", "ntk", "linear"] = "yarn"
+    """Scaling of RoPE, by the ratio of the lengths."""
+
+
+def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
+    """Returns the model with the context of ``tune.extend_to`` tokens; one that was extended so
+    before, as in a run's config.yaml, is returned as it is.
+
+    All layers' positions are scaled, but those that a pattern gives to layers whose window lies
+    within the original length: they see no longer distances than before.
+
+    Raises:
+        MaxlmError: positions other than RoPE, a length that is no longer, another scaling.
+    """
+    length, original, where = tune.extend_to, model.max_seq_len, "tune.extend_to"
+    if length is None:
+        return model
+    if (kind := model.positions.kind) != "rope":
+        fix = "use a model with positions.kind=rope"
+        if kind in ("alibi", "relative"):
+            fix = "set model.max_seq_len alone: they work at any length"
+        raise MaxlmError(f"positions.kind={kind} have no RoPE to scale", where=where, fix=fix)
+    if found := model.positions.scaling:
+        made = _make_scaling(model, round(length / found.factor), tune)
+        if original == length and found == made:
+            return model
+        what = f"the model has a scaling already: kind={found.kind}, factor={found.factor:g}, "
+        what += f"max_seq_len={original:,}"
+        fix = "set model.positions.scaling to null and model.max_seq_len to the length before it"
+        raise MaxlmError(what, where=where, fix=fix)
+    if length <= original:
+        what = f"{length:,} tokens are no more than model.max_seq_len={original:,}"
+        raise MaxlmError(what, where=where, fix="give a larger number, or leave it out")
+    scaling = _make_scaling(model, original, tune)
+    pattern = []
+    for layer in model.pattern:
+        own = layer.positions
+        if own is not None and (layer.window is None or layer.window > original):
+            if own.scaling is not None:
+                what = f"layers of the pattern have a scaling already: kind={own.scaling.kind}"
+                raise MaxlmError(what, where=where, fix="set it to null")
+            own = own.model_copy(update={"scaling": scaling})
+        pattern.append(layer.model_copy(update={"positions": own}))
+    changes = {
+        "max_seq_len": length,
+        "positions": model.positions.model_copy(update={"scaling": scaling}),
+        "pattern": tuple(pattern),
+    }
+    return type(model).model_validate({**dict(model), **changes})
+
+
+def _make_scaling(model: ModelConfig, original_length: int, tune: TuneConfig) -> Scaling:
+    assert tune.extend_to is not None
+    factor = tune.extend_to / original_length
+    if tune.extend_by == "linear":
+        return LinearScaling(factor=factor)
+    if tune.extend_by == "ntk":
+        return NtkScaling(factor=factor)
+    # Latent attention has dimensions that do not turn: all of a score is sharpened, as DeepSeek's.
+    latent = model.attention is not None and model.attention.latent is not None
+    m = 1.0 if latent else None
+    own = {"factor": factor, "original_length": original_length}
+    return YarnScaling.model_validate(own | {"mscale": m, "mscale_all_dim": m})
+
+
+def check_start_scaling(tune: TuneConfig, start_model: Mapping[str, Any], start: str) -> None:
+    """Refuses to extend parameters that were trained with another kind of scaling.
+
+    Args:
+        start_model: settings of the model that training starts from, as plain data.
+        start: the run's folder.
+    """
+    scaling = (start_model.get("positions") or {}).get("scaling")
+    if tune.extend_to is not None and scaling and scaling["kind"] != tune.extend_by:
+        what = f"tune.extend_by={tune.extend_by}, and this run was trained with scaling "
+        what += f"{scaling['kind']} of factor {scaling['factor']:g}"
+        raise MaxlmError(what, where=start, fix=f"set tune.extend_by={scaling['kind']}")
