@@ -25,7 +25,8 @@ _VERBS = """
     hash ignore import infer init insert install interleave intersect invert iterate jit join keep
     kill label launch lay limit link list load locate lock log look lower make map mark mask match
     materialize measure merge mix move multiply name normalize number open order pack pad parse
-    partition permute pick place plan pool predict prefetch prefill prepare preprocess print process
+    partition permute pick place plan pool precompute predict prefetch prefill prepare
+    preprocess print process
     profile project prune put quantize raise rank read rebuild receive record reduce refuse register
     release remove rename render repeat replace report require reserve reset reshape reshard resolve
     restore resume retry reverse roll rotate round route run sample save scale scan scatter schedule
@@ -44,7 +45,7 @@ _VALUES = """
 """
 """Last words of functions that are named by the value they return, units included."""
 _TERMS = """
-    command main softmax attention flash_attention grouped_matmul logsumexp
+    command main log1mexp softmax attention flash_attention grouped_matmul logsumexp
     paged_attention
     backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
     outer sharded_attention truncated_normal

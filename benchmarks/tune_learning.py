@@ -38,7 +38,7 @@ SETTINGS = (
 )
 METHODS: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo_lora", "schedule.learning_rate=1e-4"),
-    "ipo": ("dpo_lora", "task.loss=ipo", "task.beta=0.5", "schedule.learning_rate=1e-4"),
+    "ipo": ("dpo_lora", "task.loss_type=ipo", "task.beta=0.5", "schedule.learning_rate=1e-4"),
     "kto": ("kto_lora", "schedule.learning_rate=1e-4"),
     "orpo": ("orpo_lora", "schedule.learning_rate=2e-4"),
     "simpo": ("simpo_lora", "schedule.learning_rate=1e-4"),

@@ -72,7 +72,7 @@ class RowSource:
 
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:
         """Write examples into row i, which is zeros, one after the other."""
-        start = segments = 0
+        start, segments = 0, dict.fromkeys(self.arrays, 0)
         for number, example in enumerate(examples):
             encoded = encode_row(self.encode, self.file, example)
             length = measure_example(encoded, self.arrays, self.file.locate(example))
@@ -83,8 +83,9 @@ class RowSource:
                     batch[name][i, number] = own[name]
                     continue
                 value = own[name]
-                if name == "segment_ids":
-                    value, segments = value + segments, segments + int(value.max(initial=0))
+                if name.endswith("segment_ids"):
+                    count = int(value.max(initial=0))
+                    value, segments[name] = value + segments[name], segments[name] + count
                 place = (
                     slice(start, start + size) if axis == "seq" else slice(None)
                     for axis, size in zip(array.axes, value.shape, strict=True)
@@ -144,8 +145,9 @@ def make_row_source(
     Args:
         arrays: a row's, which ``encode`` fills, but for ``segment_ids`` and ``positions``: where it
             leaves them out, they number the examples of a row from 1 and the tokens of each from 0.
-            Segments that it does number, from 1 on, are numbered on from example to example. An
-            array without the axis "seq" has its examples along its first. Zeros pad all else.
+            Segments that it does number, from 1 on, in ``*segment_ids``, are numbered on from
+            example to example. An array without the axis "seq" has its examples along its first.
+            Zeros pad all else.
         examples: the rows of the file to read; None: all.
         lengths: tokens of each of ``examples``; None: each is encoded for it once, if need be.
         examples_per_row: the most that share a row, each in the fullest row that has room for it

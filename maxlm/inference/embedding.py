@@ -40,7 +40,7 @@ class Embedder:
             raise MaxlmError(what, where="embeddings", fix="use another model or mesh")
         self.max_length, self._model, self._params = max_length, model, params
         self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
-        self._run = bind_mesh(mesh, jax.jit(_embed, static_argnums=(0, 1)))
+        self._run = bind_mesh(mesh, jax.jit(_embed, static_argnums=(0, 1, 5)))
 
     @property
     def default_pooling(self) -> Pooling:
@@ -53,14 +53,24 @@ class Embedder:
         Args:
             rows: token ids of each text, 1 to ``max_length``.
         """
-        found = np.zeros((len(rows), self._model.config.d_model), np.float32)
+        return self._compute(rows, pooling or self.default_pooling, None)
+
+    def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
+        """Returns what one of the model's further heads says at each text's last token, fp32
+        [len(rows), width]."""
+        return self._compute(rows, "last", name)
+
+    def _compute(
+        self, rows: Sequence[Sequence[int]], pooling: Pooling, head: str | None
+    ) -> np.ndarray:
+        config = self._model.config
+        width = config.heads[head] if head else config.d_model
+        found = np.zeros((len(rows), width), np.float32)
         num_virtual = self._model.num_virtual_tokens
         rows, longest = [[0] * num_virtual + [*row] for row in rows], self.max_length + num_virtual
         for batch, tokens, lengths in iterate_padded_batches(rows, longest, self._ways):
-            pooled = self._run(
-                self._model, pooling or self.default_pooling, self._params, tokens, lengths
-            )
-            found[batch] = np.asarray(pooled)[: len(batch)]
+            own = self._run(self._model, pooling, self._params, tokens, lengths, head)
+            found[batch] = np.asarray(own)[: len(batch)]
         return found
 
 
@@ -103,9 +113,15 @@ def compute_padded_states(
 
 
 def _embed(
-    model: Model, pooling: Pooling, params: Params, tokens: jax.Array, lengths: jax.Array
+    model: Model,
+    pooling: Pooling,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    head: str | None,
 ) -> jax.Array:
-    """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each."""
+    """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each, or what a head makes
+    of them."""
     bound: Any = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
     hidden, places, lengths = compute_padded_states(forward, model.rules, tokens, lengths)
@@ -115,5 +131,7 @@ def _embed(
     weights = {"mean": means, "first": places == first, "last": places == lengths - 1}
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
     pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)
+    if head is not None:
+        return reshard(bound.apply_head(head, pooled), PartitionSpec())
     pooled /= jnp.maximum(jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True)), 1e-12)
     return reshard(pooled, PartitionSpec())

@@ -18,8 +18,9 @@ from maxlm.train.step import Batch, Sums
 from maxlm.train.trainer import Callback, Trainer, measure_peak_memory_bytes
 
 HeldOutResults = dict[str, dict[str, float]]
-"""Results by source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where
-every token is predicted, ``bits_per_byte`` and ``bytes``."""
+"""Results by source: ``loss`` (nats per predicted token, or the task's own), ``tokens``, the task's
+other sums per token and, where every token is predicted, ``bits_per_byte`` and ``bytes``."""
+_RATES = ("loss", "cross_entropy", "bits_per_byte", "bytes", "tokens")
 
 
 class HeldOutEvaluator:
@@ -47,7 +48,8 @@ class HeldOutEvaluator:
             with open_evaluation_batches(self._setup, source, max_batches) as batches:
                 sums = sum_over_batches(step, get_eval_params(state), batches)
             loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
-            result = {"loss": loss, "tokens": sums["tokens"]}
+            result = {name: value / sums["tokens"] for name, value in sums.items()}
+            result |= {"loss": loss, "tokens": sums["tokens"]}
             if self._setup.config.task.predicts_every_token:
                 store = self._data.heldout_stores[name]
                 predictable = store.num_tokens - store.num_documents
@@ -63,12 +65,14 @@ class HeldOutEvaluator:
         return self.make_metrics_record(int(state.step), results)
 
     def make_metrics_record(self, step: int, results: HeldOutResults) -> dict[str, float]:
-        """Returns a metrics record: ``eval_loss`` is over the tokens of all sources, rates are each
-        source's own."""
-        data = self._setup.config.data
-        counted = sum(result["tokens"] for result in results.values())
-        loss = sum(result["loss"] * result["tokens"] for result in results.values()) / counted
-        record = {"tokens": step * data.batch_size * data.seq_len, "eval_loss": loss}
+        """Returns a metrics record: ``eval_loss`` and what else the task measures are over the
+        tokens of all sources, rates are each source's own."""
+        data, own = self._setup.config.data, [*results.values()]
+        counted = sum(result["tokens"] for result in own)
+        other = {name for name in own[0] if name not in _RATES and not name.startswith("expert_")}
+        record: dict[str, float] = {"tokens": step * data.batch_size * data.seq_len}
+        for name in ("loss", *sorted(other)):
+            record[f"eval_{name}"] = sum(each[name] * each["tokens"] for each in own) / counted
         return record | {
             f"eval_bits_per_byte/{name}": result["bits_per_byte"]
             for name, result in results.items()
@@ -160,6 +164,8 @@ class MetricsCallback(Callback):
         ]
         if "eval_loss" in metrics:
             words = [f"held out: loss {metrics['eval_loss']:.4f}", *words]
+            if "eval_accuracy" in metrics:
+                words.append(f"accuracy {metrics['eval_accuracy']:.1%}")
         else:
             words = [format_downstream(metrics)]
         self._display.message(" · ".join([f"step {step}", *words]))

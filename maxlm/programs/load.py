@@ -148,13 +148,14 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     with _open_checkpoints(start) as (tier, config, name):
         check_start_scaling(setup.config.tune, config["model"], start)
         own = wanted if _is_adapted(config) else select_base_params(wanted)
-        tier.check_param_shapes(None, own, name)
+        tier.check_param_shapes(None, _drop_new_heads(own, config), name)
         return tier.metadata()
 
 
 def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     """Returns a fresh state, with another run's parameters if the run starts from one. An adapted
-    run takes those of one without an adapter as the base of its own."""
+    run takes those of one without an adapter as the base of its own; heads that the other has not
+    stay fresh."""
     state, start = setup.init_train_state(), setup.config.train.start_from
     adapter, abstract, params = setup.config.adapter, setup.abstract_state.params, state.params
     if start is None and adapter is None:
@@ -164,7 +165,10 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
         with _open_checkpoints(start) as (tier, config, name):
             adapted = _is_adapted(config)
             own = abstract if adapted else select_base_params(abstract)
-            found = tier.restore_params(None, own, name)
+            fresh = params if adapted else select_base_params(params)
+            found = tier.restore_params(None, _drop_new_heads(own, config), name)
+            if "heads" in fresh:
+                found = found | {"heads": fresh["heads"] | found.get("heads", {})}
             params = found if adapted else replace_base_params(params, found)
     if adapter is not None and not adapted:
         params = adapter.init_from_base(params)
@@ -211,6 +215,14 @@ def _open_checkpoints(
 
 def _is_leaf(held: Any) -> bool:
     return isinstance(held, Leaf)
+
+
+def _drop_new_heads(params: Params, config: Mapping[str, Any]) -> Params:
+    """Leaves out the heads that another run's model has not."""
+    stored = config["model"].get("heads") or {}
+    heads = {name: own for name, own in params.get("heads", {}).items() if name in stored}
+    rest = {name: own for name, own in params.items() if name != "heads"}
+    return rest | {"heads": heads} if heads else rest
 
 
 def _is_adapted(config: Mapping[str, Any]) -> bool:

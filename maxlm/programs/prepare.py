@@ -59,6 +59,7 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     home = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
+    check_frozen_tokenizers(config, tokenizer)
     whole = config.model.architecture == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
     lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
@@ -97,6 +98,17 @@ def make_source_inputs(
         num_virtual_tokens=config.num_virtual_tokens,
         build_workers=config.data.build_workers,
     )
+
+
+def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuses models that the task reads and that know other tokens than the run's."""
+    for name, source in config.task.frozen_models().items():
+        if source.folder is None:
+            continue
+        if load_tokenizer(Path(source.folder, "tokenizer")).fingerprint != tokenizer.fingerprint:
+            what = f"the frozen model {name!r} was trained with another tokenizer"
+            fix = "name a run with this run's, or name that run's in tokenizer.path"
+            raise MaxlmError(what, where=source.folder, fix=fix)
 
 
 def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:

@@ -122,6 +122,7 @@ class RunSetup:
             trainable=self.trainable,
             frozen_models=self._frozen_modules,
             base_models=self.base_models,
+            prepare_batch=self.config.task.prepare_batch,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
@@ -129,7 +130,8 @@ class RunSetup:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
         first call."""
         models = {"frozen_models": self._frozen_modules, "base_models": self.base_models}
-        step = partial(evaluate_step, model=self.model, loss=self.loss, **models)
+        own = {"loss": self.loss, "prepare_batch": self.config.task.prepare_batch}
+        step = partial(evaluate_step, model=self.model, **own, **models)
         return bind_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:

@@ -128,10 +128,10 @@ def write_counting_rows(path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for i in range(256):
             right = " ".join(str((i + k) % 10) for k in range(4, 10))
-            wrong = " ".join(str((i - k) % 10) for k in range(4, 10))
+            wrong = " ".join(str(i % 10) for _ in range(4, 10))
             row = {"prompt": " ".join(str((i + k) % 10) for k in range(4))}
             row |= {"chosen": f" {right}", "rejected": f" {wrong}", "label": i % 2 == 0}
-            row |= {"completion": f" {right if i % 2 == 0 or i % 3 else wrong}"}
+            row |= {"completion": f" {right if i % 2 == 0 else wrong}"}
             file.write(json.dumps(row) + "\n")
 
 

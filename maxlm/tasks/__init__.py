@@ -14,12 +14,16 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 from maxlm.config import MaxlmError, add_default_tag
 from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
+from maxlm.tasks.kto import KtoTask
 from maxlm.tasks.mlm import MlmTask
+from maxlm.tasks.preference import CpoTask, DpoTask, OrpoTask
+from maxlm.tasks.reward import RewardTask
 from maxlm.tasks.sft import SftTask
 from maxlm.tasks.task import FrozenModelSource, SourceInputs, Task, TaskModels, Vocabulary
 from maxlm.tasks.text import ClmTask
 
-_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask
+_Preference = RewardTask | DpoTask | KtoTask | OrpoTask | CpoTask
+_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask | _Preference
 _TASKS: dict[str, type[Task]] = {
     task.model_fields["kind"].default: task for task in _Builtin.__args__
 }
@@ -53,6 +57,9 @@ def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens:
             f"model.architecture={model.architecture}",
             fix=f"use task.kind={' or '.join(list_task_kinds(model.architecture))}",
         )
+    if missing := {n: w for n, w in task.required_heads.items() if model.heads.get(n) != w}:
+        what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
+        raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
     longest = max(task.row_lengths(seq_len))
     if longest > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"

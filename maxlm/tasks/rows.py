@@ -18,7 +18,7 @@ from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.conversations import EncodedSequence
 from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
-from maxlm.data.rows import encode_row, make_row_source
+from maxlm.data.rows import RowSource, encode_row, make_row_source
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.runtime.pool import open_executor
 from maxlm.runtime.progress import ignore_progress, show_progress
@@ -69,6 +69,12 @@ class RowTask(Task):
         """Returns an example's entries of :meth:`example_arrays`."""
         return {}
 
+    def join_example(
+        self, sequences: Sequence[EncodedSequence], num_virtual_tokens: int
+    ) -> dict[str, NDArray[Any]]:
+        """Returns an example's arrays along "seq"."""
+        return join_sequences(sequences, num_virtual_tokens)
+
     @property
     def num_segments(self) -> int:
         """Sequences in a row at most, where ``examples_per_row`` says."""
@@ -100,10 +106,10 @@ class RowTask(Task):
         file = self.open_files("files")
         training, _ = self._split(len(file), inputs.seed)
         shuffle = inputs.loader.shuffle
-        return self._make_source(file, training, inputs, shuffle=shuffle, endless=True)
+        return self.make_source(file, training, inputs, shuffle=shuffle, endless=True)
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
-        once = partial(self._make_source, inputs=inputs, shuffle=False, endless=False)
+        once = partial(self.make_source, inputs=inputs, shuffle=False, endless=False)
         if self.validation_files:
             file = self.open_files("validation_files")
             return {"validation": once(file, np.arange(len(file)))}
@@ -123,13 +129,15 @@ class RowTask(Task):
         size = min(num_rows - 1, max(1, round(num_rows * self.validation_fraction)))
         return np.sort(order[size:]), np.sort(order[:size])
 
-    def _make_source(
+    def make_source(
         self,
         file: RowFiles,
         examples: NDArray[np.int64],
         inputs: SourceInputs,
         **options: bool,
-    ) -> BatchSource:
+    ) -> RowSource:
+        """Makes a batch source of some rows of files; ``options``: ``shuffle`` and ``endless`` of
+        :func:`~maxlm.data.rows.make_row_source`."""
         assert inputs.tokenizer is not None
         loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
         encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
@@ -233,7 +241,7 @@ class ExampleEncoder:
         sequences = [self._cut(sequence) for sequence in whole]
         if not all(sequence.num_targets for sequence in sequences):
             return {}
-        arrays = join_sequences(sequences, self.num_virtual_tokens)
+        arrays = self.task.join_example(sequences, self.num_virtual_tokens)
         return {
             **arrays,
             **self.task.encode_example_values(row),

@@ -94,6 +94,11 @@ class Task(Config):
         """Returns the models that the loss reads beside the trained one, by name."""
         return {}
 
+    @property
+    def required_heads(self) -> Mapping[str, int]:
+        """Widths of the ``model.heads`` that the loss reads, by name."""
+        return {}
+
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
         """Returns the tokens of a row that a decoder (or a model of one sequence) reads, and those
         of an encoder beside it, where a row of text has ``seq_len``."""
@@ -111,12 +116,17 @@ class Task(Config):
         """Returns finite sources to evaluate on, by name."""
         return {}
 
+    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+        """Returns a batch [M, B, ...] of M micro-batches with more arrays for the loss: what frozen
+        models make of it, or what is measured over all of it. Gradients do not reach them."""
+        return batch
+
     @abstractmethod
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         """Computes the loss of a batch, as the sum over what is counted.
 
         Args:
-            batch: the arrays of :meth:`batch_arrays`, [B, ...]; [M, B, ...] on pipeline stages.
+            batch: the arrays of :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages.
             key: of this step and micro-batch.
         """
 

@@ -39,7 +39,7 @@ class TrainConfig(Config):
     trainable: tuple[str, ...] | None = None
     """Patterns of the names of parameters that are trained, such as `layers.attention.*` or
     `*.bias`; the others stay as they are, without gradients and optimizer state. `*` stands for any
-    text. null: all, or with an adapter those that it adds."""
+    text. null: all, or with an adapter those that it adds and the model's `heads`."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the parameters with this decay (4 bytes a parameter)
     and evaluate with it; null: none. It has all parameters, also those that are not trained."""

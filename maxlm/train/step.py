@@ -23,6 +23,7 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 Loss = Callable[[TaskModels, Batch, jax.Array], tuple[jax.Array, Sums]]
 """(models, batch, key) -> (loss summed over tokens, sums to log, ``tokens`` among them)."""
+PrepareBatch = Callable[[TaskModels, Batch], Batch]
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
 
@@ -40,6 +41,7 @@ def train_step(
     trainable: Params | None = None,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
     base_models: Mapping[str, Any] = MappingProxyType({}),
+    prepare_batch: PrepareBatch = lambda models, batch: batch,
 ) -> tuple[TrainState, Sums]:
     """Computes gradients over micro-batches, and applies one optimizer update.
 
@@ -53,6 +55,7 @@ def train_step(
         schedule: the optimizer's, to be reported.
         gradient_layouts: see ``compute_loss_and_gradients``.
         trainable: the declarations of the parameters that are trained; default: all.
+        prepare_batch: see ``Task.prepare_batch``.
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the task's other sums per counted
@@ -64,6 +67,7 @@ def train_step(
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
     frozen = _bind_frozen(frozen_models, state.frozen) | _bind_base(base_models, state.params)
+    batch = prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
 
     def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         return loss(TaskModels(bound, frozen), batch, key)
@@ -143,10 +147,12 @@ def evaluate_step(
     loss: Loss,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
     base_models: Mapping[str, Any] = MappingProxyType({}),
+    prepare_batch: PrepareBatch = lambda models, batch: batch,
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
     bound = _bind_frozen(frozen_models, frozen) | _bind_base(base_models, params)
     models, key = TaskModels(bind(model, params), bound), jax.random.key(0)
+    batch = prepare_batch(models, batch)
 
     def sums_of(batch: Batch) -> Sums:
         total, sums = loss(models, batch, key)

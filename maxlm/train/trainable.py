@@ -18,10 +18,12 @@ from maxlm.models.params import GatheredParam, Leaf, Params, flatten_names, join
 def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern, such as
     ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
-    that an adapter adds."""
+    that an adapter adds, and ``heads``."""
     names, matched = _list_names(specs), set[str]()
     if patterns is None:
-        return _keep(specs, _list_added_names(specs) or {*names})
+        added = _list_added_names(specs)
+        heads = filter_names(names, "heads.*") if added else names
+        return _keep(specs, added.union(heads))
     for pattern in patterns:
         if not (found := filter_names(names, pattern)):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]

@@ -18,16 +18,12 @@ from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import make_row_source
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import plan_run
 from maxlm.programs.load import load_frozen_models
-from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import FrozenModelSource, SourceInputs, Task, TaskModels, register_task
 from maxlm.tasks.text import compute_log_probs
-from maxlm.train.batch import make_global_batch
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
 
@@ -119,67 +115,6 @@ def make_config(tmp_path):
 
 def train(config: RunConfig) -> Any:
     return train_model(config, say=lambda _: None)
-
-
-def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
-    config = make_config("a", data=make_config("a").data.model_copy(update={"seq_len": 16}))
-    random = np.random.default_rng(0)
-    tokens = {n: random.integers(0, 300, (2, 8, 16)) for n in ("tokens", "targets")}
-    lengths = random.integers(4, 16, (2, 8, 1))
-    weights = ((np.arange(16) < lengths) & (np.arange(16) > 2)).astype(np.float32)
-    batch = {}
-    for i, side in enumerate(SIDES):
-        own = {name: array[i].astype(np.int32) for name, array in tokens.items()}
-        own |= {"segment_ids": np.ones((8, 16), np.int32), "weights": weights[i]}
-        own["positions"] = np.tile(np.arange(16, dtype=np.int32), (8, 1))
-        batch |= {f"{side}_{name}": array for name, array in own.items()}
-    losses = []
-    for mesh in ({"fsdp": 1}, {"fsdp": 2, "context": 2, "tensor": 2}):
-        setup = set_up_run(
-            config.model_copy(update={"mesh": MeshConfig(**{"fsdp": 1} | mesh)}),
-            jax.devices()[: int(np.prod(list(mesh.values())))],
-        )
-        rows = [batch, setup.config.task.batch_arrays(16), range(8), setup.compute, setup.mesh]
-        put = {
-            name: array[0]
-            for name, array in make_global_batch(*rows, (1, 8), setup.token_order).items()
-        }
-        params = setup.init_train_state().params
-        other = jax.tree.map(lambda p: p * 1.5 + 0.01, params)
-
-        def loss(params, other, batch, setup=setup):
-            trained, reference = (bind(setup.model, p) for p in (params, other))
-            models = TaskModels(trained, {"reference": reference})
-            return setup.config.task.loss(models, batch, jax.random.key(0))
-
-        run = bind_mesh(setup.mesh, jax.jit(jax.value_and_grad(loss, has_aux=True)))
-        losses.append(run(params, other, put))
-        if len(losses) > 1:
-            continue
-
-        def logits(params, own, setup=setup):
-            model = bind(setup.model, params)
-            return model.logits(model(*own)[0])
-
-        sums, run = [], bind_mesh(setup.mesh, jax.jit(logits))
-        for each in (params, other):
-            for side in SIDES:
-                own = [put[f"{side}_{n}"] for n in ("tokens", "positions", "segment_ids")]
-                found = np.asarray(run(each, own)).astype(np.float64)
-                found -= np.log(np.exp(found).sum(-1, keepdims=True))
-                own = np.take_along_axis(found, batch[f"{side}_targets"][..., None], -1)[..., 0]
-                sums.append((own * batch[f"{side}_weights"]).sum(-1))
-        policy_c, policy_r, ref_c, ref_r = sums
-        margin = 0.5 * ((policy_c - ref_c) - (policy_r - ref_r))
-        want = np.log1p(np.exp(-margin)).sum()
-        assert float(losses[0][0][0]) == pytest.approx(want, rel=1e-5)
-        assert float(losses[0][0][1]["accuracy"]) == (margin > 0).sum()
-    (value, _), gradients = losses[0]
-    for (other, _), spread in losses[1:]:
-        assert float(other) == pytest.approx(float(value), rel=1e-5)
-        spread = flatten_names(spread)
-        for name, gradient in flatten_names(gradients).items():
-            np.testing.assert_allclose(spread[name], gradient, atol=2e-4, err_msg=name)
 
 
 def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(make_config):

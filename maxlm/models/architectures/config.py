@@ -1,9 +1,10 @@
 """The settings of a transformer: what decoders, encoders and both together have in common."""
 
+from collections.abc import Mapping
 from math import isclose
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     OptionalAttention: TypeAlias = Any
 else:
     OptionalAttention = AttentionConfig | None
+
+
+HeadName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class LayerKind(Config):
@@ -109,6 +113,9 @@ class TransformerConfig(Config):
     """Factor on the logits, before the offsets (Grok-1)."""
     logit_cap: float | None = Field(default=None, gt=0)
     """Logits become cap·tanh(logit / cap) (Gemma 2)."""
+    heads: Mapping[HeadName, PositiveInt] = {}
+    """Further linear maps of the final hidden states, their widths by name, such as `score: 1` of a
+    reward model."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights (truncated normal)."""
     remat: RematPolicy = "full"

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import reshard
 
 from maxlm.models.architectures.config import TransformerConfig
@@ -19,9 +20,11 @@ from maxlm.models.params import (
     bind,
     declare,
     get_values,
+    materialize,
     read_weight,
     replace_virtual,
     take_stacked_layer,
+    truncated_normal,
 )
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
@@ -75,6 +78,13 @@ class Transformer(Trunk):
         zeros = jax.nn.initializers.zeros
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
+        maps: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
+        self.heads = nnx.Dict(
+            {
+                name: nnx.Dict(kernel=declare((D, width), ("embed", None), **maps))
+                for name, width in config.heads.items()
+            }
+        )
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 
@@ -174,6 +184,12 @@ class Transformer(Trunk):
         if self.head_bias is not None:
             bias = read_weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
         return LogitsInputs(hidden, self.unembedding(), bias, self.config.logit_cap)
+
+    def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
+        """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S, width]."""
+        dtype = accumulation_dtype(self.dtype)
+        kernel = materialize(self.heads[name].kernel, self.rules, dtype)
+        return jnp.matmul(hidden.astype(dtype), kernel, precision="highest")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""

@@ -1,0 +1,131 @@
+"""Kahneman-Tversky optimization: learns from answers that are good or bad, without pairs."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from maxlm.config import MaxlmError
+from maxlm.data.batch_source import BatchArraySpec
+from maxlm.data.conversations import EncodedSequence, encode_answer, get_column, get_label
+from maxlm.data.row_files import RowFiles
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.tasks.extra_columns import LOG_PROBS, MISMATCHED, ExtendedRows
+from maxlm.tasks.preference import ReferenceTask, map_micro_batches, scale_layers_loss
+from maxlm.tasks.rows import EncodedExample, ExampleEncoder, join_sequences
+from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
+
+_KL = "kl_"
+
+
+class MismatchedPairEncoder(ExampleEncoder):
+    """Encodes, beside each example, its prompt with another row's completion, cut to what a row has
+    room for."""
+
+    def __call__(self, row: Mapping[str, Any]) -> EncodedExample:
+        example = super().__call__(row)
+        if not example:
+            return {}
+        try:
+            tokens, is_target = encode_answer(self.tokenizer, row["prompt"], row[MISMATCHED])
+        except MaxlmError:  # it is told of that row when its own turn comes
+            tokens, is_target = encode_answer(self.tokenizer, row["prompt"], row["completion"])
+        other = EncodedSequence(tokens[: self.max_length], is_target[: self.max_length])
+        arrays = join_sequences([other], self.num_virtual_tokens)
+        return {**example, **{_KL + name: array for name, array in arrays.items()}}
+
+
+class KtoTask(ReferenceTask):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306) on rows of prompt,
+    completion and label.
+
+    The distance to the reference is measured on prompts with the completion of the row before
+    them in the file: one number for the whole batch, its micro-batches together, no less than 0
+    and without a gradient.
+    """
+
+    kind: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the tie to the reference."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of good answers. Let the weights of both kinds times their numbers be 1 to 4/3."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """Weight of bad answers."""
+
+    @property
+    def num_reference_columns(self) -> int:
+        return 2
+
+    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+        prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
+        return [encode_answer(tokenizer, prompt, completion)]
+
+    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"labels": 1.0 if get_label(row) else -1.0}
+        return super().encode_example_values(row) | own
+
+    def make_encoder(
+        self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
+    ) -> ExampleEncoder:
+        own = super().make_encoder(tokenizer, seq_len, num_virtual_tokens)
+        return MismatchedPairEncoder(self, tokenizer, own.max_length, num_virtual_tokens)
+
+    def example_arrays(self) -> dict[str, BatchArraySpec]:
+        labels = BatchArraySpec((self.examples_per_row or 1,), np.float32, (None,))
+        return super().example_arrays() | {"labels": labels}
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
+        arrays = super().batch_arrays(seq_len)
+        tokens = {_KL + name: own for name, own in arrays.items() if "seq" in own.axes}
+        return arrays | tokens
+
+    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
+        file = super().open_files(which)
+        if len(file) < 2:
+            what = "one row, where each is compared with another's completion"
+            raise MaxlmError(what, where=str(file.paths[0]), fix="give two or more")
+        own = {**vars(file), "with_mismatched": True}
+        return ExtendedRows(**own)
+
+    def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
+        own = super().compute_reference_log_probs(model, batch)
+        return jnp.concatenate([own, self._compute_mismatched(model, batch)], -1)
+
+    def _compute_mismatched(self, model: Any, batch: DeviceBatch) -> jax.Array:
+        return self.compute_sequence_log_probs(model, batch, _KL).sums
+
+    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+        batch, is_present = super().prepare_batch(models, batch), batch["labels"] != 0
+        own = map_micro_batches(self._compute_mismatched, models.trained, batch)[..., 0]
+        ratios = jnp.where(is_present, own - batch[LOG_PROBS][..., 1], 0)
+        kl = jnp.maximum(ratios.sum() / jnp.maximum(is_present.sum(), 1), 0)
+        return batch | {"kl": jnp.where(is_present, kl, 0)}
+
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+        own = self.compute_sequence_log_probs(models.trained, batch)
+        labels, is_good = batch["labels"], batch["labels"] > 0
+        ratios = own.sums[..., 0] - batch[LOG_PROBS][..., 0]
+        values = jax.nn.sigmoid(labels * self.beta * (ratios - batch["kl"]))
+        weights = jnp.where(is_good, self.desirable_weight, self.undesirable_weight)
+        losses = jnp.where(labels != 0, weights * (1 - values), 0)
+        rewards, examples = self.beta * ratios, (labels != 0).sum(dtype=jnp.float32)
+
+        def average(values: jax.Array, chosen: jax.Array) -> jax.Array:
+            """A mean over some examples, as a sum over all."""
+            share = examples / jnp.maximum(chosen.sum(dtype=jnp.float32), 1)
+            return share * jnp.where(chosen, values, 0).sum()
+
+        sums = {
+            "tokens": examples,
+            "accuracy": (labels * (ratios - batch["kl"]) > 0).sum(dtype=jnp.float32),
+            "kl": batch["kl"].sum(),
+            "chosen_reward": (chosen := average(rewards, is_good)),
+            "rejected_reward": (rejected := average(rewards, labels < 0)),
+            "margin": chosen - rejected,
+            "chosen_log_prob": average(own.means[..., 0], is_good),
+        }
+        total = losses.sum() + scale_layers_loss(own.aux, batch, examples)
+        return total, sums | own.aux.sums

@@ -1,0 +1,327 @@
+"""Preference tasks: learn from pairs of answers, of which one is better.
+
+A pair stands in one row, its chosen answer in an odd and its rejected one in an even segment, so
+that one pass reads both. Formulas and their normalisation are those of TRL 1.16.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from maxlm.config import LocalPath, MaxlmError
+from maxlm.data.batch_source import BatchArraySpec
+from maxlm.data.conversations import EncodedSequence, encode_pair
+from maxlm.data.row_files import RowFiles
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.models.aux import Aux
+from maxlm.tasks.extra_columns import FIX, LOG_PROBS, ExtendedRows, open_array
+from maxlm.tasks.rows import RowTask, join_sequences, sum_by_segment
+from maxlm.tasks.task import DeviceBatch, FrozenModelSource, LossResult, TaskModels
+from maxlm.tasks.text import compute_log_probs
+
+
+class SequenceLogProbs(NamedTuple):
+    """Log-probabilities of the sequences of examples [..., E], each of n sequences."""
+
+    per_token: jax.Array
+    """Of every target, fp32 [..., S]."""
+    sums: jax.Array
+    """Summed over each sequence's weighted targets, fp32 [..., E, n]."""
+    lengths: jax.Array
+    """Weighted targets, fp32 [..., E, n]; 0 where an example is padding."""
+    aux: Aux
+
+    @property
+    def means(self) -> jax.Array:
+        """Per weighted target, [..., E, n]."""
+        return self.sums / jnp.maximum(self.lengths, 1)
+
+    @property
+    def is_present(self) -> jax.Array:
+        """Whether an example is none of padding, bool [..., E]."""
+        return self.lengths[..., 0] > 0
+
+
+class PreferenceTask(RowTask):
+    """A task on the log-probabilities of whole answers."""
+
+    @model_validator(mode="after")
+    def _check_examples_per_row(self) -> Self:
+        if self.examples_per_row is None:
+            what = f"task.kind={self.kind} needs a number of examples a row"
+            raise MaxlmError(what, where="examples_per_row", fix="set it to 1 or more")
+        return self
+
+    def compute_sequence_log_probs(
+        self, model: Any, batch: DeviceBatch, prefix: str = ""
+    ) -> SequenceLogProbs:
+        """Runs a model once over rows [..., S], the arrays whose names begin with ``prefix``."""
+        arrays = (batch[prefix + name] for name in ("tokens", "positions", "segment_ids"))
+        hidden, aux = model(*arrays)
+        targets, chunk = batch[f"{prefix}targets"], self.chunk_tokens
+        own = compute_log_probs(model, hidden, targets, chunk_tokens=chunk)
+        weights = batch[f"{prefix}weights"]
+
+        def total(values: jax.Array) -> jax.Array:
+            sums = sum_by_segment(values, batch[f"{prefix}segment_ids"], self.num_segments)
+            return sums.reshape(*sums.shape[:-1], -1, self.sequences_per_example)
+
+        return SequenceLogProbs(own, total(own * weights), total(weights), aux)
+
+
+class ReferenceTask(PreferenceTask):
+    """A preference task that measures against a frozen model."""
+
+    reference: LocalPath | None = None
+    """Run whose model is the reference; null: the model that training starts from."""
+    reference_log_probs: LocalPath | None = None
+    """Folder of the reference's log-probabilities, which `precompute_reference_log_probs` writes
+    (`files.npy` [rows, sequences], `validation_files.npy`): no second model is held then."""
+
+    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
+        stored = self.reference_log_probs is not None
+        return {} if stored else {"reference": FrozenModelSource(self.reference)}
+
+    def for_small_model(self) -> Self:
+        return super().for_small_model().model_copy(update={LOG_PROBS: None})
+
+    @property
+    def num_reference_columns(self) -> int:
+        """Log-probabilities of the reference that an example needs."""
+        return self.sequences_per_example
+
+    def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
+        """Computes what the reference says of rows [..., S]: fp32 [..., E, columns]."""
+        return self.compute_sequence_log_probs(model, batch).sums
+
+    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+        if LOG_PROBS in batch:
+            return batch
+        model = models.frozen["reference"]
+        found = map_micro_batches(self.compute_reference_log_probs, model, batch)
+        return batch | {LOG_PROBS: found}
+
+    def example_arrays(self) -> dict[str, BatchArraySpec]:
+        if self.reference_log_probs is None:
+            return super().example_arrays()
+        shape = self.examples_per_row or 1, self.num_reference_columns
+        own = BatchArraySpec(shape, np.float32, (None, None))
+        return super().example_arrays() | {LOG_PROBS: own}
+
+    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        values = super().encode_example_values(row)
+        if self.reference_log_probs is None:
+            return values
+        if np.isnan(row[LOG_PROBS]).any():
+            what = "no reference log-probability for this row"
+            raise MaxlmError(what, where=LOG_PROBS, fix=FIX)
+        return values | {LOG_PROBS: row[LOG_PROBS]}
+
+    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
+        file = super().open_files(which)
+        if self.reference_log_probs is None:
+            return file
+        path = Path(self.reference_log_probs, f"{which}.npy")
+        open_array.cache_clear()  # it may have been written anew
+        wanted = len(file), self.num_reference_columns
+        if (shape := open_array(path).shape) != wanted:
+            what = f"an array {[*shape]}, where the files and the task need {[*wanted]}"
+            raise MaxlmError(what, where=str(path), fix=FIX)
+        return ExtendedRows(file.paths, file.starts, path)
+
+
+class PairTask(PreferenceTask):
+    """A task on prompts with a chosen and a rejected answer."""
+
+    sequences_per_example = 2
+
+    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+        return list(encode_pair(tokenizer, row))
+
+
+class LogProbPairTask(PairTask):
+    """A task on the log-probabilities of both answers."""
+
+    @abstractmethod
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns pairs' losses [..., E], finite for padding too, and both answers' rewards
+        [..., E, 2]."""
+
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+        own = self.compute_sequence_log_probs(models.trained, batch)
+        losses, rewards = self.compute_pair_losses(own, batch)
+        sums = sum_pair_metrics(rewards, own.is_present)
+        sums["chosen_log_prob"] = own.means[..., 0].sum()
+        if (reference := batch.get(LOG_PROBS)) is not None:
+            sums["kl"] = ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
+        total = jnp.where(own.is_present, losses, 0).sum()
+        total += scale_layers_loss(own.aux, batch, sums["tokens"])
+        return total, sums | own.aux.sums
+
+
+class MarginPairTask(LogProbPairTask):
+    """A task whose loss reads how much better the chosen answer scores."""
+
+    loss_type: str
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the rewards: 0.1 to 0.5, and 2 to 10 for simpo."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Probability that a label is wrong. sigmoid and simpo mix the losses of both labels
+    (conservative DPO), robust corrects for it."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
+            what = f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}"
+            raise MaxlmError(what, where="label_smoothing", fix="set it to 0, or use another loss")
+        return self
+
+    def compute_margin_losses(self, scores: jax.Array, wanted: float = 0.0) -> jax.Array:
+        """Computes losses [..., E] from the scores [..., E, 2] of both answers; ``wanted``: by
+        how much they are to differ, times ``beta``."""
+        margins, smoothing = scores[..., 0] - scores[..., 1], self.label_smoothing
+        if self.loss_type == "ipo":
+            return jnp.square(margins - 1 / (2 * self.beta))
+        margins = self.beta * margins - wanted
+        if self.loss_type == "hinge":
+            return jax.nn.relu(1 - margins)
+        right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
+        if self.loss_type == "robust":
+            return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
+        return (1 - smoothing) * right + smoothing * wrong
+
+
+class DpoTask(ReferenceTask, MarginPairTask):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and its kin: rewards
+    are log-ratios to a reference model. ``kl`` is the mean log-ratio per token of both answers."""
+
+    kind: Literal["dpo"] = "dpo"
+    loss_type: Literal["sigmoid", "hinge", "robust", "ipo"] = "sigmoid"
+    """sigmoid; hinge (SLiC, arXiv 2305.10425); robust: unbiased where labels are flipped with
+    probability `label_smoothing` (arXiv 2403.00409); ipo (arXiv 2310.12036), per token."""
+
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        ratios = own.sums - batch[LOG_PROBS]
+        scores = ratios / jnp.maximum(own.lengths, 1) if self.loss_type == "ipo" else ratios
+        return self.compute_margin_losses(scores), self.beta * ratios
+
+
+class AnchoredPairTask(LogProbPairTask):
+    """Pairs without a reference: the cross-entropy of the chosen answers, a mean over the tokens of
+    the whole batch, keeps the model near them."""
+
+    learns_prompts: ClassVar[bool] = False
+    """Whether the cross-entropy is over prompts too."""
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
+        own = {"nll_weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
+        return super().batch_arrays(seq_len) | own
+
+    def join_example(
+        self, sequences: Sequence[EncodedSequence], num_virtual_tokens: int
+    ) -> dict[str, NDArray[Any]]:
+        chosen, rejected = sequences
+        rejected = rejected._replace(is_target=[False] * len(rejected.tokens))
+        if self.learns_prompts:
+            chosen = chosen._replace(is_target=[True] * len(chosen.tokens))
+        own = join_sequences([chosen, rejected], num_virtual_tokens)
+        joined = super().join_example(sequences, num_virtual_tokens)
+        return joined | {"nll_weights": own["weights"]}
+
+    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+        weights = batch["nll_weights"]
+        begins = (batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)
+        pairs = begins.sum(dtype=jnp.float32)
+        return batch | {"nll_weights": weights * (pairs / jnp.maximum(weights.sum(), 1))}
+
+    def compute_nll(self, own: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
+        """Returns each pair's share of the cross-entropy, [..., E]."""
+        nll = -own.per_token * batch["nll_weights"]
+        return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
+
+
+class CpoTask(AnchoredPairTask, MarginPairTask):
+    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417) and SimPO (Meng et al.
+    2024, arXiv 2405.14734): rewards are log-probabilities, per token for ipo and simpo."""
+
+    kind: Literal["cpo"] = "cpo"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    gamma: float = Field(default=0.5, ge=0)
+    """Margin by which simpo wants the chosen answer's reward above the other's."""
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy of chosen answers; 0 for SimPO as published."""
+
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = own.means if self.loss_type in ("ipo", "simpo") else own.sums
+        wanted = self.gamma if self.loss_type == "simpo" else 0.0
+        losses = self.compute_margin_losses(scores, wanted)
+        return losses + self.alpha * self.compute_nll(own, batch), self.beta * scores
+
+
+class OrpoTask(AnchoredPairTask):
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): the cross-entropy of
+    chosen answers, prompts included, and the odds of both answers, of probabilities per token."""
+
+    learns_prompts: ClassVar[bool] = True
+
+    kind: Literal["orpo"] = "orpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio, the paper's λ."""
+
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.where(own.is_present[..., None], own.means, -1.0)
+        log_odds = scores - log1mexp(scores)
+        ratio = jax.nn.log_sigmoid(log_odds[..., 0] - log_odds[..., 1])
+        return self.compute_nll(own, batch) - self.beta * ratio, self.beta * scores
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """Computes log(1 - exp(x)) of x < 0 (Mächler 2012), with finite gradients."""
+    x = jnp.minimum(x, -1e-7)
+    cut = -np.log(2).astype(np.float32)
+    far, near = jnp.minimum(x, cut), jnp.maximum(x, cut)
+    return jnp.where(x < cut, jnp.log1p(-jnp.exp(far)), jnp.log(-jnp.expm1(near)))
+
+
+def sum_pair_metrics(rewards: jax.Array, is_present: jax.Array) -> dict[str, jax.Array]:
+    """Sums what is logged of pairs' rewards [..., E, 2]; ``tokens`` counts the pairs."""
+    chosen, rejected = (jnp.where(is_present, rewards[..., i], 0) for i in (0, 1))
+    return {
+        "tokens": is_present.sum(dtype=jnp.float32),
+        "accuracy": (chosen > rejected).sum(dtype=jnp.float32),
+        "margin": (chosen - rejected).sum(),
+        "chosen_reward": chosen.sum(),
+        "rejected_reward": rejected.sum(),
+    }
+
+
+def scale_layers_loss(aux: Aux, batch: DeviceBatch, examples: jax.Array) -> jax.Array | float:
+    """Returns what layers add to a loss summed over examples, not over tokens."""
+    tokens = (batch["segment_ids"] > 0).sum(dtype=jnp.float32)
+    return aux.loss * (examples / jnp.maximum(tokens, 1)) if aux.sums else aux.loss
+
+
+def map_micro_batches(
+    function: Callable[[Any, DeviceBatch], jax.Array], model: Any, batch: DeviceBatch
+) -> jax.Array:
+    """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the other, or of
+    all where the model runs them through a pipeline."""
+    if getattr(model, "pipeline_schedule", None) is not None:
+        return function(model, batch)
+    return lax.map(lambda micro: function(model, micro), batch)

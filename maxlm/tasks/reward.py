@@ -1,0 +1,77 @@
+"""Reward models: a score for an answer, learnt from pairs of which one is better."""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from maxlm.config import MaxlmError
+from maxlm.data.batch_source import BatchArraySpec
+from maxlm.data.conversations import EncodedSequence
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.tasks.preference import PairTask, scale_layers_loss, sum_pair_metrics
+from maxlm.tasks.rows import sum_by_segment
+from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
+
+SCORE = "score"
+"""The head that a reward model has in ``model.heads``."""
+
+
+class RewardTask(PairTask):
+    """Bradley-Terry: the chosen answer's score is to be above the rejected one's. A score is read
+    at the last token, the one that ends the answer; a row's ``margin``, if it has one, is the
+    least difference that is wanted."""
+
+    kind: Literal["reward"] = "reward"
+    center_rewards: float = Field(default=0.0, ge=0)
+    """Weight of the square of both scores' sum, which keeps them around 0 (arXiv 2312.09244)."""
+
+    @property
+    def required_heads(self) -> Mapping[str, int]:
+        return {SCORE: 1}
+
+    def example_arrays(self) -> dict[str, BatchArraySpec]:
+        shape = (self.examples_per_row or 1,)
+        return {"margins": BatchArraySpec(shape, np.float32, (None,))}
+
+    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+        # With a token behind the last one, which rows have as a target alone.
+        return [
+            EncodedSequence([*own.tokens, 0], [*own.is_target, True])
+            for own in super().encode_example(tokenizer, row)
+        ]
+
+    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        margin = row.get("margin")
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, Real)):
+            what = f"margin is {margin!r}"
+            raise MaxlmError(what, where="margin", fix="write a number, or leave it out")
+        return {"margins": float(margin or 0)}
+
+    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+        arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+        hidden, aux = models.trained(*arrays)
+        scores = compute_scores(models.trained, hidden, batch, self.num_segments)
+        scores = scores.reshape(*scores.shape[:-1], -1, 2)
+        lengths = sum_by_segment(batch["weights"], batch["segment_ids"], self.num_segments)
+        is_present = lengths[..., ::2] > 0
+        losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
+        losses += self.center_rewards * jnp.square(scores.sum(-1))
+        sums = sum_pair_metrics(scores, is_present)
+        total = jnp.where(is_present, losses, 0).sum()
+        return total + scale_layers_loss(aux, batch, sums["tokens"]), sums | aux.sums
+
+
+def compute_scores(
+    model: Any, hidden: jax.Array, batch: DeviceBatch, num_segments: int
+) -> jax.Array:
+    """Reads the scores of segments [..., n] at the last token of each; 0 of padding."""
+    positions, segments = batch["positions"], batch["segment_ids"]
+    own = segments[..., None] == jnp.arange(1, num_segments + 1)
+    last = jnp.where(own, positions[..., None], -1).max(-2, keepdims=True)
+    scores = model.apply_head(SCORE, hidden)
+    return jnp.where(own & (positions[..., None] == last), scores, 0).sum(-2)

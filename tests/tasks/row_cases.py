@@ -1,0 +1,112 @@
+"""Rows of prompts and answers whose tokens are written as numbers, and batches of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.data.loader import LoaderConfig
+from maxlm.models.params import bind
+from maxlm.sharding import bind_mesh
+from maxlm.tasks import SourceInputs, TaskModels, Vocabulary, find_task
+from tests.models.building import QUICK
+
+VOCAB, EOS = 97, 2
+PREFERENCE_CASES: dict[str, dict[str, Any]] = {
+    "reward": {"kind": "reward"},
+    "reward_centred": {"kind": "reward", "center_rewards": 0.3},
+    "dpo_sigmoid": {"kind": "dpo", "beta": 0.3},
+    "dpo_hinge": {"kind": "dpo", "loss_type": "hinge", "beta": 0.3},
+    "dpo_robust": {"kind": "dpo", "loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+    "dpo_ipo": {"kind": "dpo", "loss_type": "ipo", "beta": 0.3},
+    "kto": {"kind": "kto", "beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+    "orpo": {"kind": "orpo", "beta": 0.4},
+    "cpo_sigmoid": {"kind": "cpo", "label_smoothing": 0.1, "alpha": 0.5},
+    "cpo_hinge": {"kind": "cpo", "loss_type": "hinge"},
+    "cpo_ipo": {"kind": "cpo", "loss_type": "ipo"},
+    "simpo": {"kind": "cpo", "loss_type": "simpo", "beta": 2.0, "gamma": 0.8, "alpha": 0.0},
+}
+
+
+class NumberTokenizer:
+    """A tokenizer of texts like ``"5 17 3"``."""
+
+    vocab_size, eos_id, prefix_ids, special_tokens = VOCAB, EOS, [], {}
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+def draw_text(random: np.random.Generator, low: int = 1, high: int = 8) -> str:
+    return " ".join(map(str, random.integers(3, VOCAB, random.integers(low, high))))
+
+
+def draw_rows(seed: int, count: int = 6) -> list[dict[str, Any]]:
+    """Rows that every task reads, of ragged lengths; answers are good and bad by turns."""
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "prompt": draw_text(random),
+            "chosen": (chosen := draw_text(random)),
+            "rejected": draw_text(random),
+            "completion": chosen,
+            "label": i % 3 != 1,
+            "margin": round(float(random.normal()), 3),
+        }
+        for i in range(count)
+    ]
+
+
+def make_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
+    """A task on a file of these rows."""
+    (path := folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = find_task(settings["kind"])
+    assert task is not None
+    return task.model_validate({"files": [str(path)], **settings})
+
+
+def make_inputs(seq_len: int, batch_size: int, **more: Any) -> SourceInputs:
+    ids = np.zeros(VOCAB, bool)
+    loader = LoaderConfig(seq_len=seq_len, batch_size=batch_size, shuffle=False)
+    tokenizer: Any = NumberTokenizer()
+    vocabulary = Vocabulary(VOCAB, VOCAB, (), EOS, ids, ids)
+    return SourceInputs(loader, 0, vocabulary, tokenizer, **more)
+
+
+def make_batch(task: Any, seq_len: int, batch_size: int, step: int = 0) -> dict[str, np.ndarray]:
+    """Rows [batch_size, ...] of a task's file, each of its examples once."""
+    file, inputs = task.open_files("files"), make_inputs(seq_len, batch_size)
+    once = {"shuffle": False, "endless": False}
+    source = task.make_source(file, np.arange(len(file)), inputs, **once)
+    return source.rows(step, range(batch_size))
+
+
+def compute_loss_and_gradient(
+    task: Any, models: Any, batch: Any, parts: int = 1
+) -> tuple[float, dict[str, float], Any]:
+    """The mean loss over a batch [B, ...] in some micro-batches, what is logged, and the gradient
+    of the former. ``models``: a model, its mesh, its parameters and a reference's."""
+    model, mesh, *both = models
+    micro = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+
+    def run(params, reference, micro):
+        frozen = {name: bind(model, reference) for name in task.frozen_models()}
+        micro = task.prepare_batch(TaskModels(bind(model, params), frozen), micro)
+
+        def total(params):
+            models, sums, whole = TaskModels(bind(model, params), frozen), {}, 0.0
+            for part in range(parts):
+                own = {name: array[part] for name, array in micro.items()}
+                loss, found = task.loss(models, own, jax.random.key(0))
+                whole += loss
+                sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+            return whole / sums["tokens"], sums
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    step = bind_mesh(mesh, jax.jit(run, compiler_options=QUICK))
+    (loss, sums), gradient = step(*both, micro)
+    counted = float(sums["tokens"])
+    return float(loss), {name: float(x) / counted for name, x in sums.items()}, gradient

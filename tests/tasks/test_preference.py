@@ -1,0 +1,277 @@
+"""Preference tasks compute their papers' formulas, however their rows are packed, accumulated and
+laid out; what they cannot learn from is refused by file and row. tests/parity holds them to TRL."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.models.params import bind, flatten_names
+from maxlm.programs.setup import open_training_batches, set_up_run
+from maxlm.run import RunConfig
+from maxlm.sharding import MeshConfig, ShardingConfig, bind_mesh
+from tests.models import building
+from tests.tasks.row_cases import (
+    EOS,
+    PREFERENCE_CASES,
+    VOCAB,
+    compute_loss_and_gradient,
+    draw_rows,
+    make_batch,
+    make_inputs,
+    make_task,
+)
+
+CONFIG = building.LLAMA_GQA.model_copy(
+    update={"vocab_size": VOCAB, "max_seq_len": 96, "heads": {"score": 1}}
+)
+SEQ, ROWS = 42, 6
+every = pytest.mark.parametrize("name", PREFERENCE_CASES)
+
+
+@pytest.fixture(scope="module")
+def models(one_device_mesh):
+    """A model, its mesh, its parameters and those of a reference."""
+    sizes = dict(one_device_mesh.shape)
+    rules = ShardingConfig().compute.for_mesh(sizes)
+    model = CONFIG.build(rules=rules, dtype=np.float32)
+    where, drawn = building.storage(CONFIG, one_device_mesh), []
+    for seed in (0, 1):
+        values = building.random_params(CONFIG, one_device_mesh, seed)
+        drawn.append(building.on_devices(jax.tree.map(lambda x: 0.7 * x, values), where))
+    return model, one_device_mesh, *drawn
+
+
+def sequence(row: dict[str, Any], answer: str, prompt: str | None = None) -> list[int]:
+    texts = (row["prompt"] if prompt is None else prompt, row[answer])
+    return [int(word) for text in texts for word in text.split()] + [EOS]
+
+
+class Answers:
+    """Float64 log-probabilities of answers, one sequence at a time, by the model's own logits."""
+
+    def __init__(self, model: Any, mesh: Any, params: Any):
+        def run(params, tokens):
+            bound = bind(model, params)
+            hidden, _ = bound(tokens, np.arange(SEQ, dtype=np.int32)[None])
+            return bound.logits(hidden), bound.apply_head("score", hidden)
+
+        self._run, self._params = bind_mesh(mesh, jax.jit(run)), params
+
+    def _compute(self, ids: list[int]) -> list[np.ndarray]:
+        tokens = np.zeros((1, SEQ), np.int32)
+        tokens[0, : len(ids)] = ids
+        found = self._run(self._params, tokens)
+        return [np.asarray(array[0, : len(ids)], np.float64) for array in found]
+
+    def log_probs(self, ids: list[int], num_prompt: int) -> np.ndarray:
+        logits = self._compute(ids)[0][:-1]
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        return logits[np.arange(len(ids) - 1), ids[1:]][max(num_prompt - 1, 0) :]
+
+    def score(self, ids: list[int]) -> float:
+        return self._compute(ids)[1][-1, 0]
+
+
+def compute_formula(
+    settings: dict[str, Any], rows: list[dict[str, Any]], own: Answers, other: Answers
+) -> Any:
+    """The mean loss, written out."""
+    kind, beta = settings["kind"], settings.get("beta", 0.1)
+    form, eps = settings.get("loss_type", "sigmoid"), settings.get("label_smoothing", 0.0)
+    sizes = [len(row["prompt"].split()) for row in rows]
+
+    def log_probs(model: Answers, answer: str) -> list[np.ndarray]:
+        return [model.log_probs(sequence(r, answer), n) for r, n in zip(rows, sizes, strict=True)]
+
+    def log_sigmoid(x):
+        return -np.logaddexp(0, -np.asarray(x))
+
+    if kind == "reward":
+        chosen, rejected = (
+            np.array([own.score(sequence(row, side)) for row in rows])
+            for side in ("chosen", "rejected")
+        )
+        loss = -log_sigmoid(chosen - rejected - [row["margin"] for row in rows])
+        return np.mean(loss + settings.get("center_rewards", 0) * (chosen + rejected) ** 2)
+    if kind == "kto":
+        kl = []
+        for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+            ids = sequence(rows[i - 1], "completion", row["prompt"])
+            kl.append(sum(own.log_probs(ids, size)) - sum(other.log_probs(ids, size)))
+        z = max(np.mean(kl), 0)
+        pairs = zip(log_probs(own, "completion"), log_probs(other, "completion"), strict=True)
+        losses = []
+        for row, (ours, theirs) in zip(rows, pairs, strict=True):
+            sign, weight = (1, "desirable_weight") if row["label"] else (-1, "undesirable_weight")
+            value = 1 / (1 + np.exp(-sign * beta * (ours.sum() - theirs.sum() - z)))
+            losses.append(settings[weight] * (1 - value))
+        return np.mean(losses)
+    sides = "chosen", "rejected"
+    mean_of = form in ("ipo", "simpo") or kind == "orpo"
+    reduce = np.mean if mean_of else np.sum
+    chosen, rejected = (np.array([reduce(x) for x in log_probs(own, side)]) for side in sides)
+    if kind == "dpo":
+        base = [np.array([reduce(x) for x in log_probs(other, side)]) for side in sides]
+        chosen, rejected = chosen - base[0], rejected - base[1]
+    gap = chosen - rejected
+    if kind == "orpo":
+        odds = [x - np.log1p(-np.exp(x)) for x in (chosen, rejected)]
+        whole = np.concatenate([own.log_probs(sequence(row, "chosen"), 1) for row in rows])
+        return -whole.mean() - np.mean(beta * log_sigmoid(odds[0] - odds[1]))
+    if form == "simpo":
+        gap -= settings["gamma"] / beta
+    h = beta * gap
+    if form == "hinge":
+        loss = np.maximum(0, 1 - h)
+    elif form == "ipo":
+        loss = (gap - 1 / (2 * beta)) ** 2
+    elif form == "robust":
+        loss = -((1 - eps) * log_sigmoid(h) - eps * log_sigmoid(-h)) / (1 - 2 * eps)
+    else:
+        loss = -(1 - eps) * log_sigmoid(h) - eps * log_sigmoid(-h)
+    if kind == "cpo":
+        loss = loss - settings.get("alpha", 1.0) * np.concatenate(log_probs(own, "chosen")).mean()
+    return np.mean(loss)
+
+
+@every
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_loss_is_its_formula(name, seed, models, tmp_path):
+    settings, rows = PREFERENCE_CASES[name], draw_rows(seed, ROWS)
+    task = make_task(tmp_path, rows, **settings)
+    loss, sums, _ = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
+    model, mesh, *params = models
+    want = compute_formula(settings, rows, *(Answers(model, mesh, own) for own in params))
+    assert loss == pytest.approx(want, rel=2e-5)
+    assert sums["tokens"] == 1
+    if settings["kind"] == "kto":
+        assert (sums["kl"] > 0) == (seed == 3)  # both sides of the clamp are seen
+
+
+@every
+def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
+    settings, rows = PREFERENCE_CASES[name], draw_rows(4, ROWS)
+    task = make_task(tmp_path, rows, **settings)
+    want, sums, gradient = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
+    packed = task.model_copy(update={"examples_per_row": 3})
+    cases = [(task, SEQ, ROWS, 3), (packed, 2 * SEQ, 4, 2)]
+    for own, seq_len, count, parts in cases:
+        batch = make_batch(own, seq_len, count)
+        if own is packed:  # some rows hold several, one nothing
+            assert batch["segment_ids"].max() > task.sequences_per_example
+            assert not batch["segment_ids"].any(-1).all()
+        found = compute_loss_and_gradient(own, models, batch, parts)
+        assert found[0] == pytest.approx(want, rel=1e-6)
+        for key, value in sums.items():
+            if parts == 1 or settings["kind"] != "kto":
+                assert found[1][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+        flat = flatten_names(found[2])
+        for key, value in flatten_names(gradient).items():
+            scale = float(abs(value).max()) + 1e-3
+            np.testing.assert_allclose(flat[key], value, atol=3e-6 * scale, rtol=0, err_msg=key)
+
+
+CUBE, RING, STAGES = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}, {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [("reward", [RING]), ("dpo_sigmoid", [CUBE, RING]), ("kto", [CUBE]), ("orpo", [STAGES])],
+)
+def test_a_mesh_trains_as_one_device_does(name, layouts, tmp_path):
+    """Packed, with the reference on the same mesh."""
+    task = make_task(tmp_path, draw_rows(5, 24), **PREFERENCE_CASES[name], examples_per_row=2)
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    model = {"vocab_size": VOCAB + 1, "num_layers": 2, "d_model": 24, "max_seq_len": 96}
+    config = RunConfig.model_validate(
+        {
+            "compute_dtype": "float32",
+            "model": {**model, "attention": attention, "mlp": {"d_ff": 40}, "heads": {"score": 1}},
+            "task": task.model_dump(),
+            "data": {"seq_len": 64, "batch_size": 8, "workers": 0},
+            "sharding": {"max_unsharded": 1},
+            "train": {"steps": 2, "micro_batches": 2},
+            "schedule": {"learning_rate": 1e-2, "warmup_steps": 0, "kind": "constant"},
+        }
+    )
+    source, results = task.batch_source(make_inputs(64, 8)), []
+    for sizes in ({}, *layouts):
+        count = int(np.prod([*sizes.values(), 1]))
+        mesh = MeshConfig(**{"fsdp": 1} | sizes)
+        setup = set_up_run(config.model_copy(update={"mesh": mesh}), jax.devices()[:count])
+        state = setup.init_train_state()
+        frozen = {
+            key: jax.tree.map(lambda p: 1.3 * p, setup.init_train_state().params)
+            for key in setup.frozen_sources
+        }
+        state, step = state.__class__(**{**vars(state), "frozen": frozen}), setup.jit_train_step()
+        records = []
+        with open_training_batches(setup, source, 0) as batches:
+            for batch in batches:
+                state, metrics = step(state, batch)
+                records.append({key: float(value) for key, value in metrics.items()})
+        results.append((records, jax.device_get(flatten_names(state.params))))
+    (records, params), *others = results
+    for sizes, (own, spread) in zip(layouts, others, strict=True):
+        for here, there in zip(records, own, strict=True):
+            for key, value in here.items():
+                assert there[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (sizes, key)
+        for key, value in params.items():
+            np.testing.assert_allclose(spread[key], value, atol=2e-4, err_msg=f"{sizes} {key}")
+
+
+ROW = {"prompt": "3 4", "chosen": "5 6", "rejected": "7", "completion": "5", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "what"),
+    [
+        ("dpo", {"rejected": "5 6"}, "chosen equals rejected"),
+        ("orpo", {"chosen": " "}, "an empty completion"),
+        ("kto", {"label": "good"}, "label is 'good'"),
+        ("kto", {"completion": ""}, "an empty completion"),
+        ("kto", {"label": None}, "no column 'label'"),
+        ("reward", {"margin": "large"}, "margin is 'large'"),
+        ("cpo", {"prompt": None}, "no prompt"),
+    ],
+)
+def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
+    task = make_task(tmp_path, [ROW, ROW, ROW | change], kind=kind)
+    with pytest.raises(MaxlmError) as caught:
+        task.batch_source(make_inputs(16, 2))
+    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl: row 2: {what}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"kind": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 with"),
+        ({"kind": "dpo", "loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+        ({"kind": "kto", "examples_per_row": None}, "a number of examples a row"),
+        ({"kind": "reward"}, r"reads the heads \{'score': 1\}"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, what, tmp_path):
+    run = {"model": json.loads(building.GPT2.model_dump_json()), "data": {"seq_len": 16}}
+    with pytest.raises((MaxlmError, ValueError), match=what):
+        RunConfig.model_validate(run | {"task": settings})
+
+
+def test_one_row_is_no_file_for_kto(tmp_path):
+    with pytest.raises(MaxlmError, match="one row, where each is compared with another's"):
+        make_task(tmp_path, [ROW], kind="kto").batch_source(make_inputs(16, 2))
+
+
+def test_log_odds_are_finite_where_a_probability_is_near_one():
+    from maxlm.tasks.preference import log1mexp
+
+    x = np.array([-1e-8, -1e-6, -0.5, -0.7, -3.0, -200.0], np.float32)
+    value, slope = jax.vmap(jax.value_and_grad(log1mexp))(x)
+    exact = np.log(-np.expm1(np.minimum(x.astype(np.float64), -1e-7)))
+    np.testing.assert_allclose(value, exact, rtol=2e-6)
+    assert np.isfinite(slope).all()
