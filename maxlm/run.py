@@ -115,7 +115,10 @@ def read_frozen_configs(
             return load_config(RunConfig, Path(source.folder) / "config.yaml").value
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
-    return {name: read(name, source) for name, source in sources.items()}
+    found = {name: read(name, source) for name, source in sources.items()}
+    models = {name: run.model for name, run in found.items()}
+    config.task.check_frozen_models(config.model, models)
+    return found
 
 
 def list_base_models(

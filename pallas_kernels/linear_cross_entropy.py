@@ -7,8 +7,9 @@ and [chunk, V] logits, which are read and written several times, in memory.
 it, for a caller that splits the tokens or the vocabulary over devices.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from jax import lax
 
 Sums: TypeAlias = tuple[jax.Array, jax.Array]
 """The loss with the z term and the cross-entropy without it."""
+LogitsLoss: TypeAlias = Callable[..., tuple[tuple[jax.Array, ...], jax.Array | None]]
+"""(a chunk's logits fp32 [c, V], its inputs) -> (sums, gradient of the first in the logits)."""
 
 
-class CrossEntropyGradients(NamedTuple):
+class LinearGradients(NamedTuple):
     """Gradients of the first sum, in the arguments' shapes and dtypes."""
 
     hidden: jax.Array
@@ -94,7 +97,7 @@ def loss_and_gradients(
     z_loss: float = 0.0,
     soft_cap: float | None = None,
     chunk_tokens: int = 1024,
-) -> tuple[Sums, CrossEntropyGradients | None]:
+) -> tuple[Sums, LinearGradients | None]:
     """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and their
     gradients, summed over chunks in fp32; not to be differentiated by JAX.
 
@@ -111,13 +114,49 @@ def loss_and_gradients(
         term of a sum that the caller takes.
     """
     _check(hidden, head, targets, weights, bias, soft_cap, chunk_tokens)
-    options = {"axes": vocab_axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}
-    step = partial(_chunk_sums, head=head, bias=bias, **options)
-    chunks = tuple(_split(a, chunk_tokens) for a in (hidden, targets - vocab_start, weights))
+    options = {"axes": vocab_axes, "z_loss": z_loss, "gradient": gradient}
+    return sum_over_chunks(
+        *(hidden, head, (targets - vocab_start, weights)),
+        partial(compute_logits_cross_entropy, **options),
+        bias=bias,
+        soft_cap=soft_cap,
+        gradient=gradient,
+        chunk_tokens=chunk_tokens,
+    )
 
-    def body(carry, inputs):
-        d_rows, own = step(*inputs)
-        return jax.tree.map(jnp.add, carry, own), d_rows
+
+def sum_over_chunks(
+    hidden: jax.Array,
+    head: jax.Array,
+    inputs: tuple[jax.Array, ...],
+    logits_loss: LogitsLoss,
+    *,
+    bias: jax.Array | None = None,
+    soft_cap: float | None = None,
+    num_sums: int = 2,
+    gradient: bool = True,
+    chunk_tokens: int = 1024,
+) -> tuple[Any, LinearGradients | None]:
+    """Sums a loss of logits over tokens, whose logits exist a chunk at a time, and its gradients.
+
+    Args: as of :func:`loss_and_gradients`; and
+        inputs: arrays [T, ...] of which ``logits_loss`` reads a chunk's part. Zeros fill the last.
+        num_sums: the sums that it returns.
+    """
+
+    def body(carry, chunk):
+        rows, own = chunk
+        logits = compute_logits(rows, head, bias, soft_cap)
+        sums, d_logits = logits_loss(logits, *own)
+        d_rows = d_head = d_bias = None
+        if d_logits is not None:
+            d_logits *= 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
+            d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
+            d_logits = d_logits.astype(rows.dtype)
+            d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
+            d_rows = d_rows.astype(rows.dtype)
+            d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
+        return jax.tree.map(jnp.add, carry, (sums, d_head, d_bias)), d_rows
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.float32)
@@ -125,18 +164,27 @@ def loss_and_gradients(
     # None stays None in a tree.
     d_head = zeros(*head.shape) if gradient else None
     d_bias = zeros(*bias.shape) if gradient and bias is not None else None
-    (sums, d_head, d_bias), d_rows = lax.scan(body, ((zeros(), zeros()), d_head, d_bias), chunks)
+    chunks = hidden, inputs
+    chunks = jax.tree.map(lambda a: split_into_chunks(a, chunk_tokens), chunks)
+    start = tuple(zeros() for _ in range(num_sums)), d_head, d_bias
+    (sums, d_head, d_bias), d_rows = lax.scan(body, start, chunks)
     if d_head is None or d_rows is None:
         return sums, None
     d_hidden = d_rows.reshape(-1, hidden.shape[1])[: len(hidden)]
-    return sums, CrossEntropyGradients(d_hidden, d_head.astype(head.dtype), d_bias)
+    return sums, LinearGradients(d_hidden, d_head.astype(head.dtype), d_bias)
 
 
-def _chunk_sums(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradient):
-    """Returns the gradient of rows [c, D], and what is summed over chunks: the sums, and the
-    gradients of head and bias."""
-    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
-    logits = apply_soft_cap(logits if bias is None else logits + bias, soft_cap)
+def compute_logits_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    axes: tuple[str, ...] = (),
+    z_loss: float = 0.0,
+    gradient: bool = True,
+) -> tuple[Sums, jax.Array | None]:
+    """Returns the sums of :func:`linear_cross_entropy` of logits [c, V], fp32, and the first's
+    gradient in them; ``axes`` split the vocabulary."""
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
@@ -149,15 +197,17 @@ def _chunk_sums(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, g
     sums = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp)), entropy
     d_logsumexp = weights * (1.0 + 2.0 * z_loss * logsumexp)
     if not gradient:
-        return None, (sums, None, None)
+        return sums, None
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    d_logits = exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
-    d_logits *= 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
-    d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
-    d_logits = d_logits.astype(rows.dtype)
-    d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
-    d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
-    return d_rows.astype(rows.dtype), (sums, d_head, d_bias)
+    return sums, exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
+
+
+def compute_logits(
+    rows: jax.Array, head: jax.Array, bias: jax.Array | None, soft_cap: float | None
+) -> jax.Array:
+    """Computes logits of hidden states [..., D], fp32 [..., V]."""
+    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
+    return apply_soft_cap(logits if bias is None else logits + bias, soft_cap)
 
 
 def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
@@ -165,7 +215,7 @@ def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
 
 
-def _split(a: jax.Array, chunk: int) -> jax.Array:
+def split_into_chunks(a: jax.Array, chunk: int) -> jax.Array:
     """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros (weight 0)."""
     count = -(-len(a) // chunk)
     size = -(-len(a) // count)

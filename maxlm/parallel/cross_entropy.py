@@ -6,8 +6,9 @@ holds its share of the head, and three numbers a token (max, sum, target logit) 
 then, once, the gradient of the hidden states.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,15 @@ from maxlm.parallel.local import (
     map_shards,
     reduce,
 )
-from pallas_kernels.linear_cross_entropy import apply_soft_cap, loss_and_gradients
+from pallas_kernels.linear_cross_entropy import (
+    LinearGradients,
+    compute_logits,
+    loss_and_gradients,
+)
+
+HeadArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+"""Hidden states [..., D], head [D, V], bias [V] and the head gathered; as of
+:func:`fused_cross_entropy_loss`."""
 
 
 def fused_cross_entropy_loss(
@@ -51,7 +60,7 @@ def fused_cross_entropy_loss(
         bias: fp32 [V] in any layout, or None.
         chunk_tokens: tokens whose logits exist at once on a device; larger is a little faster.
     """
-    how = _How(head_layout, soft_cap, z_loss, chunk_tokens)
+    how = HeadOptions(head_layout, soft_cap, z_loss, chunk_tokens)
     return _fused(hidden, head, how.place(bias), gathered_head, targets, weights, how)
 
 
@@ -71,11 +80,13 @@ def compute_fused_log_probs(
     Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
     weighted by the cotangents.
     """
-    how = _How(head_layout, soft_cap, 0.0, chunk_tokens)
+    how = HeadOptions(head_layout, soft_cap, 0.0, chunk_tokens)
     return _log_probs(hidden, head, how.place(bias), gathered_head, targets, how)
 
 
-class _How(NamedTuple):
+class HeadOptions(NamedTuple):
+    """Settings of a program on an output head, as of :func:`fused_cross_entropy_loss`."""
+
     used: Dims
     soft_cap: float | None
     z_loss: float
@@ -88,7 +99,7 @@ class _How(NamedTuple):
         return bias if done else reshard(bias, make_spec((vocab,)))
 
 
-def _lay_out(hidden, head, bias, whole, used: Dims):
+def lay_out_head(hidden, head, bias, whole, used: Dims):
     """Returns the layout of tokens in use, the specs of these arguments, and a function that brings
     hidden, head and bias into use on shards."""
     have, stored, vocab = get_layout(hidden), get_layout(head), used[1]
@@ -123,27 +134,66 @@ def _backward(how, gradients, cotangents):
 
 
 def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
-    tokens, specs, bring = _lay_out(hidden, head, bias, whole, how.used)
-    have, stored, vocab = get_layout(hidden), get_layout(head), how.used[1]
-    bias_stored = None if bias is None else get_layout(bias)
-    token_axes = tuple(axis for axes in tokens for axis in axes)
-    targets, weights = (reshard(a, make_spec(tokens[:-1])) for a in (targets, weights))
-
-    def local(hidden, head, bias, whole, targets, weights, number):
-        hidden, head, bias = bring(hidden, head, bias, whole)
-        sums, gradients = loss_and_gradients(
-            hidden.reshape(-1, hidden.shape[-1]),
-            head,
-            targets.ravel(),
-            weights.ravel(),
+    def local_loss(hidden, head, bias, first, rows, _):
+        return loss_and_gradients(
+            *(hidden, head, *rows),
             bias=bias,
-            vocab_start=number[0] * head.shape[1],
-            vocab_axes=vocab,
+            vocab_start=first,
+            vocab_axes=how.used[1],
             gradient=gradient,
             z_loss=how.z_loss,
             soft_cap=how.soft_cap,
             chunk_tokens=how.chunk,
         )
+
+    own = hidden, head, bias, whole
+    return run_head_loss(own, (targets, weights), how, local_loss, gradient=gradient)
+
+
+def run_head_loss(
+    own: HeadArrays,
+    rows: tuple[jax.Array, ...],
+    how: HeadOptions,
+    local_loss: Callable[..., tuple[tuple[jax.Array, ...], LinearGradients | None]],
+    *,
+    other: HeadArrays | None = None,
+    other_layout: Dims = ((), ()),
+    num_sums: int = 2,
+    gradient: bool,
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """Runs a loss of an output head's logits on shards.
+
+    Args:
+        rows: arrays [..., *], each token's in its place.
+        local_loss: (hidden [T, D], head [D, V / ways], bias, first index of this share of the
+            vocabulary, rows [T, *], the other's hidden, head and bias) -> (sums over T, gradients).
+        other: of a model that gets no gradient, if any.
+        other_layout: the mesh axes of its head's dimensions in use.
+        num_sums: sums that ``local_loss`` returns.
+
+    Returns:
+        The sums over all tokens, and the gradients of hidden, head and bias, or None.
+    """
+    tokens, specs, bring = lay_out_head(*own, how.used)
+    have, stored, vocab = get_layout(own[0]), get_layout(own[1]), how.used[1]
+    bias_stored = None if own[2] is None else get_layout(own[2])
+    token_axes, lead = tuple(axis for axes in tokens for axis in axes), len(tokens) - 1
+    row_specs = tuple(make_spec((*tokens[:-1], *((),) * (a.ndim - lead))) for a in rows)
+    rows = tuple(map(reshard, rows, row_specs))
+    other_specs, bring_other = None, None
+    if other is not None:
+        other = reshard(other[0], make_spec(have)), *other[1:]
+        _, other_specs, bring_other = lay_out_head(*other, other_layout)
+
+    def local(own, other, rows, number):
+        hidden, head, bias = bring(*own)
+        beside = None
+        if bring_other is not None:
+            beside = bring_other(*other)
+            beside = beside[0].reshape(-1, beside[0].shape[-1]), *beside[1:]
+        first = number[0] * head.shape[1]
+        flat = tuple(a.reshape(-1, *a.shape[lead:]) for a in (hidden, *rows))
+        sums, gradients = local_loss(flat[0], head, bias, first, flat[1:], beside)
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
             return sums, None
@@ -156,12 +206,11 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
         return sums, (reduce(d_hidden, vocab, tokens, have), d_head, d_bias)
 
-    rows, scalar = make_spec(tokens[:-1]), make_spec(())
     return map_shards(
         local,
-        (*specs, rows, rows, make_spec((vocab,))),
-        ((scalar, scalar), specs[:3] if gradient else None),
-    )(hidden, head, bias, whole, targets, weights, axis_indices(vocab))
+        (specs, other_specs, row_specs, make_spec((vocab,))),
+        ((make_spec(()),) * num_sums, specs[:3] if gradient else None),
+    )(own, other, rows, axis_indices(vocab))
 
 
 _fused.defvjp(partial(_sharded, gradient=True), _backward)
@@ -169,7 +218,7 @@ _fused.defvjp(partial(_sharded, gradient=True), _backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _log_probs(hidden, head, bias, whole, targets, how):
-    tokens, specs, bring = _lay_out(hidden, head, bias, whole, how.used)
+    tokens, specs, bring = lay_out_head(hidden, head, bias, whole, how.used)
     rows, vocab = make_spec(tokens[:-1]), how.used[1]
     targets = reshard(targets, rows)
 
@@ -179,8 +228,7 @@ def _log_probs(hidden, head, bias, whole, targets, how):
 
         def one(token):
             row, target = token
-            logits = jnp.dot(row, head, preferred_element_type=jnp.float32)
-            logits = apply_soft_cap(logits if bias is None else logits + bias, how.soft_cap)
+            logits = compute_logits(row, head, bias, how.soft_cap)
             at = target - first
             own = logits[jnp.clip(at, 0, len(logits) - 1)]
             own = jnp.where((at >= 0) & (at < len(logits)), own, 0.0)

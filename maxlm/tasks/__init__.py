@@ -14,6 +14,7 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 from maxlm.config import MaxlmError, add_default_tag
 from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
+from maxlm.tasks.distillation import DistillationTask, TextDistillationTask
 from maxlm.tasks.kto import KtoTask
 from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.preference import CpoTask, DpoTask, OrpoTask
@@ -23,7 +24,8 @@ from maxlm.tasks.task import FrozenModelSource, SourceInputs, Task, TaskModels, 
 from maxlm.tasks.text import ClmTask
 
 _Preference = RewardTask | DpoTask | KtoTask | OrpoTask | CpoTask
-_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask | _Preference
+_Distillation = DistillationTask | TextDistillationTask
+_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask | _Preference | _Distillation
 _TASKS: dict[str, type[Task]] = {
     task.model_fields["kind"].default: task for task in _Builtin.__args__
 }
@@ -70,6 +72,9 @@ def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens:
         what = f"task.kind={task.kind} has no examples that begin with virtual tokens"
         fix = "use a task on examples for a decoder, or another adapter"
         raise MaxlmError(what, where="adapter", fix=fix)
+    if num_virtual_tokens and (frozen := [*task.frozen_models()]):
+        what = f"virtual tokens, which the {frozen[0]} of task.kind={task.kind} does not know"
+        raise MaxlmError(what, where="adapter", fix="use another adapter, such as kind=lora")
 
 
 def _validate_task(settings: Any, validate: Any) -> Task:

@@ -17,11 +17,9 @@ from maxlm.tasks.rows import RowTask
 from maxlm.tasks.text import TokenPredictionTask
 
 
-class SftTask(RowTask, TokenPredictionTask):
-    """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts and
-    completions; a token counts alike wherever it stands in a batch."""
+class AnswerTask(RowTask):
+    """A task on the answers in rows of messages, or of prompts and completions."""
 
-    kind: Literal["sft"] = "sft"
     examples_per_row: int | None = Field(default=None, ge=1)
     turns: Turns = "all"
     """Turns that are learnt: all of ``roles``, or the last alone."""
@@ -40,3 +38,10 @@ class SftTask(RowTask, TokenPredictionTask):
         if self.learn_prompt:
             encoded = encoded._replace(is_target=[True] * len(encoded.tokens))
         return [encoded]
+
+
+class SftTask(AnswerTask, TokenPredictionTask):
+    """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts and
+    completions; a token counts alike wherever it stands in a batch."""
+
+    kind: Literal["sft"] = "sft"

@@ -99,6 +99,10 @@ class Task(Config):
         """Widths of the ``model.heads`` that the loss reads, by name."""
         return {}
 
+    def check_frozen_models(self, model: Any, frozen: Mapping[str, Any]) -> None:
+        """Checks that the loss can read these models beside the trained one, all given by their
+        configs; raises MaxlmError naming what differs."""
+
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
         """Returns the tokens of a row that a decoder (or a model of one sequence) reads, and those
         of an encoder beside it, where a row of text has ``seq_len``."""

@@ -57,7 +57,7 @@ class TokenPredictionTask(Task):
             weights=batch["weights"],
             z_loss=self.z_loss,
             chunk_tokens=self.chunk_tokens,
-            **_head_arguments(model, hidden),
+            **get_head_arguments(model, hidden),
         )
         sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
         return loss + aux.loss, sums | aux.sums
@@ -110,11 +110,13 @@ def compute_log_probs(
         hidden: [..., S, D], what the model made of a batch.
         targets: int [..., S].
     """
-    own = _head_arguments(model, hidden)
+    own = get_head_arguments(model, hidden)
     return compute_fused_log_probs(targets=targets, chunk_tokens=chunk_tokens, **own)
 
 
-def _head_arguments(model: Transformer, hidden: jax.Array) -> dict[str, Any]:
+def get_head_arguments(model: Transformer, hidden: jax.Array) -> dict[str, Any]:
+    """Returns the arguments of fused losses (:mod:`maxlm.parallel.cross_entropy`) that say how
+    hidden states become logits."""
     head = model.prepare_logits(hidden)
     return {
         "hidden": head.hidden,

@@ -84,15 +84,16 @@ def make_batch(task: Any, seq_len: int, batch_size: int, step: int = 0) -> dict[
 
 
 def compute_loss_and_gradient(
-    task: Any, models: Any, batch: Any, parts: int = 1
+    task: Any, models: Any, batch: Any, parts: int = 1, frozen_model: Any = None
 ) -> tuple[float, dict[str, float], Any]:
     """The mean loss over a batch [B, ...] in some micro-batches, what is logged, and the gradient
-    of the former. ``models``: a model, its mesh, its parameters and a reference's."""
+    of the former. ``models``: a model, its mesh, its parameters and a reference's, which
+    ``frozen_model`` has, by default the same."""
     model, mesh, *both = models
     micro = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
 
     def run(params, reference, micro):
-        frozen = {name: bind(model, reference) for name in task.frozen_models()}
+        frozen = {name: bind(frozen_model or model, reference) for name in task.frozen_models()}
         micro = task.prepare_batch(TaskModels(bind(model, params), frozen), micro)
 
         def total(params):

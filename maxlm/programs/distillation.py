@@ -1,0 +1,232 @@
+"""A teacher's files for distillation: log-probabilities of its likeliest tokens, and answers."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.data.conversations import get_column
+from maxlm.data.documents.streams import make_missing_package_error
+from maxlm.data.row_files import open_rows
+from maxlm.data.rows import encode_row
+from maxlm.data.tokenizer import Tokenizer, encode_chat
+from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
+from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.params import Params, bind
+from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
+from maxlm.programs.load import LoadedRun, load_model
+from maxlm.programs.serve import make_engine
+from maxlm.programs.setup import use_compilation_cache
+from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.progress import show_progress
+from maxlm.sharding import bind_mesh
+from maxlm.sharding.mesh import parse_mesh
+from maxlm.tasks.distillation import write_stored_teacher
+from maxlm.tasks.sft import SftTask
+from maxlm.tasks.text import get_head_arguments
+
+# Rows that are held, and written together.
+_BLOCK = 256
+
+
+class RowCounts(NamedTuple):
+    """Rows that a program wrote, and rows of its files that it left out."""
+
+    written: int
+    left_out: int
+
+
+def store_teacher_logits(
+    model: str,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    k: int = 64,
+    temperature: float = 1.0,
+    dtype: Literal["float32", "float16"] = "float32",
+    seq_len: int | None = None,
+    settings: Sequence[str] = (),
+    mesh: str | None = None,
+    step: int | None = None,
+) -> RowCounts:
+    """Writes the rows of files with what a teacher says of each token to learn: the
+    log-probabilities of its ``k`` likeliest tokens and of all others together, 4·k + (k + 1) times
+    the bytes of ``dtype`` a token. The task ``distill`` reads them, without a teacher.
+
+    Args:
+        model: a run's folder, or a Hugging Face checkpoint's.
+        out: folder of the rows, in the files' order, in the form that `datasets` saves: memory is
+            mapped to it.
+        seq_len: tokens of a row at most; default: the model's.
+        settings: those of the task sft that say what of a row is learnt, as ``turns=last``.
+        mesh: such as ``tensor=2``, with context=1; default: one device.
+
+    Raises:
+        MaxlmError: a folder that is there already, a model or a row that cannot be read.
+    """
+    if (out / "state.json").exists() or out.is_file():
+        raise MaxlmError("there is something already", where=str(out), fix="name another folder")
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise make_missing_package_error(out) from error
+    task, file = load_config(SftTask, None, settings).value, open_rows(*files)
+    loaded = _load(model, mesh, step)
+    config = loaded.config.model
+    encoder = task.make_encoder(
+        loaded.tokenizer, min(seq_len or config.max_seq_len, config.max_seq_len)
+    )
+    own = {"teacher_vocab_size": config.vocab_size, "teacher_temperature": temperature}
+    given = [file[i] for i in range(len(file))]
+    columns = {name: None for row in given for name in row if not name.startswith("teacher_")}
+    try:
+        rows = pa.table({name: [row.get(name) for row in given] for name in columns})
+    except pa.ArrowException as error:
+        what, fix = f"columns of several types: {error}", "write each in one form"
+        raise MaxlmError(what, where=str(files[0]), fix=fix) from error
+    written, name = 0, "data-00000-of-00001.arrow"
+    with convert_write_errors(out), show_progress("rows") as progress:
+        out.mkdir(parents=True, exist_ok=True)
+        writer = None
+        for start in range(0, len(file), _BLOCK):
+            block = range(len(file))[start : start + _BLOCK]
+            encoded = {i: found for i in block if (found := encode_row(encoder, file, i))}
+            kept = [*encoded]
+            parts = _find_top(loaded, [encoded[i]["tokens"] for i in kept], k, temperature)
+            made = []
+            for i, (ids, log_probs) in zip(kept, parts, strict=True):
+                places = np.flatnonzero(encoded[i]["weights"])
+                values = ids[places], log_probs[places].astype(dtype), encoded[i]["targets"][places]
+                made.append(write_stored_teacher(*values) | own)
+            if made:
+                table = rows.take(kept)
+                for column in made[0]:
+                    table = table.append_column(column, pa.array([each[column] for each in made]))
+                writer = writer or pa.ipc.new_stream(str(out / name), table.schema)
+                writer.write_table(table)
+            written += len(made)
+            progress("teacher", block[-1] + 1, len(file))
+        if writer is None:
+            what, fix = f"no row has at most {encoder.max_length} tokens", "raise seq_len"
+            raise MaxlmError(what, where=str(files[0]), fix=fix)
+        writer.close()
+        (out / "dataset_info.json").write_text("{}")
+        state = {"_data_files": [{"filename": name}], "_fingerprint": out.name}
+        nothing = ("_format_columns", "_format_type", "_split")
+        state |= dict.fromkeys(nothing) | {"_format_kwargs": {}, "_output_all_columns": False}
+        (out / "state.json").write_text(json.dumps(state))
+    return RowCounts(written, len(file) - written)
+
+
+def generate_answers(
+    model: str,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    num_answers: int = 1,
+    keep_unfinished: bool = False,
+    settings: Sequence[str] = (),
+    mesh: str | None = None,
+    step: int | None = None,
+    **sampling: Any,
+) -> RowCounts:
+    """Writes a model's answers to the prompts of files as rows of prompt and completion (.jsonl),
+    from which the task ``sft`` distils sequences.
+
+    Args:
+        files: rows with ``prompt``, or with ``messages``, whose last answer is left out.
+        num_answers: to each prompt.
+        keep_unfinished: keep answers that ``max_new_tokens`` cut off too.
+        settings: the engine's, as ``max_sequences=16``.
+        sampling: of :class:`maxlm.inference.sampling.SamplingConfig`.
+
+    Returns:
+        Answers written; those left out: empty, cut off, or to a prompt too long for the engine.
+    """
+    file, how = open_rows(*files), SamplingConfig(**sampling)
+    loaded = _load(model, mesh, step)
+    engine = make_engine(loaded, settings, warm_up=False)
+    prompts = [_read_prompt(file[i], file.locate(i)) for i in range(len(file))]
+    texts, ended, num_done = {}, set(), 0
+
+    def requests() -> Iterator[GenerationRequest]:
+        for i, prompt in enumerate(prompts):
+            tokens = _encode_prompt(loaded.tokenizer, prompt)
+            if len(tokens) < engine.config.max_length:
+                yield GenerationRequest(str(i), tuple(tokens), how, num_answers)
+
+    with show_progress("answers") as progress, convert_write_errors(out), replace_file(out) as path:
+        for output in engine.run(requests()):
+            answer = int(output.request_id), output.sequence_index
+            texts[answer] = texts.get(answer, "") + output.text
+            if output.finish_reason is not None:
+                num_done += 1
+                progress("answers", num_done, len(prompts) * num_answers)
+                ended |= {answer} if output.finish_reason == "stop" or keep_unfinished else set()
+        kept = [answer for answer in sorted(ended) if texts[answer].strip()]
+        with path.open("w", encoding="utf-8") as lines:
+            for answer in kept:
+                prompt, text = prompts[answer[0]], texts[answer]
+                said: Any = text
+                if not isinstance(prompt, str):
+                    said = [{"role": "assistant", "content": text}]
+                row = {"prompt": prompt, "completion": said}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return RowCounts(len(kept), len(prompts) * num_answers - len(kept))
+
+
+def _load(model: str, mesh: str | None, step: int | None) -> LoadedRun:
+    loaded = load_model(model, step=step, mesh=parse_mesh(mesh) if mesh else None)
+    use_compilation_cache(loaded.config)
+    return loaded
+
+
+def _find_top(
+    loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
+) -> list[tuple[np.ndarray, ...]]:
+    """Ids [S, k] and log-probabilities [S, k + 1] of each of some rows of S tokens."""
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    ways = prod(loaded.mesh.shape[axis] for axis in loaded.model.rules.batch)
+    run = bind_mesh(loaded.mesh, _compute_top)
+    length = loaded.config.model.max_seq_len
+    for batch, tokens, lengths in iterate_padded_batches([r.tolist() for r in rows], length, ways):
+        size = min(k, loaded.config.model.vocab_size)
+        top = jax.device_get(run(loaded.model, size, temperature, loaded.params, tokens, lengths))
+        for place, index in enumerate(batch):
+            found[index] = tuple(a[place, : lengths[place]] for a in top)
+    return [found[index] for index in range(len(rows))]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _compute_top(
+    model: Any, k: int, temperature: float, params: Params, tokens: jax.Array, lengths: jax.Array
+) -> StoredTeacher:
+    bound = bind(model, params)
+    hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
+    own = get_head_arguments(bound, hidden)
+    return compute_top_log_probs(own, k, temperature=temperature)
+
+
+def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """Returns a row's prompt, or its messages before the last answer."""
+    if row.get("messages") is None:
+        return get_column(row, "prompt")
+    messages = row["messages"]
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise MaxlmError("no message to answer", where=where, fix="leave the row out")
+    return messages
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(prompt, str):
+        return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.bos_id]
+    return encode_chat(tokenizer, prompt, add_generation_prompt=True)
