@@ -5,7 +5,6 @@ log-probabilities of its likeliest tokens (:mod:`maxlm.programs.distillation` wr
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,7 +15,6 @@ from pydantic import Field
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
-from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.parallel.divergence import StoredTeacher, fused_divergence_loss
 from maxlm.parallel.local import get_layout, make_spec
 from maxlm.tasks.rows import EncodedExample, ExampleEncoder
@@ -71,15 +69,6 @@ class TeacherTask(TokenPredictionTask):
                 what = f"the teacher's hidden states have {own.d_model} features"
                 raise MaxlmError(what, where="task.features", fix=f"set it to {own.d_model}")
 
-    def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        """Checks that the teacher reads the tokens that the student does."""
-        folder = Path(self.teacher or "", "tokenizer")
-        if self.teacher is not None and tokenizer is not None:
-            codecs = (own.codec.fingerprint_input() for own in (load_tokenizer(folder), tokenizer))
-            if len({*codecs}) > 1:
-                what = "the teacher has another tokenizer"
-                raise MaxlmError(what, where=str(folder), fix="set tokenizer.path to this one")
-
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         inputs = tuple(batch[name] for name in ("tokens", "positions", "segment_ids"))
         hidden, aux = models.trained(*inputs)
@@ -131,7 +120,6 @@ class DistillationTask(AnswerTask, TeacherTask):
         return StoredTeacherEncoder(**vars(own)) if self.teacher is None else own
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        self.check_tokenizer(inputs.tokenizer)
         if self.teacher is None:
             file = self.open_files("files")
             size = file[0].get("teacher_vocab_size", inputs.vocabulary.size)
@@ -147,10 +135,6 @@ class TextDistillationTask(TeacherTask, TextTask):
     kind: Literal["distill_text"] = "distill_text"
     teacher: LocalPath  # pyright: ignore[reportGeneralTypeIssues]
     """The teacher's run, such as `maxlm convert` makes, with the student's tokenizer."""
-
-    def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        self.check_tokenizer(inputs.tokenizer)
-        return super().batch_source(inputs)
 
 
 class StoredTeacherEncoder(ExampleEncoder):

@@ -87,9 +87,7 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(home):
     other = tiny.write_text(home / "other-text", seed=5)
     settings = tiny.write_config(home / "other", other, **QUIET, train={"steps": 1})
     tiny.train(settings, "data.heldout_fraction=0", "tokenizer.vocab_size=290")
-    with pytest.raises(
-        MaxlmError, match=r"the teacher has another tokenizer; set tokenizer\.path to this"
-    ):
+    with pytest.raises(MaxlmError, match="'teacher' was trained with another tokenizer"):
         train_student(home, "strange", teacher=str(home / "other/tiny"), files=[rows])
 
 
