@@ -18,7 +18,6 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import find_language_label
-from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.data.batching import batch_by_size
@@ -67,10 +66,9 @@ def export_corpus(
         new = building / "new"
         shutil.rmtree(new, ignore_errors=True)  # Of a killed export.
         new.mkdir()
-        shards = resolve_duplicates_for_rules(corpus, rules, progress)
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
         write = partial(_export_shard, rules, columns, format, new)
-        for each in JobRunner("export", engine, progress)(write, list(enumerate(shards))):
+        for each in JobRunner("export", engine, progress)(write, list(enumerate(corpus.shards))):
             counts.update(each)
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}

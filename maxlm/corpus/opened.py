@@ -133,9 +133,6 @@ def read_filtered_documents(
     a text that the rules drop.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
-
-    Args:
-        shard: with duplicates settled (`resolve_duplicates_for_rules`).
     """
     for table in shard.read_row_groups(
         list(dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut]))

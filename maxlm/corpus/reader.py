@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules, get_text_stages
-from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
@@ -45,7 +44,7 @@ class CorpusReader:
         digests = {
             s: corpus.read_manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()
         }
-        for shard in resolve_duplicates_for_rules(corpus, rules):
+        for shard in corpus.shards:
             labels = [*rules.label_names, *rules.cut]
             stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
             stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
@@ -112,7 +111,7 @@ def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any],
         name.
     """
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in resolve_duplicates_for_rules(corpus, corpus.resolve_rules()):
+    for shard in corpus.shards:
         for group, ids in enumerate(shard.read_row_groups(["id"])):
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))

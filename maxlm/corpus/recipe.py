@@ -37,7 +37,8 @@ class RecipeConfig(Config):
     keep: dict[str, str] = Field(default_factory=dict)
     """Rules by name, in the order in which the report tells what each one drops: expressions over
     labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
-    docs/corpus.md. Applied when a token store is built; changing one costs no new pass."""
+    docs/corpus.md. Applied when a token store is built; a changed one costs a new pass only of the
+    stages after it that compare documents."""
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     engine: ExecutorName = "local"
@@ -57,7 +58,7 @@ class RecipeConfig(Config):
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
         for title in titles:
-            if title in (DOCUMENTS, "settled", "lock") or keyword.iskeyword(title):
+            if title in (DOCUMENTS, "lock") or keyword.iskeyword(title):
                 raise ValueError(f"no stage can be called {title}: give it another name")
         return self
 
@@ -89,7 +90,12 @@ class FilterRules:
 
 
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
-    """Puts each stage in its place, and checks what it reads."""
+    """Puts each stage in its place, and checks what it reads.
+
+    A stage that compares documents looks only at those that the rules keep, as far as the labels
+    before it tell: of several copies one stays that no such rule drops.
+    """
+    rules = resolve_rules(recipe, recipe.keep, recipe.cut, "")
     labels = dict(_DOCUMENT_LABELS)
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
     wholes: set[str] = set()
@@ -98,6 +104,11 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         where = None
         if stage.where is not None:
             where = parse(stage.where, labels, f"{place}.where")
+        if isinstance(stage, CrossDocumentStage):
+            known = (r.text for r in rules.keep.values() if labels.keys() >= set(r.label_names))
+            texts_of_rules = [*([where.text] if where else []), *known]
+            if texts_of_rules:
+                where = Expression(" and ".join(f"(\n{text}\n)" for text in texts_of_rules))
         read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
@@ -107,7 +118,7 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         # Of texts the order matters: the newest that a document has is read.
         seen = texts if "text" in stage.input_columns else []
         before = sorted((s, keys[s]) for s in {*sources, *seen})
-        parts = [stage.fingerprint(), stage.where, before, seen]
+        parts = [stage.fingerprint(), where and where.text, before, seen]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         whole = isinstance(stage, CrossDocumentStage) or bool(wholes & {*sources, *seen})
         wholes |= {name} if whole else set()
@@ -115,7 +126,6 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         labels |= _list_labels(stage)
         if "text" in stage.schema().names:
             texts.append(name)
-    resolve_rules(recipe, recipe.keep, recipe.cut, "")
     return steps
 
 
@@ -189,76 +199,7 @@ def resolve_rules(
         if titles.index(stage) <= titles.index(newest):
             what = f"{label} are places in the text as it was before {newest} changed it"
             raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
-    rules = FilterRules(parsed, tuple(cut))
-    _check_settling(recipe, rules, error_location)
-    return rules
-
-
-def find_dedup_stages(
-    recipe: RecipeConfig, rules: FilterRules
-) -> list[tuple[CrossDocumentStage, Expression | None]]:
-    """Return the stages whose verdicts decide what rules keep, and which documents each looks at.
-
-    Stages that drop whole documents come first: a dropped document keeps no passage.
-    """
-    labels, found = get_label_types(recipe), []
-    named = {*rules.label_names, *rules.cut}
-    for stage in reversed(recipe.stages):
-        if isinstance(stage, CrossDocumentStage) and named & stage.verdict_labels:
-            where = None if stage.where is None else parse(stage.where, labels, "")
-            named |= set(where.label_names if where else ())
-            found.insert(0, (stage, where))
-    return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
-
-
-def _check_settling(recipe: RecipeConfig, rules: FilterRules, where: str) -> None:
-    """Refuses rules and settled stages that look at what depends on duplicates beforehand: which
-    copy of a text is kept is settled only when rules are applied.
-    """
-    stages, labels = find_dedup_stages(recipe, rules), get_label_types(recipe)
-    wheres = {name for _, expression in stages if expression for name in expression.label_names}
-    used = {*wheres, *rules.label_names, *rules.cut}
-    for index, (stage, expression) in enumerate(stages):
-        later = set().union(*(each.verdict_labels for each, _ in stages[index:]))
-        names = expression.label_names if expression else ()
-        if label := next((n for n in names if n in later), None):
-            what = f"{label} is settled after the duplicates that {stage.unique_name} finds"
-            place = f"stages.{recipe.stages.index(stage)}.where"
-            raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
-    near = [stage.unique_name for stage, _ in stages if "jaccard" in stage.verdicts]
-    if len(near) > 1:
-        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
-        raise MaxlmError(what, where=where or "keep", fix="name one of them")
-    # Label → the verdict that it depends on, and the place of the `where` by which it does.
-    early: dict[str, tuple[str, str]] = {}
-    for number, stage in enumerate(recipe.stages):
-        name = stage.unique_name
-        others = {f"{name}.{field.name}" for field in stage.schema()}
-        needs = set(stage.input_columns)
-        if stage.where is not None:
-            needs |= set(parse(stage.where, labels, "").label_names)
-        cause = next((label for label in early if label in needs), None)
-        if isinstance(stage, CrossDocumentStage):
-            settled = others & {*stage.verdict_labels, f"{name}.of"}
-            early |= {label: (label, "") for label in settled}
-            others -= settled
-            if "duplicate" in stage.verdicts and f"{name}.of" in used:
-                what = f"{name}.of is the copy that is best before any rule is applied"
-                raise MaxlmError(what, where=where or "keep", fix=f"write {name}.duplicate")
-        if cause is None:
-            continue
-        verdict, place = early[cause]
-        place = place or f"stages.{number}.where"
-        early |= dict.fromkeys(others, (verdict, place))
-        if (label := min(others & used, default=None)) or (stages and f"{name}.text" in others):
-            what = (
-                f"{name} leaves documents out by {verdict}, which is settled only when the "
-                f"rules are applied, and they need {label or 'its text'} of whichever is kept"
-            )
-            raise MaxlmError(what, where=place, fix=f"leave {verdict} out of it")
-    if len(passages := [label for label in rules.cut if label in early]) > 1:
-        what = f"{passages[0]} and {passages[1]} might each cut the copy that the other leaves"
-        raise MaxlmError(what, where="cut", fix="name one of them")
+    return FilterRules(parsed, tuple(cut))
 
 
 def _holds_spans(type_: pa.DataType) -> bool:

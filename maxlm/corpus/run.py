@@ -183,10 +183,8 @@ def _forget_other_labels(home: Path, key: str) -> None:
     """Empty a stage's folder if its labels are of other settings or inputs."""
     home.mkdir(exist_ok=True)
     path = home / "key"
-    if path.exists():
-        if path.read_text() == key:
-            return
-        shutil.rmtree(home.parent / "settled", ignore_errors=True)
+    if path.exists() and path.read_text() == key:
+        return
     shutil.rmtree(home)
     home.mkdir()
     with replace_file(path) as new:

@@ -70,18 +70,10 @@ class StageShardView:
     """Condition on the documents to label; None: all."""
     output_stage: str = ""
     """The stage that writes."""
-    resolved_labels: tuple[str, ...] = ()
-    """Labels that are read as `resolve_duplicates_for_rules` wrote them, in `resolved_folder`."""
-    resolved_folder: str = ""
 
     def path(self, stage: str) -> Path:
         """The file with a stage's columns."""
         return self.folder / stage / f"{self.name}.parquet"
-
-    def num_documents(self) -> int:
-        """Counts its documents, whatever `where` says."""
-        with open_parquet(self.path(DOCUMENTS)) as parquet:
-            return parquet.metadata.num_rows
 
     def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
         """Yields the documents to label, a row group at a time; those without a text only if "text"
@@ -137,8 +129,6 @@ class StageShardView:
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
         """Find the files that hold a column: (stage, column in its file), newest text first."""
-        if column in self.resolved_labels:
-            return [(self.resolved_folder, column)]
         if column == "text":
             return [(stage, "text") for stage in reversed(self.text_stages)]
         stage, dot, label = column.rpartition(".")

@@ -124,7 +124,8 @@ class PerDocumentStage(Stage):
 
 
 class CrossDocumentStage(Stage):
-    """A stage that compares documents with each other."""
+    """A stage that compares documents with each other: of those that `where` selects, the ones that
+    all rules of the recipe keep that only name labels of stages before it."""
 
     keep_by: str | None = None
     """The label by which the best of several documents is kept: the highest value wins, or with a
@@ -133,18 +134,10 @@ class CrossDocumentStage(Stage):
     """Bytes that a job may use, about; smaller means more files and jobs."""
 
     hash_excludes = (*Stage.hash_excludes, "memory")
-    verdicts: ClassVar[tuple[str, ...]] = ()
-    """Labels that say which of several documents loses a text. They are settled among the documents
-    that the other rules keep (`settling`); a stage's file has them as if all were kept."""
 
     @property
     def input_columns(self) -> tuple[str, ...]:
         return ("text", *self.rank_columns)
-
-    @property
-    def verdict_labels(self) -> set[str]:
-        """The whole names of `verdicts`."""
-        return {f"{self.unique_name}.{verdict}" for verdict in self.verdicts}
 
     @property
     def rank_columns(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
         if text is not None:
             key = " ".join(unicodedata.normalize("NFC", text).lower().split())
             groups.setdefault(key, []).append(i)
-    nothing = dict.fromkeys(("duplicate", "of", "copies", "seen_before", "cluster"))
+    nothing = dict.fromkeys(("duplicate", "of", "copies", "seen_before"))
     expected = [{"id": f"d{i}"} | nothing for i in range(len(documents))]
     for group in groups.values():
         value = {i: float("-inf") if (s := scores[i]) is None else s for i in group}
@@ -51,7 +51,6 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
                 "of": None if i == kept else f"d{kept}",
                 "copies": len(group),
                 "seen_before": False,
-                "cluster": kept if len(group) > 1 else None,
             }
     return expected
 

@@ -96,8 +96,11 @@ def test_only_what_changed_is_done_again(crawl, tmp_path):
 
     run_recipe(recipe(crawl, out))
     assert redone() == set()
-    run_recipe(recipe(crawl, out, keep={"all": "heuristics.words > 0"}))
-    assert redone() == set()
+    unique = recipe(crawl, out).keep["unique"]
+    run_recipe(recipe(crawl, out, keep={"url": "url is None", "unique": unique}))
+    assert redone() == {"exact", "near"}  # They look at what other rules keep.
+    run_recipe(recipe(crawl, out))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
     stages = list(recipe(crawl, out).model_dump()["stages"])
     stages[3] = {"stage": "exact", "keep_by": "heuristics.words"}
     run_recipe(recipe(crawl, out, stages=stages))
@@ -194,23 +197,32 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
         ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
         ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
         ({"keep": {"a b": "heuristics.words > 1"}}, "cannot be the name of a rule"),
-        ({"stages": [{"stage": "exact", "keep_by": "words"}]}, 'no label "words"'),
+        ({"stages": [{"stage": "exact", "keep_by": "words"}], "keep": {}}, 'no label "words"'),
         (
-            {"stages": [{"stage": "language"}, {"stage": "exact", "keep_by": "-language.name"}]},
+            {
+                "stages": [{"stage": "language"}, {"stage": "exact", "keep_by": "-language.name"}],
+                "keep": {},
+            },
             "holds no numbers",
         ),
         (
-            {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}]},
+            {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}], "keep": {}},
             'stages.0: there is no source "wbe"; there are: web, books',
         ),
         (
-            {"stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}]},
+            {
+                "stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}],
+                "keep": {},
+            },
             '"meta" holds no strings',
         ),
         ({"cut": ["near.of"]}, "holds spans to cut"),
         ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
         ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
-        ({"stages": [{"stage": "exact", "where": "language.name is None"}]}, "stages.0.where"),
+        (
+            {"stages": [{"stage": "exact", "where": "language.name is None"}], "keep": {}},
+            "stages.0.where",
+        ),
         ({"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]}, "/nowhere/at/all"),
     ],
 )

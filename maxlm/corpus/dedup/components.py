@@ -1,8 +1,7 @@
 """Makes clusters of verified pairs, and decides which documents of each are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,21 +26,16 @@ class DuplicateClusters:
 
 @dataclass(frozen=True)
 class SimilarPairs:
-    """Pairs verified to be alike, by numbers of members or of documents."""
+    """Pairs of members verified to be alike."""
 
     low: np.ndarray
     high: np.ndarray
     jaccard: np.ndarray
     """float64 [pairs], as the two before (int64)."""
-    copy: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
-    best: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
-    """int64 [copies]: those with the same text as a better one, which are in no other pair."""
 
 
 def resolve_duplicates(
-    pairs: SimilarPairs,
-    rank_fn: Callable[[np.ndarray], np.ndarray],
-    may_keep: np.ndarray | None = None,
+    pairs: SimilarPairs, rank_fn: Callable[[np.ndarray], np.ndarray]
 ) -> DuplicateClusters:
     """Decide which documents are kept.
 
@@ -50,43 +44,33 @@ def resolve_duplicates(
     documents are visited from the best to the worst, and one is a duplicate only if it is itself
     like a document that is kept. Of any two that are alike one at least is then a duplicate.
 
-    Memory is about 110 bytes for each pair, 90 for each document in one, and 130 for each copy.
+    Memory is about 110 bytes for each pair and 90 for each document in one.
 
     Args:
         rank_fn: how good each of some members is, the higher the better; float64.
-        may_keep: bool, by member: which may be kept; None: all. The others are duplicates only of
-            a copy that is kept, or where the best of their copies is a duplicate.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    nodes = np.unique(np.concatenate([pairs.low, pairs.high, pairs.best]))
-    ends = np.searchsorted(nodes, [pairs.low, pairs.high]).reshape(2, -1)
+    member = np.unique(np.concatenate([pairs.low, pairs.high]))
+    ends = np.searchsorted(member, [pairs.low, pairs.high]).reshape(2, -1)
 
     def connect(ends: np.ndarray) -> np.ndarray:
-        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
-        return connected_components(graph, directed=False)[1] if len(nodes) else nodes
+        size = len(member)
+        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(size, size))
+        return connected_components(graph, directed=False)[1] if size else member
 
-    member = np.concatenate([nodes, pairs.copy])
-    place = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, pairs.best)])
-    component = connect(ends)[place]
-    # Copies (what is wholly alike carries over) are one node: the best that may be kept of them.
+    # Copies (what is wholly alike carries over) are one node: the best of them.
     is_copy = pairs.jaccard == 1
-    text = connect(ends[:, is_copy])
-    node, ends, jaccard = text[place], text[ends[:, ~is_copy]], pairs.jaccard[~is_copy]
+    node = connect(ends[:, is_copy])
     rank = rank_fn(member)
-    may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
-    order = np.lexsort((member, -rank, ~may, node))
+    order = np.lexsort((member, -rank, node))
     first = order[mark_run_starts(node[order])]
-    stands, rank, may = member[first], rank[first], may[first]
-    both = may[ends].all(0)
-    neighbours = _neighbours(ends[:, both], jaccard[both], len(first))
+    stands, rank = member[first], rank[first]
+    neighbours = _neighbours(node[ends[:, ~is_copy]], pairs.jaccard[~is_copy], len(first))
     of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
-
-    sort = np.argsort(member)
-    member, node, component = member[sort], node[sort], component[sort]
-    copy = may[node] & (of[node] < 0) & (member != stands[node])
-    cluster, size = _number(component)
+    copy = (of[node] < 0) & (member != stands[node])
+    cluster, size = _number(connect(ends))
     return DuplicateClusters(
         member=member,
         duplicate_of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),

@@ -29,8 +29,6 @@ class SelectedDocuments:
     shards: tuple[str, ...]
     shard_offsets: tuple[int, ...]
     """The first member of each shard, and behind them the number of all."""
-    document_offsets: tuple[int, ...] = ()
-    """The first document of each shard, counted over the corpus, members or not."""
 
     @property
     def num_selected(self) -> int:
@@ -44,11 +42,6 @@ class SelectedDocuments:
         ends = np.searchsorted(members, self.shard_offsets)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
-
-    def get_document_indices(self, members: np.ndarray) -> np.ndarray:
-        """Returns the members' numbers among all documents of the corpus; int64."""
-        shard = np.searchsorted(self.shard_offsets, members, "right") - 1
-        return self.take("row", members).to_numpy() + np.array(self.document_offsets)[shard]
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order."""
@@ -101,12 +94,7 @@ def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> S
     names = tuple(shard.name for shard in shards)
     sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
     offsets = tuple(accumulate(sizes, initial=0))
-    return SelectedDocuments(folder, names, offsets, compute_document_offsets(shards)[:-1])
-
-
-def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
-    """The first document of each shard, and behind them the number of all."""
-    return tuple(accumulate((shard.num_documents() for shard in shards), initial=0))
+    return SelectedDocuments(folder, names, offsets)
 
 
 def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:

@@ -4,7 +4,6 @@ A word is a run of visible characters, in which each letter of a script without 
 its own, with the marks that belong to it. A window is a run of words of one document.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 
 # Odd, and so invertible modulo 2^64.
 _BASE, CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
-_BLOCK = 4096
 
 
 def concatenate_texts(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -82,39 +80,3 @@ def _list_powers(base: int, number: int) -> np.ndarray:
     powers = np.full(number, base, np.uint64)
     powers[:1] = 1
     return np.multiply.accumulate(powers)
-
-
-def match_earlier_copies(runs: np.ndarray, may_keep: np.ndarray) -> np.ndarray:
-    """Finds which parts of runs whose source is dropped are in another such run before.
-
-    Args:
-        runs: document, begin, end, last, of, at as `REPEATS` has them, int64 [runs, 6]; sorted by
-            `of`, those of one `of` from the best document to the worst, and by `begin`.
-        may_keep: whether the document may keep a run for others, bool [runs].
-
-    Returns:
-        int64 [parts, 5]: the document, begin and end, and the other's document and begin.
-    """
-    parts: list[tuple[int, ...]] = []
-    # Kept runs by their place in the source, for each of its blocks that they are in.
-    kept: dict[tuple[int, int], list[tuple[int, ...]]] = defaultdict(list)
-    for run, may in zip(runs.tolist(), may_keep.tolist(), strict=True):
-        document, begin, end, last, of, at = run
-        blocks = range(at // _BLOCK, (at + end - begin) // _BLOCK + 1)
-        found = ((block, other) for block in blocks for other in kept.get((of, block), ()))
-        # In the first of the blocks that both are in.
-        others = [other for block, other in found if block == max(at, other[5]) // _BLOCK]
-        for theirs, their_begin, their_end, their_last, _, their_at in others:
-            # In places of the source, where a window that both have begins at `start`.
-            start = max(at, their_at)
-            size = min(at + end - begin, their_at + their_end - their_begin) - start
-            here, there = begin + start - at, their_begin + start - their_at
-            apart = document != theirs or there + size <= here
-            if here <= last and there <= their_last and apart:
-                parts.append((document, here, here + size, theirs, there))
-                if size == end - begin:
-                    break
-        else:
-            for block in blocks if may else ():
-                kept[of, block].append(tuple(run))
-    return np.array(parts, np.int64).reshape(-1, 5)

@@ -19,7 +19,6 @@ import pyarrow.types as types
 
 from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
-from maxlm.corpus.settling import resolve_duplicates_for_rules
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.pool import Executor
@@ -97,10 +96,9 @@ def summarize_corpus(
         if (types.is_integer(type_) or types.is_floating(type_))
         and not name.endswith(".cluster")  # A number that is a name.
     ]
-    shards = resolve_duplicates_for_rules(corpus, rules, progress)
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     total = CorpusSummary()
-    for each in JobRunner("report", engine, progress)(job, shards):
+    for each in JobRunner("report", engine, progress)(job, corpus.shards):
         total.add(each)
     return total
 

@@ -63,9 +63,8 @@ class ExactStage(CrossDocumentStage):
     corpus. A stage that is done enters nothing again: after the index was deleted, delete the
     stage's folder as well, and those of stages that read `seen_before`."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     depends_on_unicode: ClassVar[bool] = True
-    verdicts: ClassVar[tuple[str, ...]] = ("duplicate",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -74,7 +73,6 @@ class ExactStage(CrossDocumentStage):
                 ("of", pa.large_string()),  # which one; large: no category to be counted
                 ("copies", pa.int64()),  # this one and the kept one included
                 ("seen_before", pa.bool_()),  # in a corpus that entered the index earlier
-                ("cluster", pa.int64()),  # the number of the best copy; null: there are no others
             ]
         )
 
@@ -221,13 +219,11 @@ def _label_shard(
     duplicate = kept != np.arange(len(text)) + members.shard_offsets[which]
     ids = members.take("id", kept[duplicate]).cast(pa.large_string())
     places = np.cumsum(duplicate) - 1
-    copies = concatenate(found["copies"], np.int64)[text]
     labels = {
         "duplicate": duplicate,
         "of": ids.take(pa.array(places, mask=~duplicate)),
-        "copies": copies,
+        "copies": concatenate(found["copies"], np.int64)[text],
         "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
-        "cluster": pa.array(members.get_document_indices(kept), mask=copies == 1),
     }
     write_labels(shard, schema, read_columns(members.shard_path(which))["row"], labels)
 

@@ -91,7 +91,6 @@ class NearStage(CrossDocumentStage):
     version: ClassVar[int] = 4
     required_packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True
-    verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
     hash_excludes = (*CrossDocumentStage.hash_excludes, "max_share", "max_shares", "alarm_from")
 
     def schema(self) -> pa.Schema:
@@ -115,9 +114,6 @@ class NearStage(CrossDocumentStage):
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         if shards:
             self._check_shares(members, marks, shards[0].folder)
-            low, high = map(members.get_document_indices, (alike.low, alike.high))
-            path = shards[0].path(self.unique_name).with_name("pairs.arrow")
-            write_columns(path, {"low": low, "high": high, "jaccard": alike.jaccard})
         ends = np.searchsorted(marks.member, members.shard_offsets)
         parts = [
             (i, shard, DuplicateClusters(*(v[ends[i] : ends[i + 1]] for v in vars(marks).values())))

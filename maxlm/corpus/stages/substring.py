@@ -24,9 +24,7 @@ and hashes of parts are merged by ranges without their texts.
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `write_window_blocks` sorts the windows of each block; `find_repeated_windows` finds the
 first occurrence of each window that comes several times, for one range of hashes;
-`write_duplicate_spans` takes the union of a document's copies. It also lists where each copied run
-came first, for which documents are kept is not known yet: what is cut of them is settled later
-(`corpus.settling`).
+`write_duplicate_spans` takes the union of a document's copies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +45,7 @@ from maxlm.corpus.dedup.columns import (
     read_columns,
     write_columns,
 )
-from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores, write_labels
+from maxlm.corpus.dedup.members import compute_keep_scores, write_labels
 from maxlm.corpus.dedup.windows import (
     CHECK_BASE,
     concatenate_texts,
@@ -65,13 +63,7 @@ _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longe
 _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
 _LOW = np.uint64(2**32 - 1)
 
-_PLACES = ("begin", "end", "last", "of", "at")
-REPEATS = pa.list_(
-    pa.struct([(name, pa.int64() if name == "of" else pa.int32()) for name in _PLACES])
-)
-"""Runs of windows that came first in the document numbered `of`, there from `at` on: where a run
-begins and ends and where its last window begins, in characters of its own document, as `at` is."""
-_LABELS = pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
+_LABELS = pa.schema([("cuts", CUTS), ("cut_share", pa.float64())])
 _SCHEMA = _LABELS.insert(0, pa.field("row", pa.int64()))
 
 
@@ -128,16 +120,14 @@ class WindowBlock(NamedTuple):
 
     shard: str
     name: str
-    first_document: int
-    """The first document of the shard."""
     windows: int
 
 
 def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[WindowBlock]:
     """Lists the blocks of all shards, in order."""
     return [
-        WindowBlock(shard.name, f"{shard.name}-{i}", first, windows)
-        for shard, first in zip(shards, compute_document_offsets(shards), strict=False)
+        WindowBlock(shard.name, f"{shard.name}-{i}", windows)
+        for shard in shards
         for i, windows in enumerate(
             read_columns(_block_file(folder, shard.name, "windows"))["windows"].tolist()
         )
@@ -189,7 +179,7 @@ def write_duplicate_spans(
     window_words: int,
     shard: StageShardView,
 ) -> None:
-    """Writes the labels of a shard's documents: what to cut, and where it came first."""
+    """Writes the labels of a shard's documents: what to cut."""
     mine = [number for number, block in enumerate(blocks) if block.shard == shard.name]
     parts = [_cut_block(folder, blocks, number, num_ranges, window_words) for number in mine]
     table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
@@ -212,8 +202,7 @@ def _cut_block(
     words = np.searchsorted(starts, place.astype(np.int64))
     reach = stops[words + size - 1].astype(np.uint64) - place
     apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
-    words, source = words[apart], source[apart]
-    edges = _unite(words, starts, stops, first, size)
+    edges = _unite(words[apart], starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
     spans = (edges - offsets[document, None]).astype(np.int32)
     counts = np.bincount(document, minlength=len(rows))
@@ -221,38 +210,7 @@ def _cut_block(
     share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    place = starts[words]
-    follows = (np.diff(words) == 1) & (np.diff(source) == np.diff(place).astype(np.uint64))
-    first = np.flatnonzero(np.append(True, ~follows)[: len(words)])
-    last = words[np.append(first[1:], len(words))[: len(first)] - 1]
-    ends = (starts[words[first]], stops[last + size - 1], starts[last])
-    document = np.searchsorted(offsets[1:], ends[0], "right")
-    columns = [(each - offsets[document]).astype(np.int32) for each in ends]
-    repeats = pa.StructArray.from_arrays(
-        [*columns, *_find_documents(folder, blocks, source[first])], fields=list(REPEATS.value_type)
-    )
-    counts = np.bincount(document, minlength=len(rows))
-    repeats = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), repeats)
-    return pa.RecordBatch.from_arrays([rows, cuts, share, repeats], schema=_SCHEMA)
-
-
-def _find_documents(
-    folder: Path, blocks: Sequence[WindowBlock], source: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the documents in which positions lie, and the characters before each there."""
-    of, at = np.empty(len(source), np.int64), np.empty(len(source), np.int32)
-    order = np.argsort(source, kind="stable")
-    for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
-        if not len(these):
-            continue
-        origin = int(source[these[0]] >> _PLACE)
-        documents = read_columns(_block_file(folder, blocks[origin].name, "documents"))
-        there = (source[these] & _LOW).astype(np.int64)
-        offsets = np.concatenate([[0], documents["end"]])
-        document = np.searchsorted(offsets[1:], there, "right")
-        of[these] = documents["row"][document] + blocks[origin].first_document
-        at[these] = there - offsets[document]
-    return of, at
+    return pa.RecordBatch.from_arrays([rows, cuts, share], schema=_SCHEMA)
 
 
 def _find_sources(folder: Path, block: int, num_ranges: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,8 +262,6 @@ class SubstringStage(CrossDocumentStage):
     (see `maxlm.corpus.text`), so spans begin and end between words; passages are the same if
     their characters are, white space included. The module states the rule and its
     guarantees. No document is split, so one of more characters than `memory` / 64 takes more.
-    What is cut is settled among the documents that the rules keep; `where` saves time by leaving
-    out those that they drop.
     """
 
     stage: Literal["substring"] = "substring"
@@ -313,9 +269,8 @@ class SubstringStage(CrossDocumentStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     depends_on_unicode: ClassVar[bool] = True
-    verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
         return _LABELS
