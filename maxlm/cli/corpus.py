@@ -245,26 +245,6 @@ def _read_texts(documents: list[str]) -> Iterator[bytes]:
     return (document.text for document in read_documents(source))
 
 
-@app.command("calibrate-perplexity")
-def calibrate_perplexity(
-    model: Annotated[Path, Argument(help="An n-gram model: an ARPA or binary file of KenLM.")],
-    reference: Annotated[list[str], Option(help="Documents that set the thirds; repeatable.")],
-    out: Annotated[Path, Option(help="The model's folder.")],
-    settings: SetOption = None,
-) -> None:
-    """Set the cutoffs of an n-gram model of good prose, for the stage `perplexity`."""
-    from maxlm.config import load_config
-    from maxlm.corpus.stages import perplexity
-
-    config = load_config(perplexity.PerplexityConfig, None, settings or ()).value
-    sample = map(bytes.decode, _read_texts(reference))
-    found = perplexity.calibrate_perplexity(model, sample, out, config)
-    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in found.percentiles.items())
-    print(f"perplexities of {found.documents:,} reference documents: {percentiles}")
-    print("head up to {:,.1f}, tail beyond {:,.1f}".format(*found.cutoffs))
-    print(f"the model: {out}")
-
-
 @app.command("train-quality")
 def train_quality(
     positive: Annotated[list[str], Option(help="Documents as they should be; repeatable.")],

@@ -155,7 +155,7 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
         from maxlm.config import check_local_path
 
         # The text that `tokenizer encode` takes is no list of paths.
-        lists = [given.get(name) for name in ("text", "positive", "negative", "reference")]
+        lists = [given.get(name) for name in ("text", "positive", "negative")]
         paths = [each for value in lists if isinstance(value, list) for each in value]
         for path in (*paths, *(value for value in given.values() if isinstance(value, Path))):
             check_local_path(path)

@@ -1,4 +1,4 @@
-"""Perplexities of documents: KenLM's own figures, cutoffs and buckets, and the stage's labels."""
+"""Perplexities of documents: KenLM's own figures, buckets, and the stage's labels."""
 
 from collections import Counter
 from itertools import pairwise
@@ -11,13 +11,7 @@ import pyarrow as pa
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stages.perplexity import (
-    PerplexityConfig,
-    PerplexityStage,
-    calibrate_perplexity,
-    choose_bucket,
-    open_model,
-)
+from maxlm.corpus.stages.perplexity import PerplexityStage, load_perplexity_model
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 
 # The reference manual of the running Python: half a megabyte of English.
@@ -43,10 +37,8 @@ def write_arpa(path, texts):
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    arpa = write_arpa(folder / "en.arpa", PARAGRAPHS[:-200])
-    return folder, calibrate_perplexity(arpa, PARAGRAPHS[-200:], folder)
+def english(tmp_path_factory):
+    return write_arpa(tmp_path_factory.mktemp("model") / "en.arpa", PARAGRAPHS[:-200])
 
 
 @pytest.mark.parametrize(
@@ -68,47 +60,16 @@ def test_texts_become_lines_of_plain_words(text, expected):
     assert lines(text) == expected
 
 
-def test_a_perplexity_is_that_of_kenlm_over_all_lines(calibrated):
-    folder, _ = calibrated
-    model, ours = kenlm.Model(str(folder / "model.kenlm")), open_model(folder)
+def test_a_perplexity_is_that_of_kenlm_over_all_lines(english):
+    model = kenlm.Model(str(english))
+    ours = load_perplexity_model(english, LineSplitterConfig())
     one = "the value of an expression is an object"
-    assert ours.perplexity(one.upper()) == pytest.approx(model.perplexity(one), rel=1e-6)
+    assert ours(one.upper()) == pytest.approx(model.perplexity(one), rel=1e-6)
     text = "A class.\n\nzyzzyva 12 is\n"
     scores = [score for line in ("a class .", "zyzzyva 00 is") for score in model.full_scores(line)]
     assert len(scores) == 8
     expected = 10 ** -np.mean([probability for probability, _, _ in scores])
-    assert ours.perplexity(text) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("percentiles", [(100 / 3, 200 / 3), (30.0, 60.0)])
-def test_a_reference_sets_the_cutoffs(calibrated, tmp_path, percentiles):
-    config = PerplexityConfig(percentiles=percentiles, reference_documents=30)
-    model = calibrated[0] / "model.kenlm"
-    report = calibrate_perplexity(model, iter([" \n", *PARAGRAPHS[-200:]]), tmp_path, config)
-    assert (tmp_path / "model.kenlm").read_bytes() == model.read_bytes()
-    opened = open_model(tmp_path)
-    scores = [opened.perplexity(text) for text in PARAGRAPHS[-200:-171]]
-    assert report.documents == 29
-    assert report.cutoffs == opened.cutoffs == pytest.approx(np.percentile(scores, percentiles))
-    assert report.percentiles[50] == pytest.approx(np.median(scores))
-
-
-def test_the_words_settings_are_kept_with_the_model(calibrated, tmp_path):
-    config = PerplexityConfig(words=LineSplitterConfig(lower=False))
-    calibrate_perplexity(calibrated[0] / "en.arpa", PARAGRAPHS[:30], tmp_path, config)
-    text = "The Value Of An Expression"
-    assert open_model(tmp_path).perplexity(text) > open_model(calibrated[0]).perplexity(text)
-
-
-def test_a_reference_or_model_that_does_not_do_writes_nothing(calibrated, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(MaxlmError, match="19 documents are too few"):
-        calibrate_perplexity(calibrated[0] / "en.arpa", PARAGRAPHS[:19], out)
-    (tmp_path / "bad.arpa").write_text("nothing")
-    for name in ("bad.arpa", "none.arpa"):
-        with pytest.raises(MaxlmError, match="lmplz"):
-            calibrate_perplexity(tmp_path / name, PARAGRAPHS[:30], out)
-    assert not out.exists()
+    assert ours(text) == pytest.approx(expected, rel=1e-6)
 
 
 def label(stage, texts, languages=None):
@@ -121,44 +82,33 @@ def label(stage, texts, languages=None):
     return labels.to_pylist()
 
 
-def test_a_stage_labels_by_language(calibrated, tmp_path):
-    arpa = write_arpa(tmp_path / "de.arpa", PARAGRAPHS[:200])
-    calibrate_perplexity(arpa, PARAGRAPHS[:30], tmp_path)
-    stage = PerplexityStage(
-        models={"en": calibrated[0], "de": tmp_path}, cutoffs={"de": (1.0, 1e9)}
-    )
+def test_a_stage_labels_by_language(english, tmp_path):
+    german = write_arpa(tmp_path / "de.arpa", PARAGRAPHS[:200])
+    stage = PerplexityStage(models={"en": english, "de": german}, cutoffs={"en": (9e3, 1e5)})
     good, none = PARAGRAPHS[4], {"value": None, "bucket": None}
     texts = [good, good, good, good, "", "qzx jjk wvv"]
     labels = label(stage, texts, ["en", "de", "fr", None, "en", "en"])
-    english = open_model(calibrated[0])
-    assert labels[0]["value"] == english.perplexity(good)
-    assert labels[0]["bucket"] == choose_bucket(labels[0]["value"], calibrated[1].cutoffs)
-    assert labels[1]["value"] == open_model(tmp_path).perplexity(good) != labels[0]["value"]
-    assert labels[1]["bucket"] == "middle"
+    values = [load_perplexity_model(p, LineSplitterConfig())(good) for p in (english, german)]
+    assert [each["value"] for each in labels[:2]] == values
+    assert [each["bucket"] for each in labels[:2]] == ["head", None]
     assert labels[2:5] == [none] * 3
     assert labels[5]["bucket"] == "tail"
 
 
-def test_a_missing_or_damaged_model_names_the_command_that_writes_one(calibrated, tmp_path):
-    stage = PerplexityStage(models={"en": tmp_path / "none"})
-    for call in (stage.make_batch_label_fn, stage.fingerprint):
-        with pytest.raises(MaxlmError, match="maxlm corpus calibrate-perplexity"):
-            call()
-    (tmp_path / "cutoffs.json").write_text("{}")
-    with pytest.raises(MaxlmError, match="calibrate-perplexity"):
-        PerplexityStage(models={"en": tmp_path}).make_batch_label_fn()
-    (tmp_path / "cutoffs.json").write_bytes((calibrated[0] / "cutoffs.json").read_bytes())
-    (tmp_path / "model.kenlm").write_text("nothing")
-    with pytest.raises(MaxlmError, match="calibrate-perplexity"):
-        label(PerplexityStage(models={"en": tmp_path}), ["x"], ["en"])
-
-
-def test_the_key_refuses_a_model_of_other_cutoffs(calibrated, tmp_path):
-    stage = PerplexityStage(models={"en": tmp_path})
-    for name in ("model.kenlm", "cutoffs.json"):
-        (tmp_path / name).write_bytes((calibrated[0] / name).read_bytes())
-    stage.fingerprint()
-    with (tmp_path / "model.kenlm").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(MaxlmError, match="not the one"):
+def test_a_missing_or_damaged_model_is_named(tmp_path):
+    stage = PerplexityStage(models={"en": tmp_path / "en.arpa"})
+    with pytest.raises(MaxlmError, match="no perplexity model.*lmplz"):
         stage.fingerprint()
+    (tmp_path / "en.arpa").write_text("nothing")
+    with pytest.raises(MaxlmError, match="cannot read this model.*lmplz"):
+        label(stage, ["x"], ["en"])
+
+
+def test_the_key_changes_with_the_models_content(english, tmp_path):
+    path = tmp_path / "en.arpa"
+    path.write_bytes(english.read_bytes())
+    stage = PerplexityStage(models={"en": path})
+    before = stage.fingerprint()
+    with path.open("ab") as file:
+        file.write(b"\n")
+    assert stage.fingerprint() != before
