@@ -156,7 +156,7 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
     pairs, jaccard = brute_force(texts)
     version = (pairs[:, 0] % 2 == 0) & (pairs[:, 1] == pairs[:, 0] + 1)
     changed = [i for i in np.flatnonzero(version) if texts[pairs[i, 0]] != texts[pairs[i, 1]]]
-    labels, _ = run(NearStage(max_share=1), write_corpus(folder, texts, 2), folder / "scratch")
+    labels, _ = run(NearStage(), write_corpus(folder, texts, 2), folder / "scratch")
     duplicate = labels["duplicate"].to_numpy()
     found = duplicate[pairs[version]].any(axis=1).sum()
     print(
@@ -170,7 +170,7 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
 
 def peak_memory(shards: list[StageShardView], folder: Path) -> float:
     """MB that a process takes at most to run both stages over shards, in small ranges."""
-    for stage in (ExactStage(memory=8 << 20), NearStage(memory=8 << 20, max_share=1)):
+    for stage in (ExactStage(memory=8 << 20), NearStage(memory=8 << 20)):
         run(stage, shards, folder / stage.unique_name)
     # Not getrusage: that is never below what the parent had when it started this process.
     return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) / 1e3
@@ -218,7 +218,7 @@ def main() -> None:
             f"exact: found {found} of {len(copies)} copies; {len(texts) / seconds:,.0f} documents/s"
         )
 
-        stage = NearStage(max_share=1)
+        stage = NearStage()
         banding = stage.choose_banding()
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []

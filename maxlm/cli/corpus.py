@@ -175,13 +175,13 @@ def export(
     print(f"the files: {out}")
 
 
-def _open_corpus(folder: Path, unfinished: bool = False) -> "OpenCorpus":
+def _open_corpus(folder: Path) -> "OpenCorpus":
     from maxlm.data.documents.files import check_format_packages
 
     check_format_packages("corpus", str(folder))
     from maxlm.corpus.opened import OpenCorpus
 
-    return OpenCorpus.open(folder, unfinished=unfinished)
+    return OpenCorpus.open(folder)
 
 
 def _open_engine(corpus: "OpenCorpus") -> "AbstractContextManager[Executor]":
@@ -279,7 +279,7 @@ def show(
 
 
 def _show_labels(corpus: Path, document: str) -> None:
-    opened = _open_corpus(corpus, unfinished=True)
+    opened = _open_corpus(corpus)
     from maxlm.corpus.reader import find_document
 
     found, kept = find_document(opened, document)

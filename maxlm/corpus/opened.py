@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,24 +54,15 @@ class OpenCorpus:
     recipe: RecipeConfig
 
     @classmethod
-    def open(cls, folder: Path | str, *, unfinished: bool = False) -> "OpenCorpus":
+    def open(cls, folder: Path | str) -> "OpenCorpus":
         """Opens the corpus in a folder.
-
-        Args:
-            unfinished: if a stage is not done, open it as if the recipe ended before that stage,
-                with the rules that need no more.
 
         Raises:
             MaxlmError: there is none, it is of another version, or its stages are not all done.
         """
         corpus = cls(Path(folder), read_recipe(Path(folder)))
-        for number, title in enumerate(corpus.list_stages()):
-            try:
-                corpus.read_manifest(title)
-            except MaxlmError:
-                if not unfinished or title == DOCUMENTS:
-                    raise
-                return cls(corpus.folder, _take_first_stages(corpus.recipe, number - 1))
+        for title in corpus.list_stages():
+            corpus.read_manifest(title)
         return corpus
 
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
@@ -106,16 +96,6 @@ class OpenCorpus:
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
-
-
-def _take_first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
-    first = recipe.model_copy(update={"stages": recipe.stages[:number], "cut": ()})
-    keep = {}
-    for name, text in recipe.keep.items():
-        with suppress(MaxlmError):  # It names a label that is not there.
-            resolve_rules(first, {name: text}, (), "")
-            keep[name] = text
-    return first.model_copy(update={"keep": keep})
 
 
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:

@@ -113,7 +113,7 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise make_unknown_label_error(column, labels, f"{place} ({name})")
-        _check_names(stage, labels, [source.name for source in recipe.sources], place)
+        _check_label_types(stage, labels, place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
         seen = texts if "text" in stage.input_columns else []
@@ -129,10 +129,8 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     return steps
 
 
-def _check_names(
-    stage: Stage, labels: Mapping[str, pa.DataType], sources: Sequence[str], place: str
-) -> None:
-    """Checks the kinds of labels, and the sources, that a stage's settings name."""
+def _check_label_types(stage: Stage, labels: Mapping[str, pa.DataType], place: str) -> None:
+    """Checks the kinds of labels that a stage's settings name."""
     fix = "name a label that does"
     for label in stage.rank_columns if isinstance(stage, CrossDocumentStage) else ():
         type_ = labels.get(label, pa.null())
@@ -143,10 +141,6 @@ def _check_names(
         type_ = labels.get(label, pa.null())
         if not types.is_string(type_) and not types.is_large_string(type_):
             raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
-    for source in getattr(stage, "max_shares", ()):
-        if source not in sources:
-            fix = f"there are: {', '.join(sources)}"
-            raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)
 
 
 def _list_labels(stage: Stage) -> dict[str, pa.DataType]:

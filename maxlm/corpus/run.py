@@ -48,7 +48,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
 
     Raises:
         MaxlmError: a wrong recipe (before anything is written), sources that are not there, a
-            missing package or model, a disk that is full, or a stage's alarm.
+            missing package or model, or a disk that is full.
     """
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)

@@ -108,7 +108,7 @@ def recipe(crawl, out, **settings):
                 {"stage": "heuristics"},
                 {"stage": "pii", "where": 'source == "books"'},
                 {"stage": "exact"},
-                {"stage": "near", "where": "not exact.duplicate", "max_share": 1.0},
+                {"stage": "near", "where": "not exact.duplicate"},
             ],
             "keep": {
                 "long": "heuristics.words >= 20",

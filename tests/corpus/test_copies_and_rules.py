@@ -19,7 +19,7 @@ from maxlm.data.tokenizer import load_tokenizer
 
 SIZE = 8  # Words of a passage.
 KEEP_BY = "heuristics.words"
-NEAR = {"stage": "near", "keep_by": KEEP_BY, "max_share": 1}
+NEAR = {"stage": "near", "keep_by": KEEP_BY}
 PASSAGES = {"stage": "substring", "min_tokens": SIZE}
 STAGES = [
     {"stage": "heuristics"},

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
     find_candidate_pairs,
     unpack_pairs,
@@ -72,7 +71,7 @@ def test_every_alike_pair_is_found_and_every_mark_is_right(
     scores = np.random.default_rng(0).integers(0, 3, len(documents)).astype(float)
     made = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=50)
     add_labels(made, "quality", score=pa.array(scores))
-    stage = NearStage(keep_by="quality.score", max_share=1, memory=memory, recall=0.9999, hashes=80)
+    stage = NearStage(keep_by="quality.score", memory=memory, recall=0.9999, hashes=80)
     run_stage(stage, made, tmp_path / "scratch", workers)
     found = labels(made, stage).to_pylist()
 
@@ -107,7 +106,7 @@ def test_every_alike_pair_is_found_and_every_mark_is_right(
 @pytest.mark.parametrize("memory", [1 << 29, 1 << 11])
 def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> None:
     documents = texts_with_copies(6, 20)
-    stage = NearStage(max_share=1, hashes=12, recall=0.9, memory=memory)
+    stage = NearStage(hashes=12, recall=0.9, memory=memory)
     whole = make_corpus(tmp_path / "whole", documents)
     run_stage(stage, whole, tmp_path / "other")
     made = make_corpus(tmp_path / "corpus", documents)
@@ -136,33 +135,11 @@ def test_chains_of_likeness_delete_nothing_that_is_like_no_kept_document(tmp_pat
     assert jaccard(chain[0], chain[1]) >= 0.8
     assert jaccard(chain[0], chain[-1]) < 0.1
     made = make_corpus(tmp_path / "corpus", chain)
-    stage = NearStage(max_share=1, recall=0.9999)
+    stage = NearStage(recall=0.9999)
     run_stage(stage, made, tmp_path / "scratch")
     found = labels(made, stage)
     assert set(found["cluster_size"].to_pylist()) == {len(chain)}
     assert found["duplicate"].to_pylist() == [i % 3 > 0 for i in range(25)]
-
-
-def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None:
-    page = " ".join(WORDS[:60])
-    documents = [
-        *({"text": f"{page} page", "source": "books", "id": f"b{i}"} for i in range(90)),
-        *({"text": text, "source": "books"} for text in texts_with_copies(2, 5)),
-        *({"text": page, "source": "few"} for _ in range(5)),
-    ]
-    made = make_corpus(tmp_path / "corpus", documents)
-    with pytest.raises(MaxlmError) as caught:
-        run_stage(NearStage(), made, tmp_path / "scratch")
-    message = str(caught.value)
-    assert 'source "books" would lose' in message
-    assert "of 100 documents" in message
-    assert "89 like b0 (b1, b2, b3, ...)" in message
-    assert "max_shares: {books: " in message
-    assert not made[0].path("near").exists()
-    allowed = NearStage(max_shares={"books": 0.95})
-    assert allowed.fingerprint() == NearStage().fingerprint()
-    run_stage(allowed, made, tmp_path / "scratch")
-    assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4
 
 
 def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_path: Path) -> None:
@@ -172,7 +149,7 @@ def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_p
     copies = random_.sample(range(600), 60)
     pages += [[*pages[i][:50], "edited", *pages[i][50:]] for i in copies]
     made = make_corpus(tmp_path / "corpus", [" ".join(page) for page in pages], rows_per_group=200)
-    stage = NearStage(max_share=1, max_group=20)
+    stage = NearStage(max_group=20)
     run_stage(stage, made, tmp_path / "scratch")
     of = labels(made, stage)["of"].to_pylist()
     assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59

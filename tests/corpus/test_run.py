@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.corpus import run
 from maxlm.corpus.opened import OpenCorpus
@@ -206,10 +205,6 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
             "holds no numbers",
         ),
         (
-            {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}], "keep": {}},
-            'stages.0: there is no source "wbe"; there are: web, books',
-        ),
-        (
             {
                 "stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}],
                 "keep": {},
@@ -312,24 +307,6 @@ def test_a_corpus_does_not_read_itself(crawl, tmp_path):
         run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
     with pytest.raises(MaxlmError, match="a corpus lies among the files"):
         list(read_documents(SourceConfig(documents=(str(tmp_path),))))
-
-
-def test_what_is_done_of_a_corpus_can_be_looked_at(tmp_path, capfd):
-    """The alarm of `near` says to look at documents, when `near` cannot be finished."""
-    lines = [f"The same page of the same book, but for a number: {i % 2}. " * 9 for i in range(30)]
-    rows = "".join(json.dumps({"text": t, "id": f"n{i}"}) + "\n" for i, t in enumerate(lines))
-    (tmp_path / "a.jsonl").write_text(rows)
-    sources = [{"name": "web", "documents": [str(tmp_path / "a.jsonl")]}]
-    stages = [{"stage": "heuristics"}, {"stage": "near", "alarm_from": 10}]
-    keep = {"long": "heuristics.words > 3", "unique": "not near.duplicate"}
-    with pytest.raises(MaxlmError, match=f"maxlm corpus show {tmp_path}/c ID") as error:
-        run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep=keep))
-    assert "would lose" in str(error.value)
-    assert main(["corpus", "show", str(tmp_path / "c"), "n1"]) == 0
-    shown = capfd.readouterr()
-    assert shown.out == lines[1]
-    assert "rule long: kept\n" in shown.err
-    assert "unique" not in shown.err
 
 
 def test_a_store_of_a_pattern_of_corpora_follows_their_rules(crawl, tmp_path):

@@ -22,7 +22,7 @@ class SelectedDocuments:
     """The members of a corpus. Picklable; their columns stay on disk.
 
     A shard's file has the columns row (int64, within the shard, rising), rank (float64, the higher
-    the better), id and source (strings).
+    the better) and id (string).
     """
 
     folder: Path
@@ -64,28 +64,26 @@ def get_member_path(folder: Path, shard: str) -> Path:
 class SelectedDocumentsWriter:
     """The members of one shard, as they are read."""
 
-    input_columns = ("id", "source")
+    input_columns = ("id",)
     """The columns it needs, besides the label that `keep_by` names."""
 
     def __init__(self, keep_by: str | None):
         self._keep_by = keep_by
         self._rows: list[np.ndarray] = []
         self._ranks: list[np.ndarray] = []
-        self._names: dict[str, list[pa.Array]] = {name: [] for name in self.input_columns}
+        self._ids: list[pa.Array] = [pa.array([], pa.string())]
 
     def add(self, group: RowGroup) -> None:
         """Adds the members of one row group."""
         self._rows.append(group.row_indices + group.first_row)
         self._ranks.append(compute_keep_scores(group.batch, self._keep_by))
-        for name, parts in self._names.items():
-            parts.append(group.batch.column(name))
+        self._ids.append(group.batch.column("id"))
 
     def write(self, path: Path) -> np.ndarray:
         """Write the shard's file; returns the ranks."""
         rank = concatenate(self._ranks, np.float64)
-        none = pa.array([], pa.string())
-        names = {name: pa.concat_arrays([none, *parts]) for name, parts in self._names.items()}
-        write_columns(path, {"row": concatenate(self._rows, np.int64), "rank": rank, **names})
+        columns = {"row": concatenate(self._rows, np.int64), "rank": rank}
+        write_columns(path, columns | {"id": pa.concat_arrays(self._ids)})
         return rank
 
 

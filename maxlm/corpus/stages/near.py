@@ -9,8 +9,7 @@ The search goes by jobs over shards and over ranges of hashes:
 A job whose files are there is not done again, so a killed run goes on where it stopped.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.candidates import (
     count_pairs,
     find_candidate_pairs,
@@ -45,7 +43,6 @@ from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
-_SHOWN = 3  # Clusters and documents that an alarm names.
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
@@ -75,14 +72,6 @@ class NearStage(CrossDocumentStage):
     hashes: int = Field(default=256, ge=1, le=4096)
     """Hash functions at most. More of them make fewer false candidates to verify, for more time a
     document; at 0.8 and 0.99 the default gives 26 bands of 8."""
-    max_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops if a source would lose more than this share of the documents looked at. This
-    and the next two are looked at when the stage runs, so changing them does nothing to one that
-    is done; after a stop, the run goes on from what it has found."""
-    max_shares: Mapping[str, float] = {}
-    """Limits of single sources by name, instead of `max_share`."""
-    alarm_from: int = Field(default=100, ge=1)
-    """Sources of fewer documents may lose any share."""
     max_group: int = Field(default=50, ge=4)
     """Documents with a band in common are all compared with each other up to this number; in a
     larger group each with a quarter of this number of the best and with as many of the documents
@@ -91,7 +80,6 @@ class NearStage(CrossDocumentStage):
     version: ClassVar[int] = 4
     required_packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True
-    hash_excludes = (*CrossDocumentStage.hash_excludes, "max_share", "max_shares", "alarm_from")
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -112,54 +100,12 @@ class NearStage(CrossDocumentStage):
         """See `CrossDocumentStage.label`."""
         members, alike = find_similar_pairs(self, shards, scratch, run_jobs)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
-        if shards:
-            self._check_shares(members, marks, shards[0].folder)
         ends = np.searchsorted(marks.member, members.shard_offsets)
         parts = [
             (i, shard, DuplicateClusters(*(v[ends[i] : ends[i + 1]] for v in vars(marks).values())))
             for i, shard in enumerate(shards)
         ]
         run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
-
-    def _check_shares(
-        self, members: SelectedDocuments, marks: DuplicateClusters, corpus: Path
-    ) -> None:
-        documents = Counter[str]()
-        for shard in range(len(members.shards)):
-            documents += _count_values(read_columns(members.shard_path(shard)).array("source"))
-        lost = _count_values(members.take("source", marks.member[marks.duplicate_of >= 0]))
-        for source in sorted(lost):
-            share = lost[source] / documents[source]
-            most = self.max_shares.get(source, self.max_share)
-            if share > most and documents[source] >= self.alarm_from:
-                raise MaxlmError(
-                    f'source "{source}" would lose {lost[source]} of {documents[source]} documents'
-                    f" ({share:.1%}; allowed: {most:.1%}). {_largest(members, marks, source)}",
-                    where=self.unique_name,
-                    fix=f"look at these documents (maxlm corpus show {corpus} ID): if they are to "
-                    f"go, set max_shares: {{{source}: {min(1.0, share + 0.01):.2f}}}; if not, "
-                    "raise jaccard or leave them out by where",
-                )
-
-
-def _largest(members: SelectedDocuments, marks: DuplicateClusters, source: str) -> str:
-    """A sentence about the clusters in which a source would lose most."""
-    lost = np.flatnonzero(marks.duplicate_of >= 0)
-    sources = members.take("source", marks.member[lost]).to_numpy(zero_copy_only=False)
-    lost = lost[sources == source]
-    cluster, counts = np.unique(marks.cluster[lost], return_counts=True)
-    told = []
-    for which in np.argsort(-counts, kind="stable")[:_SHOWN]:
-        here = lost[marks.cluster[lost] == cluster[which]][:_SHOWN]
-        ids = members.take("id", marks.member[here]).to_pylist()
-        kept = members.take("id", marks.duplicate_of[here[:1]])[0]
-        more = ", ..." if counts[which] > len(ids) else ""
-        told.append(f"{counts[which]} like {kept} ({', '.join(ids)}{more})")
-    return f"Largest clusters: {'; '.join(told)}"
-
-
-def _count_values(column: pa.Array) -> Counter[str]:
-    return Counter({each["values"]: each["counts"] for each in column.value_counts().to_pylist()})
 
 
 def _label_shard(
