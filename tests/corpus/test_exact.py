@@ -1,6 +1,5 @@
 """Exact deduplication against a dictionary of normalised texts."""
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -14,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
@@ -40,7 +38,7 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
         if text is not None:
             key = " ".join(unicodedata.normalize("NFC", text).lower().split())
             groups.setdefault(key, []).append(i)
-    nothing = dict.fromkeys(("duplicate", "of", "copies", "seen_before"))
+    nothing = dict.fromkeys(("duplicate", "of", "copies"))
     expected = [{"id": f"d{i}"} | nothing for i in range(len(documents))]
     for group in groups.values():
         value = {i: float("-inf") if (s := scores[i]) is None else s for i in group}
@@ -50,7 +48,6 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
                 "duplicate": i != kept,
                 "of": None if i == kept else f"d{kept}",
                 "copies": len(group),
-                "seen_before": False,
             }
     return expected
 
@@ -83,50 +80,7 @@ def test_any_text_is_like_itself_and_its_normal_forms_only(
     assert labels(made, ExactStage()).to_pylist() == expected if documents else True
 
 
-def test_an_index_remembers_earlier_corpora_and_no_later_ones(tmp_path: Path) -> None:
-    stage = ExactStage(index=str(tmp_path / "index"), memory=1 << 10)
-
-    def seen(name: str, documents: list[str]) -> list[bool]:
-        made = make_corpus(tmp_path / name, documents)
-        run_stage(stage, made, tmp_path / "scratch")
-        return labels(made, stage)["seen_before"].to_pylist()
-
-    assert seen("one", ["a", "b", "a"]) == [False] * 3
-    assert seen("two", ["B ", "c", "d"]) == [True, False, False]
-    assert seen("three", ["d", "e", "a"]) == [True, False, True]
-    # Run again, each is still compared with those before it, and so not with itself.
-    assert seen("one", ["a", "b", "d"]) == [False] * 3
-    assert seen("two", ["B ", "c", "d"]) == [True, False, True]
-    files = sorted((tmp_path / "index").glob("*.digests"))
-    assert [path.stat().st_size for path in files] == [3 * 32, 3 * 32, 3 * 32]
-    assert files[0].read_bytes() == b"".join(
-        sorted(hashlib.sha256(text).digest() for text in (b"a", b"b", b"d"))
-    )
-
-
-def test_an_index_knows_a_corpus_in_another_place_and_by_a_stage_of_another_name(
-    tmp_path: Path,
-) -> None:
-    stage = ExactStage(index=str(tmp_path / "index"))
-    made = make_corpus(tmp_path / "one", ["a", "b"])
-    run_stage(stage, made, tmp_path / "scratch")
-    (tmp_path / "one").rename(tmp_path / "two")
-    moved = [replace(shard, folder=tmp_path / "two") for shard in made]
-    renamed = stage.model_copy(update={"name": "copies"})
-    run_stage(renamed, moved, tmp_path / "scratch")
-    assert labels(moved, renamed)["seen_before"].to_pylist() == [False, False]
-    assert len(list((tmp_path / "index").glob("*.digests"))) == 1
-
-
-def test_an_index_of_other_settings_is_refused(tmp_path: Path) -> None:
-    made = make_corpus(tmp_path / "corpus", ["a"])
-    run_stage(ExactStage(index=str(tmp_path / "index")), made, tmp_path / "scratch")
-    other = ExactStage(index=str(tmp_path / "index"), case=False)
-    with pytest.raises(MaxlmError, match="normalised by"):
-        run_stage(other, made, tmp_path / "scratch2")
-
-
-def _run_until(corpus: Path, index: Path, scratch: Path, step: str) -> None:
+def _run_until(corpus: Path, scratch: Path, step: str) -> None:
     """Run in this process, which dies when a step begins, as by a kill."""
 
     def progress(title: str, done: int, total: int) -> None:
@@ -138,27 +92,22 @@ def _run_until(corpus: Path, index: Path, scratch: Path, step: str) -> None:
     views = make_corpus(corpus, ["a", "b", "a", "c"])
     scratch.mkdir(exist_ok=True)
     with WorkerPool(1) as pool:
-        stage = ExactStage(index=str(index))
         views = [replace(view, output_stage="exact") for view in views]
-        stage.label(views, scratch, JobRunner("exact", pool, progress))
+        ExactStage().label(views, scratch, JobRunner("exact", pool, progress))
 
 
-def test_a_killed_run_goes_on_and_enters_the_index_once(tmp_path: Path) -> None:
-    paths = tmp_path / "corpus", tmp_path / "index", tmp_path / "scratch"
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    paths = tmp_path / "corpus", tmp_path / "scratch"
     context = multiprocessing.get_context("spawn")
     for step in ("group", "label"):
         process = context.Process(target=_run_until, args=(*paths, step))
         process.start()
         process.join()
         assert process.exitcode == 9
-        assert not list(paths[1].glob("*.digests"))
     made = make_corpus(paths[0], ["a", "b", "a", "c"])
-    stage = ExactStage(index=str(paths[1]))
-    run_stage(stage, made, paths[2])
-    found = labels(made, stage)
+    run_stage(ExactStage(), made, paths[1])
+    found = labels(made, ExactStage())
     assert found["duplicate"].to_pylist() == [False, False, True, False]
-    assert found["seen_before"].to_pylist() == [False] * 4
-    assert [p.stat().st_size for p in paths[1].glob("*.digests")] == [3 * 32]
 
 
 @pytest.mark.timeout(120)

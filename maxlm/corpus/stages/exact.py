@@ -1,11 +1,7 @@
 """Exact deduplication: documents whose normalised texts are the same."""
 
 import hashlib
-import json
-import re
-import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,7 +9,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from maxlm.config import LocalPath, MaxlmError
 from maxlm.corpus.dedup.columns import (
     concatenate,
     find_range,
@@ -32,11 +27,9 @@ from maxlm.corpus.dedup.members import (
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.corpus.text import normalize
-from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
 _DIGEST = "S32"  # Compared with trailing zeros ignored, which is right for one width.
-_ENTRY = re.compile(r"\d{6}-[\w-]+\.digests")
 
 
 class ExactStage(CrossDocumentStage):
@@ -53,15 +46,6 @@ class ExactStage(CrossDocumentStage):
     """True: case makes no difference; false: texts that differ in case differ."""
     spaces: bool = True
     """True: how much white space there is, and which, makes no difference; false: it does."""
-    index: LocalPath | None = None
-    """A folder that remembers the texts of every corpus that was deduplicated with it, 32 bytes a
-    text, for the label `seen_before`; null: there is no such memory. Each corpus is compared with
-    those that entered the index before it, so one that is run again gets the same labels, also
-    from another place: corpora are told apart by the file `corpus.id` in their folder. So a corpus
-    has one entry, and one stage of a recipe uses an index; a corpus made anew in a deleted folder
-    is another one, to which the old one's entry (`NUMBER-ID.digests`, to be deleted) is an earlier
-    corpus. A stage that is done enters nothing again: after the index was deleted, delete the
-    stage's folder as well, and those of stages that read `seen_before`."""
 
     version: ClassVar[int] = 4
     depends_on_unicode: ClassVar[bool] = True
@@ -72,7 +56,6 @@ class ExactStage(CrossDocumentStage):
                 ("duplicate", pa.bool_()),  # another copy is kept
                 ("of", pa.large_string()),  # which one; large: no category to be counted
                 ("copies", pa.int64()),  # this one and the kept one included
-                ("seen_before", pa.bool_()),  # in a corpus that entered the index earlier
             ]
         )
 
@@ -88,51 +71,13 @@ class ExactStage(CrossDocumentStage):
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """Hash each shard, group each range of hashes, label each shard."""
-        folder = Path(self.index).expanduser() if self.index else None
-        with lock_folder(folder) if folder else nullcontext():
-            earlier, own = (), None
-            if folder and shards:
-                self._check_index(folder)
-                earlier, own = _find_entries(folder, shards[0].folder)
-            run_jobs(partial(_hash_shard, self, scratch), shards, "hash")
-            members = open_selected_documents(scratch, shards)
-            number = max(1, -(-members.num_selected * _BYTES // self.memory))
-            # A killed run may have had other ranges, or another index.
-            out = scratch / "ranges" / f"{number}-{len(earlier)}"
-            run_jobs(partial(_group_range, members, out, number, earlier), range(number), "group")
-            label = partial(_label_shard, self.schema(), members, out, number)
-            run_jobs(label, list(enumerate(shards)), "label")
-            if own:
-                with replace_file(own) as new, new.open("wb") as entry:
-                    for i in range(number):
-                        entry.write((out / f"{i}.digests").read_bytes())
-
-    def _check_index(self, folder: Path) -> None:
-        """Write down how the index's texts are normalised, or compare with what is there."""
-        settings = self.model_dump(include={"unicode", "case", "spaces"})
-        settings |= {"version": 2}  # Of `normalise`.
-        path = folder / "settings.json"
-        if not path.exists():
-            with replace_file(path) as new:
-                new.write_text(json.dumps(settings))
-        elif (theirs := json.loads(path.read_text())) != settings:
-            what = f"this index holds texts normalised by {theirs}, not by {settings}"
-            raise MaxlmError(what, where=str(path), fix="set the same, or name another folder")
-
-
-def _find_entries(index: Path, corpus: Path) -> tuple[tuple[Path, ...], Path]:
-    """The entries of an index, NUMBER-ID.digests, of corpora that came before a corpus, and that
-    corpus's own: a file of sorted digests each."""
-    path = corpus / "corpus.id"  # Tells a corpus from others wherever it lies.
-    if not path.exists():
-        with replace_file(path) as new:
-            new.write_text(uuid.uuid4().hex)
-    name = f"{path.read_text().strip()}.digests"
-    entries = sorted(each for each in index.iterdir() if _ENTRY.fullmatch(each.name))
-    last = int(entries[-1].name[:6]) if entries else 0
-    own = next((each for each in entries if each.name[7:] == name), None)
-    own = own or index / f"{last + 1:06d}-{name}"
-    return tuple(each for each in entries if each.name < own.name), own
+        run_jobs(partial(_hash_shard, self, scratch), shards, "hash")
+        members = open_selected_documents(scratch, shards)
+        number = max(1, -(-members.num_selected * _BYTES // self.memory))
+        out = scratch / "ranges" / str(number)  # A killed run may have had other ranges.
+        run_jobs(partial(_group_range, members, out, number), range(number), "group")
+        label = partial(_label_shard, self.schema(), members, out, number)
+        run_jobs(label, list(enumerate(shards)), "label")
 
 
 def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None:
@@ -151,9 +96,7 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
     write_columns(out, {"digest": digest[order], "member": order, "rank": rank[order]})
 
 
-def _group_range(
-    members: SelectedDocuments, folder: Path, number: int, earlier: tuple[Path, ...], which: int
-) -> None:
+def _group_range(members: SelectedDocuments, folder: Path, number: int, which: int) -> None:
     """Find the best copy of each text in one of `number` ranges of digests.
 
     Of each shard only the best copy takes part, so a text that is everywhere needs no more memory
@@ -179,22 +122,11 @@ def _group_range(
     kept = member[order][mark_run_starts(text[order])]
     copies = np.zeros(len(texts), np.int64)
     np.add.at(copies, text, concatenate(counts, np.int64))
-    seen = np.zeros(len(texts), np.bool_)
-    for path in earlier:
-        known = np.memmap(path, _DIGEST, "r") if path.stat().st_size else np.empty(0, _DIGEST)
-        known = known[find_range(known, starts, which)]
-        places = np.searchsorted(known, texts)
-        found = places < len(known)
-        seen[found] |= known[places[found]] == texts[found]
     columns = {
         "shard": concatenate(origin, np.int32),
         "kept": kept[text],
         "copies": copies[text],
-        "seen": seen[text].astype(np.uint8),
     }
-    with convert_write_errors(out):
-        folder.mkdir(parents=True, exist_ok=True)
-        texts.tofile(out.with_suffix(".digests"))
     write_columns(out, columns)
 
 
@@ -206,7 +138,7 @@ def _label_shard(
     part: tuple[int, StageShardView],
 ) -> None:
     which, shard = part
-    found = {"kept": [], "copies": [], "seen": []}
+    found = {"kept": [], "copies": []}
     for each in range(number):
         columns = read_columns(folder / f"{each}.arrow")
         start, stop = np.searchsorted(columns["shard"], [which, which + 1])
@@ -223,7 +155,6 @@ def _label_shard(
         "duplicate": duplicate,
         "of": ids.take(pa.array(places, mask=~duplicate)),
         "copies": concatenate(found["copies"], np.int64)[text],
-        "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
     }
     write_labels(shard, schema, read_columns(members.shard_path(which))["row"], labels)
 
