@@ -1,7 +1,5 @@
 """Language identification: accuracy by language on real manuals, and speed, beside its peers.
 
-fastText alone labels whole texts; the labels of paragraphs take maxlm a second pass.
-
     python benchmarks/corpus_language.py en=FOLDER fr=FOLDER ... [--documents 400] [--plot PNG]
 
 Each argument names a language and a folder of its pages (HTML, man pages, text), such as those of
@@ -42,8 +40,6 @@ class Page:
     text: str
     language: str | None
     """What it is in; None: mixed."""
-    english: float
-    """The part of the characters of its long lines that stand in English ones."""
 
 
 def read(path: Path) -> str:
@@ -85,7 +81,7 @@ def judge(texts: dict[str, list[str]]) -> list[Page]:
             known = "en" if foreign <= 0.1 else language if share <= 0.2 else None
             if sizes[known == "en", True] < LEAST:
                 continue
-            pages.append(Page(text, known, share))
+            pages.append(Page(text, known))
     return pages
 
 
@@ -120,16 +116,6 @@ def predictors() -> dict[str, Predict]:
         return codes
 
     return {**found, "pycld2": cld2}
-
-
-def english_share(texts: list[str]) -> list[float]:
-    """The part of each text that our spans call English."""
-    batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
-    spans = LanguageStage().make_batch_label_fn()(batch).column("spans").to_pylist()
-    return [
-        sum(span["end"] - span["start"] for span in each if span["name"] == "en") / len(text)
-        for text, each in zip(texts, spans, strict=True)
-    ]
 
 
 def print_accuracy(pages: list[Page], answers: dict[str, list[str]]) -> dict[str, list[float]]:
@@ -198,12 +184,6 @@ def main() -> None:
     for page, answer in [each for each in wrong if each[0].language][: arguments.show]:
         print(page.language, "taken for", answer, repr(page.text[:150]))
 
-    mixed = [page for page in pages if page.language is None]
-    if mixed:
-        errors = np.abs(
-            english_share([p.text for p in mixed]) - np.array([p.english for p in mixed])
-        )
-        print(f"mixed pages: {len(mixed)}; English share of spans off by {np.median(errors):.3f}")
     if arguments.plot:
         plot(table, arguments.plot)
 
