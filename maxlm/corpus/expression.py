@@ -9,11 +9,10 @@ with null is neither true nor false, and a document is taken only where the whol
 # pyright: reportAttributeAccessIssue=false
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,14 @@ from pyarrow import types
 
 from maxlm.config import MaxlmError
 
-_COMPARE: dict[type, tuple[str, Callable]] = {
-    ast.Eq: ("==", pc.equal),
-    ast.NotEq: ("!=", pc.not_equal),
-    ast.Lt: ("<", pc.less),
-    ast.LtE: ("<=", pc.less_equal),
-    ast.Gt: (">", pc.greater),
-    ast.GtE: (">=", pc.greater_equal),
+_COMPARE: dict[type, Callable] = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
 }
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 # In float64: integers of labels would silently wrap around.
 _ARITHMETIC: dict[type, Callable] = {
     ast.Add: pc.add,
@@ -40,15 +38,6 @@ _ARITHMETIC: dict[type, Callable] = {
     ast.Div: pc.divide,
 }
 _FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A comparison of a label with a number, such as `heuristics.words >= 50`."""
-
-    label: str
-    comparison: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -65,11 +54,6 @@ class Expression:
     def label_names(self) -> tuple[str, ...]:
         """The labels that the expression names, each once."""
         return tuple(dict.fromkeys(_names(self._tree)))
-
-    @cached_property
-    def thresholds(self) -> tuple[Threshold, ...]:
-        """The expression's comparisons of a label with a number."""
-        return tuple(_thresholds(self._tree))
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
@@ -98,7 +82,6 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
                 raise make_unknown_label_error(name, labels, error_location)
         empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
         value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
-        _ = expression.thresholds
     except _Unknown as error:
         what = f"{text!r}: {error} means nothing here"
         raise MaxlmError(what, where=error_location, fix=_FIX) from error
@@ -147,31 +130,6 @@ def _names(node: ast.AST) -> list[str]:
     return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
 
 
-def _thresholds(tree: ast.expr) -> Iterator[Threshold]:
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Compare):
-            continue
-        for one, sign, other in zip(
-            [node.left, *node.comparators], node.ops, node.comparators, strict=False
-        ):
-            text = _COMPARE.get(type(sign), ("", None))[0]
-            name, value = _dotted(one), _number(other)
-            if name is None:
-                name, value, text = _dotted(other), _number(one), _MIRRORED.get(text, text)
-            if text and name is not None and value is not None:
-                yield Threshold(name, text, value)
-
-
-def _number(node: ast.expr) -> float | None:
-    try:
-        value = ast.literal_eval(node)
-    except ValueError:
-        return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
-        return None
-    return float(value)
-
-
 def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
     if (name := _dotted(node)) is not None:
         return table.column(name)
@@ -212,7 +170,7 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
             found = pc.or_kleene(found, pc.equal(value, _evaluate(each, table)))
         return found if isinstance(op, ast.In) else pc.invert(found)
     if type(op) in _COMPARE:
-        return _COMPARE[type(op)][1](_evaluate(left, table), _evaluate(right, table))
+        return _COMPARE[type(op)](_evaluate(left, table), _evaluate(right, table))
     raise _Unknown(f"{ast.unparse(left)} {type(op).__name__} {ast.unparse(right)}")
 
 

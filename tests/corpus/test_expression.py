@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.expression import Threshold, parse
+from maxlm.corpus.expression import parse
 
 LABELS = {
     "language.name": pa.string(),
@@ -116,15 +116,11 @@ def test_values(text, expected):
     assert pickle.loads(pickle.dumps(expression)).evaluate(data).tolist() == expected
 
 
-def test_names_and_thresholds():
+def test_names():
     text = 'heuristics.words >= 50 and 0.1 > heuristics.symbol_ratio and language.name == "en"'
     expression = parse(text, LABELS, "keep.x")
     names = ("heuristics.words", "heuristics.symbol_ratio", "language.name")
     assert expression.label_names == names
-    assert expression.thresholds == (
-        Threshold("heuristics.words", ">=", 50),
-        Threshold("heuristics.symbol_ratio", "<", 0.1),
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A corpus's figures as one HTML page that needs no network: `page.html` is its template."""
 
-import html
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.corpus.expression import Threshold
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.report.summary import CorpusSummary
@@ -91,25 +89,20 @@ def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
 
 
 def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
-    """Labels that rules compare first, each with the values at which it is cut."""
-    thresholds: dict[str, list[Threshold]] = {}
-    for rule in rules.keep.values():
-        for each in rule.thresholds:
-            thresholds.setdefault(each.label, []).append(each)
+    """Labels that rules name first."""
     charts = []
-    for label in sorted(summary.value_samples, key=lambda label: (label not in thresholds, label)):
+    named = rules.label_names
+    for label in sorted(summary.value_samples, key=lambda label: (label not in named, label)):
         values = summary.value_samples[label][1]
         values = values[np.isfinite(values)]
         if values.size:
-            svg = _draw_histogram(label, values, thresholds.get(label, []))
-            charts.append({"label": label, "number": values.size, "svg": svg})
+            charts.append({"label": label, "number": values.size, "svg": _draw_histogram(values)})
     return charts
 
 
-def _draw_histogram(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
-    """A histogram with a line at each threshold, as SVG."""
-    points = [*np.quantile(values, (0.005, 0.995)), *(mark.value for mark in marks)]
-    low, high = min(points), max(points)
+def _draw_histogram(values: np.ndarray) -> str:
+    """A histogram as SVG."""
+    low, high = np.quantile(values, (0.005, 0.995))
     # Counts and perplexities span decades.
     logarithmic = low >= 0 and high > 50 * max(float(np.median(values)), 1e-9) > 0
     scale = np.log1p if logarithmic else np.asarray
@@ -123,19 +116,10 @@ def _draw_histogram(label: str, values: np.ndarray, marks: Sequence[Threshold]) 
         f'height="{each:.1f}" class="in"/>'
         for i, each in enumerate(height)
     ]
-    for mark in marks:
-        x = (float(scale(mark.value)) - left) / (right - left) * _WIDTH
-        anchor = "end" if x > _WIDTH / 2 else "start"
-        text = html.escape(f" {mark.comparison} {mark.value:g} ")
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{floor}"/>'
-            f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
-        )
     ends = (f"{low:.4g}", f"{high:.4g}{' (log)' if logarithmic else ''}")
     parts.append(f'<text x="0" y="{_HEIGHT - 2}">{ends[0]}</text>')
     parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{ends[1]}</text>')
-    title = f"<title>{html.escape(label)}</title>"
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{title}{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
 def _format_value(value: Any) -> str:
