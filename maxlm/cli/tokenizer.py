@@ -30,8 +30,8 @@ def train(
     text: TextArgument,
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     kind: Annotated[
-        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece"],
-        Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
+        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"],
+        Option(help="Byte-level BPE, or a SentencePiece model."),
     ] = "bpe",
     vocab_size: Annotated[int, Option(min=1, help="Ids, special tokens included.")] = 8192,
     special: Annotated[list[str] | None, Option(help="A special token; repeatable.")] = None,
@@ -39,9 +39,6 @@ def train(
     eos: Annotated[str, Option(help="Closes a document.")] = "<|endoftext|>",
     pad: Annotated[str | None, Option(help="Pads.")] = None,
     chat: Annotated[Literal["chatml", "llama3"] | None, Option(help="The format of chats.")] = None,
-    lowercase: Annotated[
-        bool, Option("--lowercase", help="wordpiece: no case, no accents.")
-    ] = False,
     sample_bytes: Annotated[int, Option(min=1, help="Learn from the first so many.")] = 100_000_000,
     text_field: TextFieldOption = "text",
     force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.programs.load import load_model
 
@@ -14,8 +14,15 @@ TEXTS = ["the cat sat", "a longer text about the weather of today, and of tomorr
 
 
 def test_a_berts_mean_and_first_vectors(tmp_path):
-    config = TokenizerConfig(kind="wordpiece", vocab_size=60, bos="[CLS]", eos="[SEP]")
-    export_tokenizer(train_tokenizer(config, TEXTS * 9), tmp_path)
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special)
+    tokenizer.train_from_iterator(TEXTS * 9, trainer)
+    pairs = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*pairs)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
     settings = transformers.BertConfig(
         vocab_size=96, num_hidden_layers=2, max_position_embeddings=64, **sizes

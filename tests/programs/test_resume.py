@@ -48,7 +48,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
     for part, names in (
         (data, NEW[0]),
         (data["sources"][0], NEW[1]),
-        (tokenizer, ("chat", "lowercase")),
+        (tokenizer, ("chat",)),
         (metadata, ("stores", "sha256")),
         (metadata["versions"], ("maxlm",)),
     ):

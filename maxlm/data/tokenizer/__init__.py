@@ -1,5 +1,4 @@
-"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
-tokenizers."""
+"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, and imported tokenizers."""
 
 from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
