@@ -2,8 +2,8 @@
 
     python benchmarks/bit_flips.py [--flips 400] [--seed 0]
 
-Makes a small corpus, a token store of it and the store's packing index, then flips one bit at a
-time, in a file drawn at random of each kind, and reads the kind again. Prints how many flips were
+Makes a token store, then flips one bit at a time, in a file drawn at random of each kind, and reads
+the kind again. Prints how many flips were
 refused by an error that names the file, how many changed no value (an unused bit), and how many
 were read as other values. Exits with 1 if one was, or an error named no file.
 """
@@ -70,55 +70,28 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
 
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
-    """A corpus, a store and an index in `folder`."""
-    from maxlm.corpus.recipe import RecipeConfig
-    from maxlm.corpus.run import run_recipe
-    from maxlm.data.documents import SourceConfig, read_documents
-    from maxlm.data.loader import LoaderConfig, make_batches
+    """A store in `folder`."""
+    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import TokenStore, build_store
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
     (folder / "texts").mkdir()
     for i, text in enumerate(TEXTS):
         (folder / "texts" / f"{i:04d}.txt").write_text(text)
-    recipe = {
-        "out": str(folder / "corpus"),
-        "sources": [{"name": "made", "documents": [str(folder / "texts")]}],
-        "stages": [{"stage": "heuristics"}],
-        "keep": {"long": "heuristics.words > 8"},
-        "shard_bytes": 40_000,
-        "workers": 1,
-    }
-    corpus = run_recipe(RecipeConfig.model_validate(recipe))
-    documents = SourceConfig(documents=(str(corpus),))
+    documents = SourceConfig(documents=(str(folder / "texts"),))
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), (t.encode() for t in TEXTS))
     tokenizer.save(folder / "tokenizer")
     build_store(documents, folder / "tokenizer", folder / "store", workers=1)
-
-    def texts() -> list[tuple[str, bytes]]:
-        return [(each.id, each.text) for each in read_documents(documents)]
 
     def stored() -> tuple[Any, ...]:
         store = TokenStore.open(folder / "store")
         offsets, tokens = store.offsets[:], store.read(0, store.num_tokens)
         return store.manifest, offsets.tolist(), tokens.tolist()
 
-    def packed() -> list[Any]:
-        config = LoaderConfig(seq_len=64, packing="best_fit", shuffle=False)
-        store = TokenStore.open(folder / "store")
-        batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
-        tokens = [batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)]
-        return [batches.sources[0].num_sequences, tokens]
-
-    packed()
+    arrays = {name: folder / "store" / name for name in ("tokens", "offsets")}
     return {
-        "documents": Kind(sorted(corpus.glob("*/*.parquet")), texts),
-        **{
-            name: Kind(_files(folder / "store" / name), stored, [f"{folder / 'store' / name}"])
-            for name in ("tokens", "offsets")
-        },
+        **{name: Kind(_files(path / "c"), stored, [str(path)]) for name, path in arrays.items()},
         "manifest": Kind([folder / "store" / "manifest.json"], stored),
-        "packing": Kind(_files(folder / "store/packing"), packed, [f"{folder / 'store/packing'}"]),
     }
 
 

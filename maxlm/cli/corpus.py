@@ -92,7 +92,7 @@ def append(
 
 @app.command()
 def verify(store: StoreArgument) -> None:
-    """Read a whole store: every file against its checksum, counts, offsets and every token."""
+    """Read a whole store: counts, offsets and every token, by the checksums of chunks."""
     from maxlm.data.store import TokenStore
 
     opened = TokenStore.open(store)

@@ -18,8 +18,6 @@ from maxlm.corpus.recipe import FilterRules, get_text_stages
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
-from maxlm.data.documents.streams import open_stream
-from maxlm.runtime.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,6 @@ class FilteredShard:
 
     shard: StageShardView
     rules: FilterRules
-    sha256_by_path: dict[Path, str]
-    """SHA-256 of its files, of those whose version recorded one."""
 
 
 class CorpusReader:
@@ -41,14 +37,10 @@ class CorpusReader:
         chosen = source if isinstance(source, SourceConfig) else None
         rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
         texts, files = get_text_stages(corpus.recipe), []
-        digests = {
-            s: corpus.read_manifest(s).get("shards_sha256", {}) for s in corpus.list_stages()
-        }
         for shard in corpus.shards:
             labels = [*rules.label_names, *rules.cut]
             stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
             stages = [DOCUMENTS, *sorted(stages.union(texts) - {DOCUMENTS})]
-            known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
             path = shard.path(DOCUMENTS)
             state = path.stat()
             files.append(
@@ -59,8 +51,8 @@ class CorpusReader:
                     compression="none",
                     size=state.st_size,
                     mtime_ns=state.st_mtime_ns,
-                    extra_paths=tuple(known)[1:],
-                    details=FilteredShard(shard, rules, {p: d for p, d in known.items() if d}),
+                    extra_paths=tuple(shard.path(s) for s in stages[1:]),
+                    details=FilteredShard(shard, rules),
                 )
             )
         return files
@@ -68,12 +60,6 @@ class CorpusReader:
     def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
         """Reads the documents of a shard."""
         kept: FilteredShard = part.file.details
-        for path in (part.file.path, *part.file.extra_paths):
-            with open_stream(path, "none"):
-                if path in kept.sha256_by_path and hash_file(path) != kept.sha256_by_path[path]:
-                    what = "this file has changed since maxlm corpus run wrote it"
-                    fix = "delete it and run the corpus's recipe again"
-                    raise MaxlmError(what, where=str(path), fix=fix)
         for (document_id,), text in read_filtered_documents(kept.shard, kept.rules):
             if text is None:
                 yield SkipReason.RULE

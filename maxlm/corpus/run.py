@@ -7,7 +7,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from maxlm.corpus.stage import (
 )
 from maxlm.runtime.files import (
     convert_write_errors,
-    hash_file,
     lock_folder,
     replace_file,
     verify_and_strip_json_digest,
     write_json_with_digest,
 )
-from maxlm.runtime.pool import Executor, count_usable_cores, open_executor
+from maxlm.runtime.pool import Executor, open_executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
@@ -215,8 +213,6 @@ def _make_shards(
     total: Counter[str] = Counter()
     for each in found.values():  # By `update`, as a sum of Counters drops what is 0.
         total.update(each)
-    with ThreadPoolExecutor(count_usable_cores()) as threads:
-        digests = list(threads.map(hash_file, paths.values()))
     last_run = {
         "shards": number,  # Others may be of earlier runs.
         "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
@@ -227,7 +223,6 @@ def _make_shards(
     manifest = details | {
         "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
         "shards": {name: each["rows"] for name, each in found.items()},
-        "shards_sha256": dict(zip(found, digests, strict=True)),
         "last_run": last_run,
     }
     _write_json(home / MANIFEST, manifest)

@@ -12,8 +12,7 @@ Best fit first cuts documents longer than seq_len into seq_len pieces and a rema
 block of documents, remainders and short documents go, longest first, each into the fullest sequence
 that still has room (best-fit decreasing: Johnson 1973). The block bounds the memory of the build
 and keeps each sequence's documents near one another in the store. The index lies in
-STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files; they are checked
-against their checksums at the start of a run.
+STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
 """
 
 import shutil
@@ -29,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.checksums import find_damaged_files, write_checksums
 from maxlm.data.store.offsets import Int64s
 
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
@@ -190,9 +188,6 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
             what = f"cannot write the packing index ({error.strerror})"
             fix = "make the store's folder writable once, or use packing=concat"
             raise MaxlmError(what, where=str(folder), fix=fix) from error
-    for name, fault in find_damaged_files(folder, None):
-        fix = "delete its folder, which will be made again"
-        raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)
     return BestFitPacking(store, folder)
 
 
@@ -275,7 +270,6 @@ def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
                 for file, array in zip(files, pieces, strict=True):
                     file.write(array.data)
         np.save(temporary / f"{_ARRAYS[3]}.npy", np.cumsum(np.concatenate(counts)))
-        write_checksums(temporary)
         temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
         try:
             temporary.rename(folder)

@@ -13,7 +13,6 @@ import numpy as np
 from maxlm.config import MaxlmError, check_local_path
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
-from maxlm.data.store.checksums import write_checksums
 from maxlm.data.store.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -190,7 +189,6 @@ def _write_segment(
     with convert_write_errors(building):
         if base is None:
             plan.tokenizer.save(store / "tokenizer")
-        checksums_digest = write_checksums(store)
     segment = StoreSegment(
         num_tokens=manifest.num_tokens,
         num_documents=manifest.num_documents,
@@ -198,7 +196,6 @@ def _write_segment(
         selection=manifest.selection,
         offsets_sha256=offsets_digest,
         tokens_sha256=tokens_digest,
-        checksums_sha256=checksums_digest,
     )
     return manifest.model_copy(update={"segments": (segment,)})
 

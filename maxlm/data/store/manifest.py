@@ -50,8 +50,6 @@ class StoreSegment(Config):
     tokens_sha256: str
     """SHA-256 of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as
     little-endian numbers of their dtype."""
-    checksums_sha256: str
-    """SHA-256 of its list of checksums."""
     selection: str | None = None
     """The rules by which its documents were taken from corpora."""
 

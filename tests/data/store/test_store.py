@@ -3,7 +3,6 @@
 import importlib
 import json
 import pickle
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -118,34 +117,7 @@ def overwrite(store, name, index, value):
     return TokenStore.open(store.path).verify
 
 
-def test_a_lost_or_cut_list_of_checksums_is_damage(store):
-    path = store.path / "checksums.sha256"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert fails(store.verify) == f"{path}: this file has changed since it was written; {REBUILD}"
-    path.unlink()
-    assert fails(store.verify) == f"{path}: this file is missing; {REBUILD}"
-
-
-@pytest.mark.parametrize("name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"])
-def test_verify_names_the_damaged_file(store, name):
-    """One flipped bit, a lost file; sha256sum agrees. No file but the manifest is without one."""
-    lines = (store.path / "checksums.sha256").read_text().splitlines()
-    files = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
-    assert {line[66:] for line in lines} == files - {"manifest.json", "checksums.sha256"}
-    check = ["sha256sum", "--quiet", "-c", "checksums.sha256"]
-    assert subprocess.run(check, cwd=store.path, check=False).returncode == 0
-    path = store.path / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert fails(store.verify) == f"{path}: this file has changed since it was written; {REBUILD}"
-    assert subprocess.run(check, cwd=store.path, check=False).returncode == 1
-    path.unlink()
-    assert fails(store.verify) == f"{path}: this file is missing; {REBUILD}"
-
-
-def test_verify_finds_wrong_values(store, monkeypatch):
-    monkeypatch.setattr("maxlm.data.store.store.find_damaged_files", lambda *_: ())
+def test_verify_finds_wrong_values(store):
     assert "token 300 lies outside the vocabulary" in fails(overwrite(store, "tokens", 7, 300))
     overwrite(store, "tokens", 7, 5)()
     for index, value in ((3, 0), (0, 1)):
@@ -166,8 +138,8 @@ def test_check_tokenizer(store, byte_tokenizer):
 
 
 def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
-    """Documents, tokens, offsets, the manifest and the packing index; the script flips more."""
+    """Of tokens, offsets and the manifest; the script flips more."""
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
     bit_flips = importlib.import_module("bit_flips")
     found = bit_flips.count_flips(bit_flips.make_kinds(tmp_path), 6, seed=32)
-    assert [counts["refused"] + counts["equal"] for counts in found.values()] == [6] * 5
+    assert [counts["refused"] + counts["equal"] for counts in found.values()] == [6] * 3
