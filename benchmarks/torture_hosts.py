@@ -72,11 +72,11 @@ class Attempt:
         command += [f"mesh.data={layout.data}", f"mesh.fsdp={layout.fsdp}"]
         # Workers cost half a start; that none outlives its host shows on one.
         command += [f"data.workers={int(layout.hosts == 1)}"]
-        if layout.hosts > 1:
-            command += ["--coordinator", coordinator, "--process-id", str(number)]
-            command += ["--num-processes", str(layout.hosts)]
         environment = {
             **os.environ,
+            "MAXLM_COORDINATOR": coordinator,
+            "MAXLM_NUM_PROCESSES": str(layout.hosts),
+            "MAXLM_PROCESS_ID": str(number),
             "JAX_NUM_CPU_DEVICES": str(layout.devices),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -31,9 +31,6 @@ def command(
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
-    coordinator: Annotated[str | None, Option(help="host:port of the first process.")] = None,
-    num_processes: Annotated[int | None, Option(help="How many there are.")] = None,
-    process_id: Annotated[int | None, Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness: mmlu, mmlu_pro, gsm8k, minerva_math,
     arc_challenge, hellaswag, winogrande, truthfulqa_mc2, gpqa_main_zeroshot, and others.
@@ -46,13 +43,12 @@ def command(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {**context.params, "tasks": names, "settings": settings or ()}
-    own = {name: options.pop(name) for name in ("coordinator", "num_processes", "process_id")}
     faults = FaultToleranceConfig()
-    own |= {
-        "join_timeout_seconds": faults.join_seconds,
-        "peer_timeout_seconds": faults.peer_seconds,
-    }
-    with distributed_session({"eval": [model, *names, *options["settings"]]}, **own):
+    with distributed_session(
+        {"eval": [model, *names, *options["settings"]]},
+        join_timeout_seconds=faults.join_seconds,
+        peer_timeout_seconds=faults.peer_seconds,
+    ):
         import jax
 
         from maxlm.evaluation.results import list_metrics

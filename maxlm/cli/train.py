@@ -12,14 +12,11 @@ def command(
     settings: SettingsArgument = None,
     resume: Annotated[str | None, Option(help="Go on from this run, in a new folder.")] = None,
     profile: Annotated[str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")] = None,
-    coordinator: Annotated[str | None, Option(help="host:port of the first process.")] = None,
-    num_processes: Annotated[int | None, Option(help="How many there are.")] = None,
-    process_id: Annotated[int | None, Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
     """Train a model. Called again, it resumes from the newest checkpoint in the run's folder.
 
     On a cluster, every process is started with the same command and finds the others by itself
-    (SLURM, TPUs, the templates of `maxlm launch`); the options say it otherwise.
+    (SLURM, TPUs, the templates of `maxlm launch`).
 
     Exit code: 0 done, 2 a mistake in what was given, 75 preempted (SIGTERM, SIGUSR1) and saved,
     76 a process hung or was lost: after the last two the same command resumes.
@@ -42,9 +39,6 @@ def command(
         run.model_dump(mode="json"),
         join_timeout_seconds=run.faults.join_seconds,
         peer_timeout_seconds=run.faults.peer_seconds,
-        coordinator=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
     ):
         from maxlm.programs.report import print_training_report
         from maxlm.programs.train import train_model

@@ -11,6 +11,8 @@ from maxlm.config.errors import ProcessLost
 # What JAX takes itself: above the ports that Linux gives to outgoing connections.
 _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
+_COORDINATOR = "MAXLM_COORDINATOR"
+_SETTINGS = (_COORDINATOR, "MAXLM_NUM_PROCESSES", "MAXLM_PROCESS_ID")
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
 _DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
 
@@ -30,26 +32,24 @@ class Cluster:
 
 
 def find_cluster(
-    environ: Mapping[str, str],
-    *,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    read_metadata: Callable[[str], str | None] | None = None,
+    environ: Mapping[str, str], read_metadata: Callable[[str], str | None] | None = None
 ) -> Cluster | None:
     """Returns this process's place in its cluster; None if it is alone.
 
-    The first that says anything: the arguments, each in place of its MAXLM_COORDINATOR,
-    MAXLM_NUM_PROCESSES or MAXLM_PROCESS_ID; a step of SLURM with several tasks (of which a
-    coordinator named alone replaces that part); the variables of a TPU pod on Kubernetes; the
-    metadata of a TPU VM: an attribute by its name, None where there is none (default: of this
-    machine, as Google's metadata server has it).
+    The first that says anything: MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES and MAXLM_PROCESS_ID; a
+    step of SLURM with several tasks (of which a coordinator named alone replaces that part); the
+    variables of a TPU pod on Kubernetes; the metadata of a TPU VM: an attribute by its name, None
+    where there is none (default: of this machine, as Google's metadata server has it).
     """
-    explicit = _explicit(environ, coordinator, num_processes, process_id)
+    explicit = {
+        name: environ[name] if name == _COORDINATOR else _number(environ, name)
+        for name in _SETTINGS
+        if environ.get(name)
+    }
     slurm = _slurm(environ)
     if explicit:
-        if set(explicit) == {"coordinator"} and slurm:
-            found = replace(slurm, coordinator=str(explicit["coordinator"]))
+        if set(explicit) == {_COORDINATOR} and slurm:
+            found = replace(slurm, coordinator=str(explicit[_COORDINATOR]))
         else:
             found = _complete(explicit, slurm)
     else:
@@ -57,39 +57,15 @@ def find_cluster(
     return _checked(found) if found else None
 
 
-_NAMES = {
-    "coordinator": "--coordinator (MAXLM_COORDINATOR)",
-    "num_processes": "--num-processes (MAXLM_NUM_PROCESSES)",
-    "process_id": "--process-id (MAXLM_PROCESS_ID)",
-}
-
-
-def _explicit(environ: Mapping[str, str], *arguments: str | int | None) -> dict[str, str | int]:
-    """Returns the arguments and variables that are set, by name."""
-    values = {}
-    for name, argument in zip(_NAMES, arguments, strict=True):
-        variable = f"MAXLM_{name.upper()}"
-        if argument is not None:
-            values[name] = argument
-        elif environ.get(variable):
-            numeric = name != "coordinator"
-            values[name] = _number(environ, variable) if numeric else environ[variable]
-    return values
-
-
 def _complete(explicit: Mapping[str, str | int], slurm: Cluster | None) -> Cluster:
-    missing = [words for name, words in _NAMES.items() if name not in explicit]
+    missing = [name for name in _SETTINGS if name not in explicit]
     if missing:
-        given = ", ".join(f"{_NAMES[name]} is {value}" for name, value in explicit.items())
+        given = ", ".join(f"{name} is {value}" for name, value in explicit.items())
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
         fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
         raise MaxlmError(f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix)
-    return Cluster(
-        "settings",
-        str(explicit["coordinator"]),
-        int(explicit["num_processes"]),
-        int(explicit["process_id"]),
-    )
+    coordinator, count, process = (explicit[name] for name in _SETTINGS)
+    return Cluster("settings", str(coordinator), int(count), int(process))
 
 
 def _checked(cluster: Cluster) -> Cluster | None:

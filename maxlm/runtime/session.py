@@ -23,9 +23,6 @@ def distributed_session(
     *,
     join_timeout_seconds: float,
     peer_timeout_seconds: float,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
 ) -> Iterator[None]:
     """Joins the cluster that this process was started in, if it is one of several, for the block.
 
@@ -37,11 +34,8 @@ def distributed_session(
         settings: the run's settings as nested JSON values; all processes must have the same.
         join_timeout_seconds: how long to wait for the other processes to start.
         peer_timeout_seconds: how long a process may stay silent before it counts as lost.
-        coordinator, num_processes, process_id: override the environment; see ``find_cluster``.
     """
-    cluster = find_cluster(
-        os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id
-    )
+    cluster = find_cluster(os.environ)
     if cluster is None:
         yield
         return

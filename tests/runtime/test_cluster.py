@@ -57,7 +57,6 @@ def test_the_most_explicit_place_wins():
     assert found({}) is None
     everything = STEP | POD | EXPLICIT
     assert found(everything) == Cluster("settings", "a:1", 4, 3)
-    assert found(everything, coordinator="b:2", process_id=0) == Cluster("settings", "b:2", 4, 0)
     assert found(STEP | POD) == Cluster("SLURM", f"gpu007:{61440 + 4242 % 4096}", 4, 3, (1,))
     # A network of its own for the coordinator.
     named = found(STEP | {"MAXLM_COORDINATOR": "gpu007-ib:900"})
@@ -107,27 +106,24 @@ def test_gpus_of_a_task(more, devices):
 
 
 @pytest.mark.parametrize(
-    ("environ", "arguments", "message"),
+    ("environ", "message"),
     [
         (
             {"MAXLM_NUM_PROCESSES": "3"} | STEP,
-            {},
-            "--num-processes (MAXLM_NUM_PROCESSES) is 3, but --coordinator (MAXLM_COORDINATOR) and "
-            "--process-id (MAXLM_PROCESS_ID) not set; SLURM's step has 4 tasks; set all three, or "
-            "none (SLURM's are used then)",
+            "MAXLM_NUM_PROCESSES is 3, but MAXLM_COORDINATOR and MAXLM_PROCESS_ID not set; SLURM's "
+            "step has 4 tasks; set all three, or none (SLURM's are used then)",
         ),
         (
-            EXPLICIT,
-            {"coordinator": "node1"},
+            EXPLICIT | {"MAXLM_COORDINATOR": "node1"},
             "settings: the coordinator 'node1' is no host with a port; write it as host:port, such "
             "as node1:8476",
         ),
-        (EXPLICIT | {"MAXLM_PROCESS_ID": "x"}, {}, "MAXLM_PROCESS_ID: 'x' is no whole number"),
+        (EXPLICIT | {"MAXLM_PROCESS_ID": "x"}, "MAXLM_PROCESS_ID: 'x' is no whole number"),
     ],
 )
-def test_settings_that_are_no_place(environ, arguments, message):
+def test_settings_that_are_no_place(environ, message):
     with pytest.raises(MaxlmError) as error:
-        found(environ, **arguments)
+        found(environ)
     assert str(error.value) == message
 
 
