@@ -37,9 +37,6 @@ def command(
     html: Annotated[Path | None, Option(help="Write a page to look at, all in one file.")] = None,
     as_json: JsonOption = False,
     price: Annotated[float | None, _amount("A device's price an hour: shows the run's.")] = None,
-    device_mtbf: Annotated[float | None, _amount("Hours between a device's failures.", 1)] = None,
-    restart: Annotated[float | None, _amount("Seconds from a failure to the next step.")] = None,
-    checkpoint: Annotated[float | None, _amount("Seconds a checkpoint holds a run up.")] = None,
     serve: Annotated[bool, Option("--serve", help="Plan serving the model instead.")] = False,
     prompt: Annotated[int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")] = None,
     new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
@@ -55,7 +52,6 @@ def command(
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
     """
     from maxlm.config import load_config
-    from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import plan_run
     from maxlm.plan.show import (
         format_seconds,
@@ -65,25 +61,17 @@ def command(
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
-    amounts = {
-        "device_mtbf_hours": device_mtbf,
-        "restart_seconds": restart,
-        "checkpoint_seconds": checkpoint,
-    }
-    given = {name: value for name, value in amounts.items() if value is not None}
     requests = {"prompt": prompt, "new": new, "batch": batch, "cache": cache, "weights": weights}
     requests |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
     requests = {name: value for name, value in requests.items() if value is not None}
     if serve:
-        training = {"--compile": compiled, "--device-mtbf, --restart or --checkpoint": given}
-        _refuse(training, "is of training", "leave it out, or --serve")
+        _refuse({"--compile": compiled}, "is of training", "leave it out, or --serve")
         top = top or 10 * searching
         out, shown, fits = _plan_serving(config, settings, on, mesh, requests, top, price)
         return _show(out, shown, fits, html, as_json)
     asked = {f"--{name.replace('_', '-')}": True for name in requests}
     _refuse(asked, "is of serving", "add --serve")
-    on_machines = {"--compile": compiled, "--search": searching}
-    on_machines |= {"--price": price is not None, "--device-mtbf, --restart or --checkpoint": given}
+    on_machines = {"--compile": compiled, "--search": searching, "--price": price is not None}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
     _refuse({"--top": top and not searching}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and searching}, "is what --search chooses", "leave one of the two out")
@@ -94,7 +82,7 @@ def command(
     machine, found = _find_machine(on) if on else None, None
     if machine and searching:
         run, found = _search(run, machine, config, top or 10, as_json)
-    result = plan_run(run, machine, sizes=sizes, reliability=Reliability(**given))
+    result = plan_run(run, machine, sizes=sizes)
     out, fits = result.to_json(), result.fits
     shown: list[Any] = [render_plan_tables(result, price_per_device_hour=price)]
     if found:

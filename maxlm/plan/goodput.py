@@ -18,18 +18,6 @@ STORAGE_RATE = 1e9
 
 
 @dataclass(frozen=True)
-class Reliability:
-    """A machine's failures, restarts and checkpoint writes."""
-
-    device_mtbf_hours: float = DEVICE_MTBF_HOURS
-    """Mean time between failures of one device that stop the run."""
-    restart_seconds: float = RESTART_SECONDS
-    """Seconds from a failure to the next step."""
-    checkpoint_seconds: float | None = None
-    """Seconds that a checkpoint holds up the run; None: as long as its bytes take to storage."""
-
-
-@dataclass(frozen=True)
 class Goodput:
     """Shares of time that are progress."""
 
@@ -45,17 +33,12 @@ class Goodput:
 
 
 def estimate_goodput(
-    reliability: Reliability,
-    devices: int,
-    state_bytes: float,
-    step_seconds: float,
-    checkpoint_every: int,
+    devices: int, state_bytes: float, step_seconds: float, checkpoint_every: int
 ) -> Goodput:
     """Estimates the share of a run's time that is progress, with a checkpoint of ``state_bytes`` a
     device after ``checkpoint_every`` steps; 0: none."""
-    mean, restart = reliability.device_mtbf_hours * 3600 / devices, reliability.restart_seconds
-    write = reliability.checkpoint_seconds
-    write = state_bytes / STORAGE_RATE if write is None else write
+    mean, restart = DEVICE_MTBF_HOURS * 3600 / devices, RESTART_SECONDS
+    write = state_bytes / STORAGE_RATE
     best = max(best_interval_seconds(mean, write), step_seconds)
     return Goodput(
         mtbf_hours=mean / 3600,

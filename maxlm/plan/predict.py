@@ -11,7 +11,7 @@ import numpy as np
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
+from maxlm.plan.goodput import Goodput, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
@@ -201,7 +201,6 @@ def plan_run(
     *,
     sizes: Mapping[str, int] | None = None,
     links: Mapping[str, str] | None = None,
-    reliability: Reliability = Reliability(),
 ) -> RunPlan:
     """Plans a run; refuses whatever does not fit together, but not too little memory.
 
@@ -227,7 +226,7 @@ def plan_run(
     if time:
         state = float(held.parameters + held.optimizer + held.average)
         own = state, float(time.total), config.checkpoint.every_steps
-        good = estimate_goodput(reliability, layout.devices, *own)
+        good = estimate_goodput(layout.devices, *own)
     costs = (_cost(c, shape.split, machine) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
     return RunPlan(layout, machine, shape, held, sent, time, good)

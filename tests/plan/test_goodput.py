@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from maxlm.plan.goodput import Reliability, best_interval_seconds, estimate_goodput, goodput_ratio
+from maxlm.plan.goodput import best_interval_seconds, estimate_goodput, goodput_ratio
 
 
 def simulated(interval: float, mean: float, write: float, restart: float, hours: float) -> float:
@@ -47,7 +47,7 @@ def test_the_best_interval_is(mean, share, restart):
 
 
 def test_a_larger_machine_fails_more_often():
-    few, many = (estimate_goodput(Reliability(), n, 1e9, 36.0, 100) for n in (256, 16_384))
+    few, many = (estimate_goodput(n, 1e9, 36.0, 100) for n in (256, 16_384))
     assert few.mtbf_hours == pytest.approx(64 * many.mtbf_hours)
     # 419 interruptions in 54 days on 16,384 devices: one every three hours.
     assert many.mtbf_hours == pytest.approx(54 * 24 / 419)
@@ -56,8 +56,8 @@ def test_a_larger_machine_fails_more_often():
 
 
 def test_the_ends_of_the_scale():
-    assert estimate_goodput(Reliability(), 64, 1e9, 10.0, 0).configured == 0
+    assert estimate_goodput(64, 1e9, 10.0, 0).configured == 0
     assert goodput_ratio(1e9, 60, 1, 1) == 0
-    found = estimate_goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 30.0, 100)
+    found = estimate_goodput(64, 0.0, 30.0, 100)
     assert found.best > 0.999
     assert found.best_interval_seconds == 30.0  # no oftener than there are steps
