@@ -23,10 +23,7 @@ from maxlm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from maxlm.corpus.opened import OpenCorpus
-    from maxlm.runtime.pool import Executor
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -165,11 +162,12 @@ def export(
     the texts that `build` tokenizes, with id, source, url, meta and language."""
     opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
+    from maxlm.runtime.pool import WorkerPool
     from maxlm.runtime.progress import show_progress
 
     rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
-    with _open_engine(opened) as engine, show_progress("parts") as progress:
-        made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
+    with WorkerPool(opened.recipe.workers) as pool, show_progress("parts") as progress:
+        made = export_corpus(opened, rules, out, to, pool, force=force, progress=progress)
     print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
     print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
     print(f"the files: {out}")
@@ -182,12 +180,6 @@ def _open_corpus(folder: Path) -> "OpenCorpus":
     from maxlm.corpus.opened import OpenCorpus
 
     return OpenCorpus.open(folder)
-
-
-def _open_engine(corpus: "OpenCorpus") -> "AbstractContextManager[Executor]":
-    from maxlm.runtime.pool import open_executor
-
-    return open_executor(corpus.recipe.engine, corpus.recipe.workers)
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
@@ -211,11 +203,12 @@ def _print_funnel(
     from maxlm.corpus.report import summarize_corpus, write_report
     from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
+    from maxlm.runtime.pool import WorkerPool
     from maxlm.runtime.progress import show_progress
 
     rules = corpus.resolve_rules(keep)
-    with _open_engine(corpus) as engine, show_progress("parts") as progress:
-        summary = summarize_corpus(corpus, rules, engine, tokenizer, progress)
+    with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
+        summary = summarize_corpus(corpus, rules, pool, tokenizer, progress)
     sources = sorted({source for _, source in summary.documents})
     rows = compute_funnel(rules, summary, sources)
     if page is not None:

@@ -22,7 +22,7 @@ from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, lock_folder
-from maxlm.runtime.pool import Executor
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 ExportFormat = Literal["parquet", "jsonl"]
@@ -36,7 +36,7 @@ def export_corpus(
     rules: FilterRules,
     out: Path,
     format: ExportFormat,
-    engine: Executor,
+    pool: WorkerPool,
     *,
     force: bool = False,
     progress: Progress = ignore_progress,
@@ -68,7 +68,7 @@ def export_corpus(
         new.mkdir()
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
         write = partial(_export_shard, rules, columns, format, new)
-        for each in JobRunner("export", engine, progress)(write, list(enumerate(corpus.shards))):
+        for each in JobRunner("export", pool, progress)(write, list(enumerate(corpus.shards))):
             counts.update(each)
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}

@@ -18,7 +18,6 @@ from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CrossDocumentStage, Stage
 from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
-from maxlm.runtime.pool import ExecutorName
 
 RECIPE = "corpus.json"
 """Name of the file of a corpus's recipe, by which a folder is recognised as a corpus."""
@@ -41,10 +40,8 @@ class RecipeConfig(Config):
     stages after it that compare documents."""
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
-    engine: ExecutorName = "local"
-    """Engine that runs stages: local (processes of this machine) or ray (a Ray cluster)."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes at most; null: one a core (local), or as many as the cluster has CPUs (ray)."""
+    """Processes at most; null: one a core."""
     shard_bytes: int = Field(default=64 << 20, gt=0)
     """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
     holds in memory grows with it only in stages that compare documents (see docs/corpus.md)."""

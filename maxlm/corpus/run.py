@@ -30,7 +30,7 @@ from maxlm.runtime.files import (
     verify_and_strip_json_digest,
     write_json_with_digest,
 )
-from maxlm.runtime.pool import Executor, open_executor
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
@@ -66,14 +66,14 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
         keys[step.stage.unique_name] = own
     keys[DOCUMENTS] = f"{documents} {planned.num_binary_files}"
-    with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
+    with lock_folder(folder), WorkerPool(recipe.workers) as pool:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
             _forget_stale_manifest(folder / title, key, names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
-        _read_sources(folder, keys[DOCUMENTS], planned, recipe, engine, progress)
+        _read_sources(folder, keys[DOCUMENTS], planned, recipe, pool, progress)
         for step in steps:
-            _run_step(folder, step, keys[step.stage.unique_name], names, engine, progress)
+            _run_step(folder, step, keys[step.stage.unique_name], names, pool, progress)
     return folder
 
 
@@ -119,13 +119,13 @@ def _read_sources(
     key: str,
     planned: ReadPlan,
     recipe: RecipeConfig,
-    engine: Executor,
+    pool: WorkerPool,
     progress: Progress,
 ) -> None:
     jobs = {job.shard.name: job for job in planned.jobs}
 
     def read(pending: Sequence[StageShardView]) -> None:
-        run = JobRunner(DOCUMENTS, engine, progress)
+        run = JobRunner(DOCUMENTS, pool, progress)
         left = [jobs[shard.name] for shard in pending]
         run(write_document_shard, left, num_done=len(jobs) - len(left))
 
@@ -146,13 +146,13 @@ def _run_step(
     step: BoundStage,
     key: str,
     names: Sequence[str],
-    engine: Executor,
+    pool: WorkerPool,
     progress: Progress,
 ) -> None:
     stage, own = step.stage, step.stage.unique_name
     home = folder / own
     views = [StageShardView(folder, name, step.text_stages, step.where, own) for name in names]
-    run = JobRunner(own, engine, progress)
+    run = JobRunner(own, pool, progress)
 
     def label(pending: list[StageShardView]) -> None:
         if isinstance(stage, PerDocumentStage):

@@ -19,7 +19,7 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.text import UNICODE
-from maxlm.runtime.pool import Executor
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress
 
 Job = TypeVar("Job")
@@ -31,8 +31,8 @@ BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 class JobRunner:
     """Runs the jobs of a stage and shows their progress."""
 
-    def __init__(self, title: str, engine: Executor, progress: Progress):
-        self._title, self._engine, self._progress = title, engine, progress
+    def __init__(self, title: str, pool: WorkerPool, progress: Progress):
+        self._title, self._pool, self._progress = title, pool, progress
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class JobRunner:
         title = self._title if step is None else f"{self._title}: {step}"
         results, total = [], len(jobs) + num_done
         self._progress(title, num_done, total)
-        for result in self._engine.map_unordered(function, jobs):
+        for result in self._pool.map_unordered(function, jobs):
             results.append(result)
             self._progress(title, num_done + len(results), total)
         return results
@@ -105,7 +105,7 @@ class Stage(Config):
 
 class PerDocumentStage(Stage):
     """A stage that labels each document by itself. Models are loaded when it is opened, once in
-    each process (on Ray: for each shard)."""
+    each process."""
 
     @abstractmethod
     def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:

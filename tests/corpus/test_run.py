@@ -78,12 +78,6 @@ def test_workers_do_not_matter(whole, crawl, tmp_path):
     assert files(tmp_path / "corpus") == files(whole)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_ray_does_not_matter(whole, crawl, tmp_path):
-    run_recipe(recipe(crawl, tmp_path / "corpus", engine="ray", workers=None))
-    assert files(tmp_path / "corpus") == files(whole)
-
-
 def test_only_what_changed_is_done_again(crawl, tmp_path):
     out = tmp_path / "corpus"
     run_recipe(recipe(crawl, out))

@@ -1,4 +1,4 @@
-"""The pool of worker processes, and Ray tasks on a cluster of two nodes in its place."""
+"""The pool of worker processes."""
 
 import math
 import operator
@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.pool import RayExecutor, WorkerPool, open_executor
+from maxlm.runtime.pool import WorkerPool
 
 
 def test_results_errors_and_several_maps():
@@ -129,45 +128,3 @@ def test_workers_end_when_their_parent_is_killed():
     parent.stdout.close()
     _, alive = psutil.wait_procs(workers, timeout=300)
     assert not alive
-
-
-def square(x):
-    return x * x, os.getpid()
-
-
-def refuse(x):
-    raise MaxlmError(f"no {x}", where="here", fix="give less")
-
-
-def die_once(path):
-    """Kills its process when called for the first time."""
-    marker = Path(path)
-    if not marker.exists():
-        marker.touch()
-        os._exit(1)
-    return "lived"
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_ray_s_results_come_from_other_processes():
-    import ray
-
-    with open_executor("ray", None) as engine:
-        assert list(engine.map_unordered(square, [])) == []
-        results = list(engine.map_unordered(square, range(40)))
-    assert sorted(value for value, _ in results) == [x * x for x in range(40)]
-    assert os.getpid() not in {pid for _, pid in results}
-    assert ray.is_initialized()  # a cluster that was there stays
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_ray_s_errors_arrive_as_they_are():
-    with RayExecutor(1) as engine, pytest.raises(MaxlmError) as error:
-        list(engine.map_unordered(refuse, ["way"]))
-    assert (error.value.what, error.value.where, error.value.fix) == ("no way", "here", "give less")
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_of_ray_s_that_dies_is_replaced(tmp_path):
-    with RayExecutor() as engine:
-        assert list(engine.map_unordered(die_once, [str(tmp_path / "marker")])) == ["lived"]

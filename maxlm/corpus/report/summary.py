@@ -21,7 +21,7 @@ from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
-from maxlm.runtime.pool import Executor
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 SAMPLES = 5
@@ -85,7 +85,7 @@ class CorpusSummary:
 def summarize_corpus(
     corpus: OpenCorpus,
     rules: FilterRules,
-    engine: Executor,
+    pool: WorkerPool,
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> CorpusSummary:
@@ -98,7 +98,7 @@ def summarize_corpus(
     ]
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     total = CorpusSummary()
-    for each in JobRunner("report", engine, progress)(job, corpus.shards):
+    for each in JobRunner("report", pool, progress)(job, corpus.shards):
         total.add(each)
     return total
 

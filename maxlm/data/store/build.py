@@ -35,7 +35,7 @@ from maxlm.data.store.parts import (
 )
 from maxlm.data.store.store import TokenStore
 from maxlm.runtime.files import convert_write_errors, lock_folder
-from maxlm.runtime.pool import WorkerPool, count_usable_cores
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -81,7 +81,7 @@ def build_store(
     building = out.with_name(f".{out.name}.building")
     if existing := _check_replaceable(out, plan.manifest, force):
         return existing
-    with WorkerPool(workers or count_usable_cores()) as pool:
+    with WorkerPool(workers) as pool:
         if join:
             with lock_folder(building, shared=True, wait=True):
                 if not _check_replaceable(out, plan.manifest, force):  # Finished while we waited.
@@ -123,7 +123,7 @@ def append_store(
     split = existing.split, existing.heldout_fraction
     plan = plan_build(source, out / "tokenizer", *split, workers, part_bytes)
     building = out.with_name(f".{out.name}.building")
-    with WorkerPool(workers or count_usable_cores()) as pool, lock_folder(building):
+    with WorkerPool(workers) as pool, lock_folder(building):
         existing = TokenStore.open(out).manifest
         if not is_already_appended(str(out), existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
