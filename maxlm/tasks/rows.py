@@ -20,7 +20,7 @@ from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.runtime.pool import open_executor
+from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress, show_progress
 from maxlm.tasks.task import SourceInputs, Task
 
@@ -200,7 +200,7 @@ def scan_examples(
     is_shown = is_long and jax.process_index() == 0
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
-        pool = stack.enter_context(open_executor("local", workers if is_long else 1))
+        pool = stack.enter_context(WorkerPool(workers if is_long else 1))
         scan = partial(_scan, encoder, file)
         for number, counts[number], faults in pool.map_unordered(scan, [*enumerate(parts)]):
             if faults and not keep_errors:
