@@ -234,9 +234,9 @@ ROW = {"prompt": "3 4", "chosen": "5 6", "rejected": "7", "completion": "5", "la
         ("orpo", {"chosen": " "}, "an empty completion"),
         ("kto", {"label": "good"}, "label is 'good'"),
         ("kto", {"completion": ""}, "an empty completion"),
-        ("kto", {"label": None}, "no column 'label'"),
+        ("kto", {"label": None}, "label is null"),
         ("reward", {"margin": "large"}, "margin is 'large'"),
-        ("cpo", {"prompt": None}, "no prompt"),
+        ("cpo", {"prompt": None}, "prompt is null"),
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
