@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 from maxlm.cli.common import SettingsArgument
 from maxlm.cli.tune_show import show
+from maxlm.cli.tune_teacher import answer_prompts, store_logits
 
 RecipeArgument = Annotated[
     str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
@@ -27,6 +28,13 @@ def command(
     epochs: Annotated[
         float | None, Option(min=0.01, help="Times that every row is read: train.steps.")
     ] = None,
+    precompute_reference: Annotated[
+        bool,
+        Option(
+            "--precompute-reference",
+            help="Compute the reference's log-probabilities first, and hold it no more.",
+        ),
+    ] = False,
     resume: Annotated[str | None, Option(help="Go on from this run, in a new folder.")] = None,
     profile: Annotated[str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")] = None,
 ) -> None:
@@ -35,8 +43,9 @@ def command(
 
     maxlm tune sft_lora --base SmolLM2-135M --data chats.jsonl name=assistant
 
-    `maxlm tune show chats.jsonl` shows what of the rows is learnt. A recipe is a run's config:
-    `maxlm plan` says what it holds, `maxlm launch` submits it, `maxlm config show` explains it.
+    `maxlm tune show` shows what is learnt; `maxlm tune store-logits` and `answers` ask a teacher.
+
+    A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
     import os
 
@@ -58,7 +67,8 @@ def command(
         from maxlm.programs.report import print_training_report
         from maxlm.programs.tune import tune_model
 
-        print_training_report(tune_model(run, epochs=epochs, resume=resume, profile=traced))
+        how = {"epochs": epochs, "precompute_reference": precompute_reference}
+        print_training_report(tune_model(run, **how, resume=resume, profile=traced))
 
 
-subcommands = {"show": show}
+subcommands = {"show": show, "store-logits": store_logits, "answers": answer_prompts}

@@ -15,6 +15,7 @@ from maxlm.config.layers import SettingsTree, build_tree
 from maxlm.config.load import validate_config
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.programs.convert import convert, open_huggingface_model
+from maxlm.programs.preference import precompute_reference_log_probs
 from maxlm.programs.prepare import make_source_inputs
 from maxlm.programs.train import TrainingResult, train_model
 from maxlm.run import RunConfig
@@ -44,9 +45,16 @@ def load_recipe(
     return validate_config(RunConfig, tree)
 
 
-def tune_model(config: RunConfig, *, epochs: float | None = None, **options: Any) -> TrainingResult:
+def tune_model(
+    config: RunConfig,
+    *,
+    epochs: float | None = None,
+    precompute_reference: bool = False,
+    **options: Any,
+) -> TrainingResult:
     """Trains a recipe's model; ``options``: of :func:`~maxlm.programs.train.train_model`;
-    ``epochs``: times that every row is read, in place of ``train.steps``.
+    ``epochs``: times that every row is read, in place of ``train.steps``;
+    ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is held.
 
     A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
     run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.
@@ -55,6 +63,12 @@ def tune_model(config: RunConfig, *, epochs: float | None = None, **options: Any
     if epochs is not None:
         train = config.train.model_copy(update={"steps": count_steps(config, epochs)})
         config = config.model_copy(update={"train": train})
+    if precompute_reference:
+        stored = Path(config.folder, config.name, "reference")
+        if not (stored / "files.npy").exists():
+            precompute_reference_log_probs(config, stored)
+        task = config.task.model_copy(update={"reference_log_probs": str(stored)})
+        config = config.model_copy(update={"task": task})
     return train_model(config, **options)
 
 

@@ -75,6 +75,14 @@ MODELS[CAPACITY] = MODELS["moe"] | {
 }
 
 
+# Tuning: a base model, and settings of its run. Segments of a row are chosen and rejected by turns.
+_LORA = {"adapter": {"kind": "lora", "rank": 2}}
+TUNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft + lora": ("gqa_window", {"task": {"kind": "sft"}, **_LORA}),
+    "dpo + lora": ("gqa_window", {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA}),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One layout: a mesh and settings over the defaults."""
@@ -198,8 +206,19 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "pp circular, 4 layer groups": ALL,
     "heads and sequence on one axis": ALL,
 }
-PAIRS = [(name, model) for name, cell in CELLS.items() for model in cell.models]
-TRAINED = [(name, model) for name, model in PAIRS if model not in REFUSED.get(name, ())]
+
+
+def _list_models(cell: Cell) -> list[str]:
+    """The models of a cell, and what is tuned where its base is one of them."""
+    return [*cell.models, *(name for name, (base, _) in TUNED.items() if base in cell.models)]
+
+
+PAIRS = [(name, model) for name, cell in CELLS.items() for model in _list_models(cell)]
+TRAINED = [
+    (name, model)
+    for name, model in PAIRS
+    if TUNED.get(model, (model,))[0] not in REFUSED.get(name, ())
+]
 
 
 def _parts_that_meet(name: str, model: str) -> set[tuple[str, ...]]:
@@ -242,9 +261,11 @@ HOST_CELLS: dict[str, Cell] = {
 
 
 def config_of(model: str, cell: Cell) -> RunConfig:
+    base, tuning = TUNED.get(model, (model, {}))
     return RunConfig.model_validate(
         {
-            "model": MODELS[model],
+            "model": MODELS[base],
+            **tuning,
             "data": {"seq_len": SEQ, "batch_size": ROWS * MICRO},
             "mesh": cell.mesh,
             "train": {"steps": STEPS, "micro_batches": MICRO},
