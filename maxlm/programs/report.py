@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,7 +12,7 @@ from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.layout import place_run
 from maxlm.plan.show import format_bytes, format_seconds, make_table
-from maxlm.programs.evaluation import get_eval_params
+from maxlm.programs.evaluation import HeldOutResults, get_eval_params
 from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
@@ -34,6 +33,8 @@ def print_training_report(run: TrainingResult) -> None:
     console = Console(highlight=False)
     if any("bits_per_byte" in result for result in run.heldout.values()):
         console.print(_comparison(run))
+    elif run.heldout:
+        console.print(_format_heldout(run.heldout), markup=False)
     if measured := _measured(run):
         console.print(measured)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
@@ -42,8 +43,7 @@ def print_training_report(run: TrainingResult) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         console.print(text, markup=False)
-    generates = run.setup.config.model.architecture != "encoder"
-    console.print(_places(run.folder, generates), markup=False)
+    console.print(_places(run), markup=False)
 
 
 def _comparison(run: TrainingResult) -> Group:
@@ -110,7 +110,16 @@ def generate_samples(run: TrainingResult) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _places(folder: Path, generates: bool) -> str:
+def _format_heldout(results: HeldOutResults) -> str:
+    lines = []
+    for name, result in results.items():
+        own = (f"{metric} {value:.4g}" for metric, value in result.items() if metric != "tokens")
+        lines.append(f"held out ({name}): {' · '.join(own)}")
+    return "\n".join(lines)
+
+
+def _places(run: TrainingResult) -> str:
+    folder, config = run.folder, run.setup.config
     kinds = {
         "config.yaml": "the run, resolved",
         "plan.json": "what was planned",
@@ -125,6 +134,8 @@ def _places(folder: Path, generates: bool) -> str:
     there = {name: what for name, what in kinds.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
-    if generates:
-        lines.append(f'Try: maxlm generate {folder} "your prompt"')
+    if config.model.architecture != "encoder" and not config.task.required_heads:
+        chats = "chat_template.jinja" in run.data.tokenizer.extra_files
+        verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'
+        lines.append(f"Try: maxlm {verb}")
     return "\n".join(["Everything is in", *lines])

@@ -14,6 +14,7 @@ from maxlm.train.records import read_records
 
 _SHOWN = {
     "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
@@ -112,10 +113,10 @@ class ConsoleDisplay:
 
 
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
-    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG.
-    Training losses are drawn twice, faintly each and boldly their means over 1% of the steps. The
-    x axis is logarithmic, so that the early fall and the late crawl can both be read. Raises
-    MaxlmError without any loss."""
+    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG, and
+    beside them ``accuracy`` where a task has one. What training measures is drawn twice, faintly
+    each step and boldly their means over 1% of the steps. The x axis of losses is logarithmic, so
+    that the early fall and the late crawl can both be read. Raises MaxlmError without any loss."""
     records = list(read_records(Path(metrics)))
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
 
@@ -123,31 +124,36 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
         points = [(tokens.get(r["step"]), r.get(name)) for r in records]
         return np.array([point for point in points if None not in point], float).reshape(-1, 2).T
 
-    (x, losses), (x_eval, eval_losses) = select_points("loss"), select_points("eval_loss")
-    if not losses.size and not eval_losses.size:
+    names = {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
+    panels = {name: (select_points(name), select_points(f"eval_{name}")) for name in names}
+    panels = {name: both for name, both in panels.items() if any(points.size for points in both)}
+    if "loss" not in panels:
         raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
-    if losses.size:
-        width = np.ones(2 * (losses.size // 200) + 1)
-        means = np.convolve(losses, width, "same") / np.convolve(np.ones_like(x), width, "same")
-        axes.plot(x, losses, color="#4C78A8", linewidth=0.8, alpha=0.3)
-        axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
-    if eval_losses.size:
-        style: Any = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
-        axes.plot(x_eval, eval_losses, color="#E45756", **style)
-        last = x_eval[-1], eval_losses[-1]
-        text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
-        axes.annotate(f"{last[1]:.3f}", last, **text)
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(8 * len(panels), 4.5), dpi=150, layout="constrained")
+    all_axes = FigureCanvasAgg(figure).figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, ((x, values), (x_eval, eval_values))) in zip(
+        all_axes, panels.items(), strict=True
+    ):
+        if values.size:
+            width = np.ones(2 * (values.size // 200) + 1)
+            means = np.convolve(values, width, "same") / np.convolve(np.ones_like(x), width, "same")
+            axes.plot(x, values, color="#4C78A8", linewidth=0.8, alpha=0.3)
+            axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
+        if eval_values.size:
+            style: Any = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
+            axes.plot(x_eval, eval_values, color="#E45756", **style)
+            last = x_eval[-1], eval_values[-1]
+            text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
+            axes.annotate(f"{last[1]:.3f}", last, **text)
+        axes.set_xscale("log" if name == "loss" else "linear")
+        axes.set_xlabel("tokens seen")
+        axes.set_ylabel(names[name])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False)
     with replace_file(Path(image)) as temporary:
         figure.savefig(temporary, format="png")
