@@ -1,6 +1,7 @@
 """Does tuning teach what the rows say? A base model learns a format, a preference, a score.
 
-    python benchmarks/tune_learning.py sft|preference|reward BASE [--folder DIR] [--methods dpo,ipo]
+    python -m benchmarks.tune_learning sft|preference|reward|adapters BASE [--folder DIR]
+        [--methods dpo,ipo]
 
 BASE is a run or a Hugging Face checkpoint (benchmarks/smollm2.py makes one). ``sft``: the share of
 answers in a format that is new to the model, on held-out questions, before and after.
@@ -8,7 +9,8 @@ answers in a format that is new to the model, on held-out questions, before and 
 tunes it by each method to prefer those: the share of sampled answers that have one, the held-out
 loss of the conversations, and the KL divergence from the model at the start, per answer, before and
 after. ``reward``: the accuracy on held-out pairs, and Spearman's correlation of scores with the
-utility that the pairs were made with.
+utility that the pairs were made with. ``adapters``: the conversations learnt by each kind of
+adapter for equal steps: parameters trained, held-out loss, seconds a step.
 """
 
 import argparse
@@ -25,9 +27,23 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
+from maxlm.models.params import flatten_names
 from maxlm.programs.load import LoadedRun, load_model
+from maxlm.programs.preference import score_texts
+from maxlm.programs.train import TrainingResult
 from maxlm.programs.tune import load_recipe, tune_model
+from maxlm.train.records import read_records
 
+REWARD = (
+    "data.batch_size=64",
+    "data.seq_len=64",
+    "train.steps=150",
+    "schedule.learning_rate=1e-4",
+    "adapter={kind: lora, rank: 16, alpha: 32}",
+    "task.examples_per_row=1",
+    "task.validation_files=[]",
+    "task.validation_fraction=0.05",
+)
 SETTINGS = (
     "data.seq_len=256",
     "data.batch_size=8",
@@ -36,6 +52,34 @@ SETTINGS = (
     "train.max_device_rows=null",
     "checkpoint.every_steps=0",
 )
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "full": ("schedule.learning_rate=5e-5",),
+    "biases and norms": ("train.trainable=['*norm*']", "schedule.learning_rate=5e-3"),
+    "lora": ("adapter={kind: lora, rank: 16, alpha: 32}", "schedule.learning_rate=5e-4"),
+    "rslora": (
+        "adapter={kind: lora, rank: 16, alpha: 8, rank_stabilized: true}",
+        "schedule.learning_rate=5e-4",
+    ),
+    "dora": (
+        "adapter={kind: lora, rank: 16, alpha: 32, dora: true}",
+        "schedule.learning_rate=5e-4",
+    ),
+    "pissa": (
+        "adapter={kind: lora, rank: 16, alpha: 16, init: pissa}",
+        "schedule.learning_rate=2e-4",
+    ),
+    "ia3": ("adapter.kind=ia3", "schedule.learning_rate=1e-2"),
+    "houlsby": (
+        "adapter={kind: bottleneck, placement: houlsby}",
+        "schedule.learning_rate=1e-3",
+    ),
+    "pfeiffer": (
+        "adapter={kind: bottleneck, placement: pfeiffer}",
+        "schedule.learning_rate=1e-3",
+    ),
+    "prefix": ("adapter={kind: prefix, num_virtual_tokens: 16}", "schedule.learning_rate=1e-2"),
+    "prompt": ("adapter={kind: prompt, num_virtual_tokens: 16}", "schedule.learning_rate=3e-2"),
+}
 METHODS: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo_lora", "schedule.learning_rate=1e-4"),
     "ipo": ("dpo_lora", "task.loss_type=ipo", "task.beta=0.5", "schedule.learning_rate=1e-4"),
@@ -45,14 +89,17 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
-def tune(recipe: str, base: str, data: Path, folder: Path, name: str, *settings: str) -> Path:
-    """Tunes a model in DIR/NAME; returns the run's folder."""
+def tune(
+    recipe: str, base: str, data: Path, folder: Path, name: str, *settings: str
+) -> TrainingResult:
+    """Tunes a model in DIR/NAME."""
     own = [f"folder={folder}", f"name={name}", *SETTINGS, *settings]
-    own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
+    if "task.validation_files=[]" not in settings:
+        own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
     result = tune_model(load_recipe(recipe, own, base=base, files=[str(data)]), say=lambda _: None)
     loss = {source: f"{own['loss']:.4f}" for source, own in result.heldout.items()}
     print(f"{name}: held-out loss {loss}", flush=True)
-    return result.folder
+    return result
 
 
 class Sampler:
@@ -100,7 +147,7 @@ def share(texts: Sequence[str], test: Any) -> float:
 def run_sft(base: str, folder: Path) -> Path:
     questions = read_questions(folder / "chats_test.jsonl")
     before = share(Sampler(base).answer(questions, 0), is_formatted)
-    tuned = tune("sft_lora", base, folder / "chats.jsonl", folder, "sft", "train.steps=40")
+    tuned = tune("sft_lora", base, folder / "chats.jsonl", folder, "sft", "train.steps=40").folder
     texts = Sampler(tuned).answer(questions, 0)
     print(f"answers in the format: {before:.0%} before, {share(texts, is_formatted):.0%} after")
     print("such as", *texts[:3], sep="\n  ")
@@ -116,7 +163,7 @@ def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
     for method in methods:
         recipe, *settings = METHODS[method]
         rows = folder / ("labels.jsonl" if method == "kto" else "pairs.jsonl")
-        tuned = tune(recipe, str(sft), rows, folder, method, "train.steps=30", *settings)
+        tuned = tune(recipe, str(sft), rows, folder, method, "train.steps=30", *settings).folder
         model = Sampler(tuned)
         texts = model.answer(questions, 1)
         kl = (model.score(questions, texts) - start.score(questions, texts)).mean()
@@ -124,12 +171,45 @@ def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
         print(f"{method}: with a note after: {found}, KL {kl:.2f} nats an answer", flush=True)
 
 
+def run_reward(base: str, folder: Path) -> None:
+    result = tune("reward", base, folder / "utility.jsonl", folder, "reward", *REWARD)
+    rows = [json.loads(line) for line in (folder / "utility_test.jsonl").read_text().splitlines()]
+    scored = [{"prompt": "Words:", "completion": row["text"]} for row in rows]
+    scores = score_texts(result.folder, scored)
+    utility = np.array([row["utility"] for row in rows])
+    pairs = np.random.default_rng(0).permutation(len(rows)).reshape(-1, 2)
+    right = np.diff(scores[pairs])[:, 0] * np.diff(utility[pairs])[:, 0] > 0
+    ranks = [np.argsort(np.argsort(values)) for values in (scores, utility)]
+    found = np.corrcoef(*ranks)[0, 1]
+    print(
+        f"held-out pairs ordered rightly {right.mean():.1%} of {len(pairs)}, Spearman {found:.3f}"
+    )
+
+
+def run_adapters(base: str, folder: Path, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        settings = ADAPTERS[kind]
+        name = kind.replace(" ", "-")
+        result = tune(
+            "sft", base, folder / "chats.jsonl", folder, name, *settings, "train.steps=25"
+        )
+        specs = flatten_names(result.setup.trainable)
+        trained = sum(spec.size for spec in specs.values() if spec is not None)
+        whole = sum(spec.size for spec in flatten_names(result.setup.specs).values())
+        records = read_records(result.folder / "metrics.jsonl")
+        seconds = [r["seconds"] for r in records if r.get("seconds") and r["step"] > 2]
+        print(
+            f"{kind} | {trained:,} | {trained / whole:.3%} | {np.median(seconds):.2f} s a step",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("case", choices=["sft", "preference", "reward"])
+    parser.add_argument("case", choices=["sft", "preference", "reward", "adapters"])
     parser.add_argument("base")
     parser.add_argument("--folder", type=Path, default=Path("runs/tune-learning"))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", help="default: all")
     options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +218,11 @@ def main() -> None:
     if options.case == "sft":
         run_sft(options.base, folder)
     elif options.case == "preference":
-        run_preference(options.base, folder, options.methods.split(","))
+        run_preference(options.base, folder, (options.methods or ",".join(METHODS)).split(","))
+    elif options.case == "reward":
+        run_reward(options.base, folder)
+    else:
+        run_adapters(options.base, folder, (options.methods or ",".join(ADAPTERS)).split(","))
 
 
 if __name__ == "__main__":
