@@ -25,6 +25,10 @@ def command(
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
+    adapter: Annotated[
+        list[str] | None,
+        Option(help="NAME=FOLDER of a LoRA adapter to load beside it; repeatable."),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings and others of
     OpenAI's API, a chat page at /, Prometheus's numbers at /metrics.

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
 from maxlm.inference.cache_updates import MAX_PAGE_COPIES
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.grammar import GrammarCompiler
@@ -64,6 +65,10 @@ class EngineConfig(SchedulerConfig):
     cache: CacheConfig = PagedCacheConfig()
     """How keys and values are kept: all of them, in fewer bits, or a part. All but ``paged`` are
     lossy, share no prefixes, and depend a little on the chunks that a prompt is computed in."""
+    max_adapters: int = Field(default=0, ge=0)
+    """LoRA adapters that are loaded at once; 0: none, and nothing is computed for them."""
+    max_adapter_rank: int = Field(default=16, gt=0)
+    """Their largest rank; each takes memory and time as if it had this one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +151,8 @@ class Engine:
         self.scheduler = self._make_scheduler()
         encodes = isinstance(model, EncoderDecoder)
         self._copies_rows = self._has_row_arrays or encodes
+        with jax.set_mesh(self.mesh):
+            self._adapters = AdapterSlots(model, config.max_adapters, config.max_adapter_rank)
         speculation = self.config.speculation
         self._inputs = InputBuilder(
             self._own_config,
@@ -153,12 +160,13 @@ class Engine:
             model.config.vocab_size,
             num_drafts=speculation.num_drafts if speculation else 0,
             all_rows=has_row_caches(specs) or encodes,
+            adapters=self._adapters,
         )
         if speculation is not None:
             check_speculation(model, self._layout)
         if draft is not None:
             check_draft_model(draft.model, model, self._layout)
-        self._runner = self._make_runner(model, params)
+        self._runner = self._make_runner(model, params, self._adapters.arrays or None)
         self._draft = self._make_runner(*draft) if draft is not None else None
         self._runners = [self._runner, *filter(None, [self._draft])]
         self._grammars: GrammarCompiler | None = None
@@ -190,7 +198,9 @@ class Engine:
             where = f"request {request.request_id}"
             raise MaxlmError(what, where=where, fix="name fewer in stop_token_ids")
         continued = self.continues_text(request.prompt_tokens)
-        for sequence in self.scheduler.add(request):
+        name = request.adapter
+        key = None if name is None else self._adapters.get_load_number(name)
+        for sequence in self.scheduler.add(request, key):
             sequence.needs_host |= branching
             sequence.stop_ids = tuple(sorted(stops))
             self._outputs.add(sequence, matcher, continued=continued, branching=branching)
@@ -250,10 +260,34 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of loaded adapters."""
+        return tuple(self._adapters.loaded)
+
+    def load_adapter(self, name: str, weights: LoraWeights) -> None:
+        """Loads a LoRA adapter for requests with its name; others go on meanwhile.
+
+        Raises:
+            MaxlmError: no slot is free or fits it, a name that is taken, another base's adapter.
+        """
+        with jax.set_mesh(self.mesh):
+            self._adapters.load(name, weights)
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees an adapter's slot; raises MaxlmError while requests use it."""
+        self._adapters.get_load_number(name)
+        sequences = [*self.scheduler.running, *self.scheduler.waiting]
+        if count := len({s.request.request_id for s in sequences if s.request.adapter == name}):
+            what, fix = f"{count} requests use it", "wait until they end, or abort them"
+            raise MaxlmError(what, where=f"adapter {name}", fix=fix)
+        del self._adapters.loaded[name]
+
     def warm_up(self) -> None:
         """Compiles every program that steps may need, but for encoders; none is compiled later."""
         empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
         with jax.set_mesh(self.mesh):
+            self._adapters.warm_up()
             for shape in self._inputs.list_shapes():
                 self._run(empty, shape, {})
             self._copy_pages([])
@@ -294,10 +328,11 @@ class Engine:
             num_virtual_tokens=self.model.num_virtual_tokens,
         )
 
-    def _make_runner(self, model: Model, params: Params) -> ModelRunner:
+    def _make_runner(self, model: Model, params: Params, adapters: Any = None) -> ModelRunner:
         sizes = {"max_length": self._own_config.max_length, "vocab_size": self.vocab_size}
+        own = model, params, self._layout, self._windows
         with jax.set_mesh(self.mesh):
-            return ModelRunner(model, params, self._layout, self._windows, **sizes)
+            return ModelRunner(*own, **sizes, adapters=adapters)
 
     def _run(
         self, plan: ScheduledStep, shape: StepSizes, drafts: Mapping[RunningSequence, list[int]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from maxlm.inference.adapter_slots import AdapterSlots
 from maxlm.inference.cache_updates import MAX_PAGE_COPIES
 from maxlm.inference.grammar import GrammarMatcher
 from maxlm.inference.requests import TokenLogprob
@@ -34,6 +35,7 @@ class InputBuilder:
         vocab_size: the model's.
         num_drafts: tokens that are guessed at most, a step.
         all_rows: whether every step has all rows, so that caches kept by row are not cut.
+        adapters: that requests may name.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class InputBuilder:
         *,
         num_drafts: int,
         all_rows: bool,
+        adapters: AdapterSlots,
     ):
         self.num_drafts = num_drafts
         self.max_steps = max(config.decode_steps, 1 + num_drafts)
@@ -56,6 +59,8 @@ class InputBuilder:
         self._placed: dict[tuple[int, int], Sequence] = {}
         self._prompt_lengths = np.zeros(self.rows, np.int32)
         self._settings: RowSettings | None = None
+        self._adapters = adapters
+        self._adapter_masks: np.ndarray | None = None
 
     def list_shapes(self) -> list[StepSizes]:
         """Lists the shapes that plans fit in."""
@@ -141,6 +146,7 @@ class InputBuilder:
             has_grammar=np.bool_(bool(matchers)),
             forced_tokens=self._stack_forced_tokens(plan, shape),
             logprobs_wanted=np.bool_(any(request.top_logprobs is not None for request in asked)),
+            adapter_masks=self._adapter_masks,
         )
 
     def stack_page_copies(
@@ -226,6 +232,8 @@ class InputBuilder:
         self._prompt_lengths = np.array(
             [each.num_prompt_tokens if each else 0 for each in placed], np.int32
         ).reshape(D, R)
+        masks = self._adapters.make_masks([e.request.adapter if e else None for e in placed])
+        self._adapter_masks = None if masks is None else masks.reshape(D, R, -1)
         settings = stack_settings(
             [each.request.sampling if each else None for each in placed],
             D * R,

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from maxlm.inference.adapter_slots import write_columns
 from maxlm.inference.cache_updates import allocate_state, copy_pages, copy_rows, encode_row
 from maxlm.inference.params import prepare_params
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes, run_step
@@ -21,6 +23,7 @@ class ModelRunner:
         windows: of the page tables that steps are given.
         max_length: tokens of the longest sequence.
         vocab_size: ids that may be drawn.
+        adapters: A and B beside the parameters, which change in place.
     """
 
     def __init__(
@@ -32,17 +35,20 @@ class ModelRunner:
         *,
         max_length: int,
         vocab_size: int,
+        adapters: Mapping[str, list[jax.Array]] | None = None,
     ):
         self.model: Any = model
         self.params = prepare_params(model, params)
         self.state = allocate_state(model, layout, max_length)
         self._layout, self._windows = layout, windows
         self._max_length, self._vocab_size = max_length, vocab_size
+        self._adapters = adapters
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
         sizes = shape, self._layout, self._windows, self._vocab_size
-        self.state, outputs = run_step(self.model, *sizes, self.params, self.state, inputs)
+        given = self.params, self.state, inputs, self._adapters
+        self.state, outputs = run_step(self.model, *sizes, *given)
         return outputs
 
     def copy_pages(self, copies: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -69,5 +75,5 @@ def round_up_to_bucket(n: int, limit: int) -> int:
 
 def count_compilations() -> int:
     """Returns how many programs steps have been compiled to, by all runners of this process."""
-    programs: Any = run_step, copy_pages, copy_rows, encode_row
+    programs: Any = run_step, copy_pages, copy_rows, encode_row, write_columns
     return sum(program._cache_size() for program in programs)

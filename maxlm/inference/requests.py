@@ -43,6 +43,8 @@ class GenerationRequest:
     top_logprobs: int | None = None
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
     none. They are the model's own: before penalties, temperature and filters."""
+    adapter: str | None = None
+    """Name of a loaded adapter (`Engine.load_adapter`); None: the base alone."""
     prompt_logprobs: int | None = None
     """Log-probabilities of each token of the prompt but the first, likewise; with
     ``continuations`` of their tokens alone."""

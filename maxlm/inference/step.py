@@ -5,6 +5,7 @@ a chunk of C tokens in all. Sizes are compiled in (:class:`StepSizes`); everythi
 settings of sampling included, is an array. Leading axes D count shards of the batch.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from maxlm.adapters.stacked_lora import add_adapters
 from maxlm.inference import logits_processors
 from maxlm.inference.sampling import (
     RowSettings,
@@ -98,6 +100,8 @@ class StepInputs(NamedTuple):
     """int32 [D, b·G + F]: results in place of drawn ones; -1: draw."""
     logprobs_wanted: Array
     """bool []."""
+    adapter_masks: Array | None = None
+    """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no slots."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -193,6 +197,7 @@ def run_step(
     params: Params,
     state: EngineState,
     inputs: StepInputs,
+    adapters: Mapping[str, Sequence[jax.Array]] | None = None,
 ) -> tuple[EngineState, StepOutputs]:
     """Runs one dispatch.
 
@@ -201,6 +206,7 @@ def run_step(
         windows: the model's ``cache_windows``.
         vocab_size: ids that the tokenizer has; no other is drawn.
         params: as :func:`~maxlm.inference.params.prepare_params` returns them.
+        adapters: A and B of all slots, as :func:`add_adapters` takes them.
     """
     split, whole = model.rules.spec("batch"), PartitionSpec()
     scalars = "num_steps", "has_grammar", "logprobs_wanted"
@@ -210,7 +216,12 @@ def run_step(
     bound = bind(model, params)
 
     def advance(inputs: StepInputs, state: EngineState) -> Any:
-        return _run_once(bound, shape, layout, windows, vocab_size, state, inputs)
+        return _run_once(adapted, shape, layout, windows, vocab_size, state, inputs)
+
+    adapted = bound
+    if adapters is not None:
+        mask = _spread_adapter_masks(inputs, shape, model.rules).astype(model.dtype)
+        adapted = bind(model, add_adapters(params, adapters, mask))
 
     if shape.max_steps == 1:
         state, hidden, step = advance(inputs, state)
@@ -222,6 +233,23 @@ def run_step(
     tokens, logprobs = outputs
     outputs = StepOutputs(tokens, logprobs, prompt)
     return state, jax.tree.map(lambda x: reshard(x, whole), outputs)
+
+
+def _spread_adapter_masks(inputs: StepInputs, shape: StepSizes, rules: AxisRules) -> jax.Array:
+    """Each token's mask, [D, b·G + C, slots · rank]."""
+    b, G, C, F, _ = shape
+
+    def local(masks, rows, sizes):
+        masks, rows, sizes = masks[0], rows[0], sizes[0]
+        owners = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
+        if C:
+            chunks = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(C), side="right")
+            owners = jnp.concatenate([owners, rows[jnp.minimum(chunks, F - 1)]])
+        return masks[owners][None]
+
+    shards = rules.spec("batch")
+    given = inputs.adapter_masks, inputs.chunk_rows, inputs.chunk_sizes
+    return map_shards(local, shards, shards)(*given)
 
 
 def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):

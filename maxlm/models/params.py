@@ -238,6 +238,13 @@ class FusedIntoKernel(Leaf):
     """A kernel that is part of a :class:`FusedKernel`."""
 
 
+def find_fused_kernel(held: Any) -> FusedKernel | None:
+    """Returns the fused kernel that a parameter at rest is, or has as its base."""
+    field = getattr(held, "base_field", None)
+    base = held if field is None else getattr(held, field)
+    return base if isinstance(base, FusedKernel) else None
+
+
 def is_unstacked(params: Params) -> bool:
     """Returns whether a stack's parameters are held layer by layer."""
     leaves = jax.tree.leaves(params, is_leaf=lambda held: isinstance(held, Leaf))

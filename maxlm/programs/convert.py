@@ -106,7 +106,7 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
         MaxlmError: files that are missing or damaged, a model that maxlm does not implement.
     """
     where = source / "config.json"
-    values = _read_json(where)
+    values = read_json(where)
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
     settings, notes = family.read_config(values, str(where), tensors)
@@ -222,9 +222,9 @@ def _export_run(
     progress: Progress,
 ) -> ConversionResult:
     """Writes a run's checkpoint as a folder that transformers loads."""
-    config, reader = _open_run(source, step)
+    config, reader = open_run_checkpoint(source, step)
     published = read_metadata(reader.folder).get("published") or {}
-    chosen = _choose_family(config.model, family or published.get("family"))
+    chosen = choose_family(config.model, family or published.get("family"))
     if config.adapter is not None:
         reader = MergedCheckpointReader(reader, config.adapter, _build_specs(config))
     values = chosen.write_config(config.model)
@@ -257,11 +257,11 @@ def _export_adapter(
     source: Path, target: Path, family: str | None, step: int | None
 ) -> ConversionResult:
     """Writes a run's adapter as a folder that PEFT loads."""
-    config, reader = _open_run(source, step)
+    config, reader = open_run_checkpoint(source, step)
     if config.adapter is None:
         raise MaxlmError("this run has no adapter", where=str(source), fix="leave out --adapter")
     published = read_metadata(reader.folder).get("published") or {}
-    chosen = _choose_family(config.model, family or published.get("family"))
+    chosen = choose_family(config.model, family or published.get("family"))
     _check_free(target)
     with _whole(target) as folder:
         entries, specs = chosen.list_entries(config.model), _build_specs(config)
@@ -269,7 +269,7 @@ def _export_adapter(
     return ConversionResult(chosen.name, target, count, "F32", [])
 
 
-def _open_run(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
+def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
     """A run's config, and its parameters to use."""
     config = load_config(RunConfig, source / "config.yaml").value
     name = "params" if config.train.ema_decay is None else "ema"
@@ -339,7 +339,7 @@ def _with_tokenizer(
     return found, []
 
 
-def _choose_family(model: Any, name: str | None) -> ModelFamily:
+def choose_family(model: Any, name: str | None) -> ModelFamily:
     """The family of a name, or the first that can say what a model computes."""
     if name is None:
         for family in FAMILIES.values():
@@ -407,7 +407,7 @@ def _whole(target: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     fix = "download it again"
     try:
         values = json.loads(path.read_text())

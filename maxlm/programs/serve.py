@@ -1,15 +1,18 @@
 """A model behind an HTTP server."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from maxlm.config import MaxlmError, load_config
+from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.programs.adapters import read_lora_adapter
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
@@ -31,12 +34,14 @@ def serve(
     mesh: str | None = None,
     step: int | None = None,
     template: Path | None = None,
+    adapter: Sequence[str] | None = None,
 ) -> None:
     """Loads a model and serves it until a signal; prints the URL when it is ready.
 
     Args:
         settings: the engine's, as ``max_sequences=16``.
         max_queue: sequences that may wait beside those that run; more get 429.
+        adapter: adapters to load beside it, each NAME=FOLDER.
 
     Raises:
         MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
@@ -51,7 +56,11 @@ def serve(
     key = read_api_key(api_key_file)
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-        engine, embedder = _make_parts(loaded, settings or ())
+        read_adapter = partial(read_lora_adapter, base_folder=model, model=loaded.model)
+        adapters = {
+            name: read_adapter(folder) for name, folder in map(_split_adapter, adapter or ())
+        }
+        engine, embedder = _make_parts(loaded, settings or (), adapters)
         max_length, num_running = loaded.config.model.max_seq_len, 0
         if engine is not None:
             max_length = engine.config.max_length
@@ -64,7 +73,7 @@ def serve(
             return encode_prompts(tokenizer, [text], as_documents=as_documents)[0]
 
         own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
-        state = ServerState(name, tokenizer, max_length, encode, *own)
+        state = ServerState(name, tokenizer, max_length, encode, *own, read_adapter)
         if key is None and not host.startswith(_LOOPBACK):
             what = f"anyone who reaches {host} may use this server: there is no API key"
             print(f"warning: {what}", file=sys.stderr)
@@ -84,26 +93,43 @@ def load_chat_model(
     return loaded
 
 
+def _split_adapter(option: str) -> tuple[str, str]:
+    name, _, folder = option.partition("=")
+    if not name or not folder:
+        what = f"--adapter {option!r} is no NAME=FOLDER"
+        raise MaxlmError(what, fix="write it as --adapter tiny=runs/tiny")
+    return name, folder
+
+
 def _make_parts(
-    loaded: LoadedRun, settings: Sequence[str]
+    loaded: LoadedRun, settings: Sequence[str], adapters: Mapping[str, LoraWeights]
 ) -> tuple[Engine | None, Embedder | None]:
     """Makes the engine and what embeds, as far as the model has them."""
     model, mesh = loaded.model, loaded.mesh
     if isinstance(model, Encoder):
-        if settings:
-            what = f"{settings[0]} is for a model that generates text; this is an encoder"
+        if given := [*settings, *adapters]:
+            what = f"{given[0]} is for a model that generates text; this is an encoder"
             raise MaxlmError(what, fix="leave it out")
         return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
-    engine = make_engine(loaded, settings)
+    engine = make_engine(loaded, settings, adapters=adapters)
     if isinstance(model, EncoderDecoder):
         return engine, None
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
 
 
-def make_engine(loaded: LoadedRun, settings: Sequence[str] = (), *, warm_up: bool = True) -> Engine:
+def make_engine(
+    loaded: LoadedRun,
+    settings: Sequence[str] = (),
+    *,
+    adapters: Mapping[str, LoraWeights] | None = None,
+    warm_up: bool = True,
+) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
-    ``EngineConfig``; ``warm_up``: compile all that it may run now, rather than when it does."""
+    ``EngineConfig``; ``adapters``: loaded beside it, which has slots for these at least;
+    ``warm_up``: compile all that it may run now, rather than when it does."""
     config, draft = load_config(EngineConfig, None, settings).value, None
+    most = max(config.max_adapters, len(adapters or ()))
+    config = config.model_copy(update={"max_adapters": most})
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
         other = load_model(config.speculation.folder, mesh=mesh)
@@ -113,6 +139,8 @@ def make_engine(loaded: LoadedRun, settings: Sequence[str] = (), *, warm_up: boo
             raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
         draft = DraftModel(other.model, other.params)
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
+    for name, weights in (adapters or {}).items():
+        engine.load_adapter(name, weights)
     if warm_up:
         print("compiling ...", file=sys.stderr, flush=True)
         engine.warm_up()

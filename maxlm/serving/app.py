@@ -5,7 +5,6 @@ import hmac
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
@@ -14,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from maxlm.serving.adapters import load_lora_adapter, unload_lora_adapter
 from maxlm.serving.chat import create_chat_completion, encode_conversation
 from maxlm.serving.completions import create_completion
 from maxlm.serving.embeddings import create_embeddings, create_scores
@@ -41,6 +41,8 @@ def make_app(state: ServerState) -> Starlette:
         "/v1/chat/completions": ("POST", create_chat_completion),
         "/v1/embeddings": ("POST", create_embeddings),
         "/v1/score": ("POST", create_scores),
+        "/v1/load_lora_adapter": ("POST", load_lora_adapter),
+        "/v1/unload_lora_adapter": ("POST", unload_lora_adapter),
         "/tokenize": ("POST", tokenize),
         "/detokenize": ("POST", detokenize),
     }
@@ -106,20 +108,16 @@ async def report_metrics(state: ServerState, request: Request) -> Response:
     return Response(numbers, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _describe(state: ServerState) -> dict[str, Any]:
-    about = {"id": state.name, "object": "model", "created": state.created, "owned_by": "maxlm"}
-    return {**about, "max_model_len": state.max_length}
-
-
 async def list_models(state: ServerState, request: Request) -> Response:
     """Answers /v1/models."""
-    return JSONResponse({"object": "list", "data": [_describe(state)]})
+    data = [state.describe_model(adapter) for adapter in (None, *state.list_adapters())]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def describe_model(state: ServerState, request: Request) -> Response:
     """Answers /v1/models/NAME."""
-    state.check_model(request.path_params["name"])
-    return JSONResponse(_describe(state))
+    adapter = state.find_adapter(request.path_params["name"])
+    return JSONResponse(state.describe_model(adapter))
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:

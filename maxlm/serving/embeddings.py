@@ -1,6 +1,7 @@
 """/v1/embeddings and /v1/score."""
 
 import base64
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -24,7 +25,7 @@ async def create_embeddings(state: ServerState, request: Request) -> Response:
     """Answers /v1/embeddings."""
     body = await state.read_body(request, EmbeddingBody)
     rows = await state.encode_prompts(list_prompts(body.input))
-    vectors = await _embed(state, rows, body.pooling)
+    vectors = await _embed(state, rows, body.pooling, state.find_adapter(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             what = f"the model's vectors have {vectors.shape[1]} dimensions"
@@ -47,22 +48,24 @@ async def create_scores(state: ServerState, request: Request) -> Response:
     if len(firsts) != len(seconds):
         what = f"text_1 has {len(firsts)} texts, text_2 {len(seconds)}: give one, or as many"
         raise ApiError(400, what, param="text_1")
+    adapter = state.find_adapter(body.model)
     usual = "cosine" if state.engine_loop.engine is None else "loglikelihood"
     if (body.method or usual) == "cosine":
         rows = await state.encode_prompts([*firsts, *seconds])
-        vectors = await _embed(state, rows, None)
+        vectors = await _embed(state, rows, None, adapter)
         scores = np.sum(vectors[: len(firsts)] * vectors[len(firsts) :], axis=1).tolist()
     else:
         heads = await state.encode_prompts(firsts)
         tails = [state.tokenizer.encode(str(text)) for text in seconds]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
-        scores = await _score_tails(state, request, heads, tails)
+        scores = await _score_tails(state, adapter, request, heads, tails)
     data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
-    return _respond(state, rows, data, id=f"score-{uuid4().hex}")
+    name = body.model or state.name
+    return _respond(state, rows, data, id=f"score-{uuid4().hex}", model=name)
 
 
 async def _score_tails(
-    state: ServerState, request: Request, heads: Rows, tails: list[list[int]]
+    state: ServerState, adapter: str | None, request: Request, heads: Rows, tails: list[list[int]]
 ) -> list[float]:
     """Returns the mean log-probability of each tail's tokens behind its head."""
     if not all(tails):
@@ -71,7 +74,7 @@ async def _score_tails(
         state.resolve_max_tokens(len(head) + len(tail), 1)
     name = uuid4().hex
     asked = [
-        make_score_request(f"{name}-{n}", head, [tail])
+        replace(make_score_request(f"{name}-{n}", head, [tail]), adapter=adapter)
         for n, (head, tail) in enumerate(zip(heads, tails, strict=True))
     ]
     scores = [0.0] * len(tails)
@@ -86,8 +89,13 @@ async def _score_tails(
     return scores
 
 
-async def _embed(state: ServerState, rows: Rows, pooling: Pooling | None) -> np.ndarray:
+async def _embed(
+    state: ServerState, rows: Rows, pooling: Pooling | None, adapter: str | None
+) -> np.ndarray:
     embedder = state.embedder
+    if adapter is not None:
+        what = f"embeddings are those of {state.name}, without an adapter"
+        raise ApiError(400, what, param="model", code="unsupported")
     if embedder is None:
         raise ApiError(400, "this model makes no embeddings", code="unsupported")
     if (longest := max(map(len, rows))) > embedder.max_length:
@@ -105,4 +113,4 @@ def _respond(state: ServerState, rows: Rows, data: list[Any], **more: Any) -> Re
     total = sum(map(len, rows))
     usage = {"prompt_tokens": total, "total_tokens": total}
     about = {"object": "list", "data": data, "model": state.name, "usage": usage}
-    return JSONResponse(more | about)
+    return JSONResponse(about | more)

@@ -6,6 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
@@ -46,7 +47,8 @@ class Answer(ABC):
         self.completion_tokens = 0
         self._cached_tokens: dict[str, int] = {}
         about = {"id": f"{self.id_prefix}-{uuid4().hex}", "object": self.object_names[body.stream]}
-        self._about = about | {"created": int(time.time()), "model": state.name}
+        self._about = about | {"created": int(time.time()), "model": body.model or state.name}
+        self._adapter = state.find_adapter(body.model)
 
     @abstractmethod
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
@@ -59,8 +61,9 @@ class Answer(ABC):
 
     async def respond(self, request: Request) -> Response:
         """Returns the answer to a client that has sent its body."""
+        own = self._adapter
         asked = [
-            self.make_request(f"{self._about['id']}-{number}", prompt)
+            replace(self.make_request(f"{self._about['id']}-{number}", prompt), adapter=own)
             for number, prompt in enumerate(self.prompts)
         ]
         stream = await self.state.engine_loop.submit(asked)

@@ -48,7 +48,7 @@ class ApiModel(BaseModel):
 
 
 class ApiBody(ApiModel):
-    """A body; ``model`` is the name that /v1/models lists."""
+    """A body; ``model`` is a name that /v1/models lists."""
 
     model: str | None = None
 
@@ -234,6 +234,18 @@ class ScoreBody(ApiBody):
     text_1: str | Texts
     text_2: str | Texts
     method: Literal["loglikelihood", "cosine"] | None = None
+
+
+class UnloadAdapterBody(ApiBody):
+    """A request to /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(pattern=r"^[\w./-]{1,128}$")
+
+
+class LoadAdapterBody(UnloadAdapterBody):
+    """A request to /v1/load_lora_adapter."""
+
+    lora_path: str = Field(min_length=1)
 
 
 class TokenizeBody(ApiBody):

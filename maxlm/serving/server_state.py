@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.inference.embedding import Embedder
 from maxlm.serving.engine_loop import EngineLoop
 from maxlm.serving.errors import ApiError
@@ -32,6 +33,8 @@ class ServerState:
     embedder: Embedder | None = None
     api_key: str | None = None
     max_body_bytes: int = 16 << 20
+    read_adapter: Callable[[str], LoraWeights] | None = None
+    """Reads the adapter of a folder."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -54,15 +57,34 @@ class ServerState:
             if len(data) > self.max_body_bytes:
                 raise ApiError(413, f"the body is larger than {self.max_body_bytes:,} bytes")
         body = schema.model_validate_json(bytes(data))
-        self.check_model(self.name if body.model is None else body.model)
+        self.find_adapter(body.model)
         request.state.ignored_fields = body.list_ignored_fields()
         return body
 
-    def check_model(self, name: str) -> None:
-        """Checks the name of a model that a request gives."""
-        if name != self.name:
-            what = f"there is no model {name[:200]!r} here, only {self.name!r}"
+    def list_adapters(self) -> tuple[str, ...]:
+        """Lists the names of loaded adapters."""
+        engine = self.engine_loop.engine
+        return () if engine is None else engine.adapters
+
+    def find_adapter(self, model: str | None) -> str | None:
+        """Returns the adapter of the model that a request names, ``base:adapter``; None: the base.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        known = {None: None, self.name: None}
+        known |= {f"{self.name}:{adapter}": adapter for adapter in self.list_adapters()}
+        if model not in known:
+            names = ", ".join(repr(name) for name in known if name is not None)
+            what = f"there is no model {str(model)[:200]!r} here, only {names}"
             raise ApiError(404, what, param="model", code="model_not_found")
+        return known[model]
+
+    def describe_model(self, adapter: str | None = None) -> dict[str, Any]:
+        """Returns the model, or an adapter of it, as /v1/models does."""
+        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "maxlm"}
+        own = {"id": f"{self.name}:{adapter}", "parent": self.name} if adapter else {}
+        return {**about, **own, "max_model_len": self.max_length}
 
     async def encode_prompts(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
         """Returns the ids of prompts that may be texts or ids already; checks these."""

@@ -40,6 +40,7 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     before_step: Callable[[], None] = lambda: None
     num_generated: int = 0
+    adapters: tuple[str, ...] = ()
 
     @property
     def has_work(self) -> bool:

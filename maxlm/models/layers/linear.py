@@ -7,10 +7,10 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
-    FusedKernel,
     Leaf,
     ParamReader,
     declare,
+    find_fused_kernel,
     get_spec,
     materialize,
     truncated_normal,
@@ -68,9 +68,7 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
-    x = x.astype(dtype)
-    fused = isinstance(held[0], FusedKernel)
-    ys = held[0].multiply(x, uses) if fused else _multiply(x, uses, held)
+    ys = _multiply(x.astype(dtype), uses, held)
     ys = [
         y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
         for layer, y in zip(layers, ys, strict=True)
@@ -84,12 +82,15 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
 def _multiply(x: jax.Array, uses: list[ParamReader], kernels: list[Any]) -> list[jax.Array]:
     """Multiplies x by kernels at rest; all in one program, where none changes its input."""
     pairs = list(zip(uses, kernels, strict=True))
-    xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
-    weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
-    if all(own is x for own in xs):
-        ys = uses[0].multiply(x, *weights)
+    if fused := find_fused_kernel(kernels[0]):
+        xs, ys = [x] * len(kernels), fused.multiply(x, uses)
     else:
-        ys = (use.multiply(own, w)[0] for use, own, w in zip(uses, xs, weights, strict=True))
+        xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
+        weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
+        if all(own is x for own in xs):
+            ys = uses[0].multiply(x, *weights)
+        else:
+            ys = (use.multiply(own, w)[0] for use, own, w in zip(uses, xs, weights, strict=True))
     return [
         kernel.finish_product(y, own, use) if isinstance(kernel, Leaf) else y
         for y, own, (use, kernel) in zip(ys, xs, pairs, strict=True)
