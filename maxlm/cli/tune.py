@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from maxlm.cli.common import SettingsArgument
 from maxlm.cli.tune_show import show
-from maxlm.cli.tune_teacher import answer_prompts, store_logits
+from maxlm.cli.tune_teacher import store_logits, write_answers
 
 RecipeArgument = Annotated[
     str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
@@ -71,4 +71,4 @@ def command(
         print_training_report(tune_model(run, **how, resume=resume, profile=traced))
 
 
-subcommands = {"show": show, "store-logits": store_logits, "answers": answer_prompts}
+subcommands = {"show": show, "store-logits": store_logits, "answers": write_answers}

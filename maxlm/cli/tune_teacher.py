@@ -31,7 +31,7 @@ def store_logits(
     print(f"{counts.written} rows in {out}, {counts.left_out} left out")
 
 
-def answer_prompts(
+def write_answers(
     model: ModelArgument,
     data: RowsArgument,
     out: Annotated[Path, Argument(help="File of rows to write, for task.kind=sft.")],
