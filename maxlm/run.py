@@ -80,11 +80,6 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_parts(self):
-        scaling, extended = self.model.positions.scaling, self.tune.extend_to
-        if extended and scaling and self.data.seq_len * scaling.factor <= extended:
-            what = f"data.seq_len={self.data.seq_len} is no longer than the model was before "
-            what += f"tune.extend_to={extended}"
-            raise MaxlmError(what, fix=f"set data.seq_len={extended}")
         check_task(self.task, self.model, self.data.seq_len, self.num_virtual_tokens)
         check_latent_split(self.model, self.sharding.compute)
         check_samples(self.samples, self.model)

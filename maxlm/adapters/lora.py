@@ -28,6 +28,7 @@ from maxlm.models.params import (
     ParamSpec,
     RowReader,
     ShardedWeight,
+    is_leaf,
 )
 from maxlm.parallel.local import get_layout, make_spec
 
@@ -235,7 +236,7 @@ class LoraAdapter(Adapter):
             with jax.set_mesh(held.base.sharding.mesh):
                 return jax.jit(run)(held)
 
-        return jax.tree.map(split, params, is_leaf=lambda held: isinstance(held, Leaf))
+        return jax.tree.map(split, params, is_leaf=is_leaf)
 
     def _adapt_one(self, name: str, spec: ParamSpec, tied: bool) -> LoraParam:
         zeros = jax.nn.initializers.zeros

@@ -16,6 +16,7 @@ from maxlm.models.params import (
     ShardedWeight,
     UnstackedParam,
     flatten_names,
+    is_leaf,
 )
 
 
@@ -65,8 +66,8 @@ def add_adapters(
 ) -> Params:
     """Returns unstacked parameters with a :class:`StackedLora` in place of each kernel that has A
     and B; ``arrays`` has each layer's, by canonical name."""
-    flat = flatten_names(params, lambda held: isinstance(held, Leaf))
-    structure = jax.tree.structure(params, is_leaf=lambda held: isinstance(held, Leaf))
+    flat = flatten_names(params, is_leaf)
+    structure = jax.tree.structure(params, is_leaf=is_leaf)
     for name in {array.rpartition(".")[0] for array in arrays}:
         parts = flat[name].layers, arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"]
         layers = tuple(StackedLora(*own, mask) for own in zip(*parts, strict=True))

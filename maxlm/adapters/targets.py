@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import Initializer, Leaf, Params, ParamSpec, flatten_names
+from maxlm.models.params import Initializer, Params, ParamSpec, flatten_names, is_leaf
 
 EXPERTS = "experts"
 """The target of all kernels of routed experts."""
@@ -24,15 +24,15 @@ def replace_targets(
         targets: names of maps, such as ``query`` or ``mlp.up``, or patterns of their full names;
             ``experts``. None: all linear maps of layers.
     """
-    flat: Mapping[str, Any] = flatten_names(specs, _is_leaf)
-    plain = {name: spec for name, spec in flat.items() if not _is_leaf(spec)}
+    flat: Mapping[str, Any] = flatten_names(specs, is_leaf)
+    plain = {name: spec for name, spec in flat.items() if not is_leaf(spec)}
     candidates = {n: s for n, s in plain.items() if s.contracting_dims or n == "embedding.table"}
     if targets is None:
         names = {n for n, s in candidates.items() if n.endswith(".kernel") and s.num_layer_axes}
     else:
         names = {name for target in targets for name in _find_target(candidates, target)}
     chosen = [adapt(name, spec) if name in names else spec for name, spec in flat.items()]
-    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_leaf), chosen)
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_leaf), chosen)
 
 
 def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
@@ -88,7 +88,3 @@ def declare_vector(spec: ParamSpec, init: Initializer, *, of_inputs: bool = Fals
     kept = slice(lead, end) if of_inputs else slice(end, None)
     shape, axes = (*spec.shape[:lead], *spec.shape[kept]), (*spec.axes[:lead], *spec.axes[kept])
     return replace(spec, shape=shape, axes=axes, role="vector", contracting_dims=(), init=init)
-
-
-def _is_leaf(held: Any) -> bool:
-    return isinstance(held, Leaf)

@@ -1,6 +1,7 @@
 """Arguments, options and output that several verbs share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -9,6 +10,8 @@ from typer import Argument, Option
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from maxlm.run import RunConfig
 
 ConfigArgument = Annotated[str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")]
 SettingsArgument = Annotated[
@@ -44,6 +47,25 @@ TemplateOption = Annotated[
 ]
 StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def join_training_session(run: "RunConfig") -> Iterator[None]:
+    """Joins the processes of a run, each of which takes as much of a GPU's memory as plans say."""
+    import os
+
+    from maxlm.plan.hardware import GPU_SHARE
+    from maxlm.runtime.session import distributed_session
+
+    # Read when JAX starts.
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+    with distributed_session(
+        run.model_dump(mode="json"),
+        join_timeout_seconds=run.faults.join_seconds,
+        peer_timeout_seconds=run.faults.peer_seconds,
+    ):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -60,9 +60,9 @@ def show_passkey_accuracy(
     sizes, places = _parse(lengths, "--lengths", 1, 2**31), _parse(depths, "--depths", 0, 100)
     found = evaluate_passkeys(model, sizes, places, samples, seed=seed, mesh=mesh, step=step)
     if as_json:
-        return print_json(found._asdict())
+        return print_json({"lengths": sizes, "depths": places, "accuracy": found})
     table = make_numeric_table("length", [f"{depth}%" for depth in places], "passkeys found")
-    for size, row in zip(sizes, found.accuracy, strict=True):
+    for size, row in zip(sizes, found, strict=True):
         table.add_row(f"{size:,}", *(f"{value:.0%}" for value in row))
     open_console().print(table)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from maxlm.cli.common import ConfigArgument, SettingsArgument
+from maxlm.cli.common import ConfigArgument, SettingsArgument, join_training_session
 
 
 def command(
@@ -21,25 +21,14 @@ def command(
     Exit code: 0 done, 2 a mistake in what was given, 75 preempted (SIGTERM, SIGUSR1) and saved,
     76 a process hung or was lost: after the last two the same command resumes.
     """
-    import os
-
     from maxlm.config import load_config
-    from maxlm.plan.hardware import GPU_SHARE
     from maxlm.run import RunConfig
 
-    # Read when JAX starts; the plan's limit of a GPU's memory is the same.
-    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load_config(RunConfig, config, settings or ()).value
-    from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None
-    with distributed_session(
-        run.model_dump(mode="json"),
-        join_timeout_seconds=run.faults.join_seconds,
-        peer_timeout_seconds=run.faults.peer_seconds,
-    ):
+    with join_training_session(run):
         from maxlm.programs.report import print_training_report
         from maxlm.programs.train import train_model
 

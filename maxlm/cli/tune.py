@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from maxlm.cli.common import SettingsArgument
+from maxlm.cli.common import SettingsArgument, join_training_session
 from maxlm.cli.tune_show import show
 from maxlm.cli.tune_teacher import store_logits, write_answers
 
@@ -47,23 +47,13 @@ def command(
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
-    import os
-
-    from maxlm.plan.hardware import GPU_SHARE
     from maxlm.programs.tune import load_recipe
 
-    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # see maxlm train
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load_recipe(recipe, settings or (), base=base, files=[str(path) for path in data or ()])
-    from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None
-    with distributed_session(
-        run.model_dump(mode="json"),
-        join_timeout_seconds=run.faults.join_seconds,
-        peer_timeout_seconds=run.faults.peer_seconds,
-    ):
+    with join_training_session(run):
         from maxlm.programs.report import print_training_report
         from maxlm.programs.tune import tune_model
 

@@ -13,7 +13,7 @@ RowsArgument = Annotated[Path, Argument(exists=True, help="Rows: .jsonl, .parque
 def store_logits(
     model: ModelArgument,
     data: RowsArgument,
-    out: Annotated[Path, Argument(help="Folder of rows to write, for task.kind=distill.")],
+    out: Annotated[Path, Argument(help="File.arrow of rows to write, for task.kind=distill.")],
     settings: SettingsArgument = None,
     k: Annotated[int, Option(min=1, help="Likeliest tokens to keep of each.")] = 64,
     temperature: Annotated[float, Option(min=0.01, help="The task's.")] = 1.0,

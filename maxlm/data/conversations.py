@@ -13,7 +13,6 @@ Rows of files have one of these forms, the values of ``prompt``, ``completion``,
 """
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from maxlm.config import MaxlmError
@@ -130,10 +129,8 @@ def get_column(row: Row, name: str) -> Any:
     if row.get(name) is None:
         if name in row:
             raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")
-        near = get_close_matches(name, row, n=1, cutoff=0.5)
-        fix = f"rename {near[0]!r}" if near else "rename the file's columns"
         what = f"no column {name!r}: there are {', '.join(map(repr, row)) or 'none'}"
-        raise MaxlmError(what, where=name, fix=f"{fix}, or use another task")
+        raise MaxlmError(what, where=name, fix="rename one of them, or use another task")
     return row[name]
 
 

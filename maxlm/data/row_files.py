@@ -44,18 +44,14 @@ class RowFiles:
 
 def open_rows(*paths: str | Path) -> RowFiles:
     """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``),
-    ``.parquet``, and folders that Hugging Face's ``datasets`` saved.
+    ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's ``datasets`` saved.
 
     Raises:
         MaxlmError: a file that is missing, empty or none of these.
     """
     opened = [Path(path) for path in paths]
-    for path in opened:
-        written = path.stat().st_mtime_ns if path.exists() else 0
-        if _WRITTEN.get(path) != written:
-            _OPENED.pop(path, None)
-            _WRITTEN[path] = written
-    sizes = [len(_open_file(path)) for path in opened]
+    _OPENED.update((path, _read_file(path)) for path in opened)  # they may be written anew
+    sizes = [len(_OPENED[path]) for path in opened]
     return RowFiles(tuple(opened), tuple(np.cumsum([0, *sizes]).tolist()))
 
 
@@ -97,8 +93,6 @@ class _ArrowRows:
 
 
 _OPENED: dict[Path, Any] = {}
-_WRITTEN: dict[Path, int] = {}
-"""When a file was last written, in nanoseconds, as it was opened."""
 
 
 def _open_file(path: Path) -> _JsonLines | _ArrowRows:
@@ -115,7 +109,7 @@ def _read_file(path: Path) -> _JsonLines | _ArrowRows:
         rows = _ArrowRows(_read_arrow(_list_arrow_files(path)))
     elif not path.is_file():
         raise MaxlmError("no such file", where=str(path), fix=_FIX)
-    elif kind == ".parquet" and not packed:
+    elif kind in (".parquet", ".arrow") and not packed:
         rows = _ArrowRows(_read_arrow([path]))
     elif kind not in (".jsonl", ".json"):
         raise MaxlmError("no file of rows", where=str(path), fix=_FIX)

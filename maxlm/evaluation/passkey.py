@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import product
 from random import Random
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,17 +22,6 @@ SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "H
 SENTENCES += ("There and back again.",)
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-
-
-class PasskeyResults(NamedTuple):
-    """Shares of the right answers."""
-
-    lengths: list[int]
-    """Tokens of a prompt and its answer, at most."""
-    depths: list[float]
-    """Place of the key in the filler, in percent: 0 is the beginning."""
-    accuracy: list[list[float]]
-    """By length and depth."""
 
 
 def build_passkey_prompt(
@@ -79,11 +67,14 @@ def evaluate_passkey(
     *,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> PasskeyResults:
-    """Asks for keys of five digits, by greedy decoding.
+) -> list[list[float]]:
+    """Asks for keys of five digits, by greedy decoding; returns the share of right answers by
+    length and depth.
 
     Args:
         engine: with a tokenizer, and room for the longest of ``lengths``.
+        lengths: tokens of a prompt and its answer, at most.
+        depths: places of the key in the filler, in percent: 0 is the beginning.
         num_samples: keys for each length and depth; cells have keys of their own.
         on_progress: is told how many answers there are, and of how many.
     """
@@ -104,5 +95,4 @@ def evaluate_passkey(
         on_progress(done, len(keys))
     pairs = zip(answers, keys, strict=True)
     right = np.array([parse_passkey(tokenizer.decode(answer)) == key for answer, key in pairs])
-    accuracy = right.reshape(len(lengths), len(depths), num_samples).mean(axis=-1).tolist()
-    return PasskeyResults([*lengths], [*depths], accuracy)
+    return right.reshape(len(lengths), len(depths), num_samples).mean(axis=-1).tolist()

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
 from maxlm.models.adapters import Adapter
-from maxlm.models.params import Leaf, Params, flatten_names
+from maxlm.models.params import Params, flatten_names, is_leaf
 
 
 class MergedCheckpointReader:
@@ -22,10 +21,8 @@ class MergedCheckpointReader:
         self.inner, self.folder = inner, inner.folder
         self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
         """Shapes of all parameters, by canonical name."""
-        adapted = flatten_names(adapter.adapt(specs), lambda held: isinstance(held, Leaf))
-        self._leaves: dict[str, Any] = {
-            n: own for n, own in adapted.items() if isinstance(own, Leaf)
-        }
+        adapted = flatten_names(adapter.adapt(specs), is_leaf)
+        self._leaves = {name: own for name, own in adapted.items() if is_leaf(own)}
         self._kind = adapter.kind
 
     @contextmanager
@@ -58,7 +55,7 @@ class MergedCheckpointReader:
                     return np.asarray(own.merge_bias(bias(index)))
                 if (merged := own.merge()) is None:
                     what = f"{name} with adapter.kind={self._kind} cannot be merged"
-                    fix = "adapt other maps; --adapter writes the adapter alone"
+                    fix = "--adapter writes the adapter alone"
                     raise MaxlmError(what, where=str(self.folder), fix=fix)
                 return np.asarray(merged)
 

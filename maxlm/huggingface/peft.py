@@ -13,19 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.adapters import Ia3Adapter, LoraAdapter
+from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
 from maxlm.adapters.targets import split_dims
+from maxlm.adapters.virtual_tokens import from_peft, to_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.huggingface.convert import ParamWriter
 from maxlm.huggingface.files import list_file_tensors, read_tensor
 from maxlm.models.adapters import Adapter
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.families.names import TensorEntry
-from maxlm.models.params import Leaf, Params, ParamSpec, flatten_names
+from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PROMPT, _VIRTUAL = "prompt_embeddings", ".virtual"
+_VIRTUAL_KINDS = {"PREFIX_TUNING": PrefixAdapter, "PROMPT_TUNING": PromptAdapter}
 _PARTS = {
     "lora_A.weight": "lora_a",
     "lora_embedding_A": "lora_a",
@@ -45,12 +49,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def read_peft_adapter(
-    folder: Path, specs: Params, entries: Iterable[TensorEntry]
+    folder: Path, config: ModelConfig, specs: Params, entries: Iterable[TensorEntry]
 ) -> tuple[Adapter, Arrays]:
     """Reads an adapter for a model with declarations ``specs``, published as ``entries``, and its
     arrays by canonical name, DoRA's magnitudes as they are; raises MaxlmError naming the tensors
     that do not fit the model."""
     values, modules = _read_config(folder / CONFIG), _list_modules(entries)
+    if values["peft_type"] in _VIRTUAL_KINDS:
+        return _read_virtual_tokens(folder, values, config, specs)
     found: dict[str, Arrays] = {}
     strange = []
     for name, stored in list_file_tensors(folder / TENSORS).items():
@@ -83,6 +89,7 @@ def read_peft_adapter(
 def write_peft_adapter(
     folder: Path,
     adapter: Adapter,
+    config: ModelConfig,
     specs: Params,
     checkpoint: RunCheckpointReader,
     entries: Iterable[TensorEntry],
@@ -91,19 +98,37 @@ def write_peft_adapter(
     returns the number of its parameters."""
     from safetensors.numpy import save_file
 
+    if isinstance(adapter, PrefixAdapter | PromptAdapter):
+        tensors, values = _convert_virtual_tokens(adapter, checkpoint, config)
+    elif isinstance(adapter, LoraAdapter | Ia3Adapter):
+        tensors, values = _convert_modules(adapter, specs, checkpoint, entries, folder)
+    else:
+        what, fix = f"PEFT has no file of adapter.kind={adapter.kind}", "use the run itself"
+        raise MaxlmError(what, where=str(checkpoint.folder), fix=fix)
+    values |= {"task_type": "CAUSAL_LM", "inference_mode": True}
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def _convert_modules(
+    adapter: LoraAdapter | Ia3Adapter,
+    specs: Params,
+    checkpoint: RunCheckpointReader,
+    entries: Iterable[TensorEntry],
+    scratch_folder: Path,
+) -> tuple[Arrays, dict[str, Any]]:
+    """Tensors and settings of an adapter of maps."""
     where = str(checkpoint.folder)
-    if not isinstance(adapter, LoraAdapter | Ia3Adapter):
-        what, fix = f"PEFT has no file of adapter.kind={adapter.kind}", "leave out --adapter"
-        raise MaxlmError(what, where=where, fix=fix)
     modules, kernels, arrays = _list_modules(entries), flatten_names(specs), dict[str, Arrays]()
-    leaves = flatten_names(adapter.adapt(specs), _is_leaf)
+    leaves = flatten_names(adapter.adapt(specs), is_leaf)
     for name in checkpoint.shapes:
         leaf, _, part = name.rpartition(".")
         if part in _PARTS.values():
             arrays.setdefault(leaf, {})[part] = checkpoint.open(name).read()
     for name, parts in arrays.items():
         if "lora_magnitude" in parts:
-            norms = _read_norms(checkpoint, name, kernels[name], folder)
+            norms = _read_norms(checkpoint, name, kernels[name], scratch_folder)
             parts["lora_magnitude"] = parts["lora_magnitude"] + norms
     published = {place.name for entry in modules.values() for place in entry.ours}
     _refuse([name for name in arrays if name not in published], checkpoint.folder)
@@ -125,18 +150,42 @@ def write_peft_adapter(
             tensors[name] = np.ascontiguousarray(tensor)
         ranks[module] = len(joined.get("lora_a", ()))
         inputs += [module] if of_inputs else []
-    save_file(tensors, folder / TENSORS, {"format": "pt"})
-    values = _write_settings(adapter, modules, ranks, inputs)
-    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return sum(tensor.size for tensor in tensors.values())
+    return tensors, _write_settings(adapter, modules, ranks, inputs)
+
+
+def _convert_virtual_tokens(
+    adapter: PrefixAdapter | PromptAdapter, checkpoint: RunCheckpointReader, config: ModelConfig
+) -> tuple[Arrays, dict[str, Any]]:
+    names = [name for name in checkpoint.shapes if name.endswith(_VIRTUAL)]
+    arrays = {name: checkpoint.open(name).read() for name in names}
+    values = {"peft_type": f"{adapter.kind.upper()}_TUNING", "token_dim": config.d_model}
+    values |= {"num_virtual_tokens": adapter.num_virtual_tokens, "num_layers": config.num_layers}
+    values["num_transformer_submodules"] = 1
+    if isinstance(adapter, PrefixAdapter):
+        heads, size = arrays[names[0]].shape[2:]
+        values |= {"num_attention_heads": heads, "token_dim": heads * size}
+    return {_PROMPT: np.ascontiguousarray(to_peft(arrays, config.embedding_scale))}, values
+
+
+def _read_virtual_tokens(
+    folder: Path, values: Mapping[str, Any], config: ModelConfig, specs: Params
+) -> tuple[Adapter, Arrays]:
+    stored = list_file_tensors(folder / TENSORS)
+    _refuse([*stored] if [*stored] != [_PROMPT] else [], folder)
+    kind = _VIRTUAL_KINDS[values["peft_type"]]
+    adapter = kind(num_virtual_tokens=values["num_virtual_tokens"])
+    leaves = flatten_names(adapter.adapt(specs)).items()
+    shapes = {name: spec.shape for name, spec in leaves if name.endswith(_VIRTUAL)}
+    vectors = read_tensor(stored[_PROMPT], np.dtype(np.float32), lossy=True)
+    return adapter, from_peft(vectors, shapes, config.embedding_scale)
 
 
 class AdaptedParamWriter:
     """Writes an adapter's arrays, and the parameters of a model without it as its base."""
 
     def __init__(self, inner: ParamWriter, adapter: Adapter, specs: Params, arrays: Arrays):
-        adapted = flatten_names(adapter.adapt(specs), _is_leaf)
-        self._leaves = {name for name, held in adapted.items() if _is_leaf(held)}
+        adapted = flatten_names(adapter.adapt(specs), is_leaf)
+        self._leaves = {name for name, held in adapted.items() if is_leaf(held)}
         self._inner, self._adapter, self._arrays = inner, adapter, arrays
         self._specs = flatten_names(specs)
 
@@ -248,7 +297,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             what, where=str(path), fix="write it again with save_pretrained"
         ) from error
     fix = "merge it with PEFT (merge_and_unload) and convert the model"
-    if kind not in ("LORA", "IA3"):
+    if kind not in ("LORA", "IA3", *_VIRTUAL_KINDS):
         raise MaxlmError(f"peft_type {kind} is not implemented", where=str(path), fix=fix)
     bad = [f"{key}={values[key]!r}" for key in _REFUSED if values.get(key)]
     bad += [f"bias={values['bias']!r}"] if values.get("bias", "none") != "none" else []
@@ -311,7 +360,7 @@ def _write_settings(
         others = {end for name, end in ends.items() if name not in names}
         return sorted({name if ends[name] in others else ends[name] for name in names})
 
-    values = {"task_type": "CAUSAL_LM", "target_modules": shorten(ranks), "inference_mode": True}
+    values: dict[str, Any] = {"target_modules": shorten(ranks)}
     if isinstance(adapter, Ia3Adapter):
         return values | {"peft_type": "IA3", "feedforward_modules": shorten(inputs)}
     other = {name: rank for name, rank in ranks.items() if rank != adapter.rank}
@@ -344,7 +393,3 @@ def _refuse_fused(adapter: Adapter, module: str, own: Sequence[Arrays], where: s
                 f"{module} holds several of our maps, and PiSSA or DoRA of some has no counterpart"
             )
             raise MaxlmError(what, where=where, fix="convert the merged model")
-
-
-def _is_leaf(held: Any) -> bool:
-    return isinstance(held, Leaf)

@@ -11,11 +11,11 @@ from maxlm.models.architectures import Model
 from maxlm.models.params import (
     FusedIntoKernel,
     FusedKernel,
-    Leaf,
     Params,
     ParamSpec,
     UnstackedParam,
     flatten_names,
+    is_leaf,
     param_specs,
 )
 from maxlm.parallel.linear import can_fuse_kernels, fuse_kernels
@@ -44,9 +44,6 @@ def prepare_params(model: Model, params: Params) -> Params:
         return UnstackedParam(
             tuple(jax.tree.unflatten(tree, own) for own in zip(*arrays, strict=True))
         )
-
-    def is_leaf(held: Any) -> bool:
-        return isinstance(held, Leaf)
 
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
         specs = flatten_names(param_specs(model), is_leaf)

@@ -1,7 +1,6 @@
 """Longer contexts for a pretrained model, by scaling of its rotary positions."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -34,10 +33,8 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     if length is None:
         return model
     if (kind := model.positions.kind) != "rope":
-        fix = "use a model with positions.kind=rope"
-        if kind in ("alibi", "relative"):
-            fix = "set model.max_seq_len alone: they work at any length"
-        raise MaxlmError(f"positions.kind={kind} have no RoPE to scale", where=where, fix=fix)
+        what, fix = f"positions.kind={kind} have no RoPE to scale", "set model.max_seq_len alone"
+        raise MaxlmError(what, where=where, fix=fix)
     if found := model.positions.scaling:
         made = _make_scaling(model, round(length / found.factor), tune)
         if original == length and found == made:
@@ -54,9 +51,6 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     for layer in model.pattern:
         own = layer.positions
         if own is not None and (layer.window is None or layer.window > original):
-            if own.scaling is not None:
-                what = f"layers of the pattern have a scaling already: kind={own.scaling.kind}"
-                raise MaxlmError(what, where=where, fix="set it to null")
             own = own.model_copy(update={"scaling": scaling})
         pattern.append(layer.model_copy(update={"positions": own}))
     changes = {
@@ -79,17 +73,3 @@ def _make_scaling(model: ModelConfig, original_length: int, tune: TuneConfig) ->
     m = 1.0 if latent else None
     own = {"factor": factor, "original_length": original_length}
     return YarnScaling.model_validate(own | {"mscale": m, "mscale_all_dim": m})
-
-
-def check_start_scaling(tune: TuneConfig, start_model: Mapping[str, Any], start: str) -> None:
-    """Refuses to extend parameters that were trained with another kind of scaling.
-
-    Args:
-        start_model: settings of the model that training starts from, as plain data.
-        start: the run's folder.
-    """
-    scaling = (start_model.get("positions") or {}).get("scaling")
-    if tune.extend_to is not None and scaling and scaling["kind"] != tune.extend_by:
-        what = f"tune.extend_by={tune.extend_by}, and this run was trained with scaling "
-        what += f"{scaling['kind']} of factor {scaling['factor']:g}"
-        raise MaxlmError(what, where=start, fix=f"set tune.extend_by={scaling['kind']}")

@@ -191,6 +191,11 @@ class Leaf:
         return y
 
 
+def is_leaf(held: Any) -> bool:
+    """Returns whether this is a parameter at rest that is not one array."""
+    return isinstance(held, Leaf)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GatheredParam(Leaf):
@@ -247,7 +252,7 @@ def find_fused_kernel(held: Any) -> FusedKernel | None:
 
 def is_unstacked(params: Params) -> bool:
     """Returns whether a stack's parameters are held layer by layer."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda held: isinstance(held, Leaf))
+    leaves = jax.tree.leaves(params, is_leaf=is_leaf)
     return any(isinstance(leaf, UnstackedParam) for leaf in leaves)
 
 
@@ -259,7 +264,7 @@ def take_stacked_layer(params: Params, layer: int) -> Params:
             return held.layers[layer]
         return jax.tree.map(lambda x: x[layer], held)
 
-    return jax.tree.map(take, params, is_leaf=lambda held: isinstance(held, Leaf))
+    return jax.tree.map(take, params, is_leaf=is_leaf)
 
 
 def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight:
@@ -331,7 +336,7 @@ def select_base_params(tree: Params) -> Params:
         field = getattr(held, "base_field", None)
         return held if field is None else getattr(held, field)
 
-    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, Leaf))
+    return jax.tree.map(select, tree, is_leaf=is_leaf)
 
 
 def replace_base_params(tree: Params, base: Params) -> Params:
@@ -341,7 +346,7 @@ def replace_base_params(tree: Params, base: Params) -> Params:
         field = getattr(held, "base_field", None)
         return own if field is None else replace(held, **{field: own})
 
-    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, Leaf))
+    return jax.tree.map(put, tree, base, is_leaf=is_leaf)
 
 
 def get_values(module: nnx.Module) -> Params:

@@ -27,7 +27,7 @@ def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Mod
     if (folder / CONFIG).exists():
         specs = select_base_params(param_specs(model))
         entries = _find_family(Path(base_folder), model).list_entries(model.config)
-        adapter, arrays = read_peft_adapter(folder, specs, entries)
+        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
     elif (folder / "config.yaml").exists():
         config, reader = open_run_checkpoint(folder, None)
         parts = (".lora_a", ".lora_b")

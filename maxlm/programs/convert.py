@@ -30,6 +30,7 @@ from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.huggingface.merged import MergedCheckpointReader
 from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
+from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import TensorEntry
@@ -37,6 +38,7 @@ from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
+from maxlm.tasks.sft import SftTask
 from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.
@@ -179,8 +181,9 @@ def _import_run(
     specs, adapter, arrays = _build_specs(config), None, {}
     if adapter_folder is not None:
         entries = family.list_entries(config.model)
-        adapter, arrays = read_peft_adapter(adapter_folder, specs, entries)
-        config = config.model_copy(update={"adapter": adapter})
+        adapter, arrays = read_peft_adapter(adapter_folder, config.model, specs, entries)
+        task = SftTask() if count_virtual_tokens(adapter) else config.task
+        config = config.model_copy(update={"adapter": adapter, "task": task})
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         if adapter is None:
@@ -265,7 +268,8 @@ def _export_adapter(
     _check_free(target)
     with _whole(target) as folder:
         entries, specs = chosen.list_entries(config.model), _build_specs(config)
-        count = write_peft_adapter(folder, config.adapter, specs, reader, entries)
+        own = config.adapter, config.model
+        count = write_peft_adapter(folder, *own, specs, reader, entries)
     return ConversionResult(chosen.name, target, count, "F32", [])
 
 

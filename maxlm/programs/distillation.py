@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,29 +51,27 @@ def store_teacher_logits(
     *,
     k: int = 64,
     temperature: float = 1.0,
-    dtype: Literal["float32", "float16"] = "float32",
     seq_len: int | None = None,
     settings: Sequence[str] = (),
     mesh: str | None = None,
     step: int | None = None,
 ) -> RowCounts:
     """Writes the rows of files with what a teacher says of each token to learn: the
-    log-probabilities of its ``k`` likeliest tokens and of all others together, 4·k + (k + 1) times
-    the bytes of ``dtype`` a token. The task ``distill`` reads them, without a teacher.
+    log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4 bytes a
+    token. The task ``distill`` reads them, without a teacher.
 
     Args:
         model: a run's folder, or a Hugging Face checkpoint's.
-        out: folder of the rows, in the files' order, in the form that `datasets` saves: memory is
-            mapped to it.
+        out: .arrow file of the rows, in the files' order, which memory is mapped to.
         seq_len: tokens of a row at most; default: the model's.
         settings: those of the task sft that say what of a row is learnt, as ``turns=last``.
         mesh: such as ``tensor=2``, with context=1; default: one device.
 
     Raises:
-        MaxlmError: a folder that is there already, a model or a row that cannot be read.
+        MaxlmError: a file of another name, a model or a row that cannot be read.
     """
-    if (out / "state.json").exists() or out.is_file():
-        raise MaxlmError("there is something already", where=str(out), fix="name another folder")
+    if out.suffix != ".arrow":
+        raise MaxlmError("not the name of an Arrow file", where=str(out), fix="end it with .arrow")
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -84,44 +83,32 @@ def store_teacher_logits(
         loaded.tokenizer, min(seq_len or config.max_seq_len, config.max_seq_len)
     )
     own = {"teacher_vocab_size": config.vocab_size, "teacher_temperature": temperature}
-    given = [file[i] for i in range(len(file))]
-    columns = {name: None for row in given for name in row if not name.startswith("teacher_")}
-    try:
-        rows = pa.table({name: [row.get(name) for row in given] for name in columns})
-    except pa.ArrowException as error:
-        what, fix = f"columns of several types: {error}", "write each in one form"
-        raise MaxlmError(what, where=str(files[0]), fix=fix) from error
-    written, name = 0, "data-00000-of-00001.arrow"
-    with convert_write_errors(out), show_progress("rows") as progress:
-        out.mkdir(parents=True, exist_ok=True)
-        writer = None
+    rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
+    written, writer = 0, None
+    with ExitStack() as stack:
+        progress = stack.enter_context(show_progress("rows"))
+        stack.enter_context(convert_write_errors(out))
+        path = stack.enter_context(replace_file(out))
         for start in range(0, len(file), _BLOCK):
             block = range(len(file))[start : start + _BLOCK]
             encoded = {i: found for i in block if (found := encode_row(encoder, file, i))}
-            kept = [*encoded]
-            parts = _find_top(loaded, [encoded[i]["tokens"] for i in kept], k, temperature)
+            parts = _find_top(loaded, [x["tokens"] for x in encoded.values()], k, temperature)
             made = []
-            for i, (ids, log_probs) in zip(kept, parts, strict=True):
-                places = np.flatnonzero(encoded[i]["weights"])
-                values = ids[places], log_probs[places].astype(dtype), encoded[i]["targets"][places]
+            for found, (ids, log_probs) in zip(encoded.values(), parts, strict=True):
+                places = np.flatnonzero(found["weights"])
+                values = ids[places], log_probs[places], found["targets"][places]
                 made.append(write_stored_teacher(*values) | own)
             if made:
-                table = rows.take(kept)
+                table = rows.take([*encoded])
                 for column in made[0]:
                     table = table.append_column(column, pa.array([each[column] for each in made]))
-                writer = writer or pa.ipc.new_stream(str(out / name), table.schema)
+                writer = writer or stack.enter_context(pa.ipc.new_stream(str(path), table.schema))
                 writer.write_table(table)
             written += len(made)
             progress("teacher", block[-1] + 1, len(file))
         if writer is None:
             what, fix = f"no row has at most {encoder.max_length} tokens", "raise seq_len"
             raise MaxlmError(what, where=str(files[0]), fix=fix)
-        writer.close()
-        (out / "dataset_info.json").write_text("{}")
-        state = {"_data_files": [{"filename": name}], "_fingerprint": out.name}
-        nothing = ("_format_columns", "_format_type", "_split")
-        state |= dict.fromkeys(nothing) | {"_format_kwargs": {}, "_output_all_columns": False}
-        (out / "state.json").write_text(json.dumps(state))
     return RowCounts(written, len(file) - written)
 
 
@@ -131,7 +118,6 @@ def generate_answers(
     out: Path,
     *,
     num_answers: int = 1,
-    keep_unfinished: bool = False,
     settings: Sequence[str] = (),
     mesh: str | None = None,
     step: int | None = None,
@@ -143,7 +129,6 @@ def generate_answers(
     Args:
         files: rows with ``prompt``, or with ``messages``, whose last answer is left out.
         num_answers: to each prompt.
-        keep_unfinished: keep answers that ``max_new_tokens`` cut off too.
         settings: the engine's, as ``max_sequences=16``.
         sampling: of :class:`maxlm.inference.sampling.SamplingConfig`.
 
@@ -169,15 +154,11 @@ def generate_answers(
             if output.finish_reason is not None:
                 num_done += 1
                 progress("answers", num_done, len(prompts) * num_answers)
-                ended |= {answer} if output.finish_reason == "stop" or keep_unfinished else set()
+                ended |= {answer} if output.finish_reason == "stop" else set()
         kept = [answer for answer in sorted(ended) if texts[answer].strip()]
         with path.open("w", encoding="utf-8") as lines:
             for answer in kept:
-                prompt, text = prompts[answer[0]], texts[answer]
-                said: Any = text
-                if not isinstance(prompt, str):
-                    said = [{"role": "assistant", "content": text}]
-                row = {"prompt": prompt, "completion": said}
+                row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return RowCounts(len(kept), len(prompts) * num_answers - len(kept))
 

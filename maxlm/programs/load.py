@@ -20,12 +20,11 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
-from maxlm.models.context_extension import check_start_scaling
 from maxlm.models.params import (
-    Leaf,
     Params,
     bind_specs,
     flatten_names,
+    is_leaf,
     join_path,
     replace_base_params,
     select_base_params,
@@ -78,7 +77,7 @@ def load_run(
         with jax.set_mesh(setup.mesh):
             specs, params = merge_adapter(setup.specs, params)
         model = bind_specs(model, specs)
-        if not any(isinstance(s, Leaf) for s in flatten_names(specs, _is_leaf).values()):
+        if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
             config = config.model_copy(update={"adapter": None})
     return LoadedRun(config, setup.mesh, model, params, tokenizer, step or 0)
 
@@ -146,7 +145,6 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     if start is None:
         return None
     with _open_checkpoints(start) as (tier, config, name):
-        check_start_scaling(setup.config.tune, config["model"], start)
         own = wanted if _is_adapted(config) else select_base_params(wanted)
         tier.check_param_shapes(None, _drop_new_heads(own, config), name)
         return tier.metadata()
@@ -211,10 +209,6 @@ def _open_checkpoints(
         config = tier.metadata(step)["config"]
         average = config["train"].get("ema_decay") is not None
         yield tier, config, "ema" if average else "params"
-
-
-def _is_leaf(held: Any) -> bool:
-    return isinstance(held, Leaf)
 
 
 def _drop_new_heads(params: Params, config: Mapping[str, Any]) -> Params:

@@ -8,7 +8,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.evaluation.curves import compute_position_losses
-from maxlm.evaluation.passkey import PasskeyResults, evaluate_passkey
+from maxlm.evaluation.passkey import evaluate_passkey
 from maxlm.inference.engine import Engine
 from maxlm.inference.scoring import Scorer
 from maxlm.programs.serve import load_chat_model, make_engine
@@ -59,12 +59,9 @@ def evaluate_passkeys(
     seed: int,
     step: int | None = None,
     mesh: str | None = None,
-) -> PasskeyResults:
+) -> list[list[float]]:
     """Evaluates a model by ``evaluate_passkey``."""
     engine = _load_engine(model, max(lengths), step, mesh)
-    if (most := engine.config.max_length) < max(lengths):
-        what = f"{max(lengths):,} tokens; the model has positions for {most:,}"
-        raise MaxlmError(what, where="--lengths", fix="use shorter ones")
     with show_progress("answers") as progress:
         on_progress = partial(progress, model)
         return evaluate_passkey(engine, lengths, *options, seed=seed, on_progress=on_progress)

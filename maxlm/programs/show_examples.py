@@ -10,7 +10,7 @@ import numpy as np
 from maxlm.config import Config, MaxlmError, load_config
 from maxlm.data.loader import LoaderConfig
 from maxlm.data.row_files import open_rows
-from maxlm.data.rows import encode_row, make_row_source
+from maxlm.data.rows import encode_row
 from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -31,7 +31,6 @@ class ExampleSettings(Config):
     task: TaskConfig
     data: LoaderConfig = LoaderConfig(seq_len=2048)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    seed: int = 0
 
 
 def describe_examples(
@@ -60,19 +59,13 @@ def describe_examples(
         raise MaxlmError(f"no task on rows of files is called {kind!r}", where="--kind", fix=fix)
     own = f"task.kind={kind}", f"task.files={[str(path)]}"
     config = load_config(ExampleSettings, None, [*own, *settings]).value
-    task, seq_len, tokenizer = config.task, config.data.seq_len, open_tokenizer(model)
+    task, tokenizer = config.task, open_tokenizer(model)
     assert isinstance(task, RowTask)
     add_chat_template(tokenizer, config.tokenizer)
-    file, encoder = task.open_files("files"), task.make_encoder(tokenizer, seq_len)
+    file, encoder = task.open_files("files"), task.make_encoder(tokenizer, config.data.seq_len)
     scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
     kept = np.flatnonzero(scan.lengths)
-    lengths, fullness = scan.lengths[kept], 0.0
-    if kept.size:
-        source = (file, encoder, task.batch_arrays(seq_len), 1)
-        sizes = {"lengths": lengths, "examples_per_row": task.examples_per_row}
-        packed = make_row_source(*source, seed=config.seed, examples=kept, **sizes)
-        fullness = float(lengths.sum() / (packed.rows_per_epoch * seq_len))
-    examples = []
+    lengths, examples = scan.lengths[kept], []
     for i in kept[:num_examples].tolist():
         encoded = encode_row(encoder, file, i)
         names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
@@ -88,8 +81,6 @@ def describe_examples(
         "notes": task.describe_scan(scan, encoder.max_length),
         "tokens": [int(np.quantile(lengths, q)) if kept.size else 0 for q in (0, 0.5, 1)],
         "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
-        "seq_len": seq_len,
-        "share_of_rows_filled": fullness,
         "examples": examples,
     }
 
@@ -129,7 +120,6 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Any:
         *report["notes"],
         f"tokens of an example: {least:,} to {most:,}, median {median:,}",
         f"learnt: {report['share_learnt']:.1%} of them",
-        f"rows of {report['seq_len']:,} tokens are {report['share_of_rows_filled']:.1%} full",
     ]
     if report["rows_unreadable"]:
         lines += [f"{report['rows_unreadable']:,} rows are refused, such as:", *report["errors"]]

@@ -104,8 +104,7 @@ class DistillationTask(AnswerTask, TeacherTask):
     kind: Literal["distill"] = "distill"
     examples_per_row: int | None = Field(default=None, ge=1)
     top_k: int = Field(default=64, ge=1)
-    """Tokens of a stored teacher to read, at most as many as are stored; the rest counts as one
-    class more."""
+    """Tokens of a stored teacher, as many as are stored; all others count as one class more."""
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays, axes = super().batch_arrays(seq_len), ("seq", None)
@@ -157,12 +156,12 @@ class StoredTeacherEncoder(ExampleEncoder):
 def write_stored_teacher(
     ids: np.ndarray, log_probs: np.ndarray, targets: np.ndarray
 ) -> dict[str, bytes]:
-    """Returns columns of a row that hold a teacher's log-probabilities fp32 or fp16 [n, k + 1], of
+    """Returns columns of a row that hold a teacher's log-probabilities fp32 [n, k + 1], of
     ``ids`` [n, k] and of all others together, at its ``targets`` [n]."""
     return {
         "teacher_targets": targets.astype("<i4").tobytes(),
         "teacher_ids": ids.astype("<i4").tobytes(),
-        "teacher_log_probs": log_probs.astype(log_probs.dtype.newbyteorder("<")).tobytes(),
+        "teacher_log_probs": log_probs.astype("<f4").tobytes(),
     }
 
 
@@ -170,28 +169,21 @@ def read_stored_teacher(
     row: Mapping[str, Any], targets: np.ndarray, k: int, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids [n, k] and log-probabilities [n, k + 1] of what a row's teacher says at
-    ``targets``, the first or last that are stored; raises MaxlmError if they are others."""
+    ``targets``; raises MaxlmError if it was asked for others."""
     if row.get("teacher_ids") is None:
         what, fix = "no teacher's log-probabilities", "maxlm tune store-logits, or set task.teacher"
         raise MaxlmError(what, where="task.teacher", fix=fix)
     if (found := row["teacher_temperature"]) != temperature:
         what = f"log-probabilities at temperature {found:g}, not {temperature:g}"
         raise MaxlmError(what, where="task.temperature", fix=f"set it to {found:g}")
-    stored, size = np.frombuffer(row["teacher_targets"], "<i4"), len(targets)
-    begin = 0 if np.array_equal(stored[:size], targets) else len(stored) - size
-    part = slice(begin, begin + size)
-    if begin < 0 or not np.array_equal(stored[part], targets):
+    if not np.array_equal(np.frombuffer(row["teacher_targets"], "<i4"), targets):
         what, fix = "the teacher's log-probabilities are of other tokens", "store them again"
         raise MaxlmError(what, where="teacher_targets", fix=fix)
-    ids = np.frombuffer(row["teacher_ids"], "<i4").reshape(len(stored), -1)
-    if ids.shape[1] < k:
-        what = f"{ids.shape[1]} log-probabilities a token, task.top_k={k}"
-        raise MaxlmError(what, where="task.top_k", fix="lower it, or store more")
-    values = row["teacher_log_probs"]
-    log_probs = np.frombuffer(values, f"<f{len(values) // (ids.size + len(ids))}")
-    log_probs = log_probs.reshape(len(stored), -1)[part].astype(np.float32)
-    rest = np.logaddexp.reduce(log_probs[:, k:], axis=1, keepdims=True)
-    return ids[part, :k], np.concatenate([log_probs[:, :k], rest], axis=1)
+    ids = np.frombuffer(row["teacher_ids"], "<i4").reshape(len(targets), -1)
+    if (found := ids.shape[1]) != k:
+        what = f"{found} log-probabilities a token, task.top_k={k}"
+        raise MaxlmError(what, where="task.top_k", fix=f"set it to {found}")
+    return ids, np.frombuffer(row["teacher_log_probs"], "<f4").reshape(len(targets), -1)
 
 
 def _sum_squared_errors(own: jax.Array, theirs: jax.Array, weights: jax.Array) -> jax.Array:

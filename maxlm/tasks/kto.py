@@ -67,11 +67,8 @@ class KtoTask(ReferenceTask):
         own = {"labels": 1.0 if get_label(row) else -1.0}
         return super().encode_example_values(row) | own
 
-    def make_encoder(
-        self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
-    ) -> ExampleEncoder:
-        own = super().make_encoder(tokenizer, seq_len, num_virtual_tokens)
-        return MismatchedPairEncoder(self, tokenizer, own.max_length, num_virtual_tokens)
+    def make_encoder(self, *args: Any, **kwargs: Any) -> ExampleEncoder:
+        return MismatchedPairEncoder(**vars(super().make_encoder(*args, **kwargs)))
 
     def example_arrays(self) -> dict[str, BatchArraySpec]:
         labels = BatchArraySpec((self.examples_per_row or 1,), np.float32, (None,))

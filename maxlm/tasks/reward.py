@@ -47,7 +47,7 @@ class RewardTask(PairTask):
 
     def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
         margin = row.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, Real)):
+        if not isinstance(margin, Real | None):
             what = f"margin is {margin!r}"
             raise MaxlmError(what, where="margin", fix="write a number, or leave it out")
         return {"margins": float(margin or 0)}

@@ -218,8 +218,8 @@ def _scan(
     for i, example in enumerate(examples.tolist()):
         try:
             if encoded := encode_row(encoder, file, example):
-                learnt = np.count_nonzero(encoded["weights"])
-                counts[:, i] = len(encoded["tokens"]), learnt, encoded["was_cut"]
+                size = max(len(own) for name, own in encoded.items() if name.endswith("tokens"))
+                counts[:, i] = size, np.count_nonzero(encoded["weights"]), encoded["was_cut"]
         except MaxlmError as error:
             errors.append(error)
     return number, counts, errors

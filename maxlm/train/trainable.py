@@ -3,7 +3,7 @@
 A part of a tree of parameters is that tree with None for the arrays that are not in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import filter as filter_names
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import GatheredParam, Leaf, Params, flatten_names, join_path
+from maxlm.models.params import GatheredParam, Params, flatten_names, is_leaf, join_path
 
 
 def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
@@ -51,8 +51,7 @@ def merge_params(a: Params, b: Params) -> Params:
 def _list_added_names(specs: Params) -> set[str]:
     """Names of the arrays that leaves hold beside their base."""
     added: set[str] = set()
-    leaves: Mapping[str, Any] = flatten_names(specs, lambda held: isinstance(held, Leaf))
-    for name, held in leaves.items():
+    for name, held in flatten_names(specs, is_leaf).items():
         if field := getattr(held, "base_field", None):
             added |= {f"{name}.{own}" for own in _list_names(replace(held, **{field: None}))}
     return added

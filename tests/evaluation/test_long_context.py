@@ -75,7 +75,7 @@ class NearSightedEngine:
 def test_accuracy_is_by_length_and_depth(tokenizer):
     engine = NearSightedEngine(tokenizer, 500)
     found = evaluate_passkey(engine, [600, 2000], [0, 50, 100], 3, seed=1)
-    assert found.accuracy == [[1, 1, 1], [0, 0, 1]]
+    assert found == [[1, 1, 1], [0, 0, 1]]
     assert len(set(engine.prompts)) == 18
     again = NearSightedEngine(tokenizer, 500)
     evaluate_passkey(again, [600, 2000], [0, 50, 100], 3, seed=1)

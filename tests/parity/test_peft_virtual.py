@@ -1,13 +1,18 @@
 """PEFT's prefix and prompt tuning, and ours of the same arrays: logits of real tokens of ragged
-sequences, which stand in one row here and in a row each there."""
+sequences, which stand in one row here and in a row each there; and PEFT's files, both ways."""
+
+import json
 
 import numpy as np
 import pytest
 
 from maxlm.adapters import PrefixAdapter, PromptAdapter
 from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.config import MaxlmError
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.params import flatten_names, param_specs
+from maxlm.programs.convert import convert
+from maxlm.programs.load import load_run
 from maxlm.sharding import AxisRules
 from tests.parity import compare, measure
 
@@ -21,22 +26,29 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-# Grouped heads; learned positions; scaled embeddings; windows and norms of keys as well.
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
-def test_logits_and_counts_are_pefts(name, kind):
+def adapt(name, kind):
+    """A model with random vectors of PEFT's, and these vectors."""
     own = measure.case(name)
-    adapter, theirs_kind = ADAPTERS[kind]
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N}
     if name in ("llama", "gemma", "gemma3") and kind == "prefix":  # head_dim is not D / heads
         heads, size = own.config.attention.num_kv_heads, own.config.attention.head_dim
         settings |= {"token_dim": heads * size, "num_attention_heads": heads}
-    model = peft.get_peft_model(measure.build(name), getattr(peft, theirs_kind)(**settings)).eval()
+    config = getattr(peft, ADAPTERS[kind][1])(**settings)
+    model = peft.get_peft_model(measure.build(name), config).eval()
     model.base_model.load_state_dict(own.model.state_dict())
     (embedding,) = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
     torch.manual_seed(1)
     with torch.no_grad():
         embedding.normal_()
+    return model, embedding
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+# Grouped heads; learned positions; scaled embeddings; windows and norms of keys as well.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
+def test_logits_and_counts_are_pefts(name, kind):
+    own, adapter = measure.case(name), ADAPTERS[kind][0]
+    model, embedding = adapt(name, kind)
 
     specs = param_specs(
         build_adapted_model(own.config, adapter, rules=AxisRules(), dtype="float32")
@@ -68,3 +80,33 @@ def test_logits_and_counts_are_pefts(name, kind):
     found = [found[N : sizes[0]], found[sizes[0] + N :]]
     for ours, theirs in zip(found, wanted, strict=True):
         assert measure.relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_files_hold_the_same_vectors_both_ways(name, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("maxlm.programs.load.load_tokenizer", lambda folder: None)
+    theirs, embedding = adapt(name, kind)
+    theirs.save_pretrained(tmp_path / "peft")
+    theirs.base_model.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "peft", tmp_path / "run", base=tmp_path / "base")
+    found = flatten_names(load_run(tmp_path / "run").params)
+    arrays = {name: np.asarray(x) for name, x in found.items() if name.endswith(".virtual")}
+    vectors = to_peft(arrays, measure.case(name).config.embedding_scale)
+    np.testing.assert_allclose(vectors, embedding.detach().numpy(), rtol=1e-6)
+
+    convert(tmp_path / "run", tmp_path / "back", adapter=True)
+    again = peft.PeftModel.from_pretrained(measure.build(name), tmp_path / "back").eval()
+    again.base_model.load_state_dict(measure.case(name).model.state_dict())
+    tokens = torch.arange(9)[None] + 2
+    with torch.no_grad():
+        wanted, got = (each(input_ids=tokens).logits for each in (theirs, again))
+    assert measure.relative(got.numpy(), wanted.numpy()) < 1e-6
+    with pytest.raises(MaxlmError, match=r"cannot be merged.*--adapter"):
+        convert(tmp_path / "run", tmp_path / "merged")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    (tmp_path / "peft" / "adapter_config.json").write_text(
+        json.dumps(config | {"num_virtual_tokens": N + 1})
+    )
+    with pytest.raises(MaxlmError, match=r"prompt_embeddings is \[4, "):
+        convert(tmp_path / "peft", tmp_path / "other", base=tmp_path / "base")

@@ -175,6 +175,15 @@ def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
             np.testing.assert_allclose(flat[key], value, atol=3e-6 * scale, rtol=0, err_msg=key)
 
 
+def test_mismatched_completions_have_room_in_packed_rows(tmp_path):
+    sizes = [3, 20] * 6
+    rows = [{"prompt": "5 6", "completion": "7 " * size, "label": True} for size in sizes]
+    task = make_task(tmp_path, rows, kind="kto", examples_per_row=4)
+    batch = make_batch(task, 40, len(rows))
+    learnt = batch["kl_weights"].sum()
+    assert learnt == batch["weights"].sum() == sum(sizes) + len(rows)
+
+
 CUBE, RING, STAGES = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}, {"stage": 2}
 
 
