@@ -62,7 +62,8 @@ def place_frozen_models(
     dtype: Any,
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
-    if sources and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
+    reads = sources and not config.task.prepares_batch_alone
+    if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
         what = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
         raise MaxlmError(what, where="parallel.schedule", fix="use circular, or mesh.stage=1")
     placed = {}

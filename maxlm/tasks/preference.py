@@ -80,6 +80,8 @@ class PreferenceTask(RowTask):
 class ReferenceTask(PreferenceTask):
     """A preference task that measures against a frozen model."""
 
+    prepares_batch_alone: ClassVar[bool] = True
+
     reference: LocalPath | None = None
     """Run whose model is the reference; null: the model that training starts from."""
     reference_log_probs: LocalPath | None = None

@@ -83,6 +83,8 @@ class Task(Config):
     """The architecture of the models that it trains."""
     reads_text: ClassVar[bool] = True
     """Whether its batches come from the token stores of ``data.sources``."""
+    prepares_batch_alone: ClassVar[bool] = False
+    """Whether :meth:`prepare_batch` alone reads frozen models, and the loss none."""
     predicts_every_token: ClassVar[bool] = False
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
 
