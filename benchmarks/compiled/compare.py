@@ -13,7 +13,7 @@ def count_step_flops(shape: StepShape) -> tuple[float, float]:
     """Returns a step's planned FLOPs on a device, a pipeline's idle turns included: of all matrix
     products but attention's, and of attention's."""
     flops, slots = count_device_flops(shape), shape.stage_passes_with_bubble
-    matmul = slots * (flops.forward + flops.backward) + 3 * flops.loss
+    matmul = slots * (flops.forward + flops.backward) + flops.loss + flops.loss_backward
     return float(matmul), float(slots * (flops.attention_forward + flops.attention_backward))
 
 

@@ -83,10 +83,11 @@ class LoraParam(Leaf):
             product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
             return kernel - self.scale * product, a, b
 
-        parts = lax.map(factor, self.base.reshape(-1, *shape))
+        parts = lax.map(factor, self.base.astype(jnp.float32).reshape(-1, *shape))
         names = "base", "lora_a", "lora_b"
         pairs = zip(names, parts, strict=True)
-        own = replace(self, **{n: x.reshape(getattr(self, n).shape) for n, x in pairs})
+        own = {n: x.reshape(getattr(self, n).shape) for n, x in pairs}
+        own = replace(self, **own | {"base": own["base"].astype(self.base.dtype)})
         if self.lora_magnitude is None:
             return own
         before, after = own._compute_norms()

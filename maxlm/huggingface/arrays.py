@@ -100,7 +100,8 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
-    """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or not."""
+    """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or not; bfloat16
+    is read as float32."""
     store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if (folder / "manifest.ocdbt").exists():
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
@@ -134,7 +135,8 @@ def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
     # TensorStore would keep no decoded tiles anyway, but read as many files at once as it can.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     spec = {"driver": "zarr3", "kvstore": store}
-    return ts.open(spec | _OPEN | options, context=context).result()
+    found = ts.open(spec | _OPEN | options, context=context).result()
+    return ts.cast(found, ts.float32) if found.dtype == ts.bfloat16 else found
 
 
 def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:

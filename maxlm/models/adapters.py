@@ -5,15 +5,25 @@ one, write an :class:`Adapter` and register it (:func:`register_adapter`, or in 
 an entry point of the group ``maxlm.adapters`` named as its kind).
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.blocks import parse_registered_config
-from maxlm.models.params import Leaf, Params, bind_specs, param_specs
+from maxlm.models.params import (
+    Leaf,
+    Params,
+    ParamSpec,
+    bind_specs,
+    param_specs,
+    replace_base_params,
+    select_base_params,
+)
 
 
 class Adapter(Config):
@@ -21,6 +31,9 @@ class Adapter(Config):
     parameters for virtual tokens says in a setting ``num_virtual_tokens`` how many there are."""
 
     kind: Any
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the base's matrices and tables at rest and in checkpoints; nothing may train them
+    in bfloat16."""
 
     @property
     def changes_base(self) -> bool:
@@ -62,9 +75,21 @@ def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: 
     model = config.build(**kwargs)
     if adapter is None:
         return model
-    model = bind_specs(model, adapter.adapt(param_specs(model)))
+    specs = adapter.adapt(param_specs(model))
+    if adapter.base_dtype != "float32":
+        store = partial(_store_as, jnp.dtype(adapter.base_dtype))
+        base = select_base_params(specs)
+        rest = {
+            name: own if name == "heads" else jax.tree.map(store, own) for name, own in base.items()
+        }
+        specs = replace_base_params(specs, rest)
+    model = bind_specs(model, specs)
     model.num_virtual_tokens = count_virtual_tokens(adapter)
     return model
+
+
+def _store_as(dtype: Any, spec: ParamSpec) -> ParamSpec:
+    return spec if spec.role == "vector" else replace(spec, dtype=dtype)
 
 
 @jax.jit
@@ -84,7 +109,8 @@ def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
             continue
         merged[name] = held
         if isinstance(held, Leaf) and held.base_field and (value := _merge(held)) is not None:
-            merged_specs[name], merged[name] = getattr(specs[name], held.base_field), value
+            base = getattr(specs[name], held.base_field)
+            merged_specs[name], merged[name] = replace(base, dtype=value.dtype), value
             if name == "kernel" and "bias" in merged:
                 merged["bias"] = held.merge_bias(merged["bias"])
     return merged_specs, merged

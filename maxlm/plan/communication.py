@@ -52,10 +52,15 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     for attention, layers in work.attention_layer_counts.items():
         yield from _list_attention_collectives(shape, attention, *_count_passes(shape, layers))
     _, runs = _count_passes(shape, work.num_layers)
-    vectors = (s for s in work.specs.values() if s.num_layer_axes and s.role == "vector")
-    size = sum(s.size for s in vectors if not s.sign_update) / work.num_layers * FP32
+    vectors = (s for s in work.select_trained(work.specs) if s.num_layer_axes)
+    size = sum(s.size for s in vectors if s.role == "vector" and not s.sign_update)
+    size = size / work.num_layers * FP32
     axes = (*compute.batch, *compute.residual)
     yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
+    for stack in work.stacks:
+        tokens, passes = (*compute.batch, *compute.seq), _count_passes(shape, stack.num_layers)
+        for kernel in stack.adapter_kernels:
+            yield from _list_weight_collectives(shape, kernel, *passes, tokens)
 
 
 def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
@@ -116,7 +121,8 @@ def _list_weight_collectives(
         here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
     runs = here * forward, here * backward
     yield from _in_passes(kernel.name, "all-gather", scattered, used, *runs, waits=False)
-    yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
+    if kernel.is_trained:
+        yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
 
 
 def _list_gradient_collectives(
@@ -252,7 +258,8 @@ def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         yield from _list_weight_collectives(shape, kernel, runs, runs, tokens)
     for name, spec in work.base_specs.items():
         if name in work.embedding_lookup_rates:
-            table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
+            how = {"is_trained": name in work.trained_base_names}
+            table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1, **how)
             first = name == next(iter(work.embedding_lookup_rates))
             for rate in work.embedding_lookup_rates[name]:
                 yield from _list_lookup_collectives(shape, table, rate, first)
@@ -264,7 +271,8 @@ def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     yield from _list_weight_collectives(shape, work.head, runs, 0 * runs, ())
     tokens = (*rules.batch, *rules.residual, *_stages(shape))
     rest = tuple(axis for axis in tokens if axis not in rules.vocab)
-    yield from _list_gradient_collectives(shape, work.head, runs, rest)
+    if work.head.is_trained:
+        yield from _list_gradient_collectives(shape, work.head, runs, rest)
     sequence = split.sequence_parallel
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
     others = tuple(axis for axis in rules.vocab if axis not in sequence)
@@ -296,8 +304,10 @@ def _list_lookup_collectives(
     yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward")
     held = table.size * work.dtype_bytes / split.num_shards(split.gradients, table.axes)
     rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
-    yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
-    if first:  # once for all tables: rows of each are added up, and have the same gradient
+    if table.is_trained:
+        yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
+    # Once for all tables: rows of each are added up, and have the same gradient.
+    if first and table.is_trained:
         yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward")
         yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward")
 

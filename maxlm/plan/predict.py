@@ -244,6 +244,7 @@ def make_step_shape(
         *(work, MeshPartitioning(work.config, sizes), micro_batches, remat),
         ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),
         fused_attention=machine is not None and machine.topology.platform in ("tpu", "gpu"),
+        unordered_frozen_layers=machine is not None and machine.topology.platform == "gpu",
     )
 
 

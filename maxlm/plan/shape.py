@@ -24,6 +24,9 @@ class StepShape:
     fused_attention: bool = False
     """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``), but of
     attention with learnt biases."""
+    unordered_frozen_layers: bool = False
+    """Whether the compiler has all branches of a layer with frozen kernels at once (XLA:GPU): it is
+    gradients of kernels that put them in order (``parallel/linear.py``)."""
 
     def gathered_weight_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
         """Bytes of matrices as a device multiplies by them."""

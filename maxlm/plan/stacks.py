@@ -2,7 +2,7 @@
 (``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -24,6 +24,8 @@ class Kernel:
     """Leading dimensions that are summed over; of an expert's, behind the first."""
     needs_raw_output: bool = False
     """Whether the backward pass needs the product as it was before a norm or a clip."""
+    is_trained: bool = True
+    """Whether it has a gradient."""
 
     @property
     def size(self) -> int:
@@ -39,11 +41,14 @@ class Kernel:
         return "mlp" if "mlp" in axes else "residual"
 
 
-def make_kernel(name: str, spec: ParamSpec, needs_raw_output: bool = False) -> Kernel:
+def make_kernel(
+    name: str, spec: ParamSpec, trained_names: Set[str], needs_raw_output: bool = False
+) -> Kernel:
     """Makes a layer's own part of a stack of matrices."""
     shape, axes = spec.shape[spec.num_layer_axes :], spec.axes[spec.num_layer_axes :]
     own = strip_stack_name(name).removesuffix(".kernel")
-    return Kernel(own, shape, axes, len(spec.contracting_dims), needs_raw_output)
+    how = len(spec.contracting_dims), needs_raw_output, name in trained_names
+    return Kernel(own, shape, axes, *how)
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,13 @@ class Stack:
     period: int
     """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
+    base_specs: Mapping[str, ParamSpec]
+    """``specs`` without what an adapter adds."""
     branches: tuple[BranchCosts, ...]
     matmul_groups: tuple[MatmulGroup, ...]
     """Matrix products by name; without what an adapter adds, like the router."""
+    adapter_kernels: tuple[Kernel, ...]
+    """Matrices that an adapter adds."""
     router: Kernel | None
     attention_layer_counts: Counter[AttentionShape]
     """Number of layers of each shape."""
@@ -137,9 +146,12 @@ class Stack:
         return next((own.costs.experts for own in self.branches if own.costs.experts), None)
 
 
-def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
+def list_stacks(
+    model: Model, seq_len: int, encoder_len: int, trained_names: Set[str]
+) -> Iterator[Stack]:
     """Lists all stacks, in the order in which they are run, of rows of ``encoder_len`` tokens in an
-    encoder beside ``seq_len`` in its decoder."""
+    encoder beside ``seq_len`` in its decoder; ``trained_names``: the base's parameters that have
+    gradients."""
     tree, encoder_rate = param_specs(model), encoder_len / seq_len
     all_specs, base_specs = flatten_names(tree), flatten_names(select_base_params(tree))
     biased = model.config.positions.kind == "relative"
@@ -166,14 +178,22 @@ def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]
                         attention[own] += part.num_layers // len(part.kinds)
                 if experts:
                     path = f"{name}.{branch.module}.{experts.router}"
-                    router = make_kernel(path, base[path])
+                    router = make_kernel(path, base[path], trained_names)
             yield Stack(
                 name=name,
                 num_layers=part.num_layers,
                 period=len(part.kinds),
                 specs=specs,
+                base_specs=base,
                 branches=branches,
-                matmul_groups=_list_matmuls(name, branches, base, rate, encoder_rate),
+                matmul_groups=_list_matmuls(
+                    name, branches, base, trained_names, rate, encoder_rate
+                ),
+                adapter_kernels=tuple(
+                    make_kernel(n, spec, specs.keys())
+                    for n, spec in specs.items()
+                    if spec.role == "matrix" and all(spec is not own for own in base.values())
+                ),
                 router=router,
                 attention_layer_counts=attention,
                 token_ratio=rate,
@@ -184,6 +204,7 @@ def _list_matmuls(
     stack: str,
     branches: Sequence[BranchCosts],
     specs: Mapping[str, ParamSpec],
+    trained_names: Set[str],
     rate: float,
     encoder_rate: float,
 ) -> tuple[MatmulGroup, ...]:
@@ -194,7 +215,8 @@ def _list_matmuls(
             kernels = []
             for own in sorted(group.names):
                 name = f"{stack}.{branch.module}.{own}"
-                kernels.append(make_kernel(name, specs[name], own in group.needs_raw_output))
+                raw = own in group.needs_raw_output
+                kernels.append(make_kernel(name, specs[name], trained_names, raw))
                 missing.discard(name)
             tokens = encoder_rate if group.input_features == "memory" else rate
             groups.append(MatmulGroup(tuple(kernels), branch.branch, group.input_features, tokens))

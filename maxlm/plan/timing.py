@@ -98,7 +98,8 @@ class DeviceFlops:
     attention_forward: Number
     attention_backward: Number
     loss: Number
-    """Forward FLOPs of the loss, for all micro-batches; the backward part is twice that."""
+    """Forward FLOPs of the loss, for all micro-batches."""
+    loss_backward: Number
 
 
 def count_device_flops(shape: StepShape) -> DeviceFlops:
@@ -115,29 +116,41 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
             one = 2 * kernel.size * share * tokens / split.num_shards(rules, axes)
             forward += one
-            backward += one * (3 if work.is_kernel_recomputed(group, kernel, shape.remat) else 2)
+            again = work.is_kernel_recomputed(group, kernel, shape.remat)
+            backward += one * (1 + kernel.is_trained + again)
             if group.has_experts and shape.remat == "none" and group.output_features == "mlp":
                 backward += one  # experts' hidden activations are never kept
+    again = shape.remat != "none"
+    for stack in work.stacks:
+        layers = shape.per_stage(stack.num_layers) * stack.token_ratio
+        for kernel in stack.adapter_kernels:
+            to_stream = "embed" in kernel.axes[kernel.num_input_dims :]
+            tokens = shape.residual_tokens if to_stream else shape.micro_batch_tokens
+            one = 2 * layers * tokens * kernel.size / split.num_shards(rules, kernel.axes)
+            forward, backward = forward + one, backward + one * (2 + again)
     if work.router is not None:
         tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
         router = 2 * work.router.size * tokens
         forward += router
-        backward += router * (2 if shape.remat == "none" else 3)
+        backward += router * (1 + work.router.is_trained + (shape.remat != "none"))
     once = gradients = 0.0
     for own, layers in work.attention_layer_counts.items():
         scores, head, value = _scores(shape, own, layers), own.heads.head_dim, own.heads.value_dim
         once += 2 * scores * (head + value)
         # Scores, and gradients of weights, queries, keys and values.
         gradients += 2 * scores * (3 * head + 2 * value)
-    loss = work.head.size * shape.embedding_loss_tokens / split.num_devices(rules.vocab)
-    outer = sum(k.size / split.num_shards(rules, k.axes) for k in work.non_layer_kernels)
-    loss += outer * shape.embedding_loss_residual_tokens
+    loss = loss_backward = 0.0
+    outer = dict.fromkeys(work.non_layer_kernels, shape.embedding_loss_residual_tokens)
+    for kernel, tokens in {work.head: shape.embedding_loss_tokens, **outer}.items():
+        one = 2 * shape.loss_calls * tokens * kernel.size / split.num_shards(rules, kernel.axes)
+        loss, loss_backward = loss + one, loss_backward + one * (1 + kernel.is_trained)
     return DeviceFlops(
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
         attention_backward=gradients + shape.score_recomputes * once,
-        loss=2 * shape.loss_calls * loss,
+        loss=loss,
+        loss_backward=loss_backward,
     )
 
 
@@ -290,7 +303,7 @@ def estimate_time(
             back / bandwidth + (2 + shape.layer_recomputes) * other,
         ),
     }
-    loss = flops.loss / rate + loss_bytes / bandwidth, 2 * flops.loss / rate
+    loss = flops.loss / rate + loss_bytes / bandwidth, flops.loss_backward / rate
 
     sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
     for c in collectives:
@@ -306,7 +319,8 @@ def estimate_time(
     new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
-        products=parts[0] + (3 * flops.loss + count_newton_schulz_flops(shape)) / rate,
+        products=parts[0]
+        + (flops.loss + flops.loss_backward + count_newton_schulz_flops(shape)) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.page_allocation_bandwidth,
         exposed=exposed * (1 - share) + once,

@@ -1,6 +1,7 @@
 """Bytes that are alive in each phase of a step, beside those that rest and those that are kept for
 the backward pass (``plan/memory.py``)."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from maxlm.models.costs import AttentionCosts
@@ -41,7 +42,27 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
         encoder_rate = shape.work.tokens_per_row.encoder_tokens_per_decoder_token
         whole = _stream(shape, stack) / stack.token_ratio * encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
+    kernels = [k for group in stack.matmul_groups for k in group.kernels]
+    if shape.unordered_frozen_layers and not any(k.is_trained for k in kernels):
+        return {"a layer": _frozen_layer(shape, stack, sets)}
     return sets
+
+
+def _frozen_layer(shape: StepShape, stack: Stack, branches: dict[str, Parts]) -> Parts:
+    """All branches together. XLA:GPU copies kernels into the stream that rest in the compute dtype,
+    of all layers at once, into another layout; others are cast layer by layer."""
+    parts = {f"{phase}: {p}": size for phase, own in branches.items() for p, size in own.items()}
+    mixer = (group for group in stack.matmul_groups if group.branch != "ffn")
+    copied = [
+        spec
+        for spec in stack.base_specs.values()
+        if spec.role == "matrix" and spec.axes[-1] == "embed"
+        if jnp.dtype(spec.dtype).itemsize == shape.work.dtype_bytes
+    ]
+    return parts | {
+        "other kernels, gathered": sum(map(shape.gathered_weight_bytes, mixer), start=0.0),
+        "kernels into the stream, copied": shape.split.local_bytes(shape.split.storage, copied),
+    }
 
 
 def _stream(shape: StepShape, stack: Stack) -> Number:
@@ -134,7 +155,7 @@ def list_loss_working_set(shape: StepShape) -> Parts:
     logits = chunk * model.vocab_size / split.num_devices(split.compute.vocab)
     return {
         "head, gathered": shape.gathered_weight_bytes(work.head),
-        "its gradient": size * FP32,
+        "its gradient": size * FP32 if work.head.is_trained else 0.0,
         "logits of a chunk": logits * (FP32 + itemsize),
         "hidden states and their gradients": states * tokens * model.d_model * itemsize,
     }

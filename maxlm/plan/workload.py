@@ -65,7 +65,9 @@ class RunWorkload:
     is read for each of the batch's."""
     optimizer: tuple[OptStateSpec, ...]
     trained_names: frozenset[str]
-    """Names of parameters."""
+    """Names among ``specs``."""
+    trained_base_names: frozenset[str]
+    """Names among ``base_specs``."""
     frozen_specs: tuple[ParamSpec, ...] = ()
     """The parameters of other models that the task reads, but for an adapter's base."""
     cache_bytes: int = 0
@@ -83,7 +85,10 @@ class RunWorkload:
         encoder_rate, trunks = rows.encoder_tokens_per_decoder_token, config.model.trunks
         rates = {trunk.prefix: encoder_rate if trunk.is_encoder else 1.0 for trunk in trunks}
         trained = select_trainable(tree, config.train.trainable)
-        trained_specs = flatten_names(trained).items()
+        trained_names, trained_base = (
+            {name for name, spec in flatten_names(specs).items() if spec is not None}
+            for specs in (trained, select_base_params(trained))
+        )
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
         bases = list_base_models(config)
@@ -96,13 +101,14 @@ class RunWorkload:
             dtype_bytes=jnp.dtype(dtype).itemsize,
             specs=flatten_names(tree),
             base_specs=flatten_names(select_base_params(tree)),
-            stacks=tuple(list_stacks(model, *rows)),
+            stacks=tuple(list_stacks(model, *rows, trained_base)),
             embedding_lookup_rates={
                 name: tuple(rates[prefix] for prefix in prefixes)
                 for name, prefixes in model.list_embedding_tables().items()
             },
             optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
-            trained_names=frozenset(name for name, spec in trained_specs if spec is not None),
+            trained_names=frozenset(trained_names),
+            trained_base_names=frozenset(trained_base),
             frozen_specs=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
             cache_bytes=round(count_sequence_bytes(cache, rows.decoder)),
         )
@@ -147,13 +153,15 @@ class RunWorkload:
         """Matrices behind the layers, but for the head."""
         specs = self.base_specs.items()
         matrices = {name: s for name, s in specs if s.role == "matrix" and not s.num_layer_axes}
-        return tuple(make_kernel(name, spec) for name, spec in matrices.items())
+        return tuple(make_kernel(n, s, self.trained_base_names) for n, s in matrices.items())
 
     @property
     def head(self) -> Kernel:
         """The output head [D, V], tied or not."""
         model = self.config.model
-        return Kernel("head", (model.d_model, model.vocab_size), ("embed", "vocab"), 1)
+        name = next(iter(self.embedding_lookup_rates)) if model.tie_embeddings else "head.kernel"
+        shape, axes = (model.d_model, model.vocab_size), ("embed", "vocab")
+        return Kernel("head", shape, axes, 1, is_trained=name in self.trained_base_names)
 
     def is_kernel_recomputed(self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy) -> bool:
         """Whether the backward pass multiplies by a kernel again, for what it has not kept."""

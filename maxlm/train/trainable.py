@@ -10,6 +10,7 @@ from fnmatch import filter as filter_names
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import GatheredParam, Params, flatten_names, is_leaf, join_path
@@ -19,6 +20,16 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern, such as
     ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
     that an adapter adds, and ``heads``."""
+    trained = _select(specs, patterns)
+    for name, spec in flatten_names(trained).items():
+        if spec is not None and spec.dtype != jnp.float32:
+            what = f"{name} is to be trained, and rests in {jnp.dtype(spec.dtype)}"
+            fix = "set adapter.base_dtype=float32, or narrower patterns"
+            raise MaxlmError(what, where="train.trainable", fix=fix)
+    return trained
+
+
+def _select(specs: Params, patterns: Sequence[str] | None) -> Params:
     names, matched = _list_names(specs), set[str]()
     if patterns is None:
         added = _list_added_names(specs)

@@ -5,12 +5,16 @@ from math import prod
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config import MaxlmError
+from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.models.params import flatten_names, select_base_params
 from maxlm.plan.predict import plan_run
 from maxlm.programs.load import init_or_warm_start_state, load_run
+from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig, list_base_models
 from maxlm.sharding import MESH_AXES
@@ -145,3 +149,45 @@ def test_the_reference_is_the_base_without_parameters_of_its_own(make_config, tr
     # An adapter that began before this run belongs to its start.
     again = {"train": {"steps": 1, "start_from": str(run.folder)}, "adapter": ADAPTERS[name]}
     assert not list_base_models(make_config("again", SPREAD, **parts | again))
+
+
+def test_a_base_rests_in_bfloat16(make_config, train, base):
+    """Matrices and tables do, in checkpoints too; the merged kernels are in float32."""
+    adapter = ADAPTERS["lora"] | {"base_dtype": "bfloat16"}
+    start: dict[str, Any] = {"steps": 3, "start_from": str(base.folder)}
+    run = train(make_config("half", SPREAD, adapter=adapter, train=start))
+    held = flatten_names(select_base_params(run.state.params))
+    for name, want in flatten_names(base.state.params).items():
+        want = want if "norm" in name else want.astype(jnp.bfloat16)
+        assert held[name].dtype == want.dtype, name
+        np.testing.assert_array_equal(held[name], want)
+    other = train(make_config("whole", SPREAD, adapter=ADAPTERS["lora"], train=start))
+    np.testing.assert_allclose(read_losses(run), read_losses(other), rtol=1e-3)
+    goes_on = {"steps": 1, "start_from": str(run.folder)}
+    again = train(make_config("again", SPREAD, adapter=adapter, train=goes_on))
+    assert are_equal(select_base_params(again.state.params), select_base_params(run.state.params))
+
+    kernel, stored = "layers.mlp.up.kernel", RunCheckpointReader(run.folder / "checkpoints")
+    read = stored.open(f"{kernel}.base").read()
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, held[kernel].astype(np.float32))
+    a, b = (stored.open(f"{kernel}.lora_{side}").read() for side in "ab")
+    merged = flatten_names(load_run(run.folder).params)[kernel]
+    np.testing.assert_allclose(merged, read + 16 / 4 * a @ b, atol=1e-6)
+
+    patterns = {"train": start | {"trainable": ["*.lora_*", "layers.mlp.up.*"]}}
+    with pytest.raises(MaxlmError, match="is to be trained, and rests in bfloat16"):
+        train(make_config("refused", SPREAD, adapter=adapter, **patterns))
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_optimizer_and_gradients_are_the_trained_parameters_alone(make_config, name):
+    config = make_config("run", {}, adapter=ADAPTERS[name])
+    layout = plan_run(config, sizes=dict.fromkeys(MESH_AXES, 1)).layout
+    setup = set_up_run(config, jax.devices()[:1])
+    trained = sum(s.size for s in jax.tree.leaves(setup.trainable) if s is not None)
+    state = jax.tree.leaves(setup.abstract_state.opt_state)
+    moments = sum(array.size * array.dtype.itemsize for array in state)
+    assert 0 < trained < 0.5 * layout.parameters
+    assert moments <= 1.05 * 2 * 4 * trained
+    assert layout.optimizer_bytes + layout.gradient_bytes <= 1.05 * 3 * 4 * trained

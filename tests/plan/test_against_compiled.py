@@ -62,6 +62,23 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
     return architectures.run(model, layout, **changes)
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("layout", ["fsdp", "tp+sp"])
+def test_frozen_base(layout, kind):
+    """A frozen kernel has no gradient, no product for it and no bytes to reduce it; DPO's reference
+    is the base, whose pass holds less than training."""
+    plain = run(layout, "gqa_window", remat="none").model_dump()
+    parts = {"task": {"kind": kind}, "adapter": {"kind": "lora", "rank": 4}}
+    shape, cost, held = compiled(RunConfig.model_validate(plain | parts))
+    assert sum(persistent_bytes(shape).values()) == pytest.approx(held.argument_bytes, rel=1e-3)
+    assert float(estimate_memory(shape).total) == pytest.approx(held.peak_bytes, rel=0.25)
+    if kind == "sft":
+        products = cost.matmul_flops + cost.attention_flops
+        assert sum(count_step_flops(shape)) == pytest.approx(products, rel=1e-6)
+    if kind == "sft" and layout == "fsdp":
+        assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.01)
+
+
 def compiled(config: RunConfig):
     setup = set_up_run(config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)])
     arguments = setup.abstract_state, make_abstract_batch(setup)
