@@ -61,7 +61,7 @@ test-corpus: $(ready) ## run the tests of the corpus and of reading documents
 
 test-layouts: $(ready) ## train every model in every layout, smoke every config (make test: a cover; K=name: some)
 	$(pytest) $(addprefix tests/,programs/test_parity.py programs/test_hosts.py programs/test_smoke.py \
-		plan/test_against_compiled.py) $(if $(K),-k '$(K)')
+		plan/test_against_compiled.py adapters) $(if $(K),-k '$(K)')
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(pip) -e '.[dev,parity]'

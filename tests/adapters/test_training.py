@@ -89,7 +89,10 @@ def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "houlsby"])
+# The layouts of SFT and DPO with LoRA are in tests/programs/test_parity.py.
+@pytest.mark.parametrize(
+    "name", ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lora", "ia3", "houlsby"))]
+)
 def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, base, name):
     start = {"train": {"steps": 3, "start_from": str(base.folder)}}
     one = train(make_config("one", {}, adapter=ADAPTERS[name], **start))
@@ -117,6 +120,7 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, 
     assert bool(kept) == (name == "houlsby")
 
 
+@pytest.mark.slow
 def test_pipelines_and_context_train_it_too(make_config, train):
     adapter = ADAPTERS["dora"]
     want = read_losses(train(make_config("one", {}, adapter=adapter)))
@@ -126,7 +130,7 @@ def test_pipelines_and_context_train_it_too(make_config, train):
         np.testing.assert_allclose(read_losses(own), want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_the_reference_is_the_base_without_parameters_of_its_own(make_config, train, base, name):
     parts: dict[str, Any] = {"adapter": ADAPTERS[name], "task": {"kind": "test_reference"}}
     parts["train"] = {"steps": 3, "start_from": str(base.folder)}

@@ -103,7 +103,7 @@ def built(one_device_mesh):
         }
 
 
-@pytest.fixture(params=["prefix", "prompt"])
+@pytest.fixture(params=["prefix", pytest.param("prompt", marks=pytest.mark.slow)])
 def kind(request):
     return request.param
 
@@ -154,7 +154,10 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("gpt2", {}), ("pattern", {"speculation": {"kind": "prompt_lookup", "num_drafts": 2}})],
+    [
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
+        ("pattern", {"speculation": {"kind": "prompt_lookup", "num_drafts": 2}}),
+    ],
 )
 def test_greedy_rows_equal_full_forward_passes(built, one_device_mesh, name, kind, settings):
     with jax.set_mesh(one_device_mesh):

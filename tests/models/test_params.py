@@ -34,13 +34,13 @@ def model(config: DecoderConfig) -> Decoder:
 
 
 @cache
-def initialiser(config: DecoderConfig) -> Callable[[jax.Array], Params]:
-    specs = param_specs(model(config))
+def initialiser(settings: str) -> Callable[[jax.Array], Params]:
+    specs = param_specs(model(DecoderConfig.model_validate_json(settings)))
     return jax.jit(lambda key: init_params(specs, key), compiler_options=QUICK)
 
 
 def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    params = initialiser(config)(jax.random.key(seed))
+    params = initialiser(config.model_dump_json())(jax.random.key(seed))
     return {name: np.asarray(value) for name, value in flatten_names(params).items()}
 
 
