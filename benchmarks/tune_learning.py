@@ -83,8 +83,8 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 SFT = ("train.steps=40", "schedule.learning_rate=5e-4")
 PAIRS = ("train.steps=20", "data.seq_len=176", "data.batch_size=8")
 METHODS: dict[str, tuple[str, ...]] = {
-    "dpo": ("dpo_lora", "schedule.learning_rate=1e-4"),
-    "ipo": ("dpo_lora", "task.loss_type=ipo", "schedule.learning_rate=1e-4"),
+    "dpo": ("dpo_lora", "schedule.learning_rate=3e-5"),
+    "ipo": ("dpo_lora", "task.loss_type=ipo", "schedule.learning_rate=3e-5"),
     "kto": ("kto_lora", "schedule.learning_rate=2e-4"),
     "orpo": ("orpo_lora", "schedule.learning_rate=5e-4"),
     "simpo": ("simpo_lora", "schedule.learning_rate=1e-4"),
