@@ -16,6 +16,7 @@ adapter for equal steps: parameters trained, held-out loss, seconds a step.
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def tune(
     recipe: str, base: str | None, data: Path, folder: Path, name: str, *settings: str
 ) -> TrainingResult:
     """Tunes a model in DIR/NAME."""
+    shutil.rmtree(folder / name, ignore_errors=True)
     own = [f"folder={folder}", f"name={name}", *SETTINGS, *settings]
     if "task.validation_files=[]" not in settings:
         own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
