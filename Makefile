@@ -94,17 +94,17 @@ define smollm2
 		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; }
 endef
 
-tune := folder=runs/tune-demo data.seq_len=256 data.batch_size=8 train.max_device_rows=null schedule.warmup_steps=4
+tune := folder=runs/tune-demo train.max_device_rows=null schedule.warmup_steps=4
 tune += checkpoint.every_steps=0
 
 tune-demo: $(ready) ## teach a small chat model a format and a preference by LoRA: SFT, DPO, merge, chat, eval
 	$(smollm2)
 	$(pip) -e '.[eval]'
 	$(bin)/python benchmarks/tune_data.py runs/tune-demo/data
-	$(bin)/maxlm tune sft_lora --base runs/smollm2 --data runs/tune-demo/data/chats.jsonl name=sft $(tune) \
-		train.steps=40 train.eval_every=20 task.validation_files='[runs/tune-demo/data/chats_test.jsonl]'
-	$(bin)/maxlm tune dpo_lora --base runs/tune-demo/sft --data runs/tune-demo/data/pairs.jsonl name=dpo $(tune) \
-		train.steps=24 train.eval_every=12 schedule.learning_rate=1e-4 \
+	$(bin)/maxlm tune sft_lora --base runs/smollm2 --data runs/tune-demo/data/chats.jsonl name=sft $(tune) data.seq_len=256 data.batch_size=4 \
+		train.steps=40 schedule.learning_rate=5e-4 train.eval_every=20 task.validation_files='[runs/tune-demo/data/chats_test.jsonl]'
+	$(bin)/maxlm tune dpo_lora --base runs/tune-demo/sft --data runs/tune-demo/data/pairs.jsonl name=dpo $(tune) data.seq_len=176 data.batch_size=8 \
+		train.steps=20 train.eval_every=10 schedule.learning_rate=3e-5 \
 		task.validation_files='[runs/tune-demo/data/pairs_test.jsonl]'
 	rm -rf runs/tune-demo/merged && $(bin)/maxlm convert runs/tune-demo/dpo runs/tune-demo/merged
 	echo 'What is 12 plus 30?' | $(bin)/maxlm chat runs/tune-demo/merged temperature=0
