@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import load_tokenizer
@@ -67,6 +67,8 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         found[kept] = np.concatenate(values).reshape(-1, found.shape[1])[: len(kept)]
         if jax.process_index() == 0:
             np.save(Path(folder, f"{name}.npy"), found)
+    if jax.process_count() > 1:  # the others read it next
+        sync_global_devices(str(folder))
 
 
 def score_texts(

@@ -32,21 +32,21 @@ class SequenceLogProbs(NamedTuple):
     """Log-probabilities of the sequences of examples [..., E], each of n sequences."""
 
     per_token: jax.Array
-    """Of every target, fp32 [..., S]."""
+    """Log-probability of every target, fp32 [..., S], in nats."""
     sums: jax.Array
-    """Summed over each sequence's weighted targets, fp32 [..., E, n]."""
+    """Sums over each sequence's weighted targets, fp32 [..., E, n], in nats."""
     lengths: jax.Array
-    """Weighted targets, fp32 [..., E, n]; 0 where an example is padding."""
+    """Numbers of weighted targets, fp32 [..., E, n]; 0 where an example is padding."""
     aux: Aux
 
     @property
     def means(self) -> jax.Array:
-        """Per weighted target, [..., E, n]."""
+        """Mean log-probabilities of a weighted target, [..., E, n], in nats."""
         return self.sums / jnp.maximum(self.lengths, 1)
 
     @property
     def is_present(self) -> jax.Array:
-        """Whether an example is none of padding, bool [..., E]."""
+        """Whether an example is there, and no padding, bool [..., E]."""
         return self.lengths[..., 0] > 0
 
 
@@ -220,7 +220,7 @@ class DpoTask(ReferenceTask, MarginPairTask):
         return self.compute_margin_losses(scores), self.beta * ratios
 
 
-class AnchoredPairTask(LogProbPairTask):
+class ReferenceFreePairTask(LogProbPairTask):
     """Pairs without a reference: the cross-entropy of the chosen answers, a mean over the tokens of
     the whole batch, keeps the model near them."""
 
@@ -254,7 +254,7 @@ class AnchoredPairTask(LogProbPairTask):
         return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
 
 
-class CpoTask(AnchoredPairTask, MarginPairTask):
+class CpoTask(ReferenceFreePairTask, MarginPairTask):
     """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417) and SimPO (Meng et al.
     2024, arXiv 2405.14734): rewards are log-probabilities, per token for ipo and simpo."""
 
@@ -274,7 +274,7 @@ class CpoTask(AnchoredPairTask, MarginPairTask):
         return losses + self.alpha * self.compute_nll(own, batch), self.beta * scores
 
 
-class OrpoTask(AnchoredPairTask):
+class OrpoTask(ReferenceFreePairTask):
     """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): the cross-entropy of
     chosen answers, prompts included, and the odds of both answers, of probabilities per token."""
 
