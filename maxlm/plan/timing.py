@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.shape import StepShape
@@ -212,6 +213,14 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
     return total
 
 
+def count_frozen_flops(shape: StepShape) -> Number:
+    """Counts FLOPs of a device in the forward passes of models that the task only reads."""
+    work, devices = shape.work, prod(shape.split.sizes.values())
+    tokens = work.config.data.batch_size * work.tokens_per_row.decoder
+    each = (count_training_flops_per_token(own).causal / 3 for own in work.frozen_models.values())
+    return sum(each, start=0.0) * tokens / devices
+
+
 class ElementwiseBytes(NamedTuple):
     """Bytes that element-wise maps move between memory and chip: of layers, for one micro-batch;
     of the loss, for all; and of the optimizer's update."""
@@ -304,6 +313,7 @@ def estimate_time(
         ),
     }
     loss = flops.loss / rate + loss_bytes / bandwidth, flops.loss_backward / rate
+    once_flops = count_newton_schulz_flops(shape) + count_frozen_flops(shape)
 
     sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
     for c in collectives:
@@ -319,8 +329,7 @@ def estimate_time(
     new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
-        products=parts[0]
-        + (flops.loss + flops.loss_backward + count_newton_schulz_flops(shape)) / rate,
+        products=parts[0] + (flops.loss + flops.loss_backward + once_flops) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.page_allocation_bandwidth,
         exposed=exposed * (1 - share) + once,

@@ -8,7 +8,7 @@ times over.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.adapters import build_adapted_model
-from maxlm.models.architectures import Decoder, Model
+from maxlm.models.architectures import Decoder
 from maxlm.models.costs import AttentionCosts, ExpertCosts
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 from maxlm.models.remat import SAVED, RematPolicy
@@ -25,6 +25,7 @@ from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
+from maxlm.tasks.text import ClmTask
 from maxlm.train.optimizer import OptStateSpec, make_optimizer, make_schedule, opt_state_specs
 from maxlm.train.trainable import select_trainable
 
@@ -68,19 +69,19 @@ class RunWorkload:
     """Names among ``specs``."""
     trained_base_names: frozenset[str]
     """Names among ``base_specs``."""
+    frozen_models: Mapping[str, "RunWorkload"] = field(default_factory=dict)
+    """Other models that the task reads, by name."""
     frozen_specs: tuple[ParamSpec, ...] = ()
-    """The parameters of other models that the task reads, but for an adapter's base."""
+    """Their parameters, but for an adapter's base."""
     cache_bytes: int = 0
     """Caches of one row in generation, on all devices together; 0: the model does not generate."""
 
     @classmethod
     def from_config(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
         """Reads a run's model, task and optimizer for maths in ``dtype``; allocates nothing."""
-
-        def build(run: RunConfig) -> Model:
-            return build_adapted_model(run.model, run.adapter, rules=AxisRules(), dtype=dtype)
-
-        model, rows = build(config), TokensPerRow(*config.task.row_lengths(config.data.seq_len))
+        parts = config.model, config.adapter
+        model = build_adapted_model(*parts, rules=AxisRules(), dtype=dtype)
+        rows = TokensPerRow(*config.task.row_lengths(config.data.seq_len))
         tree = param_specs(model)
         encoder_rate, trunks = rows.encoder_tokens_per_decoder_token, config.model.trunks
         rates = {trunk.prefix: encoder_rate if trunk.is_encoder else 1.0 for trunk in trunks}
@@ -91,9 +92,12 @@ class RunWorkload:
         )
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
-        bases = list_base_models(config)
-        others = (run for name, run in read_frozen_configs(config).items() if name not in bases)
-        frozen = (param_specs(build(run)) for run in others)
+        bases, alone = list_base_models(config), {"task": ClmTask(), "data": config.data}
+        frozen = {
+            name: cls.from_config(run.model_copy(update=alone), dtype)
+            for name, run in read_frozen_configs(config).items()
+        }
+        others = (own.specs for name, own in frozen.items() if name not in bases)
         cache = count_layer_caches(model) if isinstance(model, Decoder) else {}
         return cls(
             config=config,
@@ -109,7 +113,8 @@ class RunWorkload:
             optimizer=tuple(jax.tree.leaves(opt_state_specs(optimizer, tree))),
             trained_names=frozenset(trained_names),
             trained_base_names=frozenset(trained_base),
-            frozen_specs=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
+            frozen_models=frozen,
+            frozen_specs=tuple(spec for specs in others for spec in specs.values()),
             cache_bytes=round(count_sequence_bytes(cache, rows.decoder)),
         )
 

@@ -20,6 +20,7 @@ from maxlm.programs.prepare import make_source_inputs
 from maxlm.programs.train import TrainingResult, train_model
 from maxlm.run import RunConfig
 from maxlm.runtime.progress import show_progress
+from maxlm.train.optimizer import make_schedule
 
 
 def load_recipe(
@@ -53,16 +54,21 @@ def tune_model(
     **options: Any,
 ) -> TrainingResult:
     """Trains a recipe's model; ``options``: of :func:`~maxlm.programs.train.train_model`;
-    ``epochs``: times that every row is read, in place of ``train.steps``;
+    ``epochs``: times that every row is read, in place of ``train.steps``, a tenth of which may be
+    warm-up;
     ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is held.
 
     A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
     run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.
     """
+    if epochs is None:
+        make_schedule(config.schedule, config.train.steps)  # Refused before anything is written.
     config = convert_sources(config)
     if epochs is not None:
-        train = config.train.model_copy(update={"steps": count_steps(config, epochs)})
-        config = config.model_copy(update={"train": train})
+        steps, warmup = count_steps(config, epochs), config.schedule.warmup_steps
+        train = config.train.model_copy(update={"steps": steps})
+        schedule = config.schedule.model_copy(update={"warmup_steps": min(warmup, steps // 10)})
+        config = config.model_copy(update={"train": train, "schedule": schedule})
     if precompute_reference:
         stored = Path(config.folder, config.name, "reference")
         if not (stored / "files.npy").exists():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.chat import make_chat_files
+from maxlm.data.tokenizer.chat import add_chat_template
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.huggingface import (
@@ -46,7 +46,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         codec = HuggingFaceCodec(*train_bpe(config, segments))
         ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
-    return Tokenizer(config.kind, codec, special, extra_files=make_chat_files(config))
+    tokenizer = Tokenizer(config.kind, codec, special)
+    add_chat_template(tokenizer, config)
+    return tokenizer
 
 
 def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, Sequence[str]]:

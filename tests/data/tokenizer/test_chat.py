@@ -113,8 +113,11 @@ def test_a_trained_one_knows_its_roles(kind, chat, expected, make_config, texts,
     assert ids == loaded.encode(expected, allow_special=True)
     marks = {i for name, i in loaded.special_tokens.items() if name in expected}
     assert len(marks & {*ids}) == len(marks) == {"chatml": 2, "llama3": 4}[chat]
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[chat]
+    assert {*loaded.stop_ids} == {loaded.eos_id, loaded.special_tokens[end]}
     plain = train_tokenizer(make_config(kind), texts)
     assert plain.extra_files == {}
+    assert plain.stop_ids == (plain.eos_id,)
     export_tokenizer(loaded, tmp_path / "out")
     if kind != "sentencepiece_unigram":  # transformers wants a tokenizer.json.
         found = transformers_text(tmp_path / "out", hi, add_generation_prompt=True)
