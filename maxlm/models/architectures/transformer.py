@@ -79,6 +79,7 @@ class Transformer(Trunk):
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
         maps: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
+        maps["contracting_dims"] = (0,)
         self.heads = nnx.Dict(
             {
                 name: nnx.Dict(kernel=declare((D, width), ("embed", None), **maps))

@@ -6,9 +6,11 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.models.families.fields import ConfigFields, put_nested, read_fields, write_fields
-from maxlm.models.families.names import NameTable, TensorEntry, list_entries
+from maxlm.models.families.names import NameTable, TensorEntry, linear, list_entries
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_position_settings, write_position_settings
+
+_SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,17 @@ class ModelFamily:
         """Name of the family in config.json."""
         return self.hf_model_type or self.name
 
+    @property
+    def hf_classifier(self) -> str:
+        """The class of reward models, which have a head beside a decoder's."""
+        name = self.hf_architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return f"{name}ForSequenceClassification"
+
     def list_entries(self, config: Any, published_names: Iterable[str] = ()) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours; variants are followed of names
         in files at hand, ``published_names``."""
         table = self.name_table(config) if callable(self.name_table) else self.name_table
-        there, found = frozenset(published_names), list_entries(config, table)
+        there, found = frozenset(published_names), list_entries(config, {**table, **_SCORE_HEAD})
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
@@ -74,6 +82,11 @@ class ModelFamily:
     def write_config(self, config: Any) -> dict[str, Any]:
         """Returns a model's config.json."""
         values: dict[str, Any] = {"architectures": [self.hf_architecture]}
+        if [*config.heads] == ["score"]:
+            labels = range(config.heads["score"])
+            values = {"architectures": [self.hf_classifier]}
+            values["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
+            values["label2id"] = {f"LABEL_{i}": i for i in labels}
         values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
         if self.init_std_key:
             values[self.init_std_key] = config.init_std
@@ -107,6 +120,8 @@ class ModelFamily:
         for path, value in self.fixed_settings.items():
             put_nested(settings, path, value)
         read_fields(reader, self.fields, settings)
+        if self.hf_classifier in (reader.values.get("architectures") or ()):
+            settings["heads"] = {"score": len(reader.values.get("id2label") or "01")}
         width, attention = settings["d_model"], settings["attention"]
         heads = attention["num_heads"]
         attention = {"num_kv_heads": heads, "head_dim": width // heads, **attention}

@@ -1,0 +1,62 @@
+"""A reward model that is converted gives transformers' classifier the scores that it gives."""
+
+import json
+
+import numpy as np
+import pytest
+
+from maxlm.models.params import flatten_names
+from maxlm.programs.convert import convert
+from maxlm.programs.load import load_run
+from maxlm.programs.preference import score_texts
+from maxlm.programs.train import train_model
+from maxlm.run import RunConfig
+from tests.programs import tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+WORDS = tiny.TEXT.split()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_in_transformers(tied, tmp_path):
+    random = np.random.default_rng(3)
+    rows = [
+        {"prompt": "the sun", "completion": " " + " ".join(random.choice(WORDS, n))}
+        for n in (1, 4, 2)
+    ]
+    pairs = [{"prompt": "a", "chosen": " sea", "rejected": " wind"}] * 8
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    settings = tiny.settings(tmp_path, tiny.write_text(tmp_path / "text", 2), train={"steps": 1})
+    settings["data"] |= {"heldout_fraction": 0}
+    settings["model"] |= {"init_std": 0.3, "tie_embeddings": tied}
+    settings["tokenizer"] |= {"pad": "<pad>"}
+    train_model(RunConfig.model_validate(settings), say=lambda _: None)
+    settings["data"] |= {"sources": []}
+    settings["model"] |= {"heads": {"score": 1}}
+    task = {"kind": "reward", "files": [str(tmp_path / "pairs.jsonl")]}
+    start = {"steps": 2, "start_from": str(tmp_path / "tiny")}
+    settings |= {"name": "reward", "task": task, "train": start}
+    run = train_model(RunConfig.model_validate(settings), say=lambda _: None).folder
+
+    convert(run, tmp_path / "out")
+    cls = transformers.AutoModelForSequenceClassification
+    theirs = cls.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    tokenizer = load_run(run).tokenizer
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    tokens = [[*tokenizer.prefix_ids, *tokenizer.encode(t), tokenizer.eos_id] for t in texts]
+    width = max(map(len, tokens))
+    padded = [own + [tokenizer.pad_id] * (width - len(own)) for own in tokens]
+    mask = [[1] * len(own) + [0] * (width - len(own)) for own in tokens]
+    with torch.no_grad():
+        found = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[:, 0]
+    ours = score_texts(run, rows)
+    assert np.ptp(ours) > 0.05
+    np.testing.assert_allclose(ours, found.numpy(), atol=1e-5)
+
+    convert(tmp_path / "out", tmp_path / "back")
+    want, back = (flatten_names(load_run(path).params) for path in (run, tmp_path / "back"))
+    assert want.keys() == back.keys()
+    for name in want:
+        np.testing.assert_array_equal(back[name], want[name], err_msg=name)
