@@ -145,8 +145,11 @@ def convert(
         base: the Hugging Face folder of the model that a PEFT adapter is for.
     """
     source, target = Path(source), Path(target)
+    shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     if (source / "config.yaml").exists():
         if adapter:
+            options = {"dtype": dtype, "shard-gb": shards}
+            _refuse_options(options, "merged models are written, adapters in fp32", source)
             return _export_adapter(source, target, family, step)
         return _export_run(source, target, family, dtype, step, shard_bytes, progress)
     if (source / PEFT_CONFIG).exists() and not (source / "config.json").exists():
@@ -155,16 +158,19 @@ def convert(
             raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
         return _import_run(Path(base), target, progress, source)
     if (source / "config.json").exists():
-        shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
         options = {"family": family, "dtype": dtype, "step": step, "shard-gb": shards}
-        for option, value in options.items():
-            if value is not None:
-                what = f"--{option} {value} says how a run is written, and this is a published "
-                raise MaxlmError(f"{what}checkpoint", where=str(source), fix="leave it out")
+        _refuse_options(options, "a run is written, and this is a published checkpoint", source)
         return _import_run(source, target, progress)
     what = "no such folder" if not source.exists() else "neither config.json nor config.yaml here"
     fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
     raise MaxlmError(what, where=str(source), fix=fix)
+
+
+def _refuse_options(options: Mapping[str, Any], what: str, source: Path) -> None:
+    for option, value in options.items():
+        if value is not None:
+            what = f"--{option} {value} says how {what}"
+            raise MaxlmError(what, where=str(source), fix="leave it out")
 
 
 def _import_run(

@@ -40,6 +40,10 @@ def load_recipe(
     tree = build_tree(resolve_config(recipe), [*own, *settings])
     start = (tree.settings.get("train") or {}).get("start_from")
     given = tree.settings.get("model") or {}
+    tokenizer = (tree.settings.get("tokenizer") or {}).get("path")
+    if start is None and ("architecture" not in given or tokenizer is None):
+        what = "a recipe tunes a model that is there, and none is named"
+        raise MaxlmError(what, where="--base", fix="name a run's folder, or a Hugging Face one")
     if isinstance(start, str) and "architecture" not in given:
         model = _read_model_settings(Path(start).expanduser())
         tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
@@ -126,6 +130,9 @@ def _is_huggingface(folder: str) -> bool:
 def _read_model_settings(folder: Path) -> dict[str, Any]:
     if (folder / "config.yaml").exists():
         config: Config = load_config(RunConfig, folder / "config.yaml").value.model
+    elif not folder.is_dir():
+        fix = "name a run's folder, or a downloaded Hugging Face one"
+        raise MaxlmError("no such folder", where=str(folder), fix=fix)
     else:
         config = open_huggingface_model(folder, Path("runs", "base")).config.model
     return config.model_dump(mode="json")

@@ -58,3 +58,10 @@ def test_what_cannot_run_is_refused_before_the_model_is_read(home, tmp_path):
     with pytest.raises(MaxlmError, match="warmup_steps=5 is longer than the run of 3 steps"):
         tune_model(config)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_recipe_wants_a_model_that_is_there(tmp_path):
+    with pytest.raises(MaxlmError, match="--base: .* none is named"):
+        load_recipe("sft_lora", base=None, files=["rows.jsonl"])
+    with pytest.raises(MaxlmError, match="none: no such folder"):
+        load_recipe("sft_lora", base=str(tmp_path / "none"), files=["rows.jsonl"])
