@@ -5,8 +5,9 @@
 
 FOLDER is a run or a Hugging Face checkpoint. The server is started with 8 rows, and asked for 64
 completions of mixed lengths (prompts of 8 to 256 tokens, outputs of 8 to 128, drawn once): one
-after the other, in batches of 8 that start and end together, and 8 at a time. Each round does all
-three; printed are output tokens/s and the ratios' medians and spreads. Then the first token of
+after the other; in batches of 8 that start together, whose rows end each on its own or (static
+batching) are all computed to the end of the longest; and 8 at a time. Each round does all; printed
+are wanted tokens/s and the ratios' medians and spreads. Then the first token of
 short requests, alone and while a prompt of 2,000 tokens is computed. Another server that speaks
 OpenAI's protocol, and calls its model NAME, gets the same requests.
 """
@@ -52,10 +53,10 @@ class Client:
         self.options = {"model": model, "temperature": 0, **options}
         self.http = httpx.AsyncClient(base_url=url, timeout=None)
 
-    async def complete(self, request: Request) -> int:
+    async def complete(self, request: Request, **options: Any) -> int:
         """Output tokens of a completion."""
         prompt, new = request
-        body = self.options | {"prompt": prompt, "max_tokens": new}
+        body = self.options | {"prompt": prompt, "max_tokens": new, **options}
         answer = await self.http.post("/completions", json=body)
         answer.raise_for_status()
         return answer.json()["usage"]["completion_tokens"]
@@ -76,11 +77,22 @@ async def run_sequential(client: Client, requests: Sequence[Request]) -> int:
     return sum([await client.complete(request) for request in requests])
 
 
-async def run_static(client: Client, requests: Sequence[Request]) -> int:
+async def run_batches(client: Client, requests: Sequence[Request]) -> int:
     total = 0
     for start in range(0, len(requests), CONCURRENCY):
         batch = requests[start : start + CONCURRENCY]
         total += sum(await asyncio.gather(*map(client.complete, batch)))
+    return total
+
+
+async def run_static(client: Client, requests: Sequence[Request]) -> int:
+    total = 0
+    for start in range(0, len(requests), CONCURRENCY):
+        batch = requests[start : start + CONCURRENCY]
+        longest = max(new for _, new in batch)
+        own = (client.complete((prompt, longest), min_tokens=longest) for prompt, _ in batch)
+        await asyncio.gather(*own)
+        total += sum(new for _, new in batch)
     return total
 
 
@@ -119,10 +131,16 @@ async def measure_first_tokens(client: Client, long_prompt: bool) -> list[float]
 
 async def measure(client: Client, rounds: int, name: str) -> None:
     requests = make_requests()
-    rates: dict[str, list[float]] = {"one by one": [], "static batches": [], "continuous": []}
+    runs = {
+        "one by one": run_sequential,
+        "batches": run_batches,
+        "static batches": run_static,
+        "continuous": run_continuous,
+    }
+    rates: dict[str, list[float]] = {label: [] for label in runs}
     await run_continuous(client, requests[:CONCURRENCY])  # warms up
     for _ in range(rounds):
-        for label, run in zip(rates, (run_sequential, run_static, run_continuous), strict=True):
+        for label, run in runs.items():
             rates[label].append(await time_rate(run(client, requests)))
     for label, own in rates.items():
         ratios = sorted(c / r for c, r in zip(rates["continuous"], own, strict=True))
