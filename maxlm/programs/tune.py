@@ -59,8 +59,8 @@ def tune_model(
 ) -> TrainingResult:
     """Trains a recipe's model; ``options``: of :func:`~maxlm.programs.train.train_model`;
     ``epochs``: times that every row is read, in place of ``train.steps``, a tenth of which may be
-    warm-up;
-    ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is held.
+    warm-up; ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is
+    held.
 
     A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
     run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.

@@ -121,7 +121,8 @@ class ModelFamily:
             put_nested(settings, path, value)
         read_fields(reader, self.fields, settings)
         if self.hf_classifier in (reader.values.get("architectures") or ()):
-            settings["heads"] = {"score": len(reader.values.get("id2label") or "01")}
+            labels = reader.values.get("id2label") or {"0": "", "1": ""}  # transformers' default
+            settings["heads"] = {"score": len(labels)}
         width, attention = settings["d_model"], settings["attention"]
         heads = attention["num_heads"]
         attention = {"num_kv_heads": heads, "head_dim": width // heads, **attention}
