@@ -32,8 +32,9 @@ from maxlm.inference.scoring import Scorer
 from maxlm.models.params import flatten_names
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.preference import score_texts
+from maxlm.programs.run_config import load_run_config
 from maxlm.programs.train import TrainingResult
-from maxlm.programs.tune import load_recipe, tune_model
+from maxlm.programs.tune import tune_model
 from maxlm.train.records import read_records
 
 REWARD = (
@@ -97,10 +98,11 @@ def tune(
 ) -> TrainingResult:
     """Tunes a model in DIR/NAME."""
     shutil.rmtree(folder / name, ignore_errors=True)
-    own = [f"folder={folder}", f"name={name}", *SETTINGS, *settings]
+    own = [f"train.start_from={base}"] if base else []
+    own += [f"task.files=[{data}]", f"folder={folder}", f"name={name}", *SETTINGS, *settings]
     if "task.validation_files=[]" not in settings:
         own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
-    result = tune_model(load_recipe(recipe, own, base=base, files=[str(data)]), say=lambda _: None)
+    result = tune_model(load_run_config(recipe, own), say=lambda _: None)
     loss = {source: f"{own['loss']:.4f}" for source, own in result.heldout.items()}
     print(f"{name}: held-out loss {loss}", flush=True)
     return result

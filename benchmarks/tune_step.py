@@ -30,16 +30,17 @@ def make_rows(rows: int, length: int) -> np.ndarray:
 
 def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     from maxlm.programs.load import init_or_warm_start_state
+    from maxlm.programs.run_config import load_run_config
     from maxlm.programs.setup import set_up_run
-    from maxlm.programs.tune import convert_sources, load_recipe
+    from maxlm.programs.tune import convert_sources
     from maxlm.train.batch import batch_sharding
 
     count, length = rows.shape[0], rows.shape[1] - 1
     home = tempfile.mkdtemp()
     settings = [f"folder={home}", f"data.seq_len={length}", f"data.batch_size={count}"]
     settings += ["train.max_device_rows=null", "mesh.fsdp=1", f"schedule.learning_rate={RATE}"]
-    settings += ["schedule.warmup_steps=0", "model.remat=none"]
-    recipe = load_recipe("sft_lora" if adapted else "sft", settings, base=folder)
+    settings += ["schedule.warmup_steps=0", "model.remat=none", f"train.start_from={folder}"]
+    recipe = load_run_config("sft_lora" if adapted else "sft", settings)
     setup = set_up_run(convert_sources(recipe), jax.devices()[:1])
     batch = {
         "tokens": rows[:, :-1].astype(np.int32),

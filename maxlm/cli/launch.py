@@ -52,17 +52,16 @@ def command(
     maxlm launch jobset my.yaml --on v5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
     maxlm launch tpu-vm my.yaml --on v5p-64 --name my-tpu --zone us-east5-a --submit
 
-    my.yaml names text (data.sources) and a folder that all hosts see.
+    my.yaml names text (data.sources; rows to tune on: task.files) and a folder that all hosts see.
 
     Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
     """
     import jax
 
-    from maxlm.config import load_config
     from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
     from maxlm.launch.options import JobOptions
     from maxlm.launch.render import job_file_path, render_job, submit_job
-    from maxlm.run import RunConfig
+    from maxlm.programs.run_config import load_run_config
     from maxlm.runtime.files import convert_write_errors
 
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
@@ -71,7 +70,7 @@ def command(
         if (value := context.params[field.name]) is not None:
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
-    run = load_config(RunConfig, config, settings or ()).value
+    run = load_run_config(config, settings or ())
     more: dict[str, Any] = {"force": force, "user_template": template is not None}
     more |= {"scheduler": scheduler, "on": on, "options": options}
     job, plan = make_job(run, config, settings or (), **more)

@@ -51,14 +51,13 @@ def command(
 
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
     """
-    from maxlm.config import load_config
     from maxlm.plan.predict import plan_run
     from maxlm.plan.show import (
         format_seconds,
         render_plan_tables,
         render_plan_vs_compiler_table,
     )
-    from maxlm.run import RunConfig
+    from maxlm.programs.run_config import load_run_config
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
     requests = {"prompt": prompt, "new": new, "batch": batch, "cache": cache, "weights": weights}
@@ -75,7 +74,7 @@ def command(
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
     _refuse({"--top": top and not searching}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and searching}, "is what --search chooses", "leave one of the two out")
-    run = load_config(RunConfig, config, settings or ()).value
+    run = load_run_config(config, settings or ())
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
     sizes = None if on else mesh_sizes(run.mesh, count_min_devices(run.mesh))

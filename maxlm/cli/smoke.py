@@ -7,11 +7,10 @@ from maxlm.cli.common import ConfigArgument, SettingsArgument, open_console
 
 def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
-    from maxlm.config import load_config
+    from maxlm.programs.run_config import load_run_config
     from maxlm.programs.smoke import smoke
-    from maxlm.run import RunConfig
 
-    run = load_config(RunConfig, config, settings or ()).value
+    run = load_run_config(config, settings or ())
     console, failed = open_console(), 0
     for check in smoke(run):
         failed += not check.passed

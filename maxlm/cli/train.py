@@ -21,10 +21,9 @@ def command(
     Exit code: 0 done, 2 a mistake in what was given, 75 preempted (SIGTERM, SIGUSR1) and saved,
     76 a process hung or was lost: after the last two the same command resumes.
     """
-    from maxlm.config import load_config
-    from maxlm.run import RunConfig
+    from maxlm.programs.run_config import load_run_config
 
-    run = load_config(RunConfig, config, settings or ()).value
+    run = load_run_config(config, settings or ())
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None

@@ -47,9 +47,18 @@ def command(
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
-    from maxlm.programs.tune import load_recipe
+    import json
 
-    run = load_recipe(recipe, settings or (), base=base, files=[str(path) for path in data or ()])
+    from maxlm.config import MaxlmError
+    from maxlm.programs.run_config import load_run_config
+
+    own = [f"train.start_from={base}"] if base else []
+    own += [f"task.files={json.dumps([str(path) for path in data])}"] if data else []
+    run = load_run_config(recipe, [*own, *(settings or ())])
+    if run.train.start_from is None:
+        fix = "name a run's folder, or a Hugging Face one"
+        what = "a recipe tunes a model that is there, and none is named"
+        raise MaxlmError(what, where="--base", fix=fix)
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None

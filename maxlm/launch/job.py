@@ -44,8 +44,10 @@ class Job:
     title: str
     """Title that names the run and its machine, for a reader."""
     hosts: JobHosts
+    program: str
+    """``train``, or ``tune``, which reads Hugging Face checkpoints too."""
     config: str
-    """Config for ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
+    """A shipped config's name, or a file's path on the hosts."""
     settings: tuple[str, ...]
     config_text: str
     """Text to be written to `config` before; empty: it is there."""
@@ -59,7 +61,7 @@ class Job:
 
     @property
     def command(self) -> tuple[str, ...]:
-        return (self.options.maxlm, "train", self.config, *self.settings)
+        return (self.options.maxlm, self.program, self.config, *self.settings)
 
     @property
     def script(self) -> str:
@@ -121,6 +123,7 @@ def make_job(
         name=name,
         title=f"{run.name} on {on}: {machine.topology.description}",
         hosts=hosts,
+        program="train" if run.task.reads_text else "tune",
         config=config,
         settings=tuple(settings),
         config_text=text,

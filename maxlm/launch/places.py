@@ -20,7 +20,8 @@ def check_paths(
     in_container: bool,
     user_template: bool,
 ) -> None:
-    """Checks that there is text, and a run's folder that outlives its hosts and that all see.
+    """Checks that there is text, or rows, and a run's folder that outlives its hosts and that all
+    see.
 
     Args:
         in_container: it runs in a container, which sees what is mounted.
@@ -31,12 +32,19 @@ def check_paths(
         if ".documents." not in key:
             check_url(place, key)
     sources, tokenizer = run.data.sources, run.tokenizer.path or run.train.start_from
-    if not sources:
+    reads_text = run.task.reads_text
+    if reads_text and not sources:
         fix = "name documents or a store there"
         raise MaxlmError("no text to train on", where="data.sources", fix=fix)
+    if not reads_text and not any(".files." in key for key in named):
+        fix = "name a .jsonl or .parquet file there"
+        raise MaxlmError("no rows to train on", where="task.files", fix=fix)
     if not (tokenizer or any(source.documents for source in sources)):
         what = "a store was made with a tokenizer, and none is named"
         fix = "name the folder of the tokenizer the stores were built with"
+        if not reads_text:
+            what = "rows are read with a tokenizer, and none is named"
+            fix = "name its folder, or a model to start from (train.start_from)"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
     if user_template or (scheduler == "slurm" and not in_container):
         return
@@ -54,6 +62,11 @@ def _places(run: RunConfig) -> dict[str, str]:
             found[f"data.sources.{i}.documents.{j}"] = None if each == PYTHON_STDLIB else each
         found[f"data.sources.{i}.store"] = source.store
         found[f"data.sources.{i}.heldout_store"] = source.heldout_store
+    for name, value in run.task.model_dump(mode="json").items():
+        if name in ("files", "validation_files"):
+            found |= {f"task.{name}.{i}": each for i, each in enumerate(value)}
+        elif name in ("reference", "reference_log_probs", "teacher"):
+            found[f"task.{name}"] = value
     found["tokenizer.path"] = run.tokenizer.path
     found["train.start_from"] = run.train.start_from
     found["checkpoint.remote_folder"] = run.checkpoint.remote_folder

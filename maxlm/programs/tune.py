@@ -1,7 +1,5 @@
 """``maxlm tune``: trains a model that is there on a recipe of configs/tune."""
 
-import json
-from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -9,45 +7,15 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from maxlm.config import Config, MaxlmError, load_config
-from maxlm.config.assets import resolve_config
-from maxlm.config.layers import SettingsTree, build_tree
-from maxlm.config.load import validate_config
+from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import load_tokenizer
-from maxlm.programs.convert import convert, open_huggingface_model
+from maxlm.programs.convert import convert
 from maxlm.programs.preference import precompute_reference_log_probs
 from maxlm.programs.prepare import make_source_inputs
 from maxlm.programs.train import TrainingResult, train_model
 from maxlm.run import RunConfig
 from maxlm.runtime.progress import show_progress
 from maxlm.train.optimizer import make_schedule
-
-
-def load_recipe(
-    recipe: str, settings: Sequence[str] = (), *, base: str | None = None, files: Sequence[str] = ()
-) -> RunConfig:
-    """Loads a recipe: a run's config, whose ``model`` may be left out where the base has one.
-
-    Args:
-        base: ``train.start_from``, a run's folder or a Hugging Face checkpoint's.
-        files: ``task.files``.
-
-    Raises:
-        MaxlmError: anything wrong with the recipe, the settings or the base.
-    """
-    own = [f"train.start_from={base}"] if base else []
-    own += [f"task.files={json.dumps(list(files))}"] if files else []
-    tree = build_tree(resolve_config(recipe), [*own, *settings])
-    start = (tree.settings.get("train") or {}).get("start_from")
-    given = tree.settings.get("model") or {}
-    tokenizer = (tree.settings.get("tokenizer") or {}).get("path")
-    if start is None and ("architecture" not in given or tokenizer is None):
-        what = "a recipe tunes a model that is there, and none is named"
-        raise MaxlmError(what, where="--base", fix="name a run's folder, or a Hugging Face one")
-    if isinstance(start, str) and "architecture" not in given:
-        model = _read_model_settings(Path(start).expanduser())
-        tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
-    return validate_config(RunConfig, tree)
 
 
 def tune_model(
@@ -125,24 +93,3 @@ def _convert_once(source: str, target: Path) -> str:
 def _is_huggingface(folder: str) -> bool:
     path = Path(folder).expanduser()
     return (path / "config.json").exists() and not (path / "config.yaml").exists()
-
-
-def _read_model_settings(folder: Path) -> dict[str, Any]:
-    if (folder / "config.yaml").exists():
-        config: Config = load_config(RunConfig, folder / "config.yaml").value.model
-    elif not folder.is_dir():
-        fix = "name a run's folder, or a downloaded Hugging Face one"
-        raise MaxlmError("no such folder", where=str(folder), fix=fix)
-    else:
-        config = open_huggingface_model(folder, Path("runs", "base")).config.model
-    return config.model_dump(mode="json")
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = _merge(old, value)
-        merged[key] = value
-    return merged

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = ["data.sources=[{store: /data/tokens}]", "tokenizer.path=/data/tokenizer"]
 GPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
 TPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "v5p-64"]
+ROWS = ["llama3_8b_sft_lora", "folder=/data/runs", "--on", "h100x64"]
 IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
 
 
@@ -28,6 +29,14 @@ tpu-vm $TPU --on 2xv5p-64
     tpu-vm starts one slice, and 2xv5p-64 is 2; use jobset
 slurm llama2_7b folder=/data/runs --on h100x64
     data.sources: no text to train on; name documents or a store there
+slurm $ROWS
+    task.files: no rows to train on; name a .jsonl or .parquet file there
+jobset $ROWS $IN_CLUSTER 'task.files=[/data/a.jsonl]' train.start_from=/models/llama
+    train.start_from=/models/llama is not in the container; mount what holds it: --mount
+    gs://bucket:/models
+ray $ROWS 'task.files=[a.jsonl]' train.start_from=/data/llama
+    task.files.0=a.jsonl is another one on each host; name one that all see:
+    task.files.0=/data/a.jsonl
 slurm $GPU --nodes 4
     --nodes 4: h100x64 is 8 hosts of 8; leave --nodes out, or name the shape of GPUs, as in
     h100:16x4
@@ -66,7 +75,7 @@ slurm $GPU --env A=1 --secret A
 slurm $GPU --template nowhere.j2
     nowhere.j2: cannot be read: No such file
 """
-SHORT = {"$GPU": shlex.join(GPU), "$TPU": shlex.join(TPU), "$IN_CLUSTER": shlex.join(IN_CLUSTER)}
+SHORT = {"$GPU": GPU, "$TPU": TPU, "$ROWS": ROWS, "$IN_CLUSTER": IN_CLUSTER}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     for short, long in SHORT.items():
-        given = given.replace(short, long)
+        given = given.replace(short, shlex.join(long))
     arguments = [word.replace("\\n", "\n") for word in shlex.split(given)]
     whole = ["launch", *arguments, "--out", "job", "--submit"]
     check_refused(tmp_path, whole, f"...{' '.join(message.split())}...")
@@ -98,6 +107,14 @@ def test_a_template_of_ones_own(run, check_refused, tmp_path):
         "llama2-7b on 8: maxlm train llama2_7b 'data.sources=[{store: /data/tokens}]' "
         "tokenizer.path=/data/tokenizer folder=/data/runs\n"
     )
+    rows = [
+        *ROWS,
+        "data.batch_size=64",
+        "task.files=[/data/a.jsonl]",
+        "train.start_from=/data/llama",
+    ]
+    made = run("launch", "slurm", *rows, "--template", str(own)).out
+    assert made.startswith("llama3-8b-sft-lora on 8: maxlm tune llama3_8b_sft_lora folder=")
     own.write_text("{{ name }}\n{{ nmae }}\n")
     check_refused(tmp_path, job, "...own.j2: 'nmae' is undefined; compare with the shipped...")
     own.write_text("\n{% if %}\n")

@@ -9,7 +9,8 @@ from maxlm.config import MaxlmError
 from maxlm.models.params import flatten_names
 from maxlm.programs.convert import convert
 from maxlm.programs.load import load_run
-from maxlm.programs.tune import load_recipe, tune_model
+from maxlm.programs.run_config import load_run_config
+from maxlm.programs.tune import tune_model
 from tests.programs import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -32,8 +33,8 @@ def home(tmp_path_factory):
 def load(home, folder, *settings):
     own = f"folder={folder}", "data.seq_len=32", "data.batch_size=8", "compilation_cache=null"
     own += "task.examples_per_row=1", "task.validation_fraction=0.2", "sharding.max_unsharded=1"
-    files = [str(home / "rows.jsonl")]
-    return load_recipe("sft_lora", [*own, *settings], base=str(home / "published"), files=files)
+    own += f"train.start_from={home / 'published'}", f"task.files=[{home / 'rows.jsonl'}]"
+    return load_run_config("sft_lora", [*own, *settings])
 
 
 def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
@@ -61,7 +62,7 @@ def test_what_cannot_run_is_refused_before_the_model_is_read(home, tmp_path):
 
 
 def test_a_recipe_wants_a_model_that_is_there(tmp_path):
-    with pytest.raises(MaxlmError, match="--base: .* none is named"):
-        load_recipe("sft_lora", base=None, files=["rows.jsonl"])
+    with pytest.raises(MaxlmError, match="no model, and none to start from"):
+        load_run_config("sft_lora", ["task.files=[rows.jsonl]"])
     with pytest.raises(MaxlmError, match="none: no such folder"):
-        load_recipe("sft_lora", base=str(tmp_path / "none"), files=["rows.jsonl"])
+        load_run_config("sft_lora", [f"train.start_from={tmp_path / 'none'}"])

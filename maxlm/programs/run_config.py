@@ -1,0 +1,55 @@
+"""Loads a run's config, whose model may be that of what it starts from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.config.assets import resolve_config
+from maxlm.config.layers import SettingsTree, build_tree
+from maxlm.config.load import validate_config
+from maxlm.run import RunConfig
+
+
+def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
+    """Loads a run's config, as ``load_config`` does. What a ``model`` without a width leaves out is
+    taken from the model of ``train.start_from``, a run's folder or a Hugging Face checkpoint's.
+
+    Raises:
+        MaxlmError: anything wrong with the config or with that model; neither is there.
+    """
+    tree = build_tree(resolve_config(source), settings)
+    start = (tree.settings.get("train") or {}).get("start_from")
+    given = tree.settings.get("model") or {}
+    if not given and start is None:
+        fix = (
+            "name a run's folder, or a Hugging Face one: --base FOLDER, or train.start_from=FOLDER"
+        )
+        raise MaxlmError("no model, and none to start from", where=source, fix=fix)
+    if isinstance(start, str) and "d_model" not in given:
+        model = _read_model_settings(Path(start).expanduser())
+        tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
+    return validate_config(RunConfig, tree)
+
+
+def _read_model_settings(folder: Path) -> dict[str, Any]:
+    if (folder / "config.yaml").exists():
+        config = load_config(RunConfig, folder / "config.yaml").value
+    elif folder.is_dir():
+        from maxlm.programs.convert import open_huggingface_model
+
+        config = open_huggingface_model(folder, Path("runs", "base")).config
+    else:
+        fix = "name a run's folder, or a downloaded Hugging Face one"
+        raise MaxlmError("no such folder", where=str(folder), fix=fix)
+    return config.model.model_dump(mode="json")
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
