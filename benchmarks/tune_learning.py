@@ -79,8 +79,8 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
         "adapter={kind: bottleneck, placement: pfeiffer}",
         "schedule.learning_rate=1e-3",
     ),
-    "prefix": ("adapter={kind: prefix, num_virtual_tokens: 16}", "schedule.learning_rate=1e-2"),
-    "prompt": ("adapter={kind: prompt, num_virtual_tokens: 16}", "schedule.learning_rate=3e-2"),
+    "prefix": ("adapter={kind: prefix, num_virtual_tokens: 16}", "schedule.learning_rate=1e-1"),
+    "prompt": ("adapter={kind: prompt, num_virtual_tokens: 16}", "schedule.learning_rate=3e-1"),
 }
 SFT = ("train.steps=40", "schedule.learning_rate=5e-4")
 PAIRS = ("train.steps=20", "data.seq_len=176", "data.batch_size=8")
