@@ -111,10 +111,13 @@ def time_peer_prefill(model: Any) -> float:
 
 
 def time_stream(array: jax.Array) -> float:
-    """Seconds to read an array once."""
-    start = time.perf_counter()
-    jax.block_until_ready(_sum(array))
-    return time.perf_counter() - start
+    """Seconds to read an array once: the median of five times."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(_sum(array))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 _sum = jax.jit(jnp.sum)

@@ -144,8 +144,9 @@ async def measure(client: Client, rounds: int, name: str) -> None:
             rates[label].append(await time_rate(run(client, requests)))
     for label, own in rates.items():
         ratios = sorted(c / r for c, r in zip(rates["continuous"], own, strict=True))
-        words = f"continuous is {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-        print(f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s   {words}", flush=True)
+        words = f"{statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        words = f"   continuous is {words}" if label != "continuous" else ""
+        print(f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s{words}", flush=True)
     alone = [t for _ in range(rounds) for t in await measure_first_tokens(client, False)]
     beside = [t for _ in range(rounds) for t in await measure_first_tokens(client, True)]
     a, b = statistics.median(alone), statistics.median(beside)
