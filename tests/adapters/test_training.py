@@ -90,9 +90,8 @@ def are_equal(a: Any, b: Any) -> bool:
 
 
 # The layouts of SFT and DPO with LoRA are in tests/programs/test_parity.py.
-@pytest.mark.parametrize(
-    "name", ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lora", "ia3", "houlsby"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora", "lora", "ia3", "houlsby"])
 def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, base, name):
     start = {"train": {"steps": 3, "start_from": str(base.folder)}}
     one = train(make_config("one", {}, adapter=ADAPTERS[name], **start))
