@@ -19,14 +19,14 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
         MaxlmError: anything wrong with the config or with that model; neither is there.
     """
     tree = build_tree(resolve_config(source), settings)
-    start = (tree.settings.get("train") or {}).get("start_from")
-    given = tree.settings.get("model") or {}
+    train, given = tree.settings.get("train"), tree.settings.get("model") or {}
+    start = train.get("start_from") if isinstance(train, Mapping) else None
     if not given and start is None:
         fix = (
             "name a run's folder, or a Hugging Face one: --base FOLDER, or train.start_from=FOLDER"
         )
         raise MaxlmError("no model, and none to start from", where=source, fix=fix)
-    if isinstance(start, str) and "d_model" not in given:
+    if isinstance(start, str) and isinstance(given, Mapping) and "d_model" not in given:
         model = _read_model_settings(Path(start).expanduser())
         tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
     return validate_config(RunConfig, tree)

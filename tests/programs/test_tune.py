@@ -66,3 +66,6 @@ def test_a_recipe_wants_a_model_that_is_there(tmp_path):
         load_run_config("sft_lora", ["task.files=[rows.jsonl]"])
     with pytest.raises(MaxlmError, match="none: no such folder"):
         load_run_config("sft_lora", [f"train.start_from={tmp_path / 'none'}"])
+    for wrong in ("train=3", "model=llama", "train.start_from=3"):
+        with pytest.raises(MaxlmError, match=wrong.partition("=")[0]):
+            load_run_config("demo", [wrong])
