@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from posixpath import normpath
+from typing import Any, get_args, get_type_hints
 
-from maxlm.config import MaxlmError
+from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.documents.config import PYTHON_STDLIB
 from maxlm.launch.options import Mount, check_url
 from maxlm.run import RunConfig
@@ -62,15 +63,21 @@ def _places(run: RunConfig) -> dict[str, str]:
             found[f"data.sources.{i}.documents.{j}"] = None if each == PYTHON_STDLIB else each
         found[f"data.sources.{i}.store"] = source.store
         found[f"data.sources.{i}.heldout_store"] = source.heldout_store
-    for name, value in run.task.model_dump(mode="json").items():
-        if name in ("files", "validation_files"):
+    for name, hint in get_type_hints(type(run.task), include_extras=True).items():
+        value = getattr(run.task, name) if _has_path(hint) else None
+        if isinstance(value, tuple):
             found |= {f"task.{name}.{i}": each for i, each in enumerate(value)}
-        elif name in ("reference", "reference_log_probs", "teacher"):
+        else:
             found[f"task.{name}"] = value
     found["tokenizer.path"] = run.tokenizer.path
     found["train.start_from"] = run.train.start_from
     found["checkpoint.remote_folder"] = run.checkpoint.remote_folder
     return {key: place for key, place in found.items() if place}
+
+
+def _has_path(hint: Any) -> bool:
+    """Returns whether a field's type is, or holds, a local path."""
+    return hint == LocalPath or any(map(_has_path, get_args(hint)))
 
 
 def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:

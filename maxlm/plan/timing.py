@@ -213,7 +213,7 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
     return total
 
 
-def count_frozen_flops(shape: StepShape) -> Number:
+def count_frozen_forward_flops(shape: StepShape) -> Number:
     """Counts FLOPs of a device in the forward passes of models that the task only reads."""
     work, devices = shape.work, prod(shape.split.sizes.values())
     tokens = work.config.data.batch_size * work.tokens_per_row.decoder
@@ -313,7 +313,7 @@ def estimate_time(
         ),
     }
     loss = flops.loss / rate + loss_bytes / bandwidth, flops.loss_backward / rate
-    once_flops = count_newton_schulz_flops(shape) + count_frozen_flops(shape)
+    once_flops = count_newton_schulz_flops(shape) + count_frozen_forward_flops(shape)
 
     sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
     for c in collectives:

@@ -34,6 +34,9 @@ slurm $ROWS
 jobset $ROWS $IN_CLUSTER 'task.files=[/data/a.jsonl]' train.start_from=/models/llama
     train.start_from=/models/llama is not in the container; mount what holds it: --mount
     gs://bucket:/models
+ray $ROWS task.kind=dpo task.reference=runs/a 'task.files=[/a]' train.start_from=/data/llama
+    task.reference=runs/a is another one on each host; name one that all see:
+    task.reference=/data/runs/a
 ray $ROWS 'task.files=[a.jsonl]' train.start_from=/data/llama
     task.files.0=a.jsonl is another one on each host; name one that all see:
     task.files.0=/data/a.jsonl

@@ -13,7 +13,7 @@ from benchmarks.compiled.cost import read_compiled_cost
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.shape import StepShape
-from maxlm.plan.timing import count_frozen_flops
+from maxlm.plan.timing import count_frozen_forward_flops
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.programs.compile import make_abstract_batch, read_compiled_memory
 from maxlm.programs.setup import set_up_run
@@ -75,7 +75,7 @@ def test_frozen_base(layout, kind):
     assert float(estimate_memory(shape).total) == pytest.approx(held.peak_bytes, rel=0.25)
     # The reference's attention counts at half, whatever tiles are skipped.
     products, exact = cost.matmul_flops + cost.attention_flops, {"sft": 1e-6, "dpo": 0.04}[kind]
-    own = sum(count_step_flops(shape)) + count_frozen_flops(shape)
+    own = sum(count_step_flops(shape)) + count_frozen_forward_flops(shape)
     assert own == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
         assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.01)
