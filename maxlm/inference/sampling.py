@@ -295,7 +295,9 @@ def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
     return make_key(settings.seed, settings.stream, positions)
 
 
-def sample_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
+def sample_tokens(
+    logits: jax.Array, keys: jax.Array, all_greedy: jax.Array | bool = False
+) -> jax.Array:
     """Draw a token from each row's distribution.
 
     A token is drawn in two steps, first one of 128 groups of tokens by their sums, then one of its
@@ -305,6 +307,7 @@ def sample_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
     Args:
         logits: fp32 [..., V], as :func:`process_logits` returns them.
         keys: random keys [...], one a row (:func:`make_keys`).
+        all_greedy: bool []: each row has one token left, and no number is drawn.
 
     Returns:
         int32 [...].
@@ -323,7 +326,7 @@ def sample_tokens(logits: jax.Array, keys: jax.Array) -> jax.Array:
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    return draw(logits, keys)
+    return lax.cond(all_greedy, lambda x, _: processors.find_argmax(x), draw, logits, keys)
 
 
 def compute_logprobs(

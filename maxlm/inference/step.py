@@ -291,7 +291,8 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
         processed = process_logits(
             masked, own, history[rows], prompt_lengths[rows], lengths, vocab_size=vocab_size
         )
-        drawn = sample_tokens(processed, make_keys(own, lengths))
+        all_greedy = jnp.all(settings.temperature == 0)
+        drawn = sample_tokens(processed, make_keys(own, lengths), all_greedy)
         tokens = jnp.where(forced >= 0, forced, drawn)
         logprobs = compute_logprobs(
             logits, tokens, logprobs_wanted, vocab_size=vocab_size, top=TOP_LOGPROBS

@@ -37,11 +37,15 @@ from maxlm.parallel.local import (
     axis_size,
     gather,
     get_layout,
+    get_platform,
     make_spec,
     map_shards,
     parse_spec,
     reduce,
 )
+
+# Up to so many Eigen takes 0.7 to 0.9 of YNNPACK's time; at 64, 1.4 times.
+_FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def multiply_fused_kernel(
     ends = tuple(accumulate(map(prod, local_shapes)))
 
     def local(x, kernel):
-        y = jnp.split(x @ kernel, ends[:-1], axis=-1)
+        y = jnp.split(_contract(x, kernel, 1), ends[:-1], axis=-1)
         shapes = zip(y, local_shapes, strict=True)
         return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
 
@@ -230,7 +234,16 @@ def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
 
 
 def _contract(x, kernel, inputs):
-    last = tuple(range(x.ndim - inputs, x.ndim))
+    tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    if 1 < prod(tokens) <= _FEW_TOKENS and get_platform() == "cpu":
+        # YNNPACK, XLA's library for products on CPUs, leaves those with a turned left side to
+        # Eigen, which is faster where reading the kernel takes most of the time, and slower where
+        # it does not (docs/performance.md).
+        turned = lax.optimization_barrier(x.reshape(prod(tokens), -1).T)
+        kernel = kernel.reshape(len(turned), -1)
+        y = lax.dot_general(turned, kernel, (((0,), (0,)), ((), ())))
+        return y.reshape(*tokens, *outputs)
+    last = tuple(range(len(tokens), x.ndim))
     return lax.dot_general(x, kernel, ((last, tuple(range(inputs))), ((), ())))
 
 

@@ -25,8 +25,8 @@ from pallas_kernels.paged_attention.params import (
 
 # Queries of one row in a block, and in a block of what is left of the row.
 _QUERIES, _FEW_QUERIES = 64, 16
-# Keys in a block, for these rows and for uniform ones.
-_KEYS, _DECODING_KEYS = 64, 128
+# Keys in a block.
+_KEYS = 64
 
 
 class XlaBlockSizes(NamedTuple):
@@ -68,7 +68,7 @@ def _attend_uniform_rows(
     lengths = operands.kv_lengths[:rows]
     positions = lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)
     own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
-    o, lse = _attend_rows(own, operands, params, _DECODING_KEYS)
+    o, lse = _attend_rows(own, operands, params)
     return o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)
 
 
@@ -108,7 +108,7 @@ def _attend_ragged_rows(
             )
             return tuple(
                 lax.dynamic_update_slice_in_dim(x, y[0], starts[row] + begin, 0)
-                for x, y in zip(out, _attend_rows(own, operands, params, _KEYS), strict=True)
+                for x, y in zip(out, _attend_rows(own, operands, params), strict=True)
             )
 
         # Small blocks come first: one may be longer than what is left of its row, and the next
@@ -125,12 +125,12 @@ def _attend_ragged_rows(
 
 
 def _attend_rows(
-    rows: _Rows, operands: PagedOperands, params: PagedParams, num_keys: int
+    rows: _Rows, operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [R, E, N, Hv] and lse [R, E, N]."""
     (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
     wide, group, limits = accumulation_dtype(rows.q), N // K, rows.limits
-    num_keys = params.block_sizes.keys if params.block_sizes else num_keys
+    num_keys = params.block_sizes.keys if params.block_sizes else _KEYS
     num_pages = min(max(1, num_keys // params.page_size), rows.tables.shape[1])
     block = num_pages * params.page_size
     tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % num_pages)))
