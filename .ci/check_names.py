@@ -45,7 +45,7 @@ _VALUES = """
 """
 """Last words of functions that are named by the value they return, units included."""
 _TERMS = """
-    command main log1mexp softmax attention flash_attention grouped_matmul logsumexp
+    command main softmax attention flash_attention grouped_matmul logsumexp
     paged_attention
     backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
     outer sharded_attention truncated_normal

@@ -195,8 +195,8 @@ def row(case: str) -> tuple[list[str], str]:
     cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
     bound = "≥ " if case == "xla" else ""
     cells = [
-        f"{step.memory.temp_bytes / GIB:.2f}",
-        f"{step.memory.argument_bytes / GIB:.2f}",
+        f"{step.compiled.memory_analysis().temp_size_in_bytes / GIB:.2f}",
+        f"{step.compiled.memory_analysis().argument_size_in_bytes / GIB:.2f}",
         *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
         *map(str, runs),
         f"{bound}{cycles / STATIC[CHIP].clock_hz / MILLI:,.0f}",

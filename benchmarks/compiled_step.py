@@ -142,7 +142,7 @@ CASES = {
 
 def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     """Compile one case and print it."""
-    from maxlm.programs.compile import compile_step
+    from maxlm.programs.compile import compile_step, compute_peak_bytes
 
     config = load_config(RunConfig, case.run, [*case.overrides(), *extra]).value
     mesh = " × ".join(f"{axis} {size}" for axis, size in case.mesh.items())
@@ -151,17 +151,21 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
         print(f"  with {' '.join(extra)}")
     step = compile_step(config, case.topology)
     print(f"  traced and compiled in {step.seconds:.1f} s")
-    hlo_text, cost, memory = step.compiled.as_text(), read_step_cost(step), step.memory
+    hlo_text, cost, memory = (
+        step.compiled.as_text(),
+        read_step_cost(step),
+        step.compiled.memory_analysis(),
+    )
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}.hlo").write_text(hlo_text)
     traffic = read_program_traffic(hlo_text)
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
     ours: dict[str, float] = {
-        "arguments, GB": memory.argument_bytes / GB,
-        "temp, GB": memory.temp_bytes / GB,
-        "arguments + temp, GB": (memory.argument_bytes + memory.temp_bytes) / GB,
-        "peak, GB": memory.peak_bytes / GB,
+        "arguments, GB": memory.argument_size_in_bytes / GB,
+        "temp, GB": memory.temp_size_in_bytes / GB,
+        "arguments + temp, GB": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GB,
+        "peak, GB": compute_peak_bytes(memory) / GB,
         "matmul, TFLOP": cost.matmul_flops / TERA,
         "attention matmul, TFLOP": cost.attention_flops / TERA,
         "main memory traffic, GB": traffic.memory_bytes / GB,

@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from maxlm.corpus.dedup.minhash import compute_band_keys, make_shingle_set
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
@@ -102,7 +102,7 @@ def write_corpus(folder: Path, texts: list[str], shards: int = 4) -> list[StageS
     for number in range(shards):
         part = range(number * len(texts) // shards, (number + 1) * len(texts) // shards)
         made.append(StageShardView(folder, f"{number:05d}"))
-        with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+        with open_shard_writer(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(part.start, part.stop, 1000):
                 rows = [
                     {"id": str(i), "source": "real", "text": texts[i]}

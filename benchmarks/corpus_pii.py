@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from maxlm.corpus.pii import KINDS, PiiFinder, PiiMatch
-from maxlm.corpus.stages.pii import PiiStage
+from maxlm.corpus.pii import KINDS, PiiMatch
+from maxlm.corpus.stages.pii import PiiStage, find_pii
 
 REGIONS = {
     "en_US": "US",
@@ -267,7 +267,7 @@ def main() -> None:
     made = generate(arguments.documents, arguments.seed)
     texts, truths = [text for text, _ in made], [truth for _, truth in made]
     regions = tuple(sorted(REGIONS.values()))
-    found = [PiiFinder(regions).find(text) for text in texts]
+    found = [find_pii(text, regions) for text in texts]
     counts = measure(found, truths)
     print(f"{'':8}{'values':>8}{'recall':>8}{'prec.':>8}   touching: recall, precision")
     for name in (*KINDS, "all"):
@@ -297,9 +297,9 @@ def main() -> None:
             size += len(real[-1])
     if real:
         speed("real", real)
-        finder, kinds, shown = PiiFinder(PiiStage().regions), Counter(), Counter()
+        regions, kinds, shown = PiiStage().regions, Counter(), Counter()
         for text in real:
-            for m in finder.find(text):
+            for m in find_pii(text, regions):
                 kinds[m.kind] += 1
                 if kinds[m.kind] <= arguments.show:
                     print(m.kind, repr(text[max(0, m.start - 30) : m.end + 10]))

@@ -32,10 +32,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.dedup.windows import concatenate_texts, find_words, get_code_points, hash_windows
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
 from maxlm.corpus.stage import JobRunner
-from maxlm.corpus.stages.substring import SubstringStage
+from maxlm.corpus.stages.substring import SubstringStage, find_words, hash_windows
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 
@@ -62,7 +61,7 @@ def write_corpus(folder: Path, texts: Sequence[str]) -> list[StageShardView]:
     shards = []
     for part in _parts(texts):
         shards.append(StageShardView(folder, f"{len(shards):05d}"))
-        with ShardWriter(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+        with open_shard_writer(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), 64):
                 rows = [{"id": str(i), "text": t} for i, t in enumerate(part[first : first + 64])]
                 writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
@@ -129,7 +128,8 @@ def sorting_seconds(texts: Sequence[str], size: int) -> dict[str, float]:
     sorted_ = time.process_time()
     kasai(data, suffixes)
     ended = time.process_time()
-    joined, offsets = concatenate_texts([get_code_points(text) for text in texts])
+    joined = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    offsets = np.cumsum([0, *map(len, texts)])
     hashing = time.process_time()
     hashes, _ = hash_windows(joined, *find_words(joined, offsets), size)
     np.argsort(hashes, kind="stable")

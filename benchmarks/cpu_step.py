@@ -55,7 +55,7 @@ def maxlm_step() -> Step:
         "segment_ids": np.ones((BATCH, SEQ), np.int32),
         "weights": np.ones((BATCH, SEQ), np.float32),
     }
-    sharding = batch_sharding(setup.compute, setup.mesh)
+    sharding = batch_sharding(setup.placed.compute, setup.mesh)
     batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
     state, step = setup.init_train_state(), setup.jit_train_step()
 

@@ -26,9 +26,8 @@ from maxlm.data.loader import LoaderConfig, Mixing, Phase, load_batches, make_ba
 from maxlm.data.loader.packing import build_index
 from maxlm.data.loader.prefetch import THREAD_STEPS
 from maxlm.data.store import Manifest, TokenStore
-from maxlm.data.store.arrays import create_array, write_array
+from maxlm.data.store.arrays import Offsets, create_array, write_array
 from maxlm.data.store.manifest import write_manifest
-from maxlm.data.store.offsets import Offsets
 
 VOCABULARY = 8192
 WEIGHTS = {"web": 3.0, "code": 1.0}
@@ -144,7 +143,7 @@ class SimulatedStore:
 
     def __init__(self, num_documents: int):
         self.num_tokens = int(_starts(np.array([num_documents]))[0])
-        self.offsets = Offsets(_computed, num_documents + 1)
+        self.offsets = Offsets(_starts, num_documents + 1)
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         return [np.zeros(b - a, np.uint16) for a, b in zip(starts, stops, strict=True)]
@@ -152,10 +151,6 @@ class SimulatedStore:
 
 def _starts(index: np.ndarray) -> np.ndarray:
     return 1000 * index + (index * 2654435761 % 500) * (index > 0)
-
-
-def _computed(ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    return [_starts(np.arange(a, b)) for a, b in ranges]
 
 
 def measure_resume() -> None:

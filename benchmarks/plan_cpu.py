@@ -111,7 +111,7 @@ def measure(name: str, seconds: float) -> None:
         "positions": np.broadcast_to(np.arange(data.seq_len, dtype=np.int32), shape),
         "weights": np.ones(shape, np.float32),
     }
-    batch = jax.device_put(arrays, batch_sharding(setup.compute, setup.mesh))
+    batch = jax.device_put(arrays, batch_sharding(setup.placed.compute, setup.mesh))
     plans, times = [], []
     for _ in range(2):
         measure_cpu.cache_clear()

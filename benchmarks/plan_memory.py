@@ -59,7 +59,7 @@ def measure(name: str) -> None:
     from benchmarks.compiled.cost import read_step_cost
     from maxlm.config import load_config
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.compile import compile_step
+    from maxlm.programs.compile import compile_step, compute_peak_bytes
     from maxlm.run import RunConfig
 
     run, on, rows, mesh, remat, more = CASES[name]
@@ -69,7 +69,7 @@ def measure(name: str) -> None:
     plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.collectives)
-    peaks = float(plan.memory.total), step.memory.peak_bytes
+    peaks = float(plan.memory.total), compute_peak_bytes(step.compiled.memory_analysis())
     print(json.dumps([*peaks, sent, read_step_cost(step).wire_bytes()]))
 
 

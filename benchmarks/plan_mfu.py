@@ -25,10 +25,9 @@ from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.network import Network
-from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import Efficiency, estimate_time
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import MeshPartitioning, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
@@ -173,7 +172,7 @@ def _prepared(row: Row) -> Any:
             **{part: v for part, v in row.settings.items() if part != "model"},
         }
     )
-    work = RunWorkload.from_config(config, jnp.bfloat16)
+    work = RunWorkload(config, jnp.bfloat16)
     counted = count_training_flops_per_token(work)
     split = MeshPartitioning(config, {a: sizes[a] for a in MESH_AXES})
     shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)

@@ -35,9 +35,8 @@ from maxlm.config import load_config
 from maxlm.plan import serving
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.predict import Machine
-from maxlm.plan.serving import DecodeEfficiency, ServingOptions, WeightFormat
+from maxlm.plan.serving import DecodeEfficiency, ServingOptions, WeightFormat, search_serving
 from maxlm.plan.serving_cache import CacheFormat
-from maxlm.plan.serving_plan import search_serving
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
 

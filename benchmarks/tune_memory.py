@@ -34,7 +34,7 @@ def measure(name: str) -> None:
     from maxlm.config import load_config
     from maxlm.plan.layout import compute_run_layout
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.compile import compile_step
+    from maxlm.programs.compile import compile_step, compute_peak_bytes
     from maxlm.run import RunConfig
     from maxlm.sharding import MESH_AXES
 
@@ -47,7 +47,7 @@ def measure(name: str) -> None:
     trained = sum(spec.size for spec in work.select_trained(work.specs))
     alone = compute_run_layout(run, dict.fromkeys(MESH_AXES, 1))
     state = (alone.optimizer_bytes + alone.gradient_bytes) / (12 * trained)
-    peaks = float(plan.memory.total), step.memory.peak_bytes
+    peaks = float(plan.memory.total), compute_peak_bytes(step.compiled.memory_analysis())
     print(json.dumps([plan.layout.parameters, trained, state, *peaks]))
 
 

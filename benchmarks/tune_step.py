@@ -49,7 +49,7 @@ def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
         "segment_ids": np.ones((count, length), np.int32),
         "weights": np.ones((count, length), np.float32),
     }
-    sharding = batch_sharding(setup.compute, setup.mesh)
+    sharding = batch_sharding(setup.placed.compute, setup.mesh)
     batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
     state, step = init_or_warm_start_state(setup), setup.jit_train_step()
 

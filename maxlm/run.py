@@ -18,18 +18,21 @@ from maxlm.models.dtypes import ComputeDtype
 from maxlm.models.placement import check_latent_split
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
-from maxlm.tasks import ClmTask, FrozenModelSource, TaskConfig, check_task
+from maxlm.tasks import ClmTask, TaskConfig, check_task
 from maxlm.train.config import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig, ScheduleConfig
-from maxlm.train.reporting import ReportingConfig
+from maxlm.train.records import ReportingConfig
 
 # A checkpoint can be gone on from only while these are what they were: they decide the parameters'
 # shapes, the batches, or the meaning of the optimizer's state.
 IDENTITY = ("seed", "model", "adapter", "tokenizer", "data", "task", "optimizer", "train.ema_decay")
 # ... but for these, which change how fast batches come and not which.
 INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
+INCIDENTAL += ("data.sources.*.store_segments",)  # what a store then holds is compared
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")
+# ... but for these, which say how a source is read, and not what is prepared of it.
+READING = tuple(f"data.sources.*.{name}" for name in ("weight", "max_epochs", "store_segments"))
 
 
 class RunConfig(Config):
@@ -98,26 +101,26 @@ class RunConfig(Config):
 
 
 def read_frozen_configs(
-    config: RunConfig, sources: Mapping[str, FrozenModelSource] | None = None
+    config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> dict[str, RunConfig]:
     """Return the runs whose models a run's task only reads, by name; ``sources``: default, those of
     the task."""
     sources = config.task.frozen_models() if sources is None else sources
     bases = list_base_models(config, sources)
 
-    def read(name: str, source: FrozenModelSource) -> RunConfig:
-        if source.folder is not None:
-            return load_config(RunConfig, Path(source.folder) / "config.yaml").value
+    def read(name: str, folder: str | None) -> RunConfig:
+        if folder is not None:
+            return load_config(RunConfig, Path(folder) / "config.yaml").value
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
-    found = {name: read(name, source) for name, source in sources.items()}
+    found = {name: read(name, folder) for name, folder in sources.items()}
     models = {name: run.model for name, run in found.items()}
     config.task.check_frozen_models(config.model, models)
     return found
 
 
 def list_base_models(
-    config: RunConfig, sources: Mapping[str, FrozenModelSource] | None = None
+    config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> frozenset[str]:
     """Return the names of those models of a task that are the base of the run's own adapter, and so
     need no parameters of their own: the models that training starts from, where these have no
@@ -132,7 +135,7 @@ def list_base_models(
             return frozenset()  # it may have had an adapter
         if path.exists() and load_config(RunConfig, path).value.adapter is not None:
             return frozenset()
-    return frozenset(name for name, source in sources.items() if source.folder is None)
+    return frozenset(name for name, folder in sources.items() if folder is None)
 
 
 def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:

@@ -1,5 +1,6 @@
-"""TPUs and their cores: what decides a kernel's blocks, and what its cycles are worth."""
+"""The backend of a program, and TPUs: what decides a kernel's blocks, and what its cycles cost."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +92,33 @@ def get_platform() -> str:
 def _platform(device: Any) -> str:
     name = device if isinstance(device, str) else device.platform
     return "gpu" if name == "cuda" else name
+
+
+def choose_backend(
+    backend: str | None,
+    kernels: Mapping[str, tuple[str, ...]],
+    supports: Callable[[str], bool],
+    description: str,
+) -> str:
+    """Returns the name of the implementation to run, "xla" where no kernel supports this.
+
+    Args:
+        backend: a key of ``kernels``; None: what the program being traced is for.
+        kernels: the kernels to try for each backend, in order.
+        supports: whether a kernel supports this.
+        description: of what is computed, for messages.
+
+    Raises:
+        ValueError: a backend that is not known, or whose kernels do not support this.
+    """
+    if backend is not None and backend not in kernels:
+        raise ValueError(f"backend={backend!r}: known are {', '.join(kernels)}")
+    for name in kernels.get(backend or get_platform(), ()):
+        if supports(name):
+            return name
+    if backend in (None, "xla"):
+        return "xla"
+    raise ValueError(f"no {backend} kernel for {description}")
 
 
 def get_chip() -> TpuChip:

@@ -207,11 +207,7 @@ def compute_logits(
 ) -> jax.Array:
     """Computes logits of hidden states [..., D], fp32 [..., V]."""
     logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
-    return apply_soft_cap(logits if bias is None else logits + bias, soft_cap)
-
-
-def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
-    """Computes soft_cap · tanh(logits / soft_cap)."""
+    logits = logits if bias is None else logits + bias
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
 
 

@@ -2,9 +2,9 @@
 
 from benchmarks.compiled.cost import read_step_cost
 from maxlm.plan.predict import RunPlan
-from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
-from maxlm.programs.compile import CompiledStep
+from maxlm.plan.workload import StepShape
+from maxlm.programs.compile import CompiledStep, compute_peak_bytes
 
 GB, TERA = 1e9, 1e12
 
@@ -23,13 +23,14 @@ def compare_plan_to_compiled(plan: RunPlan, step: CompiledStep) -> dict[str, tup
     Products of a dropless mixture's experts are in kernels that the compiler does not see into;
     rows of a ragged exchange are counted by the compiler at the room they have.
     """
-    held, compiled, cost = plan.memory, step.memory, read_step_cost(step)
+    held, compiled, cost = plan.memory, step.compiled.memory_analysis(), read_step_cost(step)
     matmul, attention = count_step_flops(plan.shape)
-    resting, more = held.total - held.transient_bytes, compiled.peak_bytes - compiled.argument_bytes
+    at_rest, peak = compiled.argument_size_in_bytes, compute_peak_bytes(compiled)
+    resting, more = held.total - held.transient_bytes, peak - at_rest
     rows = {
-        "resting: state and batch, GB": (resting / GB, compiled.argument_bytes / GB),
+        "resting: state and batch, GB": (resting / GB, at_rest / GB),
         "more at the peak, GB": (held.transient_bytes / GB, more / GB),
-        "peak, GB": (held.total / GB, compiled.peak_bytes / GB),
+        "peak, GB": (held.total / GB, peak / GB),
         "matrix products, TFLOP": (matmul / TERA, cost.matmul_flops / TERA),
         "attention's products, TFLOP": (attention / TERA, cost.attention_flops / TERA),
         "sent, GB": (sum(s.sent_bytes for s in plan.collectives) / GB, cost.wire_bytes() / GB),

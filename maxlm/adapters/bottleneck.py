@@ -1,10 +1,9 @@
 """Bottleneck adapters: a narrow network behind a layer's branch, with a skip connection."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
-from jax.sharding import reshard
 from pydantic import Field
 
 from maxlm.adapters.targets import (
@@ -17,26 +16,21 @@ from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.layers.mlp import ACTIVATIONS
 from maxlm.models.params import (
-    Leaf,
+    AdaptedParam,
     ParamReader,
     Params,
     ParamSpec,
-    ShardedWeight,
     flatten_names,
     truncated_normal,
 )
-from maxlm.parallel.local import make_spec
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BottleneckParam(Leaf):
+class BottleneckParam(AdaptedParam):
     """A map with ``y + act(y · down + down_bias) · up + up_bias`` behind its output y, of one
     dimension (Houlsby et al. 2019, arXiv 1902.00751, §2.1)."""
 
-    base_field: ClassVar[str] = "base"
-
-    base: Any
     adapter_down: Any
     """[..., outputs, width]."""
     adapter_down_bias: Any
@@ -45,16 +39,12 @@ class BottleneckParam(Leaf):
     adapter_up_bias: Any
     activation: str = field(metadata={"static": True})
 
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        return reader.read(self.base)
-
     def finish_output(self, y: jax.Array, reader: ParamReader) -> jax.Array:
         (axis,) = reader.output_axes
 
         def apply(x: jax.Array, kernel: Any, bias: Any, *axes: str | None) -> jax.Array:
             (product,) = reader.multiply(x, reader.read(kernel, axes))
-            own = reader.read(bias, axes[1:])
-            return product + reshard(own.value, make_spec(own.compute_layout))
+            return product + reader.read(bias, axes[1:]).move()
 
         h = apply(y, self.adapter_down, self.adapter_down_bias, axis, None)
         h = ACTIVATIONS[self.activation](h)

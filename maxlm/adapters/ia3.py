@@ -2,26 +2,21 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 
 from maxlm.adapters.targets import declare_vector, replace_targets, split_dims
 from maxlm.models.adapters import Adapter, register_adapter
-from maxlm.models.params import Leaf, ParamReader, Params, ParamSpec, ShardedWeight
-from maxlm.parallel.local import make_spec
+from maxlm.models.params import AdaptedParam, Leaf, ParamReader, Params, ParamSpec, ShardedWeight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Ia3Param(Leaf):
+class Ia3Param(AdaptedParam):
     """A map whose inputs, or whose outputs with their bias, are multiplied by factors."""
 
-    base_field: ClassVar[str] = "base"
-
-    base: Any
     ia3: Any
     """[..., *inputs] or [..., *outputs]."""
     of_inputs: bool = field(metadata={"static": True})
@@ -32,9 +27,6 @@ class Ia3Param(Leaf):
         own = reader.read(self.base)
         factors = reader.read(self.ia3, self._axes(reader)).value
         return own._replace(value=own.value * self._expand(factors, own.value))
-
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        return reader.read(self.base)
 
     def prepare_input(self, x: jax.Array, reader: ParamReader) -> jax.Array:
         return x * self._read_factors(reader) if self.of_inputs else x
@@ -54,8 +46,7 @@ class Ia3Param(Leaf):
         return reader.input_axes if self.of_inputs else reader.output_axes
 
     def _read_factors(self, reader: ParamReader) -> jax.Array:
-        own = reader.read(self.ia3, self._axes(reader))
-        return reshard(own.value, make_spec(own.compute_layout))
+        return reader.read(self.ia3, self._axes(reader)).move()
 
     def _expand(self, factors: jax.Array, kernel: jax.Array) -> jax.Array:
         missing = kernel.ndim - factors.ndim

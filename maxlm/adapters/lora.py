@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from maxlm.adapters.targets import (
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.params import (
+    AdaptedParam,
     Initializer,
     Leaf,
     ParamReader,
@@ -38,13 +39,10 @@ _TINY = 1e-30
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoraParam(Leaf):
+class LoraParam(AdaptedParam):
     """``x · base + scale · (x · A) · B``, or with DoRA (Liu et al. 2024, arXiv 2402.09353, §4.1)
     that times ``magnitude / ‖base + scale · A · B‖`` for each output. Norms have no gradient."""
 
-    base_field: ClassVar[str] = "base"
-
-    base: Any
     lora_a: Any
     """[..., *inputs, rank]."""
     lora_b: Any
@@ -57,9 +55,6 @@ class LoraParam(Leaf):
     def materialize(self, reader: ParamReader) -> ShardedWeight:
         base, own = self._read(reader)
         return ShardedWeight(own._multiply_out(), base.compute_layout)
-
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        return reader.read(self.base)
 
     def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         in_axes, out_axes = self._axes(reader)
@@ -181,8 +176,7 @@ class LoraTable(LoraParam):
     def look_up(self, read_rows: RowReader, reader: ParamReader) -> jax.Array:
         rows, (in_axes, out_axes) = read_rows(self.base, ()), self._axes(reader)
         h = read_rows(self.lora_a, in_axes)
-        b = replace(reader, dtype=rows.dtype).read(self.lora_b, out_axes)
-        b = reshard(b.value, make_spec(b.compute_layout))
+        b = replace(reader, dtype=rows.dtype).read(self.lora_b, out_axes).move()
         out = jax.typeof(rows).sharding.spec
         rows += self.scale * jnp.einsum("...r,rd->...d", h, b, out_sharding=out)
         return self._scale_outputs(rows, reader)

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from jax.sharding import reshard
 
 from maxlm.adapters.targets import declare_input_map, declare_output_map, replace_targets
 from maxlm.models.params import (
-    Leaf,
+    AdaptedParam,
     ParamReader,
     Params,
     ParamSpec,
-    ShardedWeight,
     UnstackedParam,
     flatten_names,
     is_leaf,
@@ -22,22 +21,16 @@ from maxlm.models.params import (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StackedLora(Leaf):
+class StackedLora(AdaptedParam):
     """``x · base + (mask * (x · A)) · B``: of each token the mask leaves the columns of its own
     adapter alone, so that one dense product serves any mix of adapters."""
 
-    base_field: ClassVar[str] = "base"
-
-    base: Any
     lora_a: Any
     """[*inputs, slots · rank]."""
     lora_b: Any
     """[slots · rank, *outputs], multiplied by each adapter's scale."""
     mask: Any
     """[B, S, slots · rank], 0 or 1, the same for all maps."""
-
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        return reader.read(self.base)
 
     def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         (h,) = reader.multiply(x, reader.read(self.lora_a, (*reader.input_axes, None)))

@@ -9,7 +9,7 @@ the embedding table (prompt tuning: Lester et al. 2021, arXiv 2104.08691).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.architectures.config import STACKS
 from maxlm.models.params import (
-    Leaf,
+    AdaptedParam,
     ParamReader,
     Params,
     ParamSpec,
@@ -38,12 +38,9 @@ _PROMPT = "embedding.table.virtual"
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class VirtualTokens(Leaf):
+class VirtualTokens(AdaptedParam):
     """A kernel or table, and vectors in place of what it gives for virtual tokens."""
 
-    base_field: ClassVar[str] = "base"
-
-    base: Any
     virtual: Any
     """[n, *outputs]."""
 
@@ -52,8 +49,7 @@ class VirtualTokens(Leaf):
 
     def replace_virtual(self, y: jax.Array, positions: jax.Array, reader: ParamReader) -> jax.Array:
         num_outputs = y.ndim - positions.ndim
-        read = reader.read(self.virtual, (None, *reader.spec.axes[-num_outputs:]))
-        vectors = reshard(read.value, make_spec(read.compute_layout))
+        vectors = reader.read(self.virtual, (None, *reader.spec.axes[-num_outputs:])).move()
         layout, num_virtual = get_layout(y), len(vectors)
         positions = reshard(positions, make_spec(layout[: positions.ndim]))
         # A product with ones and zeros: XLA splits it and its gradient over any mesh, and a gather

@@ -1,7 +1,6 @@
 """Arguments, options and output that several verbs share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -29,9 +28,6 @@ KeepOption = Annotated[
     Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
 ]
 SetOption = Annotated[list[str] | None, Option("--set", help="KEY=VALUE of its settings.")]
-MachineOption = Annotated[
-    str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
-]
 ModelArgument = Annotated[str, Argument(help="A run's folder, or a Hugging Face checkpoint's.")]
 MeshOption = Annotated[
     str | None, Option(help="Devices by axis, such as tensor=2; default: one device.")
@@ -49,14 +45,21 @@ StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the n
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
-@contextmanager
-def join_training_session(run: "RunConfig") -> Iterator[None]:
-    """Joins the processes of a run, each of which takes as much of a GPU's memory as plans say."""
+def run_training(
+    run: "RunConfig",
+    resume: str | None,
+    profile: str | None,
+    tuning: dict[str, Any] | None = None,
+) -> None:
+    """Train a run, or tune it with these options of ``tune_model``, and print its report; all of
+    its processes join, and each takes as much of a GPU's memory as plans say."""
     import os
 
     from maxlm.plan.hardware import GPU_SHARE
     from maxlm.runtime.session import distributed_session
+    from maxlm.train.profile import parse_steps
 
+    traced = parse_steps(profile) if profile else None
     # Read when JAX starts.
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
@@ -65,7 +68,12 @@ def join_training_session(run: "RunConfig") -> Iterator[None]:
         join_timeout_seconds=run.faults.join_seconds,
         peer_timeout_seconds=run.faults.peer_seconds,
     ):
-        yield
+        from maxlm.programs.report import print_training_report
+        from maxlm.programs.train import train_model as train
+
+        if tuning is not None:
+            from maxlm.programs.tune import tune_model as train
+        print_training_report(train(run, **(tuning or {}), resume=resume, profile=traced))
 
 
 def print_json(value: Any) -> None:

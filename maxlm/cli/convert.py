@@ -30,7 +30,7 @@ def command(
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
-    with show_progress() as show:
+    with show_progress() as progress:
         done = convert(
             source,
             target,
@@ -40,7 +40,7 @@ def command(
             shard_bytes=int(shard_gb * 1e9),
             adapter=adapter,
             base=base,
-            progress=lambda done, total, name: show("converting", done, total),
+            progress=progress,
         )
     print(f"{done.folder}: {done.family}, {done.num_params:,} parameters, {done.dtype}")
     for note in done.notes:

@@ -200,8 +200,7 @@ def _print_funnel(
     as_json: bool = False,
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
-    from maxlm.corpus.report import summarize_corpus, write_report
-    from maxlm.corpus.report.page import compute_funnel
+    from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.pool import WorkerPool
     from maxlm.runtime.progress import show_progress
@@ -209,17 +208,16 @@ def _print_funnel(
     rules = corpus.resolve_rules(keep)
     with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
         summary = summarize_corpus(corpus, rules, pool, tokenizer, progress)
-    sources = sorted({source for _, source in summary.documents})
-    rows = compute_funnel(rules, summary, sources)
+    rows = compute_funnel(rules, summary)
     if page is not None:
         write_report(corpus, rules, summary, page)
     if as_json:
         print_json({"funnel": rows})
         return
-    columns = ("dropped", "left", "MB", *sources)
+    columns = ("dropped", "left", "MB", *rows[0]["by_source"])
     table = make_numeric_table("rule", columns, title=str(corpus.folder))
     for row in rows:
-        counts = [f"{row['by_source'][source]:,}" for source in sources]
+        counts = [f"{number:,}" for number in row["by_source"].values()]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
     open_console().print(table)
@@ -273,7 +271,7 @@ def show(
 
 def _show_labels(corpus: Path, document: str) -> None:
     opened = _open_corpus(corpus)
-    from maxlm.corpus.reader import find_document
+    from maxlm.corpus.opened import find_document
 
     found, kept = find_document(opened, document)
     text = found.pop("text")

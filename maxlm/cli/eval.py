@@ -1,19 +1,28 @@
 """maxlm eval"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
-from maxlm.cli import common
-from maxlm.cli.common import MeshOption, SettingsArgument, StepOption, TemplateOption
-from maxlm.cli.eval_code import evaluate_swe_bench, score_humaneval_samples
-from maxlm.cli.eval_context import show_passkey_accuracy, show_position_perplexities
-from maxlm.cli.eval_judge import evaluate_mt_bench, serve_arena, show_ratings
-from maxlm.cli.eval_report import compare, report
+from maxlm.cli.common import (
+    JsonOption,
+    MeshOption,
+    ModelArgument,
+    SettingsArgument,
+    StepOption,
+    TemplateOption,
+    WorkersOption,
+    make_numeric_table,
+    open_console,
+    print_json,
+)
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
+ModelsArgument = Annotated[list[str], Argument(metavar="URL[#MODEL]...", help="Endpoints.")]
+TokensOption = Annotated[int, Option(min=1, help="Of an answer.")]
+SecondsOption = Annotated[float, Option(min=0.1, help="Seconds a program may take.")]
 
 
 def command(
@@ -57,17 +66,309 @@ def command(
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
             return
-    table = common.make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
+    table = make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
     seconds = dict(results["maxlm"]["seconds_by_task"])
     for task, metric, value, error, rows in list_metrics(results):
         show = "{:.4f}".format if abs(value) < 1000 else "{:.4g}".format
         spread = "" if error is None else show(error)
         spent = f"{seconds.pop(task):.1f}" if task in seconds else ""
         table.add_row(task, metric, show(value), spread, str(rows), spent)
-    common.open_console().print(table)
+    open_console().print(table)
     if missing := results["missing"]:
         print(f"{len(missing)} tasks have no files in {data}, as {', '.join(missing[:3])}")
     print(f"written: {folder}")
+
+
+def report(
+    folders: Annotated[list[Path], Argument(help="Runs, folders of results, or results files.")],
+    output: Annotated[Path, Option(help="The page, .html; JSON beside it.")] = Path("report.html"),
+    samples: Annotated[int, Option(min=0, help="At most so many of each task or group.")] = 20,
+) -> None:
+    """Write a page of evaluations: tasks by models, subjects, checkpoints, samples, cost."""
+    from maxlm.evaluation.report import build_report, write_report
+    from maxlm.evaluation.results import find_evaluations
+
+    found = [each for folder in folders for each in find_evaluations(folder)]
+    print("written:", *write_report(build_report(found, samples), output))
+
+
+def compare(
+    first: Annotated[Path, Argument(help="A run, folder of results, or results file: A.")],
+    second: Annotated[Path, Argument(help="Another: B.")],
+    alpha: Annotated[float, Option(min=1e-6, max=0.5, help="Chance of any false finding.")] = 0.05,
+    tasks: Annotated[str, Option(help="Tasks or groups, by commas; default: all.")] = "",
+) -> None:
+    """Compare two evaluations by paired tests; exit with 1 if a task of B falls significantly."""
+    from maxlm.evaluation.compare import compare_evaluations
+    from maxlm.evaluation.results import find_evaluations
+
+    a, b = (find_evaluations(folder)[-1] for folder in (first, second))
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found, skipped = compare_evaluations(a, b, names, alpha)
+    columns = ["A", "B", "B - A", f"{1 - alpha:.3g} interval", "p", "docs", "verdict"]
+    table = make_numeric_table("task", columns)
+    table.box = None
+    for each in found:
+        large = max(map(abs, each.interval)) >= 1000
+        form, near = ("{:.4g}", "{:.3g} to {:.3g}") if large else ("{:.3f}", "{:.2f} to {:.2f}")
+        change = each.second - each.first
+        figures = [form.format(value) for value in (each.first, each.second, change)]
+        figures += [near.format(*each.interval), f"{each.p:.3g}"]
+        table.add_row(f"{each.task} {each.metric}", *figures, f"{each.num_docs:,}", each.verdict)
+    open_console().print(table)
+    notes = [f"A: {a.path}", f"B: {b.path}", *(note for each in found for note in each.notes)]
+    print(*notes, *(f"not compared: {each}" for each in skipped), sep="\n")
+    if any(each.verdict == "falls" for each in found):
+        raise typer.Exit(1)
+
+
+def show_position_perplexities(
+    models: Annotated[list[str], Argument(help="Folders of runs or Hugging Face checkpoints.")],
+    text: Annotated[Path, Option(exists=True, dir_okay=False, help="A file of text.")],
+    length: Annotated[int | None, Option(min=3, help="Tokens; default: max_seq_len.")] = None,
+    windows: Annotated[int, Option(min=1, help="Parts of the text that are read, at most.")] = 16,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show models' perplexity by the position of a token: with what context, up to --length."""
+    from math import exp
+
+    from maxlm.programs.evaluate import evaluate_position_losses
+
+    options = {"length": length, "num_windows": windows, "mesh": mesh, "step": step}
+    losses = {model: evaluate_position_losses(model, text, **options) for model in models}
+    if as_json:
+        return print_json(
+            {model: {str(n): x for n, x in own.items()} for model, own in losses.items()}
+        )
+    ends = sorted({end for own in losses.values() for end in own})
+    table = make_numeric_table("positions", models, "perplexity")
+    for start, end in zip([0, *ends], ends, strict=False):
+        row = [f"{exp(own[end]):.4g}" if end in own else "" for own in losses.values()]
+        table.add_row(f"{start + 1:,} to {end:,}", *row)
+    open_console().print(table)
+
+
+def show_passkey_accuracy(
+    model: ModelArgument,
+    lengths: Annotated[str, Option(help="Tokens, by commas.")],
+    depths: Annotated[str, Option(help="Places of the key, in percent.")] = "0,25,50,75,100",
+    samples: Annotated[int, Option(min=1, help="Keys for each length and depth.")] = 10,
+    seed: Annotated[int, Option(min=0, help="Of the keys.")] = 0,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how often a model finds a number hidden in long texts, by length and depth."""
+    from functools import partial
+
+    from maxlm.evaluation.passkey import evaluate_passkey
+    from maxlm.programs.evaluate import load_engine_for_length
+    from maxlm.runtime.progress import show_progress
+
+    sizes, places = _parse(lengths, "--lengths", 1, 2**31), _parse(depths, "--depths", 0, 100)
+    engine = load_engine_for_length(model, max(sizes), step=step, mesh=mesh)
+    with show_progress("answers") as progress:
+        how = {"seed": seed, "on_progress": partial(progress, model)}
+        found = evaluate_passkey(engine, sizes, places, samples, **how)
+    if as_json:
+        return print_json({"lengths": sizes, "depths": places, "accuracy": found})
+    table = make_numeric_table("length", [f"{depth}%" for depth in places], "passkeys found")
+    for size, row in zip(sizes, found, strict=True):
+        table.add_row(f"{size:,}", *(f"{value:.0%}" for value in row))
+    open_console().print(table)
+
+
+def _parse(text: str, option: str, least: int, most: int) -> list[int]:
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(least <= value <= most for value in values):
+        raise BadParameter(f"{option} takes integers from {least} to {most:,} by commas")
+    return values
+
+
+def score_humaneval_samples(
+    samples: Annotated[Path, Argument(help="JSON lines of task_id and completion.")],
+    data: Annotated[Path, Option(help="HumanEval.jsonl, or .jsonl.gz.")],
+    k: Annotated[list[int], Option(min=1, help="Of pass@k.")] = [1, 10, 100],  # noqa: B006
+    truncate: Annotated[
+        bool, Option("--truncate", help="Cut completions where a function of HumanEval ends.")
+    ] = False,
+    seconds: SecondsOption = 10.0,
+    workers: WorkersOption = None,
+    output: Annotated[Path | None, Option(help="Default: SAMPLES_results.jsonl.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score completions of HumanEval's problems: pass@k, by running them in a sandbox."""
+    import json
+
+    from maxlm.evaluation.code import score_code_samples, truncate_completion
+    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
+    from maxlm.runtime.files import replace_file
+
+    problems = read_records(data, ("task_id", "prompt", "test", "entry_point"))
+    records = read_records(samples, ("task_id", "completion"))
+    if truncate:
+        records = [r | {"completion": truncate_completion(r["completion"])} for r in records]
+    score, results = score_code_samples(problems, records, k, SandboxLimits(seconds), workers)
+    with replace_file(output or Path(f"{samples}_results.jsonl")) as new, open(new, "w") as file:
+        for record, result in zip(records, results, strict=True):
+            record |= {"result": result.message or "passed", "passed": result.passed}
+            print(json.dumps(record), file=file)
+    _print_score("HumanEval", score | {"isolation": detect_isolation()}, as_json)
+
+
+def evaluate_swe_bench(
+    predictions: Annotated[Path, Argument(help="instance_id, model_name_or_path, model_patch.")],
+    instances: Annotated[Path, Option(help="The benchmark's instances, JSON or JSON lines.")],
+    repositories: Annotated[Path, Option(exists=True, help="Clones: owner__name, or name.")],
+    readable: Annotated[list[Path] | None, Option(help="Folders that tests read.")] = None,
+    seconds: SecondsOption = 1800.0,
+    output: Annotated[Path | None, Option(help="Folder of report.json and logs.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Apply predicted patches in local clones, run the tests, and report which are resolved."""
+    import json
+
+    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.swe_bench import evaluate_predictions
+    from maxlm.runtime.files import replace_file
+
+    keys = ("instance_id", "repo", "base_commit", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS")
+    tasks = read_records(instances, keys)
+    answers = read_records(predictions, ("instance_id", "model_patch"))
+    options = {"seconds": seconds, "readable": readable or ()}
+    report = evaluate_predictions(answers, tasks, repositories, output, **options)
+    if output:
+        with replace_file(output / "report.json") as new:
+            new.write_text(json.dumps(report, indent=2))
+    _print_score("SWE-bench", report, as_json)
+
+
+def _print_score(title: str, score: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(score)
+    table = make_numeric_table(title, ["value"])
+    for name, value in score.items():
+        if not isinstance(value, dict | list):
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    open_console().print(table)
+
+
+def evaluate_mt_bench(
+    models: ModelsArgument,
+    judge: Annotated[
+        str, Option(metavar="URL[#MODEL]", help="Its key: $JUDGE_API_KEY, or else $OPENAI_API_KEY.")
+    ],
+    mode: Annotated[Literal["single", "pairwise"], Option(help="Grade, or compare.")] = "single",
+    data: Annotated[Path | None, Option(help="FastChat's data/mt_bench folder.")] = None,
+    output: Annotated[Path, Option(help="Where answers and judgments go.")] = Path("runs/mt_bench"),
+    limit: Annotated[int | None, Option(min=1, help="Questions, evenly spread.")] = None,
+    max_tokens: TokensOption = 1024,
+    judge_max_tokens: Annotated[int, Option(min=1, help="Of a judgment.")] = 2048,
+    judge_body: Annotated[
+        str, Option(metavar="JSON", help='More fields of its requests: \'{"regex": "..."}\'.')
+    ] = "{}",
+    concurrency: Annotated[int, Option(min=1, help="Requests at a time.")] = 4,
+) -> None:
+    """Answer MT-Bench's questions and judge the answers; the same command goes on after a cut."""
+    import json
+    from dataclasses import replace
+
+    from maxlm.config import MaxlmError
+    from maxlm.evaluation.endpoint import open_endpoint
+    from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
+    from maxlm.runtime.progress import show_progress
+
+    loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
+    try:
+        judging = replace(judging, extra_body=dict(json.loads(judge_body)))
+    except ValueError as error:
+        raise MaxlmError(f"no JSON object ({error})", where="--judge-body") from None
+    endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
+    limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
+    limits |= {"pairwise": pairwise, "concurrency": concurrency}
+    with show_progress("requests") as progress:
+        found = run_mt_bench(loaded, output, endpoints, judging, **limits, progress=progress)
+    columns, console = ("Turn 1", "Turn 2", "Both", "95%", "Read", "Unreadable"), open_console()
+    for name, summary in found["summaries"].items():
+        table = make_numeric_table("Category", columns, "share of wins: " * pairwise + name)
+        for kind, cells in summary.items():
+            both = cells["both"]
+            means = ["–" if c["mean"] is None else f"{c['mean']:.2f}" for c in cells.values()]
+            span = "–" if both["mean"] is None else f"{both['low']:.2f} to {both['high']:.2f}"
+            table.add_row(kind, *means, span, str(both["n"]), str(both["unreadable"]))
+        console.print(table)
+    if found["unreadable"]:
+        share = f"{found['unreadable']} of {found['judgments']} judgments"
+        console.print(f"judge {judging.model}: {share} have no verdict that can be read")
+    if found["refused"]:
+        console.print(f"{len(found['refused'])} requests refused; the first: {found['refused'][0]}")
+    if pairwise and (bias := found["position_bias"])["first_share"] is not None:
+        console.print(
+            f"judge {judging.model}: {bias['consistency']:.0%} of {bias['num_pairs']} pairs keep "
+            f"their verdict when the order changes; {bias['first_share']:.0%} of the wins are the "
+            f"first answer's, p = {bias['p_value']:.2g}" + ": biased!" * bias["is_biased"]
+        )
+    if found["unreadable"] == found["judgments"]:
+        raise typer.Exit(1)
+
+
+def show_ratings(
+    battles: Annotated[
+        Path, Argument(exists=True, dir_okay=False, help="JSONL, or an arena's database.")
+    ],
+    style_control: Annotated[bool, Option(help="Hold length, headers, lists, bold fixed.")] = False,
+    output: Annotated[Path | None, Option(help="JSON file; default: beside the battles.")] = None,
+) -> None:
+    """Rate models by their battles: Bradley-Terry with 95% intervals, and online Elo."""
+    import json
+
+    from maxlm.config import MaxlmError
+    from maxlm.evaluation.ratings import compute_leaderboard, read_battles
+    from maxlm.runtime.files import replace_file
+
+    found, console = compute_leaderboard(read_battles(battles), style_control), open_console()
+    if not found["rows"] or found["rows"][0]["rating"] is None:
+        raise MaxlmError(found["note"], where=str(battles))
+    table = make_numeric_table("Model", ("Rank", "Rating", "95%", "Elo", "Battles"))
+    for row in found["rows"]:
+        span = "–" if row["low"] is None else f"{row['low']:.0f} to {row['high']:.0f}"
+        numbers = (str(row["rank"] or "–"), f"{row['rating']:.0f}", span, f"{row['elo']:.0f}")
+        table.add_row(row["model"], *numbers, str(row["battles"]))
+    console.print(
+        table, *(f"style, {name}: {x:+.3f}" for name, x in found["style"].items()), sep="\n"
+    )
+    if found["note"]:
+        console.print(f"note: {found['note']}")
+    with replace_file(output or battles.with_suffix(".ratings.json")) as new:
+        new.write_text(json.dumps(found, indent=1), "utf-8")
+
+
+def serve_arena(
+    models: ModelsArgument,
+    database: Annotated[Path, Option(help="SQLite file of the battles.")] = Path("arena.db"),
+    host: Annotated[str, Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    temperature: Annotated[float, Option(min=0, help="Of the answers.")] = 0.7,
+    max_tokens: TokensOption = 1024,
+) -> None:
+    """Serve a page where two models answer blindly, and votes rate them."""
+    import uvicorn
+
+    from maxlm.evaluation.arena import Arena
+    from maxlm.evaluation.endpoint import open_endpoint
+    from maxlm.serving.server import bind_socket
+
+    bound = bind_socket(host, port)
+    endpoints = [open_endpoint(model) for model in models]
+    arena = Arena(endpoints, database, temperature=temperature, max_tokens=max_tokens)
+    print(f"http://{host}:{bound.getsockname()[1]}", flush=True)
+    uvicorn.Server(uvicorn.Config(arena.make_app(), lifespan="off", log_config=None)).run([bound])
 
 
 subcommands = {"humaneval-samples": score_humaneval_samples, "swe-bench": evaluate_swe_bench}

@@ -15,7 +15,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -189,11 +188,9 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     if context is None or option is None or not text.startswith("No such option"):
         text = f"{text[:1].lower()}{text[1:]}".replace(". Did you mean", "; did you mean")
         return f"{path}: {text}" + ("" if "did you mean" in text else f"; {fix}")
-    parameters = context.command.params
-    known = [name for each in parameters for name in each.opts if name.startswith("-")]
-    if near := get_close_matches(option, known, n=3):
-        fix = f"did you mean {' or '.join(near)}?"
-    if any(each.name == "settings" for each in parameters) and (
+    if error.possibilities:
+        fix = f"did you mean {' or '.join(error.possibilities)}?"
+    if any(each.name == "settings" for each in context.command.params) and (
         overrides := _find_overrides(option, arguments, context.command.name)
     ):
         fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"

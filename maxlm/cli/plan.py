@@ -10,7 +10,6 @@ from typer import Option
 from maxlm.cli.common import (
     ConfigArgument,
     JsonOption,
-    MachineOption,
     SettingsArgument,
     open_console,
     print_json,
@@ -27,7 +26,9 @@ def _amount(description: str, least: float = 0) -> Any:
 def command(
     config: ConfigArgument,
     settings: SettingsArgument = None,
-    on: MachineOption = None,
+    on: Annotated[
+        str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
+    ] = None,
     mesh: Annotated[str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")] = None,
     compiled: Annotated[bool, Option("--compile", help="Ask its compiler too (a minute).")] = False,
     searching: Annotated[
@@ -52,11 +53,7 @@ def command(
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
     """
     from maxlm.plan.predict import plan_run
-    from maxlm.plan.show import (
-        format_seconds,
-        render_plan_tables,
-        render_plan_vs_compiler_table,
-    )
+    from maxlm.plan.show import format_seconds, render_plan_tables, render_plan_vs_compiler_table
     from maxlm.programs.run_config import load_run_config
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
@@ -89,15 +86,13 @@ def command(
     if price is not None and result.run_hours is not None:
         out["price"] = price * result.run_hours * result.layout.devices
     if machine and compiled:
-        from maxlm.programs.plans import check_fit_by_compiling
+        from maxlm.programs.compile import check_fit_by_compiling
 
-        verdict = check_fit_by_compiling(run, machine, result)
-        fits, words, seconds = verdict.fits, verdict.words, verdict.seconds
-        figures = {k: {"plan": a, "compiler": b} for k, (a, b) in verdict.figures.items()}
-        out["compiled"] = {"fits": fits, "words": words, "seconds": seconds, "figures": figures}
-        if seconds is not None:
-            shown.append(render_plan_vs_compiler_table(verdict.figures))
-            words += f"; compiled in {format_seconds(seconds)}"
+        out["compiled"] = verdict = check_fit_by_compiling(run, machine, result)
+        fits, words = verdict["fits"], verdict["words"]
+        if verdict["seconds"] is not None:
+            shown.append(render_plan_vs_compiler_table(verdict["figures"]))
+            words += f"; compiled in {format_seconds(verdict['seconds'])}"
         shown.append(f"\n{words}")
     _show(out, shown, fits, html, as_json)
 
@@ -107,9 +102,9 @@ def _show(
 ) -> None:
     """Write a plan's page, print its JSON or what is shown of it; fail if it does not fit."""
     if html:
-        from maxlm.plan.show import write_report
+        from maxlm.runtime.report_page import write_report_page
 
-        write_report(out, html)
+        write_report_page(html, "maxlm.plan", out["name"], out)
         shown = [*shown, f"written: {html}"]
     if as_json:
         print_json(out)
@@ -136,10 +131,9 @@ def _plan_serving(
     from typing import get_args
 
     from maxlm.config import MaxlmError, load_config
-    from maxlm.plan.serving import ServingOptions
+    from maxlm.plan.serving import ServingOptions, count_replica_devices, search_serving
     from maxlm.plan.serving_cache import CacheFormat
-    from maxlm.plan.serving_plan import count_replica_devices, search_serving
-    from maxlm.plan.show_serving import render_serving_search, render_serving_tables
+    from maxlm.plan.show import render_serving_search, render_serving_tables
     from maxlm.run import RunConfig
     from maxlm.sharding import parse_mesh
 

@@ -17,13 +17,12 @@ def list_runs(
 ) -> None:
     """List the runs in a folder: step, state, loss, goodput."""
     from maxlm.programs import runs
-    from maxlm.programs.show_runs import show_run_list
 
     found = runs.list_runs(folder)
     if as_json:
         print_json([run.to_json() for run in found])
     else:
-        open_console().print(show_run_list(found) if found else f"no runs in {folder}")
+        open_console().print(runs.show_run_list(found) if found else f"no runs in {folder}")
 
 
 @app.command()
@@ -33,8 +32,7 @@ def show(
     """Show a run's goodput, what else its time went to, its interruptions, how long steps take."""
     import time
 
-    from maxlm.programs.runs import read_run
-    from maxlm.programs.show_runs import show_run
+    from maxlm.programs.runs import read_run, show_run
 
     now = time.time()
     found = read_run(run, now)

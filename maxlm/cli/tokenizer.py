@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,9 +15,6 @@ from maxlm.cli.common import (
     open_console,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from maxlm.data.tokenizer import TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
@@ -131,9 +128,22 @@ def measure(
     with show_progress() as progress:
         found = measure_tokenizer(loaded, _read_texts(text, text_field, progress))
     if as_json:
-        print_json(found.as_dict())
-    else:
-        _print_measures(str(tokenizer), found)
+        print_json(found)
+        return
+    table = make_numeric_table("measure", [str(tokenizer)])
+    measures = {
+        "documents": f"{found['documents']:,}",
+        "bytes": f"{found['bytes']:,}",
+        "tokens": f"{found['tokens']:,}",
+        "bytes per token": f"{found['bytes_per_token']:.3f}",
+        "tokens per word": f"{found['fertility']:.3f}",
+        "unknown": f"{found['unknown_share']:.2%}",
+        "vocabulary used": f"{found['vocabulary_use']:.1%} of {found['vocab_size']:,}",
+        "speed": f"{found['megabytes_per_second']:.2f} MB/s",
+    }
+    for measure in measures.items():
+        table.add_row(*measure)
+    open_console().print(table)
 
 
 def _require_free(out: Path, force: bool) -> None:
@@ -149,10 +159,10 @@ def _read_texts(
     text: list[str], text_field: str, progress: Callable[[str, int, int], None], limit: int = 2**63
 ) -> Iterator[bytes]:
     """Yield texts, and report their bytes against their files' size or ``limit``."""
-    from maxlm.data.documents import SourceConfig, list_files, read_documents
+    from maxlm.data.documents import SourceConfig, find_files, read_documents
 
     source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="replace")
-    files = list_files(source)
+    files = find_files(source).files
     total, done = min(sum(file.size for file in files), limit), 0
     for file in files:
         for document in read_documents(source, file):
@@ -162,21 +172,3 @@ def _read_texts(
             progress("reading", min(done, total), total)
     if done < total:
         progress("reading", total, total)
-
-
-def _print_measures(name: str, found: "TokenizerStats") -> None:
-    """Print a row for each measure."""
-    table = make_numeric_table("measure", [name])
-    measures = {
-        "documents": f"{found.documents:,}",
-        "bytes": f"{found.bytes:,}",
-        "tokens": f"{found.tokens:,}",
-        "bytes per token": f"{found.bytes_per_token:.3f}",
-        "tokens per word": f"{found.fertility:.3f}",
-        "unknown": f"{found.unknown_share:.2%}",
-        "vocabulary used": f"{found.vocabulary_use:.1%} of {found.vocab_size:,}",
-        "speed": f"{found.megabytes_per_second:.2f} MB/s",
-    }
-    for measure in measures.items():
-        table.add_row(*measure)
-    open_console().print(table)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from maxlm.cli.common import ConfigArgument, SettingsArgument, join_training_session
+from maxlm.cli.common import ConfigArgument, SettingsArgument, run_training
 
 
 def command(
@@ -23,12 +23,4 @@ def command(
     """
     from maxlm.programs.run_config import load_run_config
 
-    run = load_run_config(config, settings or ())
-    from maxlm.train.profile import parse_steps
-
-    traced = parse_steps(profile) if profile else None
-    with join_training_session(run):
-        from maxlm.programs.report import print_training_report
-        from maxlm.programs.train import train_model
-
-        print_training_report(train_model(run, resume=resume, profile=traced))
+    run_training(load_run_config(config, settings or ()), resume, profile)

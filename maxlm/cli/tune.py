@@ -5,9 +5,16 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from maxlm.cli.common import SettingsArgument, join_training_session
-from maxlm.cli.tune_show import show
-from maxlm.cli.tune_teacher import store_logits, write_answers
+from maxlm.cli.common import (
+    JsonOption,
+    MeshOption,
+    ModelArgument,
+    SettingsArgument,
+    StepOption,
+    open_console,
+    print_json,
+    run_training,
+)
 
 RecipeArgument = Annotated[
     str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
@@ -18,6 +25,7 @@ BaseOption = Annotated[
 DataOption = Annotated[
     list[Path] | None, Option(exists=True, help="Rows to train on; once for each file.")
 ]
+RowsArgument = Annotated[Path, Argument(exists=True, help="Rows: .jsonl, .parquet, a dataset.")]
 
 
 def command(
@@ -59,15 +67,74 @@ def command(
         fix = "name a run's folder, or a Hugging Face one"
         what = "a recipe tunes a model that is there, and none is named"
         raise MaxlmError(what, where="--base", fix=fix)
-    from maxlm.train.profile import parse_steps
+    tuning = {"epochs": epochs, "precompute_reference": precompute_reference}
+    run_training(run, resume, profile, tuning)
 
-    traced = parse_steps(profile) if profile else None
-    with join_training_session(run):
-        from maxlm.programs.report import print_training_report
-        from maxlm.programs.tune import tune_model
 
-        how = {"epochs": epochs, "precompute_reference": precompute_reference}
-        print_training_report(tune_model(run, **how, resume=resume, profile=traced))
+def show(
+    data: Annotated[Path, Argument(help="A .jsonl (.gz, .zst) or .parquet, or a saved dataset.")],
+    settings: SettingsArgument = None,
+    *,
+    model: Annotated[str, Option(help="A run's folder, a Hugging Face one, or a tokenizer's.")],
+    kind: Annotated[str | None, Option(help="sft, dpo, kto, ...; default: as columns say.")] = None,
+    examples: Annotated[int, Option("-n", "--examples", min=0, help="Rows to print.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Print rows as a task reads them, what is learnt in colour or between « », and count what is
+    cut or left out. Settings are a run's, as task.turns=last data.seq_len=512."""
+    from maxlm.programs.show_examples import describe_examples, render_examples
+
+    report = describe_examples(data, model, settings or (), kind=kind, num_examples=examples)
+    if as_json:
+        print_json(report)
+        return
+    console = open_console()
+    console.print(render_examples(report, in_colour=console.is_terminal), soft_wrap=True)
+
+
+def store_logits(
+    model: ModelArgument,
+    data: RowsArgument,
+    out: Annotated[Path, Argument(help="File.arrow of rows to write, for task.kind=distill.")],
+    settings: SettingsArgument = None,
+    k: Annotated[int, Option(min=1, help="Likeliest tokens to keep of each.")] = 64,
+    temperature: Annotated[float, Option(min=0.01, help="The task's.")] = 1.0,
+    seq_len: Annotated[int | None, Option(min=2, help="Tokens of a row at most.")] = None,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+) -> None:
+    """Write rows with a teacher's likeliest tokens, and the probability of all others, beside each
+    token to learn: then maxlm tune distill --data OUT needs no teacher. Settings are those of the
+    task sft that say what is learnt, as turns=last."""
+    from maxlm.programs.distillation import store_teacher_logits
+
+    own = {"k": k, "temperature": temperature, "seq_len": seq_len, "mesh": mesh, "step": step}
+    counts = store_teacher_logits(model, [data], out, settings=settings or (), **own)
+    print(f"{counts.written} rows in {out}, {counts.left_out} left out")
+
+
+def write_answers(
+    model: ModelArgument,
+    data: RowsArgument,
+    out: Annotated[Path, Argument(help="File of rows to write, for task.kind=sft.")],
+    settings: SettingsArgument = None,
+    num_answers: Annotated[int, Option("-n", min=1, help="Answers to each prompt.")] = 1,
+    temperature: Annotated[float, Option(min=0)] = 1.0,
+    top_p: Annotated[float | None, Option(min=0.01, max=1)] = None,
+    max_new_tokens: Annotated[int, Option(min=1)] = 512,
+    seed: Annotated[int, Option(min=0)] = 0,
+    mesh: MeshOption = None,
+    step: StepOption = None,
+) -> None:
+    """Write a teacher's answers to the prompts of rows, for maxlm tune sft to learn. Settings are
+    the engine's, as max_sequences=32."""
+    from maxlm.programs.distillation import generate_answers
+
+    own = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    own |= {} if top_p is None else {"top_p": top_p}
+    how = {"num_answers": num_answers, "mesh": mesh, "step": step, "settings": settings or ()}
+    counts = generate_answers(model, [data], out, **how, **own)
+    print(f"{counts.written} answers in {out}, {counts.left_out} left out")
 
 
 subcommands = {"show": show, "store-logits": store_logits, "answers": write_answers}

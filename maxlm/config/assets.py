@@ -6,6 +6,8 @@ from pathlib import Path
 from maxlm.config.errors import MaxlmError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+# Of configs/, in the order in which a bare name is looked up.
+_FOLDERS = ("runs", "tune", "methods", "models")
 
 
 def find_asset(relative: str) -> Path:
@@ -20,14 +22,13 @@ def find_asset(relative: str) -> Path:
     return path
 
 
-def list_shipped_configs(*, complete: bool = False) -> list[str]:
-    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``.
-    ``complete``: without ``methods/``, which take their model from the one they tune."""
-    root, folders = find_asset("configs"), ("runs", "tune", "methods", "models")
+def list_shipped_configs() -> list[str]:
+    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``;
+    those in ``methods/`` take their model from the one they tune."""
+    root = find_asset("configs")
     return [
         str(path.relative_to(root).with_suffix("").as_posix())
-        for folder in folders
-        if not (complete and folder == "methods")
+        for folder in _FOLDERS
         for path in sorted((root / folder).rglob("*.yaml"))
     ]
 
@@ -35,11 +36,9 @@ def list_shipped_configs(*, complete: bool = False) -> list[str]:
 def find_shipped_config(name: str) -> Path | None:
     """Returns the shipped config named ``demo``, ``runs/demo`` or ``configs/runs/demo.yaml``."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
-    shipped = list_shipped_configs()
-    for candidate in (stem, *(f"{f}/{stem}" for f in ("runs", "tune", "methods", "models"))):
-        if candidate in shipped:
-            return find_asset("configs") / f"{candidate}.yaml"
-    return None
+    names = {stem, *(f"{folder}/{stem}" for folder in _FOLDERS)}
+    found = next((name for name in list_shipped_configs() if name in names), None)
+    return find_asset("configs") / f"{found}.yaml" if found else None
 
 
 def resolve_config(name: str) -> Path:

@@ -1,7 +1,9 @@
-"""The one error type for anything a user can cause."""
+"""The one error type for anything a user can cause, and conditions that raise it."""
 
 import errno
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, NamedTuple
 
 # What a scheduler is told by the exit code: a run that was saved and is to be started again (BSD's
 # EX_TEMPFAIL), and one to be started again from its last checkpoint.
@@ -57,3 +59,18 @@ def convert_os_error(error: BaseException) -> MaxlmError | None:
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
         return MaxlmError((error.strerror or "").lower(), where=str(error.filename))
     return None
+
+
+class Requirement(NamedTuple):
+    """A condition on sizes, checked for one run, or asked of very many candidates."""
+
+    is_met: Any
+    """A bool; or an array of them, an element for every candidate."""
+    error: Callable[[], MaxlmError]
+
+
+def check_requirements(requirements: Iterable[Requirement]) -> None:
+    """Raise the error of the first requirement that is not met."""
+    for requirement in requirements:
+        if not requirement.is_met:
+            raise requirement.error()

@@ -59,12 +59,7 @@ def describe_validation_error(
         faults.setdefault(found.key, found).errors.append(item)
     first = min(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
     found = _describe(first, cls, tree)
-    if len(faults) == 1:
-        return found
-    more = f" (and {len(faults) - 1} more)"
-    if found.fix:
-        return MaxlmError(found.what, where=found.where, fix=found.fix + more)
-    return MaxlmError(found.what + more, where=found.where)
+    return MaxlmError(f"{found} (and {len(faults) - 1} more)") if len(faults) > 1 else found
 
 
 def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
@@ -222,19 +217,14 @@ def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
     return found or kinds
 
 
-def iterate_schema_keys(
-    model_types: list[Any], key: Key = (), ancestors: tuple[type, ...] = ()
-) -> Iterator[Key]:
+def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
     """Yields every key of the tree, parents first; an element of a list is shown as its first."""
     for model in _select_models(model_types):
-        if model in ancestors:
-            continue
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
             inner = _split_union(info.annotation)
-            yield from iterate_schema_keys(inner, here, (*ancestors, model))
+            yield from iterate_schema_keys(inner, here)
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
-                if elements := _list_child_types([kind], part) if typing.get_origin(kind) else []:
-                    yield from iterate_schema_keys(elements, (*here, part), (*ancestors, model))
+                yield from iterate_schema_keys(_list_child_types([kind], part), (*here, part))

@@ -52,9 +52,11 @@ class SettingsTree:
         return key
 
 
-def build_tree(path: Path | None, overrides: Sequence[str]) -> SettingsTree:
-    """Lays `path`, its includes and the overrides over one another."""
-    root = Setting({}, COMMAND_LINE)
+def build_tree(
+    path: Path | None, overrides: Sequence[str], base: Setting | None = None
+) -> SettingsTree:
+    """Lays `base`, a mapping, `path`, its includes and the overrides over one another."""
+    root = base or Setting({}, COMMAND_LINE)
     for layer in _read_layers(path, ()) if path is not None else ():
         root = _merge(root, layer, ())
     for override in overrides:

@@ -1,6 +1,5 @@
 """Configs to look at: as YAML with the origin of each value, their differences, their schema."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -16,31 +15,18 @@ ABSENT: Final = "(absent)"
 _WIDEST = 40
 
 
-def to_plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config as JSON would hold it: dicts, lists, text, numbers, booleans and None."""
-    if isinstance(config, Config):
-        return config.model_dump(mode="json")
-    return json.loads(json.dumps(config))
-
-
-def compare_configs(
-    a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
-    """Returns the leaves in which two configs differ, as (dotted key, value in a, value in b).
-
-    Keys come in a's order, then those only b has. A key one side lacks has the value `ABSENT`.
-    Saved JSON compares equal to the config it came from.
-    """
-    left, right = (
-        {join_key(key): value for key, value in flatten(to_plain(side))} for side in (a, b)
-    )
+def compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns the leaves in which two configs, as JSON values, differ: (dotted key, value in a,
+    value in b). Keys come in a's order, then those only b has. A key one side lacks has the value
+    `ABSENT`."""
+    left, right = ({join_key(key): value for key, value in flatten(side)} for side in (a, b))
     pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in {**left, **right})
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def to_yaml(config: Config) -> str:
     """Returns the whole config as YAML that `load_config` reads back equal."""
-    return dump_yaml(to_plain(config))
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:

@@ -14,7 +14,7 @@ _META = re.compile(
 )
 _META_BYTES = 4096  # The standard says 1024; real pages are later.
 _SUPERSETS = {"gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
-_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
+CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
 _FEW_ERRORS = {"utf-8": 0.2}  # Of the characters that are not ASCII.
 
 
@@ -68,9 +68,4 @@ def _candidates(data: bytes, charset: str | None) -> Iterator[str]:
 
 def remove_control_characters(text: str) -> str:
     """Removes the code points that no text holds: NUL, other ASCII controls, surrogates."""
-    return text.encode("utf-8", "ignore").translate(None, _CONTROLS).decode()
-
-
-def count_control_bytes(data: bytes) -> int:
-    """Counts the bytes that are ASCII controls other than tabs and line ends."""
-    return len(data) - len(data.translate(None, _CONTROLS))
+    return text.encode("utf-8", "ignore").translate(None, CONTROLS).decode()

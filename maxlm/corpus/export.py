@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import OpenCorpus, read_filtered_documents
 from maxlm.corpus.recipe import FilterRules
-from maxlm.corpus.report.summary import find_language_label
+from maxlm.corpus.report import find_language_label
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.data.batching import batch_by_size
@@ -25,7 +24,6 @@ from maxlm.runtime.files import convert_write_errors, lock_folder
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
-ExportFormat = Literal["parquet", "jsonl"]
 _COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
 _MANIFEST = "export.json"
 _GROUP_CHARS, _GROUP_ROWS = 16 << 20, 4096
@@ -35,7 +33,7 @@ def export_corpus(
     corpus: OpenCorpus,
     rules: FilterRules,
     out: Path,
-    format: ExportFormat,
+    format: Literal["parquet", "jsonl"],
     pool: WorkerPool,
     *,
     force: bool = False,
@@ -70,9 +68,8 @@ def export_corpus(
         write = partial(_export_shard, rules, columns, format, new)
         for each in JobRunner("export", pool, progress)(write, list(enumerate(corpus.shards))):
             counts.update(each)
-        keep = {name: rule.text for name, rule in rules.keep.items()}
-        about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
-        (new / _MANIFEST).write_text(json.dumps(about | counts, indent=1))
+        about = {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
+        (new / _MANIFEST).write_text(json.dumps(about, indent=1))
         if out.exists():
             shutil.rmtree(out)
         os.rename(new, out)
@@ -94,7 +91,7 @@ def _check_replaceable(out: Path, force: bool) -> None:
 def _export_shard(
     rules: FilterRules,
     columns: Sequence[str],
-    format: ExportFormat,
+    format: str,
     folder: Path,
     part: tuple[int, StageShardView],
 ) -> Counter[str]:
@@ -112,16 +109,16 @@ def _export_shard(
             else:
                 counts["dropped" if text is None else "empty"] += 1
 
-    groups = batch_by_size(read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS)
     path = folder / f"{number:06d}.{format}"
     if format == "parquet":
+        groups = batch_by_size(read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS)
         with pq.ParquetWriter(path, schema, compression="zstd") as file:
             for rows in groups:
                 file.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     else:
         path = path.with_name(f"{path.name}.gz")
         with gzip.open(path, "wt", 6, "utf-8") as file:
-            for row in chain.from_iterable(groups):
+            for row in read_rows():
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if counts["documents"]:
         counts["files"] = 1

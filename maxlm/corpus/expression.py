@@ -12,7 +12,8 @@ import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class Expression:
 
     @cached_property
     def _tree(self) -> ast.expr:
-        return _parse(self.text)
+        # In brackets it may have several lines, with comments.
+        return ast.parse(f"(\n{self.text}\n)", mode="eval").body
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
@@ -69,12 +71,12 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
     Args:
         error_location: the config key it comes from, for errors.
     """
+    expression = Expression(text)
     try:
-        tree = _parse(text)
+        tree = expression._tree
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         what = f"{text!r} is no expression: {getattr(error, 'msg', str(error))}"
         raise MaxlmError(what, where=error_location, fix=_FIX) from error
-    expression = Expression(text)
     try:
         names = expression.label_names
         for name in names:
@@ -93,11 +95,6 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
         what = f"{text!r} is a value, not a condition"
         raise MaxlmError(what, where=error_location, fix="compare it with something") from None
     return expression
-
-
-def _parse(text: str) -> ast.expr:
-    # In brackets it may have several lines, with comments.
-    return ast.parse(f"(\n{text}\n)", mode="eval").body
 
 
 class _Unknown(Exception):
@@ -138,10 +135,7 @@ def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
             return pa.scalar(node.value)
         case ast.BoolOp(op=op, values=values):
             join = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
-            result = _evaluate(values[0], table)
-            for value in values[1:]:
-                result = join(result, _evaluate(value, table))
-            return result
+            return reduce(join, (_evaluate(value, table) for value in values))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return pc.invert(_evaluate(operand, table))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -150,12 +144,8 @@ def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
             sides = (_float(_evaluate(side, table)) for side in (left, right))
             return _ARITHMETIC[type(op)](*sides)
         case ast.Compare(left=left, ops=ops, comparators=comparators):
-            sides = [left, *comparators]
-            results = [_compare(sides[i], op, sides[i + 1], table) for i, op in enumerate(ops)]
-            result = results[0]
-            for each in results[1:]:
-                result = pc.and_kleene(result, each)
-            return result
+            sides = zip(pairwise([left, *comparators]), ops, strict=True)
+            return reduce(pc.and_kleene, (_compare(a, op, b, table) for (a, b), op in sides))
     raise _Unknown(ast.unparse(node))
 
 
@@ -165,9 +155,8 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
         return null if isinstance(op, ast.Is) else pc.invert(null)
     if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List | ast.Set):
         value = _evaluate(left, table)
-        found = pa.scalar(False)
-        for each in right.elts:
-            found = pc.or_kleene(found, pc.equal(value, _evaluate(each, table)))
+        matches = (pc.equal(value, _evaluate(each, table)) for each in right.elts)
+        found = reduce(pc.or_kleene, matches, pa.scalar(False))
         return found if isinstance(op, ast.In) else pc.invert(found)
     if type(op) in _COMPARE:
         return _COMPARE[type(op)](_evaluate(left, table), _evaluate(right, table))

@@ -1,18 +1,15 @@
-"""A finished corpus, open for reading."""
-
-# pyarrow.compute makes its functions at run time, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
+"""A finished corpus, open for reading; also as a format of `maxlm.data.documents.files`."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import remove_spans
@@ -25,25 +22,13 @@ from maxlm.corpus.recipe import (
     resolve_rules,
 )
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.data.documents.config import FilesConfig, SourceConfig
+from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
 
 MANIFEST = "manifest.json"
 """Name of the manifest in a stage's folder, which is written last."""
 _AGAIN = "run maxlm corpus run with its recipe again"
-
-
-def read_recipe(folder: Path) -> RecipeConfig:
-    """Reads the recipe that a corpus was made by."""
-    path = folder / RECIPE
-    try:
-        text = path.read_text("utf-8")
-        return RecipeConfig.model_validate_json(verify_and_strip_json_digest(text))
-    except OSError as error:
-        fix = "make one with maxlm corpus run RECIPE"
-        raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
-    except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
-        what = "this corpus was made by another version of maxlm, or is damaged"
-        raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
 
 @dataclass(frozen=True)
@@ -60,8 +45,18 @@ class OpenCorpus:
         Raises:
             MaxlmError: there is none, it is of another version, or its stages are not all done.
         """
-        corpus = cls(Path(folder), read_recipe(Path(folder)))
-        for title in corpus.list_stages():
+        folder = Path(folder)
+        try:
+            text = (folder / RECIPE).read_text("utf-8")
+            recipe = RecipeConfig.model_validate_json(verify_and_strip_json_digest(text))
+        except OSError as error:
+            fix = "make one with maxlm corpus run RECIPE"
+            raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
+        except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
+            what = "this corpus was made by another version of maxlm, or is damaged"
+            raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
+        corpus = cls(folder, recipe)
+        for title in (DOCUMENTS, *(stage.unique_name for stage in recipe.stages)):
             corpus.read_manifest(title)
         return corpus
 
@@ -74,19 +69,15 @@ class OpenCorpus:
             what = f"the stage {stage_name} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
-    def list_stages(self) -> list[str]:
-        """Lists the names of its stages, the reading of sources first."""
-        return [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
-
     @cached_property
     def labels(self) -> dict[str, pa.DataType]:
         """The type of each label."""
-        return get_label_types(self.recipe)
+        return get_label_types(self.recipe.stages)
 
     @cached_property
     def shards(self) -> list[StageShardView]:
         """The corpus's shards, in the order of its documents."""
-        names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe)
+        names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
 
     def resolve_rules(
@@ -100,7 +91,7 @@ class OpenCorpus:
 
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     """Marks documents that fulfil all rules and have a text: bool [rows]."""
-    keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
+    keep = table.column("text").is_valid().to_numpy(zero_copy_only=False)
     for rule in rules.keep.values():
         keep = keep & rule.evaluate(table)
     return keep
@@ -130,3 +121,76 @@ def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]
     for i, text in enumerate(table.column("text").to_pylist()):
         cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
         yield remove_spans(text, cuts) if cuts else text
+
+
+class CorpusReader:
+    """Reads a corpus as a source of text: the documents that its labels' rules keep."""
+
+    def list_files(self, folder: Path, source: FilesConfig) -> list[SourceFile]:
+        """Lists the shards of the corpus in `folder`, as files."""
+        corpus = OpenCorpus.open(folder)
+        chosen = source if isinstance(source, SourceConfig) else None
+        rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
+        labels, files = ["text", *rules.label_names, *rules.cut], []
+        for shard in corpus.shards:
+            stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
+            path = shard.path(DOCUMENTS)
+            state = path.stat()
+            files.append(
+                SourceFile(
+                    path=path,
+                    name=f"{folder}/{shard.name}",
+                    format="corpus",
+                    compression="none",
+                    size=state.st_size,
+                    mtime_ns=state.st_mtime_ns,
+                    extra_paths=tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS})),
+                    details=(shard, rules),
+                )
+            )
+        return files
+
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
+        """Reads the documents of a shard."""
+        for (document_id,), text in read_filtered_documents(*part.file.details):
+            if text is None:
+                yield SkipReason.RULE
+            else:
+                yield Document(document_id, text.encode()) if text else SkipReason.EMPTY
+
+    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
+        """Describes the rules that decide what is taken from corpora, as JSON."""
+        rules = {shard.folder: rules for shard, rules in (file.details for file in files)}
+        return json.dumps([each.describe() for each in rules.values()])
+
+
+class UnsupportedCrawlReader:
+    """Refuses crawls: their pages are texts only after a corpus is made of them."""
+
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
+        """Raises a MaxlmError that says so."""
+        fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
+        raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
+
+
+CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
+
+
+def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Finds a document by its id; raises MaxlmError if there is none.
+
+    Returns:
+        Its newest text, columns and labels, by name; whether it fulfils each rule, by the rule's
+        name.
+    """
+    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
+    for shard in corpus.shards:
+        for group, ids in enumerate(shard.read_row_groups(["id"])):
+            if (row := ids.column("id").index(document_id).as_py()) >= 0:
+                tables = shard.read_row_groups(list(dict.fromkeys(columns)))
+                table = next(islice(tables, group, None)).slice(row, 1)
+                keep = corpus.resolve_rules().keep.items()
+                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
+                return table.to_pylist()[0], passed
+    fix = "ids are in the report, or in the column id of documents/*.parquet"
+    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource, RawDocument, SkipCallback, read_warc
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import FORMATS, find_files
@@ -44,16 +44,10 @@ class ReadJob:
     slices: tuple[FileSlice, ...]
 
 
-@dataclass(frozen=True)
-class ReadPlan:
-    """The shards to be read, and how many files were skipped as binary."""
-
-    jobs: list[ReadJob]
-    num_binary_files: int
-
-
-def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> ReadPlan:
-    """Cut sources into shards.
+def plan_shards(
+    folder: Path, sources: Sequence[CrawlSource], shard_bytes: int
+) -> tuple[list[ReadJob], int]:
+    """Cut sources into shards; returns those to be read, and how many files are binary.
 
     A shard's name is made from what is in it (paths, sizes and times of files, and how they are
     read): a shard of the same name holds the same documents, and new files make new shards.
@@ -75,7 +69,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
                     slices, size = [], 0
         if slices:
             jobs.append(_make_job(folder, source, slices))
-    return ReadPlan(jobs, num_binary_files)
+    return jobs, num_binary_files
 
 
 def _cut_file(file: SourceFile, shard_bytes: int) -> Sequence[FileSlice]:
@@ -99,8 +93,8 @@ def _make_job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) ->
 def write_document_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
     _check_unchanged(job)
-    with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
-        rows = _make_rows(job, writer.count_skipped)
+    with open_shard_writer(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+        rows = _make_rows(job, lambda reason: writer.counts.update([reason]))
         for group in batch_by_size(rows, _count_bytes, _GROUP_BYTES, _GROUP_ROWS):
             writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
         _check_unchanged(job)

@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as types
@@ -21,6 +22,10 @@ from maxlm.corpus.stages.heuristics import PUBLISHED
 
 RECIPE = "corpus.json"
 """Name of the file of a corpus's recipe, by which a folder is recognised as a corpus."""
+_KINDS = {
+    "numbers": (types.is_integer, types.is_floating, types.is_boolean),
+    "strings": (types.is_string, types.is_large_string),
+}
 _DOCUMENT_LABELS = {name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")}
 
 
@@ -85,6 +90,10 @@ class FilterRules:
         """The labels that rules of `keep` name, each once."""
         return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.label_names))
 
+    def describe(self) -> dict[str, Any]:
+        """The rules as JSON has them."""
+        return {"keep": {name: rule.text for name, rule in self.keep.items()}, "cut": self.cut}
+
 
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     """Puts each stage in its place, and checks what it reads.
@@ -93,11 +102,12 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     before it tell: of several copies one stays that no such rule drops.
     """
     rules = resolve_rules(recipe, recipe.keep, recipe.cut, "")
-    labels = dict(_DOCUMENT_LABELS)
-    texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
+    keys, steps = {DOCUMENTS: ""}, []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         name, place = stage.unique_name, f"stages.{number}"
+        labels = get_label_types(recipe.stages[:number])
+        texts = get_text_stages(recipe.stages[:number])
         where = None
         if stage.where is not None:
             where = parse(stage.where, labels, f"{place}.where")
@@ -110,53 +120,35 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise make_unknown_label_error(column, labels, f"{place} ({name})")
-        _check_label_types(stage, labels, place)
+        for label, kind in stage.input_labels.items():
+            if not any(is_kind(labels.get(label, pa.null())) for is_kind in _KINDS[kind]):
+                what = f'"{label}" holds no {kind}, which {name} needs'
+                raise MaxlmError(what, where=place, fix="name a label that does")
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
-        seen = texts if "text" in stage.input_columns else []
+        seen = texts if "text" in stage.input_columns else ()
         before = sorted((s, keys[s]) for s in {*sources, *seen})
         parts = [stage.fingerprint(), where and where.text, before, seen]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         whole = isinstance(stage, CrossDocumentStage) or bool(wholes & {*sources, *seen})
         wholes |= {name} if whole else set()
-        steps.append(BoundStage(stage, tuple(texts), where, keys[name], whole))
-        labels |= _list_labels(stage)
-        if "text" in stage.schema().names:
-            texts.append(name)
+        steps.append(BoundStage(stage, texts, where, keys[name], whole))
     return steps
 
 
-def _check_label_types(stage: Stage, labels: Mapping[str, pa.DataType], place: str) -> None:
-    """Checks the kinds of labels that a stage's settings name."""
-    fix = "name a label that does"
-    for label in stage.rank_columns if isinstance(stage, CrossDocumentStage) else ():
-        type_ = labels.get(label, pa.null())
-        if not (types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)):
-            what = f'"{label}" holds no numbers to choose the best document by'
-            raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
-    for label in stage.string_input_columns:
-        type_ = labels.get(label, pa.null())
-        if not types.is_string(type_) and not types.is_large_string(type_):
-            raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
+def get_label_types(stages: Sequence[Stage]) -> dict[str, pa.DataType]:
+    """Returns the type of each label that a corpus of these stages has."""
+    return _DOCUMENT_LABELS | {
+        f"{stage.unique_name}.{field.name}": field.type
+        for stage in stages
+        for field in stage.schema()
+        if field.name != "text"
+    }
 
 
-def _list_labels(stage: Stage) -> dict[str, pa.DataType]:
-    """The type of each label that a stage gives, by its whole name."""
-    return {f"{stage.unique_name}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
-
-
-def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
-    """Returns the type of each label that a corpus of this recipe has."""
-    labels = dict(_DOCUMENT_LABELS)
-    for stage in recipe.stages:
-        labels |= _list_labels(stage)
-    return labels
-
-
-def get_text_stages(recipe: RecipeConfig) -> tuple[str, ...]:
+def get_text_stages(stages: Sequence[Stage]) -> tuple[str, ...]:
     """Returns the stages that write a version of the text, oldest first."""
-    writers = [stage.unique_name for stage in recipe.stages if "text" in stage.schema().names]
-    return (DOCUMENTS, *writers)
+    return (DOCUMENTS, *(each.unique_name for each in stages if "text" in each.schema().names))
 
 
 def resolve_rules(
@@ -167,7 +159,7 @@ def resolve_rules(
     Args:
         error_location: what comes before a rule's key in errors, such as the corpus's folder.
     """
-    labels, parsed = get_label_types(recipe), {}
+    labels, parsed = get_label_types(recipe.stages), {}
     for name, text in keep.items():
         place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
@@ -181,7 +173,7 @@ def resolve_rules(
         parsed[name] = parse(text, labels, place)
     spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
     titles = [DOCUMENTS, *(stage.unique_name for stage in recipe.stages)]
-    newest = get_text_stages(recipe)[-1]
+    newest = get_text_stages(recipe.stages)[-1]
     for label in cut:
         if label not in spans:
             what = f'"{label}" is no label that holds spans to cut'

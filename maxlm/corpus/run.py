@@ -13,7 +13,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import MANIFEST
-from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, write_document_shard
+from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
 from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
 from maxlm.corpus.stage import (
@@ -53,25 +53,23 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     for step in steps:
         check_packages(step.stage.packages(), f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)
-    planned = plan_shards(folder, recipe.sources, recipe.shard_bytes)
-    _check_outside(folder, planned.jobs)
-    names = [job.shard.name for job in planned.jobs]
-    if len(set(names)) < len(names):
-        what = "a source names the same files twice"
-        raise MaxlmError(what, where="sources", fix="name each file once")
+    jobs, binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
+    _check_outside(folder, jobs)
+    names = [job.shard.name for job in jobs]
     documents = hashlib.sha256("".join(names).encode()).hexdigest()
     # Labels may depend on which other documents there are.
     keys = {}
     for step in steps:
         own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
         keys[step.stage.unique_name] = own
-    keys[DOCUMENTS] = f"{documents} {planned.num_binary_files}"
+    keys[DOCUMENTS] = f"{documents} {binary_files}"
     with lock_folder(folder), WorkerPool(recipe.workers) as pool:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
             _forget_stale_manifest(folder / title, key, names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
-        _read_sources(folder, keys[DOCUMENTS], planned, recipe, pool, progress)
+        run = JobRunner(DOCUMENTS, pool, progress)
+        _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
         for step in steps:
             _run_step(folder, step, keys[step.stage.unique_name], names, pool, progress)
     return folder
@@ -108,7 +106,7 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
         manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         pass
     with convert_write_errors(path):
         path.unlink(missing_ok=True)
@@ -117,28 +115,24 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
 def _read_sources(
     folder: Path,
     key: str,
-    planned: ReadPlan,
+    jobs: Sequence[ReadJob],
+    binary_files: int,
     recipe: RecipeConfig,
-    pool: WorkerPool,
-    progress: Progress,
+    run: JobRunner,
 ) -> None:
-    jobs = {job.shard.name: job for job in planned.jobs}
-
     def read(pending: Sequence[StageShardView]) -> None:
-        run = JobRunner(DOCUMENTS, pool, progress)
-        left = [jobs[shard.name] for shard in pending]
+        names = {shard.name for shard in pending}
+        left = [job for job in jobs if job.shard.name in names]
         run(write_document_shard, left, num_done=len(jobs) - len(left))
 
     inputs = [
-        {"shard": name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
-        for name, job in jobs.items()
+        {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
+        for job in jobs
     ]
     sources = [source.model_dump(mode="json") for source in recipe.sources]
     details = {"key": key, "sources": sources, "inputs": inputs}
-    shards = [job.shard for job in planned.jobs]
-    _make_shards(
-        folder / DOCUMENTS, shards, read, details, (), binary_files=planned.num_binary_files
-    )
+    shards = [job.shard for job in jobs]
+    _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files)
 
 
 def _run_step(
@@ -205,8 +199,6 @@ def _make_shards(
         return
     number = len(pending)
     make(pending)
-    with convert_write_errors(home):
-        home.mkdir(exist_ok=True)
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
         path.unlink()  # Also of killed workers.
     found = {name: read_counts(path) for name, path in paths.items()}

@@ -6,27 +6,23 @@ are added without a text being written again, and any set of columns can be read
 group at a time, which bounds memory whatever the size of a shard.
 """
 
-# pyarrow.compute makes its functions at run time, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
-
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
 from maxlm.data.documents.streams import open_parquet
-from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 DOCUMENTS = "documents"
 """The name of the stage that reads sources."""
@@ -107,11 +103,10 @@ class StageShardView:
                 for stage in sorted(stages | {DOCUMENTS})
             }
             for group in range(files[DOCUMENTS].num_row_groups):
-                size = files[DOCUMENTS].metadata.row_group(group).num_rows
-                arrays = [self._read(files, group, column, size) for column in columns]
+                arrays = [self._read(files, group, column) for column in columns]
                 yield pa.RecordBatch.from_arrays(arrays, list(columns))
 
-    def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
+    def _read(self, files: Mapping[str, Any], group: int, column: str) -> pa.Array:
         arrays = []
         for stage, name in self.find_column_sources(column):
             if name not in files[stage].schema_arrow.names:
@@ -119,13 +114,9 @@ class StageShardView:
                 fix = "delete the stage's folder and run the recipe again"
                 raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
-            if table.num_rows != size:
-                what = f"{table.num_rows} labels for {size} documents (row group {group})"
-                fix = "delete the file and run the recipe again"
-                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             nothing = pa.nulls(0, table.schema.field(name).type)
             arrays.append(pa.concat_arrays(table.column(name).chunks or [nothing]))
-        return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
+        return reduce(lambda newer, older: newer.fill_null(older), arrays)
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
         """Find the files that hold a column: (stage, column in its file), newest text first."""
@@ -134,26 +125,16 @@ class StageShardView:
         stage, dot, label = column.rpartition(".")
         return [(stage, label)] if dot else [(DOCUMENTS, column)]
 
-    def open_writer(self, schema: pa.Schema) -> "ShardWriter":
+    def open_writer(self, schema: pa.Schema) -> AbstractContextManager["ShardWriter"]:
         """Writes this shard's labels: `write_selected_rows` for each of `read_selected_rows`."""
-        return ShardWriter(self.path(self.output_stage), schema)
+        return open_shard_writer(self.path(self.output_stage), schema)
 
 
 class ShardWriter:
-    """Writes a Parquet file that appears when complete, with counts of its labels. A context."""
+    """Writes row groups to a Parquet file, and counts its labels."""
 
-    def __init__(self, path: Path, schema: pa.Schema):
-        self._path, self._schema = path, schema
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._counts: Counter[str] = Counter()
-
-    def __enter__(self) -> "ShardWriter":
-        with convert_write_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(
-                self._temporary, self._schema, compression="zstd", write_page_checksum=True
-            )
-        return self
+    def __init__(self, parquet: pq.ParquetWriter):
+        self._parquet, self.counts = parquet, Counter[str]()
 
     def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
         """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
@@ -165,33 +146,31 @@ class ShardWriter:
 
     def write_row_group(self, batch: pa.RecordBatch, num_labelled: int | None = None) -> None:
         """Writes one row group."""
-        self._counts["rows"] += batch.num_rows
-        self._counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
+        self.counts["rows"] += batch.num_rows
+        self.counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
         self._count_values(batch)
-        with convert_write_errors(self._path):
-            self._writer.write_batch(batch.cast(self._schema), row_group_size=batch.num_rows or 1)
+        batch = batch.cast(self._parquet.schema)
+        self._parquet.write_batch(batch, row_group_size=batch.num_rows or 1)
 
     def _count_values(self, batch: pa.RecordBatch) -> None:
         for field, column in zip(batch.schema, batch.columns, strict=True):
             if pa.types.is_boolean(field.type):
-                self._counts[f"{field.name}=true"] += pc.sum(column).as_py() or 0
+                self.counts[f"{field.name}=true"] += column.sum().as_py() or 0
             elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
-                for each in pc.value_counts(column.drop_null()).to_pylist():
-                    self._counts[f"{field.name}={each['values']}"] += each["counts"]
+                for each in column.drop_null().value_counts().to_pylist():
+                    self.counts[f"{field.name}={each['values']}"] += each["counts"]
 
-    def count_skipped(self, reason: str, count: int = 1) -> None:
-        """Counts something that is in no row, such as a record that was passed over."""
-        self._counts[reason] += count
 
-    def __exit__(self, kind, value, trace) -> None:
-        try:
-            with convert_write_errors(self._path):
-                self._writer.add_key_value_metadata({"counts": json.dumps(self._counts)})
-                self._writer.close()
-                if kind is None:
-                    os.replace(self._temporary, self._path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+@contextmanager
+def open_shard_writer(path: Path, schema: pa.Schema) -> Iterator[ShardWriter]:
+    """Opens a Parquet file to write, which appears when complete, with counts of its labels."""
+    with convert_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    with replace_file(path) as new, pq.ParquetWriter(new, schema, **options) as parquet:
+        writer = ShardWriter(parquet)
+        yield writer
+        parquet.add_key_value_metadata({"counts": json.dumps(writer.counts)})
 
 
 def read_counts(path: Path) -> Counter[str]:

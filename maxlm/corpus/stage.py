@@ -8,10 +8,10 @@ schema has a column "text" writes a new version, which the stages after it read.
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -19,6 +19,7 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.text import UNICODE
+from maxlm.runtime.files import hash_file
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress
 
@@ -69,6 +70,8 @@ class Stage(Config):
     """Distributions of the extra `corpus` that it imports."""
     depends_on_unicode: ClassVar[bool] = False
     """Whether its labels depend on the version of Unicode's tables."""
+    files_fix: ClassVar[str] = "check the names of the stage's files"
+    """What to do about a file that cannot be read, for errors."""
     hash_excludes: ClassVar[tuple[str, ...]] = ("where",)
     """Settings that change no label (`where` is in the key by other means)."""
 
@@ -80,22 +83,31 @@ class Stage(Config):
     @property
     def input_columns(self) -> tuple[str, ...]:
         """The columns it reads: of the documents, or labels as "stage.label"."""
-        return ("text",)
+        return ("text", *self.input_labels)
 
     @property
-    def string_input_columns(self) -> tuple[str, ...]:
-        """Labels it reads that must hold strings."""
-        return ()
+    def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
+        """The labels it reads beside the text, and what each must hold."""
+        return {}
 
     @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns it adds."""
 
+    def list_input_files(self) -> Iterable[Path]:
+        """Lists the files whose content decides its labels: models, lists, evaluation sets."""
+        return ()
+
     def fingerprint(self) -> str:
         """A hash of all that decides its labels, but for the documents and labels it reads."""
         settings = self.model_dump(mode="json", exclude=set(self.hash_excludes))
-        text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        parts = [type(self).__name__, self.version, settings]
+        try:
+            parts += [(path.name, hash_file(path)) for path in self.list_input_files()]
+        except OSError as error:
+            what = f"cannot read {error.filename}: {error.strerror}"
+            raise MaxlmError(what, where=self.unique_name, fix=self.files_fix) from error
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{digest} {UNICODE}" if self.depends_on_unicode else digest
 
     def packages(self) -> tuple[str, ...]:
@@ -136,13 +148,8 @@ class CrossDocumentStage(Stage):
     hash_excludes = (*Stage.hash_excludes, "memory")
 
     @property
-    def input_columns(self) -> tuple[str, ...]:
-        return ("text", *self.rank_columns)
-
-    @property
-    def rank_columns(self) -> tuple[str, ...]:
-        """The label that `keep_by` names, if any."""
-        return () if self.keep_by is None else (self.keep_by.removeprefix("-"),)
+    def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
+        return {} if self.keep_by is None else {self.keep_by.removeprefix("-"): "numbers"}
 
     @abstractmethod
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:

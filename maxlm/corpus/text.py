@@ -143,12 +143,9 @@ class LineSplitterConfig(Config):
     digits, other characters one by one, as are those of scripts that put no spaces."""
 
 
-LineSplitter = Callable[[str], Iterator[str]]
-"""Maps a text to its lines, of words separated by spaces; none without words."""
-
-
-def make_line_splitter(config: LineSplitterConfig) -> LineSplitter:
-    """Makes a function from texts to lines of words. Punctuation is unified as in CCNet."""
+def make_line_splitter(config: LineSplitterConfig) -> Callable[[str], Iterator[str]]:
+    """Makes a function from a text to its lines, of words separated by spaces; none without words.
+    Punctuation is unified as in CCNet."""
     split = _WORD.findall
     if config.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer

@@ -40,10 +40,6 @@ class MixtureSource(SourceConfig):
             raise ValueError("heldout_store goes with store; documents are split by hash")
         return self
 
-    def source_config(self) -> SourceConfig:
-        """Returns the settings to read its documents."""
-        return SourceConfig(**{k: getattr(self, k) for k in SourceConfig.model_fields})
-
 
 class DataConfig(LoaderConfig):
     """Sources and batches."""

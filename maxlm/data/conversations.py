@@ -72,8 +72,7 @@ def encode_conversation(
         what = f"an empty completion: message {empty[0]} has no text"
         raise MaxlmError(what, where="messages", fix="leave the row out")
     given = [{k: v for k, v in message.items() if k != "train"} for message in messages]
-    settings = {} if tools is None else {"tools": tools}
-    tokens, spans = encode_chat_turns(tokenizer, given, learnt, **settings)
+    tokens, spans = encode_chat_turns(tokenizer, given, learnt, tools=tools)
     is_target = [False] * len(tokens)
     for span in spans:
         is_target[span.start : span.stop] = [True] * len(span)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents.streams import COMPRESSIONS, make_missing_package_error, open_stream
+from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stream
 
 _FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
 
@@ -30,7 +30,8 @@ class RowFiles:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         file, row = self._find(index)
-        return _open_file(self.paths[file])[row]
+        rows = _open_file(self.paths[file])
+        return rows[row] if isinstance(rows, _JsonLines) else rows.slice(row, 1).to_pylist()[0]
 
     def locate(self, index: int) -> str:
         """Returns the file and the place in it of a row, counted from 0, for messages."""
@@ -79,38 +80,26 @@ class _JsonLines:
         raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
 
 
-class _ArrowRows:
-    """Rows of an Arrow table."""
-
-    def __init__(self, table: Any):
-        self._table = table
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._table.slice(index, 1).to_pylist()[0]
-
-
 _OPENED: dict[Path, Any] = {}
 
 
-def _open_file(path: Path) -> _JsonLines | _ArrowRows:
+def _open_file(path: Path) -> Any:
+    """Returns a file's rows: `_JsonLines`, or an Arrow table."""
     if path not in _OPENED:
         _OPENED[path] = _read_file(path)
     return _OPENED[path]
 
 
-def _read_file(path: Path) -> _JsonLines | _ArrowRows:
+def _read_file(path: Path) -> Any:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     kind = suffixes[-2 if packed else -1] if len(suffixes) > bool(packed) else ""
     if path.is_dir():
-        rows = _ArrowRows(_read_arrow(_list_arrow_files(path)))
+        rows = _read_arrow(_list_arrow_files(path))
     elif not path.is_file():
         raise MaxlmError("no such file", where=str(path), fix=_FIX)
     elif kind in (".parquet", ".arrow") and not packed:
-        rows = _ArrowRows(_read_arrow([path]))
+        rows = _read_arrow([path])
     elif kind not in (".jsonl", ".json"):
         raise MaxlmError("no file of rows", where=str(path), fix=_FIX)
     elif packed:
@@ -140,16 +129,12 @@ def _list_arrow_files(folder: Path) -> list[Path]:
 
 
 def _read_arrow(paths: Sequence[Path]) -> Any:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise make_missing_package_error(paths[0]) from error
+    pa = import_pyarrow(paths[0])
     tables = []
     for path in paths:
         try:
             if path.suffix == ".parquet":
-                tables.append(parquet.read_table(path, memory_map=True))
+                tables.append(pa.parquet.read_table(path, memory_map=True))
             else:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
         except (OSError, pa.ArrowInvalid) as error:

@@ -20,8 +20,9 @@ from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.row_files import RowFiles
 
 Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
-"""A row of a file to arrays by name; pure, and pickles. Along "seq" an array is as long as the
-example, at most a row's length; one without "seq" is the example's entry of the row's array."""
+"""A row of a file to arrays by name; pure, and pickles. Along "seq", always the first axis, an
+array is as long as the example, at most a row's length; one without "seq" is the example's entry of
+the row's array."""
 
 # Examples that are packed together.
 PACKING_BLOCK = 16384
@@ -75,22 +76,23 @@ class RowSource:
         start, segments = 0, dict.fromkeys(self.arrays, 0)
         for number, example in enumerate(examples):
             encoded = encode_row(self.encode, self.file, example)
-            length = measure_example(encoded, self.arrays, self.file.locate(example))
+            along = (name for name, array in self.arrays.items() if "seq" in array.axes)
+            length = max(len(encoded[name]) for name in along if name in encoded)
+            if length > (room := _room(self.arrays)):
+                what = f"an example of {length} tokens, where a row of a batch has {room}"
+                fix = "raise data.seq_len, or let the task cut its examples"
+                raise MaxlmError(what, where=self.file.locate(example), fix=fix)
             own = {"positions": np.arange(length), "segment_ids": np.ones(length, np.int32)}
             own |= {name: np.asarray(value) for name, value in encoded.items()}
             for name, array in self.arrays.items():
-                if "seq" not in array.axes:
-                    batch[name][i, number] = own[name]
-                    continue
                 value = own[name]
+                if "seq" not in array.axes:
+                    batch[name][i, number] = value
+                    continue
                 if name.endswith("segment_ids"):
                     count = int(value.max(initial=0))
                     value, segments[name] = value + segments[name], segments[name] + count
-                place = (
-                    slice(start, start + size) if axis == "seq" else slice(None)
-                    for axis, size in zip(array.axes, value.shape, strict=True)
-                )
-                batch[name][(i, *place)] = value
+                batch[name][i, start : start + len(value)] = value
             start += length
 
 
@@ -103,27 +105,9 @@ def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
         raise MaxlmError(error.what, where=file.locate(index), fix=error.fix) from error
 
 
-def measure_example(
-    encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec], where: str
-) -> int:
-    """Returns the tokens of an encoded example; raises MaxlmError if a row has no room for it."""
-    length, room = _count_tokens(encoded, arrays), _room(arrays)
-    if length > room:
-        what = f"an example of {length} tokens, where a row of a batch has {room}"
-        fix = "raise data.seq_len, or let the task cut its examples"
-        raise MaxlmError(what, where=where, fix=fix)
-    return length
-
-
-def _count_tokens(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArraySpec]) -> int:
-    """The tokens of an encoded example: those of its longest array along "seq"."""
-    along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
-    return max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
-
-
 def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
     """The tokens of a row."""
-    return min(a.shape[a.axes.index("seq")] for a in arrays.values() if "seq" in a.axes)
+    return min(a.shape[0] for a in arrays.values() if "seq" in a.axes)
 
 
 def make_row_source(
@@ -149,7 +133,7 @@ def make_row_source(
             example to example. An array without the axis "seq" has its examples along its first.
             Zeros pad all else.
         examples: the rows of the file to read; None: all.
-        lengths: tokens of each of ``examples``; None: each is encoded for it once, if need be.
+        lengths: tokens of each of ``examples``; needed if several share a row.
         examples_per_row: the most that share a row, each in the fullest row that has room for it
             (best-fit decreasing); None: as many as there is room for.
         shuffle: False keeps the file's order.
@@ -159,9 +143,7 @@ def make_row_source(
     examples = np.arange(len(file), dtype=np.int64) if examples is None else examples
     offsets = np.arange(len(examples) + 1, dtype=np.int64)
     if examples_per_row != 1:
-        if lengths is None:
-            found = ((encode_row(encode, file, i), file.locate(i)) for i in examples.tolist())
-            lengths = np.array([measure_example(own, arrays, where) for own, where in found])
+        assert lengths is not None
         if key is not None:
             order = permute(np.arange(len(examples)), len(examples), derive_key(seed, "packing"))
             examples, lengths = examples[order], lengths[order]

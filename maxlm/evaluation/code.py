@@ -53,23 +53,21 @@ def evaluate_code(
     references: Sequence[str],
     predictions: Sequence[Sequence[str]],
     k: Sequence[int] = (1, 10, 100),
-    num_workers: int | None = None,
-    timeout: float = 10.0,
 ) -> tuple[dict[str, float], list[ExecutionResult]]:
-    """Score each problem's candidate programs by its tests, with the arguments (``timeout`` in
-    seconds) and the scores of Hugging Face's metric ``code_eval``, in the sandbox."""
+    """Score each problem's candidate programs by its tests, as Hugging Face's metric ``code_eval``
+    does, in the sandbox."""
     pairs = zip(references, predictions, strict=True)
     programs = [f"{program}\n{tests}" for tests, each in pairs for program in each]
     problems = [number for number, each in enumerate(predictions) for _ in each]
-    return _score_programs(problems, programs, k, SandboxLimits(seconds=timeout), num_workers)
+    return _score_programs(problems, programs, k)
 
 
 def _score_programs(
     problems: Sequence[str | int],
     programs: Sequence[str],
     ks: Sequence[int],
-    limits: SandboxLimits | None,
-    workers: int | None,
+    limits: SandboxLimits | None = None,
+    workers: int | None = None,
 ) -> tuple[dict[str, float], list[ExecutionResult]]:
     """Run each problem's candidates; return pass@k as means over the problems, and results."""
     results = run_all(programs, limits, workers)

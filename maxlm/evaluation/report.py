@@ -8,17 +8,16 @@ from typing import Any
 
 from maxlm.evaluation.results import EvalDoc, EvaluationResult, TaskResult, choose_main_metric
 from maxlm.runtime.files import replace_file
-from maxlm.runtime.report_page import render_report_page
+from maxlm.runtime.report_page import write_report_page
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> list[Path]:
     """Writes the report as a page, ``.html``, and as JSON, ``.json``; returns their paths."""
-    page = render_report_page("maxlm.evaluation", report["title"], report)
-    texts = {".html": page, ".json": f"{json.dumps(report, indent=1, allow_nan=False)}\n"}
-    for suffix, text in texts.items():
-        with replace_file(path.with_suffix(suffix).absolute()) as new:
-            new.write_text(text, "utf-8")
-    return [path.with_suffix(suffix) for suffix in texts]
+    page, plain = path.with_suffix(".html"), path.with_suffix(".json")
+    write_report_page(page, "maxlm.evaluation", report["title"], report)
+    with replace_file(plain.absolute()) as new:
+        new.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", "utf-8")
+    return [page, plain]
 
 
 def build_report(evaluations: Sequence[EvaluationResult], num_samples: int = 20) -> dict[str, Any]:

@@ -5,18 +5,18 @@ That a family's table, the files and our parameters agree is checked before anyt
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import ReadSlice
+from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
 from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
 from maxlm.huggingface.files import (
     SHARD_BYTES,
@@ -26,7 +26,9 @@ from maxlm.huggingface.files import (
     list_stored_tensors,
     read_tensor,
 )
+from maxlm.huggingface.merged import MergedCheckpointReader
 from maxlm.models.families.names import TensorEntry
+from maxlm.runtime.progress import Progress, ignore_progress
 
 
 class ParamWriter(Protocol):
@@ -36,24 +38,8 @@ class ParamWriter(Protocol):
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
 
 
-class ParamSliceReader(Protocol):
-    """Reads parameters slice by slice; see ``RunCheckpointReader``."""
-
-    shapes: dict[str, Shape]
-
-    def open_slice_reader(
-        self, name: str, num_lead_axes: int, scratch_folder: Path
-    ) -> AbstractContextManager[ReadSlice]: ...
-
-
-Progress = Callable[[int, int, str], Any]
-"""Called after each tensor: bytes of tensors done, bytes in all, its name."""
 _OTHER_CONFIG = "check that the config is this model's"
 _SHOWN = 4
-
-
-def ignore_tensor_progress(done: int, total: int, name: str) -> None:
-    """Ignores progress."""
 
 
 def import_tensors(
@@ -61,10 +47,9 @@ def import_tensors(
     entries: Sequence[TensorEntry],
     shapes: Mapping[str, Shape],
     writer: ParamWriter,
-    progress: Progress = ignore_tensor_progress,
+    progress: Progress = ignore_progress,
     *,
     ignored: Iterable[str] = (),
-    lossy: bool = False,
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
     """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and return
@@ -74,7 +59,7 @@ def import_tensors(
     Args:
         shapes: of all parameters, by canonical name.
         ignored: patterns of tensors that may be there without being used (``*.inv_freq``).
-        lossy: round fp64 values.
+        progress: is told of the bytes of tensors that are done, and of all.
         warn: called with a line if values are NaN or infinite.
     """
     leads = count_lead_axes(entries, shapes)
@@ -84,22 +69,22 @@ def import_tensors(
     total = sum(stored.nbytes for stored, _ in pairs)
     done, bad, first = 0, 0, ""
     for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        count = _import_one(stored, entry, shapes, writer, lossy)
+        count = _import_one(stored, entry, shapes, writer)
         bad, first = bad + count, first or (stored.name if count else "")
         done += stored.nbytes
-        progress(done, total, entry.theirs)
+        progress("converting", done, total)
     if bad:
         warn(f"warning: {bad:,} values are NaN or infinite, the first of them in {first}")
     return TensorDtypes.from_dtypes({entry.theirs: stored.dtype for stored, entry in pairs})
 
 
 def export_tensors(
-    checkpoint: ParamSliceReader,
+    checkpoint: RunCheckpointReader | MergedCheckpointReader,
     entries: Sequence[TensorEntry],
     dtypes: TensorDtypes,
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = ignore_tensor_progress,
+    progress: Progress = ignore_progress,
     *,
     lossy: bool = False,
 ) -> None:
@@ -127,19 +112,15 @@ def export_tensors(
                 writer.write(entry.theirs, entry.join(parts), lossy=lossy)
                 del parts  # before the next tensor is read
                 done += sizes[entry.theirs]
-                progress(done, total, entry.theirs)
+                progress("converting", done, total)
 
 
 def _import_one(
-    stored: StoredTensor,
-    entry: TensorEntry,
-    shapes: Mapping[str, Shape],
-    writer: ParamWriter,
-    lossy: bool,
+    stored: StoredTensor, entry: TensorEntry, shapes: Mapping[str, Shape], writer: ParamWriter
 ) -> int:
     """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
-    tensor = read_tensor(stored, np.dtype(np.float32), lossy=lossy)
+    tensor = read_tensor(stored, np.dtype(np.float32))
     bad = sum(slab.size - int(np.isfinite(slab).sum()) for slab in split_into_slabs(tensor))
     parts = entry.split(tensor)
     del tensor  # where they are copies

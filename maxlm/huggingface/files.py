@@ -69,12 +69,8 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             raise MaxlmError(what, where=str(index), fix=_AGAIN) from error
     else:
         raise _describe_lack(folder)
-    return {stored.name: stored for file in files for stored in _read_header(folder / file)}
-
-
-def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of one file; raises as :func:`list_stored_tensors`."""
-    return {stored.name: stored for stored in _read_header(path)}
+    found = [list_file_tensors(folder / file) for file in files]
+    return {name: stored for own in found for name, stored in own.items()}
 
 
 def read_tensor(
@@ -106,7 +102,8 @@ def iterate_flat_chunks(stored: StoredTensor) -> Iterator[np.ndarray]:
         raise MaxlmError(f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN) from error
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of one file; raises as :func:`list_stored_tensors`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -120,14 +117,14 @@ def _read_header(path: Path) -> list[StoredTensor]:
         reason = str(error).removeprefix("Error while deserializing header: ").splitlines()
         what = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
         raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
-    tensors = []
+    tensors: dict[str, StoredTensor] = {}
     for name in names:  # One after the other without holes: the library has checked that.
         dtype, shape = kinds[name]
         if dtype not in NUMPY:
             fix = f"use a version stored as one of {', '.join(NUMPY)}"
             raise MaxlmError(f"{name} is stored as {dtype}", where=str(path), fix=fix)
-        tensors.append(StoredTensor(name, path, dtype, shape, offset))
-        offset += tensors[-1].nbytes
+        tensors[name] = StoredTensor(name, path, dtype, shape, offset)
+        offset += tensors[name].nbytes
     return tensors
 
 

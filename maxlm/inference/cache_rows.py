@@ -1,40 +1,37 @@
 """One data shard's rows, page tables and pools."""
 
 from bisect import insort
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
 
+from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.pages import PagePool, PrefixNode, PrefixTree, count_spanned_pages
-from maxlm.inference.scheduler_config import SchedulerConfig, count_pages
-from maxlm.inference.sequences import PageCopy, Sequence
+from maxlm.inference.sequences import PageCopy, RunningSequence
 
 
+@dataclass(eq=False)
 class CacheRows:
     """Rows and pages of one data shard: gives them to sequences and takes them back.
 
     Between steps a sequence's page tables hold the pages of its computed tokens that the next one
-    sees, and 0 elsewhere.
+    sees, and 0 elsewhere."""
 
-    Args:
-        shard: its index.
-        windows: as `PrefixTree`'s.
-        page_tables: for each group int32 [rows, pages of the longest sequence], zeros.
-    """
+    shard: int
+    """Its index."""
+    config: EngineConfig
+    windows: tuple[int | None, ...]
+    """As `PrefixTree`'s."""
+    page_tables: list[np.ndarray]
+    """For each group int32 [rows, pages of the longest sequence], zeros at first."""
 
-    def __init__(
-        self,
-        shard: int,
-        config: SchedulerConfig,
-        windows: tuple[int | None, ...],
-        page_tables: list[np.ndarray],
-    ):
-        self.shard, self.config, self.windows = shard, config, windows
-        self.page_tables, self.page_size = page_tables, config.page_size
-        self.pools = [PagePool(count) for count in count_pages(config, windows)]
-        self.tree = PrefixTree(self.pools, windows, config.page_size)
-        self.free_rows = list(range(config.max_sequences))
-        self.running: list[Sequence] = []
+    def __post_init__(self) -> None:
+        self.page_size = self.config.page_size
+        self.pools = [PagePool(count) for count in self.config.count_pages(self.windows)]
+        self.tree = PrefixTree(self.pools, self.windows, self.page_size)
+        self.free_rows = list(range(self.config.max_sequences))
+        self.running: list[RunningSequence] = []
         """Sequences with a row, the oldest first."""
         self.row_copies: dict[int, int] = {}
         """Row to copy to before the next step, and the one to copy."""
@@ -48,12 +45,12 @@ class CacheRows:
         """Take a chunk, or an encoder's input, from what the step may still prefill."""
         self.tokens_left, self.chunks_left = self.tokens_left - num_tokens, self.chunks_left - 1
 
-    def match_prefix(self, sequence: Sequence) -> list[PrefixNode]:
+    def match_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
         tokens = sequence.tokens[: self._count_matchable(sequence)]
         return self.tree.match(tokens, sequence.cache_key)
 
-    def is_computing_prefix(self, sequence: Sequence) -> bool:
+    def is_computing_prefix(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is computing more of this one's prefix than the tree
         has, in whole pages."""
         most = self._count_matchable(sequence)
@@ -67,7 +64,7 @@ class CacheRows:
                     return True
         return False
 
-    def place(self, sequence: Sequence) -> bool:
+    def place(self, sequence: RunningSequence) -> bool:
         """Give a sequence the lowest free row, and the pages of its prefix in the tree, if there is
         room for all of it."""
         nodes = self.match_prefix(sequence)
@@ -82,7 +79,7 @@ class CacheRows:
                 table[sequence.row, len(nodes) - len(held) : len(nodes)] = held
         return True
 
-    def _has_room(self, sequence: Sequence, nodes: list[PrefixNode]) -> bool:
+    def _has_room(self, sequence: RunningSequence, nodes: list[PrefixNode]) -> bool:
         """Return whether a sequence, with a prefix in the tree, can start in this step and compute
         its tokens beside those that run, with a page to spare for each of them. Those before it
         have their pages by now, or have left it no tokens of this step."""
@@ -108,7 +105,7 @@ class CacheRows:
                 return False
         return True
 
-    def fork(self, source: Sequence, target: Sequence, num_computed: int) -> None:
+    def fork(self, source: RunningSequence, target: RunningSequence, num_computed: int) -> None:
         """Give a sequence the lowest free row, a copy of another's, and hold the pages of its first
         tokens. Who first writes to the last of them, if it is partly filled, gets a copy."""
         self._take_row(target)
@@ -130,7 +127,7 @@ class CacheRows:
             node.num_holders += 1
             target.node = node
 
-    def can_fork(self, source: Sequence, num_computed: int) -> bool:
+    def can_fork(self, source: RunningSequence, num_computed: int) -> bool:
         """Return whether there is a row, a page to spare for each that runs, and all that the token
         behind a sequence's first ones sees."""
         if not self.free_rows or any(p.num_available <= len(self.running) for p in self.pools):
@@ -142,7 +139,7 @@ class CacheRows:
                 return False
         return True
 
-    def reserve(self, sequence: Sequence, num_tokens: int, copies: list[PageCopy]) -> int:
+    def reserve(self, sequence: RunningSequence, num_tokens: int, copies: list[PageCopy]) -> int:
         """Give a sequence pages of its own for its next tokens, as far as there are.
 
         Args:
@@ -175,7 +172,7 @@ class CacheRows:
         sequence.num_pages = end
         return num_tokens
 
-    def settle(self, sequence: Sequence) -> None:
+    def settle(self, sequence: RunningSequence) -> None:
         """Put a sequence's newly filled pages into the tree; take back those beyond its computed
         tokens, and those that its next token does not see."""
         size, computed, tables = self.page_size, sequence.num_computed, self.page_tables
@@ -192,7 +189,7 @@ class CacheRows:
             self._take_back(sequence, group, 0, self.tree.find_first_page(group, computed))
         sequence.num_pages = end
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: RunningSequence) -> None:
         """Take back a sequence's row and pages."""
         for group in range(len(self.pools)):
             self._take_back(sequence, group, 0, sequence.num_pages)
@@ -205,24 +202,24 @@ class CacheRows:
         sequence.row, sequence.num_pages, sequence.num_computed = -1, 0, 0
         sequence.has_encoder_output = False
 
-    def _take_row(self, sequence: Sequence) -> None:
+    def _take_row(self, sequence: RunningSequence) -> None:
         sequence.row, sequence.shard = heappop(self.free_rows), self.shard
         sequence.state = "running"
         insort(self.running, sequence, key=lambda each: each.order)
 
     def _allocate(self, group: int) -> int:
-        if not self.pools[group].num_free:
+        if not self.pools[group].free:
             self.tree.evict(group)
         return self.pools[group].allocate()
 
-    def _take_back(self, sequence: Sequence, group: int, start: int, end: int) -> None:
+    def _take_back(self, sequence: RunningSequence, group: int, start: int, end: int) -> None:
         """Release pages of a range, the deepest first, as `PrefixTree` wants it."""
         entries = self.page_tables[group][sequence.row, start:end]
         for page in reversed(entries[entries > 0].tolist()):
             self.pools[group].release(page)
         entries[:] = 0
 
-    def _count_matchable(self, sequence: Sequence) -> int:
+    def _count_matchable(self, sequence: RunningSequence) -> int:
         """Return the tokens among which a sequence may begin with computed pages: none if an
         encoder's output is in them; only those before logits that are wanted."""
         if not self.config.prefix_cache or sequence.encoder_tokens:

@@ -42,18 +42,16 @@ class Embedder:
         self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
         self._run = bind_mesh(mesh, jax.jit(_embed, static_argnums=(0, 1, 5)))
 
-    @property
-    def default_pooling(self) -> Pooling:
-        """mean for encoders; last for causal models, whose last token alone has seen all."""
-        return "mean" if isinstance(self._model, Encoder) else "last"
-
     def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None) -> np.ndarray:
         """Returns fp32 vectors [len(rows), D] of length 1.
 
         Args:
             rows: token ids of each text, 1 to ``max_length``.
+            pooling: default: mean for encoders; last for causal models, whose last token alone has
+                seen all.
         """
-        return self._compute(rows, pooling or self.default_pooling, None)
+        usual: Pooling = "mean" if isinstance(self._model, Encoder) else "last"
+        return self._compute(rows, pooling or usual, None)
 
     def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
         """Returns what one of the model's further heads says at each text's last token, fp32

@@ -7,7 +7,7 @@ that nothing compiles after :meth:`Engine.warm_up`.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import prod
@@ -15,70 +15,35 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
-from maxlm.inference.cache_updates import MAX_PAGE_COPIES
+from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.grammar import GrammarCompiler
-from maxlm.inference.model_runner import ModelRunner, count_compilations
+from maxlm.inference.model_runner import MAX_PAGE_COPIES, ModelRunner, count_compilations
 from maxlm.inference.outputs import OutputBuilder
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import MAX_STOP_IDS
 from maxlm.inference.scheduler import Scheduler
-from maxlm.inference.scheduler_config import SchedulerConfig, count_pages
-from maxlm.inference.sequences import PageCopy, ScheduledStep
-from maxlm.inference.sequences import Sequence as RunningSequence
+from maxlm.inference.sequences import RunningSequence, ScheduledStep
 from maxlm.inference.speculation import (
     DraftModel,
     PromptLookupConfig,
-    SpeculationConfig,
-    check_draft_model,
     check_speculation,
     look_up_prompt,
 )
 from maxlm.inference.step import StepOutputs, StepSizes
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.caches import (
-    QUANTIZED_PAGE_SIZE,
-    CacheConfig,
     CacheLayout,
-    PagedCacheConfig,
     choose_feature_multiple,
     has_row_caches,
     has_unit,
     list_paged_windows,
 )
 from maxlm.models.params import Params
-
-
-class EngineConfig(SchedulerConfig):
-    """Settings of the engine."""
-
-    dispatch_seconds: float = Field(default=0.05, gt=0)
-    """Time that a dispatch of several steps may take, about: a request that comes meanwhile waits
-    for its end."""
-    speculation: SpeculationConfig | None = None
-    """Guess several tokens a step; null: none."""
-    cache: CacheConfig = PagedCacheConfig()
-    """How keys and values are kept: all of them, in fewer bits, or a part. All but ``paged`` are
-    lossy, share no prefixes, and depend a little on the chunks that a prompt is computed in."""
-    max_adapters: int = Field(default=0, ge=0)
-    """LoRA adapters that are loaded at once; 0: none, and nothing is computed for them."""
-    max_adapter_rank: int = Field(default=16, gt=0)
-    """Their largest rank; each takes memory and time as if it had this one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _set_page_size(cls, settings: Any) -> Any:
-        """A page is a group with a scale of its own in int8 and int4: larger ones cost less."""
-        cache = settings.get("cache")
-        kind = cache.get("kind") if isinstance(cache, dict) else getattr(cache, "kind", None)
-        if kind in ("int8", "int4"):
-            return {"page_size": QUANTIZED_PAGE_SIZE, **settings}
-        return settings
 
 
 class EngineStats(NamedTuple):
@@ -125,16 +90,25 @@ class Engine:
         vocab_size: int | None = None,
         draft: DraftModel | None = None,
     ):
-        _check_model(model)
+        if isinstance(model, Encoder):
+            what = "an encoder names masked tokens; it does not continue text"
+            fix = "use a decoder, or an encoder with a decoder"
+            raise MaxlmError(what, where="engine", fix=fix)
+        if model.rules.seq:
+            what = f"the sequence is split over {' and '.join(model.rules.seq)}"
+            raise MaxlmError(what, where="mesh", fix="generate on a mesh with context=1")
         self.model: Any = model
-        self.config, self.tokenizer = _limit_length(config, model), tokenizer
-        longest = self.config.max_length + model.num_virtual_tokens
-        self._own_config = self.config.model_copy(update={"max_length": longest})
+        self.tokenizer, num_virtual = tokenizer, model.num_virtual_tokens
+        longest = config.max_length + num_virtual
+        if (limit := model.config.position_limit) is not None:
+            longest = min(longest, limit)
+        self.config = config.model_copy(update={"max_length": longest - num_virtual})
+        own_config = config.model_copy(update={"max_length": longest})
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
         self.num_shards = prod(self.mesh.shape[axis] for axis in model.rules.batch)
         windows = list_paged_windows(model, config.cache)
-        pages = dict(zip(windows, count_pages(self._own_config, windows), strict=True))
+        pages = dict(zip(windows, own_config.count_pages(windows), strict=True))
         narrow = [count for window, count in pages.items() if window is not None]
         self._windows = windows
         self._layout = CacheLayout(
@@ -147,28 +121,33 @@ class Engine:
             choose_feature_multiple(self.mesh.devices.flat[0].platform),
         )
         specs = model.cache_specs(self._layout)
-        self._has_row_arrays = has_unit(specs, "row")
-        self.scheduler = self._make_scheduler()
         encodes = isinstance(model, EncoderDecoder)
-        self._copies_rows = self._has_row_arrays or encodes
+        self.scheduler = Scheduler(
+            own_config,
+            self._windows,
+            num_shards=self.num_shards,
+            decoder_start_id=model.config.start_id if encodes else None,
+            has_row_state=has_unit(specs, "row"),
+            num_virtual_tokens=num_virtual,
+        )
+        self._copies_rows = has_unit(specs, "row") or encodes
+        speculation = config.speculation
+        if speculation is not None:
+            check_speculation(model, draft and draft.model, self._layout)
+        own = self._layout, self._windows, longest, self.vocab_size
         with jax.set_mesh(self.mesh):
             self._adapters = AdapterSlots(model, config.max_adapters, config.max_adapter_rank)
-        speculation = self.config.speculation
+            self._runner = ModelRunner(model, params, *own, self._adapters.arrays or None)
+            self._draft = ModelRunner(*draft, *own) if draft is not None else None
+        self._runners = [self._runner, *filter(None, [self._draft])]
         self._inputs = InputBuilder(
-            self._own_config,
+            own_config,
             self.num_shards,
             model.config.vocab_size,
             num_drafts=speculation.num_drafts if speculation else 0,
             all_rows=has_row_caches(specs) or encodes,
             adapters=self._adapters,
         )
-        if speculation is not None:
-            check_speculation(model, self._layout)
-        if draft is not None:
-            check_draft_model(draft.model, model, self._layout)
-        self._runner = self._make_runner(model, params, self._adapters.arrays or None)
-        self._draft = self._make_runner(*draft) if draft is not None else None
-        self._runners = [self._runner, *filter(None, [self._draft])]
         self._grammars: GrammarCompiler | None = None
         self._outputs = OutputBuilder(tokenizer)
         self._ended: list[SequenceOutput] = []
@@ -185,7 +164,16 @@ class Engine:
             MaxlmError: it can never run here: too long, a token that the model does not have, a
                 stop string without a tokenizer.
         """
-        self._check_request(request)
+        where, vocab = f"request {request.request_id}", self.model.config.vocab_size
+        tokens = chain(request.prompt_tokens, *request.continuations)
+        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
+        if wrong is not None:
+            what = f"token {wrong} is outside the model's vocabulary of {vocab}"
+            fix = "use the tokenizer that the model was trained with"
+            raise MaxlmError(what, where=where, fix=fix)
+        if self.tokenizer is None and (request.stop_strings or request.grammar):
+            what = "stop strings and grammars need a tokenizer"
+            raise MaxlmError(what, where=where, fix="give the engine one, or use stop_token_ids")
         matcher = None
         if request.grammar is not None and self.tokenizer is not None:
             self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
@@ -195,26 +183,19 @@ class Engine:
             stops |= set(self.tokenizer.stop_ids)
         if len(stops) > MAX_STOP_IDS:
             what = f"{len(stops)} tokens end the output; there is room for {MAX_STOP_IDS}"
-            where = f"request {request.request_id}"
             raise MaxlmError(what, where=where, fix="name fewer in stop_token_ids")
         continued = self.continues_text(request.prompt_tokens)
         name = request.adapter
         key = None if name is None else self._adapters.get_load_number(name)
         for sequence in self.scheduler.add(request, key):
+            sequence.is_branching = branching
             sequence.needs_host |= branching
             sequence.stop_ids = tuple(sorted(stops))
-            self._outputs.add(sequence, matcher, continued=continued, branching=branching)
+            self._outputs.add(sequence, matcher, continued=continued)
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
-        """Replaces the sequences of a request by branches of them, between steps (beam search).
-
-        Args:
-            branches: index of the sequence that each goes on from, and the token in place of its
-                last one; those that none goes on from end.
-
-        Returns:
-            The index of each branch's sequence.
-        """
+        """Replaces the sequences of a request by branches of them, between steps; see
+        :meth:`Scheduler.branch`. Returns the index of each branch's sequence."""
         sequences = self.scheduler.branch(request_id, branches)
         self._outputs.branch(sequences)
         return [sequence.index for sequence in sequences]
@@ -243,15 +224,15 @@ class Engine:
         start = time.perf_counter()
         with jax.set_mesh(self.mesh):
             self._update_caches(plan)
-            drafts = self._draw_drafts(plan, drafts)
-            shape = self._inputs.choose_shape(plan, has_drafts=bool(drafts))
-            result = self._run(plan, shape, drafts)
+            self._draw_drafts(plan, drafts)
+            shape = self._inputs.choose_shape(plan)
+            result = self._run(plan, shape)
         result = jax.device_get(result)
         if not plan.prefill:
             # A step that compiles is no measure: estimates go up by degrees, and down at once.
             seconds = (time.perf_counter() - start) / plan.num_steps
             self._step_seconds = min(seconds, 2 * self._step_seconds)
-        return outputs + self._collect(plan, shape, drafts, result)
+        return outputs + self._collect(plan, shape, result)
 
     def run(self, requests: Iterable[GenerationRequest]) -> Iterator[SequenceOutput]:
         """Yields outputs of some requests as they come, until all have ended."""
@@ -289,10 +270,11 @@ class Engine:
         with jax.set_mesh(self.mesh):
             self._adapters.warm_up()
             for shape in self._inputs.list_shapes():
-                self._run(empty, shape, {})
-            self._copy_pages([])
-            if self._copies_rows:
-                self._copy_rows([])
+                self._run(empty, shape)
+            for runner in self._runners:
+                runner.copy_pages([])
+                if self._copies_rows:
+                    runner.copy_rows([])
 
     @property
     def params(self) -> Params:
@@ -317,32 +299,13 @@ class Engine:
             count_compilations(),
         )
 
-    def _make_scheduler(self) -> Scheduler:
-        start = getattr(self.model.config, "start_id", None)
-        return Scheduler(
-            self._own_config,
-            self._windows,
-            num_shards=self.num_shards,
-            decoder_start_id=start if isinstance(self.model, EncoderDecoder) else None,
-            has_row_state=self._has_row_arrays,
-            num_virtual_tokens=self.model.num_virtual_tokens,
-        )
-
-    def _make_runner(self, model: Model, params: Params, adapters: Any = None) -> ModelRunner:
-        sizes = {"max_length": self._own_config.max_length, "vocab_size": self.vocab_size}
-        own = model, params, self._layout, self._windows
-        with jax.set_mesh(self.mesh):
-            return ModelRunner(*own, **sizes, adapters=adapters)
-
-    def _run(
-        self, plan: ScheduledStep, shape: StepSizes, drafts: Mapping[RunningSequence, list[int]]
-    ) -> StepOutputs:
+    def _run(self, plan: ScheduledStep, shape: StepSizes) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
         tables, matchers = self.scheduler.page_tables, self._outputs.matchers
-        inputs = self._inputs.build(plan, shape, tables, drafts, matchers)
+        inputs = self._inputs.build(plan, shape, tables, matchers)
         outputs = self._runner.run(shape, inputs)
         self._steps += 1
-        if self._draft is not None and not drafts:
+        if self._draft is not None and not plan.drafts:
             self._draft.run(shape, inputs)
         return outputs
 
@@ -354,7 +317,7 @@ class Engine:
             return drafts
         for sequence in self.scheduler.running:
             most = min(config.num_drafts, sequence.num_tokens_left - 1)
-            if not sequence.is_decoding or most < 1 or self._outputs.is_branching(sequence):
+            if not sequence.is_decoding or most < 1 or sequence.is_branching:
                 continue
             draft = [0] * most
             if isinstance(config, PromptLookupConfig):
@@ -363,127 +326,58 @@ class Engine:
                 drafts[sequence], sequence.num_drafts = draft, len(draft)
         return drafts
 
-    def _draw_drafts(
-        self, plan: ScheduledStep, drafts: dict[RunningSequence, list[int]]
-    ) -> dict[RunningSequence, list[int]]:
-        """Returns the guessed tokens of a plan's rows, as many as these have pages for."""
-        drafts = {
+    def _draw_drafts(self, plan: ScheduledStep, drafts: dict[RunningSequence, list[int]]) -> None:
+        """Guesses tokens of a plan's rows, as many as these have pages for."""
+        plan.drafts = {
             row.sequence: drafts[row.sequence][: row.num_tokens - 1]
             for row in plan.decode
             if row.sequence in drafts and row.num_tokens > 1
         }
-        if self._draft is None or not drafts:
-            return drafts
+        if self._draft is None or not plan.drafts:
+            return
         if plan.prefill:  # one program fewer; the draft model then only reads along
-            plan.decode = [row._replace(num_tokens=1) for row in plan.decode]
-            return {}
+            plan.decode, plan.drafts = [row._replace(num_tokens=1) for row in plan.decode], {}
+            return
         # A step more than there are drafts, so that the last of them is in the cache as well.
         longest = max(row.num_tokens for row in plan.decode)
-        alone = replace(plan, prefill=[], num_steps=longest)
-        shape = self._inputs.choose_shape(alone, has_drafts=False)
-        inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {}, {})
+        alone = replace(plan, num_steps=longest, drafts={})
+        shape = self._inputs.choose_shape(alone)
+        inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {})
         tokens = np.asarray(self._draft.run(shape, inputs).tokens)
-        return {
-            each: tokens[: len(draft), each.shard, each.row].tolist()
-            for each, draft in drafts.items()
-        }
+        for each, draft in plan.drafts.items():
+            draft[:] = tokens[: len(draft), each.shard, each.row].tolist()
 
     def _update_caches(self, plan: ScheduledStep) -> None:
         """Does what comes before a step: copies, and encoders."""
-        D, R = self.num_shards, self.config.max_sequences
-        for start in range(0, len(plan.page_copies), MAX_PAGE_COPIES):
-            self._copy_pages(plan.page_copies[start : start + MAX_PAGE_COPIES])
-        if plan.row_copies and self._copies_rows:
-            self._copy_rows(plan.row_copies)
+        for runner in self._runners:
+            for start in range(0, len(plan.page_copies), MAX_PAGE_COPIES):
+                runner.copy_pages(plan.page_copies[start : start + MAX_PAGE_COPIES])
+            if plan.row_copies and self._copies_rows:
+                runner.copy_rows(plan.row_copies)
         for sequence in plan.encode:
-            tokens = np.zeros((D, len(sequence.encoder_tokens)), np.int32)
-            lengths, rows = np.zeros(D, np.int32), np.full(D, R, np.int32)
-            tokens[sequence.shard] = sequence.encoder_tokens
-            lengths[sequence.shard], rows[sequence.shard] = tokens.shape[1], sequence.row
-            self._runner.encode(tokens, lengths, rows)
-
-    def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        stacked = self._inputs.stack_page_copies(copies, self._windows, self._layout)
-        for runner in self._runners:
-            runner.copy_pages(stacked)
-
-    def _copy_rows(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        shape = self.num_shards, self.config.max_sequences
-        sources = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
-        for shard, source, destination in copies:
-            sources[shard, destination] = source
-        for runner in self._runners:
-            runner.copy_rows(sources)
+            self._runner.encode(sequence)
 
     def _collect(
-        self,
-        plan: ScheduledStep,
-        shape: StepSizes,
-        drafts: Mapping[RunningSequence, list[int]],
-        result: StepOutputs,
+        self, plan: ScheduledStep, shape: StepSizes, result: StepOutputs
     ) -> list[SequenceOutput]:
         """Takes a step's tokens; returns each sequence's output."""
-        decoded, prefilled, outputs = [], [], []
-        for row in plan.decode:
-            draft = drafts.get(row.sequence, [])
-            tokens = self._inputs.read_row(result, shape, row, draft)
-            self._drafted += len(draft)
-            self._accepted += len(tokens) - 1 if draft else 0
-            taken = self._outputs.take(row.sequence, tokens)
-            decoded.append(taken.token_ids)
-            outputs.append(taken)
-        for place, chunk in enumerate(plan.prefill):
-            if chunk.sequence.request.prompt_logprobs is not None:
-                self._outputs.take_prompt(chunk, self._inputs.read_prompt(result, plan, place))
-            if chunk.samples:
-                taken = self._outputs.take(
-                    chunk.sequence, [self._inputs.read_chunk(result, shape, plan, place)]
-                )
-                outputs.append(taken)
-                prefilled.append(taken.token_ids[0])
-            else:
-                prefilled.append(None)
-        sequences = [row.sequence for row in plan.decode]
-        sequences += [chunk.sequence for chunk in plan.prefill if chunk.samples]
-        self.scheduler.finish_step(plan, decoded, prefilled)
-        for sequence, output in zip(sequences, outputs, strict=True):
+        for chunk, tokens in self._inputs.read_prompts(result, plan):
+            self._outputs.take_prompt(chunk, tokens)
+        outputs: dict[RunningSequence, SequenceOutput] = {}
+        for sequence, tokens in self._inputs.read_results(result, shape, plan).items():
+            outputs[sequence] = self._outputs.take(sequence, tokens)
+            if draft := plan.drafts.get(sequence):
+                self._drafted += len(draft)
+                self._accepted += len(tokens) - 1
+        self.scheduler.finish_step(plan, {each: own.token_ids for each, own in outputs.items()})
+        for sequence, output in outputs.items():
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 self._outputs.forget(sequence)
-        return outputs
+        return [*outputs.values()]
 
     def continues_text(self, prompt_tokens: Sequence[int]) -> bool:
         """Whether an output's first word follows others, rather than opening a text."""
         if self.tokenizer is None or isinstance(self.model, EncoderDecoder):
             return False
         return not {*prompt_tokens} <= {self.tokenizer.bos_id, *self.tokenizer.prefix_ids}
-
-    def _check_request(self, request: GenerationRequest) -> None:
-        where, vocab = f"request {request.request_id}", self.model.config.vocab_size
-        tokens = chain(request.prompt_tokens, *request.continuations)
-        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-        if wrong is not None:
-            what = f"token {wrong} is outside the model's vocabulary of {vocab}"
-            fix = "use the tokenizer that the model was trained with"
-            raise MaxlmError(what, where=where, fix=fix)
-        if self.tokenizer is None and (request.stop_strings or request.grammar):
-            what = "stop strings and grammars need a tokenizer"
-            raise MaxlmError(what, where=where, fix="give the engine one, or use stop_token_ids")
-
-
-def _check_model(model: Model) -> None:
-    if isinstance(model, Encoder):
-        what = "an encoder names masked tokens; it does not continue text"
-        raise MaxlmError(what, where="engine", fix="use a decoder, or an encoder with a decoder")
-    if model.rules.seq:
-        what = f"the sequence is split over {' and '.join(model.rules.seq)}"
-        raise MaxlmError(what, where="mesh", fix="generate on a mesh with context=1")
-
-
-def _limit_length(config: EngineConfig, model: Model) -> EngineConfig:
-    """The config with no longer sequences than the model has positions for."""
-    limit = model.config.position_limit
-    if limit is None:
-        return config
-    longest = min(config.max_length, limit - model.num_virtual_tokens)
-    return config.model_copy(update={"max_length": longest})

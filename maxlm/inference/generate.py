@@ -39,12 +39,8 @@ def generate(
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     room = {"max_sequences": max(1, len(prompts)), "max_length": max(2, -(-longest // 128) * 128)}
     engine = Engine(model, params, EngineConfig(**{**room, **settings}), tokenizer, vocab_size)
-    requests = [
-        GenerationRequest(str(number), tuple(prompt), sampling)
-        for number, prompt in enumerate(prompts)
-    ]
-    for request in requests:
-        engine.add_request(request)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
     return engine.run(())
 
 

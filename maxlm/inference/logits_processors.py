@@ -4,29 +4,30 @@ Arrays have any leading dimensions ``...``, the same for all: rows [R], or each 
 A row's result does not depend on the others'. ``-inf`` marks a token that is not drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
-COLDEST = 1e-30
 # Probabilities that a float32 rounds to 0 would keep no token at all.
 LEAST_PROBABILITY = 1e-30
 
 
-def check_any_row(*masks: jax.Array) -> list[jax.Array]:
-    """Returns for each mask [...] whether it is set anywhere, by one reduction."""
-    stacked = jnp.stack(masks, axis=-1)
-    return list(jnp.any(stacked, axis=tuple(range(stacked.ndim - 1))))
-
-
-def apply_if(
-    needed: jax.Array, change: Callable[..., jax.Array], logits: jax.Array, *settings: jax.Array
+def apply_needed(
+    logits: jax.Array, changes: Sequence[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]
 ) -> jax.Array:
-    """Returns ``change(logits, *settings)`` if ``needed``, a bool [], is set; else the logits."""
-    return lax.cond(needed, change, lambda logits, *_: logits, logits, *settings)
+    """Applies changes in order, each if any of the rows [...] beside it is set; where none is, all
+    of them cost one reduction and one condition."""
+    stacked = jnp.stack([rows for rows, _ in changes], axis=-1)
+    needed = jnp.any(stacked, axis=tuple(range(stacked.ndim - 1)))
+
+    def apply(logits):
+        for index, (_, change) in enumerate(changes):
+            logits = lax.cond(needed[index], change, lambda x: x, logits)
+        return logits
+
+    return lax.cond(jnp.any(needed), apply, lambda x: x, logits)
 
 
 def find_argmax(logits: jax.Array) -> jax.Array:
@@ -46,11 +47,6 @@ def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
     return spread.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1
 
 
-def add_bias(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values [..., N] to the logits of ids [..., N]; an id of -1 stands for none."""
-    return _scatter("add", logits, ids, values)
-
-
 def count_tokens(
     history: jax.Array, starts: jax.Array, ends: jax.Array, like: jax.Array
 ) -> jax.Array:
@@ -67,14 +63,7 @@ def count_tokens(
     slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
     within = (slots >= starts[..., None]) & (slots < ends[..., None])
     zeros = jnp.zeros_like(like, jnp.float32)
-    return _scatter("add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32))
-
-
-def apply_repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Divides positive logits of ``seen`` [..., V] by a penalty [...], and multiplies negative ones
-    by it (Keskar et al. 2019, arXiv 1909.05858, §4.1)."""
-    penalty = penalty[..., None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return scatter_tokens("add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32))
 
 
 def find_repeated_ngrams(
@@ -106,54 +95,42 @@ def find_repeated_ngrams(
 
     longest = jnp.minimum(jnp.max(sizes), history.shape[-1] + 1)
     ends, _ = lax.fori_loop(1, longest, compare, (ends, history))
-    return _scatter("max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends)
+    return scatter_tokens("max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends)
 
 
-def mark_tokens(ids: jax.Array, rows: jax.Array, like: jax.Array) -> jax.Array:
-    """Marks ids [..., N] in the rows [...] that are set; an id of -1 stands for none. Returns bool,
-    shaped and split as ``like`` [..., V]."""
-    marks = jnp.broadcast_to(rows[..., None], ids.shape)
-    return _scatter("max", jnp.zeros_like(like, bool), ids, marks)
-
-
-def keep_argmax(logits: jax.Array, rows: jax.Array) -> jax.Array:
-    """Keeps the likeliest token alone, of equal ones the lowest id, in rows [...] that are set."""
+def keep_argmax(logits: jax.Array) -> jax.Array:
+    """Marks the likeliest token, of equal ones the lowest id, in bool [..., V]."""
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    dropped = rows[..., None] & (ids != find_argmax(logits)[..., None])
-    return jnp.where(dropped, -jnp.inf, logits)
+    return ids == find_argmax(logits)[..., None]
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-    """Keeps each row's k [...] likeliest tokens, with all that are as likely as the last of them
-    (Fan et al. 2018); 0: all."""
-    every = jnp.ones_like(logits)
-    keep = _keep_highest(logits, every, k.astype(jnp.float32))
-    return jnp.where(keep | (k[..., None] == 0), logits, -jnp.inf)
+    """Marks each row's k [...] likeliest tokens, with all that are as likely as the last of them
+    (Fan et al. 2018)."""
+    return _keep_highest(logits, jnp.ones_like(logits), k.astype(jnp.float32))
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps tokens of which the likelier ones hold less than probability p [...] (Holtzman et al.
-    2019, §3.1); 1: all. Equally likely tokens stay or go together."""
+    """Marks tokens of which the likelier ones hold less than probability p [...] (Holtzman et al.
+    2019, §3.1). Equally likely tokens stay or go together."""
     weights = _weigh(logits)
-    keep = _keep_highest(logits, weights, p * jnp.sum(weights, axis=-1))
-    return jnp.where(keep | (p[..., None] >= 1), logits, -jnp.inf)
+    return _keep_highest(logits, weights, p * jnp.sum(weights, axis=-1))
 
 
 def keep_min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
-    """Keeps tokens with at least a share [...] of the likeliest one's probability (Nguyen et al.
+    """Marks tokens with at least a share [...] of the likeliest one's probability (Nguyen et al.
     2024, arXiv 2407.01082, §3)."""
-    return jnp.where(_weigh(logits) < share[..., None], -jnp.inf, logits)
+    return _weigh(logits) >= share[..., None]
 
 
 def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps tokens of which those with a surprise closer to the entropy hold less than probability
-    p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10); 1: all."""
+    """Marks tokens of which those with a surprise closer to the entropy hold less than probability
+    p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10)."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     probability = jnp.exp(log_p)
     drawn = probability > 0
     entropy = -jnp.sum(jnp.where(drawn, log_p * probability, 0), axis=-1, keepdims=True)
-    keep = _keep_highest(-jnp.abs(log_p + entropy), probability, p)
-    return jnp.where(keep | (p[..., None] >= 1), logits, -jnp.inf)
+    return _keep_highest(-jnp.abs(log_p + entropy), probability, p)
 
 
 def _weigh(logits: jax.Array) -> jax.Array:
@@ -193,9 +170,9 @@ def _to_signed(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits ^ jnp.uint32(1 << 31), jnp.int32)
 
 
-def _scatter(kind: str, target: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+def scatter_tokens(kind: str, target: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
     """Adds values [..., N] at ids [..., N] to the last dimension of target [..., V], or takes the
-    maximum; leaves out ids outside [0, V)."""
+    maximum; leaves out ids outside [0, V), so that -1 stands for none."""
 
     def scatter_row(row, ids, values):
         # A negative index would count from the end.

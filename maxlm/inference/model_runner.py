@@ -1,79 +1,210 @@
 """A model on the devices: its parameters, its caches, and the programs that advance them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import reshard
 
 from maxlm.inference.adapter_slots import write_columns
-from maxlm.inference.cache_updates import allocate_state, copy_pages, copy_rows, encode_row
 from maxlm.inference.params import prepare_params
-from maxlm.inference.step import StepInputs, StepOutputs, StepSizes, run_step
-from maxlm.models.architectures import Model
-from maxlm.models.caches import CacheLayout
-from maxlm.models.params import Params
+from maxlm.inference.sequences import PageCopy, RunningSequence
+from maxlm.inference.step import EngineState, StepInputs, StepOutputs, StepSizes, run_step
+from maxlm.models.caches import CacheLayout, allocate_cache_array
+from maxlm.models.params import Params, bind
+from maxlm.parallel.local import map_shards
+
+MAX_PAGE_COPIES = 8
+"""Pages that one call of :func:`copy_pages` copies."""
 
 
+@dataclass(eq=False)
 class ModelRunner:
-    """Holds a model's parameters and caches, and runs its programs on the current mesh.
+    """Holds a model's parameters and caches, and runs its programs on the current mesh."""
 
-    Args:
-        params: of the model, in any layout.
-        windows: of the page tables that steps are given.
-        max_length: tokens of the longest sequence.
-        vocab_size: ids that may be drawn.
-        adapters: A and B beside the parameters, which change in place.
-    """
+    model: Any
+    params: Params
+    """In any layout as they are given; then as steps read them."""
+    layout: CacheLayout
+    windows: tuple[int | None, ...]
+    """Windows of the page tables that steps are given."""
+    max_length: int
+    """Tokens of the longest sequence."""
+    vocab_size: int
+    """Ids that may be drawn."""
+    adapters: Mapping[str, list[jax.Array]] | None = None
+    """A and B beside the parameters, which change in place."""
 
-    def __init__(
-        self,
-        model: Model,
-        params: Params,
-        layout: CacheLayout,
-        windows: tuple[int | None, ...],
-        *,
-        max_length: int,
-        vocab_size: int,
-        adapters: Mapping[str, list[jax.Array]] | None = None,
-    ):
-        self.model: Any = model
-        self.params = prepare_params(model, params)
-        self.state = allocate_state(model, layout, max_length)
-        self._layout, self._windows = layout, windows
-        self._max_length, self._vocab_size = max_length, vocab_size
-        self._adapters = adapters
+    def __post_init__(self) -> None:
+        self.params = prepare_params(self.model, self.params)
+        self.state = allocate_state(self.model, self.layout, self.max_length)
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
-        sizes = shape, self._layout, self._windows, self._vocab_size
-        given = self.params, self.state, inputs, self._adapters
+        sizes = shape, self.layout, self.windows, self.vocab_size
+        given = self.params, self.state, inputs, self.adapters
         self.state, outputs = run_step(self.model, *sizes, *given)
         return outputs
 
-    def copy_pages(self, copies: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        self.state = copy_pages(self.model, self._layout, self.state, copies)
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is written."""
+        shape, stacked = (self.layout.num_shards, MAX_PAGE_COPIES), {}
+        for group, window in enumerate(self.windows):
+            sources = np.zeros(shape, np.int32)
+            destinations = np.full(shape, self.layout.count_pages(window), np.int32)
+            for place, copy in enumerate(copies):
+                if copy.group == group:
+                    sources[copy.shard, place] = copy.source
+                    destinations[copy.shard, place] = copy.destination
+            stacked[str(window)] = sources, destinations
+        self.state = copy_pages(self.model, self.layout, self.state, stacked)
 
-    def copy_rows(self, sources: np.ndarray) -> None:
-        self.state = copy_rows(self.model, self._layout, self._max_length, self.state, sources)
+    def copy_rows(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copies what caches keep by row, of each (shard, source, destination)."""
+        rows = np.arange(self.layout.num_rows, dtype=np.int32)
+        sources = np.tile(rows, (self.layout.num_shards, 1))
+        for shard, source, destination in copies:
+            sources[shard, destination] = source
+        self.state = copy_rows(self.model, self.layout, self.max_length, self.state, sources)
 
-    def encode(self, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
-        """Runs the encoder over one input of each shard, int32 [D, T], for one row each."""
-        D, T = tokens.shape
-        padded = np.zeros((D, round_up_to_bucket(T, self._max_length)), np.int32)
-        padded[:, :T] = tokens
-        sizes = self._layout, self._max_length
-        given = self.params, self.state, padded, lengths, rows
-        self.state = encode_row(self.model, *sizes, *given)
-
-
-def round_up_to_bucket(n: int, limit: int) -> int:
-    """Rounds n up to a power of two from 16 on, ``limit`` at most: few distinct sizes, hence few
-    compilations."""
-    return min(max(16, 1 << (n - 1).bit_length()), limit)
+    def encode(self, sequence: RunningSequence) -> None:
+        """Runs the encoder over a sequence's input, for its row."""
+        D, size = self.layout.num_shards, len(sequence.encoder_tokens)
+        # Powers of two from 16 on: few sizes, hence few compilations.
+        width = min(max(16, 1 << (size - 1).bit_length()), self.max_length)
+        tokens, lengths = np.zeros((D, width), np.int32), np.zeros(D, np.int32)
+        rows = np.full(D, self.layout.num_rows, np.int32)
+        tokens[sequence.shard, :size] = sequence.encoder_tokens
+        lengths[sequence.shard], rows[sequence.shard] = size, sequence.row
+        own = self.params, self.state, tokens, lengths, rows
+        self.state = encode_row(self.model, self.layout, self.max_length, *own)
 
 
 def count_compilations() -> int:
     """Returns how many programs steps have been compiled to, by all runners of this process."""
     programs: Any = run_step, copy_pages, copy_rows, encode_row, write_columns
     return sum(program._cache_size() for program in programs)
+
+
+def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
+    """Returns the engine's arrays before they are allocated.
+
+    Args:
+        input_length: tokens of an encoder's longest input.
+    """
+    cross = None
+    if model.config.architecture == "encoder_decoder":
+        cross = model.cross_cache_specs(layout, input_length)
+    return EngineState(model.cache_specs(layout), cross)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
+    """Returns empty caches, in their compute layout on the current mesh.
+
+    Raises:
+        MaxlmError: kv heads that do not divide over their mesh axes.
+    """
+    specs = state_specs(model, layout, input_length)
+    return jax.tree.map(lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def copy_pages(
+    model: Any,
+    layout: CacheLayout,
+    state: EngineState,
+    copies: Mapping[str, tuple[jax.Array, jax.Array]],
+) -> EngineState:
+    """Copies pages within layers of each window.
+
+    Args:
+        copies: for each window, as text, (sources, destinations), int32 [D, 8]; a destination past
+            the last page is none. All are read before any is written.
+    """
+
+    batch = model.rules.spec("batch")
+    copies = jax.tree.map(lambda x: reshard(x, batch), copies)
+
+    def local(pages, sources, destinations):
+        return pages.at[0, destinations[0]].set(pages[0, sources[0]], mode="drop")
+
+    def copy_layer(cache: Any, specs: Any, window: int | None) -> Any:
+        def copy(pages: jax.Array, spec: Any) -> jax.Array:
+            if spec.unit != "page":
+                return pages
+            layout = model.rules.spec(*spec.axes)
+            return map_shards(local, (layout, batch, batch), layout)(pages, *copies[str(window)])
+
+        return jax.tree.map(copy, cache, specs)
+
+    caches, specs = {}, model.cache_specs(layout)
+    for stack in model.config.layer_stacks:
+        own = state.caches[stack.name]
+        kinds = stack.kinds * (len(own) // len(stack.kinds))
+        layers = zip(own, specs[stack.name], kinds, strict=True)
+        caches[stack.name] = tuple(copy_layer(a, s, kind.window) for a, s, kind in layers)
+    return state._replace(caches=caches)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def copy_rows(
+    model: Any, layout: CacheLayout, input_length: int, state: EngineState, sources: jax.Array
+) -> EngineState:
+    """Gives each row what row ``sources``, int32 [D, R], has of caches that are kept by row."""
+    batch = model.rules.spec("batch")
+    sources = reshard(sources, batch)
+
+    def copy(rows: jax.Array, spec: Any) -> jax.Array:
+        if spec.unit == "page":
+            return rows
+        layout, local = model.rules.spec(*spec.axes), lambda rows, sources: rows[:, sources[0]]
+        return map_shards(local, (layout, batch), layout)(rows, sources)
+
+    return jax.tree.map(copy, state, state_specs(model, layout, input_length))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def encode_row(
+    model: Any,
+    layout: CacheLayout,
+    input_length: int,
+    params: Params,
+    state: EngineState,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rows: jax.Array,
+) -> EngineState:
+    """Runs the encoder over one input of each shard, for one row each.
+
+    Args:
+        tokens: int32 [D, T], padded on the right.
+        lengths: int32 [D], tokens of each; 0: there is none.
+        rows: int32 [D]; past the last row: none.
+    """
+    batch = model.rules.spec("batch")
+    tokens, lengths, rows = (reshard(x, batch) for x in (tokens, lengths, rows))
+    positions = reshard(jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1), batch)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    # Padding at 0, as in training: a row is as long as its last position says (dynamic NTK).
+    inputs = tokens, positions * segments, segments
+    new = bind(model, params).project_cross_keys(inputs), segments
+
+    def write(held: jax.Array, new: jax.Array, spec: Any) -> jax.Array:
+        room = held.shape[2] - new.shape[1]
+        new = jnp.pad(new, ((0, 0), (0, room), *((0, 0),) * (new.ndim - 2)))
+        new = new.astype(held.dtype)[:, None]
+
+        def local(held, rows, new):
+            return held.at[0, rows[0]].set(new[0, 0], mode="drop")
+
+        layout = model.rules.spec(*spec.axes)
+        return map_shards(local, (layout, batch, layout), layout)(held, rows, new)
+
+    specs = model.cross_cache_specs(layout, input_length)
+    old: Any = state.cross_cache
+    return state._replace(cross_cache=jax.tree.map(write, old, type(old)(*new), specs))

@@ -3,12 +3,53 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer import StreamDecoder, Tokenizer
 from maxlm.inference.grammar import GrammarMatcher
 from maxlm.inference.requests import SequenceOutput, TokenLogprob
-from maxlm.inference.sequences import PrefillChunk
-from maxlm.inference.sequences import Sequence as RunningSequence
-from maxlm.inference.text import TextStream
+from maxlm.inference.sequences import PrefillChunk, RunningSequence
+
+
+class TextStream:
+    """Turns a sequence's tokens into text as they come: whole characters, and nothing that may
+    begin a stop string.
+
+    Args:
+        continued: whether the text follows other text, rather than opening a document.
+        stop_strings: texts that end the output.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: tuple[str, ...], *, continued: bool):
+        self._decoder = StreamDecoder(tokenizer, continued=continued)
+        self._stop_strings = tuple(filter(None, stop_strings))
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """Returns the text that is final with one more token, and the stop string that ends it."""
+        return self._release(self._decoder.push(token_id), at_end=False)
+
+    def flush(self) -> tuple[str, str | None]:
+        """Returns the rest, when no token follows."""
+        return self._release(self._decoder.flush(), at_end=True)
+
+    def _release(self, text: str, *, at_end: bool) -> tuple[str, str | None]:
+        self._held += text
+        found = [(self._held.find(stop), stop) for stop in self._stop_strings]
+        found = [(place, stop) for place, stop in found if place >= 0]
+        if found:
+            place, stop = min(found)
+            text, self._held = self._held[:place], ""
+            return text, stop
+        begun = (count_begun(self._held, stop) for stop in self._stop_strings)
+        kept = 0 if at_end else max(begun, default=0)
+        final = len(self._held) - kept
+        text, self._held = self._held[:final], self._held[final:]
+        return text, None
+
+
+def count_begun(text: str, stop: str) -> int:
+    """Counts the characters at a text's end that may be the beginning of a stop string."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 @dataclass(eq=False)
@@ -18,7 +59,6 @@ class _Output:
     text: TextStream | None
     prompt_logprobs: list[TokenLogprob] | None = None
     started: bool = False
-    branching: bool = False
 
 
 class OutputBuilder:
@@ -35,39 +75,23 @@ class OutputBuilder:
         self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
         self._outputs: dict[RunningSequence, _Output] = {}
 
-    def __len__(self) -> int:
-        return len(self._outputs)
-
     def add(
-        self,
-        sequence: RunningSequence,
-        matcher: GrammarMatcher | None,
-        *,
-        continued: bool,
-        branching: bool,
+        self, sequence: RunningSequence, matcher: GrammarMatcher | None, *, continued: bool
     ) -> None:
-        """Begins a sequence's output.
-
-        Args:
-            continued: its first word follows others.
-            branching: it has no text, and :meth:`branch` may replace it.
-        """
-        text = None
-        if self.tokenizer is not None and not branching and not sequence.request.continuations:
+        """Begins a sequence's output; ``continued``: its first word follows others."""
+        text, has_text = None, not (sequence.is_branching or sequence.request.continuations)
+        if self.tokenizer is not None and has_text:
             stops = sequence.request.stop_strings
             text = TextStream(self.tokenizer, stops, continued=continued)
         if matcher is not None:
             self.matchers[sequence] = matcher.copy()
-        self._outputs[sequence] = _Output(text, branching=branching)
+        self._outputs[sequence] = _Output(text)
 
     def branch(self, sequences: Iterable[RunningSequence]) -> None:
         """Adds branches that have begun, and forgets sequences that none goes on from."""
-        made = {each: _Output(None, started=True, branching=True) for each in sequences}
+        made = {each: _Output(None, started=True) for each in sequences}
         outputs = (made | self._outputs).items()
         self._outputs = {each: own for each, own in outputs if each.state != "finished"}
-
-    def is_branching(self, sequence: RunningSequence) -> bool:
-        return self._outputs[sequence].branching
 
     def forget(self, sequence: RunningSequence) -> None:
         self._outputs.pop(sequence, None)

@@ -14,58 +14,41 @@ class PagePool:
     """Page numbers of one group of layers, with counts of who holds them.
 
     A page in a prefix tree is held once by the tree. When nobody else holds it, it is evictable:
-    in order of when that came to be, the oldest first. Page 0 is never given out. To take a page
-    where none is free, or to hold or release one that nobody holds, raises `RuntimeError`.
+    in order of when that came to be, the oldest first. Page 0 is never given out.
 
     Args:
         num_pages: page 0 included.
     """
 
     def __init__(self, num_pages: int):
-        self.num_pages = num_pages
         self.ref_counts = [0] * num_pages
         self.cached: dict[int, PrefixNode] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
-        self._free = list(range(num_pages - 1, 0, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self.free = list(range(num_pages - 1, 0, -1))
 
     @property
     def num_available(self) -> int:
         """Pages that are free or evictable."""
-        return len(self._free) + len(self.evictable)
+        return len(self.free) + len(self.evictable)
 
     def allocate(self) -> int:
         """Take a free page, held once."""
-        if not self._free:
-            raise RuntimeError("no page is free")
-        page = self._free.pop()
+        page = self.free.pop()
         self.ref_counts[page] = 1
         return page
 
     def retain(self, page: int) -> None:
         """Hold a page once more."""
-        self._check(page)
         self.ref_counts[page] += 1
         self.evictable.pop(page, None)
 
     def release(self, page: int) -> None:
         """Hold a page once less; the last holder frees it."""
-        self._check(page)
-        if page in self.evictable:
-            raise RuntimeError(f"page {page} is held by the prefix tree alone")
         self.ref_counts[page] -= 1
         if not self.ref_counts[page]:
-            self._free.append(page)
+            self.free.append(page)
         elif self.ref_counts[page] == 1 and page in self.cached:
             self.evictable[page] = None
-
-    def cache_page(self, page: int, node: "PrefixNode") -> None:
-        """Hold a page for a node of the prefix tree."""
-        self.retain(page)
-        self.cached[page] = node
 
     def uncache_page(self, page: int) -> "PrefixNode":
         """Free an evictable page and return the node that held it."""
@@ -73,10 +56,6 @@ class PagePool:
         node = self.cached.pop(page)
         self.release(page)
         return node
-
-    def _check(self, page: int) -> None:
-        if not 0 < page < self.num_pages or not self.ref_counts[page]:
-            raise RuntimeError(f"nobody holds page {page}")
 
 
 @dataclass(eq=False, slots=True)
@@ -172,8 +151,8 @@ class PrefixTree:
             node.children[tokens] = child
         for group, (pool, page) in enumerate(zip(self.pools, pages, strict=True)):
             if page and not child.pages[group]:
-                pool.cache_page(page, child)
-                child.pages[group] = page
+                pool.retain(page)
+                pool.cached[page], child.pages[group] = child, page
             elif page and child.pages[group] != page:
                 pool.retain(child.pages[group])
                 pool.release(page)
@@ -198,12 +177,6 @@ class PrefixTree:
                     pool.uncache_page(other)
             node.pages = [0] * len(self.pools)
         self._prune(node)
-
-    def clear(self) -> None:
-        """Evict all that sequences do not hold."""
-        for group, pool in enumerate(self.pools):
-            while pool.evictable:
-                self.evict(group)
 
     def _prune(self, node: PrefixNode) -> None:
         """Remove a node that nothing needs, and those above it that were there for it alone."""

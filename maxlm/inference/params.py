@@ -20,6 +20,8 @@ from maxlm.models.params import (
 )
 from maxlm.parallel.linear import can_fuse_kernels, fuse_kernels
 
+_fuse_kernels = jax.jit(fuse_kernels)
+
 
 def prepare_params(model: Model, params: Params) -> Params:
     """Returns parameters laid out for use: in their compute layout on the mesh that they lie on,
@@ -50,7 +52,10 @@ def prepare_params(model: Model, params: Params) -> Params:
         held = flatten_names(params, is_leaf)
         values = {name: prepare(name, specs[name], own) for name, own in held.items()}
         for names in _list_joint_kernels(model, specs):
-            _fuse(values, names)
+            layers = zip(*(values[name].layers for name in names), strict=True)
+            fused = tuple(FusedKernel(_fuse_kernels(kernels)) for kernels in layers)
+            values |= dict.fromkeys(names, UnstackedParam((FusedIntoKernel(),) * len(fused)))
+            values[names[0]] = UnstackedParam(fused)
     values = list(values.values())
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), values)
 
@@ -77,15 +82,3 @@ def _list_joint_kernels(model: Any, specs: dict[str, Any]) -> list[list[str]]:
                 if whole and can_fuse_kernels([model.rules.spec(*each) for each in axes]):
                     found.append(names)
     return found
-
-
-def _fuse(values: dict[str, Any], names: list[str]) -> None:
-    layers = zip(*(values[name].layers for name in names), strict=True)
-    fused = tuple(FusedKernel(_fuse_kernels(*kernels)) for kernels in layers)
-    values |= dict.fromkeys(names, UnstackedParam((FusedIntoKernel(),) * len(fused)))
-    values[names[0]] = UnstackedParam(fused)
-
-
-@jax.jit
-def _fuse_kernels(*kernels: jax.Array) -> jax.Array:
-    return fuse_kernels(kernels)

@@ -1,6 +1,7 @@
 """Log-likelihoods under a masked language model: each token is predicted from all others."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,30 +18,25 @@ from maxlm.models.params import Params, bind
 from maxlm.sharding import bind_mesh
 
 
+@dataclass(eq=False)
 class MaskedScorer:
     """Scores continuations with an encoder: the sum over a continuation's tokens of the
     log-probability of each where it alone is masked (pseudo-log-likelihood, Salazar et al. 2020,
-    arXiv 1910.14659, eq. 2).
+    arXiv 1910.14659, eq. 2)."""
 
-    Args:
-        params: on ``mesh``.
-        mask_id: the token that stands in for another.
-        wrap: returns a text's tokens with those that documents begin and end with, and how many
-            are before.
-    """
+    model: Encoder
+    params: Params
+    """On ``mesh``."""
+    mesh: Mesh
+    mask_id: int
+    """The token that stands in for another."""
+    wrap: Callable[[list[int]], tuple[list[int], int]]
+    """Returns a text's tokens with those that documents begin and end with, and how many are
+    before."""
 
-    def __init__(
-        self,
-        model: Encoder,
-        params: Params,
-        mesh: Mesh,
-        *,
-        mask_id: int,
-        wrap: Callable[[list[int]], tuple[list[int], int]],
-    ):
-        self._model, self._params, self._mask_id, self._wrap = model, params, mask_id, wrap
-        self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
-        self._run = bind_mesh(mesh, jax.jit(_score_masked, static_argnums=0))
+    def __post_init__(self) -> None:
+        self._ways = prod(self.mesh.shape[axis] for axis in self.model.rules.batch)
+        self._run = bind_mesh(self.mesh, jax.jit(_score_masked, static_argnums=0))
 
     def score(
         self,
@@ -55,15 +51,15 @@ class MaskedScorer:
         """
         if not pairs:
             return []
-        rows, places, length = [], [], self._model.config.max_seq_len
+        rows, places, length = [], [], self.model.config.max_seq_len
         for context, continuation in pairs:
-            room = length - len(self._wrap([])[0]) - len(continuation)
+            room = length - len(self.wrap([])[0]) - len(continuation)
             if room < 0:
                 what = f"a continuation has {len(continuation):,} tokens, and the model reads "
                 what += f"{length:,}, those at a text's ends included (model.max_seq_len)"
                 raise MaxlmError(what, fix="score it in parts")
             context = context[max(0, len(context) - room) :]
-            row, start = self._wrap([*context, *continuation])
+            row, start = self.wrap([*context, *continuation])
             first = start + len(context)
             for place in range(first, first + len(continuation)):
                 rows.append(row)
@@ -74,8 +70,8 @@ class MaskedScorer:
             own, index = np.zeros(len(lengths), np.int32), np.arange(len(batch))
             own[: len(batch)] = at[batch]
             targets = tokens[np.arange(len(lengths)), own]
-            tokens[index, at[batch]] = self._mask_id
-            found = self._run(self._model, self._params, tokens, lengths, own, targets)
+            tokens[index, at[batch]] = self.mask_id
+            found = self._run(self.model, self.params, tokens, lengths, own, targets)
             logprobs[batch], is_greedy[batch] = (np.asarray(x)[: len(batch)] for x in found)
             num_done += len(batch)
             if on_progress is not None:

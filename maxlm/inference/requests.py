@@ -80,3 +80,10 @@ class SequenceOutput:
     """The stop string, or the token id, that ended it."""
     num_cached_tokens: int = 0
     """Tokens of the prompt whose cache was there already (a shared prefix)."""
+
+    def append(self, later: "SequenceOutput") -> None:
+        """Adds the sequence's next output to this one."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_match = later.finish_reason, later.stop_match

@@ -4,7 +4,7 @@ Settings are arrays, so that none of them compiles anything anew, and what no ro
 time. They act in the order of :class:`SamplingConfig`, which is that of transformers 5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -14,12 +14,27 @@ from jax import lax
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.inference import logits_processors as processors
+from maxlm.inference.logits_processors import (
+    apply_needed,
+    count_tokens,
+    find_argmax,
+    find_repeated_ngrams,
+    keep_argmax,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    mask_from_bits,
+    scatter_tokens,
+)
 from maxlm.models.architectures import ModelConfig
 
 MAX_LOGIT_BIASES = 320
 MAX_STOP_IDS = 16
+TOP_LOGPROBS = 20
 GROUPS = 128
+# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
+COLDEST = 1e-30
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
 _SIZES = ("no_repeat_ngram_size", "min_new_tokens", "top_k")
@@ -143,9 +158,6 @@ def stack_settings(
         configs: of each row; None, and rows that are left out: the defaults, the cheapest.
         stop_ids: of each row, the tokens that end its output, at most 16.
         streams: of each row, its random stream in [0, 2**32); default: 0.
-
-    Raises:
-        MaxlmError: for more stop ids than there is room for.
     """
     default = SamplingConfig()
     rows = [config or default for config in configs]
@@ -161,9 +173,6 @@ def stack_settings(
         columns["bias_ids"][row, : len(config.logit_bias)] = [*config.logit_bias]
         columns["bias_values"][row, : len(config.logit_bias)] = [*config.logit_bias.values()]
     for row, ids in enumerate(stop_ids):
-        if len(ids) > MAX_STOP_IDS:
-            what = f"{len(ids)} tokens end the output; there is room for {MAX_STOP_IDS}"
-            raise MaxlmError(what, where="stop_token_ids", fix="name fewer")
         columns["stop_ids"][row, : len(ids)] = ids
     columns["stream"][: len(streams)] = streams
     for name in RowSettings._fields:
@@ -183,6 +192,7 @@ def process_logits(
     *,
     vocab_size: int,
     allowed: jax.Array | None = None,
+    has_grammar: jax.Array | bool = True,
 ) -> jax.Array:
     """Return the logits of the distributions that the rows' next tokens are drawn from.
 
@@ -197,6 +207,7 @@ def process_logits(
         vocab_size: ids that the tokenizer has; no other is drawn.
         allowed: tokens that a grammar allows next, uint32 [R, words], token v in bit v % 32 of word
             v // 32; all bits set: no grammar.
+        has_grammar: whether ``allowed`` is looked at, bool [].
 
     Returns:
         fp32 [R, V], -inf for tokens that are not drawn: at temperature 0 all but one. If the ban on
@@ -208,10 +219,14 @@ def process_logits(
         ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
     if allowed is not None:
-        logits = jnp.where(processors.mask_from_bits(allowed, vocab), logits, -jnp.inf)
+
+        def mask(logits):
+            return jnp.where(mask_from_bits(allowed, vocab), logits, -jnp.inf)
+
+        logits = lax.cond(has_grammar, mask, lambda x: x, logits)
     logits = _apply_penalties(logits, settings, history, prompt_lengths, lengths)
     greedy = settings.temperature == 0
-    temperature = jnp.where(greedy, 1, jnp.maximum(settings.temperature, processors.COLDEST))
+    temperature = jnp.where(greedy, 1, jnp.maximum(settings.temperature, COLDEST))
     return _apply_filters(logits / temperature[..., None], settings, greedy)
 
 
@@ -223,65 +238,59 @@ def _apply_penalties(
     lengths: jax.Array,
 ) -> jax.Array:
     """Applies what changes single tokens' logits: bias, penalties, bans."""
-    biased, repetition, counted, banned = processors.check_any_row(
-        jnp.any(settings.bias_ids >= 0, axis=-1),
-        settings.repetition_penalty != 1,
-        (settings.frequency_penalty != 0) | (settings.presence_penalty != 0),
-        (settings.no_repeat_ngram_size > 0) | (settings.min_new_tokens > 0),
-    )
 
     def add_bias(logits):
-        return processors.add_bias(logits, settings.bias_ids, settings.bias_values)
+        return scatter_tokens("add", logits, settings.bias_ids, settings.bias_values)
 
     def apply_repetition_penalty(logits):
-        starts = jnp.zeros_like(lengths)
-        counts = processors.count_tokens(history, starts, lengths, logits)
-        return processors.apply_repetition_penalty(logits, counts > 0, settings.repetition_penalty)
+        starts, penalty = jnp.zeros_like(lengths), settings.repetition_penalty[..., None]
+        counts = count_tokens(history, starts, lengths, logits)
+        penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        return jnp.where(counts > 0, penalized, logits)
 
     def penalize_counts(logits):
-        counts = processors.count_tokens(history, prompt_lengths, lengths, logits)
+        counts = count_tokens(history, prompt_lengths, lengths, logits)
         frequency, presence = settings.frequency_penalty, settings.presence_penalty
         return logits - frequency[..., None] * counts - presence[..., None] * (counts > 0)
 
     def ban(logits):
-        early = lengths - prompt_lengths < settings.min_new_tokens
+        early = (lengths - prompt_lengths < settings.min_new_tokens)[..., None]
+        early = jnp.broadcast_to(early, settings.stop_ids.shape)
+        marked = jnp.zeros_like(logits, bool)
+        marked = scatter_tokens("max", marked, settings.stop_ids, early)
         sizes = settings.no_repeat_ngram_size
-        marked = processors.mark_tokens(settings.stop_ids, early, logits)
-        marked |= processors.find_repeated_ngrams(history, lengths, sizes, logits)
+        marked |= find_repeated_ngrams(history, lengths, sizes, logits)
         left = jnp.any(~marked & (logits > -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(marked & left, -jnp.inf, logits)
 
-    def apply(logits):
-        logits = processors.apply_if(biased, add_bias, logits)
-        logits = processors.apply_if(repetition, apply_repetition_penalty, logits)
-        logits = processors.apply_if(counted, penalize_counts, logits)
-        return processors.apply_if(banned, ban, logits)
-
-    return processors.apply_if(biased | repetition | counted | banned, apply, logits)
+    counted = (settings.frequency_penalty != 0) | (settings.presence_penalty != 0)
+    changes = (
+        (jnp.any(settings.bias_ids >= 0, axis=-1), add_bias),
+        (settings.repetition_penalty != 1, apply_repetition_penalty),
+        (counted, penalize_counts),
+        ((settings.no_repeat_ngram_size > 0) | (settings.min_new_tokens > 0), ban),
+    )
+    return apply_needed(logits, changes)
 
 
 def _apply_filters(logits: jax.Array, settings: RowSettings, greedy: jax.Array) -> jax.Array:
     """Applies what keeps some of the tokens alone."""
-    # A greedy row has no filters: the likeliest token may be untypical.
-    top_k = jnp.where(greedy, 0, settings.top_k)
-    top_p = jnp.where(greedy, 1, settings.top_p)
-    min_p = jnp.where(greedy, 0, settings.min_p)
-    typical_p = jnp.where(greedy, 1, settings.typical_p)
-    steps = (
-        (top_k > 0, processors.keep_top_k, top_k),
-        (top_p < 1, processors.keep_top_p, top_p),
-        (min_p > 0, processors.keep_min_p, min_p),
-        (typical_p < 1, processors.keep_typical, typical_p),
-        (greedy, processors.keep_argmax, greedy),
+
+    def drop(keep: Callable[..., jax.Array], rows: jax.Array, *setting: jax.Array) -> Any:
+        def change(logits):
+            return jnp.where(rows[..., None] & ~keep(logits, *setting), -jnp.inf, logits)
+
+        return rows, change
+
+    drawn = ~greedy  # the likeliest token may be untypical
+    changes = (
+        drop(keep_top_k, drawn & (settings.top_k > 0), settings.top_k),
+        drop(keep_top_p, drawn & (settings.top_p < 1), settings.top_p),
+        drop(keep_min_p, drawn & (settings.min_p > 0), settings.min_p),
+        drop(keep_typical, drawn & (settings.typical_p < 1), settings.typical_p),
+        drop(keep_argmax, greedy),
     )
-    needed = processors.check_any_row(*(rows for rows, _, _ in steps))
-
-    def apply(logits):
-        for any_row, (_, keep, setting) in zip(needed, steps, strict=True):
-            logits = processors.apply_if(any_row, keep, logits, setting)
-        return logits
-
-    return processors.apply_if(jnp.any(jnp.stack(needed)), apply, logits)
+    return apply_needed(logits, changes)
 
 
 def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
@@ -326,11 +335,11 @@ def sample_tokens(
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    return lax.cond(all_greedy, lambda x, _: processors.find_argmax(x), draw, logits, keys)
+    return lax.cond(all_greedy, lambda x, _: find_argmax(x), draw, logits, keys)
 
 
 def compute_logprobs(
-    logits: jax.Array, tokens: jax.Array, wanted: jax.Array, *, vocab_size: int, top: int = 20
+    logits: jax.Array, tokens: jax.Array, wanted: jax.Array, *, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
 
@@ -341,10 +350,10 @@ def compute_logprobs(
         vocab_size: ids that the tokenizer has; no other is among the likeliest.
 
     Returns:
-        The tokens' natural log-probabilities, fp32 [...]; ids, int32 [..., top], and
-        log-probabilities, fp32 [..., top], of the likeliest tokens, the likeliest first.
+        The tokens' natural log-probabilities, fp32 [...]; ids, int32 [..., 20], and
+        log-probabilities, fp32 [..., 20], of the likeliest tokens, the likeliest first.
     """
-    size = min(top, vocab_size)
+    size = min(TOP_LOGPROBS, vocab_size)
 
     def compute(logits):
         logits = logits.astype(jnp.float32)

@@ -2,18 +2,21 @@
 paged memory: Kwon et al. 2023, arXiv 2309.06180)."""
 
 from bisect import insort
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.inference.cache_rows import CacheRows
+from maxlm.inference.engine_config import EngineConfig
+from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.scheduler_config import SchedulerConfig, check_request, count_pages
-from maxlm.inference.sequences import DecodeRow, PrefillChunk, ScheduledStep, Sequence
+from maxlm.inference.sequences import DecodeRow, PrefillChunk, RunningSequence, ScheduledStep
 
 
+@dataclass(eq=False)
 class Scheduler:
     """Decides what runs next: rows that decode first, then chunks of prompts in order of arrival.
 
@@ -24,58 +27,49 @@ class Scheduler:
 
     A request's first sequence computes the prompt but for its last token; the others fork there.
 
-    `schedule` and `finish_step` alternate; `add`, `abort` and `finish` may come at any moment.
+    `schedule` and `finish_step` alternate; `add`, `abort` and `finish` may come at any moment."""
 
-    Args:
-        windows: tokens that a token sees in each group of layers, itself included; None: all before
-            it. Empty: caches are kept by row alone, and there are no pages.
-        num_shards: data shards.
-        decoder_start_id: first token of the decoder, where an encoder reads the prompt.
-        has_row_state: whether layers keep by row what cannot be taken back (recurrent states,
-            evicting caches): no prefix is shared.
-        num_virtual_tokens: dummy tokens (0) to put before every prompt; ``config.max_length`` has
-            them in it.
-    """
+    config: EngineConfig
+    windows: tuple[int | None, ...]
+    """Tokens that a token sees in each group of layers, itself included; None: all before it.
+    Empty: caches are kept by row alone, and there are no pages."""
+    num_shards: int = 1
+    """Data shards."""
+    decoder_start_id: int | None = None
+    """First token of the decoder, where an encoder reads the prompt."""
+    has_row_state: bool = False
+    """Whether layers keep by row what cannot be taken back (recurrent states, evicting caches): no
+    prefix is shared."""
+    num_virtual_tokens: int = 0
+    """Dummy tokens (0) to put before every prompt; ``config.max_length`` has them in it."""
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        windows: tuple[int | None, ...],
-        *,
-        num_shards: int = 1,
-        decoder_start_id: int | None = None,
-        has_row_state: bool = False,
-        num_virtual_tokens: int = 0,
-    ):
-        self.config, self.windows = config, windows
-        self.num_pages = count_pages(config, windows)
+    def __post_init__(self) -> None:
+        config, windows = self.config, self.windows
+        self.num_pages = config.count_pages(windows)
         """Pages of each group's pool in one shard, page 0 included."""
-        shape = (num_shards, config.max_sequences, config.pages_per_sequence)
+        shape = (self.num_shards, config.max_sequences, config.pages_per_sequence)
         self.page_tables = [np.zeros(shape, np.int32) for _ in windows]
         """For each group [shards, rows, pages of the longest sequence]; 0: no page. Changed in
         place."""
-        self.waiting: list[Sequence] = []
+        self.waiting: list[RunningSequence] = []
         """Sequences without a row, the next to start first."""
         self.num_preemptions = 0
-        self._decoder_start_id = decoder_start_id
-        self._num_virtual_tokens = num_virtual_tokens
-        self._can_share = bool(windows) and not has_row_state
+        self._can_share = bool(windows) and not self.has_row_state
         if not self._can_share:
             config = config.model_copy(update={"prefix_cache": False})
         self._shards = [
             CacheRows(shard, config, windows, [table[shard] for table in self.page_tables])
-            for shard in range(num_shards)
+            for shard in range(self.num_shards)
         ]
-        self._requests: dict[str, list[Sequence]] = {}
-        self._in_flight: ScheduledStep | None = None
+        self._requests: dict[str, list[RunningSequence]] = {}
         self._counter = count()
 
     @property
-    def running(self) -> list[Sequence]:
+    def running(self) -> list[RunningSequence]:
         """Sequences with a row, by shard, the oldest first."""
         return [sequence for shard in self._shards for sequence in shard.running]
 
-    def add(self, request: GenerationRequest, cache_key: Hashable = None) -> list[Sequence]:
+    def add(self, request: GenerationRequest, cache_key: Hashable = None) -> list[RunningSequence]:
         """Queue a request and return its sequences.
 
         Args:
@@ -85,18 +79,18 @@ class Scheduler:
             MaxlmError: it can never run.
         """
         encoder_tokens, tokens = (), request.prompt_tokens
-        if self._decoder_start_id is not None:
-            encoder_tokens, tokens = tokens, (self._decoder_start_id,)
-        num_virtual = self._num_virtual_tokens
+        if self.decoder_start_id is not None:
+            encoder_tokens, tokens = tokens, (self.decoder_start_id,)
+        num_virtual = self.num_virtual_tokens
         tokens = (0,) * num_virtual + tokens
-        check_request(request, len(tokens), self.config, self.windows, num_virtual)
+        self._check(request, len(tokens))
         if request.request_id in self._requests:
             what = f"a request {request.request_id} is under way"
             raise MaxlmError(what, where="request_id", fix="use another")
         prompts = [(*tokens, *tail[:-1]) for tail in request.continuations]
         creations = [next(self._counter) for _ in range(request.num_sequences)]
         sequences = [
-            Sequence(
+            RunningSequence(
                 request,
                 index,
                 list(prompt),
@@ -114,14 +108,44 @@ class Scheduler:
         self.waiting += sequences
         return sequences
 
-    def abort(self, request_id: str) -> list[Sequence]:
+    def _check(self, request: GenerationRequest, num_prompt_tokens: int) -> None:
+        """Refuse a request, with so many tokens of the decoder, virtual ones among them, that could
+        not even run alone."""
+        where, config = f"request {request.request_id}", self.config
+        new = request.sampling.max_new_tokens
+        if not request.prompt_tokens or request.num_sequences < 1:
+            what = "a request needs a token to continue, and a sequence"
+            raise MaxlmError(what, where=where, fix="give a prompt, and num_sequences of 1 or more")
+        if tails := request.continuations:
+            is_whole = all(tails) and request.num_sequences == len(tails)
+            if not is_whole or request.prompt_logprobs is None:
+                what = "continuations have tokens, a sequence each, and prompt_logprobs"
+                raise MaxlmError(what, where=where, fix=f"set num_sequences={len(tails)}")
+            num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
+        if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
+            what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are "
+            longest = config.max_length - self.num_virtual_tokens
+            what += f"more than the {longest:,} of the longest sequence (max_length)"
+            fix = "shorten the prompt, or ask for fewer new tokens"
+            raise MaxlmError(what, where=where, fix=fix)
+        for window, num_pages in zip(self.windows, self.num_pages, strict=True):
+            # The last token is never read.
+            wanted = -(-(num_prompt_tokens + max(new, 1) - 1) // config.page_size)
+            if window is not None:
+                wanted = min(wanted, count_spanned_pages(window, config.page_size))
+            if wanted > num_pages - 1:
+                what = f"it needs {wanted:,} pages of {config.page_size} tokens, and the cache has "
+                what += f"{num_pages - 1:,} (num_pages)"
+                raise MaxlmError(what, where=where, fix="raise num_pages, or ask for fewer tokens")
+
+    def abort(self, request_id: str) -> list[RunningSequence]:
         """End a request's sequences and return them; none where there is no such request."""
         sequences = list(self._requests.get(request_id, ()))
         for sequence in sequences:
             self.finish(sequence)
         return sequences
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: RunningSequence) -> None:
         """End a sequence; its computed pages stay in the prefix tree. Ending one again does
         nothing."""
         if sequence.state == "finished":
@@ -136,22 +160,18 @@ class Scheduler:
         if not others:
             del self._requests[sequence.request.request_id]
 
-    def fork(self, sequence: Sequence, next_token: int | None = None) -> Sequence:
+    def fork(self, sequence: RunningSequence, next_token: int | None = None) -> RunningSequence:
         """Add a sequence that goes on from another's tokens (beam search). Without a free row in
         the same shard it waits.
 
         Args:
             next_token: replaces the last token, which is not computed yet.
-
-        Raises:
-            RuntimeError: a step is under way, or the sequence has ended.
         """
-        if self._in_flight is not None or sequence.state == "finished":
-            raise RuntimeError("only a sequence that has not ended is forked, between steps")
         others = self._requests[sequence.request.request_id]
         tokens = sequence.tokens if next_token is None else [*sequence.tokens[:-1], next_token]
-        index = 1 + max(other.index for other in others)
-        target = sequence.make_sibling(index, tokens, next(self._counter))
+        index, order = 1 + max(other.index for other in others), sequence.order[0]
+        order = order, next(self._counter)
+        target = replace(sequence, index=index, tokens=list(tokens), order=order)
         others.append(target)
         shard = self._shards[sequence.shard]
         if sequence.state == "running" and shard.free_rows:
@@ -160,7 +180,7 @@ class Scheduler:
             self._wait(target)
         return target
 
-    def branch(self, request_id: str, branches: Iterable[tuple[int, int]]) -> list[Sequence]:
+    def branch(self, request_id: str, branches: Iterable[tuple[int, int]]) -> list[RunningSequence]:
         """Replace a request's sequences by branches of them (beam search), between steps.
 
         Args:
@@ -174,7 +194,7 @@ class Scheduler:
         sources = {each.index: each for each in self._requests.get(request_id, ())}
         for index in sources.keys() - {index for index, _ in branches}:
             self.finish(sources[index])
-        found: list[Sequence] = []
+        found: list[RunningSequence] = []
         for index, token in branches:
             sequence = sources[index]
             if sequence in found:
@@ -188,12 +208,7 @@ class Scheduler:
 
         Args:
             max_steps: limit of ``num_steps`` beside ``decode_steps``.
-
-        Raises:
-            RuntimeError: the last step is not finished.
         """
-        if self._in_flight is not None:
-            raise RuntimeError("finish_step() comes before the next schedule()")
         step = ScheduledStep()
         for shard in self._shards:
             shard.start_step()
@@ -208,32 +223,26 @@ class Scheduler:
             copies = shard.row_copies.items()
             step.row_copies += [(shard.shard, source, row) for row, source in copies]
             shard.row_copies = {}
-        self._in_flight = step
         return step
 
-    def finish_step(
-        self, step: ScheduledStep, decoded: Iterable[list[int]], prefilled: Iterable[int | None]
-    ) -> None:
-        """Take a step's new tokens. Sequences that ended meanwhile are passed over.
+    def finish_step(self, step: ScheduledStep, tokens: Mapping[RunningSequence, list[int]]) -> None:
+        """Take the new tokens of the last step that `schedule` planned. Sequences that ended
+        meanwhile are passed over.
 
         Args:
-            step: as the last `schedule` returned it.
-            decoded: new tokens of each decode row. Fewer than planned: drafts were rejected, or the
-                output is cut.
-            prefilled: the token behind each chunk that samples; anything for the others.
-
-        Raises:
-            RuntimeError: another step is under way.
+            tokens: of each decode row, fewer than planned where drafts were rejected or the output
+                is cut; and the one behind each chunk that samples.
         """
-        if step is not self._in_flight:
-            raise RuntimeError("this step is not under way")
-        self._in_flight = None
         for sequence in step.encode:
             sequence.has_encoder_output = sequence.state == "running"
-        for (sequence, _), tokens in zip(step.decode, decoded, strict=True):
-            self._advance(sequence, len(tokens), tokens)
-        for (sequence, _, num_tokens, samples), token in zip(step.prefill, prefilled, strict=True):
-            self._advance(sequence, num_tokens, [token] if samples and token is not None else [])
+        computed = {row.sequence: len(tokens[row.sequence]) for row in step.decode}
+        computed |= {chunk.sequence: chunk.num_tokens for chunk in step.prefill}
+        for sequence, num_computed in computed.items():
+            if sequence.state == "running":
+                sequence.num_computed += num_computed
+                sequence.tokens += tokens.get(sequence, ())
+                sequence.num_drafts = 0
+                self._shards[sequence.shard].settle(sequence)
 
     def count_available_pages(self) -> int:
         """Return the pages that no sequence holds, in all groups and shards."""
@@ -242,7 +251,9 @@ class Scheduler:
     def clear_prefix_cache(self) -> None:
         """Free all pages that no sequence holds."""
         for shard in self._shards:
-            shard.tree.clear()
+            for group, pool in enumerate(shard.pools):
+                while pool.evictable:
+                    shard.tree.evict(group)
 
     def _plan_decode(self, shard: CacheRows, step: ScheduledStep) -> None:
         """Plan a token, and drafts where there are pages for them, for each row that decodes."""
@@ -279,7 +290,7 @@ class Scheduler:
                     self._plan_chunk(shard, shard.running[0], step, shard.tokens_left)
 
     def _plan_chunk(
-        self, shard: CacheRows, sequence: Sequence, step: ScheduledStep, most: int
+        self, shard: CacheRows, sequence: RunningSequence, step: ScheduledStep, most: int
     ) -> None:
         """Plan up to ``most`` tokens of a sequence, as far as the shard's pages allow."""
         num_left, prompt_left = sequence.num_to_compute, not sequence.num_output_tokens
@@ -316,14 +327,14 @@ class Scheduler:
             if decodes:
                 step.decode.append(DecodeRow(sequence, 1))
 
-    def _find_leader(self, sequence: Sequence) -> Sequence | None:
+    def _find_leader(self, sequence: RunningSequence) -> RunningSequence | None:
         """Return the sequence that computes the prompt for a request's others, its oldest, unless
         this is the one, or has output to compute as well."""
         oldest = self._requests[sequence.request.request_id][0]
         follows = self._can_share and oldest is not sequence and not sequence.num_output_tokens
         return oldest if follows else None
 
-    def _is_blocked(self, sequence: Sequence) -> bool:
+    def _is_blocked(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is about to compute what this one would."""
         if (leader := self._find_leader(sequence)) is not None:
             is_prefilled = leader.num_computed >= leader.num_shared_tokens - 1
@@ -331,7 +342,7 @@ class Scheduler:
             return not (leader.state == "running" and is_prefilled and has_input)
         return any(each.free_rows and each.is_computing_prefix(sequence) for each in self._shards)
 
-    def _place(self, sequence: Sequence) -> CacheRows | None:
+    def _place(self, sequence: RunningSequence) -> CacheRows | None:
         """Give a sequence a row where most of its prefix is, then where most pages are free; None:
         there is no room."""
         num_prefilled, leader = sequence.num_shared_tokens - 1, self._find_leader(sequence)
@@ -363,18 +374,11 @@ class Scheduler:
         step.num_steps = num_steps
         step.decode = [DecodeRow(each, min(num_steps, each.num_tokens_left)) for each in rows]
 
-    def _advance(self, sequence: Sequence, num_computed: int, tokens: list[int]) -> None:
-        if sequence.state == "running":
-            sequence.num_computed += num_computed
-            sequence.tokens += tokens
-            sequence.num_drafts = 0
-            self._shards[sequence.shard].settle(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
+    def _wait(self, sequence: RunningSequence) -> None:
         sequence.state = "waiting"
         insort(self.waiting, sequence, key=lambda each: each.order)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: RunningSequence) -> None:
         """Take a sequence's row and pages; older ones alone start before it again."""
         self._shards[sequence.shard].release(sequence)
         self._wait(sequence)

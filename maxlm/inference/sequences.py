@@ -9,9 +9,9 @@ from maxlm.inference.requests import GenerationRequest
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class RunningSequence:
     """One continuation of a request's prompt. The scheduler alone changes it, but for
-    ``needs_host``, ``stop_ids`` and ``num_drafts``."""
+    ``needs_host``, ``is_branching``, ``stop_ids`` and ``num_drafts``."""
 
     request: GenerationRequest
     index: int
@@ -32,34 +32,27 @@ class Sequence:
     """Dummy tokens that stand before the prompt's; see :mod:`maxlm.adapters.virtual_tokens`."""
     needs_host: bool = False
     """Whether its next token depends on what the host does with the last one (a grammar)."""
+    is_branching: bool = False
+    """Whether branches may replace it (beam search); then it has no text and no drafts."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its output."""
-    num_drafts: int = 0
+
+    num_drafts: int = field(default=0, init=False)
     """Tokens to verify behind the next one, set before `schedule`; `finish_step` makes it 0."""
-
-    state: Literal["waiting", "running", "finished"] = "waiting"
-    num_computed: int = 0
+    state: Literal["waiting", "running", "finished"] = field(default="waiting", init=False)
+    num_computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in its pages."""
-    shard: int = 0
-    row: int = -1
+    shard: int = field(default=0, init=False)
+    row: int = field(default=-1, init=False)
     """Its row in its shard while it runs; -1: none."""
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = field(default=0, init=False)
     """Tokens of the prompt that were computed before it started."""
-    has_encoder_output: bool = False
+    has_encoder_output: bool = field(default=False, init=False)
     """Whether its row has the encoder's output."""
-
-    num_pages: int = 0
+    num_pages: int = field(default=0, init=False)
     """Pages of its tokens in each page table, those behind a window, which it has not, included."""
-    node: PrefixNode | None = field(default=None, repr=False)
+    node: PrefixNode | None = field(default=None, init=False, repr=False)
     """Its deepest node in the prefix tree; None: it shares nothing."""
-
-    def make_sibling(self, index: int, tokens: list[int], creation: int) -> "Sequence":
-        """Return a waiting sequence of the same request."""
-        shared = self.encoder_tokens, self.cache_key, self.num_virtual_tokens
-        order = (self.order[0], creation)
-        counts = self.num_prompt_tokens, self.num_shared_tokens
-        own = self.request, index, list(tokens), *counts, order, *shared
-        return Sequence(*own, needs_host=self.needs_host)
 
     @property
     def num_output_tokens(self) -> int:
@@ -91,7 +84,7 @@ class DecodeRow(NamedTuple):
     """A sequence whose last token is computed, with its drafts, or with the tokens that follow in
     the steps of one dispatch."""
 
-    sequence: Sequence
+    sequence: RunningSequence
     num_tokens: int
     """1 and the drafts, or at most the step's ``num_steps``."""
 
@@ -99,7 +92,7 @@ class DecodeRow(NamedTuple):
 class PrefillChunk(NamedTuple):
     """Tokens of a sequence to compute at once."""
 
-    sequence: Sequence
+    sequence: RunningSequence
     start: int
     """Index of the first, the sequence's ``num_computed``."""
     num_tokens: int
@@ -123,9 +116,11 @@ class ScheduledStep:
 
     decode: list[DecodeRow] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
+    drafts: dict[RunningSequence, list[int]] = field(default_factory=dict)
+    """Tokens of rows that decode to verify behind their last ones."""
     num_steps: int = 1
     """Consecutive decode steps in one dispatch; 1 with chunks or drafts."""
-    encode: list[Sequence] = field(default_factory=list)
+    encode: list[RunningSequence] = field(default_factory=list)
     """Sequences whose encoder has to run."""
     page_copies: list[PageCopy] = field(default_factory=list)
     row_copies: list[tuple[int, int, int]] = field(default_factory=list)

@@ -64,28 +64,24 @@ def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[in
     return []
 
 
-def check_draft_model(draft: Any, model: Any, layout: CacheLayout) -> None:
-    """Checks that one model can guess for another on the same pages.
+def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
+    """Checks that tokens can be taken back from a model's caches, and that a draft model, if there
+    is one, can guess for it on the same pages.
 
     Raises:
-        MaxlmError: another vocabulary, windows of its own, or a state that cannot be taken back.
+        MaxlmError: recurrent states, or caches that evict; a draft model with another vocabulary,
+            or windows of its own.
     """
-    own, where = draft.config.vocab_size, "speculation"
-    if own != model.config.vocab_size:
+    where = "speculation"
+    for each in filter(None, (model, draft)):
+        if has_row_caches(each.cache_specs(layout)):
+            what = "a recurrent state, or a cache that evicts, cannot take tokens back"
+            raise MaxlmError(what, where=where, fix="leave it out")
+    if draft is None:
+        return
+    if (own := draft.config.vocab_size) != model.config.vocab_size:
         what = f"the draft model has {own} tokens, the model {model.config.vocab_size}"
         raise MaxlmError(what, where=where, fix="use a draft model with the same tokenizer")
-    check_speculation(draft, layout)
     if not set(list_paged_windows(draft)) <= set(list_paged_windows(model)):
         what = "the draft model has windows that the model has not"
         raise MaxlmError(what, where=where, fix="use another draft model, or prompt_lookup")
-
-
-def check_speculation(model: Any, layout: CacheLayout) -> None:
-    """Checks that tokens can be taken back from a model's caches.
-
-    Raises:
-        MaxlmError: it has recurrent states, or caches that evict.
-    """
-    if has_row_caches(model.cache_specs(layout)):
-        what = "a recurrent state, or a cache that evicts, cannot take tokens back"
-        raise MaxlmError(what, where="speculation", fix="leave it out")

@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.adapters.stacked_lora import add_adapters
-from maxlm.inference import logits_processors
 from maxlm.inference.sampling import (
+    TOP_LOGPROBS,
     RowSettings,
     compute_logprobs,
     make_keys,
@@ -32,7 +32,6 @@ from maxlm.sharding import AxisRules
 
 Array = Any
 """A NumPy array on the host, a jax.Array within a step."""
-TOP_LOGPROBS = 20
 PROMPT_BLOCK = 32
 """Tokens of a prompt whose logits are held at once, where their log-probabilities are wanted."""
 
@@ -136,10 +135,9 @@ def make_ragged_batch(
     """Places a step's tokens in their sequences and pages."""
     b, G, C, F, _ = shape
 
-    def local(computed, counts, rows, starts, sizes, lengths, page_tables):
-        computed, counts, rows, starts, sizes, lengths, page_tables = jax.tree.map(
-            lambda x: x[0], (computed, counts, rows, starts, sizes, lengths, page_tables)
-        )
+    def local(*given):
+        given = jax.tree.map(lambda x: x[0], given)
+        computed, counts, rows, starts, sizes, lengths, page_tables = given
         offsets = jnp.arange(G, dtype=jnp.int32)
         live = (computed[:, None] >= 0) & (offsets < counts[:, None])
         positions = jnp.where(live, computed[:, None] + offsets, 0)
@@ -209,10 +207,7 @@ def run_step(
         adapters: A and B of all slots, as :func:`add_adapters` takes them.
     """
     split, whole = model.rules.spec("batch"), PartitionSpec()
-    scalars = "num_steps", "has_grammar", "logprobs_wanted"
-    kept = {name: reshard(getattr(inputs, name), whole) for name in scalars}
-    inputs = jax.tree.map(lambda x: reshard(x, split) if x.ndim else x, inputs)
-    inputs = inputs._replace(**kept)
+    inputs = jax.tree.map(lambda x: reshard(x, split if x.ndim else whole), inputs)
     bound = bind(model, params)
 
     def advance(inputs: StepInputs, state: EngineState) -> Any:
@@ -281,22 +276,20 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
             lambda x: x[0], given
         )
         own = jax.tree.map(lambda x: x[rows], settings)
-        masked = logits_processors.apply_if(
-            has_grammar,
-            lambda x: jnp.where(
-                logits_processors.mask_from_bits(allowed, x.shape[-1]), x, -jnp.inf
-            ),
-            logits.astype(jnp.float32),
-        )
         processed = process_logits(
-            masked, own, history[rows], prompt_lengths[rows], lengths, vocab_size=vocab_size
+            logits,
+            own,
+            history[rows],
+            prompt_lengths[rows],
+            lengths,
+            vocab_size=vocab_size,
+            allowed=allowed,
+            has_grammar=has_grammar,
         )
         all_greedy = jnp.all(settings.temperature == 0)
         drawn = sample_tokens(processed, make_keys(own, lengths), all_greedy)
         tokens = jnp.where(forced >= 0, forced, drawn)
-        logprobs = compute_logprobs(
-            logits, tokens, logprobs_wanted, vocab_size=vocab_size, top=TOP_LOGPROBS
-        )
+        logprobs = compute_logprobs(logits, tokens, logprobs_wanted, vocab_size=vocab_size)
         return jax.tree.map(lambda x: x[None], (tokens, TokenLogprobs(*logprobs)))
 
     shards = rules.spec("batch")
@@ -366,13 +359,8 @@ def _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs) -> TokenL
         own = lax.dynamic_slice_in_dim(order, start, block, 1)
         targets = jnp.take_along_axis(inputs.chunk_targets, own, axis=1)
         logits = bound.logits(jnp.take_along_axis(hidden, own[..., None], axis=1))
-        logprobs = compute_logprobs(
-            logits,
-            jnp.maximum(targets, 0),
-            jnp.ones((), bool),
-            vocab_size=vocab_size,
-            top=TOP_LOGPROBS,
-        )
+        targets = jnp.maximum(targets, 0)
+        logprobs = compute_logprobs(logits, targets, jnp.ones((), bool), vocab_size=vocab_size)
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return start + block, jax.tree.map(write, found, TokenLogprobs(*logprobs))
 

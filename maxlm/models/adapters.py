@@ -77,8 +77,11 @@ def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: 
         return model
     specs = adapter.adapt(param_specs(model))
     if adapter.base_dtype != "float32":
-        store = partial(_store_as, jnp.dtype(adapter.base_dtype))
-        base = select_base_params(specs)
+        dtype, base = jnp.dtype(adapter.base_dtype), select_base_params(specs)
+
+        def store(spec: ParamSpec) -> ParamSpec:
+            return spec if spec.role == "vector" else replace(spec, dtype=dtype)
+
         rest = {
             name: own if name == "heads" else jax.tree.map(store, own) for name, own in base.items()
         }
@@ -86,10 +89,6 @@ def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: 
     model = bind_specs(model, specs)
     model.num_virtual_tokens = count_virtual_tokens(adapter)
     return model
-
-
-def _store_as(dtype: Any, spec: ParamSpec) -> ParamSpec:
-    return spec if spec.role == "vector" else replace(spec, dtype=dtype)
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
-from maxlm.models.caches import CacheLayout, fold_rows
+from maxlm.models.caches import CacheLayout, CrossCache
 from maxlm.models.costs import BranchCosts, get_costs
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KeysValues
-from maxlm.models.layers.latent_attention import LatentAttention
+from maxlm.models.layers.attention import (
+    Attention,
+    AttentionConfig,
+    AttentionInputs,
+    EncoderOutput,
+    LatentAttention,
+)
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
@@ -27,23 +32,6 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding import AxisRules
-
-
-class EncoderOutput(NamedTuple):
-    """An encoder's output, for the layers of a decoder."""
-
-    states: jax.Array | KeysValues
-    """[B, T, D]; or, for inference, a layer's keys and values of it [B, T, K, H]."""
-    segment_ids: jax.Array | None
-    """int [B, T]; None: each row is one segment."""
-
-    def pair_segment_ids(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
-        """Returns segments of queries and keys, for a decoder's tokens."""
-        if self.segment_ids is None:
-            return None
-        own = jnp.ones_like(inputs.positions) if inputs.segment_ids is None else inputs.segment_ids
-        return own, self.segment_ids
-
 
 Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
@@ -131,21 +119,6 @@ parse_mixer = partial(parse_registered_config, MIXERS, "mixer")
 parse_ffn = partial(parse_registered_config, FEED_FORWARDS, "ffn")
 
 
-class BlockConfig(NamedTuple):
-    """Settings of every layer of a stack."""
-
-    mixer: Config
-    ffn: Config
-    norm: NormConfig
-    placement: Placement
-    d_model: int
-    depth: int
-    """Layers of the whole model, for the initial size of what they add."""
-    init_std: float
-    cross_attention: bool = False
-    """Whether layers look at an encoder's output as well."""
-
-
 class Block(nnx.Module):
     """Attention and an MLP (or a mixture of experts), each added to the residual stream.
 
@@ -158,28 +131,43 @@ class Block(nnx.Module):
     parallel            x + attention(norm(x)) + mlp(norm(x))
     parallel_shared     the same, with one norm for both
     ==================  ====================================================
+
+    Args:
+        depth: layers of the whole model, for the initial size of what they add.
+        cross_attention: whether the layer looks at an encoder's output as well.
     """
 
     def __init__(
-        self, config: BlockConfig, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig
+        self,
+        mixer_config: Any,
+        ffn_config: Config,
+        norm_config: NormConfig,
+        placement: Placement,
+        d_model: int,
+        depth: int,
+        init_std: float,
+        *,
+        cross_attention: bool,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig,
     ):
-        self.placement = config.placement
+        self.placement = placement
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        sizes = (config.d_model, config.depth, config.init_std)
-        norm = partial(Norm, config.norm, config.d_model, **kw)
-        sandwich = config.placement == "sandwich"
-        outer = (config.norm, *sizes)
+        sizes = (d_model, depth, init_std)
+        norm = partial(Norm, norm_config, d_model, **kw)
+        sandwich = placement == "sandwich"
+        outer = (norm_config, *sizes)
         self.attention_norm = norm()
-        mixer = MIXERS[type(config.mixer)](config.mixer, *outer, parallel=parallel, **kw)
+        mixer = MIXERS[type(mixer_config)](mixer_config, *outer, parallel=parallel, **kw)
         self.mixer_name = mixer.name
         setattr(self, mixer.name, mixer)
         self.attention_post_norm = norm() if sandwich else None
-        crossing = config.cross_attention
-        self.cross_norm = norm() if crossing else None
-        attention: Any = config.mixer  # cross-attention is multi-head attention
-        self.cross = Attention(attention, *outer, parallel=parallel, **kw) if crossing else None
-        self.mlp_norm = norm() if config.placement != "parallel_shared" else None
-        ffn = FEED_FORWARDS[type(config.ffn)](config.ffn, *sizes, **kw)
+        self.cross_norm = norm() if cross_attention else None
+        cross = partial(Attention, mixer_config, *outer, parallel=parallel, **kw)
+        self.cross = cross() if cross_attention else None
+        self.mlp_norm = norm() if placement != "parallel_shared" else None
+        ffn = FEED_FORWARDS[type(ffn_config)](ffn_config, *sizes, **kw)
         self.ffn_name = ffn.name
         setattr(self, ffn.name, ffn)
         self.mlp_post_norm = norm() if sandwich else None
@@ -189,7 +177,7 @@ class Block(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: Any = None,
-        encoder_output: EncoderOutput | None = None,
+        encoder_output: EncoderOutput | CrossCache | None = None,
     ) -> tuple[jax.Array, Any, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
         adds to the loss and the log."""
@@ -202,8 +190,7 @@ class Block(nnx.Module):
         y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if encoder_output is not None and self.cross is not None:
-            y = self._before(self.cross_norm, x)
-            y = self._cross_attend(self.cross, y, inputs, encoder_output)
+            y = self.cross.cross_attend(self._before(self.cross_norm, x), inputs, encoder_output)
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
@@ -227,44 +214,6 @@ class Block(nnx.Module):
     @property
     def ffn(self) -> FeedForward:
         return getattr(self, self.ffn_name)
-
-    def project_keys_values(self, encoder_output: EncoderOutput) -> KeysValues:
-        """Projects the keys and values that cross-attention reads of an encoder's output."""
-        if isinstance(encoder_output.states, KeysValues):
-            return encoder_output.states
-        assert self.cross is not None
-        return self.cross.project_keys_values(encoder_output.states)
-
-    def _cross_attend(
-        self, cross: Attention, x: jax.Array, inputs: AttentionInputs, encoded: EncoderOutput
-    ) -> jax.Array:
-        if inputs.batch is None:
-            keys = self.project_keys_values(encoded)
-            return cross.cross_attend(x, keys, encoded.pair_segment_ids(inputs))
-        # A step of inference: each row's tokens with its own input.
-
-        def attend(tokens: jax.Array, encoded: EncoderOutput) -> jax.Array:
-            """[D, n, T, ...] → [D, n·T, ...]."""
-            D, n, T, *rest = tokens.shape
-            keys, segments = jax.tree.map(fold_rows, encoded)
-            own = jnp.ones((D * n, T), jnp.int32, out_sharding=jax.typeof(segments).sharding)
-            y = cross.cross_attend(fold_rows(tokens), keys, (own, segments))
-            return y.reshape(D, n * T, *rest, out_sharding=jax.typeof(x).sharding)
-
-        batch, b = inputs.batch, inputs.batch.uniform_rows[0]
-        split = b * batch.uniform_rows[1]
-        rows = jax.tree.map(lambda a: a[:, :b], encoded)
-        y = attend(batch.split_rows(x[:, :split]), rows)
-        if split == x.shape[1]:
-            return y
-        tokens, places = batch.split_chunks(x)
-        ids = batch.chunk_rows
-        chunks = jax.tree.map(
-            lambda a: jnp.take_along_axis(a, ids.reshape(*ids.shape, *(1,) * (a.ndim - 2)), 1),
-            encoded,
-        )
-        after = jnp.take_along_axis(attend(tokens, chunks), places[..., None], axis=1)
-        return jnp.concatenate([y, after], axis=1)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)

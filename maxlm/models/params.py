@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
-from maxlm.config import MaxlmError
 from maxlm.parallel.linear import multiply_fused_kernel, multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
@@ -60,16 +59,10 @@ class ParamSpec:
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
-def declare(
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    init: Initializer,
-    role: Literal["matrix", "table", "vector"],
-    contracting_dims: tuple[int, ...] = (),
-    sign_update: bool = False,
-) -> nnx.Param:
-    """A parameter without values, to be assigned to a module's attribute."""
-    spec = ParamSpec(shape, axes, init, role, contracting_dims, sign_update)
+def declare(*args: Any, **kwargs: Any) -> nnx.Param:
+    """Returns a parameter without values, to be assigned to a module's attribute; arguments are
+    those of :class:`ParamSpec`."""
+    spec = ParamSpec(*args, **kwargs)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
 
@@ -93,6 +86,11 @@ class ShardedWeight(NamedTuple):
     """The mesh axes of its dimensions in use; they begin those in storage."""
     gathered: jax.Array | None = None
     """The parameter in use, if it need not be gathered."""
+
+    def move(self) -> jax.Array:
+        """Returns the value in its compute layout; for small parameters, whose gradient may be
+        reduced whole, and where there is no gradient."""
+        return reshard(self.value, make_spec(self.compute_layout))
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,18 @@ class Leaf:
         return y
 
 
+@dataclass(frozen=True)
+class AdaptedParam(Leaf):
+    """A parameter, and what an adapter has beside it."""
+
+    base_field: ClassVar[str | None] = "base"
+
+    base: Any
+
+    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
+        return reader.read(self.base)
+
+
 def is_leaf(held: Any) -> bool:
     """Returns whether this is a parameter at rest that is not one array."""
     return isinstance(held, Leaf)
@@ -243,10 +253,15 @@ class FusedIntoKernel(Leaf):
     """A kernel that is part of a :class:`FusedKernel`."""
 
 
+def get_base(held: Any) -> Any:
+    """Returns the base of a leaf that has one, or else what is given."""
+    field = getattr(held, "base_field", None)
+    return held if field is None else getattr(held, field)
+
+
 def find_fused_kernel(held: Any) -> FusedKernel | None:
     """Returns the fused kernel that a parameter at rest is, or has as its base."""
-    field = getattr(held, "base_field", None)
-    base = held if field is None else getattr(held, field)
+    base = get_base(held)
     return base if isinstance(base, FusedKernel) else None
 
 
@@ -273,10 +288,8 @@ def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight
 
 
 def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
-    """Returns a parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
-    gradient may be reduced whole, and where there is no gradient."""
-    own = read_weight(param, rules, dtype)
-    return reshard(own.value, make_spec(own.compute_layout))
+    """Returns a parameter cast to ``dtype`` and moved as :meth:`ShardedWeight.move` says."""
+    return read_weight(param, rules, dtype).move()
 
 
 def replace_virtual(
@@ -294,9 +307,6 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
     """Gives every parameter of ``module`` a leading ``layers`` axis of size ``num_layers``; for
     several groups of layers in a pipeline stage two, [groups, layers / groups], so that splitting
     the second gives each stage its share of every group."""
-    if num_layers % num_groups:
-        what = f"{num_layers} layers do not divide into {num_groups} groups a stage"
-        raise MaxlmError(what, where="parallel.layer_groups", fix=f"use a divisor of {num_layers}")
     lead = (num_layers,) if num_groups == 1 else (num_groups, num_layers // num_groups)
     graphdef, state = nnx.split(module)
 
@@ -331,12 +341,7 @@ def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
 def select_base_params(tree: Params) -> Params:
     """Return parameters (or their declarations) as a model without adapted leaves names them: in
     place of each :class:`Leaf` that has one, its base."""
-
-    def select(held: Any) -> Any:
-        field = getattr(held, "base_field", None)
-        return held if field is None else getattr(held, field)
-
-    return jax.tree.map(select, tree, is_leaf=is_leaf)
+    return jax.tree.map(get_base, tree, is_leaf=is_leaf)
 
 
 def replace_base_params(tree: Params, base: Params) -> Params:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import Requirement, check_requirements, is_divisor
+from maxlm.config.errors import Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.params import Params, flatten_names, param_specs
@@ -158,7 +158,7 @@ def require_pipeline(
         fix = f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}"
         return MaxlmError(what, where="train.micro_batches", fix=fix)
 
-    yield Requirement(alone | is_divisor(stages, micro_batches), starved)
+    yield Requirement(alone | (micro_batches % stages == 0), starved)
     yield Requirement(
         alone | (groups == 1 or parallel.schedule == "circular"),
         lambda: MaxlmError(
@@ -187,7 +187,7 @@ def require_pipeline(
             + (" or layer groups" if groups > 1 else ""),
         )
 
-    yield Requirement(alone | is_divisor(stages * groups * period, layers), uneven)
+    yield Requirement(alone | (layers % (stages * groups * period) == 0), uneven)
 
 
 def describe_pipeline_obstacle(model: ModelConfig) -> str | None:

@@ -10,12 +10,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.config.requirements import check_requirements
+from maxlm.config.errors import check_requirements
 from maxlm.parallel import blocks, ulysses
 from maxlm.parallel.context import (
     ContextMethod,
     DistanceBias,
-    SequenceShard,
+    Segments,
     SequenceSplit,
     require_context,
 )
@@ -36,7 +36,6 @@ def sharded_attention(
     soft_cap: float | None = None,
     slopes: jax.Array | np.ndarray | None = None,
     biases: jax.Array | None = None,
-    q_positions: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     method: ContextMethod = "all_gather",
     balanced: bool = False,
@@ -48,9 +47,9 @@ def sharded_attention(
     the query heads: where there are more such devices than kv heads, these are kept whole
     (``kv_heads: null``) and each device takes those that its own query heads read.
 
-    Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], positions and segments
-        [B, S] / [B, T], laid out by ``rules``; T may differ from S where the sequence is whole;
-        slopes [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
+    Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], segments [B, S] and [B, T],
+        laid out by ``rules``; T may differ from S where the sequence is whole; slopes [N] and
+        biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
 
         method: how the devices that share a sequence exchange it.
         balanced: rows stand in the balanced order of ``context.sequence_order_indices`` for the
@@ -61,19 +60,19 @@ def sharded_attention(
 
     Raises:
         MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.require_context`).
-        ValueError: q_positions, or k and v of another length than q, with a split sequence; shapes
-            that do not belong together; a window without ``causal``; a cap not above 0.
+        ValueError: k and v of another length than q, with a split sequence; shapes that do not
+            belong together; a window without ``causal``; a cap not above 0.
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     options: dict[str, Any] = {"window": window, "method": method, "balanced": balanced}
     heads = q.shape[2], k.shape[2]
     check_requirements(require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **options))
-    if axes and (q_positions is not None or q.shape[1] != k.shape[1]):
+    if axes and q.shape[1] != k.shape[1]:
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
     split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)
     added = DistanceBias(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases)))
-    o: Any = _sharded(q, k, v, added, (q_positions, segment_ids), rules, split)
+    o: Any = _sharded(q, k, v, added, segment_ids, rules, split)
     return o
 
 
@@ -87,41 +86,42 @@ def _by_heads(x: Any, num_heads: int, rules: AxisRules) -> jax.Array | None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _sharded(q, k, v, added, where, rules, split):
-    return _forward(q, k, v, added, where, rules, split)[0]
+def _sharded(q, k, v, added, segments, rules, split):
+    return _forward(q, k, v, added, segments, rules, split)[0]
 
 
-def _forward(q, k, v, added, where, rules, split):
+def _forward(q, k, v, added, segments, rules, split):
     at = _Layout.of(rules, split, q, k)
 
-    def local(q, k, v, added, where, numbers):
+    def local(q, k, v, added, segments, numbers):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            shard = SequenceShard(split, numbers["seq"][0], q, k, v, where[1], added)
-            return run.attend_shard_forward(shard)
-        return attention_forward(q, k, v, **_whole(split, added, where))
+            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, segments, added)
+        return attention_forward(q, k, v, **_whole(split, added, segments))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
-    attend = map_shards(local, in_specs=at.operands(added, where), out_specs=(at.queries, at.lse))
-    o, lse = attend(q, k, v, added, where, numbers)
+    attend = map_shards(
+        local, in_specs=at.operands(added, segments), out_specs=(at.queries, at.lse)
+    )
+    o, lse = attend(q, k, v, added, segments, numbers)
     # Named here and not outside: the backward pass wants both, or attention is computed again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
-    return o, (q, k, v, added, where, o, lse)
+    return o, (q, k, v, added, segments, o, lse)
 
 
 def _backward(rules, split, saved, d_o):
-    q, k, v, added, where, o, lse = saved
+    q, k, v, added, segments, o, lse = saved
     at = _Layout.of(rules, split, q, k)
 
-    def local(q, k, v, added, where, numbers, o, lse, d_o):
+    def local(q, k, v, added, segments, numbers, o, lse, d_o):
         own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            shard = SequenceShard(split, numbers["seq"][0], q, own_k, own_v, where[1], added)
-            grads = run.attend_shard_backward(shard, o, lse, d_o)
+            shard = split, numbers["seq"][0], q, own_k, own_v, segments, added
+            grads = run.attend_shard_backward(*shard, o, lse, d_o)
         else:
-            options = _whole(split, added, where)
+            options = _whole(split, added, segments)
             delta = compute_row_delta(o, d_o)
             grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options)
         d_q, d_k, d_v, *d_biases = grads
@@ -132,20 +132,18 @@ def _backward(rules, split, saved, d_o):
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
     *grads, d_biases = map_shards(
         local,
-        in_specs=(*at.operands(added, where), at.queries, at.lse, at.queries),
+        in_specs=(*at.operands(added, segments), at.queries, at.lse, at.queries),
         out_specs=(at.queries, at.keys, at.keys, at.heads),
-    )(q, k, v, added, where, numbers, o, lse, d_o)
+    )(q, k, v, added, segments, numbers, o, lse, d_o)
     return *grads, DistanceBias(None, *d_biases), None
 
 
 _sharded.defvjp(_forward, _backward)
 
 
-def _whole(split: SequenceSplit, added: DistanceBias, where: Any) -> dict[str, Any]:
+def _whole(split: SequenceSplit, added: DistanceBias, segments: Segments) -> dict[str, Any]:
     """Returns the kernel's arguments where the sequence is not split."""
-    positions, segments = where
-    placed = {"q_positions": positions, "segment_ids": segments}
-    return {**placed, **split.mask_kwargs, **split.score_kwargs, **added._asdict()}
+    return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(added)}
 
 
 class _Layout(NamedTuple):
@@ -182,12 +180,11 @@ class _Layout(NamedTuple):
             group=q.shape[2] // k.shape[2],
         )
 
-    def operands(self, added: DistanceBias, where: Any) -> tuple[Any, ...]:
-        """Specs of q, k, v, what is added to scores, positions and segments, and the devices'
-        numbers."""
+    def operands(self, added: DistanceBias, segments: Segments) -> tuple[Any, ...]:
+        """Specs of q, k, v, what is added to scores, segments, and the devices' numbers."""
         numbers = {name: make_spec((axes,)) for name, axes in self.numbered.items()}
         by_head = jax.tree.map(lambda _: self.heads, added)
-        rows = jax.tree.map(lambda _: self.rows, where)
+        rows = jax.tree.map(lambda _: self.rows, segments)
         return self.queries, self.keys, self.keys, by_head, rows, numbers
 
     def own_heads(self, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.context import DistanceBias, SequenceShard, SequenceSplit
+from maxlm.parallel.context import DistanceBias, Segments, SequenceSplit
 from maxlm.parallel.local import gather, reduce
 from pallas_kernels.attention import (
     attention_backward,
@@ -38,10 +38,25 @@ PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
 """(o, log-sum-exp) over the keys seen so far for each chunk of queries, fp32."""
 
 
-def attend_shard_forward(shard: SequenceShard) -> tuple[jax.Array, jax.Array]:
+def attend_shard_forward(
+    split: SequenceSplit,
+    number: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    added: DistanceBias,
+) -> tuple[jax.Array, jax.Array]:
     """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and their
-    log-sum-exps, fp32 [B, S / n, N]."""
-    split, number, q, k, v, segments, added = shard
+    log-sum-exps, fp32 [B, S / n, N].
+
+    Args:
+        number: int32 scalar, the device's number along the context axes.
+        q: [B, S / n, N, H].
+        k, v: [B, S / n, K, H], those kv heads that the query heads read.
+        segments: int [B, S / n] of queries and of keys.
+        added: that of these query heads.
+    """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
     queries = _Queries.cut(split, number, q_segments, q, added=added)
@@ -50,12 +65,11 @@ def attend_shard_forward(shard: SequenceShard) -> tuple[jax.Array, jax.Array]:
 
 
 def attend_shard_backward(
-    shard: SequenceShard, o: jax.Array, lse: jax.Array, d_o: jax.Array
+    split, number, q, k, v, segments, added, o: jax.Array, lse: jax.Array, d_o: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Returns fp32 gradients of this device's q, k and v; and of biases, where there are any, a
     term of the sum over devices. Keys and values are sent again, not kept from the forward pass:
     memory for one layer's, not for every layer's."""
-    split, number, q, k, v, segments, added = shard
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o
@@ -101,7 +115,7 @@ class _Queries(NamedTuple):
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
-        of_scores = split.score_kwargs | self.added._asdict()
+        of_scores = split.score_kwargs(self.added)
         by_distance = any(x is not None for x in self.added)
         for a in range(split.chunks_per_device):
             for b in reversed(range(split.chunks_per_device)):

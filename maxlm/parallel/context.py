@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import Requirement, is_divisor
+from maxlm.config.errors import Requirement
 from maxlm.parallel.local import Axes, axis_size
 from maxlm.sharding import AxisRules
 
@@ -55,9 +55,8 @@ class SequenceSplit(NamedTuple):
     def mask_kwargs(self) -> dict[str, Any]:
         return {"causal": self.causal, "window": self.window}
 
-    @property
-    def score_kwargs(self) -> dict[str, Any]:
-        return {"scale": self.scale, "soft_cap": self.soft_cap}
+    def score_kwargs(self, added: "DistanceBias") -> dict[str, Any]:
+        return {"scale": self.scale, "soft_cap": self.soft_cap, **added._asdict()}
 
     @property
     def chunks_per_device(self) -> int:
@@ -86,23 +85,6 @@ class DistanceBias(NamedTuple):
     """fp32 [N], constants."""
     biases: jax.Array | None = None
     """fp32 [N, 2R + 1], with gradients."""
-
-
-class SequenceShard(NamedTuple):
-    """One device's rows of an attention over a split sequence."""
-
-    split: SequenceSplit
-    shard_index: jax.Array
-    """int32 scalar, the device's number along the context axes."""
-    q: jax.Array
-    """[B, S / n, N, H]."""
-    k: jax.Array
-    """[B, S / n, K, H], those kv heads that the query heads read; v likewise."""
-    v: jax.Array
-    segments: Segments
-    """int [B, S / n] of queries and of keys."""
-    distance_bias: DistanceBias
-    """That of these query heads."""
 
 
 def require_context(
@@ -148,7 +130,7 @@ def require_context(
         ),
     )
     own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
-    aligned = is_divisor(group, own) | is_divisor(np.maximum(own, 1), group)
+    aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
     yield Requirement(
         np.logical_not(kv_whole) | aligned,
         lambda: MaxlmError(
@@ -159,11 +141,11 @@ def require_context(
     )
     alone = np.equal(ways, 1)
     yield Requirement(
-        alone | is_divisor(ways * (2 if balanced else 1), seq_len),
+        alone | (seq_len % (ways * (2 if balanced else 1)) == 0),
         lambda: _length_error(seq_len, ways, balanced),
     )
     yield Requirement(
-        alone | (method != "ulysses") | is_divisor(shares * ways, num_heads),
+        alone | (method != "ulysses") | (num_heads % (shares * ways) == 0),
         lambda: MaxlmError(
             f"ulysses splits query heads, and {num_heads} do not divide over "
             f"{_named(heads + seq, sizes)}",

@@ -31,77 +31,78 @@ from pallas_kernels.linear_cross_entropy import (
 )
 
 HeadArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-"""Hidden states [..., D], head [D, V], bias [V] and the head gathered; as of
-:func:`fused_cross_entropy_loss`."""
+"""Hidden states [..., D], head [D, V], bias [V] and the head gathered."""
+
+
+class LogitsInputs(NamedTuple):
+    """Logits are cap·tanh((hidden · head + bias) / cap)."""
+
+    hidden: jax.Array
+    """[..., D], compute dtype; tokens split over any mesh axes, D over none."""
+    head: jax.Array
+    """[D, V], compute dtype, in its storage layout."""
+    head_layout: Dims
+    """The mesh axes of the head's dimensions in use."""
+    gathered_head: jax.Array | None = None
+    """The head in use, where it need not be gathered; gradients go to ``head``."""
+    bias: jax.Array | None = None
+    """fp32 [V] in any layout."""
+    soft_cap: float | None = None
+
+    def split(self, z_loss: float, chunk_tokens: int) -> tuple[HeadArrays, "HeadOptions"]:
+        """Returns the arrays, a bias split over the vocabulary's axes or more of them, and the
+        settings of a program on them."""
+        bias, vocab = self.bias, self.head_layout[1]
+        if bias is not None and get_layout(bias)[0][: len(vocab)] != vocab:
+            bias = reshard(bias, make_spec((vocab,)))
+        how = HeadOptions(self.head_layout, self.soft_cap, z_loss, chunk_tokens)
+        return (self.hidden, self.head, bias, self.gathered_head), how
 
 
 def fused_cross_entropy_loss(
-    hidden: jax.Array,
-    head: jax.Array,
+    model: LogitsInputs,
     targets: jax.Array,
     weights: jax.Array,
     *,
-    head_layout: Dims,
-    gathered_head: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    soft_cap: float | None = None,
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs :func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
 
     Args: as there; and
-        hidden: [..., D], compute dtype; tokens split over any mesh axes, D over none.
-        head: [D, V], compute dtype, in its storage layout.
         targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
         weights: fp32 [...], likewise; 0 leaves a token out.
-        head_layout: the mesh axes of the head's dimensions in use.
-        gathered_head: the head in use, where it need not be gathered; gradients go to ``head``.
-        bias: fp32 [V] in any layout, or None.
         chunk_tokens: tokens whose logits exist at once on a device; larger is a little faster.
     """
-    how = HeadOptions(head_layout, soft_cap, z_loss, chunk_tokens)
-    return _fused(hidden, head, how.place(bias), gathered_head, targets, weights, how)
+    own, how = model.split(z_loss, chunk_tokens)
+    return run_head_loss(own, None, (targets, weights), _make_cross_entropy(how))
 
 
 def compute_fused_log_probs(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    *,
-    head_layout: Dims,
-    gathered_head: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    soft_cap: float | None = None,
-    chunk_tokens: int = 1024,
+    model: LogitsInputs, targets: jax.Array, *, chunk_tokens: int = 1024
 ) -> jax.Array:
     """Computes log softmax(logits)[target], fp32 [...]; see :func:`fused_cross_entropy_loss`.
 
     Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
     weighted by the cotangents.
     """
-    how = HeadOptions(head_layout, soft_cap, 0.0, chunk_tokens)
-    return _log_probs(hidden, head, how.place(bias), gathered_head, targets, how)
+    own, how = model.split(0.0, chunk_tokens)
+    return _log_probs(own, targets, how)
 
 
 class HeadOptions(NamedTuple):
-    """Settings of a program on an output head, as of :func:`fused_cross_entropy_loss`."""
+    """Settings of a program on an output head."""
 
     used: Dims
     soft_cap: float | None
     z_loss: float
     chunk: int
 
-    def place(self, bias: jax.Array | None) -> jax.Array | None:
-        """Splits a bias over the vocabulary's axes, or more of them."""
-        vocab = self.used[1]
-        done = bias is None or get_layout(bias)[0][: len(vocab)] == vocab
-        return bias if done else reshard(bias, make_spec((vocab,)))
 
-
-def lay_out_head(hidden, head, bias, whole, used: Dims):
-    """Returns the layout of tokens in use, the specs of these arguments, and a function that brings
+def lay_out_head(own: HeadArrays, used: Dims):
+    """Returns the layout of tokens in use, the specs of these arrays, and a function that brings
     hidden, head and bias into use on shards."""
+    hidden, head, bias, whole = own
     have, stored, vocab = get_layout(hidden), get_layout(head), used[1]
     bias_stored = None if bias is None else get_layout(bias)
     # Devices that share a token's vocabulary all need the token.
@@ -123,18 +124,21 @@ def lay_out_head(hidden, head, bias, whole, used: Dims):
     return tokens, specs, bring
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _fused(hidden, head, bias, whole, targets, weights, how):
-    return _sharded(hidden, head, bias, whole, targets, weights, how, gradient=False)[0]
+class HeadLoss(NamedTuple):
+    """A loss of an output head's logits."""
+
+    how: HeadOptions
+    local: Callable[..., tuple[tuple[jax.Array, ...], LinearGradients | None]]
+    """(hidden [T, D], head [D, V / ways], bias, first index of this share of the vocabulary, rows
+    [T, *], the other's hidden, head and bias, whether gradients are wanted) -> (sums over T,
+    gradients of hidden, head and bias)."""
+    num_sums: int = 2
+    other_layout: Dims = ((), ())
+    """The mesh axes of the other head's dimensions in use."""
 
 
-def _backward(how, gradients, cotangents):
-    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
-    return *scaled, None, None, None
-
-
-def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
-    def local_loss(hidden, head, bias, first, rows, _):
+def _make_cross_entropy(how: HeadOptions) -> HeadLoss:
+    def local(hidden, head, bias, first, rows, _, gradient):
         return loss_and_gradients(
             *(hidden, head, *rows),
             bias=bias,
@@ -146,35 +150,32 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
             chunk_tokens=how.chunk,
         )
 
-    own = hidden, head, bias, whole
-    return run_head_loss(own, (targets, weights), how, local_loss, gradient=gradient)
+    return HeadLoss(how, local)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def run_head_loss(
-    own: HeadArrays,
-    rows: tuple[jax.Array, ...],
-    how: HeadOptions,
-    local_loss: Callable[..., tuple[tuple[jax.Array, ...], LinearGradients | None]],
-    *,
-    other: HeadArrays | None = None,
-    other_layout: Dims = ((), ()),
-    num_sums: int = 2,
-    gradient: bool,
-) -> tuple[tuple[jax.Array, ...], Any]:
-    """Runs a loss of an output head's logits on shards.
+    own: HeadArrays, other: HeadArrays | None, rows: tuple[jax.Array, ...], loss: HeadLoss
+) -> tuple[jax.Array, ...]:
+    """Runs a loss on shards, and returns its sums over all tokens; the first is differentiable in
+    ``own``.
 
     Args:
-        rows: arrays [..., *], each token's in its place.
-        local_loss: (hidden [T, D], head [D, V / ways], bias, first index of this share of the
-            vocabulary, rows [T, *], the other's hidden, head and bias) -> (sums over T, gradients).
         other: of a model that gets no gradient, if any.
-        other_layout: the mesh axes of its head's dimensions in use.
-        num_sums: sums that ``local_loss`` returns.
-
-    Returns:
-        The sums over all tokens, and the gradients of hidden, head and bias, or None.
+        rows: arrays [..., *], each token's in its place.
     """
-    tokens, specs, bring = lay_out_head(*own, how.used)
+    return _run_loss(own, other, rows, loss, gradient=False)[0]
+
+
+def _backward(_, gradients, cotangents):
+    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return (*scaled, None), None, None
+
+
+def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
+    """Returns the sums, and the gradients of hidden, head and bias, or None."""
+    how = loss.how
+    tokens, specs, bring = lay_out_head(own, how.used)
     have, stored, vocab = get_layout(own[0]), get_layout(own[1]), how.used[1]
     bias_stored = None if own[2] is None else get_layout(own[2])
     token_axes, lead = tuple(axis for axes in tokens for axis in axes), len(tokens) - 1
@@ -183,7 +184,7 @@ def run_head_loss(
     other_specs, bring_other = None, None
     if other is not None:
         other = reshard(other[0], make_spec(have)), *other[1:]
-        _, other_specs, bring_other = lay_out_head(*other, other_layout)
+        _, other_specs, bring_other = lay_out_head(other, loss.other_layout)
 
     def local(own, other, rows, number):
         hidden, head, bias = bring(*own)
@@ -193,7 +194,7 @@ def run_head_loss(
             beside = beside[0].reshape(-1, beside[0].shape[-1]), *beside[1:]
         first = number[0] * head.shape[1]
         flat = tuple(a.reshape(-1, *a.shape[lead:]) for a in (hidden, *rows))
-        sums, gradients = local_loss(flat[0], head, bias, first, flat[1:], beside)
+        sums, gradients = loss.local(flat[0], head, bias, first, flat[1:], beside, gradient)
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
             return sums, None
@@ -209,21 +210,21 @@ def run_head_loss(
     return map_shards(
         local,
         (specs, other_specs, row_specs, make_spec((vocab,))),
-        ((make_spec(()),) * num_sums, specs[:3] if gradient else None),
+        ((make_spec(()),) * loss.num_sums, specs[:3] if gradient else None),
     )(own, other, rows, axis_indices(vocab))
 
 
-_fused.defvjp(partial(_sharded, gradient=True), _backward)
+run_head_loss.defvjp(partial(_run_loss, gradient=True), _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _log_probs(hidden, head, bias, whole, targets, how):
-    tokens, specs, bring = lay_out_head(hidden, head, bias, whole, how.used)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_probs(own, targets, how):
+    tokens, specs, bring = lay_out_head(own, how.used)
     rows, vocab = make_spec(tokens[:-1]), how.used[1]
     targets = reshard(targets, rows)
 
-    def local(hidden, head, bias, whole, targets, number):
-        hidden, head, bias = bring(hidden, head, bias, whole)
+    def local(own, targets, number):
+        hidden, head, bias = bring(*own)
         first = number[0] * head.shape[1]
 
         def one(token):
@@ -241,20 +242,15 @@ def _log_probs(hidden, head, bias, whole, targets, how):
             normalizer = top + jnp.log(lax.psum(jnp.exp(normalizer - top), vocab))
         return (own - normalizer).reshape(targets.shape)
 
-    run = map_shards(local, (*specs, rows, make_spec((vocab,))), rows)
-    return run(hidden, head, bias, whole, targets, axis_indices(vocab))
-
-
-def _log_probs_forward(hidden, head, bias, whole, targets, how):
-    saved = hidden, head, bias, whole, targets
-    return _log_probs(*saved, how), saved
+    run = map_shards(local, (specs, rows, make_spec((vocab,))), rows)
+    return run(own, targets, axis_indices(vocab))
 
 
 def _log_probs_backward(how, saved, cotangents):
-    hidden, head, bias, whole, targets = saved
-    weights = -cotangents
-    _, gradients = _sharded(hidden, head, bias, whole, targets, weights, how, gradient=True)
-    return *gradients, None, None
+    own, targets = saved
+    rows, loss = (targets, -cotangents), _make_cross_entropy(how)
+    _, gradients = _run_loss(own, None, rows, loss, gradient=True)
+    return (*gradients, None), None
 
 
-_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+_log_probs.defvjp(lambda *args: (_log_probs(*args), args[:2]), _log_probs_backward)

@@ -6,15 +6,13 @@ memory, or as the log-probabilities of its likeliest tokens, with all others as 
 """
 
 import math
-from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.cross_entropy import HeadArrays, HeadOptions, lay_out_head, run_head_loss
+from maxlm.parallel.cross_entropy import HeadLoss, LogitsInputs, lay_out_head, run_head_loss
 from maxlm.parallel.local import Axes, axis_indices, make_spec, map_shards
 from pallas_kernels.linear_cross_entropy import (
     compute_logits,
@@ -34,8 +32,8 @@ class StoredTeacher(NamedTuple):
 
 
 def fused_divergence_loss(
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any] | StoredTeacher,
+    student: LogitsInputs,
+    teacher: LogitsInputs | StoredTeacher,
     targets: jax.Array,
     weights: jax.Array,
     *,
@@ -48,10 +46,9 @@ def fused_divergence_loss(
     """Computes Σ weight · ((1 − ce_weight)·T²·divergence + ce_weight·cross-entropy).
 
     Args:
-        student, teacher: the arguments of
-            :func:`maxlm.parallel.cross_entropy.fused_cross_entropy_loss` up to ``soft_cap`` that
-            say what their logits are, of one vocabulary and as many tokens.
-        targets, weights, z_loss, chunk_tokens: as there.
+        student, teacher: of one vocabulary and as many tokens.
+        targets, weights, z_loss, chunk_tokens: as of
+            :func:`maxlm.parallel.cross_entropy.fused_cross_entropy_loss`.
         beta: 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between: β·KL(teacher ‖ mixture) +
             (1 − β)·KL(student ‖ mixture), the mixture being β·teacher + (1 − β)·student (Agarwal et
             al. 2024, eq. 1).
@@ -62,72 +59,17 @@ def fused_divergence_loss(
         The loss, T²·divergence and cross-entropy, fp32 sums over tokens. The first alone is
         differentiable, in the student's arrays.
     """
-    own, how = _split_arguments(student, z_loss, chunk_tokens)
-    other = other_how = None
-    stored = teacher if isinstance(teacher, StoredTeacher) else ()
-    if not isinstance(teacher, StoredTeacher):
-        other, other_how = _split_arguments(teacher, 0.0, chunk_tokens)
-    settings = how, other_how, beta, temperature, ce_weight
-    return _fused(own, other, stored, targets, weights, settings)
+    own, how = student.split(z_loss, chunk_tokens)
+    stored: Any = ()
+    other: Any = None
+    other_how: Any = None
+    if isinstance(teacher, StoredTeacher):
+        stored = teacher
+    else:
+        other, other_how = teacher.split(0.0, chunk_tokens)
+    share, vocab = ce_weight, how.used[1]
 
-
-def compute_top_log_probs(
-    model: Mapping[str, Any], k: int, *, temperature: float = 1.0, chunk_tokens: int = 1024
-) -> StoredTeacher:
-    """Returns the ``k`` likeliest tokens after each of a model's hidden states [..., D]; ``model``
-    is as the student of :func:`fused_divergence_loss`."""
-    own, how = _split_arguments(model, 0.0, chunk_tokens)
-    tokens, specs, bring = lay_out_head(*own, how.used)
-    vocab = how.used[1]
-
-    def local(own, number):
-        hidden, head, bias = bring(*own)
-        first = number[0] * head.shape[1]
-
-        def find(rows):
-            logits = compute_logits(rows, head, bias, how.soft_cap) / temperature
-            values, ids = lax.top_k(logits, min(k, logits.shape[1]))
-            if vocab:
-                values = lax.all_gather(values, vocab, axis=1, tiled=True)
-                ids = lax.all_gather(ids + first, vocab, axis=1, tiled=True)
-                values, places = lax.top_k(values, k)
-                ids = jnp.take_along_axis(ids, places, axis=1) - first
-            classes, _ = _compute_class_log_probs(logits, ids, vocab)
-            return ids + first, classes
-
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        found = lax.map(find, split_into_chunks(rows, how.chunk))
-        return jax.tree.map(
-            lambda a: a.reshape(-1, a.shape[-1])[: len(rows)].reshape(*hidden.shape[:-1], -1), found
-        )
-
-    rows = make_spec((*tokens[:-1], ()))
-    run = map_shards(local, (specs, make_spec((vocab,))), (rows, rows))
-    return StoredTeacher(*run(own, axis_indices(vocab)))
-
-
-def _split_arguments(
-    model: Mapping[str, Any], z_loss: float, chunk_tokens: int
-) -> tuple[HeadArrays, HeadOptions]:
-    how = HeadOptions(model["head_layout"], model["soft_cap"], z_loss, chunk_tokens)
-    return (model["hidden"], model["head"], how.place(model["bias"]), model["gathered_head"]), how
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _fused(own, other, stored, targets, weights, how):
-    return _sharded(own, other, stored, targets, weights, how, gradient=False)[0]
-
-
-def _backward(_, gradients, cotangents):
-    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
-    return (*scaled, None), None, None, None, None
-
-
-def _sharded(own, other, stored, targets, weights, settings, *, gradient):
-    how, other_how, beta, temperature, share = settings
-    vocab = how.used[1]
-
-    def local_loss(hidden, head, bias, first, rows, other):
+    def local(hidden, head, bias, first, rows, other, gradient):
         targets, weights, *stored = rows
         teacher: Any = (stored[0] - first, stored[1]) if other is None else other[:1]
 
@@ -164,16 +106,42 @@ def _sharded(own, other, stored, targets, weights, settings, *, gradient):
             chunk_tokens=how.chunk,
         )
 
-    return run_head_loss(
-        *(own, (targets, weights, *stored), how, local_loss),
-        other=other,
-        other_layout=other_how.used if other_how else ((), ()),
-        num_sums=3,
-        gradient=gradient,
-    )
+    loss = HeadLoss(how, local, 3, other_how.used if other_how else ((), ()))
+    return run_head_loss(own, other, (targets, weights, *stored), loss)
 
 
-_fused.defvjp(partial(_sharded, gradient=True), _backward)
+def compute_top_log_probs(
+    model: LogitsInputs, k: int, *, temperature: float = 1.0, chunk_tokens: int = 1024
+) -> StoredTeacher:
+    """Returns the ``k`` likeliest tokens after each of a model's hidden states [..., D]."""
+    own, how = model.split(0.0, chunk_tokens)
+    tokens, specs, bring = lay_out_head(own, how.used)
+    vocab = how.used[1]
+
+    def local(own, number):
+        hidden, head, bias = bring(*own)
+        first = number[0] * head.shape[1]
+
+        def find(rows):
+            logits = compute_logits(rows, head, bias, how.soft_cap) / temperature
+            values, ids = lax.top_k(logits, min(k, logits.shape[1]))
+            if vocab:
+                values = lax.all_gather(values, vocab, axis=1, tiled=True)
+                ids = lax.all_gather(ids + first, vocab, axis=1, tiled=True)
+                values, places = lax.top_k(values, k)
+                ids = jnp.take_along_axis(ids, places, axis=1) - first
+            classes, _ = _compute_class_log_probs(logits, ids, vocab)
+            return ids + first, classes
+
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found = lax.map(find, split_into_chunks(rows, how.chunk))
+        return jax.tree.map(
+            lambda a: a.reshape(-1, a.shape[-1])[: len(rows)].reshape(*hidden.shape[:-1], -1), found
+        )
+
+    rows = make_spec((*tokens[:-1], ()))
+    run = map_shards(local, (specs, make_spec((vocab,))), (rows, rows))
+    return StoredTeacher(*run(own, axis_indices(vocab)))
 
 
 def _measure_from_logits(

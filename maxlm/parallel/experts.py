@@ -28,10 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.config import MaxlmError
 from maxlm.parallel.dispatch import DispatchPlan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
     Axes,
@@ -41,7 +39,6 @@ from maxlm.parallel.local import (
     get_layout,
     make_spec,
     map_shards,
-    parse_spec,
     reduce,
 )
 
@@ -58,9 +55,8 @@ def apply_experts(
     kernels: Kernels,
     *,
     activation: Callable[[jax.Array], jax.Array],
-    kernel_specs: dict[str, PartitionSpec],
+    kernel_layouts: dict[str, Dims],
     expert_capacity: int | None = None,
-    ragged: bool | None = None,
 ) -> jax.Array:
     """Computes ``y[t] = Σ_j routing_weights[t, j] · down_e(hidden_e(x[t]))``, e = expert_ids[t, j],
     where hidden is ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
@@ -72,46 +68,21 @@ def apply_experts(
         kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], in their storage
             layouts; gradients come back in the same, and in their dtype.
         activation: element-wise; a module-level function, lest each trace compile anew.
-        kernel_specs: the layout of each kernel in use: E over axes that also split tokens, or none;
-            D whole; F over any.
+        kernel_layouts: the mesh axes of each kernel's dimensions in use, which begin those in
+            storage: E over axes that also split tokens, or none; D whole; F over any.
         expert_capacity: assignments that each expert serves of each sequence; others are dropped.
             None: all are served, in buffers for the worst case (``dispatch.DroplessDispatch``).
-        ragged: whether devices exchange rows by ragged all-to-all; None: where they can
-            (:func:`supports_ragged_all_to_all`).
 
     Returns:
         [B, S, D] in x's dtype and layout; differentiable in x, the weights and kernels, reverse
         mode.
-
-    Raises:
-        MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
-            devices with ``expert_capacity``.
     """
-    tokens = get_layout(x)
-    used = {name: parse_spec(kernel_specs[name], 3) for name in kernels}
-    if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
-        what = f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole"
-        raise MaxlmError(what, where="sharding.compute.embed", fix="set it to null")
+    tokens, used = get_layout(x), kernel_layouts
     f_axes = used["up"][2]
     # Tokens that share F's axes are gathered over them: each device then computes its part of F.
     whole = tuple(tuple(a for a in axes if a not in f_axes) for axes in tokens)
-    spread = whole[0] + whole[1]
-    if missing := [a for a in used["up"][0] if a not in spread]:
-        what = f"experts are split over mesh axis '{missing[0]}', tokens are not"
-        fix = f"add '{missing[0]}' to the rule 'batch', or take it from the rule 'expert'"
-        raise MaxlmError(what, where="sharding.compute", fix=fix)
-    if expert_capacity is not None and whole[1]:
-        what = f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}"
-        fix = "use dispatch=dropless, or mesh.context=1"
-        raise MaxlmError(what, where="model.moe.dispatch", fix=fix)
-    stored = {}
-    for name, kernel in kernels.items():
-        own = get_layout(kernel)
-        if any(a[: len(b)] != b for a, b in zip(own, used[name], strict=True)):
-            own = used[name]  # compute splits what storage does not: cut it first
-            kernels = kernels | {name: reshard(kernel, make_spec(own))}
-        stored[name] = own
-    ragged = supports_ragged_all_to_all() if ragged is None else ragged
+    stored = {name: get_layout(kernel) for name, kernel in kernels.items()}
+    ragged = supports_ragged_all_to_all()
     how = _Layouts(tokens, whole, used, stored, activation, expert_capacity, ragged)
     lies = make_spec((*tokens[:2], ()))
     return _experts(x, reshard(routing_weights, lies), reshard(expert_ids, lies), kernels, how)
@@ -156,8 +127,8 @@ class _Layouts:
         return self.whole[0] + self.whole[1]
 
     @property
-    def residual_specs(self) -> dict[str, PartitionSpec]:
-        return dict.fromkeys(("rows", "scale", "plan"), make_spec((self.spread,)))
+    def residual_spec(self) -> PartitionSpec:
+        return make_spec((self.spread,))
 
     def kernel_specs(self) -> dict[str, PartitionSpec]:
         return {name: make_spec(dims) for name, dims in self.stored.items()}
@@ -166,13 +137,6 @@ class _Layouts:
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(x, weights, chosen, kernels, how):
     return _run(x, weights, chosen, kernels, how)[0]
-
-
-def _forward(x, weights, chosen, kernels, how):
-    y, saved = _run(x, weights, chosen, kernels, how)
-    for name in ("rows", "scale", "plan"):
-        saved[name] = jax.tree.map(lambda a, n=name: checkpoint_name(a, f"expert_{n}"), saved[name])
-    return y, (saved, kernels)
 
 
 def _run(x, weights, chosen, kernels, how: _Layouts):
@@ -200,13 +164,14 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
         out = out.astype(rows.dtype)
         y = _from_slots(plan.receive_from_experts(out), plan).astype(x.dtype).reshape(x.shape)
         y = reduce(y, how.f_axes, how.whole, how.tokens)
-        return y, {"rows": rows, "scale": scale, "plan": plan}
+        return y, (rows, scale, plan)
 
-    return map_shards(
+    y, saved = map_shards(
         program,
         in_specs=(tokens, tokens, tokens, how.kernel_specs(), make_spec((how.expert_axes,))),
-        out_specs=(tokens, how.residual_specs),
+        out_specs=(tokens, how.residual_spec),
     )(x, weights, chosen, kernels, axis_indices(how.expert_axes))
+    return y, (saved, kernels)
 
 
 def _backward(how: _Layouts, residuals, d_y):
@@ -214,7 +179,7 @@ def _backward(how: _Layouts, residuals, d_y):
     tokens = make_spec(how.tokens)
 
     def program(d_y, saved, masters):
-        plan, rows = saved["plan"], saved["rows"]
+        rows, scale, plan = saved
         d_y = gather(d_y, how.tokens, how.whole)
         shape, k = d_y.shape, plan.assignment_slots.shape[1]
         kernels = _gathered(masters, rows.dtype, how)
@@ -223,7 +188,7 @@ def _backward(how: _Layouts, residuals, d_y):
         def add(sums, own: Kernels):
             d_rows, d_scale = sums
             weigh = partial(_weighted, activation=how.activation)
-            weighted, transpose = jax.vjp(weigh, _hidden(plan, rows, own), saved["scale"])
+            weighted, transpose = jax.vjp(weigh, _hidden(plan, rows, own), scale)
             d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], transposed=True))
             grads = {name: plan.outer_product(rows, d) for name, d in d_hidden.items()}
             grads["down"] = plan.outer_product(weighted, d_out)
@@ -232,7 +197,7 @@ def _backward(how: _Layouts, residuals, d_y):
             return (d_rows, d_scale + d_own_scale), grads
 
         wide = jnp.promote_types(rows.dtype, jnp.float32)
-        zeros = jnp.zeros(rows.shape, wide), jnp.zeros_like(saved["scale"])
+        zeros = jnp.zeros(rows.shape, wide), jnp.zeros_like(scale)
         (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
         assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
@@ -250,13 +215,13 @@ def _backward(how: _Layouts, residuals, d_y):
 
     d_x, d_weights, grads = map_shards(
         program,
-        in_specs=(tokens, how.residual_specs, how.kernel_specs()),
+        in_specs=(tokens, how.residual_spec, how.kernel_specs()),
         out_specs=(tokens, tokens, how.kernel_specs()),
     )(d_y, saved, kernels)
     return d_x, d_weights, None, grads
 
 
-_experts.defvjp(_forward, _backward)
+_experts.defvjp(_run, _backward)
 
 
 def _gathered(kernels: Kernels, dtype: Any, how: _Layouts) -> Kernels:

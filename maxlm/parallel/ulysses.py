@@ -14,7 +14,6 @@ from jax import lax
 from maxlm.parallel.context import (
     DistanceBias,
     Segments,
-    SequenceShard,
     SequenceSplit,
     sequence_order_indices,
 )
@@ -22,20 +21,18 @@ from maxlm.parallel.local import gather
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
 
-def attend_shard_forward(shard: SequenceShard) -> tuple[jax.Array, jax.Array]:
+def attend_shard_forward(split, number, q, k, v, segments, added) -> tuple[jax.Array, jax.Array]:
     """See :func:`blocks.attend_shard_forward`; n divides N, and log-sum-exps are of all rows in
     sequence order and this device's share of heads, fp32 [B, S, N / n]."""
-    split, number, q, k, v, segments, added = shard
     q, k, v = _whole_rows(split, q, k, v)
     o, lse = attention_forward(q, k, v, **_options(split, number, segments, added))
     return _to_rows(o, split), lse
 
 
 def attend_shard_backward(
-    shard: SequenceShard, o: jax.Array, lse: jax.Array, d_o: jax.Array
+    split, number, q, k, v, segments, added, o: jax.Array, lse: jax.Array, d_o: jax.Array
 ) -> tuple[jax.Array, ...]:
     """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
-    split, number, q, k, v, segments, added = shard
     copies = _copies(k.shape[2], split.num_shards)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
@@ -76,7 +73,7 @@ def _options(
         return lax.dynamic_slice_in_dim(x, number * size, size)
 
     mask = {"segment_ids": _whole_segments(split, segments), **split.mask_kwargs}
-    return {**mask, **split.score_kwargs, **jax.tree.map(own, added)._asdict()}
+    return {**mask, **split.score_kwargs(jax.tree.map(own, added))}
 
 
 def _among_all(x: jax.Array, split: SequenceSplit, number: jax.Array) -> jax.Array:

@@ -12,9 +12,8 @@ from itertools import chain
 import numpy as np
 
 from maxlm.plan.network import PlannedCollective
-from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
-from maxlm.plan.workload import FP32, Number
+from maxlm.plan.workload import FP32, Number, StepShape
 
 
 def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:

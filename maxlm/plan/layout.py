@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import Requirement, check_requirements
+from maxlm.config.errors import Requirement, check_requirements
 from maxlm.inference.sampling import check_samples
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
@@ -18,7 +18,6 @@ from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import MESH_AXES, Placement
-from maxlm.tasks import FrozenModelSource
 from maxlm.train.batch import require_batch_split
 
 
@@ -57,7 +56,7 @@ def place_run(
 
 def place_frozen_models(
     config: RunConfig,
-    sources: Mapping[str, FrozenModelSource],
+    sources: Mapping[str, str | None],
     sizes: Mapping[str, int],
     dtype: Any,
 ) -> dict[str, PlacedModel]:
@@ -119,7 +118,7 @@ def compute_run_layout(
 ) -> RunLayout:
     """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""
     placed = place_run(config, sizes, jnp.float32)
-    work, split = RunWorkload.from_config(config, jnp.float32), MeshPartitioning(config, sizes)
+    work, split = RunWorkload(config, jnp.float32), MeshPartitioning(config, sizes)
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
     rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)

@@ -16,10 +16,9 @@ from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
-from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
-from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload
+from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, StepShape
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
@@ -106,7 +105,7 @@ class CollectiveCost(PlannedCollective):
     """Seconds of a step."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunPlan:
     """The plan of a run. Without a machine there are no times."""
 
@@ -118,39 +117,19 @@ class RunPlan:
     time: StepTime | None
     goodput: Goodput | None
 
-    @property
-    def checkpoint_every(self) -> int:
-        return self.shape.work.config.checkpoint.every_steps
-
-    @property
-    def memory_limit_bytes(self) -> float | None:
+    def __post_init__(self) -> None:
+        chip, layout = self.machine and self.machine.chip, self.layout
+        limit, total = chip and chip.memory_bytes, float(self.memory.total)
+        self.checkpoint_every = self.shape.work.config.checkpoint.every_steps
+        self.memory_limit_bytes = limit
         """Bytes of main memory that a program may use."""
-        return self.machine.chip.memory_bytes if self.machine else None
-
-    @property
-    def fits(self) -> bool | None:
-        limit = self.memory_limit_bytes
-        return None if limit is None else float(self.memory.total) <= limit
-
-    @property
-    def barely_fits(self) -> bool:
+        self.fits = None if limit is None else total <= limit
+        self.barely_fits = limit is not None and FILL * limit < total <= limit
         """Whether the run fits by less than the plan may be wrong."""
-        limit = FILL * (self.memory_limit_bytes or 0.0)
-        return bool(self.fits) and float(self.memory.total) > limit
-
-    @property
-    def step_seconds(self) -> float | None:
-        return None if self.time is None else float(self.time.total)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        seconds = self.step_seconds
-        return None if seconds is None else self.layout.tokens_per_step / seconds
-
-    @property
-    def total_peak_flops_per_second(self) -> float | None:
+        self.step_seconds = seconds = self.time and float(self.time.total)
+        self.tokens_per_second = seconds and layout.tokens_per_step / seconds
+        self.total_peak_flops_per_second = chip and chip.peak_flops["bf16"] * layout.devices
         """FLOP/s of all devices together."""
-        return self.machine and self.machine.chip.peak_flops["bf16"] * self.layout.devices
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
@@ -219,7 +198,7 @@ def plan_run(
         split = MeshPartitioning(config, sizes)
         links = {a: machine.link((a,), split) for a in MESH_AXES if sizes[a] > 1}
     layout = compute_run_layout(config, sizes, links)
-    work, micro = RunWorkload.from_config(config, dtype), config.train.micro_batches
+    work, micro = RunWorkload(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
     held, sends, time = estimate_costs(shape, machine)
     good = None

@@ -5,10 +5,9 @@ to write the machine's devices as a product of mesh axes is one; batch, sequence
 they are, so that every candidate trains the same run.
 """
 
-import heapq
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
 
@@ -16,12 +15,11 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.config.requirements import is_divisor
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
-from maxlm.plan.workload import MeshPartitioning, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
@@ -68,7 +66,6 @@ class SearchResult:
     min_peak_bytes: float
     """Bytes at the peak of whichever needs least; infinite where none is possible."""
     search_seconds: float
-    """Seconds."""
     last_refusal: str | None
     """Why the last one that fits and is not among the best was refused."""
 
@@ -76,22 +73,33 @@ class SearchResult:
 def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> SearchResult:
     """Ranks all layouts of a run on a machine; where none fits there is no best."""
     began = time.perf_counter()
-    fitted: list[_Batch] = []
-    tried = possible = fitting = 0
+    # Seconds, memory, micro-batches and mesh of candidates that fit; and what their batch shares.
+    fitting, shared = [np.empty((3 + len(MESH_AXES), 0))], []
+    num_tried = num_divisible = 0
     least = np.inf
-    for count, batch in _list_batches(config, machine):
-        tried, possible = tried + count, possible + len(batch.micro)
-        if len(batch.micro):
-            batch = batch.evaluate(machine)
-            least = min(least, float(batch.memory.min()))
-            batch = batch.select(batch.memory <= FILL * machine.chip.memory_bytes)
-            fitting += len(batch.micro)
-            fitted.append(batch)
-    ranked = heapq.merge(*map(_Batch.rank, fitted), key=lambda own: (own.seconds, own.memory))
+    for count, shape in _list_shapes(config, machine):
+        num_tried += count
+        if not (divisible := len(shape.micro_batches)):
+            continue
+        num_divisible += divisible
+        held, _, taken = estimate_costs(shape, machine)
+        assert taken is not None
+        sizes = (shape.split.sizes[axis] for axis in MESH_AXES)
+        figures = taken.total, held.total, shape.micro_batches, *sizes
+        columns = np.stack(np.broadcast_arrays(*figures))
+        least = min(least, float(columns[1].min()))
+        columns = columns[:, columns[1] <= FILL * machine.chip.memory_bytes]
+        fitting.append(columns)
+        shared += [(shape.remat, shape.work.config.sharding.compute.residual)] * columns.shape[1]
+    rows = np.concatenate(fitting, axis=1).T
+    order = np.lexsort((rows[:, 1], rows[:, 0])).tolist()
     spent = time.perf_counter() - began
     best: list[Candidate] = []
     refusal = None
-    for place, candidate in enumerate(ranked, 1):
+    for place, i in enumerate(order, 1):
+        *costs, micro_batches = rows[i, :3].tolist()
+        mesh = dict(zip(MESH_AXES, map(int, rows[i, 3:]), strict=True))
+        candidate = Candidate(mesh, int(micro_batches), *shared[i], *costs)
         try:
             plan_run(candidate.apply(config), machine)
             best.append(candidate)
@@ -99,44 +107,13 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
             refusal = str(error)
         if len(best) == top or place - len(best) == _REFUSALS:
             break
-    return SearchResult(tuple(best), tried, possible, fitting, float(least), spent, refusal)
+    counts = num_tried, num_divisible, len(order)
+    return SearchResult(tuple(best), *counts, least, spent, refusal)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Candidates with one remat policy and one set of rules."""
-
-    work: RunWorkload
-    remat: RematPolicy
-    sizes: dict[str, np.ndarray]
-    micro: np.ndarray
-    memory: np.ndarray
-    """Bytes at the peak and seconds a step, once they are evaluated."""
-    seconds: np.ndarray
-
-    def select(self, which: np.ndarray) -> "_Batch":
-        sizes = {axis: n[which] for axis, n in self.sizes.items()}
-        arrays = self.micro[which], self.memory[which], self.seconds[which]
-        return _Batch(self.work, self.remat, sizes, *arrays)
-
-    def evaluate(self, machine: Machine) -> "_Batch":
-        shape = make_step_shape(self.work, self.sizes, self.micro, self.remat, machine)
-        held, _, taken = estimate_costs(shape, machine)
-        assert taken is not None
-        memory, seconds, _ = np.broadcast_arrays(held.total, taken.total, self.micro)
-        return replace(self, memory=memory, seconds=seconds)
-
-    def rank(self) -> Iterator[Candidate]:
-        """Quickest first, one by one: few of very many are ever looked at."""
-        residual = self.work.config.sharding.compute.residual
-        for i in np.lexsort((self.memory, self.seconds)).tolist():
-            sizes = {axis: int(n[i]) for axis, n in self.sizes.items()}
-            costs = float(self.seconds[i]), float(self.memory[i])
-            yield Candidate(sizes, int(self.micro[i]), self.remat, residual, *costs)
-
-
-def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _Batch]]:
-    """Yields the number of candidates in each batch, and those that divide as they must."""
+def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, StepShape]]:
+    """Yields the number of candidates with one remat policy and one set of rules, and the steps of
+    those that divide as they must."""
     dtype = resolve_compute_dtype(config.compute_dtype, machine.topology.platform)
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
@@ -145,19 +122,19 @@ def _list_batches(config: RunConfig, machine: Machine) -> Iterator[tuple[int, _B
     micro = np.array([n for _, n in pairs], float)
     sizes = {a: np.ones(len(pairs)) for a in MESH_AXES}
     sizes |= dict(zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True))
-    given, unknown = config.sharding.compute.residual, np.full(len(pairs), np.nan)
+    given = config.sharding.compute.residual
     for residual in dict.fromkeys((given, *_RESIDUAL)):
         compute = config.sharding.compute.model_copy(update={"residual": residual})
         rules = config.sharding.model_copy(update={"compute": compute})
-        work = RunWorkload.from_config(config.model_copy(update={"sharding": rules}), dtype)
+        work = RunWorkload(config.model_copy(update={"sharding": rules}), dtype)
         divides = _find_divisible(work, sizes, micro, machine)
         if residual != given:
             # Rules that differ over axes of one device are the same candidate.
             differing = set(residual) ^ set(given)
             divides &= np.any([sizes[axis] > 1 for axis in differing], axis=0)
+        own = {axis: n[divides] for axis, n in sizes.items()}
         for remat in get_args(RematPolicy):
-            batch = _Batch(work, remat, sizes, micro, unknown, unknown)
-            yield len(pairs), batch.select(divides)
+            yield len(pairs), make_step_shape(work, own, micro[divides], remat, machine)
 
 
 def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -181,7 +158,7 @@ def _find_divisible(
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):
-                good &= is_divisor(split.num_devices(own.mesh_axes(axis)), size)
+                good &= size % split.num_devices(own.mesh_axes(axis)) == 0
     topology = machine.topology
     if topology.platform == "gpu":
         good &= topology.shape[-1] % sizes["tensor"] == 0

@@ -1,5 +1,5 @@
-"""The cost of serving a model on a machine: what is held, how many sequences fit, and how long
-tokens take.
+"""The cost of serving a model on a machine: what is held, how many sequences fit, how long tokens
+take, and the search over splits.
 
 A replica decodes its rows one token each a step, all of them for as long as a request lives. A step
 takes, on a device, the longer of reading and of computing, for weights and for caches apart:
@@ -17,10 +17,12 @@ published runs (``benchmarks/plan_serving.py``). Not counted: queues, uneven len
 prefixes, speculation, and the time of a tokenizer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -38,8 +40,8 @@ from maxlm.plan.serving_cache import (
     LayerCache,
     count_layer_caches,
     count_sequence_bytes,
+    count_token_bytes,
 )
-from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import (
     EFFICIENCY,
     count_device_flops,
@@ -47,14 +49,16 @@ from maxlm.plan.timing import (
     estimate_elementwise_bytes,
     estimate_time,
 )
-from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, TokensPerRow
+from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, StepShape, TokensPerRow
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig
+from maxlm.sharding import MeshConfig, mesh_sizes
 
 WeightFormat = Literal["auto", "fp8", "int8"]
 """Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that anyway."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
+# Rows of a replica beyond which no plan looks.
+_MOST_ROWS = 8192
 
 
 class DecodeEfficiency(NamedTuple):
@@ -113,7 +117,7 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
     data = DataConfig(seq_len=options.prompt, batch_size=1)
     run = RunConfig(**{key: getattr(config, key) for key in kept}, data=data)
     dtype = resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
-    return RunWorkload.from_config(run, dtype)
+    return RunWorkload(run, dtype)
 
 
 def place_served_model(
@@ -136,12 +140,13 @@ def place_served_model(
     placed = place_model(*how, training=None, adapter=run.adapter)
     assert isinstance(placed.model, Decoder)
     sharding = run.sharding.model_copy(update={"compute": placed.compute})
-    work = replace(work, config=run.model_copy(update={"sharding": sharding}))
+    work = copy(work)
+    work.config = run.model_copy(update={"sharding": sharding})
     layers = count_layer_caches(placed.model, cache, machine.topology.platform)
     return ServedModel(work, machine, options, sizes, cache, layers)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServedModel:
     """A model on one split. Bytes, FLOPs and seconds are of one device; rows are the sequences of
     one replica, a number or an array of them."""
@@ -154,21 +159,14 @@ class ServedModel:
     layer_caches: Mapping[LayerCache, int]
     """Caches of layers, and the number of layers that have each."""
 
-    @property
-    def split(self) -> MeshPartitioning:
-        return MeshPartitioning(self.work.config, self.sizes)
-
-    @property
-    def matmul_dtype(self) -> str:
+    def __post_init__(self) -> None:
         chip, weights = self.machine.chip, self.options.weights
+        self.split = MeshPartitioning(self.work.config, self.sizes)
         has_products = weights in chip.peak_flops  # of this dtype
-        return weights if has_products else select_matmul_dtype(chip, self.work.dtype_bytes)
-
-    @property
-    def read_bandwidth(self) -> float:
+        other = select_matmul_dtype(chip, self.work.dtype_bytes)
+        self.matmul_dtype = weights if has_products else other
+        self.read_bandwidth = chip.memory_bandwidth * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
-        chip = self.machine.chip
-        return chip.memory_bandwidth * DECODE_EFFICIENCY[chip.family].reading
 
     @cached_property
     def weight_bytes(self) -> dict[str, float]:
@@ -230,8 +228,9 @@ class ServedModel:
         the logits of each row's last token."""
         config = self.work.config
         data = config.data.model_copy(update={"batch_size": rows * self.sizes["data"]})
-        config = config.model_copy(update={"data": data})
-        work = replace(self.work, config=config, tokens_per_row=TokensPerRow(tokens, tokens))
+        work = copy(self.work)
+        work.config = config.model_copy(update={"data": data})
+        work.tokens_per_row = TokensPerRow(tokens, tokens)
         shape = make_step_shape(work, self.sizes, 1, "none", self.machine)
         sends, size = list_collectives(shape), rows * config.model.vocab_size * FP32
         axes = self.split.compute.vocab
@@ -293,3 +292,152 @@ class ServedModel:
                 tokens = min(context, layer.window or context)
                 flops += 2 * num_layers * own.num_heads * width * tokens
         return flops / float(self._count_shards(("heads",)))
+
+
+@dataclass(frozen=True)
+class ServingPoint:
+    """Serving at one number of sequences."""
+
+    batch: int
+    """Sequences on all devices together."""
+    tpot_seconds: float
+    """Seconds between a sequence's tokens, with the prompts computed in between."""
+    tokens_per_second: float
+    """New tokens of all sequences."""
+    time: dict[str, float]
+    """Seconds of a step's parts, and in all (:meth:`ServedModel.estimate_decode_seconds`)."""
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """A model served on one split; plain data but for classes like this one."""
+
+    name: str
+    machine: dict[str, Any]
+    devices: int
+    mesh: dict[str, int]
+    cache: CacheFormat
+    options: ServingOptions
+    memory: dict[str, float]
+    """Bytes of a device: parts, in all, and what there is."""
+    token_cache_bytes: float
+    """Bytes that one more token takes on a replica's devices together, before a window is full."""
+    sequence_cache_bytes: float
+    """Bytes of a finished request's caches there, one copy."""
+    max_batch: int
+    """Sequences that fit, on all devices together."""
+    fits: bool
+    meets_targets: bool
+    ttft_seconds: float
+    """Seconds to the first token of a prompt that is alone on its replica."""
+    point: ServingPoint
+    curve: tuple[ServingPoint, ...]
+
+    @property
+    def is_good(self) -> bool:
+        return self.fits and self.meets_targets
+
+
+def plan_served_model(served: ServedModel) -> ServingPlan:
+    """Plans one split; too little memory is no error."""
+    options, machine, replicas = served.options, served.machine, served.sizes["data"]
+    most, longest = served.count_max_rows(), (options.tpot_ms or np.inf) / 1e3
+    rows = min(max(most, 1), _MOST_ROWS)
+    if options.batch is None:
+        points = list_serving_points(served, [replicas * n for n in range(1, rows + 1)])
+        in_time = (point for point in points if point.tpot_seconds <= longest)
+        point = max(in_time, key=lambda point: point.tokens_per_second, default=points[0])
+    else:
+        (point,) = list_serving_points(served, [options.batch])
+    doubled = (replicas * 2**i for i in range(rows.bit_length()))
+    memory = served.count_memory_bytes(-(-point.batch // replicas))
+    memory |= {"total": sum(memory.values()), "limit": machine.chip.memory_bytes}
+    first = float(served.estimate_prefill_seconds())
+    return ServingPlan(
+        name=served.work.config.name,
+        machine=machine.to_json() | {"decode": DECODE_EFFICIENCY[machine.chip.family]._asdict()},
+        devices=machine.topology.devices,
+        mesh=dict(served.sizes),
+        cache=served.cache,
+        options=options,
+        memory=memory,
+        token_cache_bytes=count_token_bytes(served.layer_caches),
+        sequence_cache_bytes=count_sequence_bytes(served.layer_caches, options.length),
+        max_batch=most * replicas,
+        fits=point.batch <= most * replicas,
+        meets_targets=point.tpot_seconds <= longest and 1e3 * first <= (options.ttft_ms or np.inf),
+        ttft_seconds=first,
+        point=point,
+        curve=list_serving_points(served, sorted({*doubled, replicas * rows, point.batch})),
+    )
+
+
+def list_serving_points(served: ServedModel, batches: Sequence[int]) -> tuple[ServingPoint, ...]:
+    """Lists serving at each number of sequences; replicas with unequal shares are as slow as the
+    one with most."""
+    rows = np.ceil(np.asarray(batches, float) / served.sizes["data"])
+    time = served.estimate_decode_seconds(rows)
+    tpot = time["total"] + served.estimate_prefill_share_seconds(rows)
+    columns = (column.tolist() for column in np.broadcast_arrays(tpot, *time.values()))
+    return tuple(
+        ServingPoint(batch, seconds, batch / seconds, dict(zip(time, parts, strict=True)))
+        for batch, seconds, *parts in zip(batches, *columns, strict=True)
+    )
+
+
+def _rank(plan: ServingPlan) -> tuple[int, float]:
+    if plan.is_good:
+        return 0, -plan.point.tokens_per_second
+    return (1, plan.point.tpot_seconds) if plan.fits else (2, plan.memory["total"])
+
+
+def search_serving(
+    config: RunConfig,
+    machine: Machine,
+    options: ServingOptions = ServingOptions(),
+    *,
+    tensor: int | None = None,
+    caches: Sequence[CacheFormat] = ("auto",),
+) -> tuple[list[ServingPlan], str | None]:
+    """Plans splits of all devices into replicas, with every cache.
+
+    Args:
+        tensor: devices of a replica; None: each number that divides the machine's.
+
+    Returns:
+        Plans that fit and are in time first, by tokens a second; then others that fit, by time per
+        token; then those that need the fewest bytes. And why the last split that the model cannot
+        have was refused.
+
+    Raises:
+        MaxlmError: the model cannot be served, or cannot be split so at all; but not for too little
+            memory.
+    """
+    work, devices = read_workload(config, machine, options), machine.topology.devices
+    plans: list[ServingPlan] = []
+    refusal: MaxlmError | None = None
+    splits = [tensor] if tensor else [n for n in range(1, devices + 1) if devices % n == 0]
+    for split, cache in product(splits, caches):
+        try:
+            served = place_served_model(work, machine, options, split, cache)
+        except MaxlmError as error:
+            refusal = error
+        else:
+            plans.append(plan_served_model(served))
+    if refusal and not plans:
+        raise refusal
+    return sorted(plans, key=_rank), refusal and str(refusal)
+
+
+def count_replica_devices(mesh: MeshConfig, machine: Machine) -> int:
+    """Counts the devices of each replica (``tensor``); ``data`` and ``fsdp`` count replicas.
+
+    Raises:
+        MaxlmError: another axis of the mesh splits something.
+    """
+    sizes = mesh_sizes(mesh, machine.topology.devices)
+    others = [axis for axis in ("stage", "expert", "context") if sizes[axis] > 1]
+    if others:
+        what, fix = f"{others[0]} does not split what is served", "use data and tensor"
+        raise MaxlmError(what, where="--mesh", fix=fix)
+    return sizes["tensor"]

@@ -1,7 +1,6 @@
-"""A plan as tables for a terminal, and as a page for a browser."""
+"""Plans as tables for a terminal."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -12,8 +11,7 @@ from maxlm.models.architectures.config import strip_stack_name
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import SearchResult
-from maxlm.runtime.files import replace_file
-from maxlm.runtime.report_page import render_report_page
+from maxlm.plan.serving import ServingPlan
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
 OPTIMAL = 20
@@ -111,31 +109,21 @@ def format_fit_verdict(plan: RunPlan) -> str:
 
 
 def make_table(
-    title: str,
+    title: str | None,
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table under a title, which may be wider; see :func:`make_untitled_table`."""
-    table = make_untitled_table(columns, rows, right, wrap)
-    return Group(Text(f"\n{title}", style="italic"), table)
-
-
-def make_untitled_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    right: Container[str],
-    wrap: Container[str] = (),
-) -> Table:
-    """Makes a table whose columns align right and wrap by name."""
+    """Makes a table whose columns align right and wrap by name, under a title, which may be
+    wider."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if name in right else "left"
         table.add_column(name, justify=justify, no_wrap=name not in wrap, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
+    return Group(*([Text(f"\n{title}", style="italic")] if title else []), table)
 
 
 def _parameters(layout: RunLayout) -> Group:
@@ -248,10 +236,11 @@ def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = Non
     return "\n".join(lines)
 
 
-def render_plan_vs_compiler_table(figures: Mapping[str, tuple[float | None, float]]) -> Group:
+def render_plan_vs_compiler_table(figures: Mapping[str, Mapping[str, float | None]]) -> Group:
     """Renders parts of a device's memory, bytes, as planned and as compiled."""
     cells = []
-    for what, (ours, theirs) in figures.items():
+    for what, sizes in figures.items():
+        ours, theirs = sizes["plan"], sizes["compiler"] or 0
         planned = "" if ours is None else format_bytes(ours)
         deviation = f"{ours / theirs - 1:+.1%}" if ours and theirs else ""
         cells.append((what, planned, format_bytes(theirs), deviation))
@@ -274,12 +263,92 @@ def render_candidates_table(result: SearchResult, memory_limit_bytes: float) -> 
     return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
 
 
-def render_report(plan: Mapping[str, Any]) -> str:
-    """Renders what ``RunPlan.to_json`` returns as one HTML page that needs no network."""
-    return render_report_page("maxlm.plan", str(plan["name"]), plan)
+def render_serving_tables(
+    plan: ServingPlan, *, price_per_device_hour: float | None = None
+) -> Group:
+    """Renders a plan, with the price of an accelerator's hour in whatever currency."""
+    options, point, rate = plan.options, plan.point, plan.point.tokens_per_second
+    each, whole = map(format_bytes, (plan.token_cache_bytes, plan.sequence_cache_bytes))
+    lines = [
+        f" · {_describe_split(plan)} · cache {plan.cache} · weights {options.weights} · requests"
+        f" of {options.prompt:,} + {options.new:,} tokens\n"
+        f"{plan.machine['name']}: {plan.machine['words']}\n",
+        f"cache: {each} a token, {whole} a sequence of {options.length:,}",
+        f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
+        f"{point.batch:,} sequences: {format_seconds(point.tpot_seconds)} a token, "
+        f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
+    ]
+    if price_per_device_hour is not None:
+        price = price_per_device_hour * plan.devices / 3600 / rate
+        lines.append(f"{1e6 * price:,.3g} for a million new tokens")
+    verdict = (format_serving_verdict(plan), "bold")
+    head = Text.assemble((plan.name, "bold"), lines[0], verdict)
+    memory = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()]
+    step = [
+        (name, format_seconds(seconds), f"{seconds / point.time['total']:.1%}")
+        for name, seconds in point.time.items()
+    ]
+    curve = [
+        (
+            f"{own.batch:,}{' ←' if own == point else ''}",
+            *map(format_seconds, (own.time["total"], own.tpot_seconds)),
+            f"{own.tokens_per_second:,.0f}",
+            f"{own.tokens_per_second / plan.devices:,.0f}",
+        )
+        for own in plan.curve
+    ]
+    title, sizes, times = f"A step of {point.batch:,} sequences", ("bytes", ""), ("time", "share")
+    rates = ("step", "a token", "tokens/s", "a device")
+    return Group(
+        head,
+        Text("\n".join(lines[1:])),
+        make_table("Memory of each device", ("what", *sizes), memory, sizes),
+        make_table(title, ("what", *times), step, times),
+        make_table("By sequences at once", ("sequences", *rates), curve, rates),
+    )
 
 
-def write_report(plan: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the page atomically."""
-    with replace_file(Path(path).absolute()) as new:
-        new.write_text(render_report(plan), "utf-8")
+def format_serving_verdict(plan: ServingPlan) -> str:
+    """Formats whether it fits and is in time, and what to do where not."""
+    total, limit = (format_bytes(plan.memory[name]) for name in ("total", "limit"))
+    need = f"{total} of {limit} a device"
+    if not plan.fits:
+        what = f"{plan.point.batch:,} sequences need {need}, {plan.max_batch:,} fit"
+        if not plan.max_batch:
+            what = f"not one sequence a replica: {need}"
+        return (
+            f"does not fit: {what}; split over more devices (tensor in --mesh), or choose a "
+            "smaller --cache, --weights, --batch or --prompt"
+        )
+    words, missed = f"fits: {need}, {plan.max_batch:,} sequences at most", []
+    for name, most, value in (
+        ("first token", plan.options.ttft_ms, plan.ttft_seconds),
+        ("token", plan.options.tpot_ms, plan.point.tpot_seconds),
+    ):
+        if most is not None and 1e3 * value > most:
+            missed.append(f"{format_seconds(value)} a {name}, not {format_seconds(most / 1e3)}")
+    return f"{words}, but too slow: {' and '.join(missed)}" if missed else words
+
+
+def render_serving_search(plans: list[ServingPlan], top: int) -> Group:
+    """Renders the best of a search."""
+    good = [plan for plan in plans if plan.is_good]
+    rows = [
+        (
+            _describe_split(plan),
+            plan.cache,
+            f"{plan.point.batch:,}",
+            f"{plan.point.tokens_per_second / plan.devices:,.0f}",
+            *map(format_seconds, (plan.point.tpot_seconds, plan.ttft_seconds)),
+            format_bytes(plan.memory["total"]),
+        )
+        for plan in good[:top]
+    ]
+    columns = ("sequences", "tokens/s\na device", "a token", "first\ntoken", "memory")
+    title = f"{len(plans)} splits and caches, {sum(plan.fits for plan in plans)} fit, "
+    title += f"{len(good)} are in time too"
+    return make_table(title, ("mesh", "cache", *columns), rows, columns)
+
+
+def _describe_split(plan: ServingPlan) -> str:
+    return " ".join(f"{axis}={plan.mesh[axis]}" for axis in ("data", "tensor"))

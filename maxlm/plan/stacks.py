@@ -2,14 +2,14 @@
 (``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.config import strip_stack_name
-from maxlm.models.costs import AttentionCosts, Branch, BranchCosts, ExpertCosts, FeatureKind
+from maxlm.models.architectures.config import LayerStack, TrunkSpec, strip_stack_name
+from maxlm.models.costs import AttentionCosts, Branch, ExpertCosts, FeatureKind
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
 
 
@@ -112,114 +112,88 @@ class AttentionShape(NamedTuple):
     """Whether scores gain learnt biases by distance."""
 
 
-@dataclass(frozen=True)
 class Stack:
-    """Layers whose parameters lie in one stack."""
+    """Layers whose parameters lie in one stack.
 
-    name: str
-    num_layers: int
-    period: int
-    """Layers that one turn of the scan runs."""
-    specs: Mapping[str, ParamSpec]
-    base_specs: Mapping[str, ParamSpec]
-    """``specs`` without what an adapter adds."""
-    branches: tuple[BranchCosts, ...]
-    matmul_groups: tuple[MatmulGroup, ...]
-    """Matrix products by name; without what an adapter adds, like the router."""
-    adapter_kernels: tuple[Kernel, ...]
-    """Matrices that an adapter adds."""
-    router: Kernel | None
-    attention_layer_counts: Counter[AttentionShape]
-    """Number of layers of each shape."""
-    token_ratio: float
-    """Tokens that go through for each of the batch."""
+    Args:
+        seq_len: tokens of a row in a decoder.
+        encoder_len: tokens of a row in an encoder beside it.
+        trained_names: the base's parameters that have gradients.
+    """
 
-    @property
-    def cross_attention(self) -> bool:
-        return any(branch.branch == "cross_attention" for branch in self.branches)
+    def __init__(
+        self,
+        model: Model,
+        trunk: TrunkSpec,
+        part: LayerStack,
+        seq_len: int,
+        encoder_len: int,
+        trained_names: Set[str],
+    ):
+        self.name = f"{trunk.prefix}{part.name}"
+        self.num_layers = part.num_layers
+        self.period = len(part.kinds)
+        """Layers that one turn of the scan runs."""
+        encoder_rate = encoder_len / seq_len
+        length, rate = (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
+        self.token_ratio = rate
+        """Tokens that go through for each of the batch."""
+        tree = param_specs(model)
+        self.specs, self.base_specs = (
+            {n: spec for n, spec in flatten_names(each).items() if n.startswith(f"{self.name}.")}
+            for each in (tree, select_base_params(tree))
+        )
+        """All parameters, and those without what an adapter adds."""
+        self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()
+        self.cross_attention = any(own.branch == "cross_attention" for own in self.branches)
+        self.matmul_groups = self._list_matmuls(trained_names, encoder_rate)
+        """Matrix products by name; without what an adapter adds, like the router."""
+        self.adapter_kernels = tuple(
+            make_kernel(n, spec, self.specs.keys())
+            for n, spec in self.specs.items()
+            if spec.role == "matrix" and all(spec is not own for own in self.base_specs.values())
+        )
+        """Matrices that an adapter adds."""
+        self.experts: ExpertCosts | None = None
+        self.router: Kernel | None = None
+        self.attention_layer_counts: Counter[AttentionShape] = Counter()
+        """Number of layers of each shape."""
+        biased = model.config.positions.kind == "relative"
+        for branch in self.branches:
+            heads, experts = branch.costs.attention, branch.costs.experts
+            if heads and branch.branch == "cross_attention":
+                own = AttentionShape(length, encoder_len, False, None, heads, rate)
+                self.attention_layer_counts[own] += part.num_layers
+            elif heads:
+                for kind in part.kinds:
+                    seen = trunk.causal, kind.window, heads, rate, biased
+                    own = AttentionShape(length, length, *seen)
+                    self.attention_layer_counts[own] += part.num_layers // len(part.kinds)
+            if experts:
+                path = f"{self.name}.{branch.module}.{experts.router}"
+                self.router = make_kernel(path, self.base_specs[path], trained_names)
+                self.experts = experts
 
     def heads(self, branch: Branch = "mixer") -> AttentionCosts | None:
         return next((own.costs.attention for own in self.branches if own.branch == branch), None)
 
-    @property
-    def experts(self) -> ExpertCosts | None:
-        return next((own.costs.experts for own in self.branches if own.costs.experts), None)
-
-
-def list_stacks(
-    model: Model, seq_len: int, encoder_len: int, trained_names: Set[str]
-) -> Iterator[Stack]:
-    """Lists all stacks, in the order in which they are run, of rows of ``encoder_len`` tokens in an
-    encoder beside ``seq_len`` in its decoder; ``trained_names``: the base's parameters that have
-    gradients."""
-    tree, encoder_rate = param_specs(model), encoder_len / seq_len
-    all_specs, base_specs = flatten_names(tree), flatten_names(select_base_params(tree))
-    biased = model.config.positions.kind == "relative"
-    for trunk in model.config.trunks:
-        length, rate = (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
-        for part in trunk.stacks:
-            name = f"{trunk.prefix}{part.name}"
-            branches = model.trunks[trunk.prefix].stacks[part.name].costs()
-            specs, base = (
-                {n: spec for n, spec in each.items() if n.startswith(f"{name}.")}
-                for each in (all_specs, base_specs)
-            )
-            attention: Counter[AttentionShape] = Counter()
-            router = None
-            for branch in branches:
-                heads, experts = branch.costs.attention, branch.costs.experts
-                if heads and branch.branch == "cross_attention":
-                    own = AttentionShape(length, encoder_len, False, None, heads, rate)
-                    attention[own] += part.num_layers
-                elif heads:
-                    for kind in part.kinds:
-                        seen = trunk.causal, kind.window, heads, rate, biased
-                        own = AttentionShape(length, length, *seen)
-                        attention[own] += part.num_layers // len(part.kinds)
-                if experts:
-                    path = f"{name}.{branch.module}.{experts.router}"
-                    router = make_kernel(path, base[path], trained_names)
-            yield Stack(
-                name=name,
-                num_layers=part.num_layers,
-                period=len(part.kinds),
-                specs=specs,
-                base_specs=base,
-                branches=branches,
-                matmul_groups=_list_matmuls(
-                    name, branches, base, trained_names, rate, encoder_rate
-                ),
-                adapter_kernels=tuple(
-                    make_kernel(n, spec, specs.keys())
-                    for n, spec in specs.items()
-                    if spec.role == "matrix" and all(spec is not own for own in base.values())
-                ),
-                router=router,
-                attention_layer_counts=attention,
-                token_ratio=rate,
-            )
-
-
-def _list_matmuls(
-    stack: str,
-    branches: Sequence[BranchCosts],
-    specs: Mapping[str, ParamSpec],
-    trained_names: Set[str],
-    rate: float,
-    encoder_rate: float,
-) -> tuple[MatmulGroup, ...]:
-    """Joins the groups of matrices of one stack with their declarations."""
-    groups, missing = [], {name for name, spec in specs.items() if spec.role == "matrix"}
-    for branch in branches:
-        for group in branch.costs.matrices:
-            kernels = []
-            for own in sorted(group.names):
-                name = f"{stack}.{branch.module}.{own}"
-                raw = own in group.needs_raw_output
-                kernels.append(make_kernel(name, specs[name], trained_names, raw))
-                missing.discard(name)
-            tokens = encoder_rate if group.input_features == "memory" else rate
-            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.input_features, tokens))
-    if missing:
-        raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
-    return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))
+    def _list_matmuls(
+        self, trained_names: Set[str], encoder_rate: float
+    ) -> tuple[MatmulGroup, ...]:
+        """Joins the groups of matrices with their declarations."""
+        groups, specs = [], self.base_specs
+        missing = {name for name, spec in specs.items() if spec.role == "matrix"}
+        for branch in self.branches:
+            for group in branch.costs.matrices:
+                kernels = []
+                for own in sorted(group.names):
+                    name = f"{self.name}.{branch.module}.{own}"
+                    raw = own in group.needs_raw_output
+                    kernels.append(make_kernel(name, specs[name], trained_names, raw))
+                    missing.discard(name)
+                reads = group.input_features
+                tokens = encoder_rate if reads == "memory" else self.token_ratio
+                groups.append(MatmulGroup(tuple(kernels), branch.branch, reads, tokens))
+        if missing:
+            raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
+        return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))

@@ -26,10 +26,9 @@ import numpy as np
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
-from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Stack
-from maxlm.plan.workload import FP32, Number
-from maxlm.train.adafactor import get_input_output_dims
+from maxlm.plan.workload import FP32, Number, StepShape
+from maxlm.train.optimizer import get_input_output_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their gradients and the
 # softmax again, backward. From the static schedules of the best published TPU kernels at head size
@@ -145,14 +144,9 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
     for kernel, tokens in {work.head: shape.embedding_loss_tokens, **outer}.items():
         one = 2 * shape.loss_calls * tokens * kernel.size / split.num_shards(rules, kernel.axes)
         loss, loss_backward = loss + one, loss_backward + one * (1 + kernel.is_trained)
-    return DeviceFlops(
-        forward=forward,
-        backward=backward + np.where(shape.pipelined, forward, 0.0),
-        attention_forward=once,
-        attention_backward=gradients + shape.score_recomputes * once,
-        loss=loss,
-        loss_backward=loss_backward,
-    )
+    backward = backward + np.where(shape.pipelined, forward, 0.0)
+    gradients = gradients + shape.score_recomputes * once
+    return DeviceFlops(forward, backward, once, gradients, loss, loss_backward)
 
 
 def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:

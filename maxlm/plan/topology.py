@@ -97,13 +97,9 @@ class Topology:
     slices: int = 1
 
     @property
-    def devices_per_chip(self) -> int:
-        """JAX devices of a chip."""
-        return 2 if self.kind == "tpu7x" else 1
-
-    @property
     def devices_per_slice(self) -> int:
-        return prod(self.shape) * self.devices_per_chip
+        """JAX devices of a slice: two a chip of a tpu7x."""
+        return prod(self.shape) * (2 if self.kind == "tpu7x" else 1)
 
     @property
     def devices(self) -> int:

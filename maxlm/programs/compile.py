@@ -10,6 +10,8 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
+from maxlm.plan.predict import Machine, RunPlan
+from maxlm.plan.show import format_bytes
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
@@ -18,25 +20,11 @@ from maxlm.train.batch import batch_sharding
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")}
 
 
-@dataclass(frozen=True)
-class CompiledMemory:
-    """A compiled program's main memory on each device, bytes."""
-
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
-    """Bytes of the output that take an argument's place."""
-    temp_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
-
-
-def read_compiled_memory(compiled: Any) -> CompiledMemory:
-    """Reads ``compiled.memory_analysis()``."""
-    stats, parts = compiled.memory_analysis(), ("argument", "output", "alias", "temp")
-    return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
+def compute_peak_bytes(memory: Any) -> int:
+    """Returns the main memory of each device that a program needs; ``memory``: JAX's account of it,
+    ``compiled.memory_analysis()``, whose aliases are outputs that take an argument's place."""
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return held + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -48,10 +36,6 @@ class CompiledStep:
     """``jax.stages.Compiled``."""
     seconds: float
     """Seconds to trace and to compile it."""
-
-    @property
-    def memory(self) -> CompiledMemory:
-        return read_compiled_memory(self.compiled)
 
 
 class DoesNotFit(MaxlmError):
@@ -83,6 +67,30 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     return CompiledStep(setup, compiled, perf_counter() - began)
 
 
+def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> dict[str, Any]:
+    """Compiles a run for a machine; returns whether it fits by its compiler's account, in words
+    too, seconds to compile (None: no room) and the parts of a device's memory in bytes, beside the
+    plan's (None: not planned on its own)."""
+    try:
+        step = compile_step(run, machine.name)
+    except DoesNotFit as error:
+        words = f"does not fit: {error.what}"
+        return {"fits": False, "words": words, "seconds": None, "figures": {}}
+    memory, limit, held = step.compiled.memory_analysis(), machine.chip.memory_bytes, plan.memory
+    total, transient, peak = held.total, held.transient_bytes, compute_peak_bytes(memory)
+    figures = {
+        "arguments: state and batch": (float(total - transient), memory.argument_size_in_bytes),
+        "outputs": (None, memory.output_size_in_bytes),
+        "outputs in arguments' place": (None, memory.alias_size_in_bytes),
+        "temporaries": (float(transient), memory.temp_size_in_bytes),
+        "peak": (float(total), peak),
+    }
+    words = f"{'fits' if peak <= limit else 'does not fit'} by the compiler's account: "
+    words += f"{format_bytes(peak)} of {format_bytes(limit)} a device"
+    sizes = {name: {"plan": ours, "compiler": own} for name, (ours, own) in figures.items()}
+    return {"fits": peak <= limit, "words": words, "seconds": step.seconds, "figures": sizes}
+
+
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     """Makes a training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
@@ -91,7 +99,7 @@ def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct(
             (*lead, *array.shape),
             array.dtype,
-            sharding=batch_sharding(setup.compute, setup.mesh, array.axes),
+            sharding=batch_sharding(setup.placed.compute, setup.mesh, array.axes),
         )
         for name, array in setup.config.task.batch_arrays(data.seq_len).items()
     }

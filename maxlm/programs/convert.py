@@ -1,4 +1,4 @@
-"""Published checkpoints to runs and back."""
+"""Published checkpoints to runs and back; adapters of either kind."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from pydantic import ValidationError
 
+from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, SettingOrigin, compare_configs, load_config, to_yaml
 from maxlm.config.keys import join_key
 from maxlm.config.layers import SettingsTree
@@ -20,9 +21,7 @@ from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, 
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import (
     ParamWriter,
-    Progress,
     export_tensors,
-    ignore_tensor_progress,
     import_tensors,
 )
 from maxlm.huggingface.dtypes import TensorDtypes
@@ -30,12 +29,21 @@ from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.huggingface.merged import MergedCheckpointReader
 from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
+from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.models.adapters import count_virtual_tokens
+from maxlm.models.architectures import Model
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import TensorEntry
-from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
+from maxlm.models.params import (
+    Params,
+    ParamSpec,
+    flatten_names,
+    param_specs,
+    select_base_params,
+)
 from maxlm.run import RunConfig
+from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
 from maxlm.tasks.sft import SftTask
@@ -85,7 +93,7 @@ class HuggingFaceModel:
     """Notes for the user; the import adds some."""
 
     def import_tensors(
-        self, writer: ParamWriter, progress: Progress = ignore_tensor_progress
+        self, writer: ParamWriter, progress: Progress = ignore_progress
     ) -> TensorDtypes:
         """Writes all parameters as fp32, one tensor in memory at a time; returns the formats that
         they had."""
@@ -117,7 +125,7 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     config, marks = _with_tokenizer(config, target, tokenizer)
     entries = family.list_entries(config.model, tensors)
     notes = [*notes, *told, *marks]
-    specs = _list_specs(config)
+    specs = flatten_names(_build_specs(config))
     return HuggingFaceModel(source, family, values, config, specs, entries, tokenizer, notes)
 
 
@@ -131,7 +139,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     adapter: bool = False,
     base: str | Path | None = None,
-    progress: Progress = ignore_tensor_progress,
+    progress: Progress = ignore_progress,
 ) -> ConversionResult:
     """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder and its base
     to a run, or a run to a Hugging Face or PEFT folder, whichever ``source`` is.
@@ -258,7 +266,7 @@ def _export_run(
         if tokenizer is not None:
             export_tokenizer(home, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    parameters = sum(spec.size for spec in _list_specs(config).values())
+    parameters = sum(spec.size for spec in flatten_names(_build_specs(config)).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
 
 
@@ -286,13 +294,46 @@ def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunC
     return config, RunCheckpointReader(source / "checkpoints", step, name=name)
 
 
+def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Model) -> LoraWeights:
+    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one.
+
+    Args:
+        base_folder: where the model came from, which says how PEFT names its maps.
+
+    Raises:
+        MaxlmError: no LoRA adapter here, or PEFT's of another model.
+    """
+    folder = Path(folder)
+    if (folder / PEFT_CONFIG).exists():
+        specs = select_base_params(param_specs(model))
+        entries = _find_base_family(Path(base_folder), model).list_entries(model.config)
+        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
+    elif (folder / "config.yaml").exists():
+        config, reader = open_run_checkpoint(folder, None)
+        parts = (".lora_a", ".lora_b")
+        adapter = config.adapter
+        arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
+    else:
+        what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    if not isinstance(adapter, LoraAdapter):
+        what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
+        fix = "name one of kind lora; others are merged (maxlm convert)"
+        raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
+    return adapter, arrays
+
+
+def _find_base_family(base_folder: Path, model: Model) -> ModelFamily:
+    if (path := base_folder / "config.json").exists():
+        return find_family(read_json(path), str(path))
+    _, reader = open_run_checkpoint(base_folder, None)
+    published = read_metadata(reader.folder).get("published") or {}
+    return choose_family(model.config, published.get("family"))
+
+
 def _build_specs(config: RunConfig) -> Params:
     """Declarations of a run's model, without its adapter."""
     return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
-
-
-def _list_specs(config: RunConfig) -> dict[str, ParamSpec]:
-    return flatten_names(_build_specs(config))
 
 
 def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:

@@ -13,7 +13,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.conversations import get_column
-from maxlm.data.documents.streams import make_missing_package_error
+from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
 from maxlm.data.tokenizer import Tokenizer, encode_chat
@@ -22,16 +22,13 @@ from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
-from maxlm.programs.load import LoadedRun, load_model
-from maxlm.programs.serve import make_engine
-from maxlm.programs.setup import use_compilation_cache
+from maxlm.programs.load import LoadedRun
+from maxlm.programs.serve import load_chat_model, make_engine
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding import bind_mesh
-from maxlm.sharding.mesh import parse_mesh
 from maxlm.tasks.distillation import write_stored_teacher
 from maxlm.tasks.sft import SftTask
-from maxlm.tasks.text import get_head_arguments
 
 # Rows that are held, and written together.
 _BLOCK = 256
@@ -72,12 +69,9 @@ def store_teacher_logits(
     """
     if out.suffix != ".arrow":
         raise MaxlmError("not the name of an Arrow file", where=str(out), fix="end it with .arrow")
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise make_missing_package_error(out) from error
+    pa = import_pyarrow(out)
     task, file = load_config(SftTask, None, settings).value, open_rows(*files)
-    loaded = _load(model, mesh, step)
+    loaded = load_chat_model(model, step=step, mesh=mesh)
     config = loaded.config.model
     encoder = task.make_encoder(
         loaded.tokenizer, min(seq_len or config.max_seq_len, config.max_seq_len)
@@ -136,7 +130,7 @@ def generate_answers(
         Answers written; those left out: empty, cut off, or to a prompt too long for the engine.
     """
     file, how = open_rows(*files), SamplingConfig(**sampling)
-    loaded = _load(model, mesh, step)
+    loaded = load_chat_model(model, step=step, mesh=mesh)
     engine = make_engine(loaded, settings, warm_up=False)
     prompts = [_read_prompt(file[i], file.locate(i)) for i in range(len(file))]
     texts, ended, num_done = {}, set(), 0
@@ -163,12 +157,6 @@ def generate_answers(
     return RowCounts(len(kept), len(prompts) * num_answers - len(kept))
 
 
-def _load(model: str, mesh: str | None, step: int | None) -> LoadedRun:
-    loaded = load_model(model, step=step, mesh=parse_mesh(mesh) if mesh else None)
-    use_compilation_cache(loaded.config)
-    return loaded
-
-
 def _find_top(
     loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
 ) -> list[tuple[np.ndarray, ...]]:
@@ -191,8 +179,7 @@ def _compute_top(
 ) -> StoredTeacher:
     bound = bind(model, params)
     hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
-    own = get_head_arguments(bound, hidden)
-    return compute_top_log_probs(own, k, temperature=temperature)
+    return compute_top_log_probs(bound.prepare_logits(hidden), k, temperature=temperature)
 
 
 def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""``maxlm eval``: a model on lm-evaluation-harness's tasks, and the result files."""
+"""``maxlm eval``: a model on lm-evaluation-harness's tasks and its result files; what it makes of
+long contexts."""
 
 import json
 import logging
@@ -12,9 +13,12 @@ from urllib.request import urlopen
 import jax
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer
 from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.evaluation.curves import compute_position_losses
 from maxlm.inference.engine import Engine
 from maxlm.inference.pseudo_likelihood import MaskedScorer
+from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures import Encoder
 from maxlm.programs.load import LoadedRun
 from maxlm.programs.serve import load_chat_model, make_engine
@@ -23,6 +27,8 @@ from maxlm.runtime.progress import show_progress
 
 DEFAULT_MAX_LENGTH = 4096
 """Tokens that a model reads at once, if it can."""
+ENGINE_TOKENS = 32_768
+"""Tokens that sequences of an engine hold together, or one of them that is longer."""
 
 
 def evaluate_model(
@@ -187,7 +193,7 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
 def resume_answers(client: Any, log: Path) -> Any:
     """Wraps a client in one that keeps answers in a file, and begins with those of a run that was
     cut off."""
-    from maxlm.evaluation.resume import ResumableModel
+    from maxlm.evaluation.lm_eval_model import ResumableModel
 
     with convert_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -229,3 +235,47 @@ def write_results(folder: Path, results: dict[str, Any], model_name: str) -> Non
         for task, rows in samples.items():
             tracker.save_results_samples(task, rows)
         (folder / f"results_{tracker.date_id}.json").stat()  # the tracker raises nothing itself
+
+
+def evaluate_position_losses(
+    model: str,
+    text: Path,
+    *,
+    length: int | None,
+    num_windows: int,
+    step: int | None = None,
+    mesh: str | None = None,
+) -> dict[int, float]:
+    """Computes a model's mean loss by position (``compute_position_losses``) over windows of a text
+    file of ``length`` tokens, by default its ``max_seq_len``."""
+    engine = load_engine_for_length(model, length, step=step, mesh=mesh)
+    assert engine.tokenizer is not None
+    windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
+    with show_progress("windows") as progress:
+        count = len(windows)
+        on_progress = lambda done: progress(model, done, count)  # noqa: E731
+        return compute_position_losses(Scorer(engine), windows, on_progress)
+
+
+def cut_windows(tokenizer: Tokenizer, text: Path, length: int, count: int) -> list[list[int]]:
+    """Returns up to ``count`` windows of a text file, each of ``length`` tokens with those that
+    documents open with, evenly spread."""
+    ids, prefix = tokenizer.encode(text.read_bytes()), tokenizer.prefix_ids
+    room = length - len(prefix)
+    if room < 2 or len(ids) < room:
+        what = f"{len(ids):,} tokens give no window of {length:,}"
+        raise MaxlmError(what, where=str(text), fix="use a longer text, or another --length")
+    fitting = len(ids) // room
+    count = min(count, fitting)
+    starts = [i * fitting // count * room for i in range(count)]
+    return [[*prefix, *ids[start : start + room]] for start in starts]
+
+
+def load_engine_for_length(
+    model: str, length: int | None, *, step: int | None = None, mesh: str | None = None
+) -> Engine:
+    """Loads a model to read sequences of ``length`` tokens, by default its ``max_seq_len``."""
+    loaded = load_chat_model(model, step=step, mesh=mesh)
+    length = length or loaded.config.model.max_seq_len
+    sizes = [f"max_length={length}", f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}"]
+    return make_engine(loaded, sizes, warm_up=False)

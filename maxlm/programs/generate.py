@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate
-from maxlm.inference.requests import SequenceOutput
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.inference.search.best_of_n import best_of_n
@@ -30,7 +29,7 @@ def generate_text(
     """
     tokens = encode_prompts(tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder))
     outputs = generate(model, params, tokens, sampling, tokenizer=tokenizer)
-    return _split_steps(outputs, len(prompts))
+    return (_place_text(output.text, int(output.request_id), len(prompts)) for output in outputs)
 
 
 def search_text(
@@ -56,9 +55,7 @@ def search_text(
         else:
             config = BeamSearchConfig(num_beams=num_beams, max_new_tokens=sampling.max_new_tokens)
             (result,) = beam_search(engine, [prompt], config)
-        texts = [""] * len(prompts)
-        texts[number] = result.outputs[0].text
-        yield texts
+        yield _place_text(result.outputs[0].text, number, len(prompts))
 
 
 def encode_prompts(
@@ -77,9 +74,6 @@ def get_prompt_separator(model: Model) -> str:
     return "\n" if isinstance(model, EncoderDecoder) else ""
 
 
-def _split_steps(outputs: Iterator[SequenceOutput], num_prompts: int) -> Iterator[list[str]]:
-    """Each output as the texts of all prompts."""
-    for output in outputs:
-        texts = [""] * num_prompts
-        texts[int(output.request_id)] = output.text
-        yield texts
+def _place_text(text: str, index: int, num_prompts: int) -> list[str]:
+    """One prompt's text as the texts of all prompts."""
+    return [text if i == index else "" for i in range(num_prompts)]

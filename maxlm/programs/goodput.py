@@ -1,8 +1,8 @@
 """Accounts for a run's wall time, from its events.
 
 The events of ``events.jsonl`` are those of several attempts, each one start of the program. Time is
-cut into spans that join without a gap, from the first attempt's beginning to the last sign of life;
-so the parts sum to the whole by construction.
+cut without a gap, from the first attempt's beginning to the last sign of life; so the parts sum to
+the whole by construction.
 
 A step is productive if the run as it stands holds its update. An attempt's steps past the one that
 a later attempt resumed from, or a rollback restored, are lost: their time is estimated pro rata of
@@ -10,8 +10,8 @@ the steps between two ``progress`` events.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 from typing import Any
@@ -40,15 +40,6 @@ SILENCE = 60.0
 
 
 @dataclass(frozen=True)
-class ActivitySpan:
-    """A stretch of time, unix seconds, spent on one of `PARTS`."""
-
-    begin: float
-    end: float
-    activity: str
-
-
-@dataclass(frozen=True)
 class Attempt:
     """One start of the program."""
 
@@ -69,23 +60,15 @@ class RunHistory:
     """A run's attempts and what its time was spent on."""
 
     attempts: tuple[Attempt, ...]
-    spans: tuple[ActivitySpan, ...]
-    """The whole time, in order and without gaps."""
-    event_counts: Mapping[str, int] = field(default_factory=dict)
+    seconds_by_activity: Mapping[str, float]
+    """Seconds of each of `PARTS`."""
+    event_counts: Mapping[str, int]
     """Events by kind."""
-
-    @property
-    def seconds_by_activity(self) -> dict[str, float]:
-        """Seconds of each of `PARTS`."""
-        totals = dict.fromkeys(PARTS, 0.0)
-        for span in self.spans:
-            totals[span.activity] += span.end - span.begin
-        return totals
 
     @property
     def wall_seconds(self) -> float:
         """Seconds from the first attempt's beginning to the last sign of life."""
-        return self.spans[-1].end - self.spans[0].begin if self.spans else 0.0
+        return self.attempts[-1].ended - self.attempts[0].began if self.attempts else 0.0
 
     @property
     def goodput(self) -> float | None:
@@ -119,16 +102,18 @@ def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> Ru
         if logs:
             logs[-1].append(event)
     attempts: list[Attempt] = []
-    spans: list[ActivitySpan] = []
+    totals = dict.fromkeys(PARTS, 0.0)
     for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
-        attempt, own = _account(log, kept, before, now_unix_seconds if log is logs[-1] else inf)
-        if before and attempt.began > before.ended:
+        earliest = before.ended if before else -inf
+        attempt = _account(
+            log, kept, earliest, now_unix_seconds if log is logs[-1] else inf, totals
+        )
+        if before:
             part = "finished" if before.end == "done" else "down"
-            spans.append(ActivitySpan(before.ended, attempt.began, part))
+            totals[part] += attempt.began - before.ended
         attempts.append(attempt)
-        spans += own
-    return RunHistory(tuple(attempts), tuple(spans), dict(counts))
+    return RunHistory(tuple(attempts), totals, counts)
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
@@ -146,11 +131,15 @@ def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
 
 
 def _account(
-    log: Sequence[Event], kept: Sequence[float], before: Attempt | None, now: float
-) -> tuple[Attempt, list[ActivitySpan]]:
+    log: Sequence[Event],
+    kept: Sequence[float],
+    earliest: float,
+    now: float,
+    totals: dict[str, float],
+) -> Attempt:
+    """Reads an attempt, which begins at ``earliest`` or later; adds its seconds to ``totals``."""
     start = log[0]
     # Another host's clock may be behind: time never goes back here.
-    earliest = before.ended if before else -inf
     began = max(min(start.get("began", inf), start["time"]), earliest)
     times = list(accumulate((event["time"] for event in log), max, initial=began))[1:]
     ended, hung = times[-1], log[-1]["event"] == "hang"
@@ -162,16 +151,20 @@ def _account(
     for event in log:
         # Steps only grow, but at a rollback: a late event may name an earlier one.
         last = event["step"] if event["event"] == "rollback" else max(last, event["step"])
-    attempt = Attempt(began, ended, start["step"], last, end, start.get("devices"))
-    return attempt, list(_find_spans(log, times, kept, attempt))
+    totals["starting"] += times[0] - began
+    _add_seconds(log, times, kept, ended, totals)
+    return Attempt(began, ended, start["step"], last, end, start.get("devices"))
 
 
-def _find_spans(
-    log: Sequence[Event], times: Sequence[float], kept: Sequence[float], attempt: Attempt
-) -> Iterator[ActivitySpan]:
-    """The attempt's time, cut at its start event and at every ``progress``, whose seconds since the
-    one before fill what lies between in a fixed order."""
-    yield from _fill(attempt.began, times[0], {"starting": inf})
+def _add_seconds(
+    log: Sequence[Event],
+    times: Sequence[float],
+    kept: Sequence[float],
+    ended: float,
+    totals: dict[str, float],
+) -> None:
+    """Adds an attempt's time from its start event on, cut at every ``progress``, whose seconds
+    since the one before fill what lies between."""
     limits = iter(kept)
     begin, done, limit = times[0], log[0]["step"], next(limits)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
@@ -198,18 +191,16 @@ def _find_spans(
             done = max(done, step)
             stepping = spent.pop("stepping")
             spent |= {"productive": stepping * share, "lost": stepping * (1 - share), **once}
-            yield from _fill(begin, time, spent)
+            _fill(time - begin, spent, totals)
             begin, once = time, dict.fromkeys(once, 0.0)
-    yield from _fill(begin, attempt.ended, once | {"evaluating": final})
+    _fill(ended - begin, once | {"evaluating": final}, totals)
 
 
-def _fill(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[ActivitySpan]:
-    """Spans from ``begin`` to ``end``: as much of each part as there is room for, in the order of
-    `PARTS` reversed, but what is over, ``other``, last."""
+def _fill(seconds: float, parts: Mapping[str, float], totals: dict[str, float]) -> None:
+    """Adds to ``totals`` as much of each part as there is room for, in the order of `PARTS`
+    reversed; what is over is ``other``."""
     for part in reversed(PARTS):
-        until = min(end, begin + parts.get(part, 0.0))
-        if until > begin:
-            yield ActivitySpan(begin, until, part)
-            begin = until
-    if end > begin:
-        yield ActivitySpan(begin, end, "other")
+        taken = min(seconds, parts.get(part, 0.0))
+        totals[part] += taken
+        seconds -= taken
+    totals["other"] += seconds

@@ -12,7 +12,7 @@ from maxlm.evaluation.lm_eval_model import MaxlmModel
 from maxlm.programs.evaluate import make_harness_model
 from maxlm.programs.serve import load_chat_model
 
-_OWN = ("add_bos_token", "prefix_token_id", "max_gen_toks", "seed")
+_OWN = ("add_bos_token", "max_gen_toks", "seed")
 _HARNESS = ("batch_size", "max_batch_size", "device")
 
 
@@ -24,7 +24,7 @@ class LoadedMaxlmModel(MaxlmModel):
 
     def __init__(self, run: str, step: int | None = None, mesh: str | None = None, **given: Any):
         axes = mesh.replace(";", ",") if mesh else None
-        loaded = load_chat_model(str(run), step=step, mesh=axes, template=None)
+        loaded = load_chat_model(str(run), step=step, mesh=axes)
         own = {name: given.pop(name) for name in _OWN if name in given}
         settings = [f"{name}={value}" for name, value in given.items() if name not in _HARNESS]
         make_harness_model(loaded, super().__init__, settings, **own)

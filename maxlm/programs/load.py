@@ -33,8 +33,8 @@ from maxlm.programs.convert import open_huggingface_model
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, count_min_devices
-from maxlm.train.checkpoint import FolderTier, named_leaves
-from maxlm.train.checkpoint.reading import compute_fingerprints
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.reading import compute_fingerprints, named_leaves
 from maxlm.train.state import TrainState
 
 
@@ -71,7 +71,7 @@ def load_run(
             setup.specs,
             setup.shardings.params,
         )
-        params = tier.restore_params(step, abstract, name)
+        params = tier.restore(step, abstract, name)
     tokenizer, model, config = load_tokenizer(folder / "tokenizer"), setup.model, setup.config
     if merge and config.adapter is not None:
         with jax.set_mesh(setup.mesh):
@@ -145,8 +145,7 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     if start is None:
         return None
     with _open_checkpoints(start) as (tier, config, name):
-        own = wanted if _is_adapted(config) else select_base_params(wanted)
-        tier.check_param_shapes(None, _drop_new_heads(own, config), name)
+        tier.check_shapes(None, _select_stored_params(wanted, config), name)
         return tier.metadata()
 
 
@@ -161,11 +160,10 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     adapted = False
     if start is not None:
         with _open_checkpoints(start) as (tier, config, name):
-            adapted = _is_adapted(config)
-            own = abstract if adapted else select_base_params(abstract)
-            fresh = params if adapted else select_base_params(params)
-            found = tier.restore_params(None, _drop_new_heads(own, config), name)
-            if "heads" in fresh:
+            adapted = bool(config.get("adapter"))
+            found = tier.restore(None, _select_stored_params(abstract, config), name)
+            if "heads" in params:
+                fresh = params if adapted else select_base_params(params)
                 found = found | {"heads": fresh["heads"] | found.get("heads", {})}
             params = found if adapted else replace_base_params(params, found)
     if adapter is not None and not adapted:
@@ -179,12 +177,12 @@ def load_frozen_models(setup: RunSetup, init_params_fn: Callable[[], Params]) ->
     returns those that training starts from."""
     loaded: dict[str, Params] = {}
     for model, source in setup.frozen_sources.items():
-        if source.folder is None:
+        if source is None:
             # A copy: the step is given the memory of the whole state.
             loaded[model] = jax.tree.map(jnp.copy, init_params_fn())
             continue
-        with _open_checkpoints(source.folder) as (tier, _, name):
-            loaded[model] = tier.restore_params(None, setup.abstract_state.frozen[model], name)
+        with _open_checkpoints(source) as (tier, _, name):
+            loaded[model] = tier.restore(None, setup.abstract_state.frozen[model], name)
     return loaded
 
 
@@ -193,7 +191,7 @@ def describe_frozen_models(setup: RunSetup, frozen_params: Mapping[str, Params])
     described = {}
     for name, params in frozen_params.items():
         found = json.dumps(compute_fingerprints(named_leaves(params)), sort_keys=True).encode()
-        source = setup.frozen_sources[name].folder
+        source = setup.frozen_sources[name]
         fingerprint = hashlib.sha256(found).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}
     return described
@@ -211,13 +209,10 @@ def _open_checkpoints(
         yield tier, config, "ema" if average else "params"
 
 
-def _drop_new_heads(params: Params, config: Mapping[str, Any]) -> Params:
-    """Leaves out the heads that another run's model has not."""
+def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:
+    """Leaves out the adapter and the heads that another run's model has not."""
+    params = params if config.get("adapter") else select_base_params(params)
     stored = config["model"].get("heads") or {}
     heads = {name: own for name, own in params.get("heads", {}).items() if name in stored}
     rest = {name: own for name, own in params.items() if name != "heads"}
     return rest | {"heads": heads} if heads else rest
-
-
-def _is_adapted(config: Mapping[str, Any]) -> bool:
-    return config.get("adapter") is not None

@@ -12,10 +12,13 @@ from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.programs.load import check_init_checkpoint, describe_frozen_models
 from maxlm.programs.prepare import PreparedData, prepare_data_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import Say, StateRestorer, TrainingPosition, find_resume_source
-from maxlm.programs.resume_checks import (
+from maxlm.programs.resume import (
+    Say,
+    StateRestorer,
+    TrainingPosition,
     check_no_lost_checkpoint,
     check_same_inputs,
+    find_resume_source,
     make_run_metadata,
 )
 from maxlm.programs.run_folder import (
@@ -30,7 +33,8 @@ from maxlm.programs.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.sharding import describe_links
-from maxlm.train.checkpoint import Checkpointer, layer_group_shapes
+from maxlm.train.checkpoint.checkpointer import Checkpointer
+from maxlm.train.checkpoint.reading import layer_group_shapes
 from maxlm.train.records import MetricsLog
 from maxlm.train.skips import get_skips, read_skips
 from maxlm.train.watchdog import Watchdog

@@ -19,8 +19,7 @@ from maxlm.programs.setup import open_evaluation_batches, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
-from maxlm.tasks.extra_columns import LOG_PROBS
-from maxlm.tasks.preference import ReferenceTask
+from maxlm.tasks.preference import LOG_PROBS, ReferenceTask
 from maxlm.tasks.reward import SCORE
 from maxlm.tasks.sft import SftTask
 from maxlm.train.step import Batch
@@ -67,8 +66,7 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         found[kept] = np.concatenate(values).reshape(-1, found.shape[1])[: len(kept)]
         if jax.process_index() == 0:
             np.save(Path(folder, f"{name}.npy"), found)
-    if jax.process_count() > 1:  # the others read it next
-        sync_global_devices(str(folder))
+    sync_global_devices(str(folder))  # the others read it next
 
 
 def score_texts(

@@ -1,10 +1,9 @@
 """A run's tokenizer and token stores: made once in its folder, then found there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,21 +16,13 @@ from maxlm.data.documents import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import check_num_steps
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    add_chat_template,
-    load_tokenizer,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer import Tokenizer, add_chat_template, load_tokenizer, train_tokenizer
 from maxlm.inference.sampling import check_samples
 from maxlm.programs.generate import encode_prompts
-from maxlm.run import PREPARED, RunConfig
+from maxlm.run import PREPARED, READING, RunConfig
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs, Vocabulary
-from maxlm.train.checkpoint import check_same_settings
-
-# What of a source says how it is read, and not what is prepared of it.
-_READING = ("weight", "max_epochs", "store_segments")
+from maxlm.train.checkpoint.reading import check_same_settings
 
 
 @dataclass(frozen=True)
@@ -103,19 +94,18 @@ def make_source_inputs(
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuses models that the task reads and that know other tokens than the run's."""
     for name, source in config.task.frozen_models().items():
-        if source.folder is None:
+        if source is None:
             continue
-        if load_tokenizer(Path(source.folder, "tokenizer")).fingerprint != tokenizer.fingerprint:
+        if load_tokenizer(Path(source, "tokenizer")).fingerprint != tokenizer.fingerprint:
             what = f"the frozen model {name!r} was trained with another tokenizer"
             fix = "name a run with this run's, or name that run's in tokenizer.path"
-            raise MaxlmError(what, where=source.folder, fix=fix)
+            raise MaxlmError(what, where=source, fix=fix)
 
 
 def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:
     """Prepares on process 0 what is missing; the others wait and open it."""
     prepared = prepare_data(config, folder) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("corpus")
+    multihost_utils.sync_global_devices("corpus")
     return prepared or prepare_data(config, folder)
 
 
@@ -136,26 +126,18 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
         # Bytes of a character in the middle are neither, and go on with what came before.
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
-    sizes, opening = (model_vocab_size, tokenizer.vocab_size), tuple(tokenizer.prefix_ids)
-    return Vocabulary(*sizes, opening, tokenizer.eos_id, special, starts_word)
+    opening = tuple(tokenizer.prefix_ids)
+    return Vocabulary(model_vocab_size, opening, tokenizer.eos_id, special, starts_word)
 
 
 def check_prepared_data(config: RunConfig, folder: Path) -> None:
     """Raises MaxlmError if the text in the folder was prepared with another config."""
     path = folder / "config.yaml"
     if path.exists():
-        before, now = (
-            remove_source_settings(each.model_dump(mode="json"), _READING)
-            for each in (load_config(RunConfig, path).value, config)
-        )
-        check_same_settings(before, now, PREPARED, str(folder), what="the text here was prepared")
-
-
-def remove_source_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Returns a config, as JSON values, without these settings of its sources."""
-    data = config["data"]
-    sources = [{k: v for k, v in each.items() if k not in names} for each in data["sources"]]
-    return {**config, "data": {**data, "sources": sources}}
+        before = load_config(RunConfig, path).value
+        sides = before.model_dump(mode="json"), config.model_dump(mode="json")
+        what = "the text here was prepared"
+        check_same_settings(*sides, PREPARED, str(folder), what=what, ignored=READING)
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
@@ -202,7 +184,7 @@ def _training_text(config: RunConfig) -> Iterator[bytes]:
         fix = "name the folder of the tokenizer the stores were built with"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
     for source in sources:
-        for document in read_documents(source.source_config()):
+        for document in read_documents(source):
             if not is_heldout(document.text, config.data.heldout_fraction):
                 yield document.text
 
@@ -214,11 +196,11 @@ def _stores(
         return _named_stores(source, load_tokenizer(tokenizer))
     fraction = config.data.heldout_fraction
     built: dict[str, TokenStore] = {}
-    for split in _splits(source.source_config(), fraction, folder):
+    for split in _splits(source, fraction, folder):
         if not (folder / split).exists():
             with show_progress() as progress:
                 build_store(
-                    source.source_config(),
+                    source,
                     tokenizer,
                     folder / split,
                     split=split,

@@ -10,13 +10,11 @@ from rich.console import Console, Group
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.plan.layout import place_run
 from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.programs.evaluation import HeldOutResults, get_eval_params
 from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
-from maxlm.train.state import param_shardings
 
 # Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
 COMPARED_BYTES = 16 << 20
@@ -96,15 +94,12 @@ def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
 
 def generate_samples(run: TrainingResult) -> str:
     """Generates one continuation of each of the run's prompts, each under a rule."""
-    setup, config = run.setup, run.setup.config.samples
-    sizes = dict(setup.mesh.shape)
-    placed = place_run(setup.config, sizes, setup.model.dtype, for_training=False)
-    shardings = param_shardings(placed.specs, placed.storage, setup.mesh)
+    config, (model, shardings) = run.setup.config.samples, run.setup.place_to_generate()
     params = jax.device_put(get_eval_params(run.state), shardings)
-    steps = generate_text(placed.model, params, run.data.tokenizer, config.prompts, config)
+    steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
-        f"──── sample {number} ────\n{prompt}{get_prompt_separator(run.setup.model)}{text}"
+        f"──── sample {number} ────\n{prompt}{get_prompt_separator(model)}{text}"
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"

@@ -6,8 +6,9 @@ from typing import Any
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.assets import resolve_config
-from maxlm.config.layers import SettingsTree, build_tree
+from maxlm.config.layers import build_tree
 from maxlm.config.load import validate_config
+from maxlm.config.yaml_text import dump_yaml, parse_yaml
 from maxlm.run import RunConfig
 
 
@@ -18,7 +19,8 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         MaxlmError: anything wrong with the config or with that model; neither is there.
     """
-    tree = build_tree(resolve_config(source), settings)
+    path = resolve_config(source)
+    tree = build_tree(path, settings)
     train, given = tree.settings.get("train"), tree.settings.get("model") or {}
     start = train.get("start_from") if isinstance(train, Mapping) else None
     if not given and start is None:
@@ -28,7 +30,9 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
         raise MaxlmError("no model, and none to start from", where=source, fix=fix)
     if isinstance(start, str) and isinstance(given, Mapping) and "d_model" not in given:
         model = _read_model_settings(Path(start).expanduser())
-        tree = SettingsTree({**tree.settings, "model": _merge(model, given)}, tree.origins)
+        tree = build_tree(
+            path, settings, parse_yaml(dump_yaml({"model": model}), start, track_lines=False)
+        )
     return validate_config(RunConfig, tree)
 
 
@@ -43,13 +47,3 @@ def _read_model_settings(folder: Path) -> dict[str, Any]:
         fix = "name a run's folder, or a downloaded Hugging Face one"
         raise MaxlmError("no such folder", where=str(folder), fix=fix)
     return config.model.model_dump(mode="json")
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = _merge(old, value)
-        merged[key] = value
-    return merged

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,10 @@ def record_stop_on_error(signals: SignalHandler, log: MetricsLog, step: int) -> 
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns plain data for ``environment.json``. All processes call it together.
-
-    Packages that are missing, variables that are not set and a source that is no checkout are None
-    or left out.
-    """
+    """Returns plain data for ``environment.json``, ``git`` None for a source that is no checkout.
+    All processes call it together."""
     device = jax.devices()[0]
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version(name) for name in PACKAGES}
     return {
         "maxlm": maxlm.__version__,
         "python": platform.python_version(),
@@ -179,13 +176,6 @@ def get_process_start_unix_seconds() -> float:
     except (OSError, AttributeError):
         age = 0.0
     return time.time() - max(0.0, age)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:

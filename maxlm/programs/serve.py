@@ -12,7 +12,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.programs.adapters import read_lora_adapter
+from maxlm.programs.convert import read_lora_adapter
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
@@ -81,7 +81,7 @@ def serve(
 
 
 def load_chat_model(
-    folder: str, *, step: int | None, mesh: str | None, template: Path | None
+    folder: str, *, step: int | None, mesh: str | None, template: Path | None = None
 ) -> LoadedRun:
     """Loads a model on a mesh such as ``tensor=2`` (None: one device), with a chat template from a
     file in place of its own, if any."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,24 +18,17 @@ from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import load_batches
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import resolve_compute_dtype
-from maxlm.models.params import Params
+from maxlm.models.params import Params, init_params
 from maxlm.models.placement import PlacedModel
 from maxlm.parallel.context import sequence_order_indices
 from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, list_base_models, resolve_micro_batches
-from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
-from maxlm.tasks import FrozenModelSource
+from maxlm.sharding import bind_mesh, jit_sharded, make_mesh
 from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
-from maxlm.train.optimizer import (
-    make_optimizer,
-    make_schedule,
-    opt_state_shardings,
-    shard_optimizer,
-)
+from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs, shard_optimizer
 from maxlm.train.skips import Skips, contiguous_ranges
-from maxlm.train.state import TrainState, init_state, param_shardings, remove_frozen
+from maxlm.train.state import TrainState, param_shardings, select_trainable
 from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
-from maxlm.train.trainable import select_trainable
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -50,10 +44,7 @@ class RunSetup:
 
     config: RunConfig
     mesh: Mesh
-    storage: AxisRules
-    gradients: AxisRules
-    optimizer_rules: AxisRules
-    compute: AxisRules
+    placed: PlacedModel
     model: Model
     specs: Params
     schedule: optax.Schedule
@@ -61,8 +52,8 @@ class RunSetup:
     """The declarations of the parameters that are trained."""
     optimizer: optax.GradientTransformation
     loss: Loss
-    frozen_sources: Mapping[str, FrozenModelSource]
-    """Sources of the models that have parameters of their own."""
+    frozen_sources: Mapping[str, str | None]
+    """Folders of the models that have parameters of their own; see ``Task.frozen_models``."""
     frozen_models: Mapping[str, PlacedModel]
     base_models: Mapping[str, Model]
     """Models of the task that are the trained one's base, without its adapter."""
@@ -70,14 +61,14 @@ class RunSetup:
     @cached_property
     def shardings(self) -> TrainState:
         """The sharding of every array of a state, as a TrainState of shardings."""
-        mesh, storage, frozen = self.mesh, self.storage, self.frozen_models.items()
+        mesh, storage, frozen = self.mesh, self.placed.storage, self.frozen_models.items()
         params = param_shardings(self.specs, storage, mesh)
-        moments = opt_state_shardings(self.optimizer, self.specs, self.optimizer_rules, mesh)
+        moments = opt_state_specs(self.optimizer, self.specs)
         return TrainState(
             step=NamedSharding(mesh, PartitionSpec()),
             params=params,
-            opt_state=moments,
-            ema=params if self._ema else None,
+            opt_state=param_shardings(moments, self.placed.optimizer, mesh),
+            ema=None if self.config.train.ema_decay is None else params,
             frozen={name: param_shardings(own.specs, storage, mesh) for name, own in frozen},
         )
 
@@ -85,7 +76,7 @@ class RunSetup:
     def token_order(self) -> np.ndarray | None:
         """The token that stands at each place of a row, where context parallelism wants another
         order than the sequence's own."""
-        ways = prod(self.mesh.shape[axis] for axis in self.compute.seq)
+        ways = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
         if ways == 1 or not self.config.parallel.balance_sequence:
             return None
         return sequence_order_indices(self.config.data.seq_len, ways, balanced=True)
@@ -103,13 +94,20 @@ class RunSetup:
     def init_train_state(self) -> TrainState:
         """A fresh state without frozen models, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return bind_mesh(self.mesh, jit_sharded(self._init, remove_frozen(self.shardings)))(key)
+        return bind_mesh(self.mesh, jit_sharded(self._init, replace(self.shardings, frozen={})))(
+            key
+        )
+
+    def place_to_generate(self) -> tuple[Model, Params]:
+        """Lays the model out to generate text; returns it, and its parameters' shardings."""
+        placed = place_run(self.config, dict(self.mesh.shape), self.model.dtype, for_training=False)
+        return placed.model, param_shardings(placed.specs, placed.storage, self.mesh)
 
     def jit_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
-        layouts = None
-        if self.gradients != self.storage:
-            layouts = jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.trainable)
+        layouts, rules = None, self.placed.gradients
+        if rules != self.placed.storage:
+            layouts = jax.tree.map(lambda spec: rules.spec(*spec.axes), self.trainable)
         step = partial(
             train_step,
             model=self.model,
@@ -135,15 +133,14 @@ class RunSetup:
         return bind_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
-        return init_state(self.specs, self.optimizer, key, ema=self._ema)
+        params = init_params(self.specs, key)
+        has_average = self.config.train.ema_decay is not None
+        ema = jax.tree.map(jnp.copy, params) if has_average else None
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
         return {name: own.model for name, own in self.frozen_models.items()}
-
-    @property
-    def _ema(self) -> bool:
-        return self.config.train.ema_decay is not None
 
 
 def set_up_run(
@@ -151,7 +148,7 @@ def set_up_run(
     devices: Sequence[Any] | None = None,
     *,
     for_training: bool = True,
-    frozen_sources: Mapping[str, FrozenModelSource] | None = None,
+    frozen_sources: Mapping[str, str | None] | None = None,
 ) -> RunSetup:
     """Builds the mesh, rules, model and optimizer for the devices at hand (default: all); what does
     not fit raises a MaxlmError. ``for_training``: the batch must divide over the mesh;
@@ -171,10 +168,7 @@ def set_up_run(
     return RunSetup(
         config=config,
         mesh=mesh,
-        storage=placed.storage,
-        gradients=placed.gradients,
-        optimizer_rules=placed.optimizer,
-        compute=placed.compute,
+        placed=placed,
         model=placed.model,
         specs=placed.specs,
         schedule=schedule,
@@ -214,8 +208,8 @@ def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[
     config, mesh = setup.config, setup.mesh
     lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
-    rows = get_local_row_indices(batch_sharding(setup.compute, mesh, ()), lead)
-    where = setup.compute, mesh, lead, setup.token_order
+    rows = get_local_row_indices(batch_sharding(setup.placed.compute, mesh, ()), lead)
+    where = setup.placed.compute, mesh, lead, setup.token_order
     with load_batches(source, rows, **how) as loader:
         for batch in loader:
             yield make_global_batch(batch, arrays, rows, *where)

@@ -15,8 +15,7 @@ import numpy as np
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
-from maxlm.data.tokenizer import Tokenizer, train_tokenizer
-from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
@@ -26,10 +25,11 @@ from maxlm.programs.prepare import read_vocab_size
 from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
-from maxlm.tasks import FrozenModelSource, SourceInputs, Vocabulary
+from maxlm.tasks import SourceInputs, Vocabulary
 from maxlm.tasks.rows import RowTask
-from maxlm.train.checkpoint import FolderTier, layer_group_shapes
-from maxlm.train.state import TrainState, remove_frozen
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.reading import layer_group_shapes
+from maxlm.train.state import TrainState
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
 # Where few tokens are targets, it takes more of them to learn as much.
@@ -88,7 +88,7 @@ class CountingTokenSource:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         used = min(vocab_size, USED)
         marks = np.arange(vocab_size) >= used
-        self.vocabulary = Vocabulary(vocab_size, used, (), min(used, vocab_size - 1), marks, ~marks)
+        self.vocabulary = Vocabulary(vocab_size, (), min(used, vocab_size - 1), marks, ~marks)
         starts = random.integers(used, size=num_documents)
         steps = random.integers(1, 4, num_documents)
         self._tokens = np.concatenate(
@@ -108,13 +108,16 @@ class CountingTokenSource:
 
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
-    text = CountingTokenSource(config.model.vocab_size)
+    text, tokenizer = CountingTokenSource(config.model.vocab_size), None
+    if isinstance(config.task, RowTask):
+        digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
+        tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
     return config.task.batch_source(
         SourceInputs(
             loader=config.data,
             seed=config.seed,
             vocabulary=text.vocabulary,
-            tokenizer=_train_digit_tokenizer() if isinstance(config.task, RowTask) else None,
+            tokenizer=tokenizer,
             stores={"text": text},
             mixing={"text": 1.0},
             start_id=getattr(config.model, "start_id", 0),
@@ -135,10 +138,6 @@ def write_counting_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _train_digit_tokenizer() -> Tokenizer:
-    return train_tokenizer(TokenizerConfig(vocab_size=257), iter([b"0 1 2 3 4 5 6 7 8 9 " * 20]))
-
-
 def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as it is made.
 
@@ -150,12 +149,12 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:
-            find_files(source.source_config())
+            find_files(source)
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))
     # Other models are as small as the trained one.
-    sources = dict.fromkeys(small.task.frozen_models(), FrozenModelSource())
+    sources = dict.fromkeys(small.task.frozen_models())
     setup = set_up_run(small, devices, frozen_sources=sources)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(small.task, RowTask):
@@ -182,7 +181,7 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
     with FolderTier(folder, layer_groups=layer_group_shapes(setup.specs)) as checkpoints:
-        checkpoints.save(SAVED_AT, remove_frozen(state), {})
+        checkpoints.save(SAVED_AT, replace(state, frozen={}), {})
         state, rest = _run(setup, step, state, steps)
         losses = first + rest
         finite = all(map(math.isfinite, losses))
@@ -190,7 +189,7 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
         falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         checkpoints.wait()
-        restored = checkpoints.restore(SAVED_AT, remove_frozen(setup.abstract_state))
+        restored = checkpoints.restore(SAVED_AT, replace(setup.abstract_state, frozen={}))
     restored = replace(restored, frozen=state.frozen)
     equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxlm.config import MaxlmError
+from maxlm.evaluation.curves import draw_downstream
 from maxlm.plan.predict import RunPlan
-from maxlm.programs.downstream import DownstreamEvaluator
 from maxlm.programs.evaluation import (
+    DownstreamEvaluator,
     HeldOutEvaluator,
     HeldOutResults,
     MetricsCallback,
@@ -16,8 +17,7 @@ from maxlm.programs.evaluation import (
 )
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedData
-from maxlm.programs.resume import TrainingPosition
-from maxlm.programs.resume_checks import count_rollbacks
+from maxlm.programs.resume import TrainingPosition, count_rollbacks
 from maxlm.programs.setup import RunSetup, open_training_batches
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
@@ -166,5 +166,6 @@ def _finish(
         plots = run.folder / "plots"
         plots.mkdir(exist_ok=True)
         plot_loss(run.folder / "metrics.jsonl", plots / "loss.png")
-        downstream.plot([*read_records(run.folder / "metrics.jsonl")], run.plan, plots)
+        records, cost = [*read_records(run.folder / "metrics.jsonl")], run.plan.layout
+        draw_downstream(records, cost.flops_per_token, plots / "downstream.png")
     return results

@@ -73,10 +73,10 @@ def convert_sources(config: RunConfig) -> RunConfig:
         config = config.model_copy(update={"train": train})
     changed = {}
     for name, source in config.task.frozen_models().items():
-        if source.folder is not None and _is_huggingface(source.folder):
-            path = _convert_once(source.folder, home / name)
+        if source is not None and _is_huggingface(source):
+            path = _convert_once(source, home / name)
             fields = dict(config.task)
-            changed |= {field: path for field, value in fields.items() if value == source.folder}
+            changed |= {field: path for field, value in fields.items() if value == source}
     return config.model_copy(update={"task": config.task.model_copy(update=changed)})
 
 
@@ -84,9 +84,8 @@ def _convert_once(source: str, target: Path) -> str:
     if jax.process_index() == 0 and not (target / "config.yaml").exists():
         with show_progress() as progress:
             told = f"reading {source}"
-            convert(source, target, progress=lambda done, total, _: progress(told, done, total))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(str(target))
+            convert(source, target, progress=lambda _, done, total: progress(told, done, total))
+    multihost_utils.sync_global_devices(str(target))
     return str(target)
 
 

@@ -41,31 +41,26 @@ def find_cluster(
     variables of a TPU pod on Kubernetes; the metadata of a TPU VM: an attribute by its name, None
     where there is none (default: of this machine, as Google's metadata server has it).
     """
-    explicit = {
-        name: environ[name] if name == _COORDINATOR else _number(environ, name)
-        for name in _SETTINGS
-        if environ.get(name)
-    }
+    explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
     slurm = _slurm(environ)
-    if explicit:
-        if set(explicit) == {_COORDINATOR} and slurm:
-            found = replace(slurm, coordinator=str(explicit[_COORDINATOR]))
-        else:
-            found = _complete(explicit, slurm)
+    if slurm and set(explicit) == {_COORDINATOR}:
+        found = replace(slurm, coordinator=explicit[_COORDINATOR])
+    elif explicit:
+        found = _read_settings(explicit, slurm)
     else:
         found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, read_metadata or _attribute)
     return _checked(found) if found else None
 
 
-def _complete(explicit: Mapping[str, str | int], slurm: Cluster | None) -> Cluster:
+def _read_settings(explicit: Mapping[str, str], slurm: Cluster | None) -> Cluster:
     missing = [name for name in _SETTINGS if name not in explicit]
     if missing:
         given = ", ".join(f"{name} is {value}" for name, value in explicit.items())
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
         fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
         raise MaxlmError(f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix)
-    coordinator, count, process = (explicit[name] for name in _SETTINGS)
-    return Cluster("settings", str(coordinator), int(count), int(process))
+    count, process = (_number(explicit, name) for name in _SETTINGS[1:])
+    return Cluster("settings", explicit[_COORDINATOR], count, process)
 
 
 def _checked(cluster: Cluster) -> Cluster | None:

@@ -31,7 +31,7 @@ class WorkerPool:
     def __init__(self, workers: int | None = None):
         """``workers``: default: one a core."""
         self._workers = workers or count_usable_cores()
-        self._started: tuple[int, ProcessPoolExecutor] | None = None
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -46,16 +46,16 @@ class WorkerPool:
         function once, so what a callable object keeps in itself (an open model) is there for all
         the jobs that this worker does, and gone with the next function."""
         # What does one job is left to a worker that has imported its modules, if there is one.
-        if self._workers == 1 or (len(jobs) < 2 and not self._started):
+        if self._workers == 1 or (len(jobs) < 2 and not self._pool):
             yield from map(function, jobs)
             return
-        count, pool = self._start(min(self._workers, len(jobs)))
+        pool = self._start()
         named, waiting = (uuid.uuid4(), pickle.dumps(function)), iter(jobs)
         busy, finished = set[Future[Result]](), False
         try:
             while True:
-                with block_signals():  # Processes start with the first job.
-                    for job in itertools.islice(waiting, 2 * count - len(busy)):
+                with block_signals():  # Processes start with the first jobs, no more than these.
+                    for job in itertools.islice(waiting, 2 * self._workers - len(busy)):
                         busy.add(pool.submit(_call, *named, job))
                 if not busy:
                     finished = True
@@ -73,23 +73,20 @@ class WorkerPool:
             if not finished:
                 self._stop()
 
-    def _start(self, count: int) -> tuple[int, ProcessPoolExecutor]:
-        if self._started is None or self._started[0] < count:
-            self._stop()
+    def _start(self) -> ProcessPoolExecutor:
+        if self._pool is None:
             start_resource_tracker()
             context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(count, context, initializer=_begin)
-            self._started = count, pool
-        return self._started
+            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_begin)
+        return self._pool
 
     def _stop(self) -> None:
-        if self._started:
-            _, pool = self._started
-            self._started = None
+        if self._pool:
             # Without their clearing up, which takes half a second: what is done is done.
-            for process in list((pool._processes or {}).values()):
+            for process in list((self._pool._processes or {}).values()):
                 process.kill()
-            pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def count_usable_cores() -> int:
@@ -116,7 +113,7 @@ def _begin() -> None:
     """Begins a worker."""
     use_one_tokenizer_thread()
     ignore_signals()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop_with_parent()
 
 
 @lru_cache(maxsize=1)
@@ -128,8 +125,13 @@ def _call(number: uuid.UUID, pickled: bytes, job: Any) -> Any:
     return _unpickle(number, pickled)(job)
 
 
-def _end_with_parent() -> None:
+def stop_with_parent() -> None:
+    """Lets this process, a worker, end when its parent does, even if that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

@@ -5,7 +5,10 @@ import re
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from maxlm.runtime.files import replace_file
 
 
 def render_report_page(package: str, title: str, data: Mapping[str, Any]) -> str:
@@ -17,3 +20,9 @@ def render_report_page(package: str, title: str, data: Mapping[str, Any]) -> str
     parts = {"{{title}}": escape(title), "{{data}}": text}
     # In one pass: a title may itself read "{{data}}".
     return re.sub(r"\{\{(?:title|data)\}\}", lambda found: parts[found.group()], page)
+
+
+def write_report_page(path: Path, package: str, title: str, data: Mapping[str, Any]) -> None:
+    """Writes what :func:`render_report_page` renders, atomically."""
+    with replace_file(path.absolute()) as new:
+        new.write_text(render_report_page(package, title, data), "utf-8")

@@ -13,12 +13,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from maxlm.serving.adapters import load_lora_adapter, unload_lora_adapter
 from maxlm.serving.chat import create_chat_completion, encode_conversation
 from maxlm.serving.completions import create_completion
 from maxlm.serving.embeddings import create_embeddings, create_scores
 from maxlm.serving.errors import ApiError, convert_error
-from maxlm.serving.schemas import DetokenizeBody, TokenizeBody
+from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody, UnloadAdapterBody
 from maxlm.serving.server_state import ServerState
 
 Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
@@ -138,3 +137,24 @@ async def detokenize(state: ServerState, request: Request) -> Response:
     """Answers /detokenize: the text of ids."""
     body = await state.read_body(request, DetokenizeBody)
     return JSONResponse({"prompt": state.tokenizer.decode(body.tokens)})
+
+
+async def load_lora_adapter(state: ServerState, request: Request) -> Response:
+    """Answers /v1/load_lora_adapter: loads a folder's adapter beside the model."""
+    body = await state.read_body(request, LoadAdapterBody)
+    engine = state.engine_loop.engine
+    if engine is None or state.read_adapter is None:
+        raise ApiError(400, "no adapters are loaded beside this model", code="unsupported")
+    found = await asyncio.to_thread(state.read_adapter, body.lora_path)
+    await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found))
+    return JSONResponse(state.describe_model(body.lora_name))
+
+
+async def unload_lora_adapter(state: ServerState, request: Request) -> Response:
+    """Answers /v1/unload_lora_adapter."""
+    body = await state.read_body(request, UnloadAdapterBody)
+    name, engine = body.lora_name, state.engine_loop.engine
+    state.find_adapter(f"{state.name}:{name}")
+    assert engine is not None, "it has an adapter"
+    await state.engine_loop.call(partial(engine.unload_adapter, name))
+    return JSONResponse({"id": f"{state.name}:{name}", "object": "model", "deleted": True})

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -87,20 +87,18 @@ def encode_conversation(
     return tuple(ids)
 
 
+@dataclass(eq=False)
 class _ChatAnswer(Answer):
     """The answer to /v1/chat/completions."""
 
     id_prefix, object_names = "chatcmpl", ("chat.completion", "chat.completion.chunk")
-
-    def __init__(
-        self, state: ServerState, body: ChatBody, prompt: tuple[int, ...], plan: _ToolPlan
-    ):
-        super().__init__(state, body, [prompt])
-        self._body, self._plan = body, plan
-        self._parsers: dict[int, ToolCallParser] = {}
+    body: ChatBody
+    plan: _ToolPlan
+    parsers: dict[int, ToolCallParser] = field(default_factory=dict)
+    """Of each sequence."""
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
-        body, plan, vocab_size = self._body, self._plan, self.state.tokenizer.vocab_size
+        body, plan, vocab_size = self.body, self.plan, self.state.tokenizer.vocab_size
         asked = body.max_completion_tokens or body.max_tokens
         most = self.state.resolve_max_tokens(len(prompt), asked)
         request = body.make_request(request_id, prompt, most, vocab_size)
@@ -112,10 +110,10 @@ class _ChatAnswer(Answer):
         return replace(request, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
-        is_first, reason = index not in self._parsers, output.finish_reason
-        parser = self._parsers.setdefault(index, self._plan.make_parser())
+        is_first, reason = index not in self.parsers, output.finish_reason
+        parser = self.parsers.setdefault(index, self.plan.make_parser())
         found = parser.push(output.text, final=reason is not None)
-        if self._body.stream:
+        if self.body.stream:
             name, message = "delta", {"role": "assistant"} if is_first else {}
             message |= {"content": found.content} if is_first or found.content else {}
             calls = [{"index": number, **call} for number, call in found.calls.items()]
@@ -125,7 +123,7 @@ class _ChatAnswer(Answer):
             message = {"role": "assistant", "content": content}
         message |= {"tool_calls": calls} if calls else {}
         logprobs = None
-        if self._body.logprobs:
+        if self.body.logprobs:
             logprobs = {"content": [self._describe_logprob(entry) for entry in output.logprobs]}
         reason = "tool_calls" if reason == "stop" and parser.num_calls else reason
         return {"index": index, name: message, "logprobs": logprobs, "finish_reason": reason}
@@ -151,4 +149,4 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     plan = plan_tools(body, template)
     given = state, body.messages, plan, body.chat_template_kwargs
     prompt = await asyncio.to_thread(encode_conversation, *given)
-    return await _ChatAnswer(state, body, prompt, plan).respond(request)
+    return await _ChatAnswer(state, body, [prompt], plan).respond(request)

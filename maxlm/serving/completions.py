@@ -1,7 +1,7 @@
 """/v1/completions: continuations of texts or token ids."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -15,28 +15,19 @@ from maxlm.serving.schemas import MAX_PROMPTS, CompletionBody, list_prompts
 from maxlm.serving.server_state import ServerState
 
 
+@dataclass(eq=False)
 class _Completions(Answer):
-    """The answer to /v1/completions.
-
-    Args:
-        texts: the prompts as ``echo`` repeats them.
-    """
+    """The answer to /v1/completions."""
 
     id_prefix, object_names = "cmpl", ("text_completion", "text_completion")
-
-    def __init__(
-        self,
-        state: ServerState,
-        body: CompletionBody,
-        prompts: list[tuple[int, ...]],
-        texts: list[str],
-    ):
-        super().__init__(state, body, prompts)
-        self._body, self._texts = body, texts
-        self._num_chars: dict[int, int] = {}  # that were described before, by sequence
+    body: CompletionBody
+    texts: list[str]
+    """The prompts as ``echo`` repeats them."""
+    num_chars: dict[int, int] = field(default_factory=dict)
+    """Characters that were described before, by sequence."""
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
-        body, most = self._body, self.state.resolve_max_tokens(len(prompt), self._body.max_tokens)
+        body, most = self.body, self.state.resolve_max_tokens(len(prompt), self.body.max_tokens)
         return replace(
             body.make_request(request_id, prompt, most, self.state.tokenizer.vocab_size),
             top_logprobs=body.logprobs,
@@ -45,16 +36,16 @@ class _Completions(Answer):
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
         text, entries, described = output.text, output.logprobs, None
-        if self._body.max_tokens == 0:  # the engine makes one at least
+        if self.body.max_tokens == 0:  # the engine makes one at least
             text, entries, self.completion_tokens = "", [], 0
-        prompt_index = index // self._body.n
-        if self._body.echo and index not in self._num_chars:
-            text = self._texts[prompt_index] + text
+        prompt_index = index // self.body.n
+        if self.body.echo and index not in self.num_chars:
+            text = self.texts[prompt_index] + text
             first = TokenLogprob(self.prompts[prompt_index][0], math.nan)  # nothing before it
             entries = [first, *(output.prompt_logprobs or ()), *entries]
-        offset = self._num_chars.get(index, 0)
-        self._num_chars[index] = offset + len(text)
-        if self._body.logprobs is not None:
+        offset = self.num_chars.get(index, 0)
+        self.num_chars[index] = offset + len(text)
+        if self.body.logprobs is not None:
             described = describe_logprobs(self.state.tokenizer, entries, offset)
         reason = output.finish_reason
         return {"index": index, "text": text, "logprobs": described, "finish_reason": reason}

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
@@ -18,37 +18,31 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.serving.engine_loop import RequestStream
 from maxlm.serving.errors import convert_error
-from maxlm.serving.schemas import GenerationBody
 from maxlm.serving.server_state import ServerState
 
 T = TypeVar("T")
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
+@dataclass(eq=False)
 class Answer(ABC):
-    """An answer to a body, made of the outputs of its requests.
-
-    Args:
-        prompts: one request is made for each; the ``n`` sequences of prompt 0 come first.
-    """
+    """An answer to a body, made of the outputs of its requests."""
 
     id_prefix: ClassVar[str]
     object_names: ClassVar[tuple[str, str]]
     """The kinds of object that a whole answer is, and an event."""
+    state: ServerState
+    body: Any
+    """A ``GenerationBody``."""
+    prompts: Sequence[tuple[int, ...]]
+    """One request is made for each; the ``n`` sequences of prompt 0 come first."""
 
-    def __init__(
-        self,
-        state: ServerState,
-        body: GenerationBody,
-        prompts: Sequence[tuple[int, ...]],
-    ):
-        self.state, self.prompts, self._num_sequences = state, prompts, body.n
-        self._is_stream, self._include_usage = body.stream, body.stream_options.include_usage
-        self.completion_tokens = 0
+    def __post_init__(self) -> None:
+        body, self.completion_tokens = self.body, 0
         self._cached_tokens: dict[str, int] = {}
         about = {"id": f"{self.id_prefix}-{uuid4().hex}", "object": self.object_names[body.stream]}
-        self._about = about | {"created": int(time.time()), "model": body.model or state.name}
-        self._adapter = state.find_adapter(body.model)
+        self._about = about | {"created": int(time.time()), "model": body.model or self.state.name}
+        self._adapter = self.state.find_adapter(body.model)
 
     @abstractmethod
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
@@ -67,24 +61,30 @@ class Answer(ABC):
             for number, prompt in enumerate(self.prompts)
         ]
         stream = await self.state.engine_loop.submit(asked)
-        if self._is_stream:
-            return EventStream(stream, self._make_events(stream))
+        if self.body.stream:
+            return EventStream(stream, self._write_events(stream))
         with stream:
             return JSONResponse(await cancel_on_disconnect(request, self._collect(stream)))
 
-    async def _make_events(self, stream: RequestStream) -> AsyncIterator[dict[str, Any]]:
-        async for index, output in self._read(stream):
-            yield self._about | {"choices": [self.describe(index, output)], "usage": None}
-        if self._include_usage:
-            yield self._about | {"choices": [], "usage": self._describe_usage()}
+    async def _write_events(self, stream: RequestStream) -> AsyncIterator[str]:
+        def write(choices: list[Any], usage: Any = None) -> str:
+            event = self._about | {"choices": choices, "usage": usage}
+            return f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
+
+        try:
+            async for index, output in self._read(stream):
+                yield write([self.describe(index, output)])
+            if self.body.stream_options.include_usage:
+                yield write([], self._describe_usage())
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(convert_error(error).to_json())}\n\n"
 
     async def _collect(self, stream: RequestStream) -> dict[str, Any]:
         whole: dict[int, SequenceOutput] = {}
         async for index, output in self._read(stream):
             if (own := whole.setdefault(index, output)) is not output:
-                own.text += output.text
-                own.logprobs += output.logprobs
-                own.finish_reason = output.finish_reason
+                own.append(output)
         choices = [self.describe(index, whole[index]) for index in sorted(whole)]
         return self._about | {"choices": choices, "usage": self._describe_usage()}
 
@@ -94,7 +94,7 @@ class Answer(ABC):
             cached = self._cached_tokens.get(output.request_id, 0)
             self._cached_tokens[output.request_id] = max(output.num_cached_tokens, cached)
             prompt_index = int(output.request_id.rpartition("-")[2])
-            yield prompt_index * self._num_sequences + output.sequence_index, output
+            yield prompt_index * self.body.n + output.sequence_index, output
 
     def _describe_usage(self) -> dict[str, Any]:
         prompt_tokens = sum(map(len, self.prompts))
@@ -138,20 +138,11 @@ class EventStream(StreamingResponse):
         stream: what the events are made of; released whatever happens.
     """
 
-    def __init__(self, stream: RequestStream, events: AsyncIterator[dict[str, Any]]):
+    def __init__(self, stream: RequestStream, events: AsyncIterator[str]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(_write_events(events), headers=headers, media_type="text/event-stream")
+        super().__init__(events, headers=headers, media_type="text/event-stream")
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._stream:
             await super().__call__(scope, receive, send)
-
-
-async def _write_events(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield f"data: {json.dumps(convert_error(error).to_json())}\n\n"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from maxlm.inference.outputs import count_begun
 from maxlm.inference.requests import GrammarSpec
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import Tool
@@ -115,30 +116,25 @@ class ParsedText:
     part of its arguments' JSON text."""
 
 
+@dataclass(eq=False)
 class ToolCallParser:
     """Reads an answer's text, as it comes, as content and calls; what proves to be no call of a
-    known tool is content.
+    known tool is content."""
 
-    Args:
-        names: the tools' names.
-        forced: the prompt opened a call already.
-        max_calls: further ones are dropped.
-    """
+    tool_format: ToolFormat
+    names: Collection[str]
+    """The tools' names."""
+    forced: bool = False
+    """Whether the prompt opened a call already."""
+    max_calls: int | None = None
+    """Further ones are dropped."""
 
-    def __init__(
-        self,
-        tool_format: ToolFormat,
-        names: Collection[str],
-        *,
-        forced: bool = False,
-        max_calls: int | None = None,
-    ):
+    def __post_init__(self) -> None:
         self.num_calls = 0
-        self._names, self._max_calls = frozenset(names), max_calls
-        self._opener = _OPENERS[tool_format] if names else ""
+        self._opener = _OPENERS[self.tool_format] if self.names else ""
         self._text, self._held, self._arguments = "", "", ""
         self._found = ParsedText()
-        starts_with_head = forced or (names and tool_format == "llama3")
+        starts_with_head = self.forced or (self.names and self.tool_format == "llama3")
         self._state = self._read_head if starts_with_head else self._read_content
 
     def push(self, text: str, *, final: bool = False) -> ParsedText:
@@ -159,7 +155,7 @@ class ToolCallParser:
             self._text = ""
             content = "" if final and self.num_calls and content.isspace() else content
         else:  # space before a call is no content, nor is what may begin one
-            content = content[: len(content) - _overlap(content, opener)].rstrip()
+            content = content[: len(content) - count_begun(content, opener)].rstrip()
             self._text = self._text[len(content) :]
         self._found.content += content
 
@@ -168,7 +164,7 @@ class ToolCallParser:
         plain = self._text[before.end() if before else 0 :]
         may_begin = plain.startswith("{") or _PYTHON_TAG.startswith(plain)
         match = _HEAD.match(plain)
-        if match and match[1] in self._names:
+        if match and match[1] in self.names:
             self._text, self._arguments = plain[match.end() :], ""
             self._state = self._read_arguments
             call = {"id": f"call_{uuid4().hex[:24]}", "type": "function"}
@@ -188,7 +184,7 @@ class ToolCallParser:
         self._text = self._arguments[end:] if end else ""
         if end:
             self.num_calls, self._held = self.num_calls + 1, ""
-            is_last = self.num_calls == self._max_calls
+            is_last = self.num_calls == self.max_calls
             self._state = self._drop_rest if is_last else self._read_between
 
     def _read_between(self, final: bool) -> None:
@@ -212,9 +208,3 @@ def _find_object_end(text: str) -> int | None:
         if depth == 0:
             return found.end()
     return None
-
-
-def _overlap(text: str, opener: str) -> int:
-    """Characters at a text's end that may begin the opener."""
-    sizes = range(min(len(text), len(opener) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(opener[:size])), 0)

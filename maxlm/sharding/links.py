@@ -33,18 +33,14 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
     outer = count_slices_per_axis(sizes, slices)
     inner = tuple(n // outer[axis] for axis, n in sizes.items())
 
-    def along_the_torus(shared: bool) -> np.ndarray:
-        options: dict[str, Any] = {"allow_split_physical_axes": shared}
-        if slices == 1:
-            return mesh_utils.create_device_mesh(inner, devices, **options)
-        return mesh_utils.create_hybrid_device_mesh(
-            inner, tuple(outer.values()), devices, **options
-        )
-
     # Dimensions of the torus are shared only by axes that are no product of whole ones.
     for shared in (False, True):
+        options: dict[str, Any] = {"allow_split_physical_axes": shared}
         try:
-            return along_the_torus(shared)
+            if slices == 1:
+                return mesh_utils.create_device_mesh(inner, devices, **options)
+            between = tuple(outer.values())
+            return mesh_utils.create_hybrid_device_mesh(inner, between, devices, **options)
         except (NotImplementedError, TypeError, ValueError):  # as JAX words that it finds no way
             continue
     axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)

@@ -20,7 +20,7 @@ from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.preference import CpoTask, DpoTask, OrpoTask
 from maxlm.tasks.reward import RewardTask
 from maxlm.tasks.sft import SftTask
-from maxlm.tasks.task import FrozenModelSource, SourceInputs, Task, TaskModels, Vocabulary
+from maxlm.tasks.task import SourceInputs, Task, TaskModels, Vocabulary
 from maxlm.tasks.text import ClmTask
 
 _Preference = RewardTask | DpoTask | KtoTask | OrpoTask | CpoTask
@@ -96,7 +96,6 @@ TaskConfig = Annotated[
 
 __all__ = [
     "ClmTask",
-    "FrozenModelSource",
     "MlmTask",
     "SourceInputs",
     "SpanCorruptionTask",

@@ -1,30 +1,199 @@
-"""Span corruption (T5) and mixtures of denoisers (UL2): write what was taken out of a text."""
+"""Span corruption (T5) and mixtures of denoisers (UL2): write what was taken out of a text.
+
+Spans of n tokens (Raffel et al. 2020, §3.1.4), with sentinels <0>, <1>, ... counted downwards:
+
+    tokens     a b c d e f g
+    noise          c d     g
+    inputs     a b <0> e f <1> eos
+    targets    <0> c d <1> g eos
+
+No last sentinel follows in the targets, as in the authors' code and unlike the paper's figure.
+What changes tokens is pure in its arrays and its random generator.
+"""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchTransform
-from maxlm.tasks.corrupt import (
-    Denoiser,
-    SentinelIds,
-    compute_max_lengths,
-    corrupt_row,
-    make_ul2_denoisers,
-)
 from maxlm.tasks.task import SourceInputs, Vocabulary
 from maxlm.tasks.text import ENCODER_ARRAYS, Row, RowTransform, TextTask
 
+Ids = NDArray[np.int32]
+Flags = NDArray[np.bool_]
 # Sequences are as long as tiles and shards like.
 _MULTIPLE = 8
 # The texts of published tokenizers' sentinels.
 _SENTINEL = "<extra_id_{}>"
+
+
+class SentinelIds(NamedTuple):
+    """The ids that stand for no text."""
+
+    first_sentinel: int
+    """Span i's sentinel is ``first_sentinel − i``."""
+    eos: int
+    decoder_start_id: int = 0
+    """The token that a decoder reads first; T5's is its padding."""
+    bos_ids: tuple[int, ...] = ()
+    """Tokens that every input begins with; T5's with none, BART's with <s>."""
+
+
+class Denoiser(NamedTuple):
+    """One way of taking tokens out of a document. The defaults are T5's."""
+
+    density: float = 0.15
+    """The share of tokens taken out; of a suffix the mean share, at most a half."""
+    mean_span: float | None = 3.0
+    """Mean tokens of a span. None: one suffix behind a prefix (prefix language modelling), of which
+    every length is as likely as the others, up to twice the mean."""
+    mode_token_id: int | None = None
+    """An id put before the inputs, which tells the model the kind of task; None puts none."""
+
+    def count_noise_and_spans(self, n: int) -> tuple[int, int]:
+        """Counts (tokens taken out of n, spans they lie in); for a suffix the most. Neither falls
+        as n grows, and nothing is taken out of fewer than two tokens."""
+        if n < 2:
+            return 0, 0
+        if self.mean_span is None:  # The mean of 1 ... m is (m + 1) / 2.
+            return min(max(round(2 * self.density * n) - 1, 1), n - 1), 1
+        noise = min(max(round(n * self.density), 1), n - 1)
+        return noise, min(max(round(noise / self.mean_span), 1), noise, n - noise)
+
+    def max_lengths(self, n: int) -> tuple[int, int]:
+        """Returns the most (inputs, targets) of n tokens, mode and ends included; neither falls as
+        n grows. A row of several documents takes more: each has its own ends and spans."""
+        noise, spans = self.count_noise_and_spans(n)
+        fewest = noise if self.mean_span else spans
+        return n - fewest + spans + 1 + int(self.mode_token_id is not None), noise + spans + 1
+
+    def draw_noise(self, n: int, rng: Generator) -> Flags:
+        """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first
+        one kept, of lengths as likely as any others that add up; or a suffix."""
+        noise, spans = self.count_noise_and_spans(n)
+        if spans == 0:
+            return np.zeros(n, bool)
+        if self.mean_span is None:
+            return np.arange(n) >= n - rng.integers(1, noise, endpoint=True)
+        kept, taken = _draw_composition(n - noise, spans, rng), _draw_composition(noise, spans, rng)
+        runs = np.stack([kept, taken], axis=1).ravel()
+        return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
+
+
+def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
+    """Returns (inputs, targets) lengths that hold one document of at most n tokens, whichever
+    denoiser is drawn."""
+    inputs, targets = zip(*(each.max_lengths(n) for each in denoisers), strict=True)
+    return max(inputs), max(targets)
+
+
+def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
+    """Returns (inputs, targets) of tokens [n], see the module. There are sentinels for all spans:
+    see :meth:`DenoisingTask.check`."""
+    opens = noise & ~np.concatenate([[False], noise[:-1]])
+    number = np.cumsum(opens) - 1
+    inputs = np.where(opens, special.first_sentinel - number, tokens)[opens | ~noise]
+    sentinels = special.first_sentinel - number[opens]
+    targets = np.insert(tokens[noise], np.flatnonzero(opens[noise]), sentinels)
+    inputs, targets = (np.append(ids, special.eos).astype(np.int32) for ids in (inputs, targets))
+    return inputs, targets
+
+
+def corrupt_tokens(
+    tokens: Ids, denoiser: Denoiser, special: SentinelIds, rng: Generator
+) -> tuple[Ids, Ids]:
+    """Returns (inputs, targets) of one document's tokens [n], int32, with its bos, the mode
+    token and their ends."""
+    inputs, targets = replace_spans(tokens, denoiser.draw_noise(tokens.size, rng), special)
+    mode = () if denoiser.mode_token_id is None else (denoiser.mode_token_id,)
+    return np.array([*special.bos_ids, *mode, *inputs], np.int32), targets
+
+
+def corrupt_row(
+    tokens: Ids,
+    segment_ids: Ids,
+    denoisers: Sequence[Denoiser],
+    special: SentinelIds,
+    rng: Generator,
+    *,
+    encoder_len: int,
+    decoder_len: int,
+) -> dict[str, np.ndarray]:
+    """Corrupts a packed row's segments, each by a denoiser drawn for it, packed again on both sides
+    under the numbers they had. A segment for which either has no room left is cut short: each has
+    ends of its own, so that several take more than :func:`compute_max_lengths` says of one.
+
+    Args:
+        tokens, segment_ids: int32 [S], as the loader's; segments adjoin, 0 is padding.
+
+    Returns:
+        Of the encoder, int32 [encoder_len] input_tokens, input_positions and input_segment_ids; of
+        the decoder, int32 [decoder_len] tokens (the targets one step later, behind the start id),
+        targets, positions and segment_ids, and fp32 weights, 1 where there is a target. All are 0
+        in padding.
+    """
+    used = {"input_": 0, "": 0}
+    sizes = {"input_": encoder_len, "": decoder_len}
+    names = ("tokens", "positions", "segment_ids")
+    row: dict[str, np.ndarray] = {
+        "targets": np.zeros(decoder_len, np.int32),
+        "weights": np.zeros(decoder_len, np.float32),
+    }
+    row |= {side + n: np.zeros(sizes[side], np.int32) for side in sizes for n in names}
+
+    def place(side: str, number: int, size: int, **arrays: np.ndarray | int) -> None:
+        own = slice(used[side], used[side] + size)
+        arrays |= {"positions": np.arange(size), "segment_ids": number}
+        for name, array in arrays.items():
+            row[side + name][own] = array
+        used[side] += size
+
+    rates = np.full(len(denoisers), 1 / len(denoisers))
+    borders = np.flatnonzero(np.diff(segment_ids)) + 1
+    for piece, numbers in zip(
+        np.split(tokens, borders), np.split(segment_ids, borders), strict=True
+    ):
+        if piece.size == 0 or numbers[0] == 0:
+            continue
+        denoiser = denoisers[rng.choice(rates.size, p=rates)]
+        free = encoder_len - used["input_"], decoder_len - used[""]
+        inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
+        if inputs.size > free[0] or targets.size > free[1]:
+            kept = _count_fitting(piece.size, denoiser, (free[0] - len(special.bos_ids), free[1]))
+            if kept == 0:
+                continue
+            inputs, targets = corrupt_tokens(piece[:kept], denoiser, special, rng)
+        place("input_", numbers[0], inputs.size, tokens=inputs)
+        shifted = np.concatenate([[special.decoder_start_id], targets[:-1]])
+        place("", numbers[0], targets.size, tokens=shifted, targets=targets, weights=1)
+    return row
+
+
+def _draw_composition(total: int, parts: int, rng: Generator) -> NDArray[np.integer]:
+    """``parts`` positive numbers that add up to ``total``, all such equally likely."""
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)
+
+
+def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
+    """Counts how many of n tokens surely fit (inputs, targets) of these lengths; 0: too few to take
+    any out of."""
+
+    def is_too_long(m: int) -> bool:
+        inputs, targets = denoiser.max_lengths(m)
+        return inputs > free[0] or targets > free[1]
+
+    fits = bisect_left(range(2, n + 1), True, key=is_too_long)
+    return fits + 1 if fits else 0
 
 
 class DenoisingTask(TextTask):
@@ -62,9 +231,7 @@ class DenoisingTask(TextTask):
         change = partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
         return RowTransform(change, inputs.seed)
 
-    def _corrupt_row(
-        self, vocabulary: Vocabulary, start_id: int, row: Row, rng: np.random.Generator
-    ) -> Row:
+    def _corrupt_row(self, vocabulary: Vocabulary, start_id: int, row: Row, rng: Generator) -> Row:
         first = vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
         ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.bos_ids)
         decoder_len, encoder_len = self.row_lengths(row["tokens"].size)
@@ -150,7 +317,15 @@ class Ul2Task(DenoisingTask):
 
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
-        return make_ul2_denoisers(self.regular_id, self.sequential_id, self.extreme_id)
+        return (
+            Denoiser(0.15, 3, self.regular_id),
+            Denoiser(0.15, 8, self.regular_id),
+            Denoiser(0.25, None, self.sequential_id),
+            Denoiser(0.5, 3, self.extreme_id),
+            Denoiser(0.5, 8, self.extreme_id),
+            Denoiser(0.15, 64, self.extreme_id),
+            Denoiser(0.5, 64, self.extreme_id),
+        )
 
 
 def _remove_marks(

@@ -17,10 +17,10 @@ from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.parallel.divergence import StoredTeacher, fused_divergence_loss
 from maxlm.parallel.local import get_layout, make_spec
-from maxlm.tasks.rows import EncodedExample, ExampleEncoder
+from maxlm.tasks.rows import ExampleEncoder
 from maxlm.tasks.sft import AnswerTask
-from maxlm.tasks.task import DeviceBatch, FrozenModelSource, LossResult, SourceInputs, TaskModels
-from maxlm.tasks.text import TextTask, TokenPredictionTask, get_head_arguments
+from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, TaskModels
+from maxlm.tasks.text import TextTask, TokenPredictionTask
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
@@ -59,8 +59,8 @@ class TeacherTask(TokenPredictionTask):
             what = "stored log-probabilities have no hidden states"
             raise MaxlmError(what, where="task.features", fix="set task.teacher, or leave it out")
 
-    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        return {} if self.teacher is None else {"teacher": FrozenModelSource(self.teacher)}
+    def frozen_models(self) -> Mapping[str, str | None]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def check_frozen_models(self, model: Any, frozen: Mapping[str, Any]) -> None:
         for own in frozen.values():
@@ -78,12 +78,12 @@ class TeacherTask(TokenPredictionTask):
         else:
             model = models.frozen["teacher"]
             theirs = model(*inputs)[0]
-            teacher = get_head_arguments(model, theirs)
+            teacher = model.prepare_logits(theirs)
             if self.features is not None:
                 own = models.trained.apply_head("features", hidden)
                 more["features"] = _sum_squared_errors(own, theirs, batch["weights"])
         loss, divergence, cross_entropy = fused_divergence_loss(
-            get_head_arguments(models.trained, hidden),
+            models.trained.prepare_logits(hidden),
             teacher,
             batch["targets"],
             batch["weights"],
@@ -114,9 +114,18 @@ class DistillationTask(AnswerTask, TeacherTask):
         ids = BatchArraySpec((seq_len, self.top_k), np.int32, axes)
         return arrays | {"teacher_ids": ids, "teacher_log_probs": log_probs}
 
-    def make_encoder(self, *args: Any, **kwargs: Any) -> ExampleEncoder:
-        own = super().make_encoder(*args, **kwargs)
-        return StoredTeacherEncoder(**vars(own)) if self.teacher is None else own
+    def extend_example(
+        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Adds a stored teacher's log-probabilities, at the places with a weight."""
+        if self.teacher is None:
+            places = np.flatnonzero(arrays["weights"])
+            targets = arrays["targets"][places]
+            values = read_stored_teacher(row, targets, self.top_k, self.temperature)
+            for name, own in zip(("teacher_ids", "teacher_log_probs"), values, strict=True):
+                arrays[name] = np.zeros((len(arrays["tokens"]), own.shape[1]), own.dtype)
+                arrays[name][places] = own
+        return arrays
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         if self.teacher is None:
@@ -134,23 +143,6 @@ class TextDistillationTask(TeacherTask, TextTask):
     kind: Literal["distill_text"] = "distill_text"
     teacher: LocalPath  # pyright: ignore[reportGeneralTypeIssues]
     """The teacher's run, such as `maxlm convert` makes, with the student's tokenizer."""
-
-
-class StoredTeacherEncoder(ExampleEncoder):
-    """Encodes rows beside which a teacher's log-probabilities stand."""
-
-    def __call__(self, row: Mapping[str, Any]) -> EncodedExample:
-        arrays = super().__call__(row)
-        if not arrays:
-            return {}
-        task: Any = self.task
-        places = np.flatnonzero(arrays["weights"])
-        values = read_stored_teacher(row, arrays["targets"][places], task.top_k, task.temperature)
-        found = {}
-        for name, own in zip(("teacher_ids", "teacher_log_probs"), values, strict=True):
-            found[name] = np.zeros((len(arrays["tokens"]), own.shape[1]), own.dtype)
-            found[name][places] = own
-        return {**arrays, **found}
 
 
 def write_stored_teacher(

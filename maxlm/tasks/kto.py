@@ -13,29 +13,18 @@ from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.conversations import EncodedSequence, encode_answer, get_column, get_label
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.tasks.extra_columns import LOG_PROBS, MISMATCHED, ExtendedRows
-from maxlm.tasks.preference import ReferenceTask, map_micro_batches, scale_layers_loss
-from maxlm.tasks.rows import EncodedExample, ExampleEncoder, join_sequences
+from maxlm.tasks.preference import (
+    LOG_PROBS,
+    MISMATCHED,
+    ExtendedRows,
+    ReferenceTask,
+    map_micro_batches,
+    scale_layers_loss,
+)
+from maxlm.tasks.rows import ExampleEncoder, join_sequences
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
 
 _KL = "kl_"
-
-
-class MismatchedPairEncoder(ExampleEncoder):
-    """Encodes, beside each example, its prompt with another row's completion, cut to what a row has
-    room for."""
-
-    def __call__(self, row: Mapping[str, Any]) -> EncodedExample:
-        example = super().__call__(row)
-        if not example:
-            return {}
-        try:
-            tokens, is_target = encode_answer(self.tokenizer, row["prompt"], row[MISMATCHED])
-        except MaxlmError:  # it is told of that row when its own turn comes
-            tokens, is_target = encode_answer(self.tokenizer, row["prompt"], row["completion"])
-        other = EncodedSequence(tokens[: self.max_length], is_target[: self.max_length])
-        arrays = join_sequences([other], self.num_virtual_tokens)
-        return {**example, **{_KL + name: array for name, array in arrays.items()}}
 
 
 class KtoTask(ReferenceTask):
@@ -63,12 +52,21 @@ class KtoTask(ReferenceTask):
         prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
         return [encode_answer(tokenizer, prompt, completion)]
 
-    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_example(
+        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Adds the label, and the prompt with another row's completion, cut to what a row has room
+        for."""
+        prompt, length = row["prompt"], encoder.max_length
+        try:
+            tokens, is_target = encode_answer(encoder.tokenizer, prompt, row[MISMATCHED])
+        except MaxlmError:  # it is told of that row when its own turn comes
+            tokens, is_target = encode_answer(encoder.tokenizer, prompt, row["completion"])
+        other = EncodedSequence(tokens[:length], is_target[:length])
+        joined = join_sequences([other], encoder.num_virtual_tokens)
         own = {"labels": 1.0 if get_label(row) else -1.0}
-        return super().encode_example_values(row) | own
-
-    def make_encoder(self, *args: Any, **kwargs: Any) -> ExampleEncoder:
-        return MismatchedPairEncoder(**vars(super().make_encoder(*args, **kwargs)))
+        own |= {_KL + name: array for name, array in joined.items()}
+        return super().extend_example(encoder, row, arrays) | own
 
     def example_arrays(self) -> dict[str, BatchArraySpec]:
         labels = BatchArraySpec((self.examples_per_row or 1,), np.float32, (None,))

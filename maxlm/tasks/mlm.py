@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchTransform
-from maxlm.tasks.corrupt import Flags
 from maxlm.tasks.task import SourceInputs, Vocabulary
 from maxlm.tasks.text import Row, RowTransform, TextTask
 
@@ -20,7 +19,8 @@ _MASKS = ("[MASK]", "<mask>")
 
 
 class MlmTask(TextTask):
-    """Predicts some tokens from all others around them; needs an encoder."""
+    """Masked language modelling (Devlin et al. 2019, §3.1): predicts some tokens from all others
+    around them; needs an encoder."""
 
     architecture: ClassVar[str] = "encoder"
 
@@ -54,7 +54,7 @@ class MlmTask(TextTask):
         return RowTransform(partial(self.mask_row, inputs.vocabulary), inputs.seed)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
-        """Masks tokens of a row (Devlin et al. 2019, §3.1): ``share`` of those that are neither
+        """Masks tokens of a row: ``share`` of those that are neither
         special nor padding are chosen, rounded and at least one.
 
         Words, where they are chosen, are so in random order, while they fit what is left of the
@@ -95,7 +95,7 @@ class MlmTask(TextTask):
         return self
 
 
-def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> Flags:
+def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> NDArray[np.bool_]:
     """Flags those tokens [n] whose words, given by number, fill the budget."""
     _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
     chosen = np.zeros(sizes.size, bool)

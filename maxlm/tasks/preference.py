@@ -6,6 +6,8 @@ that one pass reads both. Formulas and their normalisation are those of TRL 1.16
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -22,10 +24,12 @@ from maxlm.data.conversations import EncodedSequence, encode_pair
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
-from maxlm.tasks.extra_columns import FIX, LOG_PROBS, ExtendedRows, open_array
-from maxlm.tasks.rows import RowTask, join_sequences, sum_by_segment
-from maxlm.tasks.task import DeviceBatch, FrozenModelSource, LossResult, TaskModels
+from maxlm.tasks.rows import ExampleEncoder, RowTask, join_sequences, sum_by_segment
+from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
 from maxlm.tasks.text import compute_log_probs
+
+LOG_PROBS, MISMATCHED = "reference_log_probs", "mismatched_completion"
+_FIX = "compute it anew with precompute_reference_log_probs"
 
 
 class SequenceLogProbs(NamedTuple):
@@ -77,6 +81,34 @@ class PreferenceTask(RowTask):
         return SequenceLogProbs(own, total(own * weights), total(weights), aux)
 
 
+@dataclass(frozen=True)
+class ExtendedRows(RowFiles):
+    """Rows of files with more columns, pure in a row's number."""
+
+    log_probs: Path | None = None
+    """File of an array [rows, columns]."""
+    with_mismatched: bool = False
+    """Whether a row has the completion of the row before it too; the first, that of the last."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        if self.log_probs is not None:
+            row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
+        if self.with_mismatched:
+            other = super().__getitem__((index - 1) % len(self))
+            row = row | {MISMATCHED: other.get("completion")}
+        return row
+
+
+@lru_cache(maxsize=8)
+def _open_array(path: Path) -> NDArray[np.float32]:
+    """Reads a .npy file, once; raises MaxlmError if it is none."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise MaxlmError(f"cannot be read: {error}", where=str(path), fix=_FIX) from error
+
+
 class ReferenceTask(PreferenceTask):
     """A preference task that measures against a frozen model."""
 
@@ -88,9 +120,8 @@ class ReferenceTask(PreferenceTask):
     """Folder of the reference's log-probabilities, which `precompute_reference_log_probs` writes
     (`files.npy` [rows, sequences], `validation_files.npy`): no second model is held then."""
 
-    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        stored = self.reference_log_probs is not None
-        return {} if stored else {"reference": FrozenModelSource(self.reference)}
+    def frozen_models(self) -> Mapping[str, str | None]:
+        return {} if self.reference_log_probs is not None else {"reference": self.reference}
 
     def for_small_model(self) -> Self:
         return super().for_small_model().model_copy(update={LOG_PROBS: None})
@@ -118,25 +149,26 @@ class ReferenceTask(PreferenceTask):
         own = BatchArraySpec(shape, np.float32, (None, None))
         return super().example_arrays() | {LOG_PROBS: own}
 
-    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        values = super().encode_example_values(row)
+    def extend_example(
+        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
         if self.reference_log_probs is None:
-            return values
+            return arrays
         if np.isnan(row[LOG_PROBS]).any():
             what = "no reference log-probability for this row"
-            raise MaxlmError(what, where=LOG_PROBS, fix=FIX)
-        return values | {LOG_PROBS: row[LOG_PROBS]}
+            raise MaxlmError(what, where=LOG_PROBS, fix=_FIX)
+        return arrays | {LOG_PROBS: row[LOG_PROBS]}
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
         file = super().open_files(which)
         if self.reference_log_probs is None:
             return file
         path = Path(self.reference_log_probs, f"{which}.npy")
-        open_array.cache_clear()  # it may have been written anew
+        _open_array.cache_clear()  # it may have been written anew
         wanted = len(file), self.num_reference_columns
-        if (shape := open_array(path).shape) != wanted:
+        if (shape := _open_array(path).shape) != wanted:
             what = f"an array {[*shape]}, where the files and the task need {[*wanted]}"
-            raise MaxlmError(what, where=str(path), fix=FIX)
+            raise MaxlmError(what, where=str(path), fix=_FIX)
         return ExtendedRows(file.paths, file.starts, path)
 
 
@@ -162,13 +194,11 @@ class LogProbPairTask(PairTask):
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         own = self.compute_sequence_log_probs(models.trained, batch)
         losses, rewards = self.compute_pair_losses(own, batch)
-        sums = sum_pair_metrics(rewards, own.is_present)
+        total, sums = sum_pairs(losses, rewards, own.is_present, own.aux, batch)
         sums["chosen_log_prob"] = own.means[..., 0].sum()
         if (reference := batch.get(LOG_PROBS)) is not None:
             sums["kl"] = ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
-        total = jnp.where(own.is_present, losses, 0).sum()
-        total += scale_layers_loss(own.aux, batch, sums["tokens"])
-        return total, sums | own.aux.sums
+        return total, sums
 
 
 class MarginPairTask(LogProbPairTask):
@@ -288,29 +318,27 @@ class OrpoTask(ReferenceFreePairTask):
         self, own: SequenceLogProbs, batch: DeviceBatch
     ) -> tuple[jax.Array, jax.Array]:
         scores = jnp.where(own.is_present[..., None], own.means, -1.0)
-        log_odds = scores - log1mexp(scores)
+        # Clipped, so that gradients stay finite where a probability is near one.
+        log_odds = scores - jax.nn.log1mexp(jnp.maximum(-scores, 1e-7))
         ratio = jax.nn.log_sigmoid(log_odds[..., 0] - log_odds[..., 1])
         return self.compute_nll(own, batch) - self.beta * ratio, self.beta * scores
 
 
-def log1mexp(x: jax.Array) -> jax.Array:
-    """Computes log(1 - exp(x)) of x < 0 (Mächler 2012), with finite gradients."""
-    x = jnp.minimum(x, -1e-7)
-    cut = -np.log(2).astype(np.float32)
-    far, near = jnp.minimum(x, cut), jnp.maximum(x, cut)
-    return jnp.where(x < cut, jnp.log1p(-jnp.exp(far)), jnp.log(-jnp.expm1(near)))
-
-
-def sum_pair_metrics(rewards: jax.Array, is_present: jax.Array) -> dict[str, jax.Array]:
-    """Sums what is logged of pairs' rewards [..., E, 2]; ``tokens`` counts the pairs."""
+def sum_pairs(
+    losses: jax.Array, rewards: jax.Array, is_present: jax.Array, aux: Aux, batch: DeviceBatch
+) -> LossResult:
+    """Sums pairs' losses [..., E], and what is logged of both answers' rewards [..., E, 2];
+    ``tokens`` counts the pairs."""
     chosen, rejected = (jnp.where(is_present, rewards[..., i], 0) for i in (0, 1))
-    return {
+    sums = {
         "tokens": is_present.sum(dtype=jnp.float32),
         "accuracy": (chosen > rejected).sum(dtype=jnp.float32),
         "margin": (chosen - rejected).sum(),
         "chosen_reward": chosen.sum(),
         "rejected_reward": rejected.sum(),
     }
+    total = jnp.where(is_present, losses, 0).sum()
+    return total + scale_layers_loss(aux, batch, sums["tokens"]), sums | aux.sums
 
 
 def scale_layers_loss(aux: Aux, batch: DeviceBatch, examples: jax.Array) -> jax.Array | float:

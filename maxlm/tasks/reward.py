@@ -13,8 +13,8 @@ from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.conversations import EncodedSequence
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.tasks.preference import PairTask, scale_layers_loss, sum_pair_metrics
-from maxlm.tasks.rows import sum_by_segment
+from maxlm.tasks.preference import PairTask, sum_pairs
+from maxlm.tasks.rows import ExampleEncoder, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
 
 SCORE = "score"
@@ -45,12 +45,14 @@ class RewardTask(PairTask):
             for own in super().encode_example(tokenizer, row)
         ]
 
-    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_example(
+        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
         margin = row.get("margin")
         if not isinstance(margin, Real | None):
             what = f"margin is {margin!r}"
             raise MaxlmError(what, where="margin", fix="write a number, or leave it out")
-        return {"margins": float(margin or 0)}
+        return arrays | {"margins": float(margin or 0)}
 
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
@@ -58,12 +60,9 @@ class RewardTask(PairTask):
         scores = compute_scores(models.trained, hidden, batch, self.num_segments)
         scores = scores.reshape(*scores.shape[:-1], -1, 2)
         lengths = sum_by_segment(batch["weights"], batch["segment_ids"], self.num_segments)
-        is_present = lengths[..., ::2] > 0
         losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
         losses += self.center_rewards * jnp.square(scores.sum(-1))
-        sums = sum_pair_metrics(scores, is_present)
-        total = jnp.where(is_present, losses, 0).sum()
-        return total + scale_layers_loss(aux, batch, sums["tokens"]), sums | aux.sums
+        return sum_pairs(losses, scores, lengths[..., ::2] > 0, aux, batch)
 
 
 def compute_scores(

@@ -15,7 +15,9 @@ from pydantic import Field
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
-from maxlm.data.conversations import EncodedSequence
+from maxlm.data.conversations import (
+    EncodedSequence,
+)
 from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
@@ -65,9 +67,12 @@ class RowTask(Task):
         """Returns arrays with a value for each example of a row, [examples, ...], by name."""
         return {}
 
-    def encode_example_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns an example's entries of :meth:`example_arrays`."""
-        return {}
+    def extend_example(
+        self, encoder: "ExampleEncoder", row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns an example's arrays with its entries of :meth:`example_arrays`, and with whatever
+        the task's batches have besides."""
+        return arrays
 
     def join_example(
         self, sequences: Sequence[EncodedSequence], num_virtual_tokens: int
@@ -81,10 +86,7 @@ class RowTask(Task):
         return (self.examples_per_row or 0) * self.sequences_per_example
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        names = ("tokens", "targets", "segment_ids", "positions")
-        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(seq_len))
-        arrays |= {"weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
-        return arrays | self.example_arrays()
+        return super().batch_arrays(seq_len) | self.example_arrays()
 
     def make_encoder(
         self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
@@ -241,12 +243,9 @@ class ExampleEncoder:
         sequences = [self._cut(sequence) for sequence in whole]
         if not all(sequence.num_targets for sequence in sequences):
             return {}
-        arrays = self.task.join_example(sequences, self.num_virtual_tokens)
-        return {
-            **arrays,
-            **self.task.encode_example_values(row),
-            "was_cut": any(len(each.tokens) > self.max_length for each in whole),
-        }
+        arrays: dict[str, Any] = self.task.join_example(sequences, self.num_virtual_tokens)
+        arrays["was_cut"] = any(len(each.tokens) > self.max_length for each in whole)
+        return self.task.extend_example(self, row, arrays)
 
     def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
         tokens, is_target = sequence

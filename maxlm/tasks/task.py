@@ -26,8 +26,6 @@ class Vocabulary:
 
     size: int
     """Ids that text and reserved ids may have: the rows of the model's table."""
-    num_tokenizer_ids: int
-    """Ids that the tokenizer knows; those above are free."""
     bos_ids: tuple[int, ...]
     """The tokens that a document begins with in a store."""
     eos: int
@@ -44,15 +42,6 @@ class TaskModels:
     trained: Any
     frozen: Mapping[str, Any] = field(default_factory=dict)
     """Models by the names of :meth:`Task.frozen_models`; no gradient reaches them."""
-
-
-@dataclass(frozen=True)
-class FrozenModelSource:
-    """Source of the parameters of a model that a task only reads."""
-
-    folder: str | None = None
-    """A run's folder, such as `maxlm convert` makes; None: the parameters that training starts
-    from."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +81,9 @@ class Task(Config):
     chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
 
-    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        """Returns the models that the loss reads beside the trained one, by name."""
+    def frozen_models(self) -> Mapping[str, str | None]:
+        """Returns the models that the loss reads beside the trained one: by name a run's folder,
+        such as `maxlm convert` makes; None: the parameters that training starts from."""
         return {}
 
     @property
@@ -110,9 +100,13 @@ class Task(Config):
         of an encoder beside it, where a row of text has ``seq_len``."""
         return seq_len, seq_len
 
-    @abstractmethod
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        """Returns a batch's arrays by name."""
+        """Returns a batch's arrays by name: by default those of a model of one sequence that
+        predicts tokens, each with a weight."""
+        length, _ = self.row_lengths(seq_len)
+        names = ("tokens", "targets", "segment_ids", "positions")
+        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(length))
+        return arrays | {"weights": BatchArraySpec.of_tokens(length, np.float32)}
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:

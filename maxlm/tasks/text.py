@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from maxlm.data.batch_source import BatchArraySpec, BatchSource, BatchTransform, TransformedSource
+from maxlm.data.batch_source import BatchSource, BatchTransform, TransformedSource
 from maxlm.data.loader import make_batches, make_one_pass_batches
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
@@ -24,7 +25,7 @@ ENCODER_ARRAYS = ("input_tokens", "input_positions", "input_segment_ids")
 class RowTransform:
     """Changes a batch's rows, each by its own number: pure in (seed, step, row)."""
 
-    change: Callable[[Row, np.random.Generator], Row]
+    change: Callable[[Row, Generator], Row]
     seed: int
 
     def __call__(self, batch: Row, step: int, row_numbers: Sequence[int]) -> Row:
@@ -53,11 +54,11 @@ class TokenPredictionTask(Task):
         model, names = models.trained, ("tokens", "positions", "segment_ids")
         hidden, aux = model(*(batch[name] for name in names), **beside)
         loss, cross_entropy = fused_cross_entropy_loss(
-            targets=batch["targets"],
-            weights=batch["weights"],
+            model.prepare_logits(hidden),
+            batch["targets"],
+            batch["weights"],
             z_loss=self.z_loss,
             chunk_tokens=self.chunk_tokens,
-            **get_head_arguments(model, hidden),
         )
         sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
         return loss + aux.loss, sums | aux.sums
@@ -69,12 +70,6 @@ class TextTask(TokenPredictionTask):
     def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform | None:
         """Returns the host's change of a text batch into the task's batch; None: no change."""
         return None
-
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        length, _ = self.row_lengths(seq_len)
-        names = ("tokens", "targets", "segment_ids", "positions")
-        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(length))
-        return arrays | {"weights": BatchArraySpec.of_tokens(length, np.float32)}
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         source = make_batches(inputs.stores, inputs.mixing, inputs.loader, seed=inputs.seed)
@@ -110,19 +105,4 @@ def compute_log_probs(
         hidden: [..., S, D], what the model made of a batch.
         targets: int [..., S].
     """
-    own = get_head_arguments(model, hidden)
-    return compute_fused_log_probs(targets=targets, chunk_tokens=chunk_tokens, **own)
-
-
-def get_head_arguments(model: Transformer, hidden: jax.Array) -> dict[str, Any]:
-    """Returns the arguments of fused losses (:mod:`maxlm.parallel.cross_entropy`) that say how
-    hidden states become logits."""
-    head = model.prepare_logits(hidden)
-    return {
-        "hidden": head.hidden,
-        "head": head.kernel.value,
-        "head_layout": head.kernel.compute_layout,
-        "gathered_head": head.kernel.gathered,
-        "bias": head.bias,
-        "soft_cap": head.cap,
-    }
+    return compute_fused_log_probs(model.prepare_logits(hidden), targets, chunk_tokens=chunk_tokens)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import Requirement, is_divisor
+from maxlm.config.errors import Requirement
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.sharding import AxisRules
 
@@ -47,7 +47,7 @@ def require_batch_split(
 
     rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
     yield Requirement(
-        is_divisor(rows, batch_size),
+        batch_size % rows == 0,
         lambda: refuse(
             f"a micro-batch of {batch_size // micro_batches} sequences",
             "batch",
@@ -59,7 +59,7 @@ def require_batch_split(
         pieces = prod(sizes[axis] for axis in getattr(compute, rule))
         for setting, length in row_lengths.items():
             yield Requirement(
-                is_divisor(pieces, length),
+                length % pieces == 0,
                 partial(refuse, f"a sequence of {length} tokens", rule, setting, pieces),
             )
 

@@ -3,7 +3,7 @@ watch: loss spikes, the watchdog, the profiler."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -11,10 +11,10 @@ from maxlm.config.errors import Preempted
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import SignalHandler, StopRequest
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.state import TrainState, remove_frozen
+from maxlm.train.checkpoint.checkpointer import Checkpointer
+from maxlm.train.state import TrainState
 from maxlm.train.step import Sums
-from maxlm.train.trainer import Callback, RollbackDecision, Trainer
+from maxlm.train.trainer import Callback, Trainer
 
 
 @dataclass
@@ -65,16 +65,13 @@ class CheckpointCallback(Callback):
         self._report_completed(trainer)
         trainer.timer.log_progress(step)
 
-    def on_rollback(self, trainer: Trainer, decision: RollbackDecision) -> None:
-        trainer.timer.log_progress(decision.last_bad_step)
-
     def _save(self, trainer: Trainer, step: int, state: TrainState, *, force: bool) -> None:
         trainer.notify("on_work_begin", step, "save")
         metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
         with trainer.timer.time_activity("saving") as seconds:
             how: Any = {"force": force, "first_suspect_step": suspect}
-            tier = self.checkpointer.save(step, remove_frozen(state), metadata, **how)
+            tier = self.checkpointer.save(step, replace(state, frozen={}), metadata, **how)
         if tier is not None:
             trainer.timer.log_progress(step)
             trainer.event("checkpoint", step, tier=tier, seconds=seconds())

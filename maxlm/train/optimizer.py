@@ -5,14 +5,12 @@ Every kind of optimizer is the same chain: clip by global norm, turn gradients i
 decoupled weight decay where it belongs, multiply by the learning rate. Only the direction differs.
 """
 
-from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
@@ -20,8 +18,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.params import Params, ParamSpec
 from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
-from maxlm.train.adafactor import get_input_output_dims, scale_by_factored_rms
-from maxlm.train.trainable import split_params
+from maxlm.train.state import split_params
 
 
 class OptimizerConfig(Config):
@@ -209,6 +206,89 @@ def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
     return optax.partition({"muon": _in_auto_mode(muon), "adamw": adam}, labels)
 
 
+class FactoredState(NamedTuple):
+    """fp32 means of squared gradients; reduced dimensions are kept, with size 1."""
+
+    count: jax.Array
+    rows: Params
+    """Matrices and tables: the mean over output dimensions. Vectors: the full second moment."""
+    columns: Params
+    """The mean over input dimensions; a ``MaskedNode`` for vectors."""
+
+
+def get_input_output_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (input, output) dimensions of a matrix or table; layers, experts are neither."""
+    inner = [d for d, axis in enumerate(spec.axes) if d >= spec.num_layer_axes and axis != "expert"]
+    inputs = spec.contracting_dims or (inner[0],)
+    return inputs, tuple(d for d in inner if d not in inputs)
+
+
+def scale_by_factored_rms(
+    specs: Params, decay_exponent: float = 0.8, clip_rms: float = 1.0, eps: float = 1e-30
+) -> optax.GradientTransformation:
+    """Adafactor without its relative step size (Shazeer & Stern 2018, algorithms 4 and 5), factored
+    over the matrix that a parameter really is.
+
+    Optax factors an array's two largest dimensions. On weights stacked by layer, with heads as a
+    dimension of their own, those two are an accident of the sizes (even layers can be one); here
+    they are the inputs and the outputs of each layer's linear map, so that the result does not
+    depend on how parameters are stored.
+
+    At step t the second moment decays by ``1 - t ** -decay_exponent``; each layer's update is
+    then scaled down to a root mean square of at most ``clip_rms``.
+    """
+
+    def reduced(spec: ParamSpec, dims: tuple[int, ...]) -> jax.Array:
+        shape = (1 if d in dims else n for d, n in enumerate(spec.shape))
+        return jnp.zeros(tuple(shape), jnp.float32)
+
+    def init(params: optax.Params) -> FactoredState:
+        def rows(spec: ParamSpec, p: jax.Array) -> jax.Array:
+            if spec.role == "vector":
+                return jnp.zeros_like(p, dtype=jnp.float32)
+            return reduced(spec, get_input_output_dims(spec)[1])
+
+        def columns(spec: ParamSpec) -> jax.Array | optax.MaskedNode:
+            if spec.role == "vector":
+                return optax.MaskedNode()
+            return reduced(spec, get_input_output_dims(spec)[0])
+
+        return FactoredState(
+            count=jnp.zeros([], jnp.int32),
+            rows=jax.tree.map(rows, specs, params),
+            columns=jax.tree.map(columns, specs),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
+
+        def one(spec: ParamSpec, g: jax.Array, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
+            square = jnp.square(g) + eps
+            if spec.role == "vector":
+                rows = decay * rows + (1 - decay) * square
+                out = g * jax.lax.rsqrt(rows)
+            else:
+                inputs, outputs = get_input_output_dims(spec)
+                rows = decay * rows + (1 - decay) * square.mean(outputs, keepdims=True)
+                columns = decay * columns + (1 - decay) * square.mean(inputs, keepdims=True)
+                share = rows / rows.mean(inputs, keepdims=True)
+                out = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
+            own = (d for d, axis in enumerate(spec.axes) if axis != "expert")
+            layer = tuple(d for d in own if d >= spec.num_layer_axes)
+            rms = jnp.sqrt(jnp.square(out).mean(layer, keepdims=True))
+            return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
+
+        results = jax.tree.map(one, specs, updates, state.rows, state.columns)
+        out, rows, columns = (
+            jax.tree.map(lambda _, r, i=i: r[i], specs, results) for i in range(3)
+        )
+        return out, FactoredState(count, rows, columns)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Let the compiler lay out what happens inside; updates and state keep their layouts."""
 
@@ -221,22 +301,8 @@ def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(inner.init, update)
 
 
-@dataclass(frozen=True)
-class OptStateSpec:
-    """An array of a state before it has values; a leaf of JAX trees."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    axes: tuple[str | None, ...]
-    """Logical axis of each dimension."""
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * jnp.dtype(self.dtype).itemsize
-
-
 def opt_state_specs(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
-    """Returns the optimizer's state with a :class:`OptStateSpec` for every array.
+    """Returns the optimizer's state with a declaration for every array; no device is touched.
 
     An array under a parameter's path has that parameter's axes on every dimension it shares with
     it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
@@ -244,25 +310,15 @@ def opt_state_specs(optimizer: optax.GradientTransformation, specs: Params) -> o
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
     owners = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
 
-    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> OptStateSpec:
-        names = _names(path)
-        owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
-        if owner is None or len(owners[owner].shape) != len(leaf.shape):
-            return OptStateSpec(leaf.shape, leaf.dtype, (None,) * len(leaf.shape))
-        kept = zip(owners[owner].axes, leaf.shape, owners[owner].shape, strict=True)
-        axes = tuple(axis if n == full else None for axis, n, full in kept)
-        return OptStateSpec(leaf.shape, leaf.dtype, axes)
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
+        names, axes = _names(path), (None,) * len(leaf.shape)
+        owner = next((owners[names[i:]] for i in range(len(names)) if names[i:] in owners), None)
+        if owner is not None and len(owner.shape) == len(leaf.shape):
+            kept = zip(owner.axes, leaf.shape, owner.shape, strict=True)
+            axes = tuple(axis if n == full else None for axis, n, full in kept)
+        return ParamSpec(leaf.shape, axes, jax.nn.initializers.zeros, "vector", dtype=leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
-
-
-def opt_state_shardings(
-    optimizer: optax.GradientTransformation, specs: Params, rules: AxisRules, mesh: Any
-) -> optax.OptState:
-    """Returns the sharding of every array of the optimizer's state, by its axes and ``rules``, on a
-    real or an abstract mesh; no device is touched."""
-    leaves = opt_state_specs(optimizer, specs)
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, rules.spec(*leaf.axes)), leaves)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -54,18 +54,9 @@ class Profiler(Callback):
             self._annotation.__exit__(None, None, None)
             self._annotation = None
         if step >= self._last:
-            self._stop()
+            self.on_stop(trainer)
 
-    def on_train_end(self, trainer: Trainer, step: int, state: Any) -> None:
-        self._stop()
-
-    def on_rollback(self, trainer: Trainer, decision: Any) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def on_stop(self, trainer: Trainer) -> None:
         if self._is_tracing:
             self._is_tracing = False
             with suppress(RuntimeError):  # A step that failed is reported elsewhere.

@@ -1,14 +1,20 @@
-"""The state of a run, and how it lies on the mesh."""
+"""The state of a run, how it lies on the mesh, and which of its parameters are trained.
 
+A part of a tree of parameters is that tree with None for the arrays that are not in it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import filter as filter_names
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from maxlm.models.params import Params, init_params
+from maxlm.config import MaxlmError
+from maxlm.models.params import GatheredParam, Params, flatten_names, is_leaf, join_path
 from maxlm.sharding import AxisRules
 
 
@@ -28,23 +34,69 @@ class TrainState:
     """Exponential moving average of the parameters, or None."""
     frozen: dict[str, Params] = field(default_factory=dict)
     """Parameters of the other models that the task reads, by the task's names for them. They never
-    change, and checkpoints say where they came from in their place."""
+    change, and checkpoints, which hold all else, say where they came from in their place."""
 
 
-def init_state(
-    specs: Params, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
-) -> TrainState:
-    """Makes a fresh state. Pure; ``maxlm.sharding.jit_sharded`` creates it in its shards."""
-    params = init_params(specs, key)
-    copy = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
-
-
-def remove_frozen(state: TrainState) -> TrainState:
-    """Return the part of a state that checkpoints hold."""
-    return replace(state, frozen={})
-
-
-def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh) -> Params:
-    """Returns the sharding of every parameter of a placed model (``place_model``)."""
+def param_shardings(specs: Any, rules: AxisRules, mesh: Any) -> Any:
+    """Returns the sharding of every array of a tree of declarations, such as a placed model's
+    (``place_model``), on a real or an abstract mesh; no device is touched."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, rules.spec(*spec.axes)), specs)
+
+
+def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
+    """Returns the part of a tree of declarations whose canonical names match a pattern, such as
+    ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
+    that an adapter adds, and ``heads``."""
+    names, added = _list_names(specs), _list_added_names(specs)
+    if patterns is None:
+        matched = {*added, *filter_names(names, "heads.*" if added else "*")}
+    else:
+        matched = set[str]()
+        for pattern in patterns:
+            if not (found := filter_names(names, pattern)):
+                near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                what = f"{pattern!r} matches no parameter"
+                fix = f"use a pattern of names such as {', '.join(near)}"
+                raise MaxlmError(what, where="train.trainable", fix=fix)
+            matched.update(found)
+    trained = _keep(specs, matched)
+    for name, spec in flatten_names(trained).items():
+        if spec is not None and spec.dtype != jnp.float32:
+            what = f"{name} is to be trained, and rests in {jnp.dtype(spec.dtype)}"
+            fix = "set adapter.base_dtype=float32, or narrower patterns"
+            raise MaxlmError(what, where="train.trainable", fix=fix)
+    return trained
+
+
+def split_params(params: Params, part: Params) -> tuple[Params, Params]:
+    """Splits parameters into those that a part of their tree has, and the others."""
+    ours = set(_list_names(part))
+    return _keep(params, ours), _keep(params, {*_list_names(params)} - ours)
+
+
+def merge_params(a: Params, b: Params) -> Params:
+    """Joins two parts of one tree; the inverse of :func:`split_params`."""
+
+    def is_whole(held: object) -> bool:
+        return held is None or isinstance(held, GatheredParam)
+
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=is_whole)
+
+
+def _list_added_names(specs: Params) -> set[str]:
+    """Names of the arrays that leaves hold beside their base."""
+    added: set[str] = set()
+    for name, held in flatten_names(specs, is_leaf).items():
+        if field := getattr(held, "base_field", None):
+            added |= {f"{name}.{own}" for own in _list_names(replace(held, **{field: None}))}
+    return added
+
+
+def _list_names(tree: Any) -> list[str]:
+    return [join_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _keep(tree: Params, names: set[str]) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: value if join_path(path) in names else None, tree
+    )

@@ -16,8 +16,7 @@ from maxlm.models.aux import Aux
 from maxlm.models.params import GatheredParam, Params, bind, param_specs, select_base_params
 from maxlm.parallel.pipeline import run_1f1b_pipeline
 from maxlm.tasks.task import TaskModels
-from maxlm.train.state import TrainState
-from maxlm.train.trainable import merge_params, split_params
+from maxlm.train.state import TrainState, merge_params, split_params
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -66,7 +65,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
-    frozen = _bind_frozen(frozen_models, state.frozen) | _bind_base(base_models, state.params)
+    frozen = _bind_others(frozen_models, state.frozen, base_models, state.params)
     batch = prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
 
     def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -128,14 +127,17 @@ def _learned(specs: Params, tree: Any) -> Any:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def _bind_frozen(models: Mapping[str, Any], params: Mapping[str, Params]) -> dict[str, Any]:
-    return {name: bind(own, params[name]) for name, own in models.items()}
-
-
-def _bind_base(models: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    """Binds models to the base of adapted parameters, to which no gradient goes."""
+def _bind_others(
+    frozen_models: Mapping[str, Any],
+    frozen: Mapping[str, Params],
+    base_models: Mapping[str, Any],
+    params: Params,
+) -> dict[str, Any]:
+    """Binds frozen models to their own parameters, and base models to the base of the adapted
+    ``params``, to which no gradient goes."""
     base = jax.tree.map(lax.stop_gradient, select_base_params(params))
-    return {name: bind(own, base) for name, own in models.items()}
+    bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
+    return bound | {name: bind(own, base) for name, own in base_models.items()}
 
 
 def evaluate_step(
@@ -150,8 +152,8 @@ def evaluate_step(
     prepare_batch: PrepareBatch = lambda models, batch: batch,
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
-    bound = _bind_frozen(frozen_models, frozen) | _bind_base(base_models, params)
-    models, key = TaskModels(bind(model, params), bound), jax.random.key(0)
+    others = _bind_others(frozen_models, frozen, base_models, params)
+    models, key = TaskModels(bind(model, params), others), jax.random.key(0)
     batch = prepare_batch(models, batch)
 
     def sums_of(batch: Batch) -> Sums:

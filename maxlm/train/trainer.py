@@ -105,9 +105,6 @@ class Callback:
     of the step have run.
     """
 
-    def on_train_begin(self, trainer: "Trainer", step: int) -> None:
-        """Training begins, after ``step`` updates."""
-
     def on_step_begin(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """Step ``step`` is about to be dispatched; ``state`` is still being computed."""
 
@@ -134,11 +131,8 @@ class Callback:
     def on_train_end(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The last step is done, or the one that the run stops at."""
 
-    def on_rollback(self, trainer: "Trainer", decision: RollbackDecision) -> None:
-        """Training ends here because the run must return to a checkpoint."""
-
-    def on_exception(self, trainer: "Trainer", error: BaseException) -> None:
-        """Training ends with an error."""
+    def on_stop(self, trainer: "Trainer") -> None:
+        """No step follows: training is done, fails, or the run must return to a checkpoint."""
 
 
 @dataclass
@@ -168,9 +162,8 @@ class Trainer:
         """
         try:
             return self._run(state, batches)
-        except BaseException as error:
-            self.notify("on_exception", error)
-            raise
+        finally:
+            self.notify("on_stop")
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Writes an event of the run."""
@@ -184,7 +177,6 @@ class Trainer:
     def _run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
         start = step = int(state.step)
         pending: tuple[int, Sums] | None = None
-        self.notify("on_train_begin", start)
         for step in range(start + 1, self.num_steps + 1):
             self.notify("on_step_begin", step, state)
             with self.timer.time_data_wait():
@@ -209,7 +201,7 @@ class Trainer:
         if pending and not self.rollback:
             self._finish_step(*pending)
         if self.rollback:
-            self.notify("on_rollback", self.rollback)
+            self.timer.log_progress(self.rollback.last_bad_step)
             return self.rollback
         self.notify("on_train_end", step, state)
         return state

@@ -64,9 +64,6 @@ class Watchdog(Callback):
         self.awaited = WatchdogTimer(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def on_train_begin(self, trainer: Trainer, step: int) -> None:
-        self._is_first_step = True
-
     def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self.start_timer(step, "first step" if self._is_first_step else "step")
         self._is_first_step = False
@@ -76,6 +73,9 @@ class Watchdog(Callback):
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._step_seconds.append(metrics["seconds"])
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self._is_first_step = True
 
     def start_timer(self, step: int, activity: str = "step") -> None:
         """Says what is under way from now on: ``"step"``, limited by a multiple of the median of

@@ -22,20 +22,18 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionOptions,
-    AttentionParams,
     BackwardArrays,
     validate_arguments,
 )
-from pallas_kernels.chips import get_platform
+from pallas_kernels.chips import choose_backend
 
-XLA = "xla"
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do not.
 KERNELS = {
     "tpu": ("tpu",),
     "gpu": ("hopper", "triton"),
     "hopper": ("hopper",),
     "triton": ("triton",),
-    XLA: (),
+    "xla": (),
 }
 
 
@@ -43,10 +41,6 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    backend: str | None = None,
-    block_sizes: Any = None,
-    interpret: Any = False,
     **options: Unpack[AttentionOptions],
 ) -> jax.Array:
     """Computes softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in
@@ -61,12 +55,8 @@ def attention(
         q: [B, S, N, H].
         k: [B, T, K, H]; query head n reads kv head n // (N / K).
         v: [B, T, K, Hv].
-        backend: "tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the
-            platform of the program being traced, and XLA where its kernels do not support this.
-        block_sizes: of the kernels, hashable; None: their choice. XLA has none.
-        interpret: run the kernel of a ``backend`` in Pallas's interpreter, on any device: True, or
-            its parameters, hashable. For tests.
-        options: the mask, and what is added to scores: :class:`AttentionOptions`.
+        options: the mask, what is added to scores, and what computes them:
+            :class:`AttentionOptions`.
 
     Returns:
         [B, S, N, Hv] in v's dtype.
@@ -75,7 +65,7 @@ def attention(
         ValueError: shapes that do not belong together; options of another shape or sense; a
             ``backend`` that does not know these sizes.
     """
-    operands, call = _prepare(q, k, v, v.dtype, backend, block_sizes, interpret, options)
+    operands, call = _prepare(q, k, v, v.dtype, options)
     rest = operands._replace(sinks=None, biases=None)
     o: Any = _attention(q, k, v, operands.sinks, operands.biases, rest, call)
     return o
@@ -87,9 +77,6 @@ def attention_forward(
     v: jax.Array,
     *,
     dtype: Any = None,
-    backend: str | None = None,
-    block_sizes: Any = None,
-    interpret: Any = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, jax.Array]:
     """Computes :func:`attention` and what its backward pass needs; not differentiable by JAX.
@@ -99,8 +86,7 @@ def attention_forward(
         its sink included, fp32 [B, S, N], −inf where it has neither key nor sink. A TPU sums the
         weights as it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
     """
-    dtype = dtype or v.dtype
-    operands, call = _prepare(q, k, v, dtype, backend, block_sizes, interpret, options)
+    operands, call = _prepare(q, k, v, dtype or v.dtype, options)
     return _module(call.backend).forward(q, k, v, operands, call)
 
 
@@ -113,9 +99,6 @@ def attention_backward(
     d_o: jax.Array,
     *,
     dtype: Any = jnp.float32,
-    backend: str | None = None,
-    block_sizes: Any = None,
-    interpret: Any = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, ...]:
     """Returns the gradients that pass through these keys (Dao et al. 2022, appendix B).
@@ -134,38 +117,9 @@ def attention_backward(
         dQ, dK, dV, shaped as q, k and v; and, where there are ``biases``, theirs, fp32
         [N, 2R + 1].
     """
-    operands, call = _prepare(q, k, v, dtype, backend, block_sizes, interpret, options)
+    operands, call = _prepare(q, k, v, dtype, options)
     arrays = BackwardArrays(q, k, v, lse, delta, d_o)
     return _module(call.backend).backward(arrays, operands._replace(sinks=None), call)
-
-
-def choose_backend(
-    backend: str | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-) -> str:
-    """Returns the implementation's name.
-
-    Args:
-        backend: a key of ``KERNELS``; None: what the program being traced is for.
-
-    Raises:
-        ValueError: a backend that is not known, or whose kernels do not support this.
-    """
-    if backend is not None and backend not in KERNELS:
-        raise ValueError(f"backend={backend!r}: known are {', '.join(KERNELS)}")
-    for name in KERNELS.get(backend or get_platform(), ()):
-        if name == "hopper" and backend != "hopper" and not _on_hopper():
-            continue
-        if _module(name).supports(q, k, v, operands, params):
-            return name
-    if backend in (None, XLA):
-        return XLA
-    shapes = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
-    raise ValueError(f"no {backend} kernel for {shapes} with {params}")
 
 
 def _on_hopper() -> bool:
@@ -181,11 +135,20 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"pallas_kernels.attention.{name}")
 
 
-def _prepare(q, k, v, dtype, backend, block_sizes, interpret, options: AttentionOptions):
+def _prepare(q, k, v, dtype, options: AttentionOptions):
     """Returns the arrays among the options, and the call."""
     operands, params = validate_arguments(q, k, v, **options)
-    name = choose_backend(backend, q, k, v, operands, params)
-    return operands, AttentionCall(params, name, dtype, block_sizes, interpret)
+    backend = options.get("backend")
+
+    def supports(name: str) -> bool:
+        if name == "hopper" and backend != "hopper" and not _on_hopper():
+            return False
+        return _module(name).supports(q, k, v, operands, params)
+
+    shapes = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
+    name = choose_backend(backend, KERNELS, supports, f"{shapes} with {params}")
+    kernel = options.get("block_sizes"), options.get("interpret", False)
+    return operands, AttentionCall(params, name, dtype, *kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

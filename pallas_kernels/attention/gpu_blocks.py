@@ -1,5 +1,5 @@
-"""Plans which blocks of keys each block of queries visits, and the reverse: computed by XLA, read
-by the GPU kernels.
+"""Common parts of the GPU kernels: which blocks of keys each block of queries visits, and the
+reverse, planned by XLA; and inside a kernel scores and their gradients, in units of log2.
 
 Blocks are judged by the least and greatest position and segment in them. Of the blocks from the
 first that is not empty to the last, a kernel visits those that need no mask (one run of them:
@@ -7,12 +7,17 @@ first that is not empty to the last, a kernel visits those that need no mask (on
 run leaves out is masked, so that the result is exact whatever the positions.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from math import log, log2
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+
+LOG2E = log2(2.718281828459045)
+LN2 = log(2)
 
 FIELDS = 8
 _FAR = 2**30
@@ -31,6 +36,11 @@ class BlockVisits(NamedTuple):
     second_gap_begin: jax.Array
     second_gap_length: jax.Array
 
+    @classmethod
+    def read(cls, table: Any, *at: Any) -> "BlockVisits":
+        """Reads, in a kernel, the visits of a block from the table of :func:`plan_visits`."""
+        return cls(*(table[(*at, field)] for field in range(FIELDS)))
+
     def masked_block(self, t: jax.Array) -> jax.Array:
         """Returns the block of masked visit t: ``masked_begin`` + t, past the gaps."""
         at = self.masked_begin + t
@@ -38,35 +48,26 @@ class BlockVisits(NamedTuple):
         return at + jnp.where(at >= self.second_gap_begin, self.second_gap_length, 0)
 
 
-def needs_mask(params: AttentionParams, operands: AttentionOperands, T: int, block_k: int) -> bool:
-    """Returns whether any block may need one; else all blocks are full."""
-    return params.causal or operands.q_segments is not None or T % block_k != 0
-
-
-def plan_query_visits(
-    S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
-) -> jax.Array:
-    """Returns the :class:`BlockVisits` of each, int32 [B or 1, blocks of queries, FIELDS]."""
-    some, whole = _judged(S, T, block_q, block_k, operands, params)
-    # Slots past the last key are masked.
-    inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
-    return _runs(some, whole & inside)
-
-
-def plan_key_visits(
-    S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
-) -> jax.Array:
-    """Returns visits to blocks of queries, int32 [B or 1, blocks of keys, FIELDS]. Slots past the
-    last key are not masked: they add to no other key's gradient."""
-    some, whole = _judged(S, T, block_q, block_k, operands, params)
-    return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
-
-
-def _judged(
-    S, T, block_q, block_k, operands: AttentionOperands, params: AttentionParams
-) -> tuple[jax.Array, jax.Array]:
-    """bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
-    any, every key. Offsets are those of ``operands`` (``params.merge_offsets``)."""
+def plan_visits(
+    S: int,
+    T: int,
+    block_q: int,
+    block_k: int,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    *,
+    per_query: bool,
+) -> jax.Array | None:
+    """Returns the :class:`BlockVisits` of each block of queries to blocks of keys, or the reverse,
+    int32 [B or 1, blocks, FIELDS]; None: all blocks are full. Offsets are those of ``operands``
+    (``params.merge_offsets``)."""
+    # Slots past the last key are masked, but not where keys visit queries: they add to no other
+    # key's gradient.
+    padded = per_query and T % block_k > 0
+    if not (params.causal or operands.q_segments is not None or padded):
+        return None
+    # bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
+    # any, every key.
     shape = 1, -(-S // block_q), -(-T // block_k)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
     if params.causal:
@@ -87,7 +88,11 @@ def _judged(
             operands.q_segments, operands.k_segments, block_q, block_k
         )
         some, whole = some & share, whole & one
-    return some, whole & some
+    whole &= some
+    if not per_query:
+        return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
+    inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
+    return _runs(some, whole & inside)
 
 
 def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -147,3 +152,81 @@ def _bounds(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.A
     cut = split_into_blocks(segments, size)
     real = jnp.where(cut > 0, cut, _FAR)
     return cut.min(axis=2), real.min(axis=2), cut.max(axis=2)
+
+
+def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> dict[str, jax.Array]:
+    """Lists by name what kernels read beside q, k and v. Offsets are those of ``operands``
+    (``params.merge_offsets``), as int32 [1]."""
+    inputs: dict[str, Any] = {}
+    if params.causal or operands.slopes is not None:
+        for side in ("q", "k"):
+            positions = getattr(operands, f"{side}_positions")
+            offset = getattr(operands, f"{side}_offset")
+            inputs[f"{side}_positions"] = positions
+            if positions is None and offset is not None:
+                inputs[f"{side}_offset"] = offset[None]
+    for name in ("q_segments", "k_segments", "prefix", "slopes"):
+        inputs[name] = getattr(operands, name)
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def has_linear_scores(params: AttentionParams, inputs: Any) -> bool:
+    """Whether scores are q·k times a positive number, so that the exponent scales them.
+
+    Args:
+        inputs: the names of the kernel's, or what has these as keys.
+    """
+    return params.soft_cap is None and "slopes" not in inputs and params.scale > 0
+
+
+def get_exp2_scale(params: AttentionParams, inputs: Any) -> float:
+    """Returns the factor of :func:`scale_scores` before exp2."""
+    return params.scale * LOG2E if has_linear_scores(params, inputs) else 1.0
+
+
+def scale_scores(
+    products: jax.Array,
+    params: AttentionParams,
+    refs: dict[str, Any],
+    head: Any,
+    behind: Callable[[], jax.Array],
+    exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns scores from q·k, of which exp2 is to be taken after :func:`get_exp2_scale`, and their
+    derivative by scale·q·k; None: 1.
+
+    Args:
+        behind: gives queries' positions less keys'.
+    """
+    derivative = None
+    if has_linear_scores(params, refs):
+        return products, None
+    if params.soft_cap is None:
+        scores = products * (params.scale * LOG2E)
+    else:
+        # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
+        tanh = 1 - 2 / (exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1)
+        scores, derivative = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
+    if "slopes" in refs:
+        distance = jnp.abs(behind()).astype(jnp.float32)
+        scores -= distance * (refs["slopes"][head] * LOG2E)
+    return scores, derivative
+
+
+def compute_weights_and_d_scores(
+    scores, slope, lse, d_weights, delta, mask, scale: float, exp2=jnp.exp2
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
+    may hold anything finite: d_weights may then not be.
+
+    Args:
+        scale: :func:`get_exp2_scale`.
+    """
+    scores = scores * scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    weights = exp2(scores - lse)
+    d_scores = weights * (d_weights - delta)
+    if slope is not None:
+        d_scores *= slope
+    return weights, d_scores if mask is None else jnp.where(mask, d_scores, 0.0)

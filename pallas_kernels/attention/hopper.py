@@ -3,13 +3,12 @@
 After Shah et al. 2024 (FlashAttention-3): of a program's three warpgroups one only copies blocks of
 K and V to shared memory (TMA), two each hold 64 queries and multiply (wgmma). These two take turns:
 while one has the tensor cores, the other takes its softmax. What is not supported here, a card of
-another kind included, is for ``triton``. The backward pass is in ``hopper_backward``.
+another kind included, is for ``triton``.
 
 ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal mask, as JAX's own
 (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
 from pallas_kernels.attention import hopper_tile as parts
+from pallas_kernels.attention import triton
+from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_d_scores
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
 from pallas_kernels.attention.params import (
     AttentionCall,
@@ -28,7 +28,6 @@ from pallas_kernels.attention.params import (
     BackwardArrays,
     merge_offsets,
 )
-from pallas_kernels.attention.triton_program import LN2, LOG2E
 
 _BACKWARD_HEADS = 128
 
@@ -42,9 +41,18 @@ class HopperForwardBlocks(NamedTuple):
     """Blocks of keys, and of values, in shared memory."""
 
 
+class HopperBackwardBlocks(NamedTuple):
+    k: int
+    """Keys of a block that dQ visits, a multiple of 64."""
+    q: int
+    """Queries of a block that dK and dV visit, likewise."""
+    stages: int
+    """Blocks of each operand in shared memory."""
+
+
 class HopperBlockSizes(NamedTuple):
     forward: HopperForwardBlocks
-    backward: hopper_backward.HopperBackwardBlocks | triton.TritonBlockSizes
+    backward: HopperBackwardBlocks | triton.TritonBlockSizes
     """Triton's with the heads whose backward pass is Triton's."""
 
 
@@ -78,9 +86,10 @@ def supports(
 
 
 def default_block_sizes(H: int, dtype: Any) -> HopperBlockSizes:
-    """Returns block sizes that fit in 227 KB of shared memory."""
+    """Returns block sizes that fit in 227 KB of shared memory, and in registers."""
     if H <= _BACKWARD_HEADS:
-        return HopperBlockSizes(HopperForwardBlocks(128, 2), hopper_backward.default_block_sizes(H))
+        backward = HopperBackwardBlocks(64 if H > 64 else 128, 64, 2)
+        return HopperBlockSizes(HopperForwardBlocks(128, 2), backward)
     return HopperBlockSizes(HopperForwardBlocks(64, 2), triton.default_block_sizes(H, H, dtype))
 
 
@@ -88,63 +97,66 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it."""
-    params, interpret = call.params, parts.resolve_interpreter(call.interpret)
-    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[-1], q.dtype)).forward
-    operands = merge_offsets(operands, params)
-    (B, S, N, H), T = q.shape, k.shape[1]
-    block_q = ROWS * WARPGROUPS
-    tiles = pl.cdiv(S, block_q)
-    inputs = {"q": q, "k": k, "v": v, **parts.list_mask_inputs(operands, params, block_q, sizes.k)}
-    if gpu_blocks.needs_mask(params, operands, T, sizes.k):
-        inputs["visits"] = gpu_blocks.plan_query_visits(S, T, block_q, sizes.k, operands, params)
+    sizes = (_checked(call.block_sizes or default_block_sizes(q.shape[-1], q.dtype))).forward
+    operands = merge_offsets(operands, call.params)
+    B, S, N, _ = q.shape
+    inputs = {"q": q, "k": k, "v": v}
     if operands.sinks is not None:
         inputs["sinks"] = operands.sinks
-    s = HopperStatics(
-        params, S, T, N // k.shape[2], sizes.k, sizes.stages, tuple(inputs), bool(interpret)
+    rows = pl.cdiv(S, ROWS * WARPGROUPS) * ROWS * WARPGROUPS
+    o, lse = parts.run_kernel(
+        *(parts.copy_key_value_blocks, _attend, inputs, operands, call),
+        (
+            jax.ShapeDtypeStruct(q.shape, call.dtype),
+            jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
+        ),
+        per_query=True,
+        block=sizes.k,
+        stages=sizes.stages,
+        own=("q", "q_segments"),
+        visited=(("k", "k_segments"), ("v",)),
+        scratch={
+            "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        },
     )
-    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
-    scratch = {
-        "q": plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED),
-        "k": blocks,
-        "v": blocks,
-        "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.has_segments),
-        **parts.make_barriers(s, k=1 + s.has_segments, v=1),
-        "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
-        **parts.make_staging_buffer("o", call.dtype, q.dtype),
-        **parts.make_segment_buffers(s, "q", "k"),
-    }
-    shapes = (
-        jax.ShapeDtypeStruct(q.shape, call.dtype),
-        jax.ShapeDtypeStruct((B, N, tiles * block_q), jnp.float32),
-    )
-    o, lse = parts.run_kernel(_forward_kernel, s, inputs, shapes, scratch, (N, tiles, B), interpret)
     return o, lse[..., :S].transpose(0, 2, 1)
 
 
 def backward(
     arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the backward pass as :mod:`api` calls it; by Triton's kernels where sums of dK and dV do
-    not fit in registers."""
+    """Runs the backward pass as :mod:`api` calls it: dQ by blocks of keys, dK and dV by blocks of
+    queries, so that no sum is atomic and results repeat bit for bit; by Triton's kernels where sums
+    of dK and dV do not fit in registers."""
     H, dtype = arrays.q.shape[-1], arrays.q.dtype
-    sizes = _checked(call.block_sizes or default_block_sizes(H, dtype))
-    call = call._replace(block_sizes=sizes.backward)
+    sizes = (_checked(call.block_sizes or default_block_sizes(H, dtype))).backward
     if H > _BACKWARD_HEADS:
-        return triton.backward(arrays, operands, call._replace(interpret=bool(call.interpret)))
+        call = call._replace(block_sizes=sizes, interpret=bool(call.interpret))
+        return triton.backward(arrays, operands, call)
     operands = merge_offsets(operands, call.params)
-    call = call._replace(interpret=parts.resolve_interpreter(call.interpret))
     lse = jnp.where(arrays.lse == -jnp.inf, jnp.inf, arrays.lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = arrays.delta.transpose(0, 2, 1), arrays.d_o.astype(dtype)
-    arrays = arrays._replace(lse=lse, delta=delta, d_o=d_o)
-    d_q = hopper_backward.compute_d_q(arrays, operands, call)
-    return d_q, *hopper_backward.compute_d_kv(arrays, operands, call)
-
-
-def _forward_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    copy = partial(parts.copy_key_value_blocks, s, refs, shared)
-    multiply = partial(_attend, s, refs, outputs, shared)
-    parts.run_warpgroups(s, refs, copy, multiply, last_first=s.params.causal)
+    assert isinstance(sizes, HopperBackwardBlocks)
+    inputs = arrays._replace(lse=lse, delta=delta, d_o=d_o)._asdict()
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, call.dtype) for x in arrays[:3])
+    (d_q,) = parts.run_kernel(
+        *(parts.copy_key_value_blocks, _sum_d_q, inputs, operands, call, (q,)),
+        per_query=True,
+        block=sizes.k,
+        stages=sizes.stages,
+        own=("q", "d_o", "lse", "delta", "q_segments"),
+        visited=(("k", "k_segments"), ("v",)),
+    )
+    d_k, d_v = parts.run_kernel(
+        *(_copy_queries, _sum_d_kv, inputs, operands, call, (k, v)),
+        per_query=False,
+        block=sizes.q,
+        stages=sizes.stages,
+        own=("k", "v", "k_segments"),
+        visited=(("q", "lse", "q_segments"), ("d_o", "delta")),
+    )
+    return d_q, d_k, d_v
 
 
 def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
@@ -152,10 +164,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     block_k = s.block
     q, H = shared["q"].at[me], shared["q"].shape[-1]
     mine = pl.ds(start, ROWS)
-    sources = {"q": refs["q"].at[row, mine, head]}
-    if s.has_segments:
-        sources["q_segments"] = refs["q_segments"].at[row, mine]
-    parts.copy_own_tiles(shared, "q_ready", me, sources)
+    parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
     if s.has_segments:
         own_segments = parts.load_shared(shared["q_segments"].at[me], parts.ALONG_ROWS)
         own_segments = parts.broadcast_rows(own_segments, block_k)
@@ -171,7 +180,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         plgpu.barrier_wait(shared["k_ready"].at[slot])
 
         products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
-        segments = ()
+        segments = None
         if masked and s.has_segments:
             other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
             segments = own_segments, parts.broadcast_columns(other, ROWS)
@@ -180,7 +189,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, _ = tile.scores(products)
         if masked:
-            scores = jnp.where(tile.compute_mask(*segments), scores, -jnp.inf)
+            scores = jnp.where(tile.compute_mask(segments), scores, -jnp.inf)
 
         new_top = jnp.maximum(top, scores.max(axis=1) * s.exp2_scale)
         # Rows that have seen no key: −inf − −inf is NaN.
@@ -216,4 +225,110 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
     o = o * parts.broadcast_rows(1 / safe, H)
-    parts.store_tile(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)
+    parts.store_tile(shared.get("staged", shared["q"]).at[me], outputs[0].at[row, mine, head], o)
+
+
+def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
+    """64 queries from ``start``."""
+    mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
+    parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
+
+    def own(name):
+        x = parts.load_shared(shared[name].at[me], parts.ALONG_ROWS)
+        return parts.broadcast_rows(x, block_k)
+
+    def step(at, d_q, masked):
+        slot = lax.rem(at, jnp.int32(s.stages))
+        for name in ("k", "v"):
+            plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
+        k = shared["k"].at[slot]
+        products = parts.multiply_transposed(shared["q"].at[me], k, lambda: None)
+        segments = None
+        if masked and s.has_segments:
+            other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
+        d_o, v = shared["d_o"].at[me], shared["v"].at[slot]
+        d_weights = parts.multiply_transposed(d_o, v, lambda: None)
+        parts.release_slot(s, shared["v_free"].at[slot])
+        starts = start, block_of(at) * block_k
+        tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        scores, slope = tile.scores(products)
+        seen = tile.compute_mask(segments) if masked else None
+        _, d_scores = compute_weights_and_d_scores(
+            scores, slope, own("lse"), d_weights, own("delta"), seen, s.exp2_scale
+        )
+        d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
+        parts.release_slot(s, shared["k_free"].at[slot])
+        return d_q
+
+    masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
+    d_q = parts.visit_visible_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
+    staged = shared.get("staged", shared["q"]).at[me]
+    parts.store_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
+
+
+def _each(s: HopperStatics, visits, body, carry):
+    """``body(at, member, block, masked, carry)`` over what a block of keys visits: each query head
+    of the group makes all visits with a mask, then each all others. ``at`` counts."""
+    masked, total, block_of = parts.order_visits(visits, pl.cdiv(s.S, s.block))
+
+    def loop(begin, count, is_masked, carry):
+        def step(t, carry):
+            member = 0 if s.group == 1 else lax.div(t, count)
+            block = block_of(begin + t - member * count)
+            return body(begin * s.group + t, member, block, is_masked, carry)
+
+        return lax.fori_loop(0, count * s.group, step, carry)
+
+    if visits is not None:
+        carry = loop(0, masked, True, carry)
+    return loop(masked, total - masked, False, carry)
+
+
+def _copy_queries(s: HopperStatics, refs, shared, visits, row, kv_head) -> None:
+    def copy(at, member, block, _, carry):
+        parts.copy_block(s, refs, shared, at, row, kv_head * s.group + member, block)
+        return carry
+
+    _each(s, visits, copy, None)
+
+
+def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me) -> None:
+    """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
+    mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
+    parts.copy_own_tiles(s, refs, shared, me, row, kv_head, mine)
+
+    def step(at, member, block, masked, carry):
+        d_k, d_v = carry
+        slot = lax.rem(at, jnp.int32(s.stages))
+
+        def beside(name):
+            x = parts.load_shared(shared[name].at[slot], parts.ALONG_COLUMNS)
+            return parts.broadcast_columns(x, ROWS)
+
+        for name in ("q", "d_o"):
+            plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
+        q, d_o = shared["q"].at[slot], shared["d_o"].at[slot]
+        products = parts.multiply_transposed(shared["k"].at[me], q, lambda: None)
+        d_weights = parts.multiply_transposed(shared["v"].at[me], d_o, lambda: None)
+        at_head = row, kv_head * s.group + member
+        tile = HopperScoreTile(s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head)
+        scores, slope = tile.scores(products)
+        segments = None
+        if masked and s.has_segments:
+            own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
+            segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
+        seen = tile.compute_mask(segments) if masked else None
+        weights, d_scores = compute_weights_and_d_scores(
+            scores, slope, beside("lse"), d_weights, beside("delta"), seen, s.exp2_scale
+        )
+        d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
+        parts.release_slot(s, shared["d_o_free"].at[slot])
+        d_k = parts.add_product(s, d_k, d_scores.astype(q.dtype), q)
+        parts.release_slot(s, shared["q_free"].at[slot])
+        return d_k, d_v
+
+    d_k, d_v = _each(s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H)))
+    target = (row, mine, kv_head)
+    for name, ref, x in (("k", outputs[0], d_k * s.params.scale), ("v", outputs[1], d_v)):
+        parts.store_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)

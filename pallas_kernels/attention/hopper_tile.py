@@ -2,9 +2,8 @@
 warpgroup."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial
 from inspect import signature
-from operator import and_
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams
-from pallas_kernels.attention.triton_program import LOG2E
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    combine_masks,
+)
 
 ROWS = 64
 """Rows of a warpgroup's tile."""
@@ -47,6 +50,11 @@ class HopperStatics(NamedTuple):
     """Number of these blocks in shared memory."""
     names: tuple[str, ...]
     """Names of the inputs."""
+    own: tuple[str, ...]
+    """Inputs of which a warpgroup keeps its own rows."""
+    visited: tuple[tuple[str, ...], ...]
+    """Inputs whose blocks are copied one after the other: those with one barrier together, named
+    by the first."""
     interpret: bool
 
     @property
@@ -54,45 +62,9 @@ class HopperStatics(NamedTuple):
         return "q_segments" in self.names
 
     @property
-    def scales_in_exponent(self) -> bool:
-        """Whether products are scaled in the exponent alone."""
-        return self.params.soft_cap is None and "slopes" not in self.names
-
-    @property
     def exp2_scale(self) -> float:
         """The factor of scores before exp2."""
-        return self.params.scale * LOG2E if self.scales_in_exponent else 1.0
-
-
-def list_mask_inputs(
-    operands: AttentionOperands, params: AttentionParams, q_block: int, k_block: int
-) -> dict[str, jax.Array]:
-    """Lists by name what kernels read beside operands. Segments fill up whole blocks."""
-    inputs = {}
-    if operands.q_segments is not None:
-        for name, x, block in (
-            ("q_segments", operands.q_segments, q_block),
-            ("k_segments", operands.k_segments, k_block),
-        ):
-            assert x is not None
-            inputs[name] = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
-    if params.causal or operands.slopes is not None:
-        for name in ("q_offset", "k_offset"):
-            offset = getattr(operands, name)
-            if offset is not None:
-                inputs[name] = jnp.asarray(offset, jnp.int32)[None]
-    for name in ("prefix", "slopes"):
-        if getattr(operands, name) is not None:
-            inputs[name] = getattr(operands, name)
-    return inputs
-
-
-def read_visits(refs: dict[str, Any], row, i) -> BlockVisits | None:
-    """Reads the visits of block i; None: every block, without a mask."""
-    if "visits" not in refs:
-        return None
-    line = 0 if refs["visits"].shape[0] == 1 else row
-    return BlockVisits(*(refs["visits"][line, i, field] for field in range(gpu_blocks.FIELDS)))
+        return gpu_blocks.get_exp2_scale(self.params, self.names)
 
 
 def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
@@ -132,39 +104,19 @@ class HopperScoreTile:
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Returns scores, whose exp2 is taken after ``statics.exp2_scale``, and their derivative
         by the product times the scale; None: 1."""
-        params, slope = self.params, None
-        if self.statics.scales_in_exponent:
-            return products, slope
-        if params.soft_cap is None:
-            scores = products * (params.scale * LOG2E)
-        else:
-            # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-            exp = jnp.exp2(products * (2 * LOG2E * params.scale / params.soft_cap))
-            tanh = 1 - 2 / (exp + 1)
-            scores, slope = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
-        if "slopes" in self.refs:
-            distance = jnp.abs(self._behind()).astype(jnp.float32)
-            scores -= distance * (self.refs["slopes"][self.head] * LOG2E)
-        return scores, slope
+        return gpu_blocks.scale_scores(products, self.params, self.refs, self.head, self._behind)
 
-    def compute_mask(self, q_segments=None, k_segments=None) -> jax.Array:
-        """Returns bool; segments are broadcast along the tile's axes."""
-        params, T, seen = self.params, self.statics.T, []
-        if params.causal:
-            behind = self._behind()
-            near = behind >= 0
-            if params.window is not None:
-                near &= behind < params.window
-            if "prefix" in self.refs:
-                offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
-                prefix = self.refs["prefix"][self.row] - offset - self.k_start
-                near |= self._iota(1 - self.q_axis) < prefix
-            seen.append(near)
-        if q_segments is not None:
-            seen.append((q_segments == k_segments) & (q_segments != 0))
+    def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> Any:
+        """Returns bool; segments of queries and of keys are broadcast along the tile's axes."""
+        T, in_prefix, inside = self.statics.T, None, None
+        behind = self._behind() if self.params.causal else None
+        if "prefix" in self.refs:
+            offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
+            prefix = self.refs["prefix"][self.row] - offset - self.k_start
+            in_prefix = self._iota(1 - self.q_axis) < prefix
         if T % self.shape[1 - self.q_axis]:
-            seen.append(self._iota(1 - self.q_axis) < T - self.k_start)
-        return reduce(and_, seen)
+            inside = self._iota(1 - self.q_axis) < T - self.k_start
+        return combine_masks(self.params, behind, in_prefix, segments, inside)
 
 
 def multiply_transposed(a, b, overlapped: Callable[[], None]) -> jax.Array:
@@ -217,14 +169,6 @@ def store_tile(staged, target, x: jax.Array) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def make_staging_buffer(name: str, dtype: Any, operand_dtype: Any) -> dict[str, Any]:
-    """Returns the buffer for columns of a warpgroup's results, if not of the operands' dtype."""
-    if jnp.dtype(dtype) == operand_dtype:
-        return {}
-    columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
-    return {name: plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)}
-
-
 def run_warpgroups(
     s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
 ) -> None:
@@ -238,7 +182,9 @@ def run_warpgroups(
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
     me = lax.axis_index("warpgroup")
-    visits = read_visits(refs, row, tile)
+    visits, table = None, refs.get("visits")
+    if table is not None:  # else every block, without a mask
+        visits = BlockVisits.read(table, 0 if table.shape[0] == 1 else row, tile)
 
     @pl.when(me == WARPGROUPS)
     def _():
@@ -258,35 +204,43 @@ def visit_visible_blocks(visits: BlockVisits | None, masked, count, step: Callab
     return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
 
 
-def copy_own_tiles(shared, ready: str, warpgroup, sources: dict[str, Any]) -> None:
+def cut_rows(ref, row, head, rows):
+    """Cuts rows of a sequence from [B, S, N, H], [B, N, S] or [B, S]."""
+    return ref.at[{4: (row, rows, head), 3: (row, head, rows), 2: (row, rows)}[len(ref.shape)]]
+
+
+def copy_own_tiles(s: HopperStatics, refs, shared, warpgroup, row, head, rows) -> None:
     """Copies what a warpgroup keeps all the time, and waits for it."""
-    for name, source in sources.items():
-        plgpu.copy_gmem_to_smem(source, shared[name].at[warpgroup], shared[ready].at[warpgroup])
-    plgpu.barrier_wait(shared[ready].at[warpgroup])
+    ready = shared["own_ready"].at[warpgroup]
+    for name in s.own:
+        source = cut_rows(refs[name], row, head, rows)
+        plgpu.copy_gmem_to_smem(source, shared[name].at[warpgroup], ready)
+    plgpu.barrier_wait(ready)
 
 
-def make_barriers(s: HopperStatics, **arrivals: int) -> dict[str, Any]:
-    """Returns barriers of blocks that are copied together: "ready" after so many arrivals, and
-    "free" when all warpgroups that multiply have read them."""
-    ready = {
-        f"{name}_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=number)
-        for name, number in arrivals.items()
-    }
-    free = {
-        f"{name}_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS)
-        for name in arrivals
-    }
-    return ready | free
+def make_buffers(s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any) -> dict[str, Any]:
+    """Returns buffers of what is copied, and of columns of a warpgroup's results, if these are not
+    in the operands' ``dtype``; and barriers: "ready" when all has arrived, and "free" when all
+    warpgroups that multiply have read it."""
 
+    def buffer(name: str, *rows: int) -> Any:
+        x = inputs[name]
+        transforms = SWIZZLED if x.ndim == 4 else ()
+        return plgpu.SMEM((*rows, *x.shape[3:]), x.dtype, transforms=transforms)
 
-def make_segment_buffers(s: HopperStatics, own: str, visited: str) -> dict[str, Any]:
-    """Returns the buffers of segments, if there are any: a warpgroup's own, and the blocks'."""
-    if not s.has_segments:
-        return {}
-    return {
-        f"{own}_segments": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
-        f"{visited}_segments": plgpu.SMEM((s.stages, s.block), jnp.int32),
-    }
+    buffers = {name: buffer(name, WARPGROUPS, ROWS) for name in s.own}
+    buffers["own_ready"] = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=len(s.own))
+    for names in s.visited:
+        buffers |= {name: buffer(name, s.stages, s.block) for name in names}
+        for state, arrivals in (("ready", len(names)), ("free", WARPGROUPS)):
+            barrier = plgpu.Barrier(num_barriers=s.stages, num_arrivals=arrivals)
+            buffers[f"{names[0]}_{state}"] = barrier
+    if jnp.dtype(dtype) != inputs["q"].dtype:
+        wide = jnp.dtype(dtype).itemsize == 4
+        columns, swizzled = (32, SWIZZLED_FP32) if wide else (64, SWIZZLED)
+        shape = WARPGROUPS, ROWS, columns
+        buffers["staged"] = plgpu.SMEM(shape, dtype, transforms=swizzled)
+    return buffers
 
 
 def copy_key_value_blocks(
@@ -299,24 +253,22 @@ def copy_key_value_blocks(
 
     @pl.loop(0, total)
     def _(at):
-        slot = lax.rem(at, jnp.int32(s.stages))
-        keys = pl.ds(block_of(at) * s.block, s.block)
-        for name in ("k", "v"):
-            copies = [(refs[name].at[row, keys, kv_head], shared[name])]
-            if name == "k" and s.has_segments:
-                copies.append((refs["k_segments"].at[row, keys], shared["k_segments"]))
-            copy_block(s, shared, name, at, slot, copies)
+        copy_block(s, refs, shared, at, row, kv_head, block_of(at))
 
 
-def copy_block(s: HopperStatics, shared, name: str, at, slot, copies) -> None:
-    """Copies (source, target) to a slot of the targets, when its readers are done with it."""
+def copy_block(s: HopperStatics, refs, shared, at, row, head, block) -> None:
+    """Copies a block to the slot of visit ``at``, when its readers are done with that."""
+    slot = lax.rem(at, jnp.int32(s.stages))
+    rows = pl.ds(block * s.block, s.block)
+    for names in s.visited:
 
-    @pl.when(at >= s.stages)
-    def _():
-        plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
+        @pl.when(at >= s.stages)
+        def _(names=names):
+            plgpu.barrier_wait(shared[f"{names[0]}_free"].at[slot])
 
-    for source, target in copies:
-        plgpu.copy_gmem_to_smem(source, target.at[slot], shared[f"{name}_ready"].at[slot])
+        for name in names:
+            source, ready = cut_rows(refs[name], row, head, rows), shared[f"{names[0]}_ready"]
+            plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready.at[slot])
 
 
 def release_slot(s: HopperStatics, free) -> None:
@@ -340,20 +292,68 @@ def resolve_interpreter(interpret: Any) -> Any:
     return parameters()
 
 
-def run_kernel(kernel, s: HopperStatics, inputs, shapes, scratch, grid, interpret) -> Any:
-    """Runs ``kernel(s, inputs, outputs, scratch)`` over a grid (heads, tiles, batch rows)."""
+def run_kernel(
+    copy: Callable[..., None],
+    multiply: Callable[..., None],
+    inputs: dict[str, jax.Array],
+    operands: AttentionOperands,
+    call: AttentionCall,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    *,
+    per_query: bool,
+    block: int,
+    stages: int,
+    own: tuple[str, ...],
+    visited: tuple[tuple[str, ...], ...],
+    scratch: dict[str, Any] | None = None,
+) -> Any:
+    """Runs warpgroups over a grid (heads, tiles, batch rows).
+
+    Args:
+        copy: of (s, inputs, scratch, visits, row, head); see :func:`run_warpgroups`.
+        multiply: of (s, inputs, outputs, scratch, visits, row, head, start, me).
+        inputs: by name; q, k and v among them.
+        per_query: whether tiles are of queries, which visit blocks of keys; or the reverse.
+        block, stages, own, visited: as in :class:`HopperStatics`; of names without an input
+            nothing is copied.
+        scratch: beside :func:`make_buffers`.
+    """
+    params, interpret = call.params, resolve_interpreter(call.interpret)
+    (B, S, N, _), (T, K) = inputs["q"].shape, inputs["k"].shape[1:3]
+    rows, heads, length = ROWS * WARPGROUPS, *((N, S) if per_query else (K, T))
+    q_block, k_block = (rows, block) if per_query else (block, rows)
+    # Whole blocks, whose queries past the last have no weight.
+    inputs = inputs | gpu_blocks.list_mask_inputs(operands, params)
+    for name in ("lse", "delta", "q_segments", "k_segments"):
+        if name in inputs:
+            x, size = inputs[name], k_block if name == "k_segments" else q_block
+            pad = *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % size)
+            inputs[name] = jnp.pad(x, pad, constant_values=jnp.inf if name == "lse" else 0)
+    sizes = S, T, q_block, k_block
+    visits = gpu_blocks.plan_visits(*sizes, operands, params, per_query=per_query)
+    if visits is not None:
+        inputs["visits"] = visits
+    own = tuple(name for name in own if name in inputs)
+    visited = tuple(tuple(name for name in names if name in inputs) for names in visited)
+    s = HopperStatics(
+        params, S, T, N // K, block, stages, tuple(inputs), own, visited, bool(interpret)
+    )
+    scratch = make_buffers(s, inputs, call.dtype) | (scratch or {})
     names, outputs = tuple(scratch), len(shapes)
 
     def body(*refs):
         own, rest = refs[: len(s.names)], refs[len(s.names) :]
+        given = dict(zip(s.names, own, strict=True))
         shared = dict(zip(names, rest[outputs:], strict=True))
-        kernel(s, dict(zip(s.names, own, strict=True)), rest[:outputs], shared)
+        copies = partial(copy, s, given, shared)
+        products = partial(multiply, s, given, rest[:outputs], shared)
+        run_warpgroups(s, given, copies, products, last_first=per_query and params.causal)
 
     return plgpu.kernel(
         body,
         out_type=shapes,
         scratch_types=tuple(scratch.values()),
-        grid=grid,
+        grid=(heads, pl.cdiv(length, rows), B),
         grid_names=("head", "tile", "row"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -1,6 +1,8 @@
 """Parameters and operands of an attention, and their checks."""
 
 import math
+from functools import reduce
+from operator import and_
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -46,6 +48,14 @@ class AttentionOptions(TypedDict, total=False):
     """fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R] after scale, cap and
     slopes, distance being the key's position less the query's (Raffel et al. 2020, §2.1: T5's
     relative positions, each bucket written out). XLA alone has them."""
+    backend: str | None
+    """"tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the platform of
+    the program being traced, and XLA where its kernels do not support this."""
+    block_sizes: Any
+    """Of the kernels, hashable; None: their choice. XLA has none."""
+    interpret: Any
+    """Whether the kernel of a ``backend`` runs in Pallas's interpreter, on any device: True, or its
+    parameters, hashable. For tests; default False."""
 
 
 class AttentionParams(NamedTuple):
@@ -157,6 +167,35 @@ def validate_arguments(
     )
     scale = 1 / math.sqrt(H) if scale is None else scale
     return operands, AttentionParams(causal, window, soft_cap, scale, static_q, static_k)
+
+
+def combine_masks(
+    params: AttentionParams,
+    behind: Any,
+    in_prefix: jax.Array | None,
+    segments: tuple[Any, Any] | None,
+    inside: jax.Array | None = None,
+) -> jax.Array | None:
+    """Returns which keys each query may see; None: all.
+
+    Args:
+        behind: queries' positions less keys'; read with a causal mask alone.
+        in_prefix: whether a key is in the prefix.
+        segments: of queries and of keys.
+        inside: whether there is such a key.
+    """
+    seen = []
+    if params.causal:
+        near = behind >= 0
+        if params.window is not None:
+            near &= behind < params.window
+        seen.append(near if in_prefix is None else near | in_prefix)
+    if segments is not None:
+        own, other = segments
+        seen.append((own == other) & (own != 0))
+    if inside is not None:
+        seen.append(inside)
+    return reduce(and_, seen) if seen else None
 
 
 def accumulation_dtype(*operands: jax.Array) -> Any:

@@ -1,7 +1,5 @@
 """Tiles of the score matrix, for XLA: which there are, their masks and their scores."""
 
-from functools import reduce
-from operator import and_
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +9,7 @@ from pallas_kernels.attention.params import (
     AttentionOperands,
     AttentionParams,
     accumulation_dtype,
+    combine_masks,
     sum_offsets,
 )
 
@@ -25,20 +24,10 @@ def einsum(subscripts: str, *operands: jax.Array) -> Any:
 
 
 class ScoreTile(NamedTuple):
-    """Queries [start, stop) and the keys [begin, end) that they may see; none where begin ≥ end."""
+    """Queries, and the keys that they may see; none where these start at their stop or later."""
 
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-
-    @property
-    def q_slice(self) -> slice:
-        return slice(self.q_start, self.q_stop)
-
-    @property
-    def k_slice(self) -> slice:
-        return slice(self.k_start, self.k_stop)
+    rows: slice
+    keys: slice
 
     def scores(
         self, q: jax.Array, k: jax.Array, operands: AttentionOperands, params: AttentionParams
@@ -50,9 +39,9 @@ class ScoreTile(NamedTuple):
             k: [B, T, K, H].
 
         Returns:
-            fp32 [B, K, G, stop − start, end − begin], MASKED where a query may not see a key.
+            fp32 [B, K, G, rows, keys], MASKED where a query may not see a key.
         """
-        scores = einsum("bskgh,btkh->bkgst", q[:, self.q_slice], k[:, self.k_slice]) * params.scale
+        scores = einsum("bskgh,btkh->bkgst", q[:, self.rows], k[:, self.keys]) * params.scale
         derivatives = None
         if params.soft_cap is not None:
             tanh = jnp.tanh(scores / params.soft_cap)
@@ -88,7 +77,7 @@ class ScoreTile(NamedTuple):
         # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
         # begins with the last number that the one above left, and those of keys before the first
         # query stand at the repeated row's end.
-        s, t = self.q_stop - self.q_start, self.k_stop - self.k_start
+        s, t = (x.stop - x.start for x in self)
         q_at, k_at = self._positions(operands, params)
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
@@ -105,31 +94,24 @@ class ScoreTile(NamedTuple):
         self, operands: AttentionOperands, params: AttentionParams
     ) -> tuple[jax.Array, jax.Array]:
         if operands.q_positions is None or operands.k_positions is None:
-            q_at = jnp.arange(self.q_start, self.q_stop, dtype=jnp.int32)
-            k_at = jnp.arange(self.k_start, self.k_stop, dtype=jnp.int32)
+            q_at, k_at = (jnp.arange(x.start, x.stop, dtype=jnp.int32) for x in self)
             q_at += sum_offsets(params.q_offset, operands.q_offset)
             k_at += sum_offsets(params.k_offset, operands.k_offset)
             return q_at[None], k_at[None]
-        return operands.q_positions[:, self.q_slice], operands.k_positions[:, self.k_slice]
+        return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
 
     def _mask(
         self, behind: jax.Array, operands: AttentionOperands, params: AttentionParams
     ) -> jax.Array | None:
         """bool [B or 1, s, t]: which keys each query may see; None: all."""
-        parts = []
-        if params.causal:
-            seen = behind >= 0
-            if params.window is not None:
-                seen &= behind < params.window
-            if operands.prefix is not None:
-                k_at = self._positions(operands, params)[1]
-                seen |= (k_at < operands.prefix[:, None])[:, None]
-            parts.append(seen)
+        in_prefix = segments = None
+        if operands.prefix is not None:
+            k_at = self._positions(operands, params)[1]
+            in_prefix = (k_at < operands.prefix[:, None])[:, None]
         if operands.q_segments is not None and operands.k_segments is not None:
-            own = operands.q_segments[:, self.q_slice, None]
-            other = operands.k_segments[:, None, self.k_slice]
-            parts += [own == other, own != 0]
-        return reduce(and_, parts) if parts else None
+            own = operands.q_segments[:, self.rows, None]
+            segments = own, operands.k_segments[:, None, self.keys]
+        return combine_masks(params, behind, in_prefix, segments)
 
 
 def list_score_tiles(
@@ -137,14 +119,14 @@ def list_score_tiles(
 ) -> list[ScoreTile]:
     """Lists at most MAX_TILES runs of queries: the program grows with their number."""
     size = tile_size(S)
-    bounds = [(start, min(start + size, S)) for start in range(0, S, size)]
+    runs = [slice(start, min(start + size, S)) for start in range(0, S, size)]
     if not is_mask_static(operands, params):
-        return [ScoreTile(start, stop, 0, T) for start, stop in bounds]
+        return [ScoreTile(rows, slice(0, T)) for rows in runs]
     own = params.q_offset - params.k_offset  # the key at the first query's position
     window = S + T + abs(own) if params.window is None else params.window
     return [
-        ScoreTile(start, stop, max(own + start - window + 1, 0), min(own + stop, T))
-        for start, stop in bounds
+        ScoreTile(rows, slice(max(own + rows.start - window + 1, 0), min(own + rows.stop, T)))
+        for rows in runs
     ]
 
 
@@ -165,18 +147,13 @@ def fill_positions(
     """Fills in both sides' positions as arrays, where one side's are."""
     if operands.q_positions is None and operands.k_positions is None:
         return operands
-
-    def of(positions, static, traced, length):
-        if positions is not None:
-            return positions
-        return (jnp.arange(length, dtype=jnp.int32) + sum_offsets(static, traced))[None]
-
-    return operands._replace(
-        q_positions=of(operands.q_positions, params.q_offset, operands.q_offset, S),
-        k_positions=of(operands.k_positions, params.k_offset, operands.k_offset, T),
-        q_offset=None,
-        k_offset=None,
-    )
+    if operands.q_positions is None:
+        first = sum_offsets(params.q_offset, operands.q_offset)
+        operands = operands._replace(q_positions=(jnp.arange(S, dtype=jnp.int32) + first)[None])
+    if operands.k_positions is None:
+        first = sum_offsets(params.k_offset, operands.k_offset)
+        operands = operands._replace(k_positions=(jnp.arange(T, dtype=jnp.int32) + first)[None])
+    return operands._replace(q_offset=None, k_offset=None)
 
 
 def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:

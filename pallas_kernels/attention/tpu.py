@@ -1,10 +1,13 @@
 """Attention on a TPU: operands laid out for the kernels, and results laid back."""
 
-from functools import reduce
-from typing import Any
+import math
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -15,6 +18,7 @@ from pallas_kernels.attention.params import (
     AttentionOperands,
     AttentionParams,
     BackwardArrays,
+    sum_offsets,
 )
 from pallas_kernels.attention.tpu_blocks import (
     BACKWARD,
@@ -22,15 +26,213 @@ from pallas_kernels.attention.tpu_blocks import (
     LANES,
     SUBLANES,
     AttentionSizes,
+    TpuBlocks,
     count_keys_in_vmem,
     count_value_and_sum_rows,
     vmem_bytes,
 )
-from pallas_kernels.attention.tpu_call import KeyPart, TpuKernelCall, pad_last_axis
+from pallas_kernels.attention.tpu_scores import KernelStatics
 from pallas_kernels.attention.tuned import choose_blocks, name_mask_kind
+from pallas_kernels.attention.walk import KeyWalk, make_walk_table, plan_walk
 from pallas_kernels.chips import get_chip
 
 F32 = jnp.float32
+
+
+class KeyPart(NamedTuple):
+    """A run of keys that VMEM holds."""
+
+    index: int
+    num_rows: int
+    """Rows in VMEM: block ``index`` of so many."""
+    num_keys: int
+    """Keys among these rows; the rest is padding."""
+    operands: AttentionOperands
+    params: AttentionParams
+
+
+class TpuKernelCall(NamedTuple):
+    """One kernel over all queries and a part of the keys."""
+
+    walk: KeyWalk
+    statics: KernelStatics
+    blocks: TpuBlocks
+    part: KeyPart
+    batch_size: int
+    """Rows of the batch."""
+    pairs_per_head: int
+    """Pairs of a query and a key of a head that causality and window allow, as far as static."""
+    scalars: tuple[jax.Array, jax.Array, jax.Array]
+    """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
+    prefix; fp32 [2, N], slopes and sinks."""
+    segments: list[tuple[Any, Any]]
+    """int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that see
+    nothing."""
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, int, int, int],
+        kv_heads: int,
+        part: KeyPart,
+        blocks: TpuBlocks,
+        join_tiles: bool,
+    ) -> "TpuKernelCall":
+        """
+        Args:
+            shape: of the queries.
+            join_tiles: see :func:`walk.plan_walk`.
+        """
+        (B, S, N, _), T, operands, params = shape, part.num_keys, part.operands, part.params
+        tile = blocks.tile_q, blocks.tile_k
+        walk = plan_walk(S, T, params, operands, blocks[:2], tile, join_tiles=join_tiles)
+        q_first = sum_offsets(params.q_offset, operands.q_offset)
+        k_first = sum_offsets(params.k_offset, operands.k_offset)
+        shift = q_first - k_first
+        static = isinstance(shift, int)
+        rows = make_walk_table(walk, S, T, params, operands)
+        ints = jnp.zeros(3 + B, jnp.int32)
+        if not static:
+            ints = ints.at[0].set(shift)
+        if operands.prefix is not None:
+            ints = ints.at[3:].set(operands.prefix - k_first)
+        floats = jnp.stack(
+            [
+                jnp.zeros(N, F32) if x is None else x.astype(F32)
+                for x in (operands.slopes, operands.sinks)
+            ]
+        )
+        statics = KernelStatics(
+            params=params,
+            kv_heads=kv_heads,
+            group=N // kv_heads,
+            qk_offset=shift if static else None,
+            num_keys=T if T % walk.bk and not walk.edges else None,
+            num_tables=len(rows),
+            has_prefix=operands.prefix is not None,
+            has_slopes=operands.slopes is not None,
+            has_sinks=operands.sinks is not None,
+        )
+        call = cls(
+            walk,
+            statics,
+            blocks,
+            part,
+            B,
+            _pairs(S, T, params, shift),
+            (rows, ints, floats),
+            [(None, None)] * 2,
+        )
+        if operands.q_segments is None or operands.k_segments is None:
+            return call
+        own = jnp.where(operands.q_segments == 0, -1, operands.q_segments)[:, None]
+        keys = operands.k_segments[:, None]
+        segments = [
+            (call.query_row_spec(shared=True), _pad_last_axis(own, call.padded_q_len, -1)),
+            (call.key_row_spec(), _pad_last_axis(keys, part.num_rows, 0)),
+        ]
+        return call._replace(segments=segments)
+
+    @property
+    def padded_q_len(self) -> int:
+        return self.walk.nq * self.walk.bq
+
+    def query_spec(self, width: int) -> pl.BlockSpec:
+        group = self.statics.group
+        return pl.BlockSpec(
+            (None, self.walk.bq, width), lambda kv, g, i, *_: (kv * group + g, i, 0)
+        )
+
+    def key_spec(self, width: int) -> pl.BlockSpec:
+        """Returns the spec of all parts' keys."""
+        index = self.part.index
+        return pl.BlockSpec((None, self.part.num_rows, width), lambda kv, g, i, *_: (kv, index, 0))
+
+    def query_row_spec(self, shared: bool = False) -> pl.BlockSpec:
+        """Returns the spec of one number a query; ``shared``: the same for all heads."""
+        group, heads = self.statics.group, self.statics.kv_heads
+
+        def index(kv, g, i, *_):
+            return lax.div(kv, heads) if shared else kv * group + g, 0, i
+
+        return pl.BlockSpec((None, 1, self.walk.bq), index)
+
+    def key_row_spec(self) -> pl.BlockSpec:
+        heads = self.statics.kv_heads
+        return pl.BlockSpec(
+            (None, 1, self.part.num_rows), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
+        )
+
+    def estimate_cost(self, products: int, arrays, results) -> pl.CostEstimate:
+        """Estimates the cost of queries with the keys that they see, segments aside; bytes are of
+        whole arrays, too many where keys go in parts.
+
+        Args:
+            products: multiplications a pair.
+        """
+        pairs = self.batch_size * self.statics.kv_heads * self.statics.group * self.pairs_per_head
+        read = sum(x.nbytes for x in arrays if x is not None)
+        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results)
+        return pl.CostEstimate(
+            flops=2 * products * pairs, bytes_accessed=read + written, transcendentals=pairs
+        )
+
+    def run(self, body, operands, results, scratch, vmem, products, interpret, name, continued=()):
+        """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
+
+        Args:
+            operands: (block, array) or, for what the kernel is not given, (anything, None).
+            results: (block, shape, dtype).
+            vmem: bytes that the kernel is known to take.
+            products: multiplications for a query and a key.
+            continued: the last operands, one for each result: what other parts left there.
+        """
+        operands = [*operands, *continued]
+        specs = [spec if x is not None else None for spec, x in operands]
+        arrays = [x for _, x in operands]
+        given = [*self.scalars, *arrays]
+        # What goes on is written where it was read.
+        aliases, at = {}, sum(x is not None for x in given[: len(given) - len(continued)])
+        for n, ((_, before), (_, _, dtype)) in enumerate(zip(continued, results, strict=False)):
+            if before is not None and before.dtype == dtype:
+                aliases[at] = n
+            at += before is not None
+        statics = self.statics._replace(interpret=bool(interpret))
+        limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem_bytes)
+        return pl.pallas_call(
+            partial(body, walk=self.walk, statics=statics, blocks=self.blocks),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(self.scalars),
+                grid=(self.batch_size * statics.kv_heads, statics.group, self.walk.nq),
+                in_specs=specs,
+                out_specs=[spec for spec, *_ in results],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
+            input_output_aliases=aliases,
+            cost_estimate=self.estimate_cost(products, arrays, results),
+            compiler_params=pltpu.CompilerParams(
+                # The cores of a chip share out the kv heads. What follows sums up over queries.
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=limit,
+            ),
+            interpret=interpret,
+            name=name,
+        )(*given)
+
+
+def _pairs(S: int, T: int, params: AttentionParams, shift: Any) -> int:
+    if not params.causal or not isinstance(shift, int):
+        return S * T
+    # Query s sees keys first..last, whose bounds grow by one from query to query.
+    last = np.minimum(np.arange(S) + shift, T - 1)
+    first = 0 if params.window is None else np.maximum(np.arange(S) + shift - params.window + 1, 0)
+    return int(np.maximum(last - first + 1, 0).sum())
+
+
+def _pad_last_axis(x: jax.Array, size: int, value: int) -> jax.Array:
+    """Pads [B, 1, n] up to ``size`` along the last axis."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[-1])), constant_values=value)
 
 
 def supports(
@@ -49,7 +251,7 @@ def forward(
     blocks = choose_blocks(FORWARD, sizes, name_mask_kind(call.params, operands), call.block_sizes)
     held = count_keys_in_vmem(FORWARD, blocks, sizes, get_chip())
     parts = _parts(k.shape[1], operands, call.params, held)
-    k, v = (_heads_first(x, len(parts) * held) for x in (k, v))
+    k, v = (_move_heads_first(x, len(parts) * held) for x in (k, v))
     out = call.dtype if len(parts) == 1 else F32
     results = [_forward(q, k, v, sizes, part, out, blocks, call.interpret) for part in parts]
     o, lse = reduce(merge_attention, results)
@@ -63,7 +265,7 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     o, lse = call.run(
         tpu_forward.forward_kernel,
         operands=[
-            (call.query_spec(H), _heads_first(q, call.padded_q_len)),
+            (call.query_spec(H), _move_heads_first(q, call.padded_q_len)),
             (call.key_spec(H), k),
             (call.key_spec(Hv), v),
             *call.segments,
@@ -86,12 +288,12 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
         interpret=interpret,
         name="attention_forward",
     )
-    return _heads_last(o, B, S), _rows_last(lse, B, S)
+    return _move_heads_back(o, B, S), _move_heads_back(lse[:, 0], B, S)
 
 
 def backward(
     arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
     in parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
     q, k, v, lse, delta, d_o = arrays
@@ -103,19 +305,18 @@ def backward(
     rows = -(-S // blocks.q) * blocks.q
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     saved = (
-        _heads_first(q, rows),
-        _heads_first(k, len(parts) * held),
-        _heads_first(v, len(parts) * held),
-        _heads_first(d_o, rows),
-        _rows_first(lse, rows, jnp.inf),
-        _rows_first(delta, rows, 0.0),
+        _move_heads_first(q, rows),
+        _move_heads_first(k, len(parts) * held),
+        _move_heads_first(v, len(parts) * held),
+        _move_heads_first(d_o, rows),
+        _move_heads_first(lse, rows, jnp.inf)[:, None],
+        _move_heads_first(delta, rows)[:, None],
     )
     sums: tuple[Any, Any, Any] = (None, None, None)
     for part in parts:
         dtypes = (call.dtype if part is parts[-1] else F32), call.dtype
         sums = _backward(q.shape, saved, sizes, part, sums, dtypes, blocks, call.interpret)
-    d_q, d_k, d_v = sums
-    return _heads_last(d_q, B, S), _heads_last(d_k, B, T), _heads_last(d_v, B, T)
+    return tuple(_move_heads_back(x, B, size) for x, size in zip(sums, (S, T, T), strict=True))
 
 
 def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
@@ -185,25 +386,14 @@ def _parts(
     return parts
 
 
-def _heads_first(x: jax.Array, size: int) -> jax.Array:
-    """[B, S, N, H] → [B · N, size, H], zeros beyond S."""
-    B, S, N, H = x.shape
-    x = jnp.pad(x, ((0, 0), (0, size - S), (0, 0), (0, 0)))
-    return x.transpose(0, 2, 1, 3).reshape(B * N, size, H)
+def _move_heads_first(x: jax.Array, size: int, value: float = 0) -> jax.Array:
+    """[B, S, N, ...] → [B · N, size, ...], ``value`` beyond S."""
+    (B, S, N), rest = x.shape[:3], x.shape[3:]
+    pad = (0, 0), (0, size - S), *((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, pad, constant_values=value)
+    return x.swapaxes(1, 2).reshape(B * N, size, *rest)
 
 
-def _heads_last(x: jax.Array, B: int, S: int) -> jax.Array:
-    """[B · N, size, H] → [B, S, N, H]."""
-    x = x.reshape(B, -1, *x.shape[1:])[:, :, :S]
-    return x.transpose(0, 2, 1, 3)
-
-
-def _rows_first(x: jax.Array, size: int, value: float) -> jax.Array:
-    """[B, S, N] → [B · N, 1, size]."""
-    x = pad_last_axis(x.transpose(0, 2, 1), size, value)
-    return x.reshape(-1, 1, size)
-
-
-def _rows_last(x: jax.Array, B: int, S: int) -> jax.Array:
-    """[B · N, 1, size] → [B, S, N]."""
-    return x.reshape(B, -1, x.shape[-1])[:, :, :S].transpose(0, 2, 1)
+def _move_heads_back(x: jax.Array, B: int, S: int) -> jax.Array:
+    """[B · N, size, ...] → [B, S, N, ...]."""
+    return x.reshape(B, -1, *x.shape[1:])[:, :, :S].swapaxes(1, 2)

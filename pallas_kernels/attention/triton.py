@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_d_scores
 from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
@@ -23,12 +24,9 @@ from pallas_kernels.attention.params import (
     merge_offsets,
 )
 from pallas_kernels.attention.triton_program import (
-    LN2,
-    LOG2E,
     TritonKernelCall,
     TritonProgram,
     TritonTiles,
-    compute_weights_and_d_scores,
     full_spec,
     multiply,
     multiply_transposed,
@@ -104,16 +102,13 @@ def forward(
     B, S, N, _ = q.shape
     operands = merge_offsets(operands, call.params)
     sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
-    tiles = sizes.forward
-    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=True)
-    run.add(run.head_spec(tiles.q), q=q)
-    run.add(run.head_spec(tiles.k, run.group), k=k, v=v)
+    run = TritonKernelCall(q, k, v, operands, call, sizes.forward, per_query=True)
     run.add(full_spec, sinks=operands.sinks)
-    outputs = (
-        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), call.dtype), run.head_spec(tiles.q)),
-        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), run.query_row_spec(tiles.q)),
+    o, lse = run(
+        _forward_kernel,
+        ((B, S, N, v.shape[3]), call.dtype, run.query_spec),
+        ((B, N, S), jnp.float32, run.query_row_spec),
     )
-    o, lse = run(_forward_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
     return o, lse.transpose(0, 2, 1)
 
 
@@ -122,28 +117,22 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
     (q, k, v, lse, delta, d_o), dtype = arrays, call.dtype
-    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     operands = merge_offsets(operands, call.params)
     sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
 
-    tiles = sizes.d_q
-    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=True)
-    run.add(run.head_spec(tiles.q), q=q, d_o=d_o)
-    run.add(run.head_spec(tiles.k, run.group), k=k, v=v)
-    run.add(run.query_row_spec(tiles.q), lse=lse, delta=delta)
-    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), run.head_spec(tiles.q)),)
-    (d_q,) = run(_d_q_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
+    def plan(tiles: TritonTiles, *, per_query: bool) -> TritonKernelCall:
+        run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=per_query)
+        run.add(run.query_spec, d_o=d_o)
+        run.add(run.query_row_spec, lse=lse, delta=delta)
+        return run
 
-    tiles = sizes.d_kv
-    run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=False)
-    run.add(run.head_spec(tiles.q, group=run.group), q=q, d_o=d_o)
-    run.add(run.head_spec(tiles.k), k=k, v=v)
-    run.add(run.query_row_spec(tiles.q, run.group), lse=lse, delta=delta)
-    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), run.head_spec(tiles.k)) for x in (k, v))
-    d_k, d_v = run(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), outputs)
+    run = plan(sizes.d_q, per_query=True)
+    (d_q,) = run(_d_q_kernel, (q.shape, dtype, run.query_spec))
+    run = plan(sizes.d_kv, per_query=False)
+    d_k, d_v = run(_d_kv_kernel, *((x.shape, dtype, run.key_spec) for x in (k, v)))
     return d_q, d_k, d_v
 
 

@@ -3,7 +3,6 @@ it masks and visits."""
 
 from collections.abc import Callable
 from functools import reduce
-from math import log, log2
 from operator import add
 from typing import Any, NamedTuple
 
@@ -15,10 +14,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
-from pallas_kernels.attention.params import AttentionCall, AttentionOperands, AttentionParams
-
-LOG2E = log2(2.718281828459045)
-LN2 = log(2)
+from pallas_kernels.attention.params import (
+    AttentionCall,
+    AttentionOperands,
+    AttentionParams,
+    combine_masks,
+)
 
 
 class TritonTiles(NamedTuple):
@@ -41,8 +42,6 @@ class TritonStatics(NamedTuple):
     H: int
     Hv: int
     group: int
-    masked: bool
-    """Whether blocks are visited as a table says, some with a mask."""
     interpret: bool
 
 
@@ -60,6 +59,7 @@ class TritonProgram:
     def __init__(self, refs: dict[str, Any], statics: TritonStatics):
         self.refs, self.statics = refs, statics
         self.params, self.tiles = statics.params, statics.tiles
+        self.exp2_scale = gpu_blocks.get_exp2_scale(statics.params, refs)
         # Read once, outside all loops: the interpreter knows them nowhere else.
         self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
 
@@ -106,52 +106,24 @@ class TritonProgram:
         tokens = TokenBlock(index, position, read(f"{side}_segments"))
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
-    def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
+    def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> Any:
         """Returns the mask, bool, broadcast over a tile."""
-        params, T = self.params, self.statics.T
-        seen = None
-        if params.causal:
-            behind = queries.position - keys.position
-            seen = behind >= 0
-            if params.window is not None:
-                seen &= behind < params.window
-            if "prefix" in self.refs:
-                seen |= keys.position < self.refs["prefix"][self.row]
-        if queries.segment is not None:
-            same = (queries.segment == keys.segment) & (queries.segment != 0)
-            seen = same if seen is None else seen & same
-        if T % self.tiles.k:
-            inside = keys.index < T
-            seen = inside if seen is None else seen & inside
-        assert seen is not None
-        return seen
+        T, prefix = self.statics.T, self.refs.get("prefix")
+        return combine_masks(
+            self.params,
+            queries.position - keys.position if self.params.causal else None,
+            None if prefix is None else keys.position < prefix[self.row],
+            None if queries.segment is None else (queries.segment, keys.segment),
+            keys.index < T if T % self.tiles.k else None,
+        )
 
     def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
-        """Returns scores from q·k, of which exp2 is to be taken after :attr:`exp2_scale`, and their
-        slope by scale·q·k, 1 if that is None."""
-        params, slope = self.params, None
-        if self.scores_are_linear:
-            return products, None
-        scores = products * (params.scale * LOG2E)
-        if params.soft_cap is not None:
-            # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-            tanh = 1 - 2 / (self.exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1)
-            scores, slope = (params.soft_cap * LOG2E) * tanh, 1 - tanh * tanh
-        if "slopes" in self.refs:
-            distance = jnp.abs(queries.position - keys.position).astype(jnp.float32)
-            scores -= (self.refs["slopes"][head] * LOG2E) * distance
-        return scores, slope
+        """Returns what :func:`~pallas_kernels.attention.gpu_blocks.scale_scores` does."""
 
-    @property
-    def scores_are_linear(self) -> bool:
-        """Whether scores are q·k times a positive number, so that the exponent scales them."""
-        linear = self.params.soft_cap is None and "slopes" not in self.refs
-        return linear and self.params.scale > 0
+        def behind():
+            return queries.position - keys.position
 
-    @property
-    def exp2_scale(self) -> float:
-        """The factor of scores before exp2."""
-        return self.params.scale * LOG2E if self.scores_are_linear else 1.0
+        return gpu_blocks.scale_scores(products, self.params, self.refs, head, behind, self.exp2)
 
     def exp2(self, x: jax.Array) -> jax.Array:
         """Computes exp2 in one instruction: JAX's own, exact below 2^-126 too, is four."""
@@ -168,7 +140,7 @@ class TritonProgram:
 
     def visit_visible_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
         """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i visits, each
-        block ``repeats`` times."""
+        block ``repeats`` times: as a table says, some with a mask, or all of them."""
 
         def loop(begin, count, block_of, masked, carry):
             def step(t, carry):
@@ -179,18 +151,18 @@ class TritonProgram:
 
             return lax.fori_loop(0, repeats * count, step, carry)
 
-        if not self.statics.masked:
+        if "visits" not in self.refs:
             return loop(0, blocks, lambda at: at, False, carry)
-        visits = BlockVisits(*(self.refs["visits"][i, field] for field in range(gpu_blocks.FIELDS)))
+        visits = BlockVisits.read(self.refs["visits"], i)
         carry = loop(0, visits.num_masked, visits.masked_block, True, carry)
         full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, full, lambda at: at, False, carry)
 
 
 class TritonKernelCall:
-    """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the batch). Each
-    program's window is whole sequences of its own row and head, with their last block filled up;
-    kernels mask what lies outside.
+    """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the batch): q, k
+    and v, what masks read, and what is added. Each program's window is whole sequences of its own
+    row and head, with their last block filled up; kernels mask what lies outside.
 
     Args:
         per_query: whether blocks are of queries, which visit blocks of keys; or the reverse.
@@ -207,27 +179,26 @@ class TritonKernelCall:
         *,
         per_query: bool,
     ):
-        (S, N, H), (T, K, Hv), params = q.shape[1:], v.shape[1:], call.params
+        (B, S, N, H), (T, K, Hv), params = q.shape, v.shape[1:], call.params
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
-        self.group = N // K
-        masked = gpu_blocks.needs_mask(params, operands, T if per_query else tiles.k, tiles.k)
-        self.statics = TritonStatics(params, tiles, S, T, H, Hv, self.group, masked, call.interpret)
-        plan = gpu_blocks.plan_query_visits if per_query else gpu_blocks.plan_key_visits
-        table = plan(S, T, tiles.q, tiles.k, operands, params)
-        if masked:
-            self.add(lambda x: self._per_row(x, x.shape[1:]), visits=table)
-        if params.causal or operands.slopes is not None:
-            for side, block in (("q", tiles.q), ("k", tiles.k)):
-                positions = getattr(operands, f"{side}_positions")
-                offset = getattr(operands, f"{side}_offset")
-                self.add(self.token_spec(block), **{f"{side}_positions": positions})
-                if positions is None and offset is not None:
-                    self.add(full_spec, **{f"{side}_offset": jnp.asarray(offset, jnp.int32)[None]})
-        if operands.q_segments is not None:
-            self.add(self.token_spec(tiles.q), q_segments=operands.q_segments)
-            self.add(self.token_spec(tiles.k), k_segments=operands.k_segments)
-        self.add(full_spec, prefix=operands.prefix, slopes=operands.slopes)
+        group = N // K
+        sizes = S, T, tiles.q, tiles.k
+        visits = gpu_blocks.plan_visits(*sizes, operands, params, per_query=per_query)
+        self.statics = TritonStatics(params, tiles, S, T, H, Hv, group, call.interpret)
+        rows, heads = (pl.cdiv(S, tiles.q), N) if per_query else (pl.cdiv(T, tiles.k), K)
+        self.grid = rows, heads, B
+        self.query_spec = self._head_spec(tiles.q, group=None if per_query else group)
+        self.query_row_spec = self._query_row_spec(tiles.q, None if per_query else group)
+        self.key_spec = self._head_spec(tiles.k, group if per_query else 1)
+        self.add(lambda x: self._per_row(x, x.shape[1:]), visits=visits)
+        for name, x in gpu_blocks.list_mask_inputs(operands, params).items():
+            spec = full_spec
+            if name.endswith(("positions", "segments")):
+                spec = self._token_spec(tiles.q if name.startswith("q") else tiles.k)
+            self.add(spec, **{name: x})
+        self.add(self.query_spec, q=q)
+        self.add(self.key_spec, k=k, v=v)
 
     def add(self, spec, **arrays: jax.Array | None) -> None:
         for name, x in arrays.items():
@@ -235,12 +206,13 @@ class TritonKernelCall:
                 self.inputs[name] = x
                 self.specs.append(spec(x))
 
-    def __call__(self, kernel, grid, outputs):
+    def __call__(self, kernel, *outputs):
         """Runs a kernel.
 
         Args:
-            outputs: (shape, spec by it) of each result.
+            outputs: (shape, dtype, spec by what has these) of each result.
         """
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
         names = tuple(self.inputs)
         tiles = self.statics.tiles
 
@@ -250,10 +222,10 @@ class TritonKernelCall:
 
         return pl.pallas_call(
             body,
-            grid=grid,
+            grid=self.grid,
             in_specs=self.specs,
-            out_specs=tuple(spec(shape) for shape, spec in outputs),
-            out_shape=tuple(shape for shape, _ in outputs),
+            out_specs=[spec(x) for (*_, spec), x in zip(outputs, shapes, strict=True)],
+            out_shape=shapes,
             compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
             interpret=self.statics.interpret,
             name=kernel.__name__.strip("_"),
@@ -266,11 +238,11 @@ class TritonKernelCall:
         shared = x.shape[0] == 1
         return pl.BlockSpec((None, *shape), lambda i, n, b: (0 if shared else b, *rest))
 
-    def token_spec(self, block: int):
+    def _token_spec(self, block: int):
         """Returns the spec of [B or 1, length]."""
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
-    def head_spec(self, block: int, share: int = 1, group: int | None = None):
+    def _head_spec(self, block: int, share: int = 1, group: int | None = None):
         """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads read; or
         [length, group, H] of the program's kv head."""
 
@@ -280,9 +252,7 @@ class TritonKernelCall:
 
         return spec
 
-    def query_row_spec(
-        self, block: int, group: int | None = None
-    ) -> Callable[[jax.Array], pl.BlockSpec]:
+    def _query_row_spec(self, block: int, group: int | None) -> Callable[[Any], pl.BlockSpec]:
         """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv head."""
 
         def spec(x):
@@ -290,21 +260,6 @@ class TritonKernelCall:
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
         return spec
-
-
-def compute_weights_and_d_scores(
-    scores, slope, lse, d_weights, delta, mask, exp2_scale: float, exp2=jnp.exp2
-) -> tuple[jax.Array, jax.Array]:
-    """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
-    may hold anything finite: d_weights may then not be."""
-    scores = scores * exp2_scale
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    weights = exp2(scores - lse)
-    d_scores = weights * (d_weights - delta)
-    if slope is not None:
-        d_scores *= slope
-    return weights, d_scores if mask is None else jnp.where(mask, d_scores, 0.0)
 
 
 def full_spec(x) -> pl.BlockSpec:

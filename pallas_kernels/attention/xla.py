@@ -44,9 +44,9 @@ def forward(
     if part := _part(q, k):
 
         def one_part(out, i):
-            own_q, own_k, own_v = part.slice(i, (q, k, v))
-            own = forward(own_q, own_k, own_v, part.slice_operands(i, operands), call)
-            return part.put_part(i, out, own), None
+            own_q, own_k, own_v = part.cut(i, (q, k, v))
+            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), call)
+            return part.put(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.num_parts))
@@ -63,8 +63,8 @@ def forward(
     sinks = None if operands.sinks is None else reshape_by_head(operands.sinks, K)
 
     def block(tile: ScoreTile):
-        if tile.k_start >= tile.k_stop:
-            shape = (B, K, N // K, tile.q_stop - tile.q_start)
+        if tile.keys.start >= tile.keys.stop:
+            shape = (B, K, N // K, tile.rows.stop - tile.rows.start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
         scores, _ = tile.scores(q, k, operands, params)
@@ -75,7 +75,7 @@ def forward(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sinks - top)
-        o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.k_slice])
+        o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.keys])
         some = top > MASKED / 2  # rows with a key or a sink
         o = jnp.where(some, o / total, 0.0)
         return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
@@ -99,12 +99,13 @@ def backward(
 
         def one_part(carry, i):
             places, sums = carry
-            read = zip(part.slice(i, places), like, strict=True)
+            read = zip(part.cut(i, places), like, strict=True)
             own = BackwardArrays(
-                *(x.astype(whole.dtype) for x, whole in read), *part.slice(i, (lse, delta, d_o))
+                *(x.astype(whole.dtype) for x, whole in read), *part.cut(i, (lse, delta, d_o))
             )
-            d_q, d_k, d_v, *terms = backward(own, part.slice_operands(i, operands), call)
-            return (part.put_part(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
+            d_q, d_k, d_v, *terms = backward(own, part.cut_operands(i, operands), call)
+            terms = jax.tree.map(jnp.add, tuple(terms), part.cut(i, sums, BY_HEAD))
+            return (part.put(i, places, (d_q, d_k, d_v)), part.put(i, sums, terms, BY_HEAD)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
         places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
@@ -133,13 +134,13 @@ def backward(
     d_q, (d_k, d_v, *d_biases) = [], zeros
 
     for tile in list_score_tiles(S, T, operands, params):
-        rows, keys = tile.q_slice, tile.k_slice
+        rows, keys = tile
         # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
         sums = d_k, d_v, d_biases
         read = q, d_o, operands.biases
         (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
         operands = operands._replace(biases=biases)
-        if tile.k_start >= tile.k_stop:
+        if keys.start >= keys.stop:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         scores, derivatives = tile.scores(q, k, operands, params)
@@ -169,90 +170,60 @@ def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
+# Axes of the batch's rows and of heads: of arrays [B, S, N or K, ...], [B or 1, ...] and [N, ...].
+BY_TOKEN, BY_ROW, BY_HEAD = (0, 2), (0, None), (None, 0)
+
+
 class BatchPartition(NamedTuple):
     """Rows of the batch and kv heads, with their query heads, that are attended to at once. They
     are cut from arrays as they lie, and put back in place: no copy in another order."""
 
-    shape: tuple[int, int]
-    """B and K of the whole."""
-    rows: int
-    kv_heads: int
+    row_parts: int
+    head_parts: int
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, max_pairs: int) -> "BatchPartition":
         """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one: whole rows
         where these fit."""
         if max_pairs >= kv_heads:
-            return cls((batch, kv_heads), _divisor(batch, max_pairs // kv_heads), kv_heads)
-        return cls((batch, kv_heads), 1, _divisor(kv_heads, max_pairs))
+            return cls(batch // _divisor(batch, max_pairs // kv_heads), 1)
+        return cls(batch, kv_heads // _divisor(kv_heads, max_pairs))
 
     @property
     def num_parts(self) -> int:
-        return self.shape[0] // self.rows * (self.shape[1] // self.kv_heads)
+        return self.row_parts * self.head_parts
 
-    def slice(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Cuts part i of arrays [B, S, N or K, ...]."""
-        return tuple(
-            lax.dynamic_slice(
-                x,
-                self._start(i, x),
-                (self.rows, x.shape[1], x.shape[2] // self._head_parts, *x.shape[3:]),
-            )
-            for x in arrays
-        )
+    def cut(self, i: jax.Array, tree: Any, axes: tuple[int | None, int | None] = BY_TOKEN) -> Any:
+        """Cuts part i of arrays; of a single row, which all share, it is whole."""
+        return jax.tree.map(lambda x: lax.dynamic_slice(x, *self._place(i, x, axes)), tree)
 
-    def slice_rows(self, i: jax.Array, tree: Any) -> Any:
-        """Cuts the rows of part i of arrays [B or 1, ...] that all heads share."""
-        row = i // self._head_parts * self.rows
-        return jax.tree.map(
-            lambda x: x if len(x) == 1 else lax.dynamic_slice_in_dim(x, row, self.rows), tree
-        )
-
-    def slice_heads(self, i: jax.Array, tree: Any) -> Any:
-        """Cuts the query heads of part i of arrays [N, ...]."""
-        head = i % self._head_parts
-
-        def cut(x):
-            size = len(x) // self._head_parts
-            return lax.dynamic_slice_in_dim(x, head * size, size)
-
-        return jax.tree.map(cut, tree)
-
-    def slice_operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
+    def cut_operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
         """Cuts the operands of part i."""
         by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
         by_head = ("slopes", "sinks", "biases")
-        own = self.slice_rows(i, {name: getattr(operands, name) for name in by_row})
-        own |= self.slice_heads(i, {name: getattr(operands, name) for name in by_head})
+        own = self.cut(i, {name: getattr(operands, name) for name in by_row}, BY_ROW)
+        own |= self.cut(i, {name: getattr(operands, name) for name in by_head}, BY_HEAD)
         return operands._replace(**own)
 
-    def add_heads(self, i: jax.Array, tree: Any, terms: Any) -> Any:
-        """Adds a part's terms to those of its query heads in arrays [N, ...]."""
-        head = i % self._head_parts
-
-        def add(x, own):
-            start = head * len(own)
-            own += lax.dynamic_slice_in_dim(x, start, len(own))
-            return lax.dynamic_update_slice_in_dim(x, own, start, axis=0)
-
-        return tuple(add(x, own) for x, own in zip(tree, terms, strict=True))
-
-    def put_part(
-        self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+    def put(
+        self, i: jax.Array, tree: Any, parts: Any, axes: tuple[int | None, int | None] = BY_TOKEN
+    ) -> Any:
         """Puts these parts in their places in the arrays."""
-        return tuple(
-            lax.dynamic_update_slice(x, own.astype(x.dtype), self._start(i, x))
-            for x, own in zip(arrays, parts, strict=True)
-        )
 
-    @property
-    def _head_parts(self) -> int:
-        return self.shape[1] // self.kv_heads
+        def put_array(x, own):
+            return lax.dynamic_update_slice(x, own.astype(x.dtype), self._place(i, x, axes)[0])
 
-    def _start(self, i: jax.Array, x: jax.Array) -> tuple[jax.Array | int, ...]:
-        row, heads = i // self._head_parts, i % self._head_parts
-        return row * self.rows, 0, heads * (x.shape[2] // self._head_parts), *(0,) * (x.ndim - 3)
+        return jax.tree.map(put_array, tree, parts)
+
+    def _place(self, i: jax.Array, x: jax.Array, axes: tuple[int | None, int | None]) -> Any:
+        """Where part i starts, and its sizes."""
+        starts: list[Any] = [0] * x.ndim
+        sizes, numbers = list(x.shape), (i // self.head_parts, i % self.head_parts)
+        for axis, number, count in zip(axes, numbers, self, strict=True):
+            if axis is not None and x.shape[axis] > 1:
+                sizes[axis] //= count
+                starts[axis] = number * sizes[axis]
+        return starts, sizes
 
 
 def _divisor(n: int, most: int) -> int:
@@ -279,26 +250,22 @@ def _loop_length(S: int, operands: AttentionOperands, params: AttentionParams) -
 
 
 def _rows(arrays: Any, operands: AttentionOperands, S: int, count: int) -> Any:
-    """Returns each tile's queries: ``arrays`` [B, S, ...], and their fields of ``operands``."""
+    """Returns each tile's queries, [count, B, S / count, ...]: of ``arrays`` [B, S, ...], and of
+    their fields of ``operands``."""
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
     own = {"q_positions": operands.q_positions, "q_segments": operands.q_segments}
-    arrays, own = _rows_of((arrays, own), count)
+    arrays, own = jax.tree.map(cut, (arrays, own))
     if operands.q_positions is None:
         first = 0 if operands.q_offset is None else operands.q_offset
         own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
     return arrays, own
 
 
-def _rows_of(tree: Any, count: int) -> Any:
-    """[B, S, ...] → [count, B, S / count, ...]"""
-
-    def cut(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(cut, tree)
-
-
 def _joined(tree: Any) -> Any:
-    """Inverts :func:`_rows_of`."""
+    """[count, B, S / count, ...] → [B, S, ...]"""
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)

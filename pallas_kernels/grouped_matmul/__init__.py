@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chips import get_mesh_platform
-from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
 
-__all__ = ["GroupedBlocks", "grouped_matmul", "grouped_outer_product"]
+__all__ = ["grouped_matmul", "grouped_outer_product"]
 
 _MODULES = {"tpu": "tpu", "gpu": "triton", "cpu": "xla"}
 _FLOATS = (jnp.bfloat16, jnp.float32, jnp.float64)
@@ -32,7 +31,6 @@ def grouped_matmul(
     column_scales: jax.Array | None = None,
     dtype: Any = None,
     backend: str | None = None,
-    blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
     """Multiplies each row by its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
 
@@ -50,14 +48,13 @@ def grouped_matmul(
             rows bf16.
         backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the
             current mesh's devices, without a mesh whichever JAX lowers for.
-        blocks: of the kernel (not on a CPU), with an explicit ``backend``. None: by rule.
 
     Returns:
         [R, F], summed in fp32 (of integers in int32); zeros behind the last group. Reverse-mode
         differentiable in rows and kernels of 16 or 32 bits; padding rows get zeros.
 
     Raises:
-        ValueError: shapes or types that do not belong together; blocks that do not fit.
+        ValueError: shapes or types that do not belong together; sizes that no block fits.
     """
     G, D, F = (*kernels.shape, 0, 0, 0)[:3]
     D, F = (F, D) if transpose_kernels else (D, F)
@@ -68,9 +65,10 @@ def grouped_matmul(
         if scales is not None and (scales.shape != shape or operand.dtype not in _EIGHT_BITS):
             raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
     scaled = row_scales is not None or column_scales is not None
-    how = _how(rows, kernels, group_sizes, dtype, scaled, backend, blocks, transpose_kernels)
+    how = _how(rows, kernels, group_sizes, dtype, scaled, backend, transpose_kernels)
     if rows.dtype in _EIGHT_BITS or kernels.dtype in _EIGHT_BITS:
-        return _forward_only(rows, kernels, group_sizes, row_scales, column_scales, "matmul", how)
+        scales = row_scales, column_scales
+        return _forward_only(rows, kernels, group_sizes, scales, "matmul", how)
     return _matmul(rows, kernels, group_sizes, how)
 
 
@@ -81,7 +79,6 @@ def grouped_outer_product(
     *,
     dtype: Any = None,
     backend: str | None = None,
-    blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
     """Sums row ⊗ other over the rows of each group: the gradient of its kernel.
 
@@ -95,9 +92,9 @@ def grouped_outer_product(
     """
     if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or group_sizes.ndim != 1:
         _refuse_shapes(rows=rows, others=others, sizes=group_sizes)
-    how = _how(rows, others, group_sizes, dtype, False, backend, blocks)
+    how = _how(rows, others, group_sizes, dtype, False, backend)
     if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
-        return _forward_only(rows, others, group_sizes, None, None, "outer", how)
+        return _forward_only(rows, others, group_sizes, (), "outer", how)
     return _outer(rows, others, group_sizes, how)
 
 
@@ -111,11 +108,10 @@ class _How(NamedTuple):
 
     dtype: Any
     backend: str | None
-    blocks: GroupedBlocks | None
     transposed: bool
 
 
-def _how(left, right, sizes, dtype, scaled, backend, blocks, transposed=False) -> _How:
+def _how(left, right, sizes, dtype, scaled, backend, transposed=False) -> _How:
     allowed = (*_FLOATS, *_EIGHT_BITS)
     narrow = right.dtype in _EIGHT_BITS
     mixed = left.dtype != right.dtype and (not narrow or left.dtype == jnp.int8)
@@ -125,8 +121,6 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, transposed=False) -
         raise ValueError(f"sizes are int32, not {sizes.dtype}")
     if backend not in (None, *_MODULES):
         raise ValueError(f"backend '{backend}' is none of {', '.join(_MODULES)}")
-    if blocks is not None and backend not in ("tpu", "gpu"):
-        raise ValueError(f"blocks {tuple(blocks)} of a kernel need backend='tpu' or 'gpu'")
     if dtype is None:
         integers = left.dtype == right.dtype == jnp.int8 and not scaled
         narrow = jnp.int32 if integers else jnp.bfloat16
@@ -135,7 +129,7 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, transposed=False) -
         raise ValueError(f"no result in {jnp.dtype(dtype).name}")
     if left.dtype == jnp.float64:
         backend = "cpu"  # for checks against references; no kernel has it
-    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), blocks, transposed)
+    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), transposed)
 
 
 def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
@@ -143,21 +137,18 @@ def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
     arrays = jax.tree.map(jnp.asarray, arrays)
     if name == "matmul":
         options["transposed"] = how.transposed
-        arrays = (*arrays, None, None)[:5]
 
     def of(backend: str):
-        own = {"blocks": how.blocks} if how.blocks is not None else {}
         module = import_module(f"{__name__}.{_MODULES[backend]}")  # Pallas is slow to import.
-        return partial(getattr(module, name), **options, **own)
+        return partial(getattr(module, name), **options)
 
     if how.backend is not None:
         return of(how.backend)(*arrays)
     return lax.platform_dependent(*arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu"))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _forward_only(left, right, sizes, row_scales, column_scales, name: str, how: _How):
-    scales = (row_scales, column_scales) if name == "matmul" else ()
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _forward_only(left, right, sizes, scales, name: str, how: _How):
     return _run(name, how, left, right, sizes, *scales)
 
 
@@ -181,7 +172,7 @@ def _matmul_forward(rows, kernels, sizes, how):
 
 def _matmul_backward(how: _How, saved, d_y):
     rows, kernels, sizes = saved
-    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
+    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype)
     d_rows = _matmul(d_y, kernels, sizes, back._replace(transposed=not how.transposed))
     pair = (d_y, rows) if how.transposed else (rows, d_y)
     return d_rows, _outer(*pair, sizes, back), None
@@ -201,7 +192,7 @@ def _outer_forward(rows, others, sizes, how):
 
 def _outer_backward(how: _How, saved, d_y):
     rows, others, sizes = saved
-    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
+    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype)
     d_rows = _matmul(others, d_y, sizes, back._replace(transposed=True))
     return d_rows, _matmul(rows, d_y, sizes, back._replace(transposed=False)), None
 

@@ -77,25 +77,17 @@ def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBloc
     return blocks
 
 
-def check_blocks(
+def check_vmem(
     blocks: GroupedBlocks, operands: GroupedOperands, needed_bytes: int, chip: TpuChip
 ) -> None:
     """Raises:
-    ValueError: blocks that do not fit the chip's VMEM, or that it cannot cut."""
-    sizes = (
-        f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
-        f"{jnp.dtype(operands.left_dtype).name}, blocks {' × '.join(map(str, blocks))}"
-    )
+    ValueError: blocks that do not fit the chip's VMEM."""
     if needed_bytes > chip.vmem_bytes:
-        room = chip.vmem_bytes
-        raise ValueError(f"{sizes}: {needed_bytes} bytes of VMEM, of which a core has {room}")
-    if min(blocks) < 1 or blocks.rows % _ROW_UNIT:
         raise ValueError(
-            f"{sizes}: a block has at least one element, and a multiple of {_ROW_UNIT} rows"
+            f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
+            f"{jnp.dtype(operands.left_dtype).name}, blocks {' × '.join(map(str, blocks))}: "
+            f"{needed_bytes} bytes of VMEM, of which a core has {chip.vmem_bytes}"
         )
-    for block, whole in ((blocks.inner, operands.inner), (blocks.columns, operands.columns)):
-        if block % LANES and block != whole:
-            raise ValueError(f"{sizes}: a part of a dimension is a multiple of {LANES}")
 
 
 def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
@@ -139,11 +131,6 @@ def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
     """Returns rows multiplied at once where a group has many left, and at its end. Fewer than
     fill the matrix unit's weights take as long as these."""
     return 2 * LANES, (64 if chip.mxu_size == LANES else LANES)
-
-
-def contracted_part_size(chip: TpuChip) -> int:
-    """Returns rows that an outer product contracts at once: what the matrix unit holds."""
-    return chip.mxu_size
 
 
 def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:

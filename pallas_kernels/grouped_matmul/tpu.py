@@ -1,6 +1,7 @@
 """Grouped products on a TPU: one pass over tiles of rows, each met by the groups in it."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -46,8 +47,8 @@ def matmul(
     rows: jax.Array,
     kernels: jax.Array,
     group_sizes: jax.Array,
-    row_scales: jax.Array | None,
-    column_scales: jax.Array | None,
+    row_scales: jax.Array | None = None,
+    column_scales: jax.Array | None = None,
     *,
     transposed: bool,
     dtype: Any,
@@ -64,22 +65,17 @@ def matmul(
     operands = GroupedOperands(R, D, F, rows.dtype, kernels.dtype, dtype)
     blocks = blocks or sizing.choose_matmul_blocks(operands, chip)
     needed = sizing.matmul_vmem_bytes(blocks, operands, chip)
-    sizing.check_blocks(blocks, operands, needed, chip)
-    if D % blocks.inner:
-        raise ValueError(f"blocks of {blocks.inner} do not divide the contracted {D}")
+    sizing.check_vmem(blocks, operands, needed, chip)
     tile, inner, columns = blocks
     parts_of_d = D // inner
     sums = accumulation_dtype(rows.dtype, kernels.dtype)
     wide = sizing.widened_dtype(operands, chip)
     aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
-    def kernel(where, row_ref, kernel_ref, *refs):
-        refs = list(refs)
-        row_scale_ref = None if row_scales is None else refs.pop(0)
-        column_scale_ref = None if column_scales is None else refs.pop(0)
-        out_ref = refs.pop(0)
-        wide_ref = kernel_ref if wide is None else refs.pop(0)
-        sum_ref = refs.pop(0) if parts_of_d > 1 else None
+    def kernel(
+        where, row_ref, kernel_ref, row_scale_ref, column_scale_ref, out_ref, wide_ref, sum_ref
+    ):
+        wide_ref = kernel_ref if wide is None else wide_ref
         visit, d = pl.program_id(1), pl.program_id(2)
         where = GroupVisits(*where)
         begin, end = where.begin[visit], where.end[visit]
@@ -124,21 +120,16 @@ def matmul(
             out_ref[...] = jnp.where(row >= begin, 0, old).astype(dtype)
 
     kernel_block = (None, columns, inner) if transposed else (None, inner, columns)
-    specs = {
-        "rows": pl.BlockSpec((tile, inner), lambda n, v, d, where: (where[0][v], d)),
-        "kernels": pl.BlockSpec(
+    specs = [
+        pl.BlockSpec((tile, inner), lambda n, v, d, where: (where[0][v], d)),
+        pl.BlockSpec(
             kernel_block, lambda n, v, d, where: (where[2][v], *((n, d) if transposed else (d, n)))
         ),
-        "row_scales": pl.BlockSpec((tile, 1), lambda n, v, d, where: (where[0][v], 0)),
-        "column_scales": pl.BlockSpec(
-            (None, 1, columns), lambda n, v, d, where: (where[2][v], 0, n)
-        ),
-    }
-    arrays = {"rows": rows, "kernels": kernels}
-    if row_scales is not None:
-        arrays["row_scales"] = row_scales[:, None]
-    if column_scales is not None:
-        arrays["column_scales"] = column_scales[:, None]
+        pl.BlockSpec((tile, 1), lambda n, v, d, where: (where[0][v], 0)),
+        pl.BlockSpec((None, 1, columns), lambda n, v, d, where: (where[2][v], 0, n)),
+    ]
+    scales = (None if x is None else x[:, None] for x in (row_scales, column_scales))
+    arrays = rows, kernels, *scales
     where, count = plan_group_visits(group_sizes, R, tile, padding=True)
     tiles_of_f = pl.cdiv(F, columns)
     read = 1 if parts_of_d == 1 else max(1, R // tile // len(group_sizes))
@@ -148,24 +139,20 @@ def matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiles_of_f, count, parts_of_d),
-            in_specs=[specs[name] for name in arrays],
+            in_specs=[None if x is None else spec for x, spec in zip(arrays, specs, strict=True)],
             out_specs=pl.BlockSpec((tile, columns), lambda n, v, d, where: (where[1][v], n)),
             scratch_shapes=[
-                *([] if wide is None else [pltpu.VMEM(kernel_block[1:], wide)]),
-                *([pltpu.VMEM((tile, columns), sums)] * (parts_of_d > 1)),
+                None if wide is None else pltpu.VMEM(kernel_block[1:], wide),
+                pltpu.VMEM((tile, columns), sums) if parts_of_d > 1 else None,
             ],
         ),
         compiler_params=_params(needed, chip),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * R * D * F,
-            bytes_accessed=_bytes(rows) * tiles_of_f
-            + _bytes(kernels) * read
-            + R * F * jnp.dtype(dtype).itemsize,
-            transcendentals=0,
+        cost_estimate=_estimate_cost(
+            operands, (R, F), tiles_of_f * rows.nbytes + read * kernels.nbytes
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(tuple(where), *arrays.values())
+    )(tuple(where), *arrays)
 
 
 def outer(
@@ -183,7 +170,7 @@ def outer(
     operands = GroupedOperands(R, D, F, rows.dtype, others.dtype, dtype)
     blocks = blocks or sizing.choose_outer_blocks(operands, chip)
     needed = sizing.outer_vmem_bytes(blocks, operands)
-    sizing.check_blocks(blocks, operands, needed, chip)
+    sizing.check_vmem(blocks, operands, needed, chip)
     tile, inner, columns = blocks
     sums = accumulation_dtype(rows.dtype, others.dtype)
     aligned = _alignment(rows, others)
@@ -213,7 +200,7 @@ def outer(
             return add
 
         at_once = sizing.outer_part_shape(blocks, operands)
-        depth = sizing.contracted_part_size(chip)
+        depth = chip.mxu_size  # rows contracted at once: what the matrix unit holds
 
         def over_inner(number, _):
             inside = _slice(number, at_once[0], inner)
@@ -243,12 +230,8 @@ def outer(
             scratch_shapes=[pltpu.VMEM((inner, columns), sums)],
         ),
         compiler_params=_params(needed, chip),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * R * D * F,
-            bytes_accessed=_bytes(rows) * tiles[1]
-            + _bytes(others) * tiles[0]
-            + len(group_sizes) * D * F * jnp.dtype(dtype).itemsize,
-            transcendentals=0,
+        cost_estimate=_estimate_cost(
+            operands, (len(group_sizes), D, F), tiles[1] * rows.nbytes + tiles[0] * others.nbytes
         ),
         interpret=interpret,
         name="grouped_outer",
@@ -346,8 +329,14 @@ def _params(needed: int, chip: TpuChip) -> pltpu.CompilerParams:
     )
 
 
-def _bytes(x: jax.Array) -> int:
-    return x.size * x.dtype.itemsize
+def _estimate_cost(
+    operands: GroupedOperands, out_shape: tuple[int, ...], bytes_read: int
+) -> pl.CostEstimate:
+    bytes_written = prod(out_shape) * jnp.dtype(operands.out_dtype).itemsize
+    flops = 2 * operands.rows * operands.inner * operands.columns
+    return pl.CostEstimate(
+        flops=flops, bytes_accessed=bytes_read + bytes_written, transcendentals=0
+    )
 
 
 def plan_group_visits(

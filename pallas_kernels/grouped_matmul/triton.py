@@ -14,8 +14,6 @@ from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_til
 # Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
 _BAND = 8
 _STAGES, _WARPS = 4, 8
-# Of a block on an A100; a Hopper card has more.
-_SHARED_BYTES = 163 * 1024
 # Cards that read float8_e4m3fn; for others XLA widens it first.
 _FLOAT8_CARDS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "L4")
 
@@ -24,8 +22,8 @@ def matmul(
     rows: jax.Array,
     kernels: jax.Array,
     group_sizes: jax.Array,
-    row_scales: jax.Array | None,
-    column_scales: jax.Array | None,
+    row_scales: jax.Array | None = None,
+    column_scales: jax.Array | None = None,
     *,
     transposed: bool,
     dtype: Any,
@@ -37,18 +35,15 @@ def matmul(
     rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(group_sizes)
-    tile, inner, columns = blocks = _checked(blocks, rows, kernels)
+    depth = _choose_depth(rows, kernels)
+    tile, inner, columns = blocks or GroupedBlocks(128, depth, 128)
     lengths = jnp.append(group_sizes, R - group_sizes.sum(dtype=group_sizes.dtype))
     group, start, count = plan_group_tiles(lengths, R, tile)
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
-    scales = [s for s in (row_scales, column_scales) if s is not None]
     sums = accumulation_dtype(rows.dtype, kernels.dtype)
 
-    def kernel(group_ref, start_ref, count_ref, parts_ref, row_ref, kernel_ref, *refs):
-        refs = list(refs)
-        row_scale_ref = None if row_scales is None else refs.pop(0)
-        column_scale_ref = None if column_scales is None else refs.pop(0)
-        out_ref = refs.pop(0)
+    def kernel(visits, row_ref, kernel_ref, row_scale_ref, column_scale_ref, out_ref):
+        group_ref, start_ref, count_ref, parts_ref = visits
         step = pl.program_id(1)
         n = pl.program_id(2) * _BAND + pl.program_id(0)
         g, begin = group_ref[step], start_ref[step]
@@ -82,7 +77,7 @@ def matmul(
         cost_estimate=_cost(R, D, F, rows, kernels),
         interpret=interpret,
         name="grouped_matmul",
-    )(group, start, count, parts, rows, kernels, *scales)
+    )((group, start, count, parts), rows, kernels, row_scales, column_scales)
 
 
 def outer(
@@ -97,7 +92,7 @@ def outer(
     """See ``grouped_outer_product``. A program goes through all rows of its group."""
     rows, others = _readable(rows), _readable(others)
     (R, D), F = rows.shape, others.shape[1]
-    depth, inner, columns = _checked(blocks, rows, others, outer=True)
+    depth, inner, columns = blocks or GroupedBlocks(_choose_depth(rows, others), 128, 128)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     sums = accumulation_dtype(rows.dtype, others.dtype)
 
@@ -131,21 +126,10 @@ def outer(
     )(ends - group_sizes, ends, rows, others)
 
 
-def _checked(
-    blocks: GroupedBlocks | None, left: jax.Array, right: jax.Array, outer=False
-) -> GroupedBlocks:
-    """Shared memory holds the contracted parts of both operands, a stage ahead each."""
-    size = max(left.dtype.itemsize, right.dtype.itemsize)
-    depth = 128 // size
-    blocks = blocks or (GroupedBlocks(depth, 128, 128) if outer else GroupedBlocks(128, depth, 128))
-    contracted, *kept = blocks if outer else (blocks.inner, blocks.rows, blocks.columns)
-    needed = (_STAGES - 1) * contracted * sum(kept) * size
-    text = f"blocks {tuple(blocks)} of {left.shape} and {right.shape} in {left.dtype}"
-    if any(n < 16 or n & (n - 1) for n in blocks):
-        raise ValueError(f"{text}: each is a power of two, 16 at least")
-    if needed > _SHARED_BYTES:
-        raise ValueError(f"{text}: {needed} bytes of shared memory, {_SHARED_BYTES} at most")
-    return blocks
+def _choose_depth(left: jax.Array, right: jax.Array) -> int:
+    """Chooses how much is contracted at once: the 163 KB of shared memory that a block has on an
+    A100 hold such parts of both operands with 128 rows and columns, a stage ahead each."""
+    return 128 // max(left.dtype.itemsize, right.dtype.itemsize)
 
 
 def _readable(x: jax.Array) -> jax.Array:

@@ -5,12 +5,13 @@ An implementation is a module here with ``supports(operands, params) -> bool`` a
 """
 
 import importlib
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import get_platform
+from pallas_kernels.chips import choose_backend
 from pallas_kernels.paged_attention.params import (
     PagedOperands,
     PagedParams,
@@ -18,9 +19,8 @@ from pallas_kernels.paged_attention.params import (
     validate_arguments,
 )
 
-XLA = "xla"
 # What `backend` may be, and the kernel to try for it. XLA takes what these do not.
-KERNELS = {"tpu": "tpu", "gpu": "triton", "triton": "triton", XLA: XLA}
+KERNELS = {"tpu": ("tpu",), "gpu": ("triton",), "triton": ("triton",), "xla": ()}
 
 
 def paged_attention(
@@ -92,45 +92,19 @@ def paged_attention(
     """
     if not causal:
         raise ValueError("causal=False: rows are as long as they are, and queries are their last")
-    operands, params = validate_arguments(
-        q,
-        key_pages,
-        value_pages,
-        page_tables,
-        kv_lengths,
-        query_starts,
-        key_limits,
-        {"slopes": slopes, "sinks": sinks, "biases": biases},
-        uniform_rows,
-        value_dim,
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-        dtype=jnp.dtype(dtype or q.dtype),
-        block_sizes=block_sizes,
-        interpret=interpret,
-    )
-    return _module(choose_backend(backend, operands, params)).forward(operands, params)
-
-
-def choose_backend(backend: str | None, operands: PagedOperands, params: PagedParams) -> str:
-    """Returns the implementation's name.
-
-    Args:
-        backend: a key of ``KERNELS``; None: what the program being traced is for.
-
-    Raises:
-        ValueError: a backend that is not known, or whose kernel does not support this.
-    """
-    if backend is not None and backend not in KERNELS:
-        raise ValueError(f"backend={backend!r}: known are {', '.join(KERNELS)}")
-    name = KERNELS.get(backend or get_platform(), XLA)
-    if name == XLA or _module(name).supports(operands, params):
-        return name
-    if backend is None:
-        return XLA
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    limits = kv_lengths if key_limits is None else key_limits
+    rows = page_tables, kv_lengths, query_starts, limits
+    operands = PagedOperands(q, key_pages, value_pages, *rows, slopes, sinks, biases)
+    static = scale, soft_cap, window, jnp.dtype(dtype or q.dtype), block_sizes, interpret
+    params = PagedParams(*uniform_rows, value_dim or 0, *static)
+    operands, params = validate_arguments(operands, params)
     shapes = jax.tree.map(lambda x: f"{x.dtype} {x.shape}", operands)
-    raise ValueError(f"no {backend} kernel for {shapes} with {params}")
+    name = choose_backend(
+        *(backend, KERNELS, lambda name: _module(name).supports(operands, params)),
+        f"{shapes} with {params}",
+    )
+    return _module(name).forward(operands, params)
 
 
 def _module(name: str) -> Any:

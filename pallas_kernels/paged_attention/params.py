@@ -1,10 +1,11 @@
 """Parameters and operands of a paged attention, and their checks."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.attention.params import accumulation_dtype
 
 
 class QuantizedPages(NamedTuple):
@@ -50,8 +51,16 @@ class PagedOperands(NamedTuple):
     @property
     def num_kv_heads(self) -> int:
         """K."""
-        keys = self.keys
-        return keys.codes.shape[1] if isinstance(keys, QuantizedPages) else keys.shape[1]
+        return self.page_arrays["k_codes"].shape[1]
+
+    @property
+    def page_arrays(self) -> dict[str, jax.Array]:
+        """Arrays of pages by side ("k", "v") and part ("codes", "scale", "zero")."""
+        arrays = {}
+        for side, pages in (("k", self.keys), ("v", self.values)):
+            parts = pages._asdict() if isinstance(pages, QuantizedPages) else {"codes": pages}
+            arrays |= {f"{side}_{part}": x for part, x in parts.items() if x is not None}
+        return arrays
 
 
 class PagedParams(NamedTuple):
@@ -61,8 +70,8 @@ class PagedParams(NamedTuple):
     num_uniform: int
     """The first rows, with ``queries_each`` queries each."""
     queries_each: int
-    page_size: int
     value_dim: int
+    """Hv; where it is an argument's, 0: not given."""
     scale: float
     soft_cap: float | None
     window: int | None
@@ -71,6 +80,8 @@ class PagedParams(NamedTuple):
     block_sizes: Any = None
     """Blocks of the implementation; None: its choice."""
     interpret: Any = False
+    page_size: int = 0
+    """Tokens of a page, as its array says."""
 
     @property
     def num_uniform_queries(self) -> int:
@@ -78,74 +89,60 @@ class PagedParams(NamedTuple):
 
 
 def validate_arguments(
-    q: jax.Array,
-    key_pages: Pages,
-    value_pages: Pages | None,
-    page_tables: jax.Array,
-    kv_lengths: jax.Array,
-    query_starts: jax.Array,
-    key_limits: jax.Array | None,
-    learned: dict[str, jax.Array | None],
-    uniform_rows: tuple[int, int],
-    value_dim: int | None,
-    **options: Any,
+    operands: PagedOperands, params: PagedParams
 ) -> tuple[PagedOperands, PagedParams]:
     """Checks the arguments of :func:`~pallas_kernels.paged_attention.paged_attention` and returns
-    them in two parts.
+    them in the kernels' dtypes, with the sizes that follow from the pages.
 
     Raises:
         ValueError: as there.
     """
-    keys, page_size = _check_pages("key_pages", key_pages, per_channel=True)
+    q, value_pages, value_dim = operands.q, operands.values, params.value_dim
+    keys, page_size = _check_pages("key_pages", operands.keys, per_channel=True)
     if q.ndim != 3 or q.shape[2] != keys[3] or q.shape[1] % keys[1]:
         raise ValueError(f"q {q.shape} and key_pages {keys} do not belong together")
-    if (value_pages is None) != (value_dim is not None):
+    if (value_pages is None) != (value_dim != 0):
         raise ValueError("either value_pages or value_dim says what the values are")
     if value_pages is None:
-        if not 0 < (value_dim or 0) <= keys[3]:
+        if not 0 < value_dim <= keys[3]:
             raise ValueError(f"value_dim={value_dim} of keys with {keys[3]} features")
     else:
         values, value_page_size = _check_pages("value_pages", value_pages, per_channel=False)
         if values[:2] != keys[:2] or value_page_size != page_size:
             raise ValueError(f"key_pages {keys} and value_pages {values} do not belong together")
         value_dim = values[3]
-    R, rows, each = len(kv_lengths), *uniform_rows
+    R, rows, each = len(operands.kv_lengths), params.num_uniform, params.queries_each
     if not 0 <= rows <= R or each < (rows > 0) or rows * each > len(q):
-        raise ValueError(f"uniform_rows={uniform_rows} of {R} rows and {len(q)} queries")
-    key_limits = kv_lengths if key_limits is None else key_limits
-    own = {
-        "page_tables": (page_tables, (R, page_tables.shape[-1])),
-        "kv_lengths": (kv_lengths, (R,)),
-        "query_starts": (query_starts, (R + 1,)),
-        "key_limits": (key_limits, (R,)),
-    }
-    for name, (x, shape) in own.items():
+        raise ValueError(f"uniform_rows={(rows, each)} of {R} rows and {len(q)} queries")
+    own = {}
+    for name, shape in (
+        ("page_tables", (R, operands.page_tables.shape[-1])),
+        ("kv_lengths", (R,)),
+        ("query_starts", (R + 1,)),
+        ("key_limits", (R,)),
+    ):
+        x = getattr(operands, name)
         if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} {x.dtype} {x.shape}: want int32 {shape}")
-    N, wide = q.shape[1], accumulation_dtype(q)
-    for name, x in learned.items():
-        by_distance = name == "biases"
-        if x is not None and (
-            x.shape[:1] != (N,)
-            or x.ndim != 1 + by_distance
-            or (by_distance and x.shape[1] % 2 == 0)
-        ):
-            raise ValueError(
-                f"{name} {x.shape}: want {'(N, an odd number)' if by_distance else (N,)}"
-            )
-    window, soft_cap, scale = options["window"], options["soft_cap"], options.pop("scale")
+        own[name] = jnp.asarray(x, jnp.int32)
+    own["key_limits"] = jnp.minimum(own["kv_lengths"], own["key_limits"])
+    N = q.shape[1]
+    for name in ("slopes", "sinks", "biases"):
+        x = getattr(operands, name)
+        if x is not None:
+            by_distance = name == "biases"
+            odd = not by_distance or x.shape[-1] % 2
+            if x.shape[:1] != (N,) or x.ndim != 1 + by_distance or not odd:
+                want = "(N, an odd number)" if by_distance else (N,)
+                raise ValueError(f"{name} {x.shape}: want {want}")
+            own[name] = jnp.asarray(x, accumulation_dtype(q))
+    window, soft_cap = params.window, params.soft_cap
     if window is not None and window < 1:
         raise ValueError(f"window={window}: windows look back, 1 key or more")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
-    tables, lengths, starts, limits = (jnp.asarray(x, jnp.int32) for x, _ in own.values())
-    added = {name: None if x is None else jnp.asarray(x, wide) for name, x in learned.items()}
-    limits = jnp.minimum(lengths, limits)
-    pages = key_pages, value_pages
-    operands = PagedOperands(q, *pages, tables, lengths, starts, limits, **added)
-    scale = 1 / math.sqrt(keys[3]) if scale is None else scale
-    assert value_dim is not None
-    return operands, PagedParams(rows, each, page_size, value_dim, scale, **options)
+    params = params._replace(page_size=page_size, value_dim=value_dim)
+    return operands._replace(**own), params
 
 
 def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[tuple[int, ...], int]:
@@ -166,11 +163,6 @@ def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[tuple[i
     return (P, K, page, H), page
 
 
-def accumulation_dtype(x: jax.Array) -> Any:
-    """Returns the dtype of sums: fp32, or float64 for operands in it."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.Array:
     """Returns gathered pages' numbers, [..., page, H].
 
@@ -178,14 +170,9 @@ def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.A
         pages: any leading dimensions; their scales have the same.
         per_channel: as keys; else per token, as values.
     """
-    axis = -2 if per_channel else -1
-    x = unpack_codes(pages.codes).astype(dtype)
+    axis, x = -2 if per_channel else -1, pages.codes
+    if x.dtype == jnp.uint8:  # two codes a byte
+        x = jnp.concatenate([x & 15, x >> 4], axis=-2)
+    x = x.astype(dtype)
     x *= jnp.expand_dims(pages.scale.astype(dtype), axis)
     return x if pages.zero is None else x + jnp.expand_dims(pages.zero.astype(dtype), axis)
-
-
-def unpack_codes(codes: jax.Array) -> jax.Array:
-    """Returns a code an element, [..., page, H]."""
-    if codes.dtype == jnp.int8:
-        return codes
-    return jnp.concatenate([codes & 15, codes >> 4], axis=-2)

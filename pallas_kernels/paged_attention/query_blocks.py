@@ -34,6 +34,17 @@ class QueryBlocks(NamedTuple):
     kept: int
     """Queries of a block that are some."""
 
+    def repeat_by_row(self, operands: PagedOperands) -> dict[str, jax.Array]:
+        """Returns the slopes and sinks that are given, fp32 [K, M]: each row's query head's."""
+        found = {}
+        for name in ("slopes", "sinks"):
+            x = getattr(operands, name)
+            if x is not None:
+                x = jnp.repeat(x.reshape(self.q.shape[1], -1), self.queries, axis=1)
+                x = jnp.pad(x, ((0, 0), (0, self.q.shape[2] - x.shape[1])))
+                found[name] = x.astype(jnp.float32)
+        return found
+
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
@@ -57,19 +68,19 @@ def attend_in_blocks(
         queries: of a block of the other rows; a power of two.
         align: M is a multiple.
     """
-    o, lse = [], []
+    parts = []
     if params.num_uniform:
         blocks = block_uniform_rows(operands, params, align)
-        own = restore_queries(blocks, *attend(blocks, True), operands, params)
-        o, lse = [own[0]], [own[1]]
+        parts.append(restore_queries(blocks, *attend(blocks, True), operands, params))
     rest = len(operands.q) - params.num_uniform_queries
     if rest and params.num_uniform < len(operands.kv_lengths):
         blocks = block_ragged_rows(operands, params, queries, align)
-        own = restore_queries(blocks, *attend(blocks, False), operands, params)
-        o, lse = [*o, own[0]], [*lse, own[1]]
+        parts.append(restore_queries(blocks, *attend(blocks, False), operands, params))
     elif rest:
-        o.append(jnp.zeros((rest, operands.q.shape[1], params.value_dim), params.dtype))
-        lse.append(jnp.full((rest, operands.q.shape[1]), -jnp.inf))
+        shape = rest, operands.q.shape[1]
+        zeros = jnp.zeros((*shape, params.value_dim), params.dtype)
+        parts.append((zeros, jnp.full(shape, -jnp.inf)))
+    o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 

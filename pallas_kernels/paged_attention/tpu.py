@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 from pallas_kernels.chips import TpuChip, get_chip
-from pallas_kernels.paged_attention.params import PagedOperands, PagedParams, QuantizedPages
+from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlocks,
     attend_in_blocks,
@@ -23,8 +24,6 @@ from pallas_kernels.paged_attention.query_blocks import (
 )
 from pallas_kernels.paged_attention.tpu_kernel import (
     COLUMNS,
-    LANES,
-    SUBLANES,
     PagedKernelStatics,
     attend_query_blocks,
 )
@@ -59,16 +58,13 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
     nothing is learned by distance."""
     q, tables = operands.q, operands.page_tables
     tile = {"int8": 32, "uint8": 64, "bfloat16": 16, "float32": 8}
-    for pages in (operands.keys, operands.values):
-        quantized = isinstance(pages, QuantizedPages)
-        x = pages.codes if quantized else pages
-        if x is None:
-            continue
-        if x.dtype.name not in tile or params.page_size % tile[x.dtype.name]:
+    for name, x in operands.page_arrays.items():
+        if name.endswith("scale") and x.dtype not in (jnp.bfloat16, jnp.float32):
             return False
-        if not quantized and x.dtype != q.dtype:
+        kind = x.dtype.name
+        if name.endswith("codes") and (kind not in tile or params.page_size % tile[kind]):
             return False
-        if quantized and pages.scale.dtype not in (jnp.bfloat16, jnp.float32):
+        if name.endswith("codes") and x.dtype.itemsize > 1 and x.dtype != q.dtype:
             return False
     small = round_up_to_power_of_two(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
     return (
@@ -145,27 +141,18 @@ def _run(
     table = jnp.concatenate([table, padding])
     table = jnp.pad(table, ((0, 0), (0, COLUMNS - table.shape[1]))).reshape(-1)
 
-    names, arrays, buffers = [], [], []
-    pages = {"k": operands.keys, "v": operands.values}
-    for side, own in pages.items():
-        parts = own._asdict() if isinstance(own, QuantizedPages) else {"codes": own}
-        for part, x in parts.items():
-            if x is not None:
-                names.append(f"{side}_{part}")
-                # XLA would copy a pool that fits VMEM there, whole.
-                in_hbm = pltpu.with_memory_space_constraint
-                arrays.append(x if params.interpret else in_hbm(x, pltpu.HBM))
-                buffers.append(pltpu.VMEM((2, bp, *x.shape[1:]), x.dtype))
-    learned = {}
-    for name in ("slopes", "sinks"):
-        x = getattr(operands, name)
-        if x is not None:
-            x = jnp.repeat(x.reshape(K, -1), blocks.queries, axis=1)
-            x = jnp.pad(x, ((0, 0), (0, M - x.shape[1])))
-            learned[name] = jnp.broadcast_to(x[..., None], (K, M, LANES)).astype(jnp.float32)
+    pages = operands.page_arrays
+    buffers = [pltpu.VMEM((2, bp, *x.shape[1:]), x.dtype) for x in pages.values()]
+    arrays = list(pages.values())
+    if not params.interpret:  # XLA would copy a pool that fits VMEM there, whole.
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+    learned = {
+        name: jnp.broadcast_to(x[..., None], (K, M, LANES))
+        for name, x in blocks.repeat_by_row(operands).items()
+    }
     width = operands.page_tables.shape[1]
     statics = PagedKernelStatics(
-        params, blocks.queries, cores, bp, width, tuple(names), tuple(learned)
+        params, blocks.queries, cores, bp, width, tuple(pages), tuple(learned)
     )
     chunks = -(-M // LANES)
 

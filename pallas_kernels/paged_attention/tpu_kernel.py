@@ -1,7 +1,6 @@
 """The TPU's kernel: blocks of queries of one row each, and their pages as they arrive."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention.tpu_blocks import LANES
+from pallas_kernels.attention.tpu_scores import LOG2_E, multiply
 from pallas_kernels.paged_attention.params import PagedParams
 
-LANES, SUBLANES = 128, 8
 COLUMNS = 8
 """Integers of a block of queries in the table: its index, row, first position, limit, first page
 and the page behind its last."""
-LOG2_E = math.log2(math.e)
 # Finite, so that no difference is NaN; and between the two what no score is.
 _MASKED, _NO_KEY = -1e30, -0.5e30
 # Rows of queries of a tile of scores, and of those tiles whose scores are computed ahead.
@@ -158,7 +157,7 @@ def _attend_pages(block, start, q_ref, pages, learned, state, statics: PagedKern
         head, here = tile
         if head not in keys:
             keys[head] = _read_keys(pages, head, B, q_ref.dtype)
-        in_flight[head, here.start] = _multiply(q_ref[head, here], keys[head], 1, 1)
+        in_flight[head, here.start] = multiply(q_ref[head, here], keys[head], 1, 1)
 
     def weigh(tile):
         head, here = tile
@@ -209,14 +208,6 @@ def _compare_positions(
     return distance, seen
 
 
-def _multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Multiplies in fp32; fp32 operands are not rounded to bf16."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), exact, preferred_element_type=jnp.float32
-    )
-
-
 def _read_codes(ref: Any, head: int) -> jax.Array:
     """Reads a head's codes as fp32 [pages, page, H]."""
     x = ref[:, head]
@@ -254,13 +245,13 @@ def _multiply_values(weights, k, pages, scales, head: int, dtype: Any, Hv: int) 
     """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights that have
     the scale already."""
     if "v_codes" not in pages:
-        return _multiply(weights.astype(dtype), k[:, :Hv], 1, 0)
+        return multiply(weights.astype(dtype), k[:, :Hv], 1, 0)
     if not scales:
         x = pages["v_codes"][:, head]
-        return _multiply(weights.astype(dtype), x.reshape(-1, Hv), 1, 0)
+        return multiply(weights.astype(dtype), x.reshape(-1, Hv), 1, 0)
     x = _read_codes(pages["v_codes"], head).astype(dtype)
     own = (weights * scales["v_scale"][head : head + 1]).astype(dtype)
-    own = _multiply(own, x.reshape(-1, Hv), 1, 0)
+    own = multiply(own, x.reshape(-1, Hv), 1, 0)
     if "v_zero" in scales:
         own += jnp.sum(weights * scales["v_zero"][head : head + 1], axis=1, keepdims=True)
     return own

@@ -13,19 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.attention.triton_program import (
-    LN2,
-    LOG2E,
-    multiply,
-    multiply_transposed,
-    split_head_dim,
-)
-from pallas_kernels.paged_attention.params import (
-    PagedOperands,
-    PagedParams,
-    Pages,
-    QuantizedPages,
-)
+from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
+from pallas_kernels.attention.triton_program import multiply, multiply_transposed, split_head_dim
+from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlocks,
     attend_in_blocks,
@@ -103,8 +93,6 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
 def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     sizes = params.block_sizes or choose_blocks(operands, params)
-    if any(n & (n - 1) for n in (sizes.queries, sizes.keys, sizes.warps)) or sizes.keys < 16:
-        raise ValueError(f"{sizes}: powers of two, of keys 16 or more")
 
     def attend(blocks: QueryBlocks, uniform: bool) -> tuple[jax.Array, jax.Array]:
         return _run(blocks, operands, params, sizes, sizes.splits if uniform else 1)
@@ -132,14 +120,13 @@ def _run(
         "tables": operands.page_tables.reshape(-1),
         "q": q,
     }
-    for side, pages in (("k", operands.keys), ("v", operands.values)):
-        if pages is not None:
-            inputs |= _flatten_pages(side, pages)
-    for name in ("slopes", "sinks"):
-        x = getattr(operands, name)
-        if x is not None:
-            x = jnp.repeat(x.reshape(K, -1), blocks.queries, axis=1).astype(jnp.float32)
-            inputs[name] = jnp.pad(x, ((0, 0), (0, rows - x.shape[1])))
+    # A row a token: codes [P · K · page, H], and a number a token of values' scales; a row a page
+    # of keys' scales, [P · K, H].
+    for name, x in operands.page_arrays.items():
+        by_token = name in ("v_scale", "v_zero")
+        inputs[name] = x.reshape(-1) if by_token else x.reshape(-1, x.shape[-1])
+    for name, x in blocks.repeat_by_row(operands).items():
+        inputs[name] = jnp.pad(x, ((0, 0), (0, rows - M)))
     width = operands.page_tables.shape[1]
     statics = _Statics(
         params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows, bool(params.interpret)
@@ -171,19 +158,6 @@ def _run(
     o = jnp.einsum("snkmh,snkm->nkmh", o, weights)
     o /= jnp.where(total > 0, total, 1.0)[..., None]
     return o, top + jnp.log(total)
-
-
-def _flatten_pages(side: str, pages: Pages) -> dict[str, jax.Array]:
-    """Returns a row a token: codes [P · K · page, H], scales a row a page of keys, [P · K, H], and
-    a number a token of values, [P · K · page]."""
-    if not isinstance(pages, QuantizedPages):
-        return {f"{side}_codes": pages.reshape(-1, pages.shape[-1])}
-    found = {f"{side}_codes": pages.codes.reshape(-1, pages.codes.shape[-1])}
-    for name in ("scale", "zero"):
-        x = getattr(pages, name)
-        if x is not None:
-            found[f"{side}_{name}"] = x.reshape(-1, x.shape[-1]) if side == "k" else x.reshape(-1)
-    return found
 
 
 def _attend_block(refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics) -> None:

@@ -51,25 +51,17 @@ class _Rows(NamedTuple):
 
 def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    parts = []
-    if params.num_uniform:
-        parts.append(_attend_uniform_rows(operands, params))
+    parts, rows, each = [], params.num_uniform, params.queries_each
+    if rows:
+        q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
+        positions = operands.kv_lengths[:rows, None] - each + jnp.arange(each, dtype=jnp.int32)
+        own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
+        o, lse = _attend_rows(own, operands, params)
+        parts.append((o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)))
     if len(operands.q) > params.num_uniform_queries:
         parts.append(_attend_ragged_rows(operands, params))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
-
-
-def _attend_uniform_rows(
-    operands: PagedOperands, params: PagedParams
-) -> tuple[jax.Array, jax.Array]:
-    rows, each = params.num_uniform, params.queries_each
-    q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-    lengths = operands.kv_lengths[:rows]
-    positions = lengths[:, None] - each + jnp.arange(each, dtype=jnp.int32)
-    own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
-    o, lse = _attend_rows(own, operands, params)
-    return o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)
 
 
 def _attend_ragged_rows(

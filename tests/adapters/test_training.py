@@ -18,7 +18,7 @@ from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig, list_base_models
 from maxlm.sharding import MESH_AXES
-from maxlm.tasks import ClmTask, FrozenModelSource, TaskModels, register_task
+from maxlm.tasks import ClmTask, TaskModels, register_task
 from tests.programs import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -39,8 +39,8 @@ class ReferenceTask(ClmTask):
 
     kind: Literal["test_reference"] = "test_reference"  # pyright: ignore
 
-    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        return {"reference": FrozenModelSource()}
+    def frozen_models(self) -> Mapping[str, str | None]:
+        return {"reference": None}
 
     def loss(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
         total, sums = super().loss(models, batch, key)

@@ -298,7 +298,7 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         setup = set_up_run(make_config(name, mesh, **parts), devices)
         state = setup.init_train_state()
         before = {n: np.asarray(x) for n, x in flatten_names(state.params).items()}
-        arrays = setup.config.task.batch_arrays(32), range(8), setup.compute, setup.mesh
+        arrays = setup.config.task.batch_arrays(32), range(8), setup.placed.compute, setup.mesh
         lead = micro_batches, 8 // micro_batches
         put = make_global_batch(batch, *arrays, lead, setup.token_order)
         state, metrics = setup.jit_train_step()(state, put)

@@ -57,9 +57,9 @@ def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():
         pytest.skip("the compiler is not installed")
     n = parse_topology(machine).devices
     few, more = (
-        compile_step(
-            small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine
-        ).memory.temp_bytes
+        compile_step(small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine)
+        .compiled.memory_analysis()
+        .temp_size_in_bytes
         for layers in (4, 8)
     )
     layer_input, gradients = 2 * rows * SEQ * D, 2 * (4 * D * D + 3 * D * FF) / n

@@ -44,14 +44,14 @@ class Report:
 @pytest.fixture
 def open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Report]]:
     """``open_report(plan, width=1200)``: the page of a plan's JSON, or a path's, loaded."""
-    from maxlm.plan.show import write_report
+    from maxlm.runtime.report_page import write_report_page
 
     opened = []
 
     def opening(plan: dict[str, Any] | Path, width: int = 1200, **options: Any) -> Report:
         path = plan if isinstance(plan, Path) else tmp_path / "report.html"
         if not isinstance(plan, Path):
-            write_report(plan, path)
+            write_report_page(path, "maxlm.plan", plan["name"], plan)
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
         report = Report(page)
         opened.append(report)

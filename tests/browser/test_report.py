@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import load_config
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.serving import ServingOptions
-from maxlm.plan.serving_plan import search_serving
+from maxlm.plan.serving import ServingOptions, search_serving
 from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES

@@ -12,7 +12,7 @@ from maxlm.config import load_config, to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint.folder import FolderTier
 from tests.programs import tiny
 
 NAMED = "tokenizer.path=tokenizer300"

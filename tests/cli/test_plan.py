@@ -113,7 +113,7 @@ def test_where_the_compiler_finds_no_room(run, monkeypatch):
     def no_room(run, machine):
         raise DoesNotFit("the compiler finds no room: 20G of 16G")
 
-    monkeypatch.setattr("maxlm.programs.plans.compile_step", no_room)
+    monkeypatch.setattr("maxlm.programs.compile.compile_step", no_room)
     settings = ["plan", "gpt2", "data.batch_size=64", "--on", "v5e-8", "--json"]
     code, out, _ = run(*settings, "train.micro_batches=1", "--compile")
     assert code == 1

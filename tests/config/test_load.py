@@ -10,7 +10,6 @@ from pydantic import Field
 
 from maxlm.config import Config, load_config
 from maxlm.config.keys import COMMAND_LINE, DEFAULT, flatten, get_descendant, join_key, split_key
-from maxlm.config.show import to_plain
 from maxlm.run import RunConfig
 from tests.config.example import Data, Lion, Mesh, Model, Run, Source
 
@@ -113,7 +112,9 @@ def test_a_replaced_value_forgets_what_it_replaced(write):
 )
 def test_overrides_are_yaml(override, value):
     loaded = load_config(Run, None, [override])
-    found = get_descendant(to_plain(loaded.value), split_key(override.partition("=")[0]))
+    found = get_descendant(
+        loaded.value.model_dump(mode="json"), split_key(override.partition("=")[0])
+    )
     assert (found, type(found)) == (value, type(value))
 
 

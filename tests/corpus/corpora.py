@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from maxlm.corpus.recipe import RecipeConfig
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner, PerDocumentStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
@@ -34,7 +34,7 @@ def make_corpus(
     for number in range(shards):
         part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
         made.append(StageShardView(folder, f"{number:05d}"))
-        with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+        with open_shard_writer(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), rows_per_group):
                 group = part[first : first + rows_per_group]
                 writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))

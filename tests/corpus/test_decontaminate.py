@@ -9,7 +9,6 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.stages.decontaminate import (
-    ContaminatedItem,
     DecontaminateStage,
     count_contaminated_documents,
 )
@@ -72,8 +71,8 @@ def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -
             assert label["set"] is label["item"] is None
     assert 5 < contaminated < 40
     counts = count_contaminated_documents(stage, made)
-    assert sum(each.documents for each in counts) == contaminated
-    assert counts == sorted(counts, key=lambda each: -each.documents)
+    assert sum(each["documents"] for each in counts) == contaminated
+    assert counts == sorted(counts, key=lambda each: -each["documents"])
 
 
 def test_cuts_are_the_characters_of_what_was_found(tmp_path: Path) -> None:
@@ -105,8 +104,8 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
     ):
         run_stage(stage, made, tmp_path / "scratch")
         assert labels(made, stage)["contaminated"].to_pylist() == expected
-    item = f"{tmp_path}/q.jsonl"
-    assert ContaminatedItem("q", f"{item}:4", 1, 1.0) in count_contaminated_documents(stage, made)
+    found = {"set": "q", "item": f"{tmp_path}/q.jsonl:4", "documents": 1, "overlap": 1.0}
+    assert found in count_contaminated_documents(stage, made)
 
 
 def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from maxlm.corpus import extraction
 from maxlm.corpus.encoding import decode
-from maxlm.corpus.extraction import HtmlExtractorProcess
-from maxlm.corpus.pages import extract_page
+from maxlm.corpus.extraction import HtmlExtractorProcess, extract_page
 from maxlm.corpus.stages.extract import ExtractStage
 
 STORY = (

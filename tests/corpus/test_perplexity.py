@@ -97,7 +97,7 @@ def test_a_stage_labels_by_language(english, tmp_path):
 
 def test_a_missing_or_damaged_model_is_named(tmp_path):
     stage = PerplexityStage(models={"en": tmp_path / "en.arpa"})
-    with pytest.raises(MaxlmError, match=r"no perplexity model.*lmplz"):
+    with pytest.raises(MaxlmError, match=r"cannot read .*en\.arpa.*lmplz"):
         stage.fingerprint()
     (tmp_path / "en.arpa").write_text("nothing")
     with pytest.raises(MaxlmError, match=r"cannot read this model.*lmplz"):

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
-from maxlm.corpus.stages.pii import PiiStage, mask_pii
+from maxlm.corpus.pii import KINDS, Kind, PiiMatch
+from maxlm.corpus.stages.pii import PiiStage, find_pii, mask_pii
 from tests.corpus.corpora import label_texts
 
-FINDER = PiiFinder(PiiStage().regions)
+SETTINGS_REGIONS = PiiStage().regions
 REGIONS = {"en_US": "US", "en_GB": "GB", "de_DE": "DE", "fr_FR": "FR", "es_ES": "ES", "it_IT": "IT"}
 
 
 def finds(text: str) -> list[tuple[str, str]]:
-    return [(m.kind, text[m.start : m.end]) for m in FINDER.find(text)]
+    return [(m.kind, text[m.start : m.end]) for m in find_pii(text, SETTINGS_REGIONS)]
 
 
 # Worded apart from benchmarks/corpus_pii.py, whose sentences the detectors were tuned on.
@@ -105,7 +105,7 @@ def generated(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
 def test_recall_and_precision_on_generated_text():
     true, found, right = Counter(), Counter(), Counter()
     for text, truth in generated(250, seed=3):
-        matches = {*FINDER.find(text)}
+        matches = {*find_pii(text, SETTINGS_REGIONS)}
         for counter, group in ((true, truth), (found, matches), (right, truth & matches)):
             counter.update(match.kind for match in group)
     assert right.total() / true.total() >= 0.95
@@ -268,7 +268,7 @@ def test_only_chosen_kinds_are_masked_and_by_chosen_words():
 )  # fmt: skip
 def test_a_long_line_takes_time_in_proportion(unit):
     """A quadratic pattern would run for minutes on these."""
-    FINDER.find(unit * (300_000 // len(unit)))
+    find_pii(unit * (300_000 // len(unit)), SETTINGS_REGIONS)
 
 
 def test_mistakes_are_named():

@@ -18,7 +18,7 @@ def read(folder, shard_bytes=1 << 20, **settings):
     """All documents of a source and the sum of the shards' counts."""
     source = CrawlSource(name="web", **settings)
     rows, counts = [], Counter()
-    for job in plan_shards(folder / "corpus", [source], shard_bytes).jobs:
+    for job in plan_shards(folder / "corpus", [source], shard_bytes)[0]:
         write_document_shard(job)
         rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()
         counts += read_counts(job.shard.path(DOCUMENTS))
@@ -135,7 +135,7 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
 
     def names(**settings):
         source = CrawlSource(name="web", documents=(str(tmp_path),), **settings)
-        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1).jobs]
+        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1)[0]]
 
     before = names()
     assert names() == before
@@ -153,7 +153,7 @@ def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(90)))
     source = CrawlSource(name="web", documents=(str(path),))
-    jobs = plan_shards(tmp_path / "c", [source], 200).jobs
+    jobs = plan_shards(tmp_path / "c", [source], 200)[0]
     assert len(jobs) > 2
     write_document_shard(jobs[0])
     with path.open("a") as file:

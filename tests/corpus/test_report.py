@@ -9,8 +9,7 @@ from itertools import pairwise
 import pytest
 
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.report import summarize_corpus, write_report
-from maxlm.corpus.report.page import compute_funnel
+from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
@@ -26,7 +25,7 @@ def figures(whole):
 
 def test_the_funnel_ends_at_what_is_kept(figures, whole):
     corpus, summary = figures
-    rows = compute_funnel(corpus.resolve_rules(), summary, ["books", "web"])
+    rows = compute_funnel(corpus.resolve_rules(), summary)
     assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
     assert rows[0]["left"] == 240
     for before, after in pairwise(rows):

@@ -14,8 +14,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus import run
-from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.reader import find_document
+from maxlm.corpus.opened import OpenCorpus, find_document
 from maxlm.corpus.report import summarize_corpus, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.stages.pii import PiiStage

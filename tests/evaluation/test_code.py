@@ -136,7 +136,7 @@ def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
 
 
 def test_command_scores_a_samples_file(tmp_path, problems, capsys):
-    from maxlm.cli.eval_code import score_humaneval_samples
+    from maxlm.cli.eval import score_humaneval_samples
 
     chosen = problems[3:5]
     samples, data = tmp_path / "samples.jsonl", tmp_path / "problems.jsonl"

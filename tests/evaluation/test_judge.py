@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from maxlm.evaluation.judge import (
+from maxlm.evaluation.mt_bench import (
     format_judge_prompt,
     measure_position_bias,
     parse_score,

@@ -15,7 +15,7 @@ from maxlm.evaluation.passkey import (
     parse_passkey,
 )
 from maxlm.inference.requests import SequenceOutput
-from maxlm.programs.long_context import cut_windows
+from maxlm.programs.evaluate import cut_windows
 from tests.errors import message
 from tests.evaluation.test_eval_command import write_checkpoint
 from tests.serving.running import train_chat_tokenizer

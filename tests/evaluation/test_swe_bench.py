@@ -66,7 +66,7 @@ def evaluate(benchmark, patch, **options):
 
 
 def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsys):
-    from maxlm.cli.eval_code import evaluate_swe_bench
+    from maxlm.cli.eval import evaluate_swe_bench
 
     folder, instance, _ = benchmark
     predictions, instances = tmp_path / "predictions.jsonl", tmp_path / "instances.json"

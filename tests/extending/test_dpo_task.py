@@ -22,7 +22,7 @@ from maxlm.plan.predict import plan_run
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
-from maxlm.tasks import FrozenModelSource, SourceInputs, Task, TaskModels, register_task
+from maxlm.tasks import SourceInputs, Task, TaskModels, register_task
 from maxlm.tasks.text import compute_log_probs
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
@@ -43,8 +43,8 @@ class DpoTask(Task):
     beta: float = Field(default=0.1, gt=0)
     reference: str | None = None
 
-    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
-        return {"reference": FrozenModelSource(self.reference)}
+    def frozen_models(self) -> Mapping[str, str | None]:
+        return {"reference": self.reference}
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         names = ("tokens", "targets", "segment_ids", "positions")

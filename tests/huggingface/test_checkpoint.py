@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.huggingface import arrays, checkpoint
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 
@@ -49,7 +49,7 @@ def test_orbax_restores_what_was_written(tmp_path):
     with FolderTier(tmp_path) as keeper:
         assert keeper.steps() == [0]
         metadata = keeper.metadata()
-        got = keeper.restore_params(None, abstract)
+        got = keeper.restore(None, abstract, "params")
         keeper.save(1, {"params": jax.tree.map(jnp.array, want)}, {})
         assert keeper.steps() == [0, 1], "a run goes on from it"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
@@ -69,7 +69,7 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
 
     abstract = jax.tree.map(asked, want)
     with FolderTier(tmp_path, read_only=True) as keeper:
-        got = keeper.restore_params(None, abstract)
+        got = keeper.restore(None, abstract, "params")
 
     def check(got, asked, want):
         assert got.sharding == asked.sharding

@@ -100,11 +100,13 @@ def test_requests_that_come_and_go_at_any_moment(llama):
 
 
 def test_preempted_rows_are_computed_again_to_the_same_tokens(llama):
-    """Pages for one and a half sequences: someone has to wait."""
+    """Pages for one and a half sequences: someone has to wait, and computes prompt and output again
+    in small chunks, without log-probabilities of the output's tokens as the prompt's."""
     sampling = SAMPLED.model_copy(update={"max_new_tokens": 20})
     prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[2]]
-    scarce = make_engine(llama, num_pages=14, prefix_cache=False)
-    assert rows(scarce, prompts, sampling) == rows(make_engine(llama), prompts, sampling)
+    scarce = make_engine(llama, num_pages=14, prefix_cache=False, prefill_tokens=3)
+    found = rows(scarce, prompts, sampling, prompt_logprobs=1)
+    assert found == rows(make_engine(llama), prompts, sampling)
     assert scarce.stats().preemptions_total > 0
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from maxlm.inference.cache_updates import allocate_state, copy_rows, state_specs
 from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.step import StepSizes, make_ragged_batch

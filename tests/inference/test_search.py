@@ -56,7 +56,7 @@ def check_pages(engine) -> None:
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_pages == stats.num_pages
     assert stats.preemptions_total == 0
-    assert not engine._outputs
+    assert not engine._outputs._outputs
 
 
 @pytest.fixture

@@ -78,10 +78,10 @@ def test_caches_stay_split_and_are_never_sent(sharded, eight):
     engine = Engine(sharded.model, sharded.params, EngineConfig(**SMALL))
     shape = engine._inputs.list_shapes()[0]
     with jax.set_mesh(eight):
-        (key, _), *_ = engine._runner.state.caches["layers"]
+        key = engine._runner.state.caches["layers"][0].key
         assert key.shape == (4, 17, 2, 4, 6)
         assert {s.data.shape for s in key.addressable_shards} == {(1, 17, 1, 4, 6)}
-        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {}, {})
+        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {})
         sizes = engine._layout, engine._windows, engine.vocab_size
         step = run_step.lower(
             engine.model, shape, *sizes, engine._runner.params, engine._runner.state, given

@@ -53,8 +53,8 @@ def compute_rules(mesh: Mesh, **changes: Any) -> AxisRules:
     return AxisRules(**compute).for_mesh(dict(mesh.shape))
 
 
-def layer(config: MoeConfig, rules: AxisRules, dtype: Any = jnp.float32, **kw: Any) -> Moe:
-    return Moe(config, D_MODEL, 3, 0.3, rules=rules, dtype=dtype, **kw)
+def layer(config: MoeConfig, rules: AxisRules, dtype: Any = jnp.float32) -> Moe:
+    return Moe(config, D_MODEL, 3, 0.3, rules=rules, dtype=dtype)
 
 
 def random_params(config: MoeConfig, seed: int = 0) -> Params:
@@ -81,13 +81,9 @@ def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
 
 
 def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:
-    """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy.
-
-    Args:
-        settings: ``ragged`` of the layer; all else are compute rules.
-    """
-    kw = {"ragged": settings.pop("ragged")} if "ragged" in settings else {}
-    model = layer(config, compute_rules(mesh, **settings), **kw)
+    """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy; ``settings`` are
+    compute rules."""
+    model = layer(config, compute_rules(mesh, **settings))
     with jax.set_mesh(mesh):
         spec = model.rules.spec("batch", "seq")
         x, counted, d_y = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.inference.cache_updates import allocate_state
+from maxlm.inference.model_runner import allocate_state
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.caches import list_paged_windows
 from maxlm.models.params import bind

@@ -189,7 +189,7 @@ def test_parts_of_the_batch_give_what_the_whole_gives(monkeypatch, pairs, shape,
     monkeypatch.setattr(xla, "SCORE_BYTES", pairs * 4 * 2 * S * S)
     part = xla._part(q, k)
     assert part is not None
-    assert (part.rows, part.kv_heads) == shape
+    assert (B // part.row_parts, K // part.head_parts) == shape
     got = compiled(both_passes)(q, k, v, d_o, **options)
     assert [x.dtype for x in got[:2] + got[2]] == [x.dtype for x in want[:2] + want[2]]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.attention import hopper, hopper_backward, triton
+from pallas_kernels.attention import hopper, triton
 from pallas_kernels.attention.triton_program import TritonTiles
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import Case, check
@@ -79,7 +79,7 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
     case = Case((1, 128, 128, 2, 1, 64, 64), "float16", causal=False)
     (q, k, v), d_o = case.arrays()
     sizes = hopper.HopperBlockSizes(
-        hopper.HopperForwardBlocks(64, 3), hopper_backward.HopperBackwardBlocks(64, 128, 1)
+        hopper.HopperForwardBlocks(64, 3), hopper.HopperBackwardBlocks(64, 128, 1)
     )
     options = case.options() | {"backend": "hopper", "interpret": True, "block_sizes": sizes}
     o, pull = jax.vjp(partial(kernel.attention, **options), q, k, v)
@@ -114,21 +114,6 @@ def test_what_a_kernel_does_not_take_is_refused():
             refused()
 
 
-def test_block_sizes_that_no_kernel_has_are_refused():
-    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
-    tiles = TritonTiles(64, 64, 4, 1)
-    wrong = {
-        "triton": triton.TritonBlockSizes(tiles, tiles._replace(k=48), tiles),
-        "hopper": hopper.HopperBlockSizes(
-            hopper.HopperForwardBlocks(96, 2), hopper_backward.HopperBackwardBlocks(64, 64, 2)
-        ),
-    }
-    for backend, sizes in wrong.items():
-        attend = partial(kernel.attention, backend=backend, block_sizes=sizes)
-        with pytest.raises(ValueError, match=r"powers of two|multiples of 64"):
-            jax.eval_shape(attend, q, q, q)
-
-
 def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     case = Case((1, 40, 48, 2, 1, 256, 256), "bfloat16", place="static", seed=9)
     (q, k, v), d_o = case.arrays()
@@ -141,3 +126,18 @@ def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     found = kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02)
+
+
+def test_block_sizes_that_no_kernel_has_are_refused():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    tiles = TritonTiles(64, 64, 4, 1)
+    wrong = {
+        "triton": triton.TritonBlockSizes(tiles, tiles._replace(k=48), tiles),
+        "hopper": hopper.HopperBlockSizes(
+            hopper.HopperForwardBlocks(96, 2), hopper.HopperBackwardBlocks(64, 64, 2)
+        ),
+    }
+    for backend, sizes in wrong.items():
+        attend = partial(kernel.attention, backend=backend, block_sizes=sizes)
+        with pytest.raises(ValueError, match=r"powers of two|multiples of 64"):
+            jax.eval_shape(attend, q, q, q)

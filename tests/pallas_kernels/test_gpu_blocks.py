@@ -17,7 +17,7 @@ def tables(S, T, block_q, block_k, options):
         *(jnp.zeros((rows, n, 1, 1)) for n in (S, T, T)), **options
     )
     sizes = (S, T, block_q, block_k, merge_offsets(operands, params), params)
-    return gpu_blocks.plan_query_visits(*sizes), gpu_blocks.plan_key_visits(*sizes)
+    return [gpu_blocks.plan_visits(*sizes, per_query=per_query) for per_query in (True, False)]
 
 
 def visited(table) -> list[list[tuple[list[int], list[int]]]]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.kernel_cycles import bench, tune, tuning
 from benchmarks.kernel_cycles.tuning import Problem
-from pallas_kernels.attention import api, tpu, tpu_blocks, tuned
+from pallas_kernels import chips
+from pallas_kernels.attention import tpu, tpu_blocks, tuned
 from pallas_kernels.attention.params import validate_arguments
 from pallas_kernels.attention.tpu_blocks import (
     FORWARD,
@@ -125,7 +126,7 @@ def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
     def on_tpu(*arrays):
         return run(*arrays)
 
-    monkeypatch.setattr(api, "get_platform", lambda: "tpu")
+    monkeypatch.setattr(chips, "get_platform", lambda: "tpu")
     jax.eval_shape(on_tpu, *problem.operands())
     assert seen == [small]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
-from maxlm.config.requirements import check_requirements
+from maxlm.config.errors import check_requirements
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.blocks import KeyValueBlock, _Queries
 from maxlm.parallel.context import SequenceSplit, require_context, sequence_order_indices
@@ -164,23 +164,6 @@ def test_over_a_split_sequence(name, method, balanced, mesh):
 @pytest.mark.parametrize("name", WHOLE)
 def test_over_whole_sequences(name, mesh):
     check(mesh(**WHOLE[name].mesh), WHOLE[name])
-
-
-def test_slopes_and_biases_count_positions_one_by_one(mesh):
-    """Of a token that is generated: keys lie in slots from 0 on."""
-    axes = mesh(data=2, tensor=2)
-    rules = rules_on(axes, 2)
-    case = Case({}, (2, 2, 9, 4, 2, 3, 5), {}, slopes=True, reach=2)
-    operands, _, slopes, biases = arrays(case)
-    positions = np.array([[3, 4], [7, 8]], np.int32)
-    options = {"slopes": slopes, "biases": biases, "q_positions": positions}
-    with jax.set_mesh(axes):
-        placed, _ = laid_out(axes, rules, operands)
-        at = jax.device_put(positions, NamedSharding(axes, rules.spec("batch", "seq")))
-        attend = partial(sharded_attention, rules=rules, slopes=slopes, biases=biases)
-        found = jax.jit(lambda *x: attend(*x[:3], q_positions=x[3]))(*placed[:3], at)
-    want = reference.attention(*operands[:3], **options)[0]
-    np.testing.assert_allclose(found, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
+from maxlm.parallel.cross_entropy import (
+    LogitsInputs,
+    compute_fused_log_probs,
+    fused_cross_entropy_loss,
+)
 from maxlm.parallel.local import Dims, get_layout, make_spec
 from tests.models.building import QUICK
 
@@ -100,13 +104,12 @@ def exact(biased, cap, z_loss):
 
 def check(case, mesh, biased, cap, z_loss, whole=False):
     on = mesh(**case.mesh)
-    options = {"head_layout": case.used, "soft_cap": cap, "chunk_tokens": 5}
 
     def run(hidden, head, bias, targets, weights, whole):
         def both(hidden, head, bias):
-            own = options | {"bias": bias if biased else None, "gathered_head": whole}
-            sums = fused_cross_entropy_loss(hidden, head, targets, weights, z_loss=z_loss, **own)
-            return (sums[0], compute_fused_log_probs(hidden, head, targets, **own)), sums[1]
+            own = LogitsInputs(hidden, head, case.used, whole, bias if biased else None, cap)
+            sums = fused_cross_entropy_loss(own, targets, weights, z_loss=z_loss, chunk_tokens=5)
+            return (sums[0], compute_fused_log_probs(own, targets, chunk_tokens=5)), sums[1]
 
         (loss, own), pull, entropy = jax.vjp(both, hidden, head, bias, has_aux=True)
         cotangent = jax.sharding.reshard(jnp.float32(COTANGENT), jax.typeof(own).sharding.spec)
@@ -157,8 +160,8 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
         targets, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
 
         def loss(hidden, head, bias):
-            own = {"head_layout": ((), ()), "bias": bias, "soft_cap": 30.0, "chunk_tokens": chunk}
-            return fused_cross_entropy_loss(hidden, head, targets, weights, **own)[0]
+            own = LogitsInputs(hidden, head, ((), ()), bias=bias, soft_cap=30.0)
+            return fused_cross_entropy_loss(own, targets, weights, chunk_tokens=chunk)[0]
 
         step = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
         text = step.lower(hidden, head, jnp.zeros(V)).compile().as_text()

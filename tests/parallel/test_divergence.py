@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.divergence import (
     StoredTeacher,
     compute_top_log_probs,
@@ -107,7 +108,7 @@ def check(case: Case, mesh, options, k=None):
             return jax.device_put(array, NamedSharding(on, make_spec(dims)))
 
         layout = {"head_layout": case.used, "gathered_head": None}
-        student = layout | {"hidden": hidden, "head": head, "bias": bias, "soft_cap": CAP}
+        student = {**layout, "soft_cap": CAP}
         if k is None:
             states, kernel = (np.float32(a) for a in teacher_operands())
             teacher = {"hidden": put(states, case.hidden), "head": put(kernel, case.stored)}
@@ -120,7 +121,9 @@ def check(case: Case, mesh, options, k=None):
             teacher = StoredTeacher(put(ids, rows), put(np.float32(log_probs), rows))
 
         def loss(own, teacher, targets, weights):
-            given = {**student, **dict(zip(("hidden", "head", "bias"), own, strict=True))}
+            given = LogitsInputs(hidden=own[0], head=own[1], bias=own[2], **student)
+            if k is None:
+                teacher = LogitsInputs(**teacher)
             sums = fused_divergence_loss(
                 given, teacher, targets, weights, **options._asdict(), z_loss=Z, chunk_tokens=5
             )
@@ -174,10 +177,9 @@ def test_the_likeliest_tokens_and_the_rest_are_the_teachers(name, mesh):
             jax.device_put(np.float32(a), NamedSharding(on, make_spec(dims)))
             for a, dims in zip(teacher_operands(), (case.hidden, case.stored), strict=True)
         )
-        rest = {"bias": None, "soft_cap": TEACHER_CAP, "gathered_head": None}
 
         def run(hidden, head):
-            own = {"hidden": hidden, "head": head, "head_layout": case.used, **rest}
+            own = LogitsInputs(hidden, head, case.used, soft_cap=TEACHER_CAP)
             return compute_top_log_probs(own, K, temperature=2.0, chunk_tokens=5)
 
         found = jax.jit(run, compiler_options=QUICK)(states, kernel)

@@ -126,7 +126,7 @@ def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
         }
     )
     setup = set_up_run(config, jax.devices()[: 2 * prod(mesh.values())])
-    sharding = batch_sharding(setup.compute, setup.mesh)
+    sharding = batch_sharding(setup.placed.compute, setup.mesh)
     shape = (micro_batches, 4, 64)
     integers = ("tokens", "targets", "positions", "segment_ids")
     batch = {

@@ -6,12 +6,11 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.layout import compute_run_layout
+from maxlm.plan.memory import list_layer_working_sets
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
-from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import attention_score_bytes, count_attention_scores, count_device_flops
-from maxlm.plan.working import list_layer_working_sets
-from maxlm.plan.workload import MeshPartitioning, RunWorkload
+from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
@@ -66,7 +65,7 @@ def test_an_encoder_and_a_decoder_by_hand():
 
 
 def work(name: str, **changes) -> RunWorkload:
-    return RunWorkload.from_config(run(name, "dp", **changes), jnp.float32)
+    return RunWorkload(run(name, "dp", **changes), jnp.float32)
 
 
 def device_flops(own: RunWorkload):
@@ -96,8 +95,7 @@ def test_windows_by_turns_cost_less_than_none():
         update={"model": model.model_copy(update={"pattern": tuple(kinds[-1:])})}
     )
     by_turns, all_see = (
-        device_flops(RunWorkload.from_config(c, jnp.float32)).attention_forward
-        for c in (config, plain)
+        device_flops(RunWorkload(c, jnp.float32)).attention_forward for c in (config, plain)
     )
     # Of 16 tiles a window sees its own alone; without one, all before it: 17 / 32.
     own = (256 * 256 + 15 * 256 * (256 + 6)) / 4096**2, (256 * 256 + 15 * 256 * 260) / 4096**2

@@ -64,7 +64,9 @@ def test_other_optimizers_lie_as_planned(kind):
     assert compute_run_layout(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(state)
 
 
-@pytest.mark.parametrize("name", list_shipped_configs(complete=True))
+@pytest.mark.parametrize(
+    "name", [name for name in list_shipped_configs() if not name.startswith("methods/")]
+)
 def test_every_shipped_config_plans(name, capsys):
     assert main(["plan", name, "--json"]) == 0  # mesh axes of -1 filled
     plan = json.loads(capsys.readouterr().out)

@@ -12,9 +12,9 @@ import pytest
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.show import render_report
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run import RunConfig
+from maxlm.runtime.report_page import render_report_page
 
 
 def run(name: str, *settings: str) -> RunConfig:
@@ -135,7 +135,7 @@ def report(name: str = "demo") -> tuple[dict[str, Any], str]:
     config = run("llama3_8b").model_copy(update={"name": name})
     plan = plan_run(config, Machine.from_name("h100x64"))
     plain = json.loads(json.dumps(plan.to_json()))
-    return plain, render_report(plain)
+    return plain, render_report_page("maxlm.plan", name, plain)
 
 
 def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out():

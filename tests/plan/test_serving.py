@@ -15,8 +15,11 @@ from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
     DECODE_EFFICIENCY,
     ServingOptions,
+    count_replica_devices,
+    list_serving_points,
     place_served_model,
     read_workload,
+    search_serving,
 )
 from maxlm.plan.serving_cache import (
     PAGE_TOKENS,
@@ -25,7 +28,6 @@ from maxlm.plan.serving_cache import (
     count_sequence_bytes,
     count_token_bytes,
 )
-from maxlm.plan.serving_plan import count_replica_devices, list_serving_points, search_serving
 from maxlm.run import RunConfig
 from maxlm.sharding import parse_mesh
 

@@ -17,7 +17,8 @@ from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
-from maxlm.train.checkpoint import FolderTier, layer_group_shapes
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.reading import layer_group_shapes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
 
@@ -333,7 +334,7 @@ def start_from(folder: Path, setup: RunSetup) -> TrainState:
 def train(setup: RunSetup, state: TrainState, packed: bool) -> list[tuple[dict[str, float], Any]]:
     """Metrics and state after each step."""
     jitted: Any = setup.jit_train_step().__wrapped__
-    lead, rules, mesh = (MICRO, ROWS), setup.compute, setup.mesh
+    lead, rules, mesh = (MICRO, ROWS), setup.placed.compute, setup.mesh
     arrays = setup.config.task.batch_arrays(SEQ)
     rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
     results, step = [], None

@@ -21,8 +21,8 @@ EVENTS = st.fixed_dictionaries(
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
     told = summarize_run_events(events, now)
     assert sum(told.seconds_by_activity.values()) == pytest.approx(told.wall_seconds, abs=1e-6)
-    assert all(a.end == b.begin for a, b in zip(told.spans, told.spans[1:], strict=False))
-    assert all(span.end > span.begin and span.activity in PARTS for span in told.spans)
+    assert told.seconds_by_activity.keys() == {*PARTS}
+    assert min(told.seconds_by_activity.values()) >= 0
     assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
     for attempt in told.attempts:
         assert attempt.ended >= attempt.began

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from maxlm.programs.setup import set_up_run
-from maxlm.train.checkpoint import FolderTier, layer_group_shapes
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.reading import layer_group_shapes
 from tests.programs import cells
 
 TOLERANCE = 1e-5

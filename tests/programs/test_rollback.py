@@ -11,7 +11,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.programs import resume as resume_module
 from maxlm.programs.resume import StateRestorer
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.skips import read_skips
 from tests.programs import tiny
 from tests.programs.tiny import read_events, read_metrics

@@ -64,9 +64,8 @@ def test_a_run_beside_its_plan_and_config(tmp_path):
     assert (run.loss, run.eval_loss) == (5 / 102, 1.5)
     # Of 1, 2, ..., 100 with linear interpolation; no first step is among them.
     assert run.step_seconds == pytest.approx({50: 50.5, 90: 90.1, 99: 99.01, 100: 100})
-    assert run.planned_step_seconds == plan.step_seconds
     assert plan.goodput is not None
-    assert run.planned_goodput == plan.goodput.configured
+    assert run.planned == {"step_seconds": plan.step_seconds, "goodput": plan.goodput.configured}
     # 59 steps in 100 s, nine of which the second attempt takes again.
     told = run.to_json()
     assert told["seconds"]["lost"] == pytest.approx(100 * 9 / 59)

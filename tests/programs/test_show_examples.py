@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from maxlm.cli.tune_show import show
+from maxlm.cli.tune import show
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.programs.show_examples import describe_examples, infer_task_kind, render_examples

@@ -12,7 +12,7 @@ import time
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
 from maxlm.runtime.cluster import find_cluster
-from maxlm.runtime.peers import FAILED, describe_lost_peer, join_cluster
+from maxlm.runtime.session import FAILED, describe_lost_peer, join_cluster
 
 
 def main() -> int:

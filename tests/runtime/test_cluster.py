@@ -20,8 +20,8 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import ProcessLost
 from maxlm.runtime import cluster
 from maxlm.runtime.cluster import Cluster, find_cluster, parse_first_host
-from maxlm.runtime.peers import describe_lost_peer
 from maxlm.runtime.rendezvous import join_processes
+from maxlm.runtime.session import describe_lost_peer
 from tests.ports import free_port
 from tests.programs import tiny
 from tests.programs.jobs import HERE, Process
@@ -277,7 +277,7 @@ def test_processes_of_different_settings():
 
 
 def test_process_0_out_of_reach():
-    port, problem = free_port(), "connection refused: nothing listens there"
+    port, problem = free_port(), "Connection refused"
     [(kind, text)] = meet(port, (1, 2), wait=1)
     words = f"process 1 on {HERE} cannot reach process 0 at 127.0.0.1:{port}: {problem} (tried for "
     assert (kind, text[: len(words)]) == (ProcessLost, words)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.outputs import TextStream
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
-from maxlm.inference.text import TextStream
 
 
 class FakeStats(NamedTuple):

@@ -15,8 +15,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families import FAMILIES
-from maxlm.programs.adapters import read_lora_adapter
-from maxlm.programs.convert import convert
+from maxlm.programs.convert import convert, read_lora_adapter
 from maxlm.programs.load import LoadedRun
 from maxlm.programs.serve import make_engine
 from maxlm.run import RunConfig

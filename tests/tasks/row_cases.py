@@ -71,7 +71,7 @@ def make_inputs(seq_len: int, batch_size: int, **more: Any) -> SourceInputs:
     ids = np.zeros(VOCAB, bool)
     loader = LoaderConfig(seq_len=seq_len, batch_size=batch_size, shuffle=False)
     tokenizer: Any = NumberTokenizer()
-    vocabulary = Vocabulary(VOCAB, VOCAB, (), EOS, ids, ids)
+    vocabulary = Vocabulary(VOCAB, (), EOS, ids, ids)
     return SourceInputs(loader, 0, vocabulary, tokenizer, **more)
 
 

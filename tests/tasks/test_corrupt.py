@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.tasks.corrupt import (
+from maxlm.tasks import MlmTask
+from maxlm.tasks.denoising import (
     Denoiser,
     SentinelIds,
+    Ul2Task,
     compute_max_lengths,
     corrupt_row,
     corrupt_tokens,
-    make_ul2_denoisers,
     replace_spans,
 )
-from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.task import Vocabulary
 
 WORDS = 500
 SENTINELS = SentinelIds(first_sentinel=999, eos=501, decoder_start_id=502)
-MODES = {"regular": 510, "sequential": 511, "extreme": 512}
+MODES = {"regular_id": 510, "sequential_id": 511, "extreme_id": 512}
 
 sizes = st.integers(1, 300)
 seeds = st.integers(0, 2**32)
@@ -35,7 +35,7 @@ span_denoisers = st.builds(
 )
 denoisers = st.one_of(
     span_denoisers,
-    st.sampled_from([*make_ul2_denoisers(), *make_ul2_denoisers(**MODES)]),
+    st.sampled_from([*Ul2Task().denoisers, *Ul2Task(**MODES).denoisers]),
 )
 
 
@@ -143,7 +143,7 @@ def test_published_examples():
     assert inputs.tolist() == [1, 2, 999, 5, 6, 998, 501]
     assert targets.tolist() == [999, 3, 4, 998, 7, 501]
     assert Denoiser().max_lengths(568) == (512, 114)
-    mixture = make_ul2_denoisers(**MODES)
+    mixture = Ul2Task(**MODES).denoisers
     assert sorted((d.mode_token_id, d.mean_span or 0, d.density) for d in mixture) == [
         (510, 3, 0.15), (510, 8, 0.15), (511, 0, 0.25),
         (512, 3, 0.5), (512, 8, 0.5), (512, 64, 0.15), (512, 64, 0.5),
@@ -177,7 +177,7 @@ def side_of(row, prefix, names, number):
 
 @given(
     rows(),
-    st.sampled_from([(Denoiser(),), make_ul2_denoisers(), make_ul2_denoisers(**MODES)]),
+    st.sampled_from([(Denoiser(),), Ul2Task().denoisers, Ul2Task(**MODES).denoisers]),
     seeds,
     st.integers(1, 500),
 )
@@ -237,7 +237,7 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     assert np.count_nonzero(found["segment_ids"]) == to
 
 
-@pytest.mark.parametrize("denoiser", [*make_ul2_denoisers(), *make_ul2_denoisers(**MODES)])
+@pytest.mark.parametrize("denoiser", [*Ul2Task().denoisers, *Ul2Task(**MODES).denoisers])
 def test_room_for_a_document_is_no_more_than_is_used(denoiser):
     rng = np.random.default_rng(0)
     found = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
@@ -252,7 +252,7 @@ MASK = 4
 def masked(row, seed=0, starts_word=None, **settings):
     task = MlmTask(mask_id=MASK, whole_words=starts_word is not None, **settings)
     starts = SPECIAL if starts_word is None else starts_word
-    vocabulary = Vocabulary(WORDS, WORDS, (), 0, SPECIAL, starts)
+    vocabulary = Vocabulary(WORDS, (), 0, SPECIAL, starts)
     rng, named = np.random.default_rng(seed), dict(zip(("tokens", "segment_ids"), row, strict=True))
     found = task.mask_row(vocabulary, named, rng)
     return {name: found[name] for name in ("tokens", "targets", "weights")}

@@ -57,7 +57,7 @@ def compute_loss(task, batch, **mesh):
     params = [run.init_train_state().params for run in runs]
     spread = jax.tree.map(lambda p: 6 * p, params)
     own = runs[0]
-    rows = [batch, task.batch_arrays(SEQ), range(ROWS), own.compute, own.mesh]
+    rows = [batch, task.batch_arrays(SEQ), range(ROWS), own.placed.compute, own.mesh]
     put = make_global_batch(*rows, (1, ROWS), own.token_order)
     put = {name: array[0] for name, array in put.items()}
 

@@ -5,14 +5,17 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.models.aux import Aux
 from maxlm.models.params import bind, flatten_names
 from maxlm.programs.setup import open_training_batches, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, ShardingConfig, bind_mesh
+from maxlm.tasks.preference import OrpoTask, SequenceLogProbs
 from tests.models import building
 from tests.tasks.row_cases import (
     EOS,
@@ -277,10 +280,20 @@ def test_one_row_is_no_file_for_kto(tmp_path):
 
 
 def test_log_odds_are_finite_where_a_probability_is_near_one():
-    from maxlm.tasks.preference import log1mexp
+    task, batch = OrpoTask(beta=1.0), {"segment_ids": np.array([[1, 2]])}
+    batch["nll_weights"] = np.zeros((1, 2), np.float32)
+
+    def loss(chosen, rejected):
+        sums = jnp.stack([chosen, rejected])[None, None]
+        own = SequenceLogProbs(jnp.zeros((1, 2)), sums, jnp.ones_like(sums), Aux())
+        return task.compute_pair_losses(own, batch)[0].sum()
+
+    def log_odds(x):
+        return x - np.log(-np.expm1(np.minimum(x.astype(np.float64), -1e-7)))
 
     x = np.array([-1e-8, -1e-6, -0.5, -0.7, -3.0, -200.0], np.float32)
-    value, slope = jax.vmap(jax.value_and_grad(log1mexp))(x)
-    exact = np.log(-np.expm1(np.minimum(x.astype(np.float64), -1e-7)))
-    np.testing.assert_allclose(value, exact, rtol=2e-6)
-    assert np.isfinite(slope).all()
+    own, other = (each.ravel() for each in np.meshgrid(x, x))
+    value, slopes = jax.vmap(jax.value_and_grad(loss, (0, 1)))(own, other)
+    exact = np.logaddexp(0, log_odds(other) - log_odds(own))
+    np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-30)
+    assert np.isfinite(slopes).all()

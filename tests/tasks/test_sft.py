@@ -68,7 +68,7 @@ def compute_loss_and_gradient(config, batch):
     """Of rows [B, S], summed; with the same parameters each time."""
     setup = set_up_run(config.model_copy(update={"mesh": MeshConfig()}), jax.devices()[:1])
     shape = 1, len(batch["tokens"])
-    own = setup.config.task.batch_arrays(SEQ), range(shape[1]), setup.compute, setup.mesh
+    own = setup.config.task.batch_arrays(SEQ), range(shape[1]), setup.placed.compute, setup.mesh
     put = make_global_batch(batch, *own, shape, setup.token_order)
     put = {name: array[0] for name, array in put.items()}
 

@@ -10,7 +10,7 @@ from maxlm.tasks import MlmTask, SourceInputs, SpanCorruptionTask, Ul2Task, Voca
 
 TEXT, SIZE, BOS, EOS = 50, 90, 1, 2
 MARK = np.isin(np.arange(SIZE), [0, BOS, EOS]) | (np.arange(SIZE) >= TEXT)
-VOCABULARY = Vocabulary(SIZE, TEXT, (BOS,), EOS, MARK, np.arange(SIZE) % 3 == 0)
+VOCABULARY = Vocabulary(SIZE, (BOS,), EOS, MARK, np.arange(SIZE) % 3 == 0)
 TASKS = [
     MlmTask(),
     MlmTask(whole_words=True, share=0.3, mask_id=4),

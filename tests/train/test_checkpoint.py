@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
 from maxlm.sharding import MeshConfig, make_mesh
-from maxlm.train.checkpoint import FolderTier, check_same_settings
-from maxlm.train.checkpoint.reading import compute_fingerprints
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.reading import check_same_settings, compute_fingerprints
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 from tests.ports import free_port
@@ -96,7 +96,7 @@ def pass_on(source, target):
     )
     with FolderTier(source, read_only=True) as checkpoints:
         state = checkpoints.restore(None, asked)
-        params = checkpoints.restore_params(12, asked["params"])
+        params = checkpoints.restore(12, asked["params"], "params")
     assert jax.tree.structure(state) == jax.tree.structure(want)
 
     def check(got, asked, want):
@@ -159,7 +159,7 @@ def test_restores_parameters_alone_in_another_dtype(tmp_path):
     want = make_state()["params"]
     asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), want)
     with FolderTier(tmp_path, read_only=True) as checkpoints:
-        params = checkpoints.restore_params(None, asked)
+        params = checkpoints.restore(None, asked, "params")
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), want))
 
 
@@ -170,7 +170,7 @@ def test_missing_folder_or_step_is_an_error(tmp_path):
     assert not missing.exists()
     with FolderTier(tmp_path / "run") as checkpoints:
         empty = f"{tmp_path}/run: no checkpoint here; train for longer"
-        assert message(checkpoints.restore_params, 3, {}) == empty
+        assert message(checkpoints.restore, 3, {}, "params") == empty
         checkpoints.save(2, {"params": jnp.ones(2)}, {})
         assert message(checkpoints.metadata, 3).endswith("no checkpoint of step 3; use one of 2")
     (tmp_path / "file").write_text("")
@@ -196,7 +196,7 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
                 "trained with, or another run folder"
             )
         del more["params"]["embed"]
-        text = message(checkpoints.check_param_shapes, 1, abstract(more["params"]))
+        text = message(checkpoints.check_shapes, 1, abstract(more["params"]), "params")
         assert "params.embed.table is [10, 8] in it, absent in this run" in text
 
 

@@ -18,8 +18,7 @@ from maxlm.config import MaxlmError
 from maxlm.programs.runs import read_run
 from maxlm.train import display
 from maxlm.train.display import ConsoleDisplay, plot_loss
-from maxlm.train.records import MetricsLog, read_records
-from maxlm.train.reporting import ReportingConfig
+from maxlm.train.records import MetricsLog, ReportingConfig, read_records
 from maxlm.train.step import global_norm
 from maxlm.train.trainer import measure_peak_memory_bytes
 

@@ -20,9 +20,9 @@ from maxlm.train.optimizer import (
     ScheduleConfig,
     make_optimizer,
     make_schedule,
-    opt_state_shardings,
     opt_state_specs,
 )
+from maxlm.train.state import param_shardings
 from tests.errors import message
 
 LR, WD = 0.01, 0.3
@@ -196,7 +196,7 @@ def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
     assert jax.tree.structure(state) == jax.tree.structure(real)
     query = rules.spec(*SPECS["layers"]["query"].axes)
     assert query == P("stage", "fsdp", "tensor", None)
-    shardings = opt_state_shardings(optimizer, SPECS, rules, mesh)
+    shardings = param_shardings(state, rules, mesh)
     by_name = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf.spec
         for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
@@ -226,7 +226,7 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
     eight = mesh(data=2, fsdp=2, tensor=2)
     layout = jax.tree.map(lambda s: NamedSharding(eight, StorageRules().spec(*s.axes)), specs)
     with jax.set_mesh(eight):
-        shardings = opt_state_shardings(optimizer, specs, StorageRules(), eight)
+        shardings = param_shardings(opt_state_specs(optimizer, specs), StorageRules(), eight)
         params = jax.device_put(values(0, specs), layout)
         sharded = (params, jax.jit(optimizer.init, out_shardings=shardings)(params))
         for seed in (1, 2):

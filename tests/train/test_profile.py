@@ -32,7 +32,7 @@ def loop(profiler, steps):
         profiler.on_step_begin(None, step, x)
         x = traced_step(x)
         profiler.on_step_dispatched(None, step, x)
-    profiler.on_train_end(None, 0, x)
+    profiler.on_stop(None)
 
 
 def traces(folder):
@@ -72,7 +72,7 @@ def test_a_second_trace_or_no_place_for_it_is_an_error(tmp_path):
     with pytest.raises(MaxlmError, match="profile: no trace: "):
         Profiler(tmp_path / "second", 1, 9).on_step_begin(None, 1, None)
     first.on_step_dispatched(None, 1, None)
-    first.on_exception(None, RuntimeError())
+    first.on_stop(None)
     in_the_way = tmp_path / "profile"
     shutil.rmtree(in_the_way)
     in_the_way.write_text("a file")

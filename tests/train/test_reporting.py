@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.train import reporting as reporting_module
-from maxlm.train.records import MetricsLog, read_records
-from maxlm.train.reporting import ReportingConfig, WandbConfig
+from maxlm.train import records as records_module
+from maxlm.train.records import MetricsLog, ReportingConfig, WandbConfig, read_records
 from tests.errors import message
 from tests.train.test_metrics import files_at_most
 
@@ -106,7 +105,7 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, mo
 
 def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(reporting_module, "find_spec", lambda name: None)
+        patch.setattr(records_module, "find_spec", lambda name: None)
         text = message(ReportingConfig(wandb=WandbConfig()).check_packages)
     assert text.startswith("reporting.wandb: the package wandb")
     assert "pip install 'maxlm[reporting]'" in text

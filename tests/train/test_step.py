@@ -14,9 +14,8 @@ from maxlm.config import MaxlmError
 from maxlm.models.params import declare, param_specs
 from maxlm.tasks import ClmTask, TaskModels
 from maxlm.train.optimizer import OptimizerConfig, make_optimizer
-from maxlm.train.state import TrainState
+from maxlm.train.state import TrainState, select_trainable
 from maxlm.train.step import evaluate_step, train_step
-from maxlm.train.trainable import select_trainable
 from tests.models import building
 
 RATE, DECAY = 0.05, 0.9

@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import Checkpointer, SkippedCheckpoint, checkpointer, reading
+from maxlm.train.checkpoint import checkpointer, reading
+from maxlm.train.checkpoint.checkpointer import Checkpointer, SkippedCheckpoint
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
@@ -346,7 +347,7 @@ def test_copy_that_finds_no_room_here_is_not_taken_for_a_damaged_one(tmp_path, h
 LEAVES = """
 import sys, time
 from pathlib import Path
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint.checkpointer import Checkpointer
 from maxlm.train.config import CheckpointConfig
 
 folder = Path(sys.argv[1])
@@ -410,7 +411,7 @@ def test_checkpoint_stays_until_it_is_copied_and_only_the_newest_waits(tmp_path,
             tiers.save(step, state_of(here, step), {})
         tiers.wait()
         assert {path.name for path in (tmp_path / "run").iterdir()} >= {"1", "5"}
-        assert tiers.remote.steps_being_copied == {1, 5}
+        assert tiers.remote.steps_being_copied == [1, 5]
         resume.set()
         assert tiers.remote_copy_failure is None
         assert tiers.save(6, state_of(here, 6), {}) == "folder"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.corpus.dedup.columns import (
-    concatenate,
     find_range,
-    hash_range_starts,
     mark_run_starts,
+    read_batch,
     read_columns,
+    read_range,
     write_columns,
 )
 from maxlm.corpus.dedup.members import SelectedDocuments
@@ -63,14 +63,11 @@ def find_candidate_pairs(
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
-    keys, found, starts = [], [], hash_range_starts(num_ranges)
-    for shard, name in enumerate(members.shards):
-        columns = read_columns(_band_file(members.folder, name))
-        part = find_range(columns[f"key{band}"], starts, range_index)
-        keys.append(columns[f"key{band}"][part])
-        found.append(columns[f"member{band}"][part] + np.int64(members.shard_offsets[shard]))
-    key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
-    del keys, found
+    files = [_band_file(members.folder, name) for name in members.shards]
+    columns, shard = read_range(files, f"key{band}", [f"member{band}"], num_ranges, range_index)
+    key = columns[f"key{band}"]
+    member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
+    del columns, shard
     order = np.argsort(key, kind="stable")
     first = mark_run_starts(key[order])
     order = order[~(first & np.append(first[1:], True))]  # Those whose key occurs more than once.
@@ -104,33 +101,26 @@ def _pair_large(members: SelectedDocuments, group: np.ndarray, limit: int) -> It
 
 def count_pairs(files: Sequence[Path]) -> int:
     """Counts the pairs in the files, each as often as it is there."""
-    return sum(len(read_columns(path)) for path in files)
+    return sum(read_batch(path).num_rows for path in files)
 
 
 def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray:
     """Finds where ranges with about as many pairs in each begin: uint64 [num_ranges].
 
     Members have very different numbers of pairs: the best of a template has one with every page of
-    it. So the ranges are quantiles of a sample, every nth pair of the files end to end. Each file
-    is sorted, and so puts a range wrong by n pairs at most.
+    it. So the ranges are quantiles of a sample, every nth pair of each file. Each file is sorted,
+    and so puts a range wrong by n pairs at most.
     """
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
-    skip, samples = step // 2, []
-    for path in files:
-        pairs = read_columns(path)["pair"]
-        samples.append(pairs[skip::step].copy())
-        skip += len(samples[-1]) * step - len(pairs)
-    sample = np.sort(concatenate(samples, np.uint64))
-    starts = np.zeros(num_ranges, np.uint64)
-    if len(sample):
-        starts[1:] = sample[np.arange(1, num_ranges) * len(sample) // num_ranges]
-    return starts
+    samples = [read_columns(path)["pair"][::step] for path in files]
+    sample = np.sort(np.concatenate([np.zeros(1, np.uint64), *samples]))
+    return sample[np.arange(num_ranges) * len(sample) // num_ranges]
 
 
 def read_unique_pairs_in_range(
     files: Sequence[Path], range_starts: np.ndarray, range_index: int
 ) -> np.ndarray:
     """Reads the pairs, each once, in one of the ranges of `find_pair_range_starts`."""
-    pairs = (read_columns(path)["pair"] for path in files)
+    pairs = [np.empty(0, np.uint64), *(read_columns(path)["pair"] for path in files)]
     parts = [each[find_range(each, range_starts, range_index)] for each in pairs]
-    return np.unique(concatenate(parts, np.uint64))
+    return np.unique(np.concatenate(parts))

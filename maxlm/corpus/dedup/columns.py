@@ -15,10 +15,9 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
     """Write columns of one length; the file appears when complete.
 
     Args:
-        columns: Arrow arrays, or numpy arrays [rows] of numbers or fixed-length bytes.
+        columns: Arrow arrays, or numpy arrays [rows] of numbers.
     """
-    arrays = [_to_arrow(column) for column in columns.values()]
-    batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
+    batch = pa.RecordBatch.from_pydict(dict(columns))
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -29,44 +28,15 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
         out.write_batch(batch)
 
 
-def _to_arrow(column: Column) -> pa.Array:
-    if isinstance(column, pa.Array):
-        return column
-    if column.dtype.kind == "S":
-        data = pa.py_buffer(np.ascontiguousarray(column))
-        return pa.Array.from_buffers(pa.binary(column.dtype.itemsize), len(column), [None, data])
-    return pa.array(column)
-
-
-def read_columns(path: Path) -> "Columns":
+def read_batch(path: Path) -> pa.RecordBatch:
     """The columns of a file, read when they are looked at."""
-    return Columns(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
-class Columns:
-    """Columns by name."""
-
-    def __init__(self, batch: pa.RecordBatch):
-        self._batch = batch
-
-    def __len__(self) -> int:
-        return self._batch.num_rows
-
-    def array(self, name: str) -> pa.Array:
-        return self._batch.column(name)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A column of numbers or fixed-length bytes, not copied."""
-        array = self._batch.column(name)
-        if pa.types.is_fixed_size_binary(array.type):
-            kind = f"S{array.type.byte_width}"
-            return np.frombuffer(array.buffers()[1] or b"", kind, count=len(array))
-        return array.to_numpy(zero_copy_only=not pa.types.is_boolean(array.type))
-
-
-def hash_range_starts(num_ranges: int) -> np.ndarray:
-    """Computes where equal ranges of 64-bit hashes begin: uint64 [num_ranges]."""
-    return np.array([i * 2**64 // num_ranges for i in range(num_ranges)], np.uint64)
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a file of numbers, not copied, read when they are looked at."""
+    batch = read_batch(path)
+    return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
 def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -> slice:
@@ -77,13 +47,28 @@ def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -
     return slice(int(first), int(np.searchsorted(values, range_starts[range_index + 1])))
 
 
+def read_range(
+    paths: Sequence[Path], key: str, names: Sequence[str], num_ranges: int, range_index: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Reads the rows of files, sorted by a column of hashes, in one of equal ranges of these.
+
+    Returns:
+        The columns `key` and `names` of all files end to end, and the index of each row's file:
+        uint64 [rows].
+    """
+    starts = np.array([i * 2**64 // num_ranges for i in range(num_ranges)], np.uint64)
+    files = [read_columns(path) for path in paths]
+    parts = [find_range(columns[key], starts, range_index) for columns in files]
+    sizes = [part.stop - part.start for part in parts]
+    found = {
+        name: np.concatenate([each[name][part] for each, part in zip(files, parts, strict=True)])
+        for name in (key, *names)
+    }
+    return found, np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)
+
+
 def mark_run_starts(values: np.ndarray) -> np.ndarray:
     """Marks where sorted values change: bool [len(values)], true at the first of each run."""
     first = np.ones(len(values), np.bool_)
     first[1:] = values[1:] != values[:-1]
     return first
-
-
-def concatenate(parts: Sequence[np.ndarray], dtype: type | str) -> np.ndarray:
-    """Joins the parts one after another; of no parts, an empty array of that kind."""
-    return np.concatenate([np.empty(0, dtype), *parts]) if parts else np.empty(0, dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maxlm.corpus.dedup.candidates import pack_pairs, unpack_pairs
 from maxlm.corpus.dedup.columns import mark_run_starts
 
 
@@ -24,18 +25,11 @@ class DuplicateClusters:
     """Members of that component."""
 
 
-@dataclass(frozen=True)
-class SimilarPairs:
-    """Pairs of members verified to be alike."""
-
-    low: np.ndarray
-    high: np.ndarray
-    jaccard: np.ndarray
-    """float64 [pairs], as the two before (int64)."""
-
-
 def resolve_duplicates(
-    pairs: SimilarPairs, rank_fn: Callable[[np.ndarray], np.ndarray]
+    low: np.ndarray,
+    high: np.ndarray,
+    jaccard: np.ndarray,
+    rank_fn: Callable[[np.ndarray], np.ndarray],
 ) -> DuplicateClusters:
     """Decide which documents are kept.
 
@@ -47,13 +41,14 @@ def resolve_duplicates(
     Memory is about 110 bytes for each pair and 90 for each document in one.
 
     Args:
+        low, high, jaccard: pairs of members verified to be alike: int64, int64, float64 [pairs].
         rank_fn: how good each of some members is, the higher the better; float64.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    member = np.unique(np.concatenate([pairs.low, pairs.high]))
-    ends = np.searchsorted(member, [pairs.low, pairs.high]).reshape(2, -1)
+    member = np.unique(np.concatenate([low, high]))
+    ends = np.searchsorted(member, [low, high]).reshape(2, -1)
 
     def connect(ends: np.ndarray) -> np.ndarray:
         size = len(member)
@@ -61,13 +56,17 @@ def resolve_duplicates(
         return connected_components(graph, directed=False)[1] if size else member
 
     # Copies (what is wholly alike carries over) are one node: the best of them.
-    is_copy = pairs.jaccard == 1
+    is_copy = jaccard == 1
     node = connect(ends[:, is_copy])
     rank = rank_fn(member)
     order = np.lexsort((member, -rank, node))
     first = order[mark_run_starts(node[order])]
     stands, rank = member[first], rank[first]
-    neighbours = _neighbours(node[ends[:, ~is_copy]], pairs.jaccard[~is_copy], len(first))
+    pairs, which = np.unique(pack_pairs(*node[ends[:, ~is_copy]]), return_index=True)
+    shape = (len(first), len(first))
+    graph = coo_array((jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape).tocsr()
+    graph = graph + graph.T
+    neighbours = graph.indptr, graph.indices, graph.data
     of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
     copy = (of[node] < 0) & (member != stands[node])
     cluster, size = _number(connect(ends))
@@ -80,24 +79,14 @@ def resolve_duplicates(
     )
 
 
-def _neighbours(
-    ends: np.ndarray, jaccard: np.ndarray, number: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the graph whose edges are pairs of `number` nodes (int64 [2, pairs]) as starts,
-    neighbours, likeness: node i is like neighbours[starts[i]:starts[i + 1]]."""
-    by_source = np.argsort(ends.ravel(), kind="stable")
-    starts = np.zeros(number + 1, np.int64)
-    np.cumsum(np.bincount(ends.ravel(), minlength=number), out=starts[1:])
-    neighbours = ends[::-1].ravel()[by_source]
-    by_source %= max(1, len(jaccard))  # From now on which pair, whatever its direction.
-    return starts, neighbours, jaccard[by_source]
-
-
 def _keep_best(
     order: np.ndarray, starts: np.ndarray, neighbours: np.ndarray, similarity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses what is kept of nodes in `order`, the best first. Returns for each node the kept one
-    that it is most like (of equals the better), or -1: it is kept; and how much it is like it."""
+    that it is most like (of equals the better), or -1: it is kept; and how much it is like it.
+
+    Node i is like neighbours[starts[i]:starts[i + 1]], as much as the same of `similarity` says.
+    """
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))

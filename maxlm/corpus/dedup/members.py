@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
+from maxlm.corpus.dedup.columns import read_batch, write_columns
 from maxlm.corpus.shards import RowGroup, StageShardView
 
 
@@ -34,8 +34,9 @@ class SelectedDocuments:
     def num_selected(self) -> int:
         return self.shard_offsets[-1]
 
-    def shard_path(self, shard: int) -> Path:
-        return get_member_path(self.folder, self.shards[shard])
+    def read_batch(self, shard: int) -> pa.RecordBatch:
+        """The columns of a shard's members."""
+        return read_batch(get_member_path(self.folder, self.shards[shard]))
 
     def group_by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Yields each shard that has some of the sorted `members`, and the slice of these."""
@@ -46,13 +47,10 @@ class SelectedDocuments:
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order."""
         unique, places = np.unique(members, return_inverse=True)
-        parts = []
+        parts = [self.read_batch(0).column(column).slice(0, 0)]  # For the type.
         for shard, part in self.group_by_shard(unique):
-            values = read_columns(self.shard_path(shard)).array(column)
+            values = self.read_batch(shard).column(column)
             parts.append(values.take(pa.array(unique[part] - self.shard_offsets[shard])))
-        if not parts:
-            kinds = {"rank": pa.float64(), "row": pa.int64()}
-            return pa.array([], kinds.get(column, pa.string()))
         return pa.concat_arrays(parts).take(pa.array(places))
 
 
@@ -61,36 +59,22 @@ def get_member_path(folder: Path, shard: str) -> Path:
     return folder / "members" / f"{shard}.arrow"
 
 
-class SelectedDocumentsWriter:
-    """The members of one shard, as they are read."""
-
-    input_columns = ("id",)
-    """The columns it needs, besides the label that `keep_by` names."""
-
-    def __init__(self, keep_by: str | None):
-        self._keep_by = keep_by
-        self._rows: list[np.ndarray] = []
-        self._ranks: list[np.ndarray] = []
-        self._ids: list[pa.Array] = [pa.array([], pa.string())]
-
-    def add(self, group: RowGroup) -> None:
-        """Adds the members of one row group."""
-        self._rows.append(group.row_indices + group.first_row)
-        self._ranks.append(compute_keep_scores(group.batch, self._keep_by))
-        self._ids.append(group.batch.column("id"))
-
-    def write(self, path: Path) -> np.ndarray:
-        """Write the shard's file; returns the ranks."""
-        rank = concatenate(self._ranks, np.float64)
-        columns = {"row": concatenate(self._rows, np.int64), "rank": rank}
-        write_columns(path, columns | {"id": pa.concat_arrays(self._ids)})
-        return rank
+def write_members(path: Path, groups: Sequence[RowGroup], keep_by: str | None) -> np.ndarray:
+    """Write the file of a shard's members, of their ids and the label that `keep_by` names; returns
+    the ranks."""
+    rows = [group.row_indices + group.first_row for group in groups]
+    ranks = [compute_keep_scores(group.batch, keep_by) for group in groups]
+    ids = [group.batch.column("id") for group in groups]
+    columns = {"row": np.concatenate([np.empty(0, np.int64), *rows])}
+    columns |= {"rank": np.concatenate([np.empty(0), *ranks])}
+    write_columns(path, columns | {"id": pa.concat_arrays([pa.array([], pa.string()), *ids])})
+    return columns["rank"]
 
 
 def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
-    sizes = (len(read_columns(get_member_path(folder, name))) for name in names)
+    sizes = (read_batch(get_member_path(folder, name)).num_rows for name in names)
     offsets = tuple(accumulate(sizes, initial=0))
     return SelectedDocuments(folder, names, offsets)
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from maxlm.corpus.pii.match import PiiMatch, get_preceding_words
+from maxlm.corpus.pii import PiiMatch, get_preceding_words
 
 _LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" + "".join(
     chr(code) for code in range(0xC0, 0x250)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, get_preceding_words
+from maxlm.corpus.pii import NOT_OURS, PiiMatch, get_preceding_words
 
 # The issuers' number ranges (ISO/IEC 7812): first digits, and how many digits in all.
 _ISSUERS = (

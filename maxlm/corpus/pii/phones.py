@@ -2,11 +2,11 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, get_preceding_words
+from maxlm.corpus.pii import NOT_OURS, PiiMatch, get_preceding_words
 
 _LEAST_DIGITS = 7
 _RUN = re.compile(
@@ -38,63 +38,68 @@ _NORTH_AMERICAN = re.compile(
 )
 
 
-class PhoneFinder:
+def check_regions(regions: Sequence[str]) -> None:
+    """Checks that there is a numbering plan of each of some countries."""
+    from phonenumbers import SUPPORTED_REGIONS
+
+    for region in regions:
+        if region not in SUPPORTED_REGIONS:
+            fix = "use codes of ISO 3166 such as US, GB, DE"
+            raise MaxlmError(f'no numbering plan of "{region}"', where="regions", fix=fix)
+
+
+def find_phones(text: str, regions: Sequence[str]) -> Iterator[PiiMatch]:
     """Finds telephone numbers as Google's library does, with its numbering plans of the world.
 
     Taken are numbers with `+` that are possible; numbers in the form of North America; numbers
     valid in one of `regions` that are written in groups, as is usual there or with a leading 0;
     and, where a word such as "tel" or "call" comes before, any number possible there.
     """
+    for run in _RUN.finditer(text):
+        if len(run[0].split()) <= _TABLE_GROUPS or "+" in run[0]:
+            yield from _find_in_run(text, run[0], run.start(), regions)
 
-    def __init__(self, regions: tuple[str, ...]):
-        import phonenumbers
 
-        for region in regions:
-            if region not in phonenumbers.SUPPORTED_REGIONS:
-                fix = "use codes of ISO 3166 such as US, GB, DE"
-                raise MaxlmError(f'no numbering plan of "{region}"', where="regions", fix=fix)
-        self._library, self._regions = phonenumbers, regions
+def _find_in_run(text: str, run: str, offset: int, regions: Sequence[str]) -> Iterator[PiiMatch]:
+    """Finds the numbers in a run of digits, and of what may stand between them."""
+    from phonenumbers import Leniency, PhoneNumberMatcher
 
-    def find(self, text: str) -> Iterator[PiiMatch]:
-        """Finds the numbers in a text."""
-        for run in _RUN.finditer(text):
-            if len(run[0].split()) <= _TABLE_GROUPS or "+" in run[0]:
-                yield from self._find_in_run(text, run[0], run.start())
+    if run.count("(") != run.count(")"):
+        run = run.replace("(", " ")  # "(call 030 123456)": the library would take none.
+    found = [
+        (offset + each.start, offset + each.end, each.number)
+        for region in regions
+        for each in PhoneNumberMatcher(run, region, Leniency.POSSIBLE, sys.maxsize)
+    ]
+    end = 0
+    for start, stop, number in sorted(found, key=lambda each: (each[0], -each[1])):
+        if start >= end and _is_phone(text, start, stop, number):
+            yield PiiMatch(start, stop, "phone")
+            end = stop
 
-    def _find_in_run(self, text: str, run: str, offset: int) -> Iterator[PiiMatch]:
-        """Finds the numbers in a run of digits, and of what may stand between them."""
-        if run.count("(") != run.count(")"):
-            run = run.replace("(", " ")  # "(call 030 123456)": the library would take none.
-        possible, found = self._library.Leniency.POSSIBLE, []
-        for region in self._regions:
-            for each in self._library.PhoneNumberMatcher(run, region, possible, sys.maxsize):
-                found.append((offset + each.start, offset + each.end, each.number))
-        end = 0
-        for start, stop, number in sorted(found, key=lambda each: (each[0], -each[1])):
-            if start >= end and self._is_phone(text, start, stop, number):
-                yield PiiMatch(start, stop, "phone")
-                end = stop
 
-    def _is_phone(self, text: str, start: int, stop: int, number: Any) -> bool:
-        raw = text[start:stop]
-        base = re.split(r" ?(?:x|ext)", raw)[0]
-        groups = _GROUP.findall(base)
-        if sum(map(len, groups)) < _LEAST_DIGITS or _AFTER.match(text, stop):
-            return False
-        words = get_preceding_words(text, start)
-        other = NOT_OURS.search(words)
-        # "Phone no." is one, "contact me about order no." is none.
-        spoken = _WORDS.search(words, max(0, other.start() - 12) if other else 0)
-        if (other and not spoken) or (start and _BEFORE.match(text, start - 1)):
-            return False
-        if raw[0] == "+":
-            return raw[1].isalnum()
-        if _OTHER.fullmatch(base):
-            return False
-        if spoken or _NORTH_AMERICAN.fullmatch(base):
-            return True
-        if _UNSPOKEN_OTHER.fullmatch(base):
-            return False
-        usual = self._library.format_number(number, self._library.PhoneNumberFormat.NATIONAL)
-        written = base.lstrip("(").startswith("0") or _GROUP.findall(usual) == groups
-        return len(groups) > 1 and written and self._library.is_valid_number(number)
+def _is_phone(text: str, start: int, stop: int, number: Any) -> bool:
+    from phonenumbers import PhoneNumberFormat, format_number, is_valid_number
+
+    raw = text[start:stop]
+    base = re.split(r" ?(?:x|ext)", raw)[0]
+    groups = _GROUP.findall(base)
+    if sum(map(len, groups)) < _LEAST_DIGITS or _AFTER.match(text, stop):
+        return False
+    words = get_preceding_words(text, start)
+    other = NOT_OURS.search(words)
+    # "Phone no." is one, "contact me about order no." is none.
+    spoken = _WORDS.search(words, max(0, other.start() - 12) if other else 0)
+    if (other and not spoken) or (start and _BEFORE.match(text, start - 1)):
+        return False
+    if raw[0] == "+":
+        return raw[1].isalnum()
+    if _OTHER.fullmatch(base):
+        return False
+    if spoken or _NORTH_AMERICAN.fullmatch(base):
+        return True
+    if _UNSPOKEN_OTHER.fullmatch(base):
+        return False
+    usual = format_number(number, PhoneNumberFormat.NATIONAL)
+    written = base.lstrip("(").startswith("0") or _GROUP.findall(usual) == groups
+    return len(groups) > 1 and written and is_valid_number(number)

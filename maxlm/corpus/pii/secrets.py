@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from maxlm.corpus.pii.match import PiiMatch
+from maxlm.corpus.pii import PiiMatch
 
 # Token formats as their issuers document them. Each begins with the text that is searched for.
 _TOKENS = {

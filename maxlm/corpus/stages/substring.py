@@ -22,49 +22,38 @@ of 128 bits a word gives the same groups as sorting a suffix a character, in a f
 and hashes of parts are merged by ranges without their texts.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `write_window_blocks` sorts the windows of each block; `find_repeated_windows` finds the
-first occurrence of each window that comes several times, for one range of hashes;
+hashes: `write_window_blocks` sorts the windows of each block; `write_copies` finds the first
+occurrence of each window that comes several times, for one range of hashes;
 `write_duplicate_spans` takes the union of a document's copies.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.columns import (
-    concatenate,
-    find_range,
-    hash_range_starts,
-    mark_run_starts,
-    read_columns,
-    write_columns,
-)
+from maxlm.corpus.dedup.columns import read_batch, read_columns, write_columns
+from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import compute_keep_scores, write_labels
-from maxlm.corpus.dedup.windows import (
-    CHECK_BASE,
-    concatenate_texts,
-    find_words,
-    get_code_points,
-    hash_windows,
-)
+from maxlm.corpus.dedup.minhash import mix_bits
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 from maxlm.data.batching import batch_by_size
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
 _BYTES_OF_WINDOW = 80  # In a range job.
+# Bases of the two hashes of a window: odd, and so invertible modulo 2^64.
+_BASE, _CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
-_PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
-_LOW = np.uint64(2**32 - 1)
 
 _LABELS = pa.schema([("cuts", CUTS), ("cut_share", pa.float64())])
-_SCHEMA = _LABELS.insert(0, pa.field("row", pa.int64()))
+_NOTHING = (np.empty(0, np.int64), np.empty((0, 2), np.int32), np.empty(0, np.int64), np.empty(0))
 
 
 def write_window_blocks(
@@ -76,8 +65,9 @@ def write_window_blocks(
 ) -> None:
     """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
 
-    - text, and for each document its row, its rank, and the character of text where it ends
-    - for each window its hashes, sorted, and the character of text where it begins
+    - text, and for each document its row, and the character of text where it ends
+    - for each window its hashes, sorted, the character of text where it begins, and its document's
+      rank, if ranks differ
     """
     done = _block_file(folder, shard.name, "windows")
     if done.exists():
@@ -87,18 +77,20 @@ def write_window_blocks(
     blocks = batch_by_size(documents, lambda document: len(document[0]), block_characters)
     for number, block in enumerate(blocks):
         name = f"{shard.name}-{number}"
-        # The best document first.
-        texts, rows, ranks = zip(*sorted(block, key=lambda document: -document[2]), strict=True)
-        text, offsets = concatenate_texts(texts)
-        columns = {"row": np.array(rows), "rank": np.array(ranks), "end": offsets[1:]}
+        texts, rows, ranks = zip(*block, strict=True)
+        text, offsets = np.concatenate(texts), np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        columns = {"row": np.array(rows), "end": offsets[1:]}
         write_columns(_block_file(folder, name, "documents"), columns)
         write_columns(_block_file(folder, name, "text"), {"text": text})
         starts, stops, first = find_words(text, offsets)
         hashes, begins = hash_windows(text, starts, stops, first, window_words)
         order = np.argsort(hashes, kind="stable")
         columns = {"hash": hashes[order], "place": starts[begins[order]].astype(np.uint32)}
-        checks, _ = hash_windows(text, starts, stops, first, window_words, CHECK_BASE)
+        checks, _ = hash_windows(text, starts, stops, first, window_words, _CHECK_BASE)
         columns |= {"check": checks[order]}
+        if keep_by is not None:
+            documents_of_windows = np.searchsorted(first, begins[order], "right") - 1
+            columns |= {"rank": np.array(ranks)[documents_of_windows]}
         write_columns(_block_file(folder, name, "hashes"), columns)
         windows.append(len(hashes))
     write_columns(done, {"windows": np.array(windows, np.int64)})
@@ -107,125 +99,62 @@ def write_window_blocks(
 def _read_code_points(
     shard: StageShardView, keep_by: str | None
 ) -> Iterator[tuple[np.ndarray, int, float]]:
-    """Yields the text, row and rank of each document of a shard."""
+    """Yields the code points (uint32), row and rank of each document of a shard."""
     columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
     for group in shard.read_selected_rows(columns):
-        texts = (get_code_points(text.as_py()) for text in group.batch.column("text"))
+        encoded = (text.as_py().encode("utf-32-le") for text in group.batch.column("text"))
+        texts = (np.frombuffer(text, np.uint32) for text in encoded)
         rows = (group.row_indices + group.first_row).tolist()
         yield from zip(texts, rows, compute_keep_scores(group.batch, keep_by).tolist(), strict=True)
 
 
-class WindowBlock(NamedTuple):
-    """A block that `write_window_blocks` wrote."""
-
-    shard: str
-    name: str
-    windows: int
-
-
-def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[WindowBlock]:
-    """Lists the blocks of all shards, in order."""
+def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[str]:
+    """Lists the names of the blocks of all shards, in order."""
     return [
-        WindowBlock(shard.name, f"{shard.name}-{i}", windows)
+        f"{shard.name}-{number}"
         for shard in shards
-        for i, windows in enumerate(
-            read_columns(_block_file(folder, shard.name, "windows"))["windows"].tolist()
-        )
+        for number in range(read_batch(_block_file(folder, shard.name, "windows")).num_rows)
     ]
-
-
-def find_repeated_windows(
-    folder: Path, blocks: Sequence[WindowBlock], num_ranges: int, has_ranks: bool, range_index: int
-) -> None:
-    """Write the positions of windows that occur earlier, rising, and where the first of all is:
-    FOLDER/ranges/NUMBER-WHICH.
-
-    Args:
-        num_ranges, range_index: how many ranges of hashes there are, and which this one is.
-        has_ranks: whether documents differ in rank.
-    """
-    path = _range_file(folder, num_ranges, range_index)
-    if path.exists():
-        return
-    hashes, checks, positions, good = [], [], [], []
-    starts = hash_range_starts(num_ranges)
-    for number, block in enumerate(blocks):
-        columns = read_columns(_block_file(folder, block.name, "hashes"))
-        part = find_range(columns["hash"], starts, range_index)
-        hashes.append(columns["hash"][part])
-        checks.append(columns["check"][part])
-        place = columns["place"][part].astype(np.uint64)
-        positions.append(np.uint64(number) << _PLACE | place)
-        if has_ranks:
-            documents = read_columns(_block_file(folder, block.name, "documents"))
-            which = np.searchsorted(documents["end"], place.astype(np.int64), "right")
-            good.append(documents["rank"][which])
-    keys = [concatenate(checks, np.uint64), concatenate(hashes, np.uint64)]
-    # The sort keeps the order of blocks among equals.
-    order = np.lexsort([-concatenate(good, np.float64), *keys] if has_ranks else keys)
-    leads = mark_run_starts(keys[0][order]) | mark_run_starts(keys[1][order])
-    positions = concatenate(positions, np.uint64)
-    positions = positions[order]
-    source = positions[leads][np.cumsum(leads) - 1][~leads]
-    positions = positions[~leads]
-    order = np.argsort(positions)
-    write_columns(path, {"position": positions[order], "source": source[order]})
 
 
 def write_duplicate_spans(
     folder: Path,
-    blocks: Sequence[WindowBlock],
+    blocks: Sequence[str],
     num_ranges: int,
     window_words: int,
     shard: StageShardView,
 ) -> None:
     """Writes the labels of a shard's documents: what to cut."""
-    mine = [number for number, block in enumerate(blocks) if block.shard == shard.name]
+    mine = [i for i, block in enumerate(blocks) if block.rpartition("-")[0] == shard.name]
     parts = [_cut_block(folder, blocks, number, num_ranges, window_words) for number in mine]
-    table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
-    labels = {
-        name: pa.concat_arrays([pa.nulls(0, column.type), *column.chunks])
-        for name, column in zip(_SCHEMA.names, table.columns, strict=True)
-    }
-    write_labels(shard, _LABELS, labels["row"].to_numpy(), labels)
+    rows, spans, counts, shares = map(np.concatenate, zip(_NOTHING, *parts, strict=True))
+    pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
+    cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
+    write_labels(shard, _LABELS, rows, {"cuts": cuts, "cut_share": shares})
 
 
 def _cut_block(
-    folder: Path, blocks: Sequence[WindowBlock], block: int, num_ranges: int, size: int
-) -> pa.RecordBatch:
-    documents = read_columns(_block_file(folder, blocks[block].name, "documents"))
+    folder: Path, blocks: Sequence[str], block: int, num_ranges: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rows of a block's documents, the spans of all, how many each has, and the share
+    of each text that they cover."""
+    documents = read_columns(_block_file(folder, blocks[block], "documents"))
     rows, ends = documents["row"], documents["end"]
-    text = read_columns(_block_file(folder, blocks[block].name, "text"))["text"]
+    text = read_columns(_block_file(folder, blocks[block], "text"))["text"]
     offsets = np.concatenate([[0], ends])
-    place, source = _find_sources(folder, block, num_ranges)
+    place, _, source_block, source = read_copies(folder, num_ranges, block).values()
     starts, stops, first = find_words(text, offsets)
-    words = np.searchsorted(starts, place.astype(np.int64))
-    reach = stops[words + size - 1].astype(np.uint64) - place
-    apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
+    words = np.searchsorted(starts, place)
+    # A source that comes later in the block is in a better document.
+    apart = (source_block != block) | (source > place)
+    apart |= source + stops[words + size - 1] - place <= place
     edges = _unite(words[apart], starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
     spans = (edges - offsets[document, None]).astype(np.int32)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
     share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
-    pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
-    cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    return pa.RecordBatch.from_arrays([rows, cuts, share], schema=_SCHEMA)
-
-
-def _find_sources(folder: Path, block: int, num_ranges: int) -> tuple[np.ndarray, np.ndarray]:
-    """The characters where windows begin that occur earlier, rising, and the positions where
-    first."""
-    places, sources = [], []
-    bounds = np.array([block, block + 1], np.uint64) << _PLACE
-    for range_index in range(num_ranges):
-        columns = read_columns(_range_file(folder, num_ranges, range_index))
-        part = slice(*np.searchsorted(columns["position"], bounds))
-        places.append(columns["position"][part] & _LOW)
-        sources.append(columns["source"][part])
-    place, source = concatenate(places, np.uint64), concatenate(sources, np.uint64)
-    order = np.argsort(place)
-    return place[order], source[order]
+    return rows, spans, counts, share
 
 
 def _unite(
@@ -250,8 +179,61 @@ def _block_file(folder: Path, name: str, kind: str) -> Path:
     return folder / "blocks" / f"{name}.{kind}"
 
 
-def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
-    return folder / "ranges" / f"{num_ranges}-{range_index}.arrow"
+def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the words of documents that lie end to end as code points: runs of visible characters,
+    in which each letter of a script without spaces is a word of its own, with its marks.
+
+    Returns:
+        Each word's first character and the one after its last: int64 [words]. Each document's first
+        word, and the number of words: int64 [documents + 1].
+    """
+    bits = get_code_point_classes()[text]
+    opens = np.zeros(len(text) + 1, np.bool_)  # A document begins.
+    opens[offsets] = True
+    opens = opens[:-1]
+    space, alone = bits & SPACE > 0, bits & ALONE > 0
+    begins = (bits & EXTEND == 0) | opens
+    # The last character of the document before this one that is no mark, if there is one.
+    anchor = np.maximum.accumulate(np.where(begins, np.arange(len(text)), 0))
+    after = np.roll(alone[anchor], 1)
+    starts = ~space & (opens | np.roll(space, 1) | (begins & (after | alone)))
+    edges = np.append(np.flatnonzero(starts | space | opens), len(text))
+    starts = np.flatnonzero(starts)
+    stops = edges[np.searchsorted(edges, starts, "right")]
+    return starts, stops, np.searchsorted(starts, offsets)
+
+
+def hash_windows(
+    text: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    document_word_offsets: np.ndarray,
+    window_words: int,
+    base: int = _BASE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes each run of `window_words` words within a document, with the white space between them,
+    from what `find_words` found.
+
+    The hash is a polynomial of the characters: the difference of two sums up to its ends, times a
+    power that makes up for where it begins.
+
+    Returns:
+        uint64 [windows], and the word with which each begins, int64 [windows].
+    """
+    ends = np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
+    begins = np.flatnonzero(np.arange(len(starts)) + window_words <= ends)
+    powers = _list_powers(base, len(text))
+    sums = np.zeros(len(text) + 1, np.uint64)
+    np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
+    inverse = _list_powers(pow(base, -1, 2**64), len(text))
+    start, stop = starts[begins], stops[begins + window_words - 1]
+    return mix_bits((sums[stop] - sums[start]) * inverse[start]), begins
+
+
+def _list_powers(base: int, number: int) -> np.ndarray:
+    powers = np.full(number, base, np.uint64)
+    powers[:1] = 1
+    return np.multiply.accumulate(powers)
 
 
 class SubstringStage(CrossDocumentStage):
@@ -277,14 +259,15 @@ class SubstringStage(CrossDocumentStage):
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`. The scratch files take ten times the text."""
-        folder = scratch / f"windows-{self.memory}"  # A killed run may have had another.
+        folder = scratch / f"blocks-{self.memory}"  # A killed run may have had another.
         largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
         index = partial(write_window_blocks, folder, self.min_tokens, largest, self.keep_by)
         run_jobs(index, shards, "index")
         blocks = list_blocks(folder, shards)
-        windows = sum(block.windows for block in blocks)
+        hashes = [_block_file(folder, block, "hashes") for block in blocks]
+        windows = sum(read_batch(file).num_rows for file in hashes)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        match = partial(find_repeated_windows, folder, blocks, number, self.keep_by is not None)
-        run_jobs(match, range(number), "match")
+        match = partial(write_copies, folder, hashes, number, self.keep_by is not None)
+        run_jobs(match, range(number) if blocks else (), "match")
         cut = partial(write_duplicate_spans, folder, blocks, number, self.min_tokens)
         run_jobs(cut, shards, "cut")

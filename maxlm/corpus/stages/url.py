@@ -1,6 +1,5 @@
 """Labels from a document's address."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -66,12 +65,9 @@ class UrlStage(PerDocumentStage):
         types = {"host": large, "domain": large, "blocked": pa.bool_(), "rule": small}
         return pa.schema(list(types.items()))
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(super().fingerprint().encode())
+    def list_input_files(self) -> Iterable[Path]:
         lists = [self.domains, self.words, self.subwords, self.soft_words]
-        for path in chain(*lists, *(_NSFW_LISTS if self.nsfw else ())):
-            digest.update(hashlib.sha256(_content(Path(path))).digest())
-        return digest.hexdigest()
+        return map(Path, chain(*lists, *(_NSFW_LISTS if self.nsfw else ())))
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a list cannot be read."""
@@ -156,12 +152,9 @@ def _unicode(host: str) -> str:
 
 def _entries(paths: Iterable[str]) -> Iterable[str]:
     """The entries of list files, in lower case."""
-    for path in paths:
-        for line in _content(Path(path)).decode("utf-8", "replace").lower().splitlines():
+    for path in map(Path, paths):
+        with open_stream(path, COMPRESSIONS.get(path.suffix.lower(), "none")) as stream:
+            content = stream.read().decode("utf-8", "replace")
+        for line in content.lower().splitlines():
             if entry := line.partition("#")[0].split():
                 yield entry[-1]
-
-
-def _content(path: Path) -> bytes:
-    with open_stream(path, COMPRESSIONS.get(path.suffix.lower(), "none")) as stream:
-        return stream.read()

@@ -59,8 +59,8 @@ class DocumentFormat:
 
 
 _FILES = "maxlm.data.documents.reader:FILE_READER"
-_CRAWL = "maxlm.corpus.reader:CRAWL_READER"
-_CORPUS = "maxlm.corpus.reader:CORPUS_READER"
+_CRAWL = "maxlm.corpus.opened:CRAWL_READER"
+_CORPUS = "maxlm.corpus.opened:CORPUS_READER"
 _PACKAGES = ("pyarrow", "regex")
 FORMATS: dict[str, DocumentFormat] = {
     each.name: each

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,15 @@ class DamagedFile(MaxlmError):
     """A file whose content cannot be read, though the file itself can."""
 
 
-def make_missing_package_error(path: Path) -> MaxlmError:
-    """Makes the error for a format that pyarrow reads, which is not installed."""
-    what = "reading this file needs pyarrow, which is not installed"
-    return MaxlmError(what, where=str(path), fix="pip install 'maxlm[data]'")
+def import_pyarrow(path: Path) -> Any:
+    """Imports pyarrow and its Parquet module; `path` is what they are to read, for the error."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        what = "reading this file needs pyarrow, which is not installed"
+        raise MaxlmError(what, where=str(path), fix="pip install 'maxlm[data]'") from error
+    return pyarrow
 
 
 @contextmanager
@@ -46,25 +52,18 @@ def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedRea
                 case "none":
                     yield file
                 case "gz":
-                    unpacked = gzip.GzipFile(fileobj=file)
-                    yield io.BufferedReader(unpacked, _READ_BYTES)  # pyright: ignore[reportArgumentType]
+                    unpacked: Any = gzip.GzipFile(fileobj=file)
+                    yield io.BufferedReader(unpacked, _READ_BYTES)
                 case "zst":
-                    yield io.BufferedReader(_open_zstd(file, path), _READ_BYTES)
+                    # Not zstandard's own reader, which takes a file cut short for a finished one.
+                    unpacked = import_pyarrow(path).CompressedInputStream(file, "zstd")
+                    yield io.BufferedReader(unpacked, _READ_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             what, fix = error.strerror or str(error), "check the file and its permissions"
             raise MaxlmError(f"cannot read: {what}", where=str(path), fix=fix) from error
         what = f"damaged or incomplete .{compression} data ({error})"
         raise DamagedFile(what, where=str(path), fix="fetch or compress the file again") from error
-
-
-def _open_zstd(file: io.BufferedReader, path: Path) -> Any:
-    # Not zstandard's own reader, which takes a file that is cut short for a finished one.
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise make_missing_package_error(path) from error
-    return pa.CompressedInputStream(file, "zstd")
 
 
 @dataclass(frozen=True)
@@ -106,18 +105,15 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Fil
                 position += len(block)
                 if cut_lines and position - cuts[-1][0] >= slice_bytes:
                     cuts.append((position, number))
+    slices: list[FileSlice] = []
     if file.format == "parquet":
-        slices = tuple(_parquet_slices(file, slice_bytes)) or (make_whole_slice(file),)
+        slices += _parquet_slices(file, slice_bytes)
     elif cut_lines:
-        cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
-        stops = [start for start, _ in cuts[1:]] + [position]
-        slices = tuple(
-            FileSlice(file, start, stop, first, stop - start)
-            for (start, first), stop in zip(cuts, stops, strict=True)
-        )
-    else:
-        slices = (make_whole_slice(file),)
-    return FileScan(hasher.hexdigest() if digest else "", slices)
+        cuts = [cut for cut in cuts if cut[0] < position]
+        for (start, first), (stop, _) in pairwise([*cuts, (position, 0)]):
+            slices.append(FileSlice(file, start, stop, first, stop - start))
+    whole = (make_whole_slice(file),)
+    return FileScan(hasher.hexdigest() if digest else "", tuple(slices) or whole)
 
 
 def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
@@ -139,12 +135,8 @@ def open_parquet(path: Path):
     Raises:
         MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise make_missing_package_error(path) from error
-    checked = partial(pq.ParquetFile, page_checksum_verification=True)
+    pa = import_pyarrow(path)
+    checked = partial(pa.parquet.ParquetFile, page_checksum_verification=True)
     try:
         with ExitStack() as stack:
             parquet = stack.enter_context(checked(path))

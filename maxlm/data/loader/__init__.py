@@ -1,6 +1,5 @@
 """Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
 
-from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
     check_num_steps,
@@ -12,8 +11,6 @@ from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import TokenSource
 
 __all__ = [
-    "Batch",
-    "Batches",
     "LoaderConfig",
     "Mixing",
     "Phase",

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from maxlm.data.loader.mixture import ENDLESS, MixtureOrder
 from maxlm.data.loader.packing import DocumentSpans, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_keys, permute
-from maxlm.data.store.offsets import Int64s
+from maxlm.data.store.arrays import Int64s
 
 PADDING = -1
 
@@ -39,34 +39,28 @@ class Batches:
     """
 
     sources: tuple[Packing, ...]
-    order: MixtureOrder | None
-    """None: one pass over the only source; past its end there is padding."""
+    mixture: MixtureOrder | None
+    """Draws each row from a source; None: one pass over the only one, past whose end is padding."""
     shuffle_keys: tuple[int, ...] | None
     """A key for each store; None reads every epoch in store order."""
     seq_len: int
     batch_size: int
 
     @property
-    def mixture(self) -> MixtureOrder:
-        """The mixture that rows are drawn from; one pass has none."""
-        assert self.order is not None
-        return self.order
-
-    @property
     def num_steps(self) -> int | None:
         """Batches of the one pass, or whole ones until every source of the mixture was read as
         often as it may; None: no end."""
-        if self.order is None:
+        if self.mixture is None:
             return -(-self.sources[0].num_sequences // self.batch_size)
-        return None if self.order.end == ENDLESS else self.order.end // self.batch_size
+        return None if self.mixture.end == ENDLESS else self.mixture.end // self.batch_size
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
         """Returns where each global index [n] lies: store numbers [n] (`PADDING` past the end of
         the one pass) and sequences [n] of those stores."""
-        if self.order is None:
+        if self.mixture is None:
             size = self.sources[0].num_sequences
             return np.where(indices < size, 0, PADDING), indices
-        stores, streams = self.order.locate(indices)
+        stores, streams = self.mixture.locate(indices)
         sequences = np.empty_like(streams)
         for store in np.unique(stores):
             here = stores == store

@@ -9,14 +9,12 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.mixture import Mixing
-from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource, open_best_fit
+from maxlm.data.loader.packing import ConcatPacking, TokenSource, open_best_fit
 from maxlm.data.loader.permutation import derive_key
 
 if TYPE_CHECKING:
     from maxlm.data.batch_source import BatchSource
     from maxlm.data.loader.prefetch import Prefetcher
-
-PackingMethod = Literal["concat", "best_fit"]
 
 
 class LoaderConfig(Config):
@@ -26,7 +24,7 @@ class LoaderConfig(Config):
     """Tokens in a row."""
     batch_size: int = Field(default=8, ge=1)
     """Rows a step, over all hosts."""
-    packing: PackingMethod = "concat"
+    packing: Literal["concat", "best_fit"] = "concat"
     """concat cuts the stream of documents every seq_len tokens: no padding, no index, but most
     documents are cut. best_fit keeps every document that fits in one row whole: under 1% padding
     on common text, and an index beside the store, built at first use (seconds a million
@@ -78,10 +76,11 @@ def make_batches(
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
             fix = "give more text, or lower seq_len"
             raise MaxlmError(what, where=f"store {name!r}", fix=fix)
-    sources = tuple(
-        open_packing(store, config.packing, config.seq_len, config.packing_block)
-        for store in stores.values()
-    )
+    if config.packing == "best_fit":
+        pack = partial(open_best_fit, seq_len=config.seq_len, block=config.packing_block)
+    else:
+        pack = partial(ConcatPacking, seq_len=config.seq_len)
+    sources = tuple(map(pack, stores.values()))
     sequences = {n: s.num_sequences for n, s in zip(stores, sources, strict=True)}
     mixture_key = derive_key(seed, "mixture") if config.shuffle else None
     mixture = mixing.make_order(tokens, sequences, config.batch_size, mixture_key)
@@ -89,31 +88,16 @@ def make_batches(
     return Batches(sources, mixture, keys, config.seq_len, config.batch_size)
 
 
-def make_one_pass_batches(
-    store: TokenSource,
-    seq_len: int,
-    batch_size: int,
-    *,
-    packing: PackingMethod = "concat",
-    packing_block: int = 16384,
-) -> Batches:
+def make_one_pass_batches(store: TokenSource, seq_len: int, batch_size: int) -> Batches:
     """Makes the batches of one pass over a store in order: every token in exactly one batch.
 
-    All batches have one shape: the last is filled up with rows of weight 0. With either packing
-    the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
-    token but a document's first is a target once. The store may be shorter than one sequence.
+    All batches have one shape: the last is filled up with rows of weight 0. The weights of all
+    hosts' batches sum to num_tokens minus the number of documents, as each token but a document's
+    first is a target once. The store may be shorter than one sequence.
     """
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    source = open_packing(store, packing, seq_len, packing_block)
-    return Batches((source,), None, None, seq_len, batch_size)
-
-
-def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:
-    """Opens the store's sequences; builds the best_fit index where there is none."""
-    if method == "best_fit":
-        return open_best_fit(store, seq_len, block)
-    return ConcatPacking(store, seq_len)
+    return Batches((ConcatPacking(store, seq_len),), None, None, seq_len, batch_size)
 
 
 def load_batches(

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.permutation import derive_keys, permute
-from maxlm.data.store.offsets import Int64s
+from maxlm.data.store.arrays import Int64s
 
 # Global indices shuffled together. Smaller keeps each batch closer to the weights.
 BLOCK = 256
@@ -247,11 +247,8 @@ class Mixing:
     ) -> MixtureOrder:
         """Makes the mixture of stores of these sizes, numbered in the order of `tokens`."""
         check_phases(self.phases, tuple(self.weights))
-        sizes = dict.fromkeys(tokens, 1.0)
-        if self.temperature is not None:
-            largest = max([*tokens.values(), 1])
-            for name, count in tokens.items():
-                sizes[name] = (count / largest) ** (1 / self.temperature)
+        exponent, largest = 1 / (self.temperature or math.inf), max([*tokens.values(), 1])
+        sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
 
         def scaled(weights: Weights) -> dict[str, float]:
             return {name: weights[name] * size for name, size in sizes.items()}

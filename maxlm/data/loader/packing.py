@@ -28,12 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.offsets import Int64s
+from maxlm.data.store.arrays import Int64s, Offsets
 
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
-Offsets = Any
-"""int64 [num_documents + 1], from 0 to num_tokens: an array, or what can be indexed by slices and
-arrays and has `size` and `searchsorted` as one does."""
 
 
 class TokenSource(Protocol):
@@ -48,8 +45,9 @@ class TokenSource(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
-    def offsets(self) -> Offsets:
-        """Indices of documents' first tokens."""
+    def offsets(self) -> Any:
+        """Indices of documents' first tokens, and num_tokens: int64 [num_documents + 1], an array
+        or `Offsets`."""
         ...
 
     @property
@@ -75,20 +73,6 @@ class DocumentSpans(NamedTuple):
     """Whether the piece reaches the end of its document [sum(counts)]."""
 
 
-class Packing(Protocol):
-    """A store's sequences, looked up by number."""
-
-    @property
-    def store(self) -> TokenSource: ...
-
-    @property
-    def num_sequences(self) -> int: ...
-
-    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
-        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
-        ...
-
-
 @dataclass(frozen=True)
 class ConcatPacking:
     """Concatenate and cut: sequence i is tokens [i * seq_len, (i + 1) * seq_len) of the store."""
@@ -101,6 +85,7 @@ class ConcatPacking:
         return -(-self.store.num_tokens // self.seq_len)
 
     def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
+        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
         offsets = self.store.offsets
         begins = sequences * self.seq_len
         ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
@@ -162,12 +147,17 @@ class BestFitPacking:
         return self.index.sequence_offsets.size - 1
 
     def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
+        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
         index = self.index
         first = index.sequence_offsets[sequences]
         counts = index.sequence_offsets[sequences + 1] - first
         at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         lengths = index.lengths[at].astype(np.int64)
         return DocumentSpans(counts, index.starts[at], lengths, index.ends[at])
+
+
+Packing = ConcatPacking | BestFitPacking
+"""A store's sequences, looked up by number."""
 
 
 def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:
@@ -191,7 +181,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     return BestFitPacking(store, folder)
 
 
-def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
+def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingIndex:
     """Builds the index in memory, from document offsets int64 [num_documents + 1]."""
     blocks = zip(*_blocks(offsets, seq_len, block), strict=True)
     starts, lengths, ends, counts = map(np.concatenate, blocks)
@@ -199,7 +189,7 @@ def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
 
 
 def _blocks(
-    offsets: Offsets, seq_len: int, block: int
+    offsets: Int64s | Offsets, seq_len: int, block: int
 ) -> Iterator[tuple[Int64s, NDArray[np.int32], NDArray[np.bool_], Int64s]]:
     """Yields each block's pieces (start, length, ends), in order of their sequences, and how many
     pieces each of its sequences has."""
@@ -252,7 +242,7 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     return bins
 
 
-def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
+def _write(folder: Path, offsets: Int64s | Offsets, seq_len: int, block: int) -> None:
     """Write the pieces block by block, so that memory grows with the number of sequences only."""
     folder.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 # By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even number of rounds
 # restores the half widths.
 _ROUNDS, _SMALL_BITS, _SMALL_ROUNDS = 8, 6, 24
-MAX_SIZE = 1 << 62
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -33,19 +32,12 @@ def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
 
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
-    """Maps each index [m] by the permutation of range(n), n up to 2^62, that `keys` chooses.
+    """Maps each index [m] < n by the permutation of range(n), n up to 2^62, that `keys` chooses.
 
     Args:
         keys: one key for all, or an array [m] with one for each index.
-
-    Raises:
-        ValueError: n or an index out of range.
     """
-    if not 1 <= n <= MAX_SIZE:
-        raise ValueError(f"cannot permute range({n}): the size must be 1 to 2^62")
     x = _as_uint64(indices)
-    if x.size and int(x.max()) >= n:
-        raise ValueError(f"index {int(x.max())} is not in range({n})")
     keys = np.broadcast_to(_as_uint64(keys), x.shape)
     # At least one bit in each half, or the network could not mix.
     bits = max(2, (n - 1).bit_length())

@@ -5,16 +5,13 @@ steps to the workers in turn and collects them in turn.
 """
 
 import gc
-import os
 import re
 import signal
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from multiprocessing import parent_process
 from typing import Self
 
 import grain
@@ -24,6 +21,7 @@ from absl import flags
 from maxlm.config.errors import MaxlmError, ProcessLost
 from maxlm.data.loader.batches import Batch
 from maxlm.data.loader.mixture import ENDLESS
+from maxlm.runtime.pool import stop_with_parent
 from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
 MakeBatch = Callable[[int], Batch]
@@ -164,11 +162,4 @@ def _start_worker(worker: int, workers: int) -> None:
     ignore_signals()
     if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
         jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
-    # Grain's workers wait for ever on a parent that was killed.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    if (parent := parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+    stop_with_parent()  # Grain's workers wait for ever on one that was killed.

@@ -5,12 +5,11 @@ A store is a folder with `tokens/` (zarr3, uint16 or uint32), `offsets/` (zarr3,
 """
 
 from maxlm.data.store.build import append_store, build_store
-from maxlm.data.store.manifest import Manifest, SourceEntry
+from maxlm.data.store.manifest import Manifest
 from maxlm.data.store.store import TokenStore, check_tokenizer
 
 __all__ = [
     "Manifest",
-    "SourceEntry",
     "TokenStore",
     "append_store",
     "build_store",

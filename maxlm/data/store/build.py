@@ -16,6 +16,7 @@ from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing
 from maxlm.data.store.manifest import (
     MANIFEST_NAME,
     Manifest,
+    SourceEntry,
     Split,
     StoreSegment,
     append_manifest,
@@ -47,7 +48,6 @@ def build_store(
     split: Split = "all",
     heldout_fraction: float = 0.0,
     workers: int | None = None,
-    part_bytes: int | None = None,
     progress: Progress = ignore_progress,
     force: bool = False,
     join: bool = False,
@@ -64,8 +64,6 @@ def build_store(
         split: which documents to take: those held out, the others, or all.
         heldout_fraction: the share held out, by `is_heldout`; not used for "all".
         workers: processes; by default the cores this process may use. 1 works in this process.
-        part_bytes: source bytes per part, the unit of work and of resumption; by default a
-            64th of the corpus within 256 KiB to 64 MiB. Does not change the result.
         force: replace a store of other inputs.
         join: work beside other builders of this store, on this machine or on others that share
             the disk, each called the same way. Parts go to whoever is free; the last to be done
@@ -77,7 +75,7 @@ def build_store(
             cannot be written; a build of the same store by another process, without `join`.
     """
     out, tokenizer_folder = Path(check_local_path(out)), Path(tokenizer_folder)
-    plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, part_bytes)
+    plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers)
     building = out.with_name(f".{out.name}.building")
     if existing := _check_replaceable(out, plan.manifest, force):
         return existing
@@ -108,7 +106,6 @@ def append_store(
     out: Path | str,
     *,
     workers: int | None = None,
-    part_bytes: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Manifest:
     """Add the documents of more files to the store in folder `out`, as a new segment.
@@ -121,7 +118,7 @@ def append_store(
     out = Path(check_local_path(out))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction
-    plan = plan_build(source, out / "tokenizer", *split, workers, part_bytes)
+    plan = plan_build(source, out / "tokenizer", *split, workers)
     building = out.with_name(f".{out.name}.building")
     with WorkerPool(workers) as pool, lock_folder(building):
         existing = TokenStore.open(out).manifest
@@ -169,53 +166,59 @@ def _write_segment(
     """
     made = _make_parts(plan, building, pool, progress)
     parts = [made[index] for index in sorted(made)]
-    manifest = _count(plan.manifest, parts)
-    if not manifest.num_documents:
+    sources = _count_by_source(plan.manifest, parts)
+    if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
-        raise _no_documents(plan.source, manifest, plan.manifest.heldout_fraction)
-    store = building / "store"
+        raise _no_documents(plan)
+    store, folder, dtype = building / "store", building / plan.parts_name, plan.manifest.dtype
     with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
-    tokens_digest, offsets_digest = assemble_store(
-        store,
-        plan.parts_folder(building),
-        parts,
-        manifest.dtype,
-        pool,
-        progress,
-        base or 0,
-    )
-    with convert_write_errors(building):
-        if base is None:
-            plan.tokenizer.save(store / "tokenizer")
+    # A shard is one file and is written by one worker in one go, so the result does not depend on
+    # the number of workers.
+    begins = np.cumsum([0, *(part.num_tokens for part in parts)])
+    num_tokens = int(begins[-1])
+    create_array(store, "tokens", num_tokens, dtype)
+    write = partial(_write_shard, store, folder, dtype, begins)
+    done, digests = 0, {}
+    for start, digest in pool.map_unordered(write, range(0, num_tokens, SHARD_TOKENS)):
+        digests[start] = digest
+        done += min(SHARD_TOKENS, num_tokens - start)
+        progress("writing tokens", done, num_tokens)
+    paths = (part_path(folder, part.index, "lengths") for part in parts)
+    lengths = np.concatenate([np.fromfile(path, np.int64) for path in paths])
+    offsets = np.cumsum(np.append(base or 0, lengths))
+    array = create_array(store, "offsets", offsets.size, "int64")
+    for start in range(0, offsets.size, SHARD_TOKENS):
+        write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
+    if base is None:
+        plan.tokenizer.save(store / "tokenizer")
+    tokens = "".join(digests[start] for start in sorted(digests))
     segment = StoreSegment(
-        num_tokens=manifest.num_tokens,
-        num_documents=manifest.num_documents,
-        num_sources=len(manifest.sources),
-        selection=manifest.selection,
-        offsets_sha256=offsets_digest,
-        tokens_sha256=tokens_digest,
+        num_tokens=num_tokens,
+        num_documents=lengths.size,
+        num_sources=len(sources),
+        selection=plan.manifest.selection,
+        offsets_sha256=hashlib.sha256(offsets.data).hexdigest(),
+        tokens_sha256=hashlib.sha256(tokens.encode()).hexdigest(),
     )
-    return manifest.model_copy(update={"segments": (segment,)})
+    return plan.manifest.with_segments((segment,), sources)
 
 
 def _make_parts(
     plan: BuildPlan, building: Path, pool: WorkerPool, progress: Progress
 ) -> dict[int, FinishedPart]:
     """The parts by index, without those that another builder is making."""
-    folder = plan.parts_folder(building)
+    folder = building / plan.parts_name
     with convert_write_errors(building):
         folder.mkdir(exist_ok=True)
-    jobs = plan.jobs(folder)
-    sizes = [sum(part.size_bytes for _, part in job.slices) for job in jobs]
-    parts: dict[int, FinishedPart] = {}
-    for job in jobs:
-        if part := read_finished_part(folder, job.index):
-            parts[job.index] = part
+    sizes = [sum(part.size_bytes for _, part in job.slices) for job in plan.jobs]
+    finished = (read_finished_part(folder, job.index) for job in plan.jobs)
+    parts = {part.index: part for part in finished if part}
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
-    for part in pool.map_unordered(tokenize_part, [job for job in jobs if job.index not in parts]):
+    make = partial(tokenize_part, folder, plan.source, plan.tokenizer, plan.manifest)
+    for part in pool.map_unordered(make, [job for job in plan.jobs if job.index not in parts]):
         if part is not None:
             parts[part.index] = part
             done += sizes[part.index]
@@ -223,73 +226,24 @@ def _make_parts(
     return parts
 
 
-def _count(planned: Manifest, parts: Sequence[FinishedPart]) -> Manifest:
-    """The manifest with the parts' counts filled in."""
+def _count_by_source(planned: Manifest, parts: Sequence[FinishedPart]) -> tuple[SourceEntry, ...]:
+    """The sources with the parts' counts filled in."""
     counts = [Counter[str]() for _ in planned.sources]
     for part in parts:
         for source, each in part.counts.items():
             counts[source].update(each)
-    sources = tuple(
-        source.model_copy(update=each) for source, each in zip(planned.sources, counts, strict=True)
-    )
-    return planned.model_copy(
-        update={
-            "num_tokens": sum(part.num_tokens for part in parts),
-            "num_documents": sum(part.num_documents for part in parts),
-            "text_bytes": sum(source.text_bytes for source in sources),
-            "sources": sources,
-        }
-    )
+    named = zip(planned.sources, counts, strict=True)
+    return tuple(source.model_copy(update=each) for source, each in named)
 
 
-def _no_documents(source: SourceConfig, manifest: Manifest, fraction: float) -> MaxlmError:
-    where = ", ".join(source.documents)
+def _no_documents(plan: BuildPlan) -> MaxlmError:
+    where, manifest = ", ".join(plan.source.documents), plan.manifest
     if manifest.split == "all":
         what = f"the corpus is empty: no text in {len(manifest.sources)} files"
         return MaxlmError(what, where=where, fix="name files that hold text")
-    what = f'no document falls into the split "{manifest.split}" at heldout_fraction={fraction}'
-    return MaxlmError(what, where=where, fix="use more documents or another fraction")
-
-
-def assemble_store(
-    store: Path,
-    parts_folder: Path,
-    parts: Sequence[FinishedPart],
-    dtype: str,
-    pool: WorkerPool,
-    progress: Progress,
-    first_offset: int = 0,
-) -> tuple[str, str]:
-    """Write `tokens/` and `offsets/`, which begin with `first_offset`, into the folder `store`; of
-    all parts, in order. Returns both hashes, as `StoreSegment` has them.
-
-    A shard is one file and is written by one worker in one go, so the result does not depend on
-    the number of workers.
-    """
-    begins = np.cumsum([0, *(part.num_tokens for part in parts)])
-    total = int(begins[-1])
-    create_array(store, "tokens", total, dtype)
-    write = partial(_write_shard, store, parts_folder, dtype, begins)
-    done, digests = 0, {}
-    for start, digest in pool.map_unordered(write, range(0, total, SHARD_TOKENS)):
-        digests[start] = digest
-        done += min(SHARD_TOKENS, total - start)
-        progress("writing tokens", done, total)
-    tokens = "".join(digests[start] for start in sorted(digests))
-    offsets = _write_offsets(store, parts_folder, parts, first_offset)
-    return hashlib.sha256(tokens.encode()).hexdigest(), offsets
-
-
-def _write_offsets(
-    store: Path, parts_folder: Path, parts: Sequence[FinishedPart], base: int
-) -> str:
-    paths = (part_path(parts_folder, part.index, "lengths") for part in parts)
-    lengths = np.concatenate([np.fromfile(path, np.int64) for path in paths])
-    offsets = np.cumsum(np.append(base, lengths))
-    array = create_array(store, "offsets", offsets.size, "int64")
-    for start in range(0, offsets.size, SHARD_TOKENS):
-        write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
-    return hashlib.sha256(offsets.data).hexdigest()
+    what = f'no document falls into the split "{manifest.split}" at heldout_fraction='
+    fix = "use more documents or another fraction"
+    return MaxlmError(f"{what}{manifest.heldout_fraction}", where=where, fix=fix)
 
 
 def _write_shard(

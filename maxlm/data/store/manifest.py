@@ -1,7 +1,7 @@
 """The manifest of a token store."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -101,38 +101,36 @@ class Manifest(Config):
             what = f"the store has {len(self.segments)} segments, not {num_segments}"
             raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
         kept = self.segments[:num_segments]
-        if len(kept) == len(self.segments):
-            return self
         sources = self.sources[: sum(segment.num_sources for segment in kept)]
-        known = any(segment.selection for segment in self.segments)
+        return self.with_segments(kept, sources)
+
+    def with_segments(
+        self, segments: tuple[StoreSegment, ...], sources: tuple[SourceEntry, ...]
+    ) -> "Manifest":
+        """Returns the manifest with these segments of these sources, and what they add up to."""
+        selections = dict.fromkeys(segment.selection for segment in segments if segment.selection)
         return self.model_copy(
             update={
-                "num_tokens": sum(segment.num_tokens for segment in kept),
-                "num_documents": sum(segment.num_documents for segment in kept),
+                "num_tokens": sum(segment.num_tokens for segment in segments),
+                "num_documents": sum(segment.num_documents for segment in segments),
                 "text_bytes": sum(source.text_bytes for source in sources),
-                "selection": _together(s.selection for s in kept) if known else self.selection,
+                "selection": "\n".join(selections) or None,
                 "sources": sources,
-                "segments": kept,
+                "segments": segments,
             }
         )
 
 
 def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
-    selection = _together((existing.selection, new.selection))
-    sums = ("num_tokens", "num_documents", "text_bytes", "num_binary_files", "sources", "segments")
-    return existing.model_copy(
-        update={name: getattr(existing, name) + getattr(new, name) for name in sums}
-        | {"selection": selection}
-    )
+    num_binary_files = existing.num_binary_files + new.num_binary_files
+    return existing.with_segments(
+        existing.segments + new.segments, existing.sources + new.sources
+    ).model_copy(update={"num_binary_files": num_binary_files})
 
 
 def _hash_digests(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _together(selections: Iterable[str | None]) -> str | None:
-    return "\n".join(dict.fromkeys(filter(None, selections))) or None
 
 
 def segment_path(segment_index: int) -> str:
@@ -178,10 +176,10 @@ def is_already_appended(error_location: str, existing: Manifest, planned: Manife
         raise MaxlmError(f"cannot append: {found}", where=error_location, fix=fix)
     files = [(source.sha256, source.format) for source in existing.sources]
     new = [(source.sha256, source.format) for source in planned.sources]
-    start, selections = 0, (existing.selection or "").split("\n")
+    start = 0
     for segment in existing.segments:
         same_files = files[start : start + segment.num_sources] == new
-        if same_files and (planned.selection is None or planned.selection in selections):
+        if same_files and planned.selection in (None, segment.selection):
             return True
         start += segment.num_sources
     # By name, too: other documents may well hold the same text, a licence for one.

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import make_array_error, open_for_reading
+from maxlm.data.store.arrays import Offsets, make_array_error, open_for_reading
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_path
-from maxlm.data.store.offsets import Offsets
 from maxlm.runtime.storage import Place, download_folder, get_read_failure_fix, join_place, to_place
 
 if TYPE_CHECKING:
@@ -21,10 +20,12 @@ if TYPE_CHECKING:
 
     from maxlm.data.tokenizer import Tokenizer
 
-# Offsets of so many documents (32 MiB) are held in memory; of more, blocks.
+# Offsets of so many documents (32 MiB) are held in memory; of more, chunks.
 IN_MEMORY_DOCUMENTS = 4 << 20
-# Holds the indices of the shards of 10^9 documents twice.
-_OFFSETS_CACHE_BYTES = 8 << 20
+# Decompressed data that is kept for later reads.
+_TOKENS_CACHE_BYTES = 64 << 20
+# For the indices of the shards of 10^9 documents (4 MiB), and for the chunks.
+_OFFSETS_CACHE_BYTES, _MANY_OFFSETS_CACHE_BYTES = 8 << 20, 40 << 20
 _VERIFY_TOKENS = 4 << 20
 _VERIFY_DOCUMENTS = 1 << 20
 _REBUILD = "build the store again with maxlm corpus build"
@@ -38,24 +39,21 @@ class TokenStore:
     process opens the arrays when it first reads.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, cache_bytes: int):
-        self.place, self.manifest, self.cache_bytes = place, manifest, cache_bytes
+    def __init__(self, place: Place, manifest: Manifest):
+        self.place, self.manifest = place, manifest
 
     @classmethod
-    def open(
-        cls, path: Path | str, *, segments: int | None = None, cache_bytes: int = 64 << 20
-    ) -> TokenStore:
+    def open(cls, path: Path | str, *, segments: int | None = None) -> TokenStore:
         """Open the store in folder `path`, or at a `gs://` or `s3://` URL.
 
         Args:
             segments: read the store as it was when it had so many; None is all.
-            cache_bytes: how much decompressed data to keep for later reads.
         """
         place = to_place(path)
         manifest = read_manifest(place)
         if segments is not None:
             manifest = manifest.take_segments(segments)
-        store = cls(place, manifest, cache_bytes)
+        store = cls(place, manifest)
         store._check_shapes()
         return store
 
@@ -85,7 +83,7 @@ class TokenStore:
         Of more than 4 million documents an `Offsets`, which does not hold them all.
         """
         if self.num_documents > IN_MEMORY_DOCUMENTS:
-            return Offsets(self._offset_ranges, self.num_documents + 1)
+            return Offsets(self._read_offsets, self.num_documents + 1)
         return self._wait(self._offsets.read(), "offsets")
 
     @property
@@ -117,7 +115,7 @@ class TokenStore:
             what = f"there is no document {index}; the store has {self.num_documents}"
             fix = f"choose 0 to {self.num_documents - 1}"
             raise MaxlmError(what, where=str(self.place), fix=fix)
-        start, stop = self._offset_ranges([(index, index + 2)])[0]
+        start, stop = self._read_offsets(slice(index, index + 2))
         return self.read(int(start), int(stop))
 
     def text_tokens(self, index: int) -> np.ndarray:
@@ -132,7 +130,7 @@ class TokenStore:
         last = 0
         for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
             stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
-            offsets = self._offset_ranges([(first, stop)])[0]
+            offsets = self._read_offsets(slice(first, stop))
             if offsets[0] != last or np.any(np.diff(offsets) < 1 + self._opening):
                 raise self._damaged("offsets do not rise from 0 by the tokens of a document")
             last = offsets[-1]
@@ -156,11 +154,13 @@ class TokenStore:
 
     @cached_property
     def _tokens(self):
-        return open_for_reading(self._folders, "tokens", self.cache_bytes)
+        return open_for_reading(self._folders, "tokens", _TOKENS_CACHE_BYTES)
 
     @cached_property
     def _offsets(self):
-        return open_for_reading(self._folders, "offsets", _OFFSETS_CACHE_BYTES)
+        is_large = self.num_documents > IN_MEMORY_DOCUMENTS
+        cache_bytes = _MANY_OFFSETS_CACHE_BYTES if is_large else _OFFSETS_CACHE_BYTES
+        return open_for_reading(self._folders, "offsets", cache_bytes)
 
     @cached_property
     def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
@@ -173,9 +173,8 @@ class TokenStore:
             raise MaxlmError(what, where=where, fix=fix) from error
         return copy
 
-    def _offset_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        futures = [self._offsets[start:stop].read() for start, stop in ranges]
-        return [self._wait(future, "offsets") for future in futures]
+    def _read_offsets(self, key: slice | np.ndarray) -> np.ndarray:
+        return self._wait(self._offsets[key].read(), "offsets")
 
     def _check_shapes(self) -> None:
         expected = {
@@ -204,7 +203,7 @@ class TokenStore:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)
 
     def __getstate__(self):
-        return {name: getattr(self, name) for name in ("place", "manifest", "cache_bytes")}
+        return {"place": self.place, "manifest": self.manifest}
 
 
 def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:

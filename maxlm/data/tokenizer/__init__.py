@@ -5,14 +5,13 @@ from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.data.tokenizer.stats import TokenizerStats, measure_tokenizer
+from maxlm.data.tokenizer.stats import measure_tokenizer
 from maxlm.data.tokenizer.train import train_tokenizer
 
 __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
-    "TokenizerStats",
     "add_chat_template",
     "encode_chat",
     "encode_chat_turns",

@@ -31,21 +31,6 @@ _TEMPLATES = {
 }
 _TEMPLATE_FILE = "chat_template.jinja"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# Noncharacters: never in text that means anything, so some are free to mark places with.
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-
-
-def make_chat_files(config: TokenizerConfig) -> dict[str, bytes]:
-    """Returns the files, by name, from which other tools and ``render_chat`` know
-    ``config.chat``."""
-    if config.chat is None:
-        return {}
-    roles = {"bos_token": config.bos, "eos_token": config.eos, "pad_token": config.pad}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
-    return {
-        _TEMPLATE_FILE: _TEMPLATES[config.chat].encode(),
-        "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n",
-    }
 
 
 def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
@@ -58,30 +43,25 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         what = f"the vocabulary has no special token {' or '.join(missing)}"
         fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
         raise MaxlmError(what, where=f"tokenizer.chat={config.chat}", fix=fix)
-    roles = {"bos": special.bos, "eos": special.eos, "pad": special.pad}
-    own = make_chat_files(config.model_copy(update=roles))
-    tokenizer.extra_files = own | tokenizer.extra_files | {_TEMPLATE_FILE: own[_TEMPLATE_FILE]}
+    # Other tools, too, know a form of conversations from these files.
+    roles = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+    described = {"tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"}
+    template = {_TEMPLATE_FILE: _TEMPLATES[config.chat].encode()}
+    tokenizer.extra_files = described | tokenizer.extra_files | template
     stops = *tokenizer.extra_stop_ids, special.ids[needed[-1]]
     tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
 
 
-def render_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
-    **variables: Any,
-) -> str:
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> str:
     """Renders a conversation as the text that the model was, or shall be, trained on.
 
     Args:
-        tools: JSON schemas of functions that the model may call.
-        add_generation_prompt: end with what opens the assistant's turn.
-        variables: further ones of the template, such as ``enable_thinking``.
+        variables: of the template: ``tools``, JSON schemas of functions that the model may call;
+            ``add_generation_prompt``: end with what opens the assistant's turn; any others, such
+            as ``enable_thinking``.
     """
-    own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
-    return _render(tokenizer, _make_template_variables(messages, **own, **variables))
+    return _render(tokenizer, _make_template_variables(messages, **variables))
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
@@ -178,8 +158,11 @@ def _make_template_error(fault: str) -> MaxlmError:
 def _make_template_variables(
     messages: Sequence[Message], *, tools: Any = None, **variables: Any
 ) -> dict[str, Any]:
+    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+        what, fix = "messages must be a list of mappings", 'give some like {"role": "user", ...}'
+        raise MaxlmError(what, where="messages", fix=fix)
     given: dict[str, Any] = {
-        "messages": [_as_templates_read(each) for each in _checked(messages)],
+        "messages": [_as_templates_read(each) for each in messages],
         "tools": tools and list(tools),
         "documents": None,
         "add_generation_prompt": False,
@@ -207,29 +190,23 @@ def _disarm(
     others that occur nowhere either."""
     given = _make_template_variables(messages, **settings)
     text = _as_json(given)
-    unused = (m for m in _MARKS if m not in text and _escaped(m) not in text)
-    if len(free := list(islice(unused, 3))) < 3:
-        what = "the messages hold nearly every noncharacter from U+FDD0 to U+FDEF"
-        raise MaxlmError(what, where="messages", fix="remove some of them")
+    # Noncharacters come first: they are never in text that means anything.
+    chars = map(chr, range(0xFDD0, 0x110000))
+    free = list(islice((m for m in chars if m not in text and _escaped(m) not in text), 3))
     mark, (literals, firsts, beginnings) = free[0], _list_literals(tokenizer)
 
     def disarm(string: str) -> str:
-        if not any(char in string for char in firsts):
-            return string
-        for literal in literals:
-            string = string.replace(literal, literal[:1] + mark + literal[1:])
-        return string
-
-    def disarm_end(string: str) -> str:
+        if any(char in string for char in firsts):
+            for literal in literals:
+                string = string.replace(literal, literal[:1] + mark + literal[1:])
         # A literal must not come about either where the template joins two strings, or trims them.
         # Words are what templates ask for, such as roles.
-        string = disarm(string)
         end = len(string.rstrip())
         if string.isidentifier() or not string.endswith(beginnings, 0, end):
             return string
         return string[:end] + mark + string[end:]
 
-    return _map_strings(given, disarm, disarm_end), free
+    return _map_strings(given, disarm), free
 
 
 @lru_cache(maxsize=8)
@@ -255,14 +232,6 @@ def _as_templates_read(message: Message) -> Message:
     return {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    is_list = isinstance(messages, (list, tuple))
-    if is_list and all(isinstance(each, Mapping) for each in messages):
-        return messages
-    what, fix = "messages must be a list of mappings", 'give some like {"role": "user", ...}'
-    raise MaxlmError(what, where="messages", fix=fix)
-
-
 def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
@@ -272,15 +241,14 @@ def _as_json(value: Any) -> str:
         raise MaxlmError(what, where="messages", fix=fix) from error
 
 
-def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], str]) -> Any:
-    """Plain data with other strings: keys of mappings by `key`, all others by `change`."""
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with other strings, keys of mappings too."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
-        pairs = ((key(k) if isinstance(k, str) else k, v) for k, v in value.items())
-        return {k: _map_strings(v, key, change) for k, v in pairs}
-    if isinstance(value, (list, tuple)):
-        return [_map_strings(item, key, change) for item in value]
+    if isinstance(value, dict):
+        return {change(k): _map_strings(v, change) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
     return value
 
 

@@ -1,8 +1,6 @@
 """A tokenizer's folder: the library's model file, ``maxlm_tokenizer.json`` beside it, and the
 files that an imported tokenizer came with."""
 
-import os
-import shutil
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -11,6 +9,7 @@ from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.tokenizer.config import Kind
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 FORMAT = 1
 METADATA = "maxlm_tokenizer.json"
@@ -81,21 +80,13 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
 
 def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
     """Write files into a folder, each whole or not at all, and remove the stale ones."""
-    part = folder / f".part.{os.getpid()}"
-    try:
-        part.mkdir(parents=True, exist_ok=True)
+    with convert_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
-            (part / name).write_bytes(data)
-        for name in contents:
-            (part / name).replace(folder / name)
+            with replace_file(folder / name) as new:
+                new.write_bytes(data)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        what = f"cannot write the tokenizer: {error.strerror}"
-        fix = "choose a folder you may write to"
-        raise MaxlmError(what, where=str(folder), fix=fix) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_file(path: Path) -> bytes:
@@ -105,9 +96,6 @@ def read_file(path: Path) -> bytes:
     except FileNotFoundError as error:
         fix = "name a folder that `maxlm tokenizer train` wrote"
         raise MaxlmError("no such file", where=str(path), fix=fix) from error
-    except OSError as error:
-        what = f"cannot read it: {error.strerror}"
-        raise MaxlmError(what, where=str(path), fix="make it readable") from error
 
 
 def make_damaged_file_error(path: Path, fault: str) -> MaxlmError:

@@ -57,7 +57,9 @@ class HuggingFaceCodec(Codec):
         self.has_post_processor = spec.get("post_processor") is not None
         vocab = self._library.get_vocab(with_added_tokens=False)
         added = self._library.get_added_tokens_decoder()
-        tokens = _tokens(self._library)
+        size = max(self.get_vocab().values(), default=-1) + 1
+        # Of ids between them that are no tokens the empty one.
+        tokens = [self._library.id_to_token(i) or "" for i in range(size)]
         self.cut_pattern = PATTERN_CUT if _is_cuttable(spec) else _NEVER
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
         self._tokens = [
@@ -126,21 +128,17 @@ class HuggingFaceCodec(Codec):
         added = self._library.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
-    def id_to_token(self, i: int) -> str | None:
-        """The token with this id, if there is one."""
-        return self._library.id_to_token(i)
-
     def get_vocab(self) -> dict[str, int]:
         """Every token's id."""
         return self._library.get_vocab(with_added_tokens=True)
 
-    def get_prefix_and_suffix_ids(self) -> tuple[list[int], list[int]]:
-        """The ids that the library puts before and after a text when asked for special tokens."""
+    def get_prefix_and_suffix(self) -> tuple[list[str], list[str]]:
+        """The tokens that the library puts before and after a text when asked for special ones."""
         encoding = self._marked.encode("a")
         ordinary = [i for i, mark in enumerate(encoding.special_tokens_mask) if not mark]
         if not ordinary:
             return [], []
-        return encoding.ids[: ordinary[0]], encoding.ids[ordinary[-1] + 1 :]
+        return encoding.tokens[: ordinary[0]], encoding.tokens[ordinary[-1] + 1 :]
 
     @cached_property
     def _marked(self):
@@ -201,12 +199,6 @@ def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any]
     if isinstance(vocab, dict):
         spec["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in lost}
     return json.dumps(spec).encode(), spec, tuple(sorted(lost))
-
-
-def _tokens(tokenizer: Any) -> list[str]:
-    """Every token by id; of ids between them that are none the empty one."""
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return [tokenizer.id_to_token(i) or "" for i in range(size)]
 
 
 def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:

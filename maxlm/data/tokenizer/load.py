@@ -2,19 +2,19 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import files
-from maxlm.data.tokenizer.codec import Codec, SpecialTokens, Tokenizer
-from maxlm.data.tokenizer.config import Kind
+from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer
 from maxlm.data.tokenizer.files import read_file
 from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
 
+CodecType = TypeVar("CodecType", HuggingFaceCodec, SentencePieceCodec)
 _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder)"
@@ -30,7 +30,11 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         fix = "name a folder that `maxlm tokenizer train` wrote"
         raise MaxlmError(what, where=str(folder), fix=fix)
     metadata = files.read_metadata(folder)
-    codec = _open_codec(metadata.kind, folder, metadata.special_tokens)
+    if metadata.kind.startswith("sentencepiece"):
+        codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
+    else:
+        path = folder / HuggingFaceCodec.file_name
+        codec = _open_codec(HuggingFaceCodec, path, special=metadata.special_tokens)
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
@@ -75,9 +79,9 @@ def import_tokenizer(
         is_json = (path / files.JSON_FILE).exists()
         if not is_json and not (path / files.SENTENCEPIECE_FILE).exists():
             raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
-    return (
-        _from_json(path, roles, num_embedding_rows) if is_json else _from_sentencepiece(path, roles)
-    )
+    if is_json:
+        return _from_json(path, roles, num_embedding_rows)
+    return _from_sentencepiece(path, roles)
 
 
 def export_tokenizer(
@@ -90,17 +94,10 @@ def export_tokenizer(
     files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
-def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes = b"") -> Codec:
-    """Open a model file.
-
-    Args:
-        path: the file, or the folder that has it under its usual name.
-        special: literals that are special even if a tokenizer.json does not mark them.
-        data: the file's content, if it was read already.
-    """
-    is_sentencepiece = kind.startswith("sentencepiece")
-    if path.is_dir():
-        path /= files.SENTENCEPIECE_FILE if is_sentencepiece else files.JSON_FILE
+def _open_codec(
+    codec_type: type[CodecType], path: Path, data: bytes = b"", **settings: Any
+) -> CodecType:
+    """Open a model file, whose content is ``data`` if it was read already."""
     data = data or read_file(path)
     if _TIKTOKEN_LINE.match(data):
         fix = (
@@ -109,7 +106,7 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
         )
         raise MaxlmError("this is a tiktoken file", where=str(path), fix=fix)
     try:
-        return SentencePieceCodec(data) if is_sentencepiece else HuggingFaceCodec(data, special)
+        return codec_type(data, **settings)
     except MaxlmError as error:
         raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
     except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
@@ -118,14 +115,14 @@ def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes
 
 
 def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None) -> Tokenizer:
-    codec = _open_codec("huggingface", path)
-    assert isinstance(codec, HuggingFaceCodec)
+    file = path / HuggingFaceCodec.file_name if path.is_dir() else path
+    codec = _open_codec(HuggingFaceCodec, file)
     ids = codec.get_vocab()
     within = {token for token, i in ids.items() if rows is None or i < rows}
     settings = _Settings(path, ids, roles)
-    before, after = codec.get_prefix_and_suffix_ids()
-    bos = roles["bos"] or (codec.id_to_token(before[0]) if before else settings.role("bos"))
-    eos = settings.role("eos") or (codec.id_to_token(after[0]) if after else bos)
+    before, after = codec.get_prefix_and_suffix()
+    bos = roles["bos"] or (before[0] if before else settings.role("bos"))
+    eos = settings.role("eos") or (after[0] if after else bos)
     pad = settings.role("pad")
     pad = pad if pad in within else None
     bos, eos = _both(bos, eos, path)
@@ -133,8 +130,7 @@ def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None
     # Again, now that the literals of all special tokens are known.
     literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
     if literals:
-        codec = _open_codec("huggingface", path, literals, codec.data)
-        assert isinstance(codec, HuggingFaceCodec)
+        codec = _open_codec(HuggingFaceCodec, file, codec.data, special=literals)
     return Tokenizer(
         "huggingface",
         codec,
@@ -146,8 +142,8 @@ def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None
 
 
 def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
-    codec = _open_codec("sentencepiece_bpe", path)
-    assert isinstance(codec, SentencePieceCodec)
+    file = path / SentencePieceCodec.file_name if path.is_dir() else path
+    codec = _open_codec(SentencePieceCodec, file)
     control = codec.control_tokens()
     if path.is_file():
         roles = {name: given or codec.find_special_piece(name) for name, given in roles.items()}
@@ -155,7 +151,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):
         what = "this SentencePiece model changes text, lacks bytes or has tokens added beside it"
-        raise MaxlmError(what, where=str(path / codec.file_name), fix=_CONVERT)
+        raise MaxlmError(what, where=str(file), fix=_CONVERT)
     named = settings.role("bos")
     bos, eos = _both(named, settings.role("eos") or named, path)
     return Tokenizer(
@@ -226,8 +222,7 @@ class _Settings:
 
     def adds_bos(self, *, default: bool) -> bool:
         value = self._tokenizer.get("add_bos_token")
-        known = self.role("bos") is not None
-        return known and (default if value is None else bool(value))
+        return self.role("bos") is not None and (default if value is None else bool(value))
 
 
 def _as_list(value: Any) -> list[int]:

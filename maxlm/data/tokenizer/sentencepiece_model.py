@@ -162,7 +162,8 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
     if found := re.search(r"Please set it to a value <= (\d+)", message):
         return make_small_text_error(config, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return make_small_vocabulary_error(config, int(found[1]))
+        what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
+        return MaxlmError(what, fix=f"set vocab_size to {found[1]} or more")
     what = f"SentencePiece could not train on this text: {message.strip()}"
     return MaxlmError(what, fix="give more text or another vocab_size")
 
@@ -171,9 +172,3 @@ def make_small_text_error(config: TokenizerConfig, max_size: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
     what = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
     return MaxlmError(what, fix=f"give more text or set vocab_size to {max_size} or less")
-
-
-def make_small_vocabulary_error(config: TokenizerConfig, min_size: int) -> MaxlmError:
-    """Makes the error for a vocabulary that the text's characters alone would fill."""
-    what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
-    return MaxlmError(what, fix=f"set vocab_size to {min_size} or more")

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -12,62 +11,17 @@ from maxlm.data.tokenizer.codec import Tokenizer
 _BATCH_TEXTS = 256
 
 
-@dataclass(frozen=True)
-class TokenizerStats:
-    """Counts over a set of texts."""
+def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> dict[str, float]:
+    """Encodes every text and counts.
 
-    documents: int
-    bytes: int
-    words: int
-    """Stretches without a blank."""
-    tokens: int
-    unknown: int
-    """Tokens that stand for whatever the vocabulary lacks."""
-    used: frozenset[int]
-    """The different ids that occurred."""
-    vocab_size: int
-    seconds: float
-    """Time spent encoding, not reading."""
-
-    @property
-    def used_ids(self) -> int:
-        """Number of different ids that occurred."""
-        return len(self.used)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes a token stands for, on average: higher means shorter sequences."""
-        return self.bytes / self.tokens
-
-    @property
-    def fertility(self) -> float:
-        """Tokens a word, on average; meaningless for scripts without spaces."""
-        return self.tokens / max(self.words, 1)
-
-    @property
-    def unknown_share(self) -> float:
-        """Share of all tokens that are unknown, and so say nothing of the text."""
-        return self.unknown / self.tokens
-
-    @property
-    def vocabulary_use(self) -> float:
-        """Share of all ids that occurred."""
-        return self.used_ids / self.vocab_size
-
-    @property
-    def megabytes_per_second(self) -> float:
-        """Encoding speed, 10^6 bytes a second, all threads together."""
-        return self.bytes / 1e6 / self.seconds
-
-    def as_dict(self) -> dict[str, float]:
-        """Returns counts and ratios by name."""
-        counts = {name: value for name, value in vars(self).items() if name != "used"}
-        ratios = (name for name, kind in vars(type(self)).items() if isinstance(kind, property))
-        return counts | {name: getattr(self, name) for name in ratios}
-
-
-def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
-    """Encode every text and count."""
+    Returns:
+        The numbers of ``documents``, ``bytes``, ``words`` (stretches without a blank), ``tokens``
+        and ``unknown`` ones (which stand for whatever the vocabulary lacks), of different ids that
+        occurred (``used_ids``) and of all (``vocab_size``); ``seconds`` of encoding, not reading;
+        ``bytes_per_token``; ``fertility``: tokens a word, meaningless for scripts without spaces;
+        ``unknown_share`` of tokens; ``vocabulary_use``: the share of ids that occurred;
+        ``megabytes_per_second``: 10^6 bytes encoded a second, by all threads together.
+    """
     counts: Counter[str] = Counter()
     used: set[int] = set()
     seconds, texts = 0.0, iter(texts)
@@ -86,5 +40,14 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> Tokenizer
         used.update(*encoded)
     if not counts["tokens"]:
         raise MaxlmError("no text to measure", fix="give files that are not empty")
-    size = tokenizer.vocab_size
-    return TokenizerStats(**counts, used=frozenset(used), vocab_size=size, seconds=seconds)
+    return {
+        **counts,
+        "vocab_size": tokenizer.vocab_size,
+        "seconds": seconds,
+        "used_ids": len(used),
+        "bytes_per_token": counts["bytes"] / counts["tokens"],
+        "fertility": counts["tokens"] / max(counts["words"], 1),
+        "unknown_share": counts["unknown"] / counts["tokens"],
+        "vocabulary_use": len(used) / tokenizer.vocab_size,
+        "megabytes_per_second": counts["bytes"] / 1e6 / seconds,
+    }

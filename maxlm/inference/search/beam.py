@@ -10,7 +10,7 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, TokenLogprob
-from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.sampling import TOP_LOGPROBS, SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -19,7 +19,6 @@ from maxlm.inference.search.continuations import (
     rank_outputs,
     require_idle,
 )
-from maxlm.inference.step import TOP_LOGPROBS
 from maxlm.models.architectures import EncoderDecoder
 
 

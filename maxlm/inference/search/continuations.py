@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.inference.engine import Engine
-from maxlm.inference.requests import FinishReason, GenerationRequest
+from maxlm.inference.requests import FinishReason, GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import SamplingConfig
 
 
@@ -124,15 +124,6 @@ def decode_text(engine: Engine, prompt: Sequence[int], output: Continuation) -> 
     return engine.tokenizer.decode_bytes(tokens, continued=continued).decode("utf-8", "replace")
 
 
-@dataclass
-class _Growing:
-    place: int
-    tokens: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    text: str = ""
-    num_reserved: int = 0
-
-
 def draw_continuations(
     engine: Engine, requests: Sequence[GenerationRequest], budget: TokenBudget
 ) -> list[Continuation | None]:
@@ -146,37 +137,35 @@ def draw_continuations(
         Each one's continuation; None: the budget had no room for it.
     """
     require_idle(engine)
-    found: list[Continuation | None] = [None] * len(requests)
-    waiting, running = deque(enumerate(requests)), dict[str, _Growing]()
+    waiting, found = deque(requests), dict[str, SequenceOutput]()
+    reserved: dict[str, int] = {}  # tokens that those which run may still generate
     try:
         while True:
             while waiting:
-                place, request = waiting[0]
-                reserved = sum(each.num_reserved for each in running.values())
-                most = request.sampling.max_new_tokens
-                if not budget.allows(reserved + most):
+                most = waiting[0].sampling.max_new_tokens
+                if not budget.allows(sum(reserved.values()) + most):
                     break
-                waiting.popleft()
+                request = waiting.popleft()
                 engine.add_request(request)
-                running[request.request_id] = _Growing(place, num_reserved=most)
-            if not running:
-                return found
+                reserved[request.request_id] = most
+            if not reserved:
+                return [_make_continuation(found.get(each.request_id)) for each in requests]
             for output in engine.step():
-                own = running[output.request_id]
-                own.tokens += output.token_ids
-                own.logprob += sum(token.logprob for token in output.logprobs)
-                own.text += output.text
-                own.num_reserved -= len(output.token_ids)
-                budget.num_spent += len(output.token_ids)
+                name, count = output.request_id, len(output.token_ids)
+                if (own := found.setdefault(name, output)) is not output:
+                    own.append(output)
+                reserved[name] -= count
+                budget.num_spent += count
                 if output.finish_reason is not None:
-                    del running[output.request_id]
-                    found[own.place] = Continuation(
-                        tuple(own.tokens),
-                        own.logprob,
-                        own.text,
-                        output.finish_reason,
-                        stop_match=output.stop_match,
-                    )
+                    del reserved[name]
     finally:
-        for request_id in running:
+        for request_id in reserved:
             engine.abort(request_id)
+
+
+def _make_continuation(output: SequenceOutput | None) -> Continuation | None:
+    if output is None:
+        return None
+    logprob, ids = sum(token.logprob for token in output.logprobs), tuple(output.token_ids)
+    reason, stop_match = output.finish_reason, output.stop_match
+    return Continuation(ids, logprob, output.text, reason, stop_match=stop_match)

@@ -71,7 +71,30 @@ def diverse_verifier_tree_search(
         what = "a model with an encoder does not go on from a step of its own"
         raise MaxlmError(what, where="tree search", fix="use a decoder, or another search")
     check_samples_differ(sampling, config.num_subtrees * config.beam_width)
-    spent = TokenBudget(budget)
+
+    def make_request(path: Continuation, *place: int) -> GenerationRequest:
+        most, is_last = sampling.max_new_tokens - len(path.token_ids), place[0] == last_step
+        most = most if is_last else min(most, config.max_step_tokens)
+        return GenerationRequest(
+            f"step {place}",
+            (*prompt, *path.token_ids),
+            with_own_seed(sampling, *place, max_new_tokens=most),
+            stop_strings=() if is_last else config.step_delimiters,
+            stop_token_ids=() if is_last else config.step_token_ids,
+            top_logprobs=0,
+        )
+
+    def join(path: Continuation, step: Continuation) -> Continuation:
+        """Returns the path with one more step."""
+        tokens, reason = (*path.token_ids, *step.token_ids), step.finish_reason
+        if reason == "length" or step.stop_match in delimiters:
+            reason = "length" if len(tokens) == sampling.max_new_tokens else None
+        stop = step.stop_match if reason == "stop" else None
+        whole = Continuation(tokens, path.logprob + step.logprob, "", reason, stop_match=stop)
+        return replace(whole, text=decode_text(engine, prompt, whole))
+
+    delimiters = (*config.step_delimiters, *config.step_token_ids)
+    spent, last_step = TokenBudget(budget), config.max_steps - 1
     paths = [Continuation((), 0.0)] * config.num_subtrees
     expanded: dict[int, list[Continuation]] = {}
     for step in range(config.max_steps):
@@ -80,13 +103,10 @@ def diverse_verifier_tree_search(
             break
         # Every path's first sample before any one's second: a small budget serves all alike.
         places = [(i, sample) for sample in range(config.beam_width) for i in live]
-        requests = [
-            _make_request(prompt, paths[i], (step, i, sample), config, sampling)
-            for i, sample in places
-        ]
+        requests = [make_request(paths[i], step, i, sample) for i, sample in places]
         drawn = draw_continuations(engine, requests, spent)
         children = [
-            (i, _join(engine, prompt, paths[i], each, config, sampling))
+            (i, join(paths[i], each))
             for (i, _), each in zip(places, drawn, strict=True)
             if each is not None
         ]
@@ -102,42 +122,3 @@ def diverse_verifier_tree_search(
         raise MaxlmError(what, where="budget", fix="raise it, or lower max_step_tokens")
     outputs = [each for i in sorted(expanded) for each in expanded[i]]
     return DecodingResult(rank_outputs(outputs), spent.num_spent)
-
-
-def _make_request(
-    prompt: Sequence[int],
-    path: Continuation,
-    place: tuple[int, int, int],
-    config: TreeSearchConfig,
-    sampling: SamplingConfig,
-) -> GenerationRequest:
-    most = sampling.max_new_tokens - len(path.token_ids)
-    is_last = place[0] == config.max_steps - 1
-    return GenerationRequest(
-        f"step {place}",
-        (*prompt, *path.token_ids),
-        with_own_seed(
-            sampling, *place, max_new_tokens=most if is_last else min(most, config.max_step_tokens)
-        ),
-        stop_strings=() if is_last else config.step_delimiters,
-        stop_token_ids=() if is_last else config.step_token_ids,
-        top_logprobs=0,
-    )
-
-
-def _join(
-    engine: Engine,
-    prompt: Sequence[int],
-    path: Continuation,
-    step: Continuation,
-    config: TreeSearchConfig,
-    sampling: SamplingConfig,
-) -> Continuation:
-    """The path with one more step."""
-    tokens = (*path.token_ids, *step.token_ids)
-    reason, delimiters = step.finish_reason, (*config.step_delimiters, *config.step_token_ids)
-    if reason == "length" or step.stop_match in delimiters:
-        reason = "length" if len(tokens) == sampling.max_new_tokens else None
-    stop_match = step.stop_match if reason == "stop" else None
-    joined = Continuation(tokens, path.logprob + step.logprob, "", reason, stop_match=stop_match)
-    return replace(joined, text=decode_text(engine, prompt, joined))

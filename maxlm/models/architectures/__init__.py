@@ -27,9 +27,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Encoder",
-    "EncoderConfig",
     "EncoderDecoder",
-    "EncoderDecoderConfig",
     "Model",
     "ModelConfig",
 ]

@@ -12,9 +12,8 @@ from maxlm.models.architectures.config import TransformerConfig, TrunkSpec
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, EncoderOutput
 from maxlm.models.caches import CacheArraySpec, CacheLayout
-from maxlm.models.layers.attention import KeysValues
+from maxlm.models.layers.attention import EncoderOutput, KeysValues
 from maxlm.models.params import bind, get_values, take_stacked_layer
 
 Tokens = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -97,10 +96,10 @@ class EncoderDecoder(Transformer):
         stack."""
         encoded, _ = self.encode(inputs)
 
-        def project(stack: Block) -> tuple[KeysValues, ...]:
+        def project(stack: Any) -> tuple[KeysValues, ...]:
             own, count = get_values(stack), self.config.num_layers
             layers = (bind(stack, take_stacked_layer(own, layer)) for layer in range(count))
-            return tuple(layer.project_keys_values(encoded) for layer in layers)
+            return tuple(layer.cross.project_keys_values(encoded.states) for layer in layers)
 
         return {name: project(stack) for name, stack in self.stacks.items()}
 

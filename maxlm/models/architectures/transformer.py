@@ -10,8 +10,7 @@ from jax.sharding import reshard
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import EncoderOutput
-from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.caches import CacheLayout, CrossCache, RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
@@ -26,6 +25,7 @@ from maxlm.models.params import (
     take_stacked_layer,
     truncated_normal,
 )
+from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
@@ -50,18 +50,6 @@ class Frontend(Protocol):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[B, S, ...] to [B, S, D] in the compute dtype."""
         ...
-
-
-class LogitsInputs(NamedTuple):
-    """Logits are cap·tanh((hidden · kernel + bias) / cap)."""
-
-    hidden: jax.Array
-    """[..., S, D]."""
-    kernel: ShardedWeight
-    """[D, V], in the compute dtype."""
-    bias: jax.Array | None
-    """fp32 [V], as it is stored."""
-    cap: float | None
 
 
 class Transformer(Trunk):
@@ -164,27 +152,24 @@ class Transformer(Trunk):
                 inputs, encoded = kinds[layer % len(kinds)], None
                 if cross_cache is not None:
                     keys = cross_cache.keys_values[part.name][layer]
-                    encoded = EncoderOutput(keys, cross_cache.segment_ids)
+                    encoded = CrossCache(*keys, cross_cache.segment_ids)
                 x, cache, _ = block(x, inputs, cache, encoded)
                 written[part.name].append(cache)
         return self.apply_final_norm(x), {name: tuple(own) for name, own in written.items()}
 
-    def unembedding(self) -> ShardedWeight:
-        """Returns the output head [D, V] in the compute dtype."""
-        if self.head is not None:
-            return read_weight(self.head.kernel, self.rules, self.dtype)
-        table = read_weight(self.embedding.table, self.rules, self.dtype)
-        whole = None if table.gathered is None else table.gathered.T
-        return ShardedWeight(table.value.T, table.compute_layout[::-1], whole)
-
-    def prepare_logits(self, hidden: jax.Array) -> "LogitsInputs":
+    def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
             hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
         if self.head_bias is not None:
             bias = read_weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
-        return LogitsInputs(hidden, self.unembedding(), bias, self.config.logit_cap)
+        table = self.embedding.table if self.head is None else self.head.kernel
+        kernel = read_weight(table, self.rules, self.dtype)
+        if self.head is None:
+            whole = None if kernel.gathered is None else kernel.gathered.T
+            kernel = ShardedWeight(kernel.value.T, kernel.compute_layout[::-1], whole)
+        return LogitsInputs(hidden, *kernel, bias, self.config.logit_cap)
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S, width]."""
@@ -198,14 +183,14 @@ class Transformer(Trunk):
         logits = jnp.einsum(
             "bsd,dv->bsv",
             head.hidden,
-            reshard(head.kernel.value, make_spec(head.kernel.compute_layout)),
+            reshard(head.head, make_spec(head.head_layout)),
             preferred_element_type=dtype,
             out_sharding=self.rules.spec("batch", "seq", "vocab"),
         )
         if head.bias is not None:
             logits += reshard(head.bias, self.rules.spec("vocab"))
-        if head.cap is not None:
-            logits = head.cap * jnp.tanh(logits / head.cap)
+        if (cap := head.soft_cap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
         return reshard(logits, self.rules.spec("batch", "seq", None))
 
 

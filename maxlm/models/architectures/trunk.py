@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from flax import nnx
 
 from maxlm.models.architectures.config import LayerKind, LayerStack, TransformerConfig
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, BlockConfig, EncoderOutput, scan_blocks
+from maxlm.models.blocks import Block, scan_blocks
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import AttentionInputs
+from maxlm.models.layers.attention import AttentionInputs, EncoderOutput
 from maxlm.models.layers.linear import Embedding
 from maxlm.models.layers.norm import Norm
 from maxlm.models.layers.positions import (
@@ -41,15 +41,6 @@ from maxlm.sharding import AxisRules
 PositionsAndSegments = tuple[jax.Array, jax.Array | None]
 """Positions and segment ids."""
 LayersFunction = Callable[[jax.Array, PositionsAndSegments], tuple[jax.Array, Aux]]
-
-
-class SharedLayerInputs(NamedTuple):
-    """Arrays that all layers read, with a gradient."""
-
-    relative_biases: jax.Array | None
-    """Terms added to scores by distance, fp32 [N, 2R+1], where the model learns them."""
-    encoder_states: jax.Array | None
-    """An encoder's output [B, T, D]."""
 
 
 class Trunk(nnx.Module):
@@ -87,9 +78,9 @@ class Trunk(nnx.Module):
         for part in config.layer_stacks:
             ffn = config.ffn or (config.mlp if part.dense else config.moe)
             assert ffn is not None
-            sizes = (config.placement, D, config.num_layers, std, cross_attention)
-            layer = BlockConfig(config.mixer or config.attention, ffn, config.norm, *sizes)
-            block = Block(layer, parallel=parallel, **kw)
+            sizes = (config.placement, D, config.num_layers, std)
+            how = {"cross_attention": cross_attention, "parallel": parallel, **kw}
+            block = Block(config.mixer or config.attention, ffn, config.norm, *sizes, **how)
             groups = self.num_layer_groups if part.name == "layers" else 1
             setattr(self, part.name, stack_layers(block, part.num_layers, groups))
         self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
@@ -162,7 +153,7 @@ class Trunk(nnx.Module):
         where: PositionsAndSegments,
         encoder_output: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
-        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: SharedLayerInputs):
+        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Any):
             kinds, segments = context
             biases, states = shared
             inputs = self._attention_inputs(part.kinds[number], kinds[number], biases)
@@ -174,7 +165,7 @@ class Trunk(nnx.Module):
         states: Any = encoder_output and encoder_output.states
         segments = encoder_output and encoder_output.segment_ids
         context = self._contexts(part, where), segments
-        shared = SharedLayerInputs(self.relative_biases(), states)
+        shared = self.relative_biases(), states
         if is_unstacked(layers):  # as inference holds them
             total = Aux()
             for number in range(part.num_layers):
@@ -232,7 +223,7 @@ class Trunk(nnx.Module):
         return compute_rotary(positions, size, *how, lengths=lengths)
 
     def relative_biases(self) -> jax.Array | None:
-        """See :class:`SharedLayerInputs`."""
+        """Returns terms added to scores by distance, fp32 [N, 2R+1], where they are learnt."""
         if self.relative is None:
             return None
         table = materialize(self.relative, self.rules, accumulation_dtype(self.dtype))

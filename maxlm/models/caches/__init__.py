@@ -4,22 +4,17 @@ A step of inference runs tokens of several sequences side by side, [D, S], D cou
 the batch: first those of ``uniform_rows``, sequences that continue by the same number of tokens
 each, then chunks of prompts (:class:`RaggedBatch`). A cache is a pytree of arrays that one mixer
 reads and writes; layers only hand it on. Attention's take tokens by ``attend``, which also answers
-their queries: :class:`PagedCache` keeps all as it is, :class:`QuantizedCache` in fewer bits,
-:class:`EvictingCache` a fixed number of tokens. A mixer with a state instead of keys keeps a
+their queries: :class:`PagedCache` keeps all as it is, ``QuantizedCache`` in fewer bits,
+``EvictingCache`` a fixed number of tokens. A mixer with a state instead of keys keeps a
 :class:`RecurrentCache`.
 """
 
 from maxlm.models.caches.config import (
     QUANTIZED_PAGE_SIZE,
     CacheConfig,
-    EvictingCacheConfig,
-    HeavyHittersCacheConfig,
     PagedCacheConfig,
     QuantizedCacheConfig,
-    SinksCacheConfig,
-    SnapKVCacheConfig,
 )
-from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import (
     CacheArraySpec,
@@ -30,34 +25,24 @@ from maxlm.models.caches.layout import (
     has_unit,
     list_paged_windows,
 )
-from maxlm.models.caches.paged import PagedCache
-from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quantized_pages_spec
-from maxlm.models.caches.ragged import RaggedBatch, fold_rows
-from maxlm.models.caches.recurrent import RecurrentCache
+from maxlm.models.caches.paged import CrossCache, PagedCache
+from maxlm.models.caches.ragged import RaggedBatch, RecurrentCache
 
 __all__ = [
     "QUANTIZED_PAGE_SIZE",
     "CacheArraySpec",
     "CacheConfig",
     "CacheLayout",
-    "EvictingCache",
-    "EvictingCacheConfig",
-    "HeavyHittersCacheConfig",
+    "CrossCache",
     "PagedCache",
     "PagedCacheConfig",
-    "QuantizedCache",
     "QuantizedCacheConfig",
     "RaggedBatch",
     "RecurrentCache",
-    "SinksCacheConfig",
-    "SnapKVCacheConfig",
     "allocate_cache_array",
     "choose_feature_multiple",
-    "count_ring_pages",
-    "fold_rows",
     "has_row_caches",
     "has_unit",
     "kv_cache_spec",
     "list_paged_windows",
-    "quantized_pages_spec",
 ]

@@ -1,6 +1,6 @@
 """Settings of the caches that a decoder serves from."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,53 +26,50 @@ class QuantizedCacheConfig(Config):
     """Last tokens that are kept as they are, up to a page more; rounded up to whole pages."""
 
 
-class SinksCacheConfig(Config):
-    """The first and the last tokens (StreamingLLM, arXiv 2309.17453), at their own positions."""
-
-    kind: Literal["sinks"]
+class _BudgetConfig(Config):
+    kind: Any
     budget: int = Field(gt=0)
-    """Tokens of a sequence and layer that are kept."""
-    num_sinks: int = Field(default=4, ge=0)
-    """The first ones among them; 0: the last ones alone."""
+    """Tokens of a sequence, layer and kv head that are kept."""
 
     @model_validator(mode="after")
     def _within_budget(self):
-        _check_budget("num_sinks", self.num_sinks, self.budget)
+        name = "num_sinks" if self.kind == "sinks" else "recent"
+        if (tokens := getattr(self, name)) >= self.budget:
+            what = f"{name}={tokens} leaves nothing of budget={self.budget}"
+            raise MaxlmError(what, fix=f"raise budget, or lower {name}")
         return self
 
 
-class HeavyHittersCacheConfig(Config):
+class SinksCacheConfig(_BudgetConfig):
+    """The first and the last tokens (StreamingLLM, arXiv 2309.17453), at their own positions."""
+
+    kind: Literal["sinks"]
+    num_sinks: int = Field(default=4, ge=0)
+    """The first ones among them; 0: the last ones alone."""
+
+
+class HeavyHittersCacheConfig(_BudgetConfig):
     """Tokens that have been attended to most, and the last ones (H2O, arXiv 2306.14048); each kv
     head keeps its own, by the weights that its query heads gave, summed over all queries."""
 
     kind: Literal["h2o"]
-    budget: int = Field(gt=0)
-    """Tokens of a sequence, layer and kv head that are kept."""
     recent: int = Field(gt=0)
     """The last ones among them; half of the budget in the paper."""
 
-    @model_validator(mode="after")
-    def _within_budget(self):
-        _check_budget("recent", self.recent, self.budget)
-        return self
 
-
-class SnapKVCacheConfig(Config):
+class SnapKVCacheConfig(_BudgetConfig):
     """The tokens of a prompt that its last ones attend to, and their neighbours (SnapKV, arXiv
     2404.14469). Generated tokens take the place of the weakest, and of each other behind the last
     ``recent``. A prompt in several chunks is cut to the budget after each."""
 
     kind: Literal["snapkv"]
-    budget: int = Field(gt=0)
-    """Tokens of a sequence, layer and kv head that are kept."""
     recent: int = Field(default=32, gt=0)
     """The last ones among them, and the tokens of a prompt that choose."""
     pooling: int = Field(default=7, gt=0)
     """Kept tokens side by side over which weights are averaged, an odd number."""
 
     @model_validator(mode="after")
-    def _consistent(self):
-        _check_budget("recent", self.recent, self.budget)
+    def _pools_around(self):
         if self.pooling % 2 == 0:
             raise MaxlmError(f"pooling={self.pooling} is even", fix="use an odd number")
         return self
@@ -84,9 +81,3 @@ CacheConfig = Annotated[
     Field(discriminator="kind"),
     add_default_tag("kind", "paged"),
 ]
-
-
-def _check_budget(name: str, tokens: int, budget: int) -> None:
-    if tokens >= budget:
-        what = f"{name}={tokens} leaves nothing of budget={budget}"
-        raise MaxlmError(what, fix=f"raise budget, or lower {name}")

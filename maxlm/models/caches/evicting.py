@@ -9,7 +9,7 @@ which counts places in the cache instead. The current token and the recent ones 
 and what is behind a layer's window always is first. A sequence within the budget is exact.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,19 +24,13 @@ from maxlm.models.caches.config import (
     SinksCacheConfig,
     SnapKVCacheConfig,
 )
-from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
-from maxlm.models.caches.ragged import RaggedBatch, RowTokens, run_rows
-from maxlm.parallel.paged_attention import map_attention
-from maxlm.sharding import AxisRules
+from maxlm.models.caches.paged import AttentionCache
+from maxlm.models.caches.ragged import RowTokens, run_rows
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("key", "value", "positions", "scores"),
-    meta_fields=("config",),
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class EvictingCache:
+class EvictingCache(AttentionCache):
     """M tokens of each row and kv head, in any order."""
 
     key: Any
@@ -47,24 +41,11 @@ class EvictingCache:
     """int32 [D, R, K, M]: 1 and the token's position; 0: none."""
     scores: Any
     """fp32 [D, R, K, M]: weights that the token was given; None: they do not matter."""
-    config: EvictingCacheConfig
+    config: EvictingCacheConfig = field(metadata={"static": True})
 
-    def attend(
-        self,
-        q: jax.Array,
-        key: jax.Array,
-        value: jax.Array | None,
-        batch: RaggedBatch,
-        *,
-        window: int | None,
-        rules: AxisRules,
-        slopes: Any = None,
-        biases: jax.Array | None = None,
-        **options: Any,
-    ) -> tuple[jax.Array, "EvictingCache"]:
-        """Attends to what is kept of each sequence and to these tokens, as
-        :meth:`~maxlm.models.caches.PagedCache.attend` does. Where devices have heads that share
-        keys, they add up the weights that these were given.
+    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+        """See :class:`AttentionCache`. Where devices have heads that share keys, they add up the
+        weights that these were given.
 
         Raises:
             MaxlmError: drafts to verify.
@@ -72,52 +53,19 @@ class EvictingCache:
         if batch.uniform_rows[1] > 1:
             what = f"a cache of kind {self.config.kind} cannot take tokens back"
             raise MaxlmError(what, where="speculation", fix="use a paged, int8 or int4 cache")
-        heads = rules.spec("batch", None, "kv_heads")
         shared = tuple(set(rules.mesh_axes("heads")) - set(rules.mesh_axes("kv_heads")))
+        attend = partial(_attend_rows, shared=shared, window=window, **options)
 
-        def local(q, key, value, cache, batch, slopes, biases):
-            given = {"slopes": slopes, "biases": biases, "window": window, **options}
-            attend = partial(_attend_rows, shared=shared, **given)
+        def advance(own, tokens, where):
+            kept = jnp.where(where.begins[:, None, None], 0, own.positions)
+            own = replace(own, positions=kept)
+            if tokens[0].shape[1] == 1:
+                return _replace_one(own, tokens, where, window, attend)
+            keep = partial(_keep_best, window=window, attend=attend)
+            return lax.map(lambda chunk: _skip_if_empty(keep, *chunk), (own, tokens, where))
 
-            def advance(own, tokens, where):
-                kept = jnp.where(where.begins[:, None, None], 0, own.positions)
-                own = replace(own, positions=kept)
-                if tokens[0].shape[1] == 1:
-                    return _replace_one(own, tokens, where, window, attend)
-                keep = partial(_keep_best, window=window, attend=attend)
-                return lax.map(lambda chunk: _skip_if_empty(keep, *chunk), (own, tokens, where))
-
-            cache, y = run_rows(advance, cache, (q, key, value), batch)
-            return y, cache
-
-        by_head = {"slopes": slopes, "biases": biases}
-        return map_attention(local, q, key, value, self, heads, batch, rules, **by_head)
-
-
-def evicting_cache_spec(
-    layout: CacheLayout,
-    config: EvictingCacheConfig,
-    window: int | None,
-    key_shape: tuple[int, int],
-    value_shape: tuple[int, int] | None,
-    heads_axis: str | None,
-) -> EvictingCache:
-    """Returns a layer's cache with a :class:`CacheArraySpec` for each array; arguments as of
-    :func:`~maxlm.models.caches.kv_cache_spec`."""
-    size = min(config.budget, window or config.budget)
-    lead, axes = (layout.num_shards, layout.num_rows), ("batch", None, heads_axis, None, None)
-
-    def tokens(shape: tuple[int, int]) -> CacheArraySpec:
-        return CacheArraySpec((*lead, shape[0], size, shape[1]), axes)
-
-    each = (*lead, key_shape[0], size), axes[:-1]
-    return EvictingCache(
-        tokens(key_shape),
-        None if value_shape is None else tokens(value_shape),
-        CacheArraySpec(*each, jnp.int32),
-        None if isinstance(config, SinksCacheConfig) else CacheArraySpec(*each, jnp.float32),
-        config,
-    )
+        cache, y = run_rows(advance, self, (q, key, value), batch)
+        return y, cache
 
 
 def _attend_rows(
@@ -130,7 +78,7 @@ def _attend_rows(
     wide, G = jnp.promote_types(q.dtype, jnp.float32), N // K
     q = q.reshape(n, T, K, G, H)
     scores = jnp.einsum("ntkgh,nksh->nkgts", q, key, preferred_element_type=wide)
-    scores *= options.get("scale") or H**-0.5
+    scores *= options["scale"]
     distance = where.positions[:, None, :, None] - (positions[:, :, None] - 1)
     if (cap := options.get("soft_cap")) is not None:
         scores = cap * jnp.tanh(scores / cap)

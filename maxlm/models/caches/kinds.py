@@ -1,14 +1,14 @@
 """The cache of a layer of attention, as the layout says."""
 
-from maxlm.models.caches.config import PagedCacheConfig, QuantizedCacheConfig
-from maxlm.models.caches.evicting import EvictingCache, evicting_cache_spec
+from functools import partial
+
+import jax.numpy as jnp
+
+from maxlm.models.caches.config import PagedCacheConfig, QuantizedCacheConfig, SinksCacheConfig
+from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
-from maxlm.models.caches.paged import PagedCache
-from maxlm.models.caches.quantized import (
-    QuantizedCache,
-    count_ring_pages,
-    quantized_cache_spec,
-)
+from maxlm.models.caches.paged import AttentionCache, PagedCache
+from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quantized_pages_spec
 
 
 def kv_cache_spec(
@@ -17,7 +17,7 @@ def kv_cache_spec(
     key_shape: tuple[int, int],
     value_shape: tuple[int, int] | None,
     heads_axis: str | None,
-) -> PagedCache | QuantizedCache | EvictingCache:
+) -> AttentionCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
 
     Args:
@@ -27,21 +27,32 @@ def kv_cache_spec(
     Raises:
         MaxlmError: pages that int4 codes do not fit in.
     """
-    shapes, config = (key_shape, value_shape), layout.cache
-    if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
-        return evicting_cache_spec(layout, config, window, *shapes, heads_axis)
+    config, shards, rows = layout.cache, layout.num_shards, layout.num_rows
+    shapes = [key_shape] if value_shape is None else [key_shape, value_shape]
+    no_value = [None] * (2 - len(shapes))
     axes = ("batch", None, heads_axis, None, None)
-    lead = layout.num_shards, layout.count_pages(window)
-
-    def pages_spec(shape: tuple[int, int]) -> CacheArraySpec:
-        heads, size = shape
-        size = -(-size // layout.feature_multiple) * layout.feature_multiple
-        return CacheArraySpec((*lead, heads, layout.page_size, size), axes, unit="page")
-
-    pages = pages_spec(key_shape), None if value_shape is None else pages_spec(value_shape)
+    if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
+        room = min(config.budget, window or config.budget)
+        kept = [CacheArraySpec((shards, rows, n, room, size), axes) for n, size in shapes]
+        key, value = [*kept, *no_value]
+        each = partial(CacheArraySpec, (shards, rows, key_shape[0], room), axes[:-1])
+        scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
+        return EvictingCache(key, value, each(jnp.int32), scores, config)
+    page, multiple, pages = layout.page_size, layout.feature_multiple, []
+    for heads, size in shapes:
+        shape = shards, layout.count_pages(window), heads, page, -(-size // multiple) * multiple
+        pages.append(CacheArraySpec(shape, axes, unit="page"))
     if isinstance(config, PagedCacheConfig):
-        return PagedCache(*pages)
-    room = (count_ring_pages(config.recent, layout.page_size) - 1) * layout.page_size
-    if window is not None and window <= room:
-        return PagedCache(*pages)  # all that it sees would be kept as it is
-    return quantized_cache_spec(layout, config, *pages)
+        return PagedCache(*pages, *no_value)
+    ring = count_ring_pages(config.recent, page)
+    if window is not None and window <= (ring - 1) * page:
+        return PagedCache(*pages, *no_value)  # all that it sees would be kept as it is
+    codes = [
+        quantized_pages_spec(own, config.kind, per_channel=index == 0)
+        for index, own in enumerate(pages)
+    ]
+    recent = [
+        CacheArraySpec((shards, rows, ring, *own.shape[2:]), (*axes[:2], None, *axes[2:]))
+        for own in pages
+    ]
+    return QuantizedCache(*codes, *no_value, *recent, *no_value)

@@ -1,15 +1,86 @@
-"""Pages of keys and values in the compute dtype."""
+"""Attention over a cache on a mesh, and pages of keys and values in the compute dtype."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import reshard
 
-from maxlm.models.caches.ragged import RaggedBatch
-from maxlm.parallel.paged_attention import write_and_attend
+from maxlm.models.caches.ragged import RaggedBatch, run_rows
+from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
+from pallas_kernels.attention import attention_forward
+from pallas_kernels.paged_attention import paged_attention, write_pages
 
 
-class PagedCache(NamedTuple):
+class AttentionCache:
+    """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
+
+    @classmethod
+    def lay_out(cls, rules: AxisRules) -> Any:
+        """Returns the layout of each array, or of all."""
+        return rules.spec("batch", None, "kv_heads")
+
+    def attend_shard(
+        self,
+        q: jax.Array,
+        key: jax.Array,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        rules: AxisRules,
+        **options: Any,
+    ) -> tuple[jax.Array, Self]:
+        """Does what :meth:`attend` does for one shard; no array has the axis D."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        q: jax.Array,
+        key: jax.Array | None,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        *,
+        rules: AxisRules,
+        slopes: Any = None,
+        biases: jax.Array | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, Self]:
+        """Attends to each sequence's earlier tokens and these, each device with its own sequences
+        and heads; returns also the cache with these.
+
+        Args:
+            q: [D, S, N, H].
+            key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key.
+            slopes, biases: [N] and [N, 2R + 1].
+            options: ``window``, ``scale``, ``soft_cap`` and ``value_dim`` of
+                ``pallas_kernels.paged_attention``.
+
+        Returns:
+            [D, S, N, Hv], and the cache.
+        """
+        options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
+
+        def run(slopes, biases, *sharded):
+            q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
+            own = {"slopes": slopes, "biases": biases, **options}
+            found = cache.attend_shard(q, key, value, batch, rules, **own)
+            return jax.tree.map(lambda x: x[None], found)
+
+        heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
+        keys, layout = rules.spec("batch", None, "kv_heads"), self.lay_out(rules)
+        slopes, biases = (
+            None if x is None else reshard(jnp.asarray(x, jnp.float32), own_heads)
+            for x in (slopes, biases)
+        )
+        specs = own_heads, own_heads, heads, keys, keys, layout, rules.spec("batch")
+        run = map_shards(run, specs, (heads, layout))
+        return run(slopes, biases, q, key, value, self, batch)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache(AttentionCache):
     """Keys and values in pages [D, P, K, page, H], which sequences hold by tables, and share where
     they begin alike."""
 
@@ -17,26 +88,48 @@ class PagedCache(NamedTuple):
     value: Any
     """None: a token's value is the beginning of its key."""
 
-    def attend(
-        self,
-        q: jax.Array,
-        key: jax.Array,
-        value: jax.Array | None,
-        batch: RaggedBatch,
-        *,
-        window: int | None,
-        rules: AxisRules,
-        **options: Any,
-    ) -> tuple[jax.Array, "PagedCache"]:
-        """Attends to each sequence's earlier tokens and these; returns also the cache with these.
+    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+        """See :class:`AttentionCache`."""
+        slots, tables = batch.pages(window)
+        num_values = options["value_dim"] if value is None else value.shape[-1]
+        q, key = (pad_features(x, self.key.shape[-1]) for x in (q, key))
+        keys, values = write_pages(self.key, key, slots), self.value
+        if value is not None:
+            values = write_pages(values, pad_features(value, values.shape[-1]), slots)
+        rows = tables, batch.kv_lengths, batch.query_starts
+        own = {"uniform_rows": batch.uniform_rows, "window": window, **options}
+        y, _ = paged_attention(q, keys, values, *rows, **own)
+        return y[..., :num_values], PagedCache(keys, values)
 
-        Args:
-            q: [D, S, N, H].
-            key, value: [D, S, K, H] and [D, S, K, Hv].
-            options: ``scale``, ``soft_cap``, ``slopes``, ``biases`` and ``value_dim`` of
-                ``pallas_kernels.paged_attention``.
-        """
-        where, shape = batch.pages(window), {"uniform_rows": batch.uniform_rows}
-        own: Any = {"window": window, "rules": rules, **shape, **options}
-        y, *pages = write_and_attend(q, key, value, self.key, self.value, where, **own)
-        return y, PagedCache(*pages)
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CrossCache(AttentionCache):
+    """Keys and values [D, R, T, K, H] of the encoder's output that each row's tokens look up; new
+    tokens have none."""
+
+    key: Any
+    value: Any
+    segment_ids: Any
+    """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
+
+    @classmethod
+    def lay_out(cls, rules: AxisRules) -> Any:
+        """See :class:`AttentionCache`."""
+        keys = rules.spec("batch", None, None, "kv_heads")
+        return cls(keys, keys, rules.spec("batch"))
+
+    def attend_shard(self, q, key, value, batch, rules, *, slopes, biases, **options):
+        """See :class:`AttentionCache`."""
+
+        def advance(own, q, where):
+            segments = jnp.ones(q.shape[:2], jnp.int32), own.segment_ids
+            how = {"segment_ids": segments, "causal": False, **options}
+            return None, attention_forward(q, own.key, own.value, **how)[0]
+
+        return run_rows(advance, self, q, batch)[1], self
+
+
+def pad_features(x: jax.Array, size: int) -> jax.Array:
+    """Pads the last dimension with zeros up to ``size``."""
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, size - x.shape[-1])))

@@ -7,6 +7,7 @@ function of its length alone, and tokens can be taken back. A query attends to t
 and to the others by two calls of one kernel; their log-sum-exps join them.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
-from maxlm.models.caches.config import QuantizedCacheConfig
-from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
-from maxlm.models.caches.ragged import RaggedBatch
-from maxlm.parallel.paged_attention import PagedRows, map_attention, pad_features
+from maxlm.models.caches.layout import CacheArraySpec
+from maxlm.models.caches.paged import AttentionCache, pad_features
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention.combine import merge_attention
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
@@ -25,7 +24,9 @@ from pallas_kernels.paged_attention import QuantizedPages, paged_attention, writ
 SCALE_DTYPE = jnp.bfloat16
 
 
-class QuantizedCache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedCache(AttentionCache):
     """Pages of integers, and each row's last tokens."""
 
     key: Any
@@ -36,68 +37,26 @@ class QuantizedCache(NamedTuple):
     """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place i mod n."""
     recent_value: Any
 
-    def attend(
-        self,
-        q: jax.Array,
-        key: jax.Array,
-        value: jax.Array | None,
-        batch: RaggedBatch,
-        *,
-        window: int | None,
-        rules: AxisRules,
-        slopes: Any = None,
-        biases: jax.Array | None = None,
-        **options: Any,
-    ) -> tuple[jax.Array, "QuantizedCache"]:
-        """Attends to each sequence's earlier tokens and these, as
-        :meth:`~maxlm.models.caches.PagedCache.attend` does.
+    @classmethod
+    def lay_out(cls, rules: AxisRules) -> Any:
+        """See :class:`AttentionCache`."""
+        pages = rules.spec("batch", None, "kv_heads")
+        return cls(pages, pages, *(rules.spec("batch", None, None, "kv_heads"),) * 2)
+
+    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+        """See :class:`AttentionCache`.
 
         Raises:
             MaxlmError: more than a page of tokens of a row that decodes.
         """
-        width, page = batch.uniform_rows[1], self.recent_key.shape[4]
+        width, page = batch.uniform_rows[1], self.recent_key.shape[3]
         if width > page:
             what = f"{width} tokens a step of a row that decodes, in pages of {page}"
             raise MaxlmError(what, where="cache", fix="guess fewer tokens, or raise page_size")
-        options.update(window=window, dtype=jnp.promote_types(q.dtype, jnp.float32))
-        options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
-
-        def local(q, key, value, cache, batch, slopes, biases):
-            kernel = partial(paged_attention, slopes=slopes, biases=biases, **options)
-            y, cache = _attend_shard(kernel, q, key, value, cache, batch, batch.pages(window))
-            return y.astype(q.dtype), cache
-
-        pages = rules.spec("batch", None, "kv_heads")
-        specs = QuantizedCache(pages, pages, *(rules.spec("batch", None, None, "kv_heads"),) * 2)
-        by_head = {"slopes": slopes, "biases": biases}
-        return map_attention(local, q, key, value, self, specs, batch, rules, **by_head)
-
-
-def quantized_cache_spec(
-    layout: CacheLayout,
-    config: QuantizedCacheConfig,
-    key: CacheArraySpec,
-    value: CacheArraySpec | None,
-) -> QuantizedCache:
-    """Returns a layer's cache with a :class:`CacheArraySpec` for each array.
-
-    Args:
-        key, value: pages in the compute dtype.
-
-    Raises:
-        MaxlmError: pages of an odd number of tokens in int4.
-    """
-    num_recent = count_ring_pages(config.recent, layout.page_size)
-
-    def recent(pages: CacheArraySpec) -> CacheArraySpec:
-        shape, axes = (layout.num_rows, num_recent, *pages.shape[2:]), pages.axes
-        return CacheArraySpec((layout.num_shards, *shape), (*axes[:2], None, *axes[2:]))
-
-    keys = quantized_pages_spec(key, config.kind, per_channel=True)
-    if value is None:
-        return QuantizedCache(keys, None, recent(key), None)
-    values = quantized_pages_spec(value, config.kind)
-    return QuantizedCache(keys, values, recent(key), recent(value))
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        kernel = partial(paged_attention, window=window, dtype=dtype, **options)
+        y, cache = _attend_shard(kernel, q, key, value, self, batch, window)
+        return y.astype(q.dtype), cache
 
 
 def quantized_pages_spec(
@@ -162,12 +121,12 @@ class _ExactTokens(NamedTuple):
     """int32 [n, m]: the pages that may become quantized now, in order."""
 
 
-def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, where: PagedRows):
+def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, window: int | None):
     """o [S, N, Hv] in fp32, and the cache. All is written before anything is read: or XLA copies
     whole pools."""
     rows, width = batch.uniform_rows
     split, (num_recent, _, page) = rows * width, cache.recent_key.shape[1:4]
-    lengths, starts, tables = where.kv_lengths, where.query_starts, where.page_tables
+    lengths, starts, (slots, tables) = batch.kv_lengths, batch.query_starts, batch.pages(window)
 
     def count_quantized(num_tokens):
         return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
@@ -178,7 +137,7 @@ def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, where: Pa
     new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]
     q = pad_features(q, rings[0].shape[-1])
     pools = _list_arrays(cache.key, cache.value)
-    live, calls = where.slots < len(cache.key.scale) * page, []
+    live, calls = slots < len(cache.key.scale) * page, []
     for write, of, tokens, begins, uniform in (
         (_write_uniform_rows, slice(0, rows), slice(0, split), starts[: rows + 1], (rows, width)),
         (_write_chunks, slice(rows, None), slice(split, None), starts[rows:] - split, (0, 0)),

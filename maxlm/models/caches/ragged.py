@@ -1,31 +1,17 @@
-"""Tokens of a step, several sequences side by side, and how caches take them."""
+"""Tokens of a step, several sequences side by side, and how caches by row take them."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from maxlm.parallel.paged_attention import PagedRows
+from maxlm.parallel.local import map_shards
+from maxlm.sharding import AxisRules
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        "positions",
-        "lengths",
-        "kv_lengths",
-        "query_starts",
-        "chunk_rows",
-        "page_tables",
-        "slots",
-    ),
-    meta_fields=("windows", "uniform_rows"),
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RaggedBatch:
     """Tokens of a step, sequence by sequence: of b sequences with G tokens each, then of F chunks
@@ -44,47 +30,17 @@ class RaggedBatch:
     page_tables: tuple[jax.Array, ...]
     """int32 [D, b + F, M], for each of ``windows``."""
     slots: tuple[jax.Array, ...]
-    """int32 [D, S], for each of ``windows``; see :class:`PagedRows`."""
-    windows: tuple[int | None, ...]
+    """int32 [D, S], for each of ``windows``: where each token is written, page · page_size +
+    offset; past the last page: it is not."""
+    windows: tuple[int | None, ...] = field(metadata={"static": True})
     """Windows of the model's layers, each with pages of its own."""
-    uniform_rows: tuple[int, int]
+    uniform_rows: tuple[int, int] = field(metadata={"static": True})
     """(b, G)."""
 
-    def pages(self, window: int | None) -> PagedRows:
-        """Returns where layers of a window keep these tokens."""
+    def pages(self, window: int | None) -> tuple[jax.Array, jax.Array]:
+        """Returns the slots and page tables of layers of a window."""
         group = self.windows.index(window)
-        tables = self.slots[group], self.page_tables[group]
-        return PagedRows(*tables, self.kv_lengths, self.query_starts)
-
-    def split_rows(self, x: jax.Array) -> jax.Array:
-        """Reshapes tokens of uniform rows, [D, b·G, ...] → [D, b, G, ...]."""
-        first, _, *rest = jax.typeof(x).sharding.spec
-        spec = PartitionSpec(first, None, None, *rest)
-        return x.reshape(len(x), *self.uniform_rows, *x.shape[2:], out_sharding=spec)
-
-    def split_chunks(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gathers the tokens of chunks from x [D, S, ...] to [D, F, C, ...], each chunk as long as
-        all of them, C; returns them, and where each of the C tokens is in F·C, [D, C]."""
-        first, begins = self.uniform_rows[0], math.prod(self.uniform_rows)
-        starts = self.query_starts[:, first:]
-        (D, F), C = self.chunk_rows.shape, x.shape[1] - begins
-        place = jnp.arange(C, dtype=jnp.int32)
-        at = jnp.minimum(starts[:, :-1, None] + place, x.shape[1] - 1)
-        batch, _, *rest = jax.typeof(x).sharding.spec
-        flat = at.reshape(D, F * C, *(1,) * (x.ndim - 2))
-        spec = PartitionSpec(batch, None, None, *rest)
-        tokens = jnp.take_along_axis(x, flat, axis=1)
-        tokens = tokens.reshape(D, F, C, *x.shape[2:], out_sharding=spec)
-        chunk = jnp.sum(place[:, None] + begins >= starts[:, None, 1:], axis=-1)
-        chunk = jnp.minimum(chunk, F - 1)
-        own = place + begins - jnp.take_along_axis(starts, chunk, axis=1)
-        return tokens, jnp.clip(chunk * C + own, 0, F * C - 1)
-
-
-def fold_rows(x: jax.Array) -> jax.Array:
-    """Reshapes [D, b, ...] → [D·b, ...], split as D was."""
-    spec = jax.typeof(x).sharding.spec
-    return x.reshape(-1, *x.shape[2:], out_sharding=PartitionSpec(spec[0], *spec[2:]))
+        return self.slots[group], self.page_tables[group]
 
 
 class RowTokens(NamedTuple):
@@ -112,7 +68,8 @@ def run_rows(
 
     Args:
         advance: ``(states [n, ...], tokens [n, T, ...], where) -> (states, y [n, T, ...])`` for
-            rows side by side, where tokens that are not live leave a state as it was.
+            rows side by side, where tokens that are not live leave a state as it was; no states:
+            all stay as they are.
         states, tokens: trees of arrays [R, ...] and [S, ...].
         batch: of one shard, without D.
 
@@ -130,9 +87,10 @@ def run_rows(
         where = RowTokens(batch.positions[index], live)
         own = jax.tree.map(lambda x: x[index], tokens)
         after, y = advance(jax.tree.map(lambda s: s[ids], states), own, where)
-        # Rows without a live token keep what they have, and may be named twice.
-        used = jnp.where(live.any(axis=1), ids, num_rows)
-        states = jax.tree.map(lambda s, a: s.at[used].set(a, mode="drop"), states, after)
+        if after is not None:
+            # Rows without a live token keep what they have, and may be named twice.
+            used = jnp.where(live.any(axis=1), ids, num_rows)
+            states = jax.tree.map(lambda s, a: s.at[used].set(a, mode="drop"), states, after)
         out = jnp.zeros((room, *y.shape[2:]), y.dtype)
         place = jnp.where(live, index - rows * width, room)
         outputs.append(out.at[place].set(y, mode="drop"))
@@ -141,8 +99,55 @@ def run_rows(
         positions = batch.positions[: rows * width].reshape(rows, width)
         where = RowTokens(positions, positions < batch.kv_lengths[:rows, None])
         after, y = advance(jax.tree.map(lambda s: s[:rows], states), own, where)
-        if rows < num_rows:
+        if after is not None and rows < num_rows:
             after = jax.tree.map(lambda s, a: s.at[:rows].set(a), states, after)
-        states = after
+        states = states if after is None else after
         outputs.append(y.reshape(rows * width, *y.shape[2:]))
     return states, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs[::-1])
+
+
+class RecurrentCache(NamedTuple):
+    """A state that passes from token to token, for every row [D, R, ...]; zeros before the
+    first."""
+
+    state: Any
+
+    def run(
+        self,
+        advance: Callable[..., tuple[Any, jax.Array]],
+        x: jax.Array,
+        batch: RaggedBatch,
+        rules: AxisRules,
+        feature_axis: str,
+        *params: jax.Array,
+    ) -> tuple[jax.Array, "RecurrentCache"]:
+        """Runs tokens through the recurrence; returns its outputs, and the cache after them.
+
+        Args:
+            advance: ``(states [n, ...], x [n, T, F], live bool [n, T], *params) -> (states, y [n,
+                T, F])`` for rows side by side, on each device with its own features; tokens that
+                are not ``live`` leave a state as it was.
+            x: [D, S, F].
+            feature_axis: the logical axis of F, of the states' last dimension and the params'.
+        """
+
+        def local(states, x, batch, params):
+            states, x, batch = jax.tree.map(lambda a: a[0], (states, x, batch))
+
+            def advance_fresh(states, x, where):
+                begins = where.begins
+                fresh = jax.tree.map(
+                    lambda s: jnp.where(begins.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), states
+                )
+                return advance(fresh, x, where.live, *params)
+
+            out = run_rows(advance_fresh, states, x, batch)
+            return jax.tree.map(lambda a: a[None], out)
+
+        features = rules.spec("batch", None, feature_axis)
+        inner = [None] * (jax.tree.leaves(self.state)[0].ndim - 3)
+        states = rules.spec("batch", None, *inner, feature_axis)
+        own = tuple(rules.spec(*(None,) * (a.ndim - 1), feature_axis) for a in params)
+        specs = states, features, rules.spec("batch"), own
+        states, y = map_shards(local, specs, (states, features))(self.state, x, batch, params)
+        return y, RecurrentCache(states)

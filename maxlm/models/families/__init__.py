@@ -1,4 +1,4 @@
-"""Families of published models, one file each: its configuration and its names, both ways.
+"""Families of published models: their configurations and their names, both ways.
 
 To add one, write its file and name it in :data:`FAMILIES`.
 """
@@ -11,14 +11,12 @@ from maxlm.models.families import (
     bart,
     bert,
     bloom,
-    dbrx,
     deepseek,
-    falcon,
     gemma,
     gpt2,
     grok,
     llama,
-    mpt,
+    mosaic,
     phi,
     qwen,
     t5,
@@ -37,14 +35,14 @@ FAMILIES: Mapping[str, ModelFamily] = {
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
-        falcon.FALCON,
+        bloom.FALCON,
         phi.PHI,
         phi.PHI3,
         bloom.BLOOM,
-        mpt.MPT,
+        mosaic.MPT,
         llama.MIXTRAL,
         grok.GROK1,
-        dbrx.DBRX,
+        mosaic.DBRX,
         deepseek.DEEPSEEK_V2,
         bert.BERT,
         t5.T5,

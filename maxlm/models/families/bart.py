@@ -4,7 +4,7 @@ from typing import Any
 
 from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.names import NameTable, add_row_axis, copy, map_linears, map_norm
+from maxlm.models.families.names import NameTable, copy, map_linears, map_norm
 from maxlm.models.families.reader import ConfigReader
 
 ATTENTION = {**llama.PROJECTIONS, "out_proj": "out"}
@@ -37,7 +37,7 @@ TABLE = {
     **_side("model.decoder", "layer", "", ""),
     **map_linears("model.decoder.layers.{layer}.encoder_attn", "cross", **ATTENTION),
     **map_norm("model.decoder.layers.{layer}.encoder_attn_layer_norm", "cross_norm"),
-    "final_logits_bias": add_row_axis("head_bias"),
+    "final_logits_bias": copy("head_bias", as_row=True),
 }
 
 

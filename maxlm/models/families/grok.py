@@ -1,8 +1,6 @@
 """Grok-1 (xAI 2024, its published code and weights), under the names of its safetensors port: eight
 experts, two a token, norms before and after each branch, capped scores, scaled embeddings."""
 
-from typing import Any
-
 from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import copy, linear, map_linears
@@ -24,18 +22,15 @@ TABLE = {
 }
 
 
-def write_attention_scale(config: Any) -> float:
-    """Returns the factor on q·k."""
-    return config.attention.scale or config.attention.head_dim**-0.5
-
-
 GROK1 = ModelFamily(
     "grok1",
     "Grok1ModelForCausalLM",
     {
         **llama.COMMON,
         "attn_output_multiplier": fields.ConfigField(
-            lambda own, key: own.number(key), "attention.scale", write_attention_scale
+            lambda own, key: own.number(key),
+            "attention.scale",
+            lambda config: config.score_scale(config.layer_kinds[0]),
         ),
         "max_attn_value": fields.map_number("attention.soft_cap", 30.0),
         "embedding_multiplier_scale": fields.map_number("embedding_scale"),

@@ -159,23 +159,17 @@ def transpose(*ours: str) -> TensorRule:
     return TensorRule(ours, form)
 
 
-def copy(ours: str, *aliases: str) -> TensorRule:
-    """Returns a table or a vector as it is."""
+def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
+    """Returns the rule of a table or a vector as it is, or as a matrix of one row."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        return TensorConversion(pieces[0].shape, lambda x: [x], lambda parts: parts[0])
+        own = pieces[0].shape
+        shape = (1, *own) if as_row else own
+        return TensorConversion(
+            shape, lambda x: [x.reshape(own)], lambda parts: parts[0].reshape(shape)
+        )
 
     return TensorRule((ours,), form, aliases)
-
-
-def add_row_axis(ours: str) -> TensorRule:
-    """Returns a vector as a matrix of one row."""
-
-    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        shape = (1, *pieces[0].shape)
-        return TensorConversion(shape, lambda x: [x[0]], lambda parts: parts[0][None])
-
-    return TensorRule((ours,), form)
 
 
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:

@@ -1,4 +1,4 @@
-"""Multi-head attention: multi-query, grouped and full, with an optional key-value cache."""
+"""Multi-head attention: multi-query, grouped, full and latent, with an optional key-value cache."""
 
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +14,7 @@ from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGr
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
-from maxlm.models.params import replace_virtual
+from maxlm.models.params import materialize, replace_virtual
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
@@ -112,6 +112,15 @@ class KeysValues(NamedTuple):
     value: Any
 
 
+class EncoderOutput(NamedTuple):
+    """An encoder's output, for the layers of a decoder."""
+
+    states: jax.Array
+    """[B, T, D]."""
+    segment_ids: jax.Array | None
+    """int [B, T]; None: each row is one segment."""
+
+
 class AttentionInputs(NamedTuple):
     """Inputs of a layer's mixer beside its hidden states."""
 
@@ -178,12 +187,7 @@ class Attention(nnx.Module):
         k = replace_virtual(self.key.kernel, k, inputs.positions, self.rules)
         v = replace_virtual(self.value.kernel, v, inputs.positions, self.rules)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-        scores = attention_kwargs(self.config, inputs, self.rules)
-        if cache is None:
-            own = self_attention_kwargs(inputs, self.parallel)
-            y = sharded_attention(q, k, v, **scores, causal=inputs.causal, **own)
-        else:
-            y, cache = cache.attend(q, k, v, inputs.batch, **scores)
+        y, cache = attend(self, q, k, v, inputs, cache, self.rules)
         return self.out(y, seq_axis="residual"), cache
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
@@ -211,23 +215,22 @@ class Attention(nnx.Module):
         k = k if self.key_norm is None else self.key_norm(k)
         return KeysValues(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 
-    def cross_attend(
-        self, x: jax.Array, keys: KeysValues, segment_ids: tuple[jax.Array, jax.Array] | None
-    ) -> jax.Array:
+    def cross_attend(self, x: jax.Array, inputs: AttentionInputs, encoded: Any) -> jax.Array:
         """Applies cross-attention to x [B, S, D]: every token sees all of an encoder's in its
-        segment, without positions; ``segment_ids`` are int [B, S] and [B, T]."""
+        segment, without positions. ``encoded`` is an :class:`EncoderOutput` or, with a batch of
+        sequences, a ``CrossCache``."""
         (q,) = self._clipped(self.query(x))
-        q = q if self.query_norm is None else self.query_norm(q)
-        y = sharded_attention(
-            checkpoint_name(q, "qkv"),
-            keys.key,
-            keys.value,
-            rules=self.rules,
-            causal=False,
-            scale=self.config.scale,
-            soft_cap=self.config.soft_cap,
-            segment_ids=segment_ids,
-        )
+        q = checkpoint_name(q if self.query_norm is None else self.query_norm(q), "qkv")
+        options: dict[str, Any] = {"rules": self.rules, "scale": self.config.scale}
+        options["soft_cap"] = self.config.soft_cap
+        if inputs.batch is not None:
+            y, _ = encoded.attend(q, None, None, inputs.batch, **options)
+        else:
+            keys, segments = self.project_keys_values(encoded.states), inputs.segment_ids
+            if encoded.segment_ids is not None:
+                own = jnp.ones_like(inputs.positions) if segments is None else segments
+                options["segment_ids"] = own, encoded.segment_ids
+            y = sharded_attention(q, *keys, causal=False, **options)
         return self.out(y, seq_axis="residual")
 
     def _clipped(self, *heads: jax.Array) -> tuple[jax.Array, ...]:
@@ -235,25 +238,134 @@ class Attention(nnx.Module):
         return heads if clip is None else tuple(jnp.clip(a, -clip, clip) for a in heads)
 
 
-def attention_kwargs(
-    config: AttentionConfig, inputs: AttentionInputs, rules: AxisRules
-) -> dict[str, Any]:
-    """Returns options of a layer's attention that do not depend on how keys are held."""
-    return {
-        "rules": rules,
-        "window": inputs.window,
-        "scale": inputs.scale,
-        "soft_cap": config.soft_cap,
-        "slopes": inputs.slopes,
-        "biases": inputs.biases,
-    }
+class LatentAttention(nnx.Module):
+    """Keys and values of every head from one vector a token (DeepSeek-V2, arXiv 2405.04434, eq.
+    9–19).
+
+    Parameters: ``query`` [D or q_rank, N, H], with q_rank behind ``query_down`` and ``query_norm``;
+    ``key_down`` [D, kv_rank] with ``key_norm``; ``key_rotary`` [D, R], shared by all heads;
+    ``key_up`` [kv_rank, N, H − R] and ``value_up`` [kv_rank, N, Hv]; ``out`` [N, Hv, D].
+    """
+
+    name = "attention"
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        norm: NormConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig,
+    ):
+        assert config.latent is not None
+        self.config, self.latent, self.parallel = config, config.latent, parallel
+        # Every query head has its own keys and values, where it is.
+        self.rules = rules.model_copy(update={"kv_heads": rules.heads})
+        # The vector is whole wherever heads are.
+        self.shared_rules = rules.model_copy(update={"kv_heads": ()})
+        latent, outer = config.latent, {"embed": d_model}
+        own: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        kw: dict[str, Any] = {"bias": False, "std": init_std, **own}
+        down: dict[str, Any] = {**kw, "bias": config.bias}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        rank = latent.q_rank
+        self.query_down = Linear(outer, {"latent": rank}, **down) if rank else None
+        self.query_norm = Norm(norm, rank, **own) if rank else None
+        self.query = Linear({"embed": rank} if rank else outer, heads, **kw)
+        # Maps out of the vector are stored split as those out of the residual stream are.
+        vector = {"embed": latent.kv_rank}
+        self.key_down = Linear(outer, {"latent": latent.kv_rank}, **down)
+        self.key_norm = Norm(norm, latent.kv_rank, **own)
+        self.key_rotary = Linear(outer, {"head_dim": latent.rotary_dim}, **down)
+        plain = {"heads": config.num_heads, "head_dim": config.head_dim - latent.rotary_dim}
+        values = {"heads": config.num_heads, "head_dim": latent.value_dim}
+        self.key_up = Linear(vector, plain, **kw)
+        self.value_up = Linear(vector, values, **kw)
+        std = compute_residual_std(init_std, num_layers)
+        self.out = Linear(values, outer, **{**kw, "bias": config.has_out_bias, "std": std})
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """See :class:`Attention`."""
+        assert inputs.rotary is not None
+        first = self.query if self.query_down is None else self.query_down
+        q, vector, shared = project(x, first, self.key_down, self.key_rotary)
+        if self.query_norm is not None:
+            q = self.query(self.query_norm(q))
+        plain = self.config.head_dim - self.latent.rotary_dim
+        q, turned = q[..., :plain], rotate(q[..., plain:], inputs.rotary)
+        vector, shared = self.key_norm(vector), rotate(shared[:, :, None], inputs.rotary)
+        if cache is None:
+            k, v = project(vector, self.key_up, self.value_up)
+            of_all = (*k.shape[:3], shared.shape[-1])
+            shared = jnp.broadcast_to(shared, of_all, out_sharding=jax.typeof(k).sharding)
+            k = jnp.concatenate([k, shared], axis=-1)
+            q = jnp.concatenate([q, turned], axis=-1)
+            q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+            y, cache = attend(self, q, k, v, inputs, None, self.rules)
+        else:
+            # Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V c) =
+            # V Σ w c (§2.1.2), so that a token reads kv_rank + R numbers of each earlier one.
+            q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
+            q = jnp.concatenate([q, turned], axis=-1)
+            k = jnp.concatenate([vector[:, :, None], shared], axis=-1)
+            rank = self.latent.kv_rank
+            y, cache = attend(self, q, k, None, inputs, cache, self.shared_rules, value_dim=rank)
+            y = self._through(y, self.value_up, "bsnr,rnh->bsnh")
+        return self.out(y, seq_axis="residual"), cache
+
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+        """A layer's cache of vectors with the shared rotary keys behind them; attention's values
+        are the vectors."""
+        size = self.latent.kv_rank + self.latent.rotary_dim
+        return kv_cache_spec(layout, window, (1, size), None, None)
+
+    def costs(self) -> LayerCosts:
+        """Costs of one layer; see :mod:`maxlm.models.costs`."""
+        config, squeezed = self.config, self.query_down is not None
+        first = "query_down.kernel" if squeezed else "query.kernel"
+        groups = [
+            MatrixGroup((first, "key_down.kernel", "key_rotary.kernel")),
+            MatrixGroup(("key_up.kernel", "value_up.kernel"), "latent"),
+            MatrixGroup(("out.kernel",), "heads"),
+        ]
+        if squeezed:
+            groups.append(MatrixGroup(("query.kernel",), "latent"))
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+        return LayerCosts(tuple(groups), AttentionCosts(*sizes, "heads", self.latent.rotary_dim))
+
+    def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:
+        kernel = materialize(map_.kernel, self.rules, map_.dtype)
+        heads = self.rules.spec("batch", "seq", "heads", None)
+        return jnp.einsum(maths, x, kernel, out_sharding=heads)
 
 
-def self_attention_kwargs(inputs: AttentionInputs, parallel: ParallelConfig) -> dict[str, Any]:
-    """Returns options of tokens that attend to each other, without a cache."""
-    segments = None if inputs.segment_ids is None else (inputs.segment_ids, inputs.segment_ids)
-    return {
-        "segment_ids": segments,
-        "method": parallel.context,
-        "balanced": parallel.balance_sequence,
-    }
+def attend(
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: Any,
+    inputs: AttentionInputs,
+    cache: Any,
+    rules: AxisRules,
+    **options: Any,
+) -> tuple[jax.Array, Any]:
+    """Attends to these tokens and a cache's, if there is one; returns also the cache with these.
+
+    Args:
+        layer: with a ``config`` and ``parallel``.
+        options: further ones of the cache's ``attend``.
+    """
+    options |= {"rules": rules, "window": inputs.window, "scale": inputs.scale}
+    options |= {"soft_cap": layer.config.soft_cap, "slopes": inputs.slopes, "biases": inputs.biases}
+    if cache is not None:
+        return cache.attend(q, k, v, inputs.batch, **options)
+    segments = inputs.segment_ids
+    options["segment_ids"] = None if segments is None else (segments, segments)
+    own = {"method": layer.parallel.context, "balanced": layer.parallel.balance_sequence}
+    return sharded_attention(q, k, v, causal=inputs.causal, **own, **options), None

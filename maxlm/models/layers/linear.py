@@ -41,7 +41,6 @@ class Linear(nnx.Module):
         role: Any = "matrix",
     ):
         self.rules, self.dtype = rules, dtype
-        self.num_inputs, self.out_axes = len(inputs), tuple(outputs)
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),

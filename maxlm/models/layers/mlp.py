@@ -9,7 +9,6 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.aux import Aux
-from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.remat import save_inputs_only
 from maxlm.sharding import AxisRules
@@ -61,12 +60,6 @@ class Mlp(nnx.Module):
     def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
         return self(x), Aux()
-
-    def costs(self) -> LayerCosts:
-        """Costs of one layer; see :mod:`maxlm.models.costs`."""
-        gate = ("gate.kernel",) if self.config.gated else ()
-        inner = MatrixGroup((*gate, "up.kernel"))
-        return LayerCosts((inner, MatrixGroup(("down.kernel",), "mlp")))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""

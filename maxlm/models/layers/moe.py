@@ -4,7 +4,6 @@ A router scores every token against every expert; the k best serve it, and their
 added, weighted by score. Parameters grow with the number of experts, work with k alone.
 """
 
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -16,11 +15,11 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
-from maxlm.models.costs import ExpertCosts, LayerCosts, MatrixGroup
+from maxlm.models.costs import ExpertCosts, LayerCosts, group_matrices
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
-from maxlm.models.params import declare, get_spec, materialize, read_weight, truncated_normal
+from maxlm.models.params import declare, materialize, read_weight, truncated_normal
 from maxlm.parallel import dispatch, experts
 from maxlm.parallel import local as shards
 from maxlm.sharding import AxisRules
@@ -136,10 +135,6 @@ class Moe(nnx.Module):
     against its sign by a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is
     that of all devices and gradients add up over micro-batches, the step does not depend on the
     layout.
-
-    Args:
-        ragged: whether devices exchange rows by ragged all-to-all; None: where they can
-            (``maxlm.parallel.experts.supports_ragged_all_to_all``).
     """
 
     name = "moe"
@@ -153,9 +148,8 @@ class Moe(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
-        ragged: bool | None = None,
     ):
-        self.config, self.rules, self.dtype, self.ragged = config, rules, dtype, ragged
+        self.config, self.rules, self.dtype = config, rules, dtype
         e, f = config.num_experts, config.d_ff
         # Like an output head it classifies tokens; it is no map between hidden layers.
         normal = truncated_normal(init_std)
@@ -194,10 +188,6 @@ class Moe(nnx.Module):
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
         config = self.config
-        groups = [MatrixGroup(("gate", "up") if config.gated else ("up",))]
-        groups.append(MatrixGroup(("down",), "mlp"))
-        for group in self.shared.costs().matrices if self.shared else ():
-            groups.append(replace(group, names=tuple(f"shared.{name}" for name in group.names)))
         experts = ExpertCosts(
             router="router",
             experts_per_token=config.experts_per_token,
@@ -205,7 +195,7 @@ class Moe(nnx.Module):
             capacity_factor=config.capacity_factor if config.dispatch == "capacity" else None,
             has_shared=self.shared is not None,
         )
-        return LayerCosts(tuple(groups), experts=experts)
+        return LayerCosts(group_matrices(self), experts=experts)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
         """x [B, S, D] → the same in the compute dtype, and what there is to add to the loss and to
@@ -239,16 +229,19 @@ class Moe(nnx.Module):
             rule = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
         named = {"gate": self.gate, "up": self.up, "down": self.down}
-        kernels = {name: param for name, param in named.items() if param is not None}
+        kernels = {
+            name: read_weight(param, self.rules, self.dtype)
+            for name, param in named.items()
+            if param is not None
+        }
         y = experts.apply_experts(
             x,
             routing.weights,
             chosen,
-            {name: read_weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
+            {name: kernel.value for name, kernel in kernels.items()},
             activation=ACTIVATIONS[config.activation],
-            kernel_specs={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
+            kernel_layouts={name: kernel.compute_layout for name, kernel in kernels.items()},
             expert_capacity=room,
-            ragged=self.ragged,
         )
         if self.shared is not None:
             y = y + self.shared(x)

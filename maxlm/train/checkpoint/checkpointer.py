@@ -74,15 +74,11 @@ class Checkpointer:
             self.local = LocalTier(disk, own_name, self._config.local_every_steps)
         if place := self._config.remote_folder:
             self.remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
-        self._suspect_free: set[int] = set()
         options: Any = {"layer_groups": layer_groups, "read_only": read_only}
-        self.folder_tier = FolderTier(folder, config, get_held_steps=self._held_steps, **options)
+        self.folder_tier = FolderTier(folder, config, **options)
         tiers = (self.local, self.folder_tier, self.remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
-
-    def _held_steps(self) -> set[int]:
-        return self._suspect_free | (self.remote.steps_being_copied if self.remote else set())
 
     def is_due_by_time(self) -> bool:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
@@ -113,9 +109,9 @@ class Checkpointer:
         """
         if force or self.folder_tier.is_due(step):
             known, suspect = self.folder_tier.steps_including_unfinished(), first_suspect_step or 0
-            good = [each for each in known if each < suspect]
-            self._suspect_free = {max(good)} if good else set()
-            if not self.folder_tier.save(step, state, metadata):
+            held = [each for each in known if each < suspect][-1:]
+            held += self.remote.steps_being_copied if self.remote else []
+            if not self.folder_tier.save(step, state, metadata, held):
                 return None
             if self.remote:
                 self.remote.start_copy(step)

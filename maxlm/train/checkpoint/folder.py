@@ -7,15 +7,19 @@ the mesh, the number of processes or Python's types is needed to read it back.
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    CustomSteps,
+    EveryNSteps,
+    LatestN,
+)
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
@@ -25,7 +29,7 @@ from maxlm.train.checkpoint.reading import (
     PyTree,
     add_integrity_fields,
     check_saved_shapes,
-    describe_error,
+    convert_storage_errors,
     flatten_layer_groups,
     named_leaves,
     read_metadata,
@@ -33,8 +37,6 @@ from maxlm.train.checkpoint.reading import (
     with_retries,
 )
 from maxlm.train.config import CheckpointConfig
-
-_NOT_WRITTEN = "a checkpoint was not written", "free some space or rights, resume"
 
 
 class FolderTier:
@@ -45,8 +47,6 @@ class FolderTier:
         read_only: change nothing, so that a run that is still writing can be read.
         layer_groups: for parameters that a circular pipeline holds as [groups, layers / groups,
             ...], by canonical name, these two sizes; needed to write, not to read.
-        get_held_steps: called at each save; returns steps that must stay besides those that
-            ``config`` keeps.
     """
 
     name = "folder"
@@ -58,7 +58,6 @@ class FolderTier:
         *,
         read_only: bool = False,
         layer_groups: Groups | None = None,
-        get_held_steps: Callable[[], set[int]] = set,
     ):
         self.folder = Path(folder).absolute()
         self.place = str(self.folder)
@@ -70,14 +69,16 @@ class FolderTier:
         if read_only and not self.folder.is_dir():
             fix = "name a run that has saved one"
             raise MaxlmError("no checkpoints here", where=str(folder), fix=fix)
-        policies: list[Any] = [LatestN(self._config.keep_last), _KeepHeld(get_held_steps)]
+        # Orbax asks them at each save, which replaces the first.
+        self._policies: list[Any] = [CustomSteps([]), LatestN(self._config.keep_last)]
         if self._config.keep_every:
-            policies.append(EveryNSteps(self._config.keep_every))
-        with self._explain("cannot keep checkpoints here", "name a folder that can be written"):
+            self._policies.append(EveryNSteps(self._config.keep_every))
+        what, fix = "cannot keep checkpoints here", "name a folder that can be written"
+        with convert_storage_errors(what, self.place, fix):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=AnyPreservationPolicy(policies),
+                    preservation_policy=AnyPreservationPolicy(self._policies),
                     enable_async_checkpointing=self._config.asynchronous,
                     cleanup_tmp_directories=not read_only,
                     create=not read_only,
@@ -95,17 +96,21 @@ class FolderTier:
         every = self._config.every_steps
         return every > 0 and step % every == 0
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
+    def save(
+        self, step: int, state: PyTree, metadata: Mapping[str, Any], held_steps: Sequence[int] = ()
+    ) -> bool:
         """Starts writing a checkpoint of arrays (with several processes, over all their devices)
         and JSON values; the arrays may then be donated. False: ``step`` has one. Raises MaxlmError
-        if this one, or the one before it, could not be written."""
+        if this one, or the one before it, could not be written. ``held_steps``: those that must
+        stay now, besides what the config keeps."""
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(named_leaves(state), self._groups)
         on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
         metadata = add_integrity_fields(step, on_devices, metadata)
-        with self._explain(*_NOT_WRITTEN):
+        with self._explain_writing():
             self._pending.append(step)
+            self._policies[0] = CustomSteps(held_steps)
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -144,13 +149,14 @@ class FolderTier:
         path = self.path(self._find_step(step))
         return raise_on_all_hosts(lambda: read_metadata(path))
 
-    def restore(self, step: int | None, abstract: PyTree) -> PyTree:
+    def restore(self, step: int | None, abstract: PyTree, subtree: str = "") -> PyTree:
         """Returns a saved state, each array read straight into the sharding that is asked for, and
         checked against its fingerprint.
 
         Args:
             step: default, the newest.
-            abstract: the state as ``ShapeDtypeStruct`` leaves with shardings, on any mesh
+            subtree: the part of the state, such as ``params``, to read alone; default: all.
+            abstract: it as ``ShapeDtypeStruct`` leaves with shardings, on any mesh
                 (no sharding: the first device). Arrays are cast to its dtypes.
 
         Raises:
@@ -158,17 +164,12 @@ class FolderTier:
             MaxlmError: no such checkpoint, or one of another model or optimizer (names the first
                 array that differs, parameters before others).
         """
-        return restore_from(self.path(self._find_step(step)), abstract)
+        return restore_from(self.path(self._find_step(step)), abstract, subtree=subtree)
 
-    def restore_params(self, step: int | None, abstract: PyTree, name: str = "params") -> PyTree:
-        """Returns one sub-tree of a saved state, which ``abstract`` describes, reading nothing
-        else; see :meth:`restore`."""
-        return restore_from(self.path(self._find_step(step)), abstract, subtree=name)
-
-    def check_param_shapes(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
-        """Checks, reading no array, that :meth:`restore_params` would find what it looks for;
-        raises as it does."""
-        check_saved_shapes(self.path(self._find_step(step)), abstract, subtree=name)
+    def check_shapes(self, step: int | None, abstract: PyTree, subtree: str = "") -> None:
+        """Checks, reading no array, that :meth:`restore` would find what it looks for; raises as it
+        does."""
+        check_saved_shapes(self.path(self._find_step(step)), abstract, subtree=subtree)
 
     def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to come:
@@ -193,8 +194,12 @@ class FolderTier:
 
     def wait(self) -> None:
         """Waits until nothing is being written; raises MaxlmError if the last one was not."""
-        with self._explain(*_NOT_WRITTEN):
+        with self._explain_writing():
             self._manager.wait_until_finished()
+
+    def _explain_writing(self) -> AbstractContextManager[None]:
+        fix = "free some space or rights, resume"
+        return convert_storage_errors("a checkpoint was not written", self.place, fix)
 
     def close(self) -> None:
         """Finishes what is being written."""
@@ -217,25 +222,3 @@ class FolderTier:
             fix = f"use one of {', '.join(map(str, steps))}"
             raise MaxlmError(f"no checkpoint of step {step}", where=self.place, fix=fix)
         return steps[-1] if step is None else step
-
-    @contextmanager
-    def _explain(self, what: str, fix: str) -> Iterator[None]:
-        """Turns the errors of all storage backends into one kind."""
-        try:
-            yield
-        except MaxlmError:
-            raise
-        except Exception as error:
-            what = f"{what} ({describe_error(error)})"
-            raise MaxlmError(what, where=self.place, fix=fix) from error
-
-
-@dataclass(frozen=True)
-class _KeepHeld:
-    """A preservation policy of Orbax's."""
-
-    get_held_steps: Callable[[], set[int]]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        held = self.get_held_steps()
-        return [each.step in held for each in checkpoints]

@@ -9,7 +9,9 @@ that cannot read does not block the others.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,9 +65,8 @@ def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Lea
         owner = next((own for own in groups if f".{name}".endswith(f".{own}")), None)
         return owner is not None and shape[:2] == groups[owner]
 
-    want = {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
-    want = {n: _flatten_groups(x) if is_grouped(n, x.shape) else x for n, x in want.items()}
-    return _reshape(leaves, want)
+    grouped = {n: _flatten_groups(x) for n, x in leaves.items() if is_grouped(n, x.shape)}
+    return _reshape(leaves, grouped)
 
 
 def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -205,7 +206,7 @@ def check_fingerprints(
         raise UnreadableCheckpoint(what, where=str(path), fix="restore another step")
 
 
-def _flatten_groups(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _flatten_groups(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns shape and sharding on disk of an array that is held in groups."""
     sharding: Any = leaf.sharding
     if isinstance(sharding, NamedSharding):
@@ -235,14 +236,14 @@ def _reshape(
 
 
 def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape, dtype and sharding (default: the first device) of arrays by name."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     leaves = named_leaves(abstract, f"{subtree}." if subtree else "")
-    return {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
-
-
-def _as_shape_dtype_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns shape, dtype and sharding of an array (default: the first device)."""
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return {name: describe(leaf) for name, leaf in leaves.items()}
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -265,6 +266,18 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
         time.sleep(pause)
 
 
+@contextmanager
+def convert_storage_errors(what: str, place: Path | str, fix: str) -> Iterator[None]:
+    """Turns the errors of all storage backends into MaxlmError."""
+    try:
+        yield
+    except MaxlmError:
+        raise
+    except Exception as error:
+        what = f"{what} ({describe_error(error)})"
+        raise MaxlmError(what, where=str(place), fix=fix) from error
+
+
 def describe_error(error: Exception) -> str:
     """Returns the first line of an error's text; of a long one the beginning and the end, which
     tells the cause; the error's class without a text."""
@@ -279,6 +292,7 @@ def check_same_settings(
     keys: Sequence[str],
     where: str = "resume",
     what: str = "the checkpoint was written",
+    ignored: Sequence[str] = (),
 ) -> None:
     """Checks that a saved config has the same values as the current one where it must; raises
     MaxlmError naming every key that differs, with both values.
@@ -286,11 +300,13 @@ def check_same_settings(
     Args:
         keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
         what: was done with the saved config, for the message.
+        ignored: patterns of keys among them that may differ ("data.sources.*.weight").
     """
     different = [
         f"{key}={theirs!r} became {ours!r}"
         for key, theirs, ours in compare_configs(saved, current)
-        if any(key == top or key.startswith((f"{top}.", f"{top}[")) for top in keys)
+        if any(key == top or key.startswith(f"{top}.") for top in keys)
+        and not any(fnmatchcase(key, pattern) for pattern in ignored)
     ]
     if different:
         what = f"{what} with another config: {', '.join(different)}"

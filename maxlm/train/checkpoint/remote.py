@@ -11,9 +11,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.storage import get_read_failure_fix, join_place, make_kvstore_spec, to_place
 from maxlm.train.checkpoint.reading import (
     PyTree,
+    convert_storage_errors,
     describe_error,
     parse_metadata,
     restore_from,
@@ -37,7 +38,7 @@ _POLL_SECONDS = 0.1
 _FILES_IN_MEMORY = 4
 
 
-class _Cancelled(Exception):
+class _Cancelled(BaseException):
     """A copy that nobody waits for any more."""
 
 
@@ -98,9 +99,9 @@ class RemoteTier:
             )
 
     @property
-    def steps_being_copied(self) -> set[int]:
+    def steps_being_copied(self) -> list[int]:
         """Steps whose folders are being read, or wait to be: they must stay."""
-        return {step for step, copy in list(self._copies.items()) if not copy.done()}
+        return [step for step, copy in list(self._copies.items()) if not copy.done()]
 
     def start_copy(self, step: int) -> None:
         """Copies a checkpoint from the folder once it is complete there. While one is being copied
@@ -231,11 +232,6 @@ class RemoteTier:
 
         self._await(self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")))
 
-    @contextmanager
-    def _explain(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            fix = get_read_failure_fix(self._place, "name a folder that can be written")
-            what = f"cannot be reached ({describe_error(error)})"
-            raise MaxlmError(what, where=str(self._place), fix=fix) from error
+    def _explain(self) -> AbstractContextManager[None]:
+        fix = get_read_failure_fix(self._place, "name a folder that can be written")
+        return convert_storage_errors("cannot be reached", self._place, fix)

@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.data.loader import packing as packing_module
-from maxlm.data.loader.loader import open_packing
-from maxlm.data.loader.packing import open_best_fit, pack_best_fit
+from maxlm.data.loader.packing import ConcatPacking, open_best_fit, pack_best_fit
 from tests.data.loader.memory import MemoryStore
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum)
 methods = st.sampled_from(["concat", "best_fit"])
+
+
+def open_packing(store, method, seq_len, block):
+    if method == "concat":
+        return ConcatPacking(store, seq_len)
+    return open_best_fit(store, seq_len, block)
 
 
 @given(lengths=documents, seq_len=st.integers(1, 17), block=st.integers(1, 70), method=methods)
@@ -67,7 +72,7 @@ def standard_library_lengths(count, seed=0):
 @pytest.mark.parametrize("seq_len", [512, 2048])
 def test_best_fit_utilisation(seq_len):
     store = MemoryStore(standard_library_lengths(4000))
-    packing = open_packing(store, "best_fit", seq_len, 4000)
+    packing = open_best_fit(store, seq_len, 4000)
     assert store.num_tokens >= 0.99 * packing.num_sequences * seq_len
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.data.loader.permutation import MAX_SIZE, derive_key, derive_keys, permute
+from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 
 keys = st.integers(0, 2**64 - 1)
 GOLDEN_SMALL = [0, 5, 2, 7, 4, 6, 8, 1]
@@ -20,7 +20,7 @@ def test_is_a_bijection(n, key):
     assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
 
 
-@given(n=st.integers(1, MAX_SIZE), key=keys, data=st.data())
+@given(n=st.integers(1, 1 << 62), key=keys, data=st.data())
 def test_any_size_and_any_index_alone(n, key, data):
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8, unique=True))
     together = permute(np.array(indices), n, key)
@@ -51,11 +51,3 @@ def test_all_orders_are_equally_likely(n):
     chi2 = sum((counts[order] - 400) ** 2 / 400 for order in orders)
     freedom = len(orders) - 1
     assert chi2 < freedom + 6 * (2 * freedom) ** 0.5
-
-
-def test_sizes_and_indices_out_of_range():
-    for n in (0, MAX_SIZE + 1):
-        with pytest.raises(ValueError, match="the size must be 1 to 2"):
-            permute(0, n, 0)
-    with pytest.raises(ValueError, match=r"index 5 is not in range\(5\)"):
-        permute([1, 5], 5, 0)

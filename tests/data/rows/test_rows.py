@@ -46,7 +46,8 @@ def file(request, tmp_path):
 
 
 def make(file, **options):
-    return make_row_source(file, encode, ARRAYS, ROWS, seed=3, **options)
+    lengths = np.array([len(encode(file[i])["tokens"]) for i in range(len(file))])
+    return make_row_source(file, encode, ARRAYS, ROWS, seed=3, lengths=lengths, **options)
 
 
 def found(batch):
@@ -120,7 +121,9 @@ def test_segments_are_numbered_on_and_examples_have_entries_of_their_own(tmp_pat
         return own | {"weights": np.ones(3), "score": row["score"]}
 
     rows = open_rows(tmp_path / "pairs.jsonl")
-    source = make_row_source(rows, encode, arrays, 2, seed=0, examples_per_row=2)
+    source = make_row_source(
+        rows, encode, arrays, 2, seed=0, lengths=np.full(3, 3), examples_per_row=2
+    )
     batch = source.rows(0, [0, 1])
     sizes = batch["segment_ids"].max(-1)
     assert sorted(sizes) == [2, 4]
@@ -130,12 +133,11 @@ def test_segments_are_numbered_on_and_examples_have_entries_of_their_own(tmp_pat
     assert batch["score"][1 - two].tolist() == [0.5, 0]
 
 
-@pytest.mark.parametrize("packed", [1, 3, None])
-def test_an_example_longer_than_a_row_is_named(tmp_path, packed):
+def test_an_example_longer_than_a_row_is_named(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": [1] * 20, "completion": [2]}))
     with pytest.raises(MaxlmError, match=r"row 0: an example of 21 tokens, where a row .* has 16"):
-        make(open_rows(path), examples_per_row=packed).rows(0, [0])
+        make(open_rows(path)).rows(0, [0])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,17 @@ def folder_bytes():
 
 
 @pytest.fixture
+def set_part_bytes(monkeypatch):
+    """Sets the bytes of a source that a part has."""
+
+    def change(size: int) -> None:
+        for name in ("MIN_PART_BYTES", "MAX_PART_BYTES"):
+            monkeypatch.setattr(f"maxlm.data.store.parts.{name}", size)
+
+    return change
+
+
+@pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 512 tokens, in chunks of 64."""
     monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
@@ -87,8 +98,9 @@ def sources(tmp_path, small_shards):
 
 
 @pytest.fixture
-def appended(tmp_path, sources, byte_tokenizer):
+def appended(tmp_path, sources, byte_tokenizer, set_part_bytes):
     build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
+    set_part_bytes(300)
     for source in sources[1:]:
-        append_store(source, tmp_path / "store", workers=1, part_bytes=300)
+        append_store(source, tmp_path / "store", workers=1)
     return tmp_path / "store"

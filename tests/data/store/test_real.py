@@ -57,10 +57,13 @@ def test_documents_open_as_an_imported_tokenizer_says(tmp_path, folder, texts, c
     assert load_tokenizer(store.tokenizer_folder).prefix_ids == tokenizer.prefix_ids
 
 
-def test_number_of_workers_does_not_change_the_store(tmp_path, reference, folder, folder_bytes):
+def test_number_of_workers_does_not_change_the_store(
+    tmp_path, reference, folder, folder_bytes, set_part_bytes
+):
+    set_part_bytes(5000)
     source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
     stages, out = [], tmp_path / "store"
-    options = {"workers": 3, "part_bytes": 5000, "progress": lambda *stage: stages.append(stage)}
+    options = {"workers": 3, "progress": lambda *stage: stages.append(stage)}
     build_store(source, folder / "tokenizer", out, **options)
     assert folder_bytes(out) == folder_bytes(reference)
     size = (folder / "corpus.jsonl").stat().st_size

@@ -31,11 +31,11 @@ def stop_after(count, monkeypatch, name="tokenize_part", module=build_module):
     """Let `count` calls through, then stop; returns the list of calls let through."""
     real, calls = getattr(module, name), []
 
-    def limited(job, *rest):
+    def limited(*arguments):
         if len(calls) == count:
             raise Stopped
-        calls.append(job)
-        return real(job, *rest)
+        calls.append(arguments[-1])
+        return real(*arguments)
 
     monkeypatch.setattr(module, name, limited)
     return calls
@@ -52,7 +52,12 @@ def build_until_stopped(source, tokenizer, out, count, name="tokenize_part", **s
     return made
 
 
-SETTINGS = {"workers": 1, "part_bytes": 100}
+SETTINGS = {"workers": 1}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(set_part_bytes):
+    set_part_bytes(100)
 
 
 def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
@@ -63,7 +68,7 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
         build_until_stopped(corpus, byte_tokenizer(), out, count, **SETTINGS)
         done += count
         assert not out.exists()
-    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "assemble_store", **SETTINGS)
+    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "create_array", **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         again = stop_after(0, patch)
         build_store(corpus, byte_tokenizer(), out, **SETTINGS)
@@ -92,18 +97,20 @@ def test_a_kill_while_a_store_is_replaced_loses_neither(tmp_path, corpus, byte_t
 
 
 @pytest.mark.parametrize("change", ["text", "tokenizer", "part size"])
-def test_parts_of_other_inputs_are_not_used(tmp_path, corpus, byte_tokenizer, change):
-    out, tokenizer, settings = tmp_path / "store", byte_tokenizer(), dict(SETTINGS)
-    build_until_stopped(corpus, tokenizer, out, 3, **settings)
+def test_parts_of_other_inputs_are_not_used(
+    tmp_path, corpus, byte_tokenizer, change, set_part_bytes
+):
+    out, tokenizer = tmp_path / "store", byte_tokenizer()
+    build_until_stopped(corpus, tokenizer, out, 3, **SETTINGS)
     if change == "text":
         path = tmp_path / "a.jsonl"
         path.write_text(path.read_text().replace("text 0", "next 0"))
     elif change == "tokenizer":
         tokenizer = byte_tokenizer(7)
     else:
-        settings["part_bytes"] = 200
-    build_store(corpus, tokenizer, out, **settings)
-    build_store(corpus, tokenizer, tmp_path / "fresh", **settings)
+        set_part_bytes(200)
+    build_store(corpus, tokenizer, out, **SETTINGS)
+    build_store(corpus, tokenizer, tmp_path / "fresh", **SETTINGS)
     stores = [TokenStore.open(path) for path in (out, tmp_path / "fresh")]
     first, second = (store.read(0, store.num_tokens).tolist() for store in stores)
     assert first == second
@@ -129,15 +136,15 @@ JOINED = """
     from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store, parts
     root = Path(sys.argv[1])
-    real = parts._make_claimed_part
-    def make(job):
-        part = real(job)
+    real = parts._texts
+    def read(source, planned, job, counts):
         print(job.index, flush=True)
+        yield from real(source, planned, job, counts)
         time.sleep(0.05)
-        return part
-    parts._make_claimed_part = make
+    parts._texts = read
+    parts.MIN_PART_BYTES = parts.MAX_PART_BYTES = 100
     source = SourceConfig(documents=(str(root / "a.jsonl"),))
-    build_store(source, "t", root / "store", workers=1, part_bytes=100, join=True)
+    build_store(source, "t", root / "store", workers=1, join=True)
 """
 
 
@@ -160,18 +167,18 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
     build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, **SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["tokenize_part", "assemble_store", "write_manifest"])
+@pytest.mark.parametrize("name", ["tokenize_part", "create_array", "write_manifest"])
 def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
-    out, settings = tmp_path / "again", {"workers": 1, "part_bytes": 300}
+    out = tmp_path / "again"
     build_store(sources[0], byte_tokenizer(), out, workers=1)
-    append_store(sources[1], out, **settings)
+    append_store(sources[1], out, workers=1)
     before = (out / "manifest.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2 if name == "tokenize_part" else 0, patch, name)
         with pytest.raises(Stopped):
-            append_store(sources[2], out, **settings)
+            append_store(sources[2], out, workers=1)
     assert (out / "manifest.json").read_bytes() == before
     TokenStore.open(out).verify()
-    append_store(sources[2], out, **settings)
+    append_store(sources[2], out, workers=1)
     assert folder_bytes(out) == folder_bytes(appended)
     assert not (tmp_path / ".again.building").exists()

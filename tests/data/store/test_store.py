@@ -21,12 +21,13 @@ FLAT = np.concatenate([np.array([256, *text, 257], np.uint16) for text in TEXTS]
 
 
 @pytest.fixture
-def store(tmp_path, byte_tokenizer, small_shards):
+def store(tmp_path, byte_tokenizer, small_shards, set_part_bytes):
     """Several shards of several chunks, with ragged ends."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS))
     source = SourceConfig(documents=(str(path),))
-    build_store(source, byte_tokenizer(), tmp_path / "store", workers=1, part_bytes=300)
+    set_part_bytes(300)
+    build_store(source, byte_tokenizer(), tmp_path / "store", workers=1)
     return TokenStore.open(tmp_path / "store")
 
 

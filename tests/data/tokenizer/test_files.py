@@ -102,5 +102,5 @@ def test_model_of_another_tokenizer(folder, make_config, texts, tmp_path):
 def test_unwritable_folder(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "t"):
-        assert f"{path}: cannot write the tokenizer: Not a" in message(tokenizer.save, path)
+        assert message(tokenizer.save, path).startswith(f"{path}: cannot write: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -9,8 +9,8 @@ def test_counts_are_those_of_the_ids(make_config, texts):
     tokenizer = train_tokenizer(make_config("bpe"), texts)
     ids = tokenizer.encode_batch(TEXTS)
     found = measure_tokenizer(tokenizer, iter(TEXTS))
-    assert (found.documents, found.bytes) == (301, sum(map(len, TEXTS)))
-    assert found.tokens == sum(map(len, ids))
-    assert found.fertility == found.tokens / sum(len(text.split()) for text in TEXTS)
-    assert found.unknown == 0
-    assert found.used_ids == len(set().union(*ids))
+    assert (found["documents"], found["bytes"]) == (301, sum(map(len, TEXTS)))
+    assert found["tokens"] == sum(map(len, ids))
+    assert found["fertility"] == found["tokens"] / sum(len(text.split()) for text in TEXTS)
+    assert found["unknown"] == 0
+    assert found["used_ids"] == len(set().union(*ids))

@@ -1,0 +1,72 @@
+"""Settings of the engine."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from maxlm.config import Config
+from maxlm.inference.pages import count_spanned_pages
+from maxlm.inference.speculation import SpeculationConfig
+from maxlm.models.caches import QUANTIZED_PAGE_SIZE, CacheConfig, PagedCacheConfig
+
+
+class EngineConfig(Config):
+    """How much the engine holds at once, and does in one step; numbers are for each data shard."""
+
+    max_sequences: int = Field(default=16, gt=0)
+    """Sequences that run together; others wait."""
+    max_length: int = Field(default=2048, gt=1)
+    """Tokens of the longest sequence, prompt and output."""
+    page_size: int = Field(default=16, gt=0)
+    """Tokens a page of the cache: small ones waste less at a sequence's end and share more, large
+    ones are read faster."""
+    num_pages: int | None = Field(default=None, gt=1)
+    """Pages of the cache in each layer that sees everything, one of them for padding; layers with a
+    window need fewer. null: enough for ``max_sequences`` of ``max_length``."""
+    prefill_tokens: int = Field(default=512, gt=0)
+    """Tokens of prompts in one step: more start sooner, and hold up those that decode."""
+    max_chunks: int = Field(default=8, gt=0)
+    """Prompts that have a part in them."""
+    decode_steps: int = Field(default=8, gt=0)
+    """Tokens that each sequence generates in one dispatch while no prompt is computed and nothing
+    needs the host between: more cost less each, and arrive in larger groups."""
+    prefix_cache: bool = True
+    """true: computed pages stay while there is room, and prompts that begin alike share them;
+    false: each request computes its own."""
+    dispatch_seconds: float = Field(default=0.05, gt=0)
+    """Time that a dispatch of several steps may take, about: a request that comes meanwhile waits
+    for its end."""
+    speculation: SpeculationConfig | None = None
+    """Guess several tokens a step; null: none."""
+    cache: CacheConfig = PagedCacheConfig()
+    """How keys and values are kept: all of them, in fewer bits, or a part. All but ``paged`` are
+    lossy, share no prefixes, and depend a little on the chunks that a prompt is computed in."""
+    max_adapters: int = Field(default=0, ge=0)
+    """LoRA adapters that are loaded at once; 0: none, and nothing is computed for them."""
+    max_adapter_rank: int = Field(default=16, gt=0)
+    """Their largest rank; each takes memory and time as if it had this one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_page_size(cls, settings: Any) -> Any:
+        """A page is a group with a scale of its own in int8 and int4: larger ones cost less."""
+        cache = settings.get("cache")
+        kind = cache.get("kind") if isinstance(cache, dict) else getattr(cache, "kind", None)
+        if kind in ("int8", "int4"):
+            return {"page_size": QUANTIZED_PAGE_SIZE, **settings}
+        return settings
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.max_length // self.page_size)
+
+    def count_pages(self, windows: tuple[int | None, ...]) -> tuple[int, ...]:
+        """Return the pages of each group's pool in one shard, page 0 included.
+
+        Args:
+            windows: tokens that a token sees in each group of layers, itself included; None: all.
+        """
+        full = self.num_pages or self.max_sequences * self.pages_per_sequence + 1
+        chunk, size = self.prefill_tokens, self.page_size
+        spans = [window and count_spanned_pages(window - 1 + chunk, size) for window in windows]
+        return tuple(min(full, self.max_sequences * span + 1) if span else full for span in spans)
