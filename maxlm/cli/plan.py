@@ -152,11 +152,11 @@ def _plan_serving(
     plan, out = plans[0], asdict(plans[0])
     shown: list[Any] = [render_serving_tables(plan, price_per_device_hour=price)]
     if top:
-        out["search"] = [asdict(own) for own in plans[:top] if own.is_good]
+        out["search"] = [asdict(own) for own in plans[:top] if own.is_feasible]
         shown.insert(0, render_serving_search(plans, top))
     if refusal and not plan.fits:
         shown.append(f"\nnot tried: {refusal}")
-    return out, shown, plan.is_good
+    return out, shown, plan.is_feasible
 
 
 def _find_machine(on: str) -> "Machine":

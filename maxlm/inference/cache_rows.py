@@ -22,7 +22,7 @@ class CacheRows:
     """Its index."""
     config: EngineConfig
     windows: tuple[int | None, ...]
-    """As `PrefixTree`'s."""
+    """Windows of the groups of layers, as `PrefixTree` takes them."""
     page_tables: list[np.ndarray]
     """For each group int32 [rows, pages of the longest sequence], zeros at first."""
 

@@ -266,9 +266,9 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
         decoded = jnp.concatenate([decoded, ends], axis=1)
     logits = bound.logits(decoded)
     offsets = jnp.arange(1, G + 1, dtype=jnp.int32)
-    lengths = _merge(inputs.computed[..., None] + offsets, rules)
+    computed = inputs.computed[..., None]
+    lengths = _merge(jnp.where(computed < 0, 0, computed + offsets), rules)
     lengths = jnp.concatenate([lengths, inputs.chunk_starts + inputs.chunk_sizes], axis=1)
-    lengths = jnp.maximum(lengths, 0)
 
     def local(flags, *given):
         has_grammar, logprobs_wanted = flags
@@ -286,7 +286,8 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
             allowed=allowed,
             has_grammar=has_grammar,
         )
-        all_greedy = jnp.all(settings.temperature == 0)
+        # Where no sequence is, the length is 0, and nothing reads what is drawn.
+        all_greedy = jnp.all((own.temperature == 0) | (lengths == 0))
         drawn = sample_tokens(processed, make_keys(own, lengths), all_greedy)
         tokens = jnp.where(forced >= 0, forced, drawn)
         logprobs = compute_logprobs(logits, tokens, logprobs_wanted, vocab_size=vocab_size)

@@ -334,7 +334,7 @@ class ServingPlan:
     curve: tuple[ServingPoint, ...]
 
     @property
-    def is_good(self) -> bool:
+    def is_feasible(self) -> bool:
         return self.fits and self.meets_targets
 
 
@@ -386,7 +386,7 @@ def list_serving_points(served: ServedModel, batches: Sequence[int]) -> tuple[Se
 
 
 def _rank(plan: ServingPlan) -> tuple[int, float]:
-    if plan.is_good:
+    if plan.is_feasible:
         return 0, -plan.point.tokens_per_second
     return (1, plan.point.tpot_seconds) if plan.fits else (2, plan.memory["total"])
 

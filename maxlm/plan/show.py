@@ -332,7 +332,7 @@ def format_serving_verdict(plan: ServingPlan) -> str:
 
 def render_serving_search(plans: list[ServingPlan], top: int) -> Group:
     """Renders the best of a search."""
-    good = [plan for plan in plans if plan.is_good]
+    good = [plan for plan in plans if plan.is_feasible]
     rows = [
         (
             _describe_split(plan),

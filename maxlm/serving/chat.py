@@ -95,7 +95,7 @@ class _ChatAnswer(Answer):
     body: ChatBody
     plan: _ToolPlan
     parsers: dict[int, ToolCallParser] = field(default_factory=dict)
-    """Of each sequence."""
+    """The parser of each sequence, by its index."""
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
         body, plan, vocab_size = self.body, self.plan, self.state.tokenizer.vocab_size

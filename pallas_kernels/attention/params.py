@@ -52,7 +52,7 @@ class AttentionOptions(TypedDict, total=False):
     """"tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the platform of
     the program being traced, and XLA where its kernels do not support this."""
     block_sizes: Any
-    """Of the kernels, hashable; None: their choice. XLA has none."""
+    """Block sizes of the kernels, hashable; None: their choice. XLA has none."""
     interpret: Any
     """Whether the kernel of a ``backend`` runs in Pallas's interpreter, on any device: True, or its
     parameters, hashable. For tests; default False."""
