@@ -1,5 +1,6 @@
 """maxlm chat"""
 
+import re
 from typing import Annotated
 
 from typer import Option
@@ -17,17 +18,23 @@ def command(
 ) -> None:
     """Talk with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
 
-    Settings are those of sampling, as top_p=0.9; by default temperature=0.7,
-    and an answer may fill the context. Each line of piped input is a message.
+    Settings are those of sampling, as top_p=0.9, and of the engine, as max_length=16384; by default
+    temperature=0.7, max_length=8192, and an answer may fill the context.
+    Each line of piped input is a message.
     """
     from maxlm.config import load_config
+    from maxlm.inference.engine_config import EngineConfig
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.chat import ChatSession, run_chat
     from maxlm.programs.serve import load_chat_model, make_engine
 
     # At temperature 1 small models stray; an answer may have what the context has room for.
-    settings = ["temperature=0.7", "max_new_tokens=1000000000", *(settings or ())]
-    sampling = load_config(SamplingConfig, None, settings).value
+    sampling, engine = ["temperature=0.7", "max_new_tokens=1000000000"], ["max_sequences=1"]
+    engine += ["max_length=8192"]
+    for setting in settings or ():
+        name = re.split(r"[.=\[]", setting)[0]
+        (engine if name in EngineConfig.model_fields else sampling).append(setting)
+    sampling = load_config(SamplingConfig, None, sampling).value
     loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-    engine = make_engine(loaded, ["max_sequences=1"])
+    engine = make_engine(loaded, engine)
     run_chat(ChatSession(engine, loaded.tokenizer, engine.config.max_length, sampling, system))

@@ -44,6 +44,7 @@ from maxlm.models.caches import (
     list_paged_windows,
 )
 from maxlm.models.params import Params
+from maxlm.runtime.progress import Progress, ignore_progress
 
 
 class EngineStats(NamedTuple):
@@ -178,7 +179,7 @@ class Engine:
         if request.grammar is not None and self.tokenizer is not None:
             self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
             matcher = self._grammars.compile(request.grammar)
-        stops = set(request.stop_token_ids)
+        stops = {token for token in request.stop_token_ids if 0 <= token < vocab}
         if self.tokenizer is not None and not request.ignore_eos:
             stops |= set(self.tokenizer.stop_ids)
         if len(stops) > MAX_STOP_IDS:
@@ -264,13 +265,16 @@ class Engine:
             raise MaxlmError(what, where=f"adapter {name}", fix=fix)
         del self._adapters.loaded[name]
 
-    def warm_up(self) -> None:
+    def warm_up(self, on_progress: Progress = ignore_progress) -> None:
         """Compiles every program that steps may need, but for encoders; none is compiled later."""
         empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
         with jax.set_mesh(self.mesh):
             self._adapters.warm_up()
-            for shape in self._inputs.list_shapes():
+            shapes = self._inputs.list_shapes()
+            for number, shape in enumerate(shapes):
+                on_progress("compiling", number, len(shapes))
                 self._run(empty, shape)
+            on_progress("compiling", len(shapes), len(shapes))
             for runner in self._runners:
                 runner.copy_pages([])
                 if self._copies_rows:

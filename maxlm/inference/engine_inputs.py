@@ -200,6 +200,7 @@ class InputBuilder:
         D, R = self.rows
         at = [(shard, row) for shard in range(D) for row in range(R)]
         placed = [self._placed.get(each) for each in at]
+        placed = [each if each and each.state != "finished" else None for each in placed]
         self._prompt_lengths = np.array(
             [each.num_prompt_tokens if each else 0 for each in placed], np.int32
         ).reshape(D, R)

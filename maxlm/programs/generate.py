@@ -59,12 +59,21 @@ def search_text(
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, as_documents: bool
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | bytes],
+    *,
+    as_documents: bool,
+    allow_special: bool = False,
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one; ``as_documents``: prompts
-    are documents, as an encoder reads them, rather than openings."""
+    """Return the ids that a model is given for each prompt, at least one.
+
+    Args:
+        as_documents: prompts are documents, as an encoder reads them, rather than openings.
+        allow_special: special tokens in them are read as such.
+    """
     end = [tokenizer.eos_id] if as_documents else []
-    encoded = [[*tokenizer.prefix_ids, *tokenizer.encode(prompt), *end] for prompt in prompts]
+    found = [tokenizer.encode(prompt, allow_special=allow_special) for prompt in prompts]
+    encoded = [[*tokenizer.prefix_ids, *own, *end] for own in found]
     # A model needs a token to start from, even where documents open without one.
     return [ids or [tokenizer.bos_id] for ids in encoded]
 

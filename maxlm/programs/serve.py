@@ -16,6 +16,7 @@ from maxlm.programs.convert import read_lora_adapter
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
+from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
 
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -69,12 +70,15 @@ def serve(
         as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
         del loaded  # the engine has parameters of its own
 
-        def encode(text: str) -> list[int]:
-            return encode_prompts(tokenizer, [text], as_documents=as_documents)[0]
+        def encode(text: str, *, allow_special: bool = False) -> list[int]:
+            how = {"as_documents": as_documents, "allow_special": allow_special}
+            return encode_prompts(tokenizer, [text], **how)[0]
 
         own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
         state = ServerState(name, tokenizer, max_length, encode, *own, read_adapter)
-        if key is None and not host.startswith(_LOOPBACK):
+        if key is None and host.startswith(_LOOPBACK):
+            state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
+        elif key is None:
             what = f"anyone who reaches {host} may use this server: there is no API key"
             print(f"warning: {what}", file=sys.stderr)
         run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
@@ -142,6 +146,6 @@ def make_engine(
     for name, weights in (adapters or {}).items():
         engine.load_adapter(name, weights)
     if warm_up:
-        print("compiling ...", file=sys.stderr, flush=True)
-        engine.warm_up()
+        with show_progress("programs") as progress:
+            engine.warm_up(progress)
     return engine

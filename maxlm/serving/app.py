@@ -55,6 +55,12 @@ def make_app(state: ServerState) -> Starlette:
 async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
     """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
     try:
+        # A page of another site may have its own name lead here (DNS rebinding).
+        if state.allowed_hosts and (host := request.url.hostname) not in state.allowed_hosts:
+            what = (
+                f"the host {str(host)[:200]!r} is none of this server's: start it with an API key"
+            )
+            raise ApiError(403, what)
         given = request.headers.get("authorization", "").encode()
         is_open = not state.api_key or path in _OPEN_PATHS
         if not is_open and not hmac.compare_digest(given, f"Bearer {state.api_key}".encode()):
@@ -128,6 +134,7 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         tokens = await asyncio.to_thread(encode_conversation, state, body.messages)
     else:
         encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
+        encode = partial(encode, allow_special=body.parse_special)
         tokens = await asyncio.to_thread(encode, body.prompt or "")
     about = {"count": len(tokens), "max_model_len": state.max_length}
     return JSONResponse(about | {"tokens": list(tokens)})
@@ -145,8 +152,9 @@ async def load_lora_adapter(state: ServerState, request: Request) -> Response:
     engine = state.engine_loop.engine
     if engine is None or state.read_adapter is None:
         raise ApiError(400, "no adapters are loaded beside this model", code="unsupported")
-    found = await asyncio.to_thread(state.read_adapter, body.lora_path)
-    await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found))
+    with state.engine_loop.admit():
+        found = await asyncio.to_thread(state.read_adapter, body.lora_path)
+        await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found))
     return JSONResponse(state.describe_model(body.lora_name))
 
 
@@ -156,5 +164,6 @@ async def unload_lora_adapter(state: ServerState, request: Request) -> Response:
     name, engine = body.lora_name, state.engine_loop.engine
     state.find_adapter(f"{state.name}:{name}")
     assert engine is not None, "it has an adapter"
-    await state.engine_loop.call(partial(engine.unload_adapter, name))
+    with state.engine_loop.admit():
+        await state.engine_loop.call(partial(engine.unload_adapter, name))
     return JSONResponse({"id": f"{state.name}:{name}", "object": "model", "deleted": True})

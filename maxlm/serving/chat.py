@@ -100,7 +100,7 @@ class _ChatAnswer(Answer):
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
         body, plan, vocab_size = self.body, self.plan, self.state.tokenizer.vocab_size
         asked = body.max_completion_tokens or body.max_tokens
-        most = self.state.resolve_max_tokens(len(prompt), asked)
+        most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
         request = body.make_request(request_id, prompt, most, vocab_size)
         if plan.required:
             if request.grammar:

@@ -25,9 +25,12 @@ class _Completions(Answer):
     """The prompts as ``echo`` repeats them."""
     num_chars: dict[int, int] = field(default_factory=dict)
     """Characters that were described before, by sequence."""
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    """By prompt."""
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
-        body, most = self.body, self.state.resolve_max_tokens(len(prompt), self.body.max_tokens)
+        body = self.body
+        most = self.state.resolve_max_tokens(len(prompt), body.max_tokens, "prompt")
         return replace(
             body.make_request(request_id, prompt, most, self.state.tokenizer.vocab_size),
             top_logprobs=body.logprobs,
@@ -42,7 +45,9 @@ class _Completions(Answer):
         if self.body.echo and index not in self.num_chars:
             text = self.texts[prompt_index] + text
             first = TokenLogprob(self.prompts[prompt_index][0], math.nan)  # nothing before it
-            entries = [first, *(output.prompt_logprobs or ()), *entries]
+            # A prompt is computed for the first of its sequences, whose output comes first.
+            known = self.prompt_logprobs.setdefault(prompt_index, output.prompt_logprobs or [])
+            entries = [first, *known, *entries]
         offset = self.num_chars.get(index, 0)
         self.num_chars[index] = offset + len(text)
         if self.body.logprobs is not None:
@@ -57,7 +62,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     given = list_prompts(body.prompt)
     if len(given) * body.n > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
-    prompts = await state.encode_prompts(given)
+    prompts = await state.encode_prompts(given, allow_special=body.parse_special)
     decode = state.tokenizer.decode
     texts = [p if isinstance(p, str) else decode(p) for p in given] if body.echo else []
     return await _Completions(state, body, prompts, texts).respond(request)

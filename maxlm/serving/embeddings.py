@@ -25,7 +25,7 @@ async def create_embeddings(state: ServerState, request: Request) -> Response:
     """Answers /v1/embeddings."""
     body = await state.read_body(request, EmbeddingBody)
     rows = await state.encode_prompts(list_prompts(body.input))
-    vectors = await _embed(state, rows, body.pooling, state.find_adapter(body.model))
+    vectors = await _embed(state, request, rows, body.pooling, state.find_adapter(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             what = f"the model's vectors have {vectors.shape[1]} dimensions"
@@ -52,7 +52,7 @@ async def create_scores(state: ServerState, request: Request) -> Response:
     usual = "cosine" if state.engine_loop.engine is None else "loglikelihood"
     if (body.method or usual) == "cosine":
         rows = await state.encode_prompts([*firsts, *seconds])
-        vectors = await _embed(state, rows, None, adapter)
+        vectors = await _embed(state, request, rows, None, adapter)
         scores = np.sum(vectors[: len(firsts)] * vectors[len(firsts) :], axis=1).tolist()
     else:
         heads = await state.encode_prompts(firsts)
@@ -71,7 +71,7 @@ async def _score_tails(
     if not all(tails):
         raise ApiError(400, "a text is empty", param="text_2")
     for head, tail in zip(heads, tails, strict=True):
-        state.resolve_max_tokens(len(head) + len(tail), 1)
+        state.resolve_max_tokens(len(head) + len(tail), 1, "text_2")
     name = uuid4().hex
     asked = [
         replace(make_score_request(f"{name}-{n}", head, [tail]), adapter=adapter)
@@ -90,7 +90,7 @@ async def _score_tails(
 
 
 async def _embed(
-    state: ServerState, rows: Rows, pooling: Pooling | None, adapter: str | None
+    state: ServerState, request: Request, rows: Rows, pooling: Pooling | None, adapter: str | None
 ) -> np.ndarray:
     embedder = state.embedder
     if adapter is not None:
@@ -101,12 +101,16 @@ async def _embed(
     if (longest := max(map(len, rows))) > embedder.max_length:
         what = f"a text has {longest} tokens; the model's context is {embedder.max_length}"
         raise ApiError(400, what, param="input", code="context_length_exceeded")
-    # A few rows at a time: sequences that are being generated go on between them.
-    found = [
-        await state.engine_loop.call(partial(embedder.embed, rows[start : start + 8], pooling))
-        for start in range(0, len(rows), 8)
-    ]
-    return np.concatenate(found)
+    batches, found = embedder.iterate_embeddings(rows, pooling), dict[int, np.ndarray]()
+
+    async def compute() -> np.ndarray:
+        with state.engine_loop.admit():
+            # Sequences that are being generated go on between batches.
+            while batch := await state.engine_loop.call(partial(next, batches, None)):
+                found.update(zip(*batch, strict=True))
+        return np.stack([found[index] for index in range(len(rows))])
+
+    return await cancel_on_disconnect(request, compute())
 
 
 def _respond(state: ServerState, rows: Rows, data: list[Any], **more: Any) -> Response:

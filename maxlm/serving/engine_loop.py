@@ -7,9 +7,9 @@ computations are done one after the other.
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -60,7 +60,7 @@ class EngineLoop:
     engine: Engine | None
     max_open_sequences: int = 256
     num_open: int = 0
-    """Sequences and calls that run or wait."""
+    """Sequences, and requests of other kinds, that run or wait."""
     is_draining: bool = False
     """Whether new work is refused (503), because the server is about to stop."""
     failure: str | None = None
@@ -91,38 +91,43 @@ class EngineLoop:
             self.num_open -= count
             self._executor.submit(self._run, lambda: self._abort(stream))
 
-        self._check_open()
-        # A request that is larger than the queue is taken when nothing else runs.
-        if self.num_open and self.num_open + count > self.max_open_sequences:
-            what = f"{self.num_open} sequences run or wait; the queue is full"
-            raise ApiError(429, what, retry_after=1)
+        self._open(count)
         stream = RequestStream(requests, release)
-        self.num_open += count
         try:
-            await self._call_in_thread(lambda: self._add(requests, stream))
+            await self.call(lambda: self._add(requests, stream))
         except BaseException:
             release()
             raise
         return stream
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Runs a function in the engine's thread, between two steps, and returns its value."""
-        self._check_open()
-        self.num_open += 1
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place in the queue for work that goes through :meth:`call`, until it is done.
+
+        Raises:
+            ApiError: as :meth:`submit` does.
+        """
+        self._open(1)
         try:
-            return await self._call_in_thread(function)
+            yield
         finally:
             self.num_open -= 1
 
-    def _check_open(self) -> None:
+    async def call(self, function: Callable[[], T]) -> T:
+        """Runs a function in the engine's thread, between two steps, and returns its value."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._run, function)
+
+    def _open(self, count: int) -> None:
         if self.failure:
             raise ApiError(500, f"the engine has stopped: {self.failure}")
         if self.is_draining:
             raise ApiError(503, "the server is stopping", retry_after=5)
-
-    async def _call_in_thread(self, function: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._run, function)
+        # A request that is larger than the queue is taken when nothing else runs.
+        if self.num_open and self.num_open + count > self.max_open_sequences:
+            what = f"{self.num_open} sequences run or wait; the queue is full"
+            raise ApiError(429, what, retry_after=1)
+        self.num_open += count
 
     # What follows runs in the thread.
 

@@ -1,5 +1,6 @@
 """Errors of the API, in OpenAI's form."""
 
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from maxlm.config import MaxlmError
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
     404: ("not_found_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     413: ("invalid_request_error", "request_too_large"),
@@ -40,21 +42,23 @@ class ApiError(Exception):
 
 
 def convert_error(error: Exception) -> ApiError:
-    """Returns what a client is told of an error: a user's mistake is a 400."""
+    """Returns what a client is told of an error: a user's mistake is a 400. One of ours is printed
+    with its traceback."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
         return _convert_validation_error(error)
     if isinstance(error, MaxlmError):
         return ApiError(400, " ".join(str(error).split()))
+    traceback.print_exception(error)
     return ApiError(500, f"internal error ({type(error).__name__})")
 
 
 def _convert_validation_error(error: ValidationError) -> ApiError:
-    """Names one fault: the deepest, which is that of the type that was meant where several are
-    allowed."""
+    """Names one fault: where several types are allowed, of a value that has one of them, or else
+    the deepest, which is that of the type that was meant."""
     faults = error.errors(include_url=False, include_context=False)
-    fault = max(faults, key=lambda each: len(each["loc"]))
+    fault = max(faults, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
     path = [str(part) for part in fault["loc"]]  # with members of unions, such as "list[int]"
     fields = [part for part in path if part.replace("_", "").isalnum() and part not in _TYPE_NAMES]
     name, text = ".".join(fields)[:300], fault["msg"][:300]

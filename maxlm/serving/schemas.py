@@ -18,10 +18,10 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
 
 _UNSUPPORTED = ("suffix", "audio", "modalities", "prediction", "web_search_options", "functions")
-_SAMPLING_FIELDS = SamplingConfig.model_fields.keys()
+_SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens"}  # max_tokens says it
 MAX_PROMPTS = 2048
 
-TokenIds = list[int]
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompt = (
     str
@@ -118,8 +118,8 @@ class GenerationBody(ApiBody):
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
             sampling["top_p"] = 1e-9
         sampling["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**32
-        sampling |= {"max_new_tokens": max_new_tokens, "logit_bias": self.logit_bias}
         known = {name: value for name, value in sampling.items() if name in _SAMPLING_FIELDS}
+        known |= {"max_new_tokens": max_new_tokens, "logit_bias": self.logit_bias}
         return GenerationRequest(
             request_id=request_id,
             prompt_tokens=prompt,
@@ -154,6 +154,7 @@ class CompletionBody(GenerationBody):
     max_tokens: int = Field(default=16, ge=0)
     echo: bool = False
     logprobs: TopLogprobs | None = None
+    parse_special: bool = False
 
 
 class ToolFunction(ApiModel):
@@ -254,6 +255,7 @@ class TokenizeBody(ApiBody):
     prompt: str | None = None
     messages: list[ChatMessage] = []
     add_special_tokens: bool = True
+    parse_special: bool = False
 
 
 class DetokenizeBody(ApiBody):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,14 +32,17 @@ class ServerState:
     tokenizer: Tokenizer
     max_length: int
     """Tokens of a prompt and its continuation together."""
-    encode_prompt: Callable[[str], list[int]]
-    """The ids that the model is given for a text."""
+    encode_prompt: Callable[..., list[int]]
+    """Returns the ids that the model is given for a text; ``allow_special``: as the tokenizer's
+    ``encode`` takes it."""
     engine_loop: EngineLoop
     embedder: Embedder | None = None
     api_key: str | None = None
     max_body_bytes: int = 16 << 20
     read_adapter: Callable[[str], LoraWeights] | None = None
     """Reads the adapter of a folder."""
+    allowed_hosts: Collection[str] | None = None
+    """Names that requests may call the server by; None: any."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -91,13 +94,19 @@ class ServerState:
         own = {"id": f"{self.name}:{adapter}", "parent": self.name} if adapter else {}
         return {**about, **own, "max_model_len": self.max_length}
 
-    async def encode_prompts(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+    async def encode_prompts(
+        self, prompts: Sequence[str | list[int]], *, allow_special: bool = False
+    ) -> list[tuple[int, ...]]:
         """Returns the ids of prompts that may be texts or ids already; checks these."""
 
-        def encode() -> list[tuple[int, ...]]:
-            return [tuple(self.encode_prompt(p) if isinstance(p, str) else p) for p in prompts]
+        def encode(prompt: str | list[int]) -> tuple[int, ...]:
+            is_text = isinstance(prompt, str)
+            return tuple(
+                self.encode_prompt(prompt, allow_special=allow_special) if is_text else prompt
+            )
 
-        found, last = await asyncio.to_thread(encode), self.tokenizer.vocab_size - 1
+        found = await asyncio.to_thread(lambda: [*map(encode, prompts)])
+        last = self.tokenizer.vocab_size - 1
         for tokens in found:
             if not tokens:
                 raise ApiError(400, "a prompt is empty", param="prompt")
@@ -105,8 +114,11 @@ class ServerState:
                 raise ApiError(400, f"token ids lie from 0 to {last}", param="prompt")
         return found
 
-    def resolve_max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
+    def resolve_max_tokens(self, num_prompt_tokens: int, asked: int | None, prompt: str) -> int:
         """Returns how many tokens a sequence may have; None asks for all that there is room for.
+
+        Args:
+            prompt: the field that has the prompt, to name in errors.
 
         Raises:
             ApiError: they do not fit the context.
@@ -116,7 +128,8 @@ class ServerState:
         if room < 1 or (asked or 0) > room:
             what = f"the context is {limit} tokens (max_length), the prompt has {num_prompt_tokens}"
             what += f"; {asked} more were asked for" if room >= 1 else ""
-            raise ApiError(400, what, param="max_tokens", code="context_length_exceeded")
+            name = "max_tokens" if room >= 1 else prompt
+            raise ApiError(400, what, param=name, code="context_length_exceeded")
         return room if asked is None else max(asked, 1)
 
 

@@ -80,14 +80,18 @@ def make_tool_grammar(
     """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`.
 
     Raises:
-        ApiError: tools that define different things under one name in ``$defs``.
+        ApiError: ``$defs`` that are none, or give one name to different things.
     """
     key = "parameters" if tool_format == "llama3" else "arguments"
     calls, definitions = [], {"$defs": {}, "definitions": {}}
     for tool in tools:
         schema = dict(tool.function.parameters or {"type": "object", "properties": {}})
         for place, shared in definitions.items():  # references start at the root
-            for name, value in schema.pop(place, {}).items():
+            found = schema.pop(place, {})
+            if not isinstance(found, dict):
+                what = f"{place} of a tool's parameters is no object"
+                raise ApiError(400, what, param="tools")
+            for name, value in found.items():
                 if shared.setdefault(name, value) != value:
                     raise ApiError(400, f"two tools differ in {place}/{name}", param="tools")
         properties = {"name": {"const": tool.function.name}, key: schema}

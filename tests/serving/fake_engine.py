@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.outputs import TextStream
@@ -103,3 +105,21 @@ class FakeEngine:
                 for each in request.prompt_tokens[1:]
             ]
         return found
+
+
+class FakeEmbedder:
+    """Embeds a text by its number of tokens, texts one by one, the last ones first."""
+
+    max_length = 512
+    num_done = 0
+    before_text: Callable[[], None] = staticmethod(lambda: None)
+
+    @staticmethod
+    def embed(num_tokens: int) -> np.ndarray:
+        return np.array([num_tokens, 1.0, 2.0], np.float32) / np.sqrt(num_tokens**2 + 5)
+
+    def iterate_embeddings(self, rows, pooling):
+        for index in reversed(range(len(rows))):
+            self.before_text()
+            self.num_done += 1
+            yield [index], self.embed(len(rows[index]))[None]

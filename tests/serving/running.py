@@ -49,8 +49,8 @@ def run_in_thread(
 ) -> Iterator[RunningServer]:
     """``make_engine`` may make a real engine; ``settings`` are those of ``ServerState``."""
 
-    def encode(text: str) -> list[int]:
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
+    def encode(text: str, **how: bool) -> list[int]:
+        return [tokenizer.bos_id, *tokenizer.encode(text, **how)]
 
     engine = (make_engine or (lambda own: FakeEngine(own, reply)))(tokenizer)
     loop = EngineLoop(engine, max_open)

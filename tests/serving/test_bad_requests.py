@@ -16,6 +16,18 @@ GOOD = {
 NUMBERS = ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "n"]
 NUMBERS += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_tokens"]
 NUMBERS += ["max_tokens"]
+FIELDS = {
+    "stop_token_ids": [[-1], [2**31], ["a"], 5, [None], [2**80]],
+    "stop": [[""], 5, [5], ["a"] * 17, {"a": 1}],
+    "logit_bias": [[1], {"a": 1}, {"-1": 1}, {"5": "x"}, {"5": 1e300}, {str(2**40): 1}],
+    "response_format": [{"type": "x"}, 5, "json", {"type": "json_schema"}, {}],
+    "stream_options": [5, [], {"include_usage": "yes"}],
+    "seed": ["x", 1.5, [1], {}],
+    "messages": [[{"role": "user", "content": [5]}], [{"role": "tool", "tool_calls": [{}]}], [[]]],
+    "tools": [5, [{}], [{"function": 5}], [{"function": {"name": "a b"}}], ["f"]],
+    "tool_choice": ["maybe", 5, {"function": {"name": "none"}}, "required"],
+    "chat_template_kwargs": [5, {"messages": []}, [1]],
+}
 WRONG = ["x", [], {}, [[]], True, -7, 1e300, "\ud83d", {"a": {"b": [None]}}, [1, "a"], 2**70 * -1]
 
 
@@ -39,7 +51,7 @@ def draw_bad(draw: random.Random) -> tuple[str, object]:
     body = dict(GOOD[path])
     required = next(iter(body))
     whole = json.dumps(body).encode()
-    kind = draw.randrange(7)
+    kind = draw.randrange(8)
     if kind == 0:
         return path, whole[: draw.randrange(len(whole))]
     if kind == 1:
@@ -52,6 +64,9 @@ def draw_bad(draw: random.Random) -> tuple[str, object]:
         return path, body | {draw.choice(NUMBERS): draw.choice([v for v in WRONG if v != 1e300])}
     if kind == 4:
         return path, body | {"model": draw.choice(["other", 3, ["fake"], {}])}
+    if kind == 7 and path.startswith("/v1/c"):
+        field, wrong = draw.choice([*FIELDS.items()])
+        return "/v1/chat/completions", GOOD["/v1/chat/completions"] | {field: draw.choice(wrong)}
     if kind == 5:
         return path, {key: value for key, value in body.items() if key != required}
     wrong = [5, True, {}, [[]], [None], [1.5], {"role": "user"}, [{"role": "king"}], [-1], [2**40]]
@@ -71,6 +86,7 @@ def test_a_thousand_malformed_requests(start_server):
     assert not server.engine.sequences
 
 
+BROKEN_TOOL = {"name": "f", "parameters": {"type": "object", "$defs": 5}}
 IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
 
 
@@ -78,7 +94,9 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
     ("path", "change", "param"),
     [
         ("completions", {"stream": 5}, "stream"),
-        ("completions", {"prompt": "x" * 3000}, "max_tokens"),
+        ("completions", {"prompt": "x" * 3000}, "prompt"),
+        ("completions", {"stop_token_ids": [2**31]}, "stop_token_ids.0"),
+        ("completions", {"stop": ["a"] * 17}, "stop"),
         ("completions", {"max_tokens": 5000}, "max_tokens"),
         ("completions", {"prompt": [5, 280]}, "prompt"),
         ("completions", {"suffix": "end"}, "suffix"),
@@ -98,6 +116,12 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
             "response_format.json_schema",
         ),
         ("chat/completions", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        (
+            "chat/completions",
+            {"tools": [{"function": BROKEN_TOOL}], "tool_choice": "required"},
+            "tools",
+        ),
+        ("score", {"text_2": "x" * 3000}, "text_2"),
         ("embeddings", {"input": "x"}, None),
     ],
 )

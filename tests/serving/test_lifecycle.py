@@ -14,6 +14,7 @@ import pytest
 
 from maxlm.serving.server import read_api_key
 from tests.errors import message
+from tests.serving.fake_engine import FakeEmbedder
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 PROMPT = {"prompt": "x", "max_tokens": 100}
@@ -56,6 +57,39 @@ def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
     assert server.engine.num_generated < 900  # it did not run to its end
     assert not server.loop._streams
     assert server.http.post("/v1/completions", json=PROMPT | {"max_tokens": 1}).status_code == 200
+
+
+def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_server):
+    embedder = FakeEmbedder()
+    server = start_server(embedder=embedder)
+    embedder.gate = threading.Event()
+    embedder.before_text = lambda: embedder.num_done < 3 or embedder.gate.wait(60)
+    texts = {"input": ["x"] * 100}
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/v1/embeddings", json=texts, timeout=0.5)
+    wait_until(lambda: not server.loop.num_open)
+    embedder.gate.set()
+    assert server.http.post("/v1/completions", json=PROMPT).status_code == 200
+    assert embedder.num_done == 4
+    embedder.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(server.http.post, "/v1/embeddings", json=texts)
+        wait_until(lambda: server.loop.num_open == 1)
+        other = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
+        wait_until(lambda: server.loop.num_open == 2)
+        server.loop.is_draining = True
+        embedder.before_text = lambda: not server.engine.sequences or embedder.waited.append(1)
+        embedder.waited, server.engine.before_step = [], lambda: time.sleep(0.01)
+        embedder.gate.set()
+        assert (found.result().status_code, other.result().status_code) == (200, 200)
+    assert 0 < len(embedder.waited) < 100  # sequences went on between texts
+    assert server.http.post("/v1/embeddings", json=texts).status_code == 503
+
+
+def test_another_name_of_the_host_is_refused(start_server):
+    server = start_server(allowed_hosts={"127.0.0.1", "::1"})
+    for host, status in (("evil.example", 403), ("127.0.0.1:1", 200), ("[::1]:80", 200)):
+        assert server.http.get("/health", headers={"host": host}).status_code == status
 
 
 def test_a_full_queue_is_429_and_who_waits_is_served(start_server):

@@ -64,6 +64,30 @@ def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
     assert ask() != ask()
 
 
+def test_echoed_prompts_have_logprobs_in_each_of_n(server, chat_tokenizer):
+    ask = {"model": "fake", "prompt": ["the model", "is"], "n": 3, "echo": True, "logprobs": 1}
+    ask |= {"max_tokens": 2, "temperature": 0}
+    choices = server.client.completions.create(**ask).choices
+    streamed: dict[int, list[float]] = {}
+    for event in server.client.completions.create(**ask, stream=True):
+        if event.choices:
+            own = event.choices[0]
+            streamed.setdefault(own.index, []).extend(own.logprobs.token_logprobs)
+    for choice in choices:
+        count = 1 + len(chat_tokenizer.encode(ask["prompt"][choice.index // 3])) + 2
+        logprobs = choice.logprobs.token_logprobs
+        assert len(logprobs) == count
+        assert logprobs == choices[choice.index // 3 * 3].logprobs.token_logprobs
+        assert streamed[choice.index] == logprobs
+
+
+def test_ids_that_no_model_has_stop_nothing(server):
+    for token in (2**31 - 1, 300):
+        body = {"prompt": "x", "max_tokens": 2, "stop_token_ids": [token], "ignore_eos": True}
+        answer = server.http.post("/v1/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 2
+
+
 def test_a_schema_is_kept_and_a_bad_one_is_a_400(server):
     properties = {"n": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}}
     schema = {"type": "object", "properties": properties, "required": ["n", "ok"]}

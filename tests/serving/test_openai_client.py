@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from maxlm.data.tokenizer import encode_chat
+from tests.serving.fake_engine import FakeEmbedder
 
 HELLO = [{"role": "user", "content": "hi"}]
 PLACE = {"type": "object", "properties": {"place": {"$ref": "#/$defs/place"}}}
@@ -204,16 +205,9 @@ def test_a_call_is_forced_by_grammar(start_server):
 
 
 def test_embeddings_and_scores(start_server):
-    class Embedder:
-        max_length = 512
-
-        def embed(self, rows, pooling):
-            vectors = np.array([[len(row), 1.0, 2.0] for row in rows], np.float32)
-            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    server = start_server(embedder=Embedder())
+    server = start_server(embedder=FakeEmbedder())
     texts, create = ["x" * n for n in range(11)], server.client.embeddings.create
-    expected = Embedder().embed([[0] * (n + 1) for n in range(11)], None)  # bos before each
+    expected = np.array([FakeEmbedder.embed(n + 1) for n in range(11)])  # bos before each
     found = create(model="fake", input=texts, encoding_format="float")
     np.testing.assert_allclose([each.embedding for each in found.data], expected, atol=1e-6)
     assert found.usage.prompt_tokens == sum(range(1, 12))
@@ -229,7 +223,7 @@ def test_embeddings_and_scores(start_server):
     tokens = [*asked.prompt_tokens, *asked.continuations[0]]
     assert server.engine.tokenizer.decode(tokens) == "<|endoftext|>abqz"
     answer = server.http.post("/v1/score", json={**score, "method": "cosine"}).json()
-    expected = [np.dot(*Embedder().embed([[0] * 3, [0] * n], None)) for n in (2, 3)]
+    expected = [FakeEmbedder.embed(3) @ FakeEmbedder.embed(n) for n in (2, 3)]
     assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-6)
 
 
@@ -242,6 +236,13 @@ def test_tokenize_and_back(start_server):
         assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 2048)
     text = server.http.post("/detokenize", json={"tokens": found["tokens"]}).json()
     assert text == {"prompt": "Straße"}
+    turn = {"prompt": "<|im_start|>a", "add_special_tokens": False}
+    assert len(server.http.post("/tokenize", json=turn).json()["tokens"]) > 2
+    found = server.http.post("/tokenize", json=turn | {"parse_special": True}).json()
+    assert found["tokens"] == tokenizer.encode("<|im_start|>a", allow_special=True)
+    create = server.client.completions.create
+    create(model="fake", prompt="<|im_start|>a", extra_body={"parse_special": True})
+    assert [*server.engine.requests[-1].prompt_tokens[1:]] == found["tokens"]
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     chat = server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
     assert chat == encode_chat(tokenizer, messages, add_generation_prompt=True)
