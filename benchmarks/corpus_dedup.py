@@ -229,7 +229,8 @@ def main() -> None:
         ours = {"signature": sorted(signature)[2]}
         labels, ours["all"] = run(stage, shards, folder / "near")
         report_quality(texts, labels)
-        print(f"  signatures, {banding}: {len(texts) / ours['signature']:,.0f} documents/s")
+        speed = len(texts) / ours["signature"]
+        print(f"  signatures, {banding[0]} bands of {banding[1]}: {speed:,.0f} documents/s")
         print(f"  end to end: {len(texts) / ours['all']:,.0f} documents/s")
         if arguments.datatrove:
             documents = folder / "documents.jsonl"

@@ -20,7 +20,7 @@ from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import FORMATS, find_files
-from maxlm.data.documents.reader import Record, read_records
+from maxlm.data.documents.reader import read_records
 from maxlm.data.documents.streams import (
     DamagedFile,
     check_unchanged,
@@ -95,7 +95,8 @@ def write_document_shard(job: ReadJob) -> None:
     _check_unchanged(job)
     with open_shard_writer(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows = _make_rows(job, lambda reason: writer.counts.update([reason]))
-        for group in batch_by_size(rows, _count_bytes, _GROUP_BYTES, _GROUP_ROWS):
+        sizes = lambda row: sum(len(value or b"") for value in row.values())  # noqa: E731
+        for group in batch_by_size(rows, sizes, _GROUP_BYTES, _GROUP_ROWS):
             writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
         _check_unchanged(job)
 
@@ -103,10 +104,6 @@ def write_document_shard(job: ReadJob) -> None:
 def _check_unchanged(job: ReadJob) -> None:
     for part in job.slices:
         check_unchanged(part.file, "corpus")
-
-
-def _count_bytes(row: dict[str, bytes | None]) -> int:
-    return sum(len(value) for value in row.values() if value is not None)
 
 
 def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:
@@ -136,21 +133,11 @@ def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iter
         for record in read_records(source, part, max_bytes=longest, with_fields=True):
             if record.skip_reason:
                 count(record.skip_reason)
-            else:
-                yield _from_record(source, record)
-
-
-def _from_record(source: CrawlSource, record: Record) -> RawDocument:
-    fields = dict(record.fields)
-    url, id_ = fields.pop(source.url_field, None), fields.pop("id", None)
-    text = None if record.text is None else record.text.decode().removeprefix("\ufeff")
-    return RawDocument(
-        id=str(id_) if id_ is not None else record.id,
-        url=url if isinstance(url, str) else None,
-        html=None,
-        text=text,
-        meta={key: value for key, value in fields.items() if value is not None},
-    )
+                continue
+            meta = {key: value for key, value in record.fields.items() if value is not None}
+            url, id_ = meta.pop(source.url_field, None), meta.pop("id", record.id)
+            text = None if record.text is None else record.text.decode().removeprefix("\ufeff")
+            yield RawDocument(str(id_), url if isinstance(url, str) else None, None, text, meta)
 
 
 def _make_row(source: CrawlSource, document: RawDocument) -> dict[str, bytes | None] | str:

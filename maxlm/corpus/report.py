@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +34,6 @@ _TOKENIZED_BYTES = 200_000  # of each source and language in each shard
 _BINS = 48
 _MOST_ITEMS = 100
 _WIDTH, _HEIGHT = 440, 120
-
-if TYPE_CHECKING:
-    from maxlm.data.tokenizer import Tokenizer
 
 Key = tuple[str, ...]
 
@@ -148,7 +145,17 @@ def _summarize_shard(
         for label in numeric:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
             summary.add_values(label, np.stack([random.random(len(values)), values]))
-        _count_mixture(summary, rules, language, codec, table.filter(pa.array(keep)))
+        table = table.filter(pa.array(keep))
+        names = table.column(language).to_pylist() if language else [None] * table.num_rows
+        documents = zip(
+            table.column("source").to_pylist(), names, remove_cut_spans(table, rules), strict=True
+        )
+        for source, name, text in documents:
+            raw = text.encode()
+            figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
+            figures[:2] += (1, len(raw))
+            if codec is not None and figures[2] < _TOKENIZED_BYTES:
+                figures[2:] += (len(raw), len(codec.encode(raw)))
     return summary
 
 
@@ -176,23 +183,6 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
         )
         for each in chosen
     ]
-
-
-def _count_mixture(
-    summary: CorpusSummary,
-    rules: FilterRules,
-    language: str | None,
-    tokenizer: "Tokenizer | None",
-    table: pa.RecordBatch,
-) -> None:
-    languages = table.column(language).to_pylist() if language else [None] * table.num_rows
-    sources = table.column("source").to_pylist()
-    for source, name, text in zip(sources, languages, remove_cut_spans(table, rules), strict=True):
-        raw = text.encode()
-        figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
-        figures[:2] += (1, len(raw))
-        if tokenizer is not None and figures[2] < _TOKENIZED_BYTES:
-            figures[2:] += (len(raw), len(tokenizer.encode(raw)))
 
 
 def write_report(

@@ -72,8 +72,6 @@ class Stage(Config):
     """Whether its labels depend on the version of Unicode's tables."""
     files_fix: ClassVar[str] = "check the names of the stage's files"
     """What to do about a file that cannot be read, for errors."""
-    hash_excludes: ClassVar[tuple[str, ...]] = ("where",)
-    """Settings that change no label (`where` is in the key by other means)."""
 
     @property
     def unique_name(self) -> str:
@@ -100,7 +98,8 @@ class Stage(Config):
 
     def fingerprint(self) -> str:
         """A hash of all that decides its labels, but for the documents and labels it reads."""
-        settings = self.model_dump(mode="json", exclude=set(self.hash_excludes))
+        # `memory` changes no label, and `where` is in the key by other means.
+        settings = self.model_dump(mode="json", exclude={"where", "memory"})
         parts = [type(self).__name__, self.version, settings]
         try:
             parts += [(path.name, hash_file(path)) for path in self.list_input_files()]
@@ -144,8 +143,6 @@ class CrossDocumentStage(Stage):
     minus in front ("-perplexity.value") the lowest; null, and among equals: the first document."""
     memory: int = Field(default=1 << 29, ge=1 << 10)
     """Bytes that a job may use, about; smaller means more files and jobs."""
-
-    hash_excludes = (*Stage.hash_excludes, "memory")
 
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:

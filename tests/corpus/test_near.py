@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.corpus.dedup.candidates import (
-    find_candidate_pairs,
-    unpack_pairs,
-    write_band_keys,
-)
-from maxlm.corpus.dedup.columns import write_columns
-from maxlm.corpus.dedup.members import SelectedDocuments, get_member_path
+from maxlm.corpus.dedup.columns import get_shard_path, write_columns
+from maxlm.corpus.dedup.members import SelectedDocuments
 from maxlm.corpus.dedup.minhash import (
     choose_banding,
     make_shingle_set,
+)
+from maxlm.corpus.dedup.pairs import (
+    find_candidate_pairs,
+    unpack_pairs,
+    write_band_keys,
 )
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.near import NearStage
@@ -177,11 +177,11 @@ def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> N
 
 @given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
 def test_bandings_keep_their_promise(similarity: float, recall: float, most: int) -> None:
-    banding = choose_banding(similarity, recall, most)
-    assert 1 - (1 - similarity**banding.rows) ** banding.bands >= recall - 1e-9
-    assert banding.rows == 1 or banding.bands * banding.rows <= most
+    bands, rows = choose_banding(similarity, recall, most)
+    assert 1 - (1 - similarity**rows) ** bands >= recall - 1e-9
+    assert rows == 1 or bands * rows <= most
     if similarity < 1:
-        more = banding.rows + 1
+        more = rows + 1
         needed = np.log(1 - recall) / np.log(1 - similarity**more)
         assert np.ceil(needed - 1e-6) * more > most or needed * more > most
 
@@ -189,7 +189,7 @@ def test_bandings_keep_their_promise(similarity: float, recall: float, most: int
 @pytest.mark.parametrize(("size", "limit"), [(2, 8), (8, 8), (9, 8), (500, 8), (500, 1000)])
 def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
     rank = np.random.default_rng(size).permutation(size).astype(float)
-    write_columns(get_member_path(tmp_path, "s"), {"rank": rank})
+    write_columns(get_shard_path(tmp_path, "members", "s"), {"rank": rank})
     write_band_keys(tmp_path, "s", np.full((1, size), 7, np.uint64), np.ones(size, np.bool_))
     members = SelectedDocuments(tmp_path, ("s",), (0, size))
     found = np.unique(np.concatenate([*find_candidate_pairs(members, 1, 1, 0, limit)]))

@@ -11,6 +11,11 @@ from maxlm.runtime.files import convert_write_errors, replace_file
 Column = np.ndarray | pa.Array
 
 
+def get_shard_path(scratch: Path, kind: str, shard: str) -> Path:
+    """Returns the file with columns of one kind, such as "members", of a shard."""
+    return scratch / kind / f"{shard}.arrow"
+
+
 def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
     """Write columns of one length; the file appears when complete.
 
@@ -41,10 +46,8 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
 
 def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -> slice:
     """Finds the part of sorted `values` from range_starts[range_index] up to the next start."""
-    first = np.searchsorted(values, range_starts[range_index]) if range_index else 0
-    if range_index + 1 == len(range_starts):
-        return slice(int(first), len(values))
-    return slice(int(first), int(np.searchsorted(values, range_starts[range_index + 1])))
+    ends = np.append(np.searchsorted(values, range_starts), len(values))
+    return slice(*ends[range_index : range_index + 2].tolist())
 
 
 def read_range(

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maxlm.corpus.dedup.columns import read_batch, write_columns
+from maxlm.corpus.dedup.columns import get_shard_path, read_batch, write_columns
 from maxlm.corpus.shards import RowGroup, StageShardView
 
 
@@ -36,7 +36,7 @@ class SelectedDocuments:
 
     def read_batch(self, shard: int) -> pa.RecordBatch:
         """The columns of a shard's members."""
-        return read_batch(get_member_path(self.folder, self.shards[shard]))
+        return read_batch(get_shard_path(self.folder, "members", self.shards[shard]))
 
     def group_by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Yields each shard that has some of the sorted `members`, and the slice of these."""
@@ -45,21 +45,19 @@ class SelectedDocuments:
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
-        """Returns a column's values for members in any order."""
-        unique, places = np.unique(members, return_inverse=True)
+        """Returns a column's values for members in any order; null for -1."""
+        unique = np.unique(members[members >= 0])
         parts = [self.read_batch(0).column(column).slice(0, 0)]  # For the type.
         for shard, part in self.group_by_shard(unique):
             values = self.read_batch(shard).column(column)
             parts.append(values.take(pa.array(unique[part] - self.shard_offsets[shard])))
-        return pa.concat_arrays(parts).take(pa.array(places))
+        places = pa.array(np.searchsorted(unique, members), mask=members < 0)
+        return pa.concat_arrays(parts).take(places)
 
 
-def get_member_path(folder: Path, shard: str) -> Path:
-    """Returns the file of a shard's members, below a stage's scratch folder."""
-    return folder / "members" / f"{shard}.arrow"
-
-
-def write_members(path: Path, groups: Sequence[RowGroup], keep_by: str | None) -> np.ndarray:
+def write_members(
+    scratch: Path, shard: str, groups: Sequence[RowGroup], keep_by: str | None
+) -> np.ndarray:
     """Write the file of a shard's members, of their ids and the label that `keep_by` names; returns
     the ranks."""
     rows = [group.row_indices + group.first_row for group in groups]
@@ -67,14 +65,15 @@ def write_members(path: Path, groups: Sequence[RowGroup], keep_by: str | None) -
     ids = [group.batch.column("id") for group in groups]
     columns = {"row": np.concatenate([np.empty(0, np.int64), *rows])}
     columns |= {"rank": np.concatenate([np.empty(0), *ranks])}
-    write_columns(path, columns | {"id": pa.concat_arrays([pa.array([], pa.string()), *ids])})
+    columns |= {"id": pa.concat_arrays([pa.array([], pa.string()), *ids])}
+    write_columns(get_shard_path(scratch, "members", shard), columns)
     return columns["rank"]
 
 
 def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
-    sizes = (read_batch(get_member_path(folder, name)).num_rows for name in names)
+    sizes = (read_batch(get_shard_path(folder, "members", name)).num_rows for name in names)
     offsets = tuple(accumulate(sizes, initial=0))
     return SelectedDocuments(folder, names, offsets)
 

@@ -9,7 +9,6 @@ Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
 import hashlib
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log, log1p
 
@@ -23,28 +22,21 @@ _HALF = np.uint64(32)
 _CHUNK = 1 << 12  # Shingles that are hashed together.
 
 
-@dataclass(frozen=True)
-class Banding:
-    """Split of a MinHash signature into bands of several hash functions (rows) each."""
-
-    bands: int
-    rows: int
-
-
-def choose_banding(similarity: float, recall: float, max_hashes: int) -> Banding:
-    """The banding with the most rows, and so the fewest false candidates, that is affordable.
+def choose_banding(similarity: float, recall: float, max_hashes: int) -> tuple[int, int]:
+    """Chooses how many bands a signature has, of how many hash functions (rows) each: the most
+    rows, and so the fewest false candidates, that are affordable.
 
     Args:
         similarity: of pairs that must be found with probability `recall` at least.
         max_hashes: bands * rows at most. One row always fits: more are used if need be.
     """
-    best = Banding(1, 1)
+    best = 1, 1
     for rows in range(1, max_hashes + 1):
         miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
         bands = max(1, ceil(log(1 - recall) / miss - 1e-9))
         if rows > 1 and bands * rows > max_hashes:
             break
-        best = Banding(bands, rows)
+        best = bands, rows
     return best
 
 
@@ -94,14 +86,16 @@ def make_shingle_set(text: str, size: int) -> np.ndarray:
     return np.unique(hash_shingles(hash_words(text), size))
 
 
-def compute_band_keys(sets: Sequence[np.ndarray], banding: Banding) -> np.ndarray:
-    """Computes a hash for each band of each text's signature, from its set of shingles.
+def compute_band_keys(sets: Sequence[np.ndarray], banding: tuple[int, int]) -> np.ndarray:
+    """Computes a hash for each band of each text's signature, from its set of shingles; see
+    `choose_banding`.
 
     Returns:
         uint64 [bands, texts]. Those of a text without shingles mean nothing.
     """
+    num_bands, num_rows = banding
     random = np.random.Generator(np.random.PCG64(0))
-    functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
+    functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)
     factors, terms = functions[0, :, None] | np.uint32(1), functions[1, :, None]
     signatures = np.full((len(sets), factors.size), 2**32 - 1, np.uint32)
     for i, each in enumerate(sets):
@@ -109,9 +103,9 @@ def compute_band_keys(sets: Sequence[np.ndarray], banding: Banding) -> np.ndarra
         for first in range(0, len(shingles), _CHUNK):
             least = (factors * shingles[first : first + _CHUNK] + terms).min(1)
             np.minimum(signatures[i], least, out=signatures[i])
-    bands = np.arange(banding.bands, dtype=np.uint64)[:, None] ^ _SEED
-    rows = signatures.reshape(len(sets), banding.bands, banding.rows)
-    for j in range(banding.rows):
+    bands = np.arange(num_bands, dtype=np.uint64)[:, None] ^ _SEED
+    rows = signatures.reshape(len(sets), num_bands, num_rows)
+    for j in range(num_rows):
         bands = (bands ^ rows[:, :, j].T) * _PRIME
         bands ^= bands >> _HALF
     return mix_bits(bands)

@@ -33,11 +33,10 @@ class NgramIndex:
     ngrams_per_item: np.ndarray
     """Different n-grams of each item: int64 [items]. 0: it is too short, equal to one before it in
     its set, or all of it is of a template."""
-    item_ids: tuple[str, ...]
-    item_sets: tuple[str, ...]
-    """The set of each item."""
-    has_length: np.ndarray
-    """Whether there are n-grams of each length: bool [n + 1]."""
+    items: tuple[tuple[str, str], ...]
+    """The set and the id of each item."""
+    lengths: frozenset[int]
+    """Words of the n-grams."""
 
 
 def build_ngram_index(
@@ -51,10 +50,9 @@ def build_ngram_index(
         max_items_per_ngram: n-grams of more different items of a set are left out, as text of a
             template, if they are not of a long passage; see `_wanted`.
     """
-    is_size = np.zeros(n + 1, np.bool_)
-    grams, owners, ids, names = [], [], [], []
+    grams, owners, items, lengths = [], [], [], set[int]()
     for name, source in sets.items():
-        items, words, gram, owner = _read_items(source, n, min_words)
+        ids, words, gram, owner = _read_items(source, n, min_words)
         wanted = _wanted(words, gram, owner, n, max_items_per_ngram)
         if not wanted.any():
             what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
@@ -63,20 +61,13 @@ def build_ngram_index(
                 what += f"{max_items_per_ngram} items"
             fix = "check its files and text_field, lower shortest, or raise max_items"
             raise MaxlmError(what, fix=fix)
-        is_size[np.minimum(words[words > 0], n)] = True
+        lengths.update(np.minimum(words[words > 0], n).tolist())
         grams.append(gram[wanted])
-        owners.append(owner[wanted] + len(ids))
-        ids += items
-        names += [name] * len(items)
+        owners.append(owner[wanted] + len(items))
+        items += [(name, each) for each in ids]
     gram, owner = _pairs(np.concatenate(grams), np.concatenate(owners))
-    return NgramIndex(
-        hashes=gram,
-        item_indices=owner,
-        ngrams_per_item=np.bincount(owner, minlength=len(ids)),
-        item_ids=tuple(ids),
-        item_sets=tuple(names),
-        has_length=is_size,
-    )
+    ngrams_per_item = np.bincount(owner, minlength=len(items))
+    return NgramIndex(gram, owner, ngrams_per_item, tuple(items), frozenset(lengths))
 
 
 def _read_items(
@@ -151,7 +142,7 @@ def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
     words = hash_words(text)
     spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
     found = [np.empty((0, 3), np.int64)]
-    for size in np.flatnonzero(index.has_length[: len(words) + 1]).tolist():
+    for size in sorted(n for n in index.lengths if n <= len(words)):
         grams = hash_shingles(words, size)
         place = np.searchsorted(index.hashes, grams) % len(index.hashes)
         at = np.flatnonzero(index.hashes[place] == grams)
@@ -220,11 +211,12 @@ class DecontaminateStage(PerDocumentStage):
             enough = hits >= np.minimum(self.min_hits, index.ngrams_per_item[items])
             best = np.lexsort((-hits, -overlap, ~enough))[0]
             spans = zip(*merge_spans(found[:, 1], found[:, 2]), strict=True)
+            name, item = index.items[items[best]]
             return {
                 "contaminated": bool(enough[best]),
                 "overlap": overlap[best],
-                "set": index.item_sets[items[best]],
-                "item": index.item_ids[items[best]],
+                "set": name,
+                "item": item,
                 "cuts": [{"start": start, "end": end} for start, end in spans],
             }
 

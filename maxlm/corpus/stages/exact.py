@@ -10,11 +10,10 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.dedup.columns import write_columns
+from maxlm.corpus.dedup.columns import get_shard_path, write_columns
 from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
-    get_member_path,
     open_selected_documents,
     write_labels,
     write_members,
@@ -69,7 +68,7 @@ class ExactStage(CrossDocumentStage):
         run_jobs(partial(_hash_shard, self, scratch), shards, "hash")
         members = open_selected_documents(scratch, shards)
         number = max(1, -(-members.num_selected * _BYTES // self.memory))
-        digests = [_digest_file(scratch, shard.name) for shard in shards]
+        digests = [get_shard_path(scratch, "hashes", shard.name) for shard in shards]
         run_jobs(
             partial(write_copies, scratch, digests, number, self.keep_by is not None),
             range(number),
@@ -81,7 +80,7 @@ class ExactStage(CrossDocumentStage):
 
 def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None:
     """Write a shard's members, and the two halves of their digests, sorted."""
-    out = _digest_file(scratch, shard.name)
+    out = get_shard_path(scratch, "hashes", shard.name)
     if out.exists():
         return
     members, digests = [], bytearray()
@@ -89,7 +88,7 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
         for text in group.batch.column("text"):
             digests += hashlib.sha256(stage.normalise(text.as_py()).encode()).digest()[:16]
         members.append(replace(group, batch=group.batch.drop_columns(["text"])))
-    rank = write_members(get_member_path(scratch, shard.name), members, stage.keep_by)
+    rank = write_members(scratch, shard.name, members, stage.keep_by)
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     order = np.argsort(hashes, kind="stable")
     columns = {"hash": hashes[order], "check": checks[order], "place": order.astype(np.uint32)}
@@ -106,22 +105,9 @@ def _label_shard(
     found = read_copies(members.folder, number, which)
     rows = members.read_batch(which).column("row").to_numpy()
     offsets = np.array(members.shard_offsets)
-    kept = np.arange(len(rows)) + offsets[which]
-    own = kept.copy()
-    kept[found["place"]] = offsets[found["source_file"]] + found["source_place"]
-    copies = np.ones(len(rows), np.int64)
+    source = offsets[found["source_file"]] + found["source_place"]
+    of, copies = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.int64)
+    of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
     copies[found["place"]] = found["copies"]
-    duplicate = kept != own
-    ids = members.take("id", kept[duplicate]).cast(pa.large_string())
-    places = np.cumsum(duplicate) - 1
-    labels = {
-        "duplicate": duplicate,
-        "of": ids.take(pa.array(places, mask=~duplicate)),
-        "copies": copies,
-    }
-    write_labels(shard, schema, rows, labels)
-
-
-def _digest_file(scratch: Path, shard: str) -> Path:
-    """Columns hash (sorted), check, place: of members of the shard, and rank."""
-    return scratch / "hashes" / f"{shard}.arrow"
+    ids = members.take("id", of).cast(pa.large_string())
+    write_labels(shard, schema, rows, {"duplicate": of >= 0, "of": ids, "copies": copies})

@@ -14,31 +14,29 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
-from maxlm.corpus.dedup.candidates import (
-    count_pairs,
-    find_candidate_pairs,
-    find_pair_range_starts,
-    read_unique_pairs_in_range,
-    unpack_pairs,
-    write_band_keys,
-)
-from maxlm.corpus.dedup.columns import read_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateClusters, resolve_duplicates
+from maxlm.corpus.dedup.columns import get_shard_path, read_columns, write_columns
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
-    get_member_path,
     open_selected_documents,
     write_labels,
     write_members,
 )
-from maxlm.corpus.dedup.minhash import Banding, choose_banding, compute_band_keys, make_shingle_set
+from maxlm.corpus.dedup.minhash import choose_banding, compute_band_keys, make_shingle_set
+from maxlm.corpus.dedup.pairs import (
+    count_pairs,
+    find_candidate_pairs,
+    find_pair_range_starts,
+    read_unique_pairs_in_range,
+    resolve_duplicates,
+    unpack_pairs,
+    write_band_keys,
+)
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.data.batching import batch_by_size
@@ -54,7 +52,7 @@ class NearStage(CrossDocumentStage):
     MinHash signatures in bands (`dedup.minhash`) give candidates and nothing else: each pair is
     verified by the exact Jaccard similarity of the two sets of n-grams before it counts. From the
     best document of a cluster to the worst, one is marked if it is like a document that is kept
-    (`dedup.components`), so each marked document is verified against the one it is `of`, and
+    (`dedup.pairs`), so each marked document is verified against the one it is `of`, and
     chains of likeness delete nothing.
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
@@ -93,69 +91,58 @@ class NearStage(CrossDocumentStage):
             ]
         )
 
-    def choose_banding(self) -> Banding:
-        """Chooses the bands and rows that the settings come to."""
+    def choose_banding(self) -> tuple[int, int]:
+        """Chooses the bands, and the rows of each, that the settings come to."""
         return choose_banding(self.jaccard, self.recall, self.hashes)
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
-        """See `CrossDocumentStage.label`."""
-        members, low, high, jaccard = find_similar_pairs(self, shards, scratch, run_jobs)
+        """See `CrossDocumentStage.label`. This process holds 24 bytes for each pair found."""
+        run_jobs(partial(_sign_shard, self, scratch), shards, "signatures")
+        members = open_selected_documents(scratch, shards)
+        number = max(1, -(-members.num_selected * _KEY_BYTES // self.memory))
+        folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
+        num_bands, _ = self.choose_banding()
+        parts = list(product(range(1, num_bands + 1), range(number)))
+        run_jobs(partial(_write_pairs, self, members, folder, number), parts, "candidates")
+
+        found = sorted(folder.glob("pairs-*.arrow"))
+        number = max(1, -(-count_pairs(found) * _PAIR_BYTES // self.memory))
+        starts = find_pair_range_starts(found, number)
+        files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
+        verify = partial(_verify, self.jaccard, members, found, starts)
+        run_jobs(verify, list(enumerate(files)), "verify")
+
+        verified = [read_columns(file) for file in files]
+        low, high = unpack_pairs(np.concatenate([each["pair"] for each in verified]))
+        jaccard = np.concatenate([each["jaccard"] for each in verified])
         rank_fn = lambda number: members.take("rank", number).to_numpy()  # noqa: E731
         marks = resolve_duplicates(low, high, jaccard, rank_fn)
         ends = np.searchsorted(marks.member, members.shard_offsets)
-        parts = [
-            (i, shard, DuplicateClusters(*(v[ends[i] : ends[i + 1]] for v in vars(marks).values())))
-            for i, shard in enumerate(shards)
-        ]
+        parts = [(i, shard, marks[ends[i] : ends[i + 1]]) for i, shard in enumerate(shards)]
         run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
 
 
 def _label_shard(
     members: SelectedDocuments,
     schema: pa.Schema,
-    part: tuple[int, StageShardView, DuplicateClusters],
+    part: tuple[int, StageShardView, Any],
 ) -> None:
+    """Write the labels of a shard, whose index and clustered members `part` has."""
     number, shard, marks = part
     rows = members.read_batch(number).column("row").to_numpy()
-    mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
-    mark[marks.member - members.shard_offsets[number]] = np.arange(len(marks.member))
-    clustered = pa.array(mark, mask=mark < 0)
-    of = pa.array(marks.duplicate_of, mask=marks.duplicate_of < 0).take(clustered)
-    lost = pa.array(np.cumsum(of.is_valid()) - 1, mask=of.is_null().to_numpy(False))
+    of, cluster = np.full((2, len(rows)), -1, np.int64)
+    jaccard, cluster_size = np.zeros(len(rows)), np.ones(len(rows), np.int64)
+    places = marks.member - members.shard_offsets[number]
+    of[places], jaccard[places] = marks.duplicate_of, marks.jaccard
+    cluster[places], cluster_size[places] = marks.cluster, marks.cluster_size
     labels = {
-        "duplicate": of.is_valid(),
-        "of": members.take("id", of.drop_null().to_numpy()).cast(pa.large_string()).take(lost),
-        "jaccard": pa.array(marks.jaccard, mask=marks.duplicate_of < 0).take(clustered),
-        "cluster": pa.array(marks.cluster).take(clustered),
-        "cluster_size": pc.fill_null(pa.array(marks.cluster_size).take(clustered), 1),
+        "duplicate": of >= 0,
+        "of": members.take("id", of).cast(pa.large_string()),
+        "jaccard": pa.array(jaccard, mask=of < 0),
+        "cluster": pa.array(cluster, mask=cluster < 0),
+        "cluster_size": cluster_size,
     }
     write_labels(shard, schema, rows, labels)
-
-
-def find_similar_pairs(
-    stage: NearStage, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
-) -> tuple[SelectedDocuments, np.ndarray, np.ndarray, np.ndarray]:
-    """Find the pairs of documents that are as alike as is asked for: the members, both of each pair
-    (int64), and its Jaccard similarity (float64).
-
-    The memory of this process grows with what is found: 24 bytes for each pair.
-    """
-    run_jobs(partial(_sign_shard, stage, scratch), shards, "signatures")
-    members = open_selected_documents(scratch, shards)
-    number = max(1, -(-members.num_selected * _KEY_BYTES // stage.memory))
-    folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
-    parts = list(product(range(1, stage.choose_banding().bands + 1), range(number)))
-    run_jobs(partial(_write_pairs, stage, members, folder, number), parts, "candidates")
-
-    found = sorted(folder.glob("pairs-*.arrow"))
-    number = max(1, -(-count_pairs(found) * _PAIR_BYTES // stage.memory))
-    starts = find_pair_range_starts(found, number)
-    files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
-    verify = partial(_verify, stage.jaccard, members, found, starts)
-    run_jobs(verify, list(enumerate(files)), "verify")
-    verified = [read_columns(file) for file in files]
-    low, high = unpack_pairs(np.concatenate([each["pair"] for each in verified]))
-    return members, low, high, np.concatenate([each["jaccard"] for each in verified])
 
 
 def _set_file(scratch: Path, shard: str) -> Path:
@@ -164,11 +151,11 @@ def _set_file(scratch: Path, shard: str) -> Path:
 
 
 def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
-    out, file = get_member_path(scratch, shard.name), _set_file(scratch, shard.name)
-    if out.exists() and file.exists():
+    file = _set_file(scratch, shard.name)
+    if get_shard_path(scratch, "members", shard.name).exists():  # It is written last.
         return
     members, sizes, banding = [], [], stage.choose_banding()
-    keys = [np.empty((banding.bands, 0), np.uint64)]
+    keys = [np.empty((banding[0], 0), np.uint64)]
     with convert_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as new, new.open("wb") as stream:
@@ -181,7 +168,7 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
             members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
     write_band_keys(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
-    write_members(out, members, stage.keep_by)
+    write_members(scratch, shard.name, members, stage.keep_by)
 
 
 def _write_pairs(

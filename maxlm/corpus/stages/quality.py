@@ -106,9 +106,11 @@ class Classifier:
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Predicts the probability of each text to be a positive one, by its first 2^20 characters:
         float64 [texts]; not a number for a text without words."""
+        from scipy.special import expit
+
         features = _make_features(texts, self.settings)
         scores = self.scale * (features @ self.weights.astype(np.float64)) + self.offset
-        return np.where(np.diff(features.indptr) > 0, _sigmoid(scores), np.nan)
+        return np.where(np.diff(features.indptr) > 0, expit(scores), np.nan)
 
     def save(self, path: Path) -> None:
         """Writes a .safetensors file: the weights, and all else as JSON in its metadata."""
@@ -169,6 +171,7 @@ def train_classifier(
     _check_parts(parts, labels, settings)
 
     from scipy.sparse import vstack
+    from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import brier_score_loss, precision_score, recall_score, roc_auc_score
 
@@ -179,7 +182,7 @@ def train_classifier(
     scores = features @ weights.astype(np.float64)
     platt = LogisticRegression(C=100).fit(scores[middle, None], labels[middle])
     scale, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-    scores = _sigmoid(scale * scores + offset)
+    scores = expit(scale * scores + offset)
     target = settings.target, settings.target_value
     threshold, reached = choose_threshold(scores[middle], labels[middle], *target)
     truth, taken = labels[last], scores[last] >= threshold
@@ -229,11 +232,6 @@ def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
     ngram_range = (settings.char_ngrams, settings.char_ngrams)
     characters = HashingVectorizer(n_features=size, ngram_range=ngram_range, analyzer="char_wb")
     return hstack([found, characters.transform(texts)], format="csr")
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    """Computes 1 / (1 + exp(-values)) without overflow."""
-    return 0.5 * (1 + np.tanh(0.5 * values))
 
 
 def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig) -> None:

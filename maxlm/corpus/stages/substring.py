@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.cuts import CUTS
+from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import read_batch, read_columns, write_columns
 from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import compute_keep_scores, write_labels
@@ -148,29 +148,17 @@ def _cut_block(
     # A source that comes later in the block is in a better document.
     apart = (source_block != block) | (source > place)
     apart |= source + stops[words + size - 1] - place <= place
-    edges = _unite(words[apart], starts, stops, first, size)
-    document = np.searchsorted(ends, edges[:, 0], "right")
+    words = words[apart]
+    # A number is left out between documents, so that no two windows of different ones touch.
+    words += np.searchsorted(first, words, "right") - 1
+    begins, finishes = merge_spans(words, words + size)
+    document = np.searchsorted(first + np.arange(len(first)), begins, "right") - 1
+    edges = np.stack([starts[begins - document], stops[finishes - 1 - document]], 1)
     spans = (edges - offsets[document, None]).astype(np.int32)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
     share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
     return rows, spans, counts, share
-
-
-def _unite(
-    words: np.ndarray, starts: np.ndarray, stops: np.ndarray, first: np.ndarray, size: int
-) -> np.ndarray:
-    """The first byte, and the byte after the last, of each run of words within a document that
-    the windows beginning at `words` cover: int64 [runs, 2]."""
-    covers = np.zeros(len(starts) + 1, np.int32)
-    covers[words] += 1
-    covers[words + size] -= 1
-    gone = np.cumsum(covers[:-1], dtype=np.int32) > 0
-    opens = np.zeros(len(starts) + 1, np.bool_)  # At the first word of a document, and at the end.
-    opens[first] = True
-    begins = gone & (opens[:-1] | ~np.roll(gone, 1))
-    finishes = gone & (opens[1:] | ~np.roll(gone, -1))
-    return np.stack([starts[begins], stops[finishes]], 1).astype(np.int64)
 
 
 def _block_file(folder: Path, name: str, kind: str) -> Path:

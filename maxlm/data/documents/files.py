@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig, SourceConfig
@@ -77,11 +77,6 @@ FORMATS: dict[str, DocumentFormat] = {
 """Formats by name; a package may add its own."""
 
 
-def find_file_format(suffix: str) -> str:
-    """Finds the format of files whose names end in `suffix` (".jsonl"); others are text."""
-    return next((each.name for each in FORMATS.values() if suffix in each.suffixes), "text")
-
-
 def find_folder_format(folder: Path) -> str | None:
     """Finds the format of a folder that is one source; None: a folder of files."""
     for each in FORMATS.values():
@@ -98,16 +93,12 @@ def check_format_packages(format_name: str, error_location: str) -> None:
             raise MaxlmError(what, where=error_location, fix="pip install 'maxlm[corpus]'")
 
 
-def load_reader(format_name: str, error_location: str) -> DocumentReader:
-    """Imports the reader of a format; `error_location` is what it is to read, for the error."""
+def load_reader(format_name: str, error_location: str) -> Any:
+    """Imports the reader of a format, of folders a `FolderReader`; `error_location` is what it is
+    to read, for the error."""
     check_format_packages(format_name, error_location)
     module, _, attribute = FORMATS[format_name].reader.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def load_folder_reader(format_name: str, error_location: str) -> FolderReader:
-    """Imports the reader of a format of folders; see `load_reader`."""
-    return cast(FolderReader, load_reader(format_name, error_location))
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
@@ -115,7 +106,7 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
     files = list(files)
     names = dict.fromkeys(f.format for f in files if FORMATS[f.format].folder_entries)
     parts = [
-        load_folder_reader(name, name).describe_filter_rules(f for f in files if f.format == name)
+        load_reader(name, name).describe_filter_rules(f for f in files if f.format == name)
         for name in names
     ]
     return "; ".join(parts) or None
@@ -153,8 +144,7 @@ def find_files(config: FilesConfig) -> FileListing:
         found = binary = 0
         for root in resolve_glob(entry):
             if folder_format := find_folder_format(root):
-                reader = load_folder_reader(folder_format, entry)
-                for file in reader.list_files(root, config):
+                for file in load_reader(folder_format, entry).list_files(root, config):
                     found += 1
                     files.setdefault(os.path.realpath(file.path), file)
                 continue
@@ -225,7 +215,8 @@ def _source_file(path: Path, name: str) -> SourceFile:
     stem = Path(path.name.lower())
     compression = COMPRESSIONS.get(stem.suffix, "none")
     inner = stem if compression == "none" else stem.with_suffix("")
-    format_ = find_file_format(inner.suffix)
+    formats = (each.name for each in FORMATS.values() if inner.suffix in each.suffixes)
+    format_ = next(formats, "text")
     if format_ == "parquet" and compression != "none":
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"

@@ -6,7 +6,7 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -138,12 +138,7 @@ def open_parquet(path: Path):
     pa = import_pyarrow(path)
     checked = partial(pa.parquet.ParquetFile, page_checksum_verification=True)
     try:
-        with ExitStack() as stack:
-            parquet = stack.enter_context(checked(path))
-            # As they are in the file: changing their type, Arrow refuses all for one bad byte.
-            names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
-            if names:
-                parquet = stack.enter_context(checked(path, read_dictionary=names))
+        with checked(path) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"

@@ -71,23 +71,21 @@ class MixtureOrder:
     @classmethod
     def of(
         cls,
-        weights: Weights,
+        phases: Sequence[tuple[int, Weights]],
         key: int | None,
-        *,
-        changes: Sequence[tuple[int, Weights]] = (),
-        max_sequences: Mapping[str, int] | None = None,
+        max_sequences: Mapping[str, int],
     ) -> "MixtureOrder":
-        """Makes a mixture of stores numbered in the order of `weights`, which need not sum to 1.
+        """Makes a mixture of stores, numbered in the order of the weights.
 
         Args:
-            changes: (first index, weights of every store) of later phases, in rising order.
+            phases: (first index, weights of every store, which need not sum to 1), in rising order
+                from 0.
             max_sequences: how many a store gives in all, for stores that do not go on for ever. Its
                 weight then goes to the others, in proportion to theirs.
         """
-        names = tuple(weights)
-        phases = [(0, weights), *changes]
+        names = tuple(phases[0][1])
         _check(names, phases)
-        limits = [(max_sequences or {}).get(name, ENDLESS) for name in names]
+        limits = [max_sequences.get(name, ENDLESS) for name in names]
         before, segments = [0] * len(names), list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
             while start < stop:
@@ -253,20 +251,19 @@ class Mixing:
         def scaled(weights: Weights) -> dict[str, float]:
             return {name: weights[name] * size for name, size in sizes.items()}
 
-        steps: list[tuple[int, Weights]] = [(0, scaled(self.weights))]
+        # A phase that begins at step 0 takes the place of the sources' own weights.
+        steps = {0: scaled(self.weights)}
         for number, phase in enumerate(self.phases):
             weights = {**self.weights, **phase.weights}
             if not any(weights.values()):
                 what = f"from step {phase.from_step:,} on all weights are 0"
                 fix = "give a source a weight above 0 there"
                 raise MaxlmError(what, where=f"phases.{number}.weights", fix=fix)
-            steps.append((phase.from_step, scaled(weights)))
-        # A phase that begins at step 0 takes the place of the sources' own weights.
-        (_, first), *later = dict(steps).items()
-        changes = [(step * batch_size, weights) for step, weights in later]
+            steps[phase.from_step] = scaled(weights)
+        phases = [(step * batch_size, weights) for step, weights in steps.items()]
         # 0 would be a source that nobody meant to leave out.
         most = {name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()}
-        return MixtureOrder.of(first, key, changes=changes, max_sequences=most)
+        return MixtureOrder.of(phases, key, most)
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ lengths in tokens (`.lengths`, int64); the counts (`.json`) are written last and
 
 import fcntl
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.document import FileSlice, SkipReason, is_heldout
@@ -46,8 +45,7 @@ class PartJob(NamedTuple):
     """Slices, each after the index of its source file."""
 
 
-@dataclass(frozen=True)
-class FinishedPart:
+class FinishedPart(Config):
     """A finished part."""
 
     index: int
@@ -120,12 +118,8 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
 
 def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
     """Reads the part as an earlier run left it, or None if that run did not finish it."""
-    try:
-        record = json.loads(part_path(folder, index, "json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    counts = {int(source): Counter(each) for source, each in record["counts"].items()}
-    return FinishedPart(record["index"], record["num_tokens"], counts)
+    path = part_path(folder, index, "json")
+    return FinishedPart.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 def tokenize_part(
@@ -157,9 +151,9 @@ def tokenize_part(
                 tokens_file.write(tokens.data)
                 lengths_file.write(lengths.data)
                 num_tokens += len(tokens)
-        part = FinishedPart(job.index, num_tokens, counts)
+        part = FinishedPart(index=job.index, num_tokens=num_tokens, counts=counts)
         with replace_file(part_path(folder, job.index, "json")) as new:
-            new.write_text(json.dumps(vars(part)))
+            new.write_text(part.model_dump_json())
         return part
 
 

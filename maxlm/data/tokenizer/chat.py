@@ -172,11 +172,9 @@ def _make_template_variables(
 
 
 def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
+    source = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
     try:
-        source = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
         return _compile(source).render(**_special_names(tokenizer) | given)
-    except MaxlmError:
-        raise
     except Exception as error:  # It is a program of someone else's: it may raise anything.
         what = f"the chat template cannot write this conversation: {error}"
         fix = "change the messages to suit the template, or the template"

@@ -30,8 +30,7 @@ def mixture(first, later=(), most=None, key=5):
     read = {n for w in (first, *(w for _, w in later)) for n in names if w[n] > 0}
     phases = [({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]]
     most = {n: count for n, count in (most or {}).items() if n in read}
-    later = [(t, w) for w, t in phases[1:]]
-    return MixtureOrder.of(phases[0][0], key, changes=later, max_sequences=most), phases, most
+    return MixtureOrder.of([(t, w) for w, t in phases], key, most), phases, most
 
 
 ENDS_WITH_ITS_PHASE = {
@@ -187,7 +186,7 @@ weight_lists = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=6)
 
 
 def even(weights, key=5):
-    return MixtureOrder.of({str(i): w for i, w in enumerate(weights)}, key)
+    return MixtureOrder.of([(0, {str(i): w for i, w in enumerate(weights)})], key, {})
 
 
 @given(weights=weight_lists, total=st.integers(1, 5000))
@@ -207,6 +206,6 @@ def test_no_sequence_is_lost_where_the_arithmetic_is_split(weights, key, high):
 
 
 def test_the_order_of_the_mapping_does_not_matter():
-    a = MixtureOrder.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
-    b = MixtureOrder.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
+    a = MixtureOrder.of([(0, {"x": 1, "y": 1, "z": 2})], 3, {}).locate(np.arange(999))[0]
+    b = MixtureOrder.of([(0, {"z": 2, "y": 1, "x": 1})], 3, {}).locate(np.arange(999))[0]
     assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])

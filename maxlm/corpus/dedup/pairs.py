@@ -1,16 +1,18 @@
-"""Candidates: pairs of documents that agree in a band of their MinHash signatures.
+"""Pairs of documents: candidates, which agree in a band of their MinHash signatures, and clusters
+of verified ones, of which some documents are kept.
 
 A pair of members is one 64-bit number, the smaller member in the upper half: so pairs sort by it,
 and a corpus may have 2^32 members.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from maxlm.corpus.dedup.columns import (
     find_range,
+    get_shard_path,
     mark_run_starts,
     read_batch,
     read_columns,
@@ -36,19 +38,15 @@ def unpack_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
-def _band_file(scratch: Path, shard: str) -> Path:
-    """A shard's keys of each band: columns key1 (sorted), member1 (within the shard), key2, ..."""
-    return scratch / "bands" / f"{shard}.arrow"
-
-
 def write_band_keys(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray) -> None:
-    """Write keys (uint64 [bands, members]) of the members that have words (bool [members])."""
+    """Write keys (uint64 [bands, members]) of the members that have words (bool [members]), as
+    columns key1 (sorted), member1 (within the shard), key2, ..."""
     places = np.flatnonzero(has_words).astype(np.int32)
     columns = {}
     for band, row in enumerate(keys[:, has_words], 1):
         order = np.argsort(row, kind="stable")
         columns |= {f"key{band}": row[order], f"member{band}": places[order]}
-    write_columns(_band_file(scratch, shard), columns)
+    write_columns(get_shard_path(scratch, "bands", shard), columns)
 
 
 def find_candidate_pairs(
@@ -63,7 +61,7 @@ def find_candidate_pairs(
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
-    files = [_band_file(members.folder, name) for name in members.shards]
+    files = [get_shard_path(members.folder, "bands", name) for name in members.shards]
     columns, shard = read_range(files, f"key{band}", [f"member{band}"], num_ranges, range_index)
     key = columns[f"key{band}"]
     member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
@@ -124,3 +122,82 @@ def read_unique_pairs_in_range(
     pairs = [np.empty(0, np.uint64), *(read_columns(path)["pair"] for path in files)]
     parts = [each[find_range(each, range_starts, range_index)] for each in pairs]
     return np.unique(np.concatenate(parts))
+
+
+def resolve_duplicates(
+    low: np.ndarray,
+    high: np.ndarray,
+    jaccard: np.ndarray,
+    rank_fn: Callable[[np.ndarray], np.ndarray],
+) -> np.recarray:
+    """Decide which documents are kept.
+
+    Likeness does not carry over: with A like B and B like C, A and C may have little in common,
+    and a long enough chain connects anything. So a cluster is not reduced to one document. Its
+    documents are visited from the best to the worst, and one is a duplicate only if it is itself
+    like a document that is kept. Of any two that are alike one at least is then a duplicate.
+
+    Memory is about 110 bytes for each pair and 90 for each document in one.
+
+    Args:
+        low, high, jaccard: pairs of members verified to be alike: int64, int64, float64 [pairs].
+        rank_fn: how good each of some members is, the higher the better; float64.
+
+    Returns:
+        A record of each member that is like another one, in order: `member`, int64;
+        `duplicate_of`, the kept member of which it is a duplicate, or -1: it is kept; `jaccard`,
+        its similarity to that member, float64; `cluster`, its connected component of the verified
+        pairs, numbered by their first members; `cluster_size`, the members of that component.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    member = np.unique(np.concatenate([low, high]))
+    ends = np.searchsorted(member, [low, high]).reshape(2, -1)
+
+    def connect(ends: np.ndarray) -> np.ndarray:
+        size = len(member)
+        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(size, size))
+        return connected_components(graph, directed=False)[1] if size else member
+
+    # Copies (what is wholly alike carries over) are one node: the best of them.
+    is_copy = jaccard == 1
+    node = connect(ends[:, is_copy])
+    rank = rank_fn(member)
+    order = np.lexsort((member, -rank, node))
+    first = order[mark_run_starts(node[order])]
+    stands, rank = member[first], rank[first]
+    pairs, which = np.unique(pack_pairs(*node[ends[:, ~is_copy]]), return_index=True)
+    shape = (len(first), len(first))
+    graph = coo_array((jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape).tocsr()
+    graph = graph + graph.T
+    neighbours = graph.indptr, graph.indices, graph.data
+    of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
+    copy = (of[node] < 0) & (member != stands[node])
+    cluster = connect(ends)  # Numbered as they first appear.
+    size = np.bincount(cluster)[cluster]
+    duplicate_of = np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node])
+    columns = [member, duplicate_of, np.where(copy, 1.0, likeness[node]), cluster, size]
+    names = "member, duplicate_of, jaccard, cluster, cluster_size"
+    return np.rec.fromarrays(columns, formats="i8, i8, f8, i8, i8", names=names)
+
+
+def _keep_best(
+    order: np.ndarray, starts: np.ndarray, neighbours: np.ndarray, similarity: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses what is kept of nodes in `order`, the best first. Returns for each node the kept one
+    that it is most like (of equals the better), or -1: it is kept; and how much it is like it.
+
+    Node i is like neighbours[starts[i]:starts[i + 1]], as much as the same of `similarity` says.
+    """
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))
+    for node in order[np.diff(starts)[order] > 0].tolist():
+        edges = slice(starts[node], starts[node + 1])
+        others = neighbours[edges]
+        kept = np.flatnonzero((rank[others] < rank[node]) & (of[others] < 0))
+        if len(kept):
+            best = kept[np.lexsort((rank[others[kept]], -similarity[edges][kept]))[0]]
+            of[node], likeness[node] = others[best], similarity[edges][best]
+    return of, likeness
