@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     ValidationInfo,
+    WrapValidator,
 )
 from pydantic_core import PydanticCustomError, core_schema
 
@@ -157,13 +158,5 @@ def check_local_path(path: _Path) -> _Path:
     return path
 
 
-def _check_path_setting(path: str) -> str:
-    try:
-        return check_local_path(path)
-    except MaxlmError as error:
-        # With a ValueError, pydantic tells which key it is.
-        raise ValueError(str(error)) from None
-
-
-LocalPath = Annotated[str, AfterValidator(_check_path_setting)]
+LocalPath = Annotated[str, AfterValidator(check_local_path), WrapValidator(_locate_error)]
 """A path in a config, which must lie on a disk."""

@@ -1,15 +1,12 @@
 """Sources of batches: any row of any step's batch, made by anyone, at any time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from maxlm.data.loader.batches import Batch
-
-BatchTransform = Callable[[Batch, int, Sequence[int]], Batch]
-"""(batch, step, its rows' global numbers) -> batch, of the same rows; pure, and pickles."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,3 @@ class BatchSource(Protocol):
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         """Returns the given global rows [n] of the batch of ``step``, as arrays [n, ...]."""
         ...
-
-
-@dataclass(frozen=True)
-class TransformedSource:
-    """Another source's batches, each changed by a pure function."""
-
-    source: BatchSource
-    transform: BatchTransform
-
-    @property
-    def num_steps(self) -> int | None:
-        return self.source.num_steps
-
-    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
-        return self.transform(self.source.rows(step, row_numbers), step, row_numbers)

@@ -380,10 +380,8 @@ def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = 
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def flatten_names(
-    tree: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None
-) -> dict[str, Any]:
-    """Flattens a nested dict to canonical names, ``{"layers.attention.query.kernel": ...}``."""
+def flatten_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Flattens a JAX tree to canonical names, ``{"layers.attention.query.kernel": ...}``."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {join_path(path): value for path, value in flat}
 

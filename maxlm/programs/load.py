@@ -34,7 +34,7 @@ from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, count_min_devices
 from maxlm.train.checkpoint.folder import FolderTier
-from maxlm.train.checkpoint.reading import compute_fingerprints, named_leaves
+from maxlm.train.checkpoint.reading import compute_fingerprints
 from maxlm.train.state import TrainState
 
 
@@ -190,7 +190,7 @@ def describe_frozen_models(setup: RunSetup, frozen_params: Mapping[str, Params])
     """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
     described = {}
     for name, params in frozen_params.items():
-        found = json.dumps(compute_fingerprints(named_leaves(params)), sort_keys=True).encode()
+        found = json.dumps(compute_fingerprints(flatten_names(params)), sort_keys=True).encode()
         source = setup.frozen_sources[name]
         fingerprint = hashlib.sha256(found).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}

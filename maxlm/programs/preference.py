@@ -41,12 +41,11 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
     tokenizer = load_tokenizer(prepare_tokenizer(config, Path(folder)))
     check_frozen_tokenizers(config, tokenizer)
     inputs = make_source_inputs(config, tokenizer)
-    if (model := setup.base_models.get("reference")) is not None:
-        params = select_base_params(init_or_warm_start_state(setup).params)
+    model, start = setup.task_models["reference"].model, init_or_warm_start_state
+    if "reference" in setup.frozen_sources:
+        params = load_frozen_models(setup, lambda: start(setup).params)["reference"]
     else:
-        model = setup.frozen_models["reference"].model
-        params = load_frozen_models(setup, lambda: init_or_warm_start_state(setup).params)
-        params = params["reference"]
+        params = select_base_params(start(setup).params)
 
     def compute(params: Params, batch: Batch) -> jax.Array:
         models = TaskModels(None, {"reference": bind(model, params)})

@@ -28,7 +28,7 @@ from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global
 from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs, shard_optimizer
 from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.state import TrainState, param_shardings, select_trainable
-from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
+from maxlm.train.step import Batch, Sums, evaluate_step, train_step
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -51,17 +51,17 @@ class RunSetup:
     trainable: Params
     """The declarations of the parameters that are trained."""
     optimizer: optax.GradientTransformation
-    loss: Loss
     frozen_sources: Mapping[str, str | None]
-    """Folders of the models that have parameters of their own; see ``Task.frozen_models``."""
-    frozen_models: Mapping[str, PlacedModel]
-    base_models: Mapping[str, Model]
-    """Models of the task that are the trained one's base, without its adapter."""
+    """Folders of the task's models that have parameters of their own; see
+    ``Task.frozen_models``."""
+    task_models: Mapping[str, PlacedModel]
+    """The task's models beside the trained one; those that are not in ``frozen_sources`` are its
+    base, without the adapter."""
 
     @cached_property
     def shardings(self) -> TrainState:
         """The sharding of every array of a state, as a TrainState of shardings."""
-        mesh, storage, frozen = self.mesh, self.placed.storage, self.frozen_models.items()
+        mesh, storage = self.mesh, self.placed.storage
         params = param_shardings(self.specs, storage, mesh)
         moments = opt_state_specs(self.optimizer, self.specs)
         return TrainState(
@@ -69,7 +69,10 @@ class RunSetup:
             params=params,
             opt_state=param_shardings(moments, self.placed.optimizer, mesh),
             ema=None if self.config.train.ema_decay is None else params,
-            frozen={name: param_shardings(own.specs, storage, mesh) for name, own in frozen},
+            frozen={
+                name: param_shardings(self.task_models[name].specs, storage, mesh)
+                for name in self.frozen_sources
+            },
         )
 
     @property
@@ -85,7 +88,7 @@ class RunSetup:
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every array of the state."""
         shapes = bind_mesh(self.mesh, jax.eval_shape)(self._init, jax.random.key(0))
-        frozen = {name: own.specs for name, own in self.frozen_models.items()}
+        frozen = {name: self.task_models[name].specs for name in self.frozen_sources}
         shapes = replace(shapes, frozen=frozen)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
@@ -111,7 +114,7 @@ class RunSetup:
         step = partial(
             train_step,
             model=self.model,
-            loss=self.loss,
+            task=self.config.task,
             optimizer=self.optimizer,
             schedule=self.schedule,
             seed=self.config.seed,
@@ -119,18 +122,14 @@ class RunSetup:
             gradient_layouts=layouts,
             trainable=self.trainable,
             frozen_models=self._frozen_modules,
-            base_models=self.base_models,
-            prepare_batch=self.config.task.prepare_batch,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def jit_eval_step(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
         first call."""
-        models = {"frozen_models": self._frozen_modules, "base_models": self.base_models}
-        own = {"loss": self.loss, "prepare_batch": self.config.task.prepare_batch}
-        step = partial(evaluate_step, model=self.model, **own, **models)
-        return bind_mesh(self.mesh, jax.jit(step))
+        own = {"task": self.config.task, "frozen_models": self._frozen_modules}
+        return bind_mesh(self.mesh, jax.jit(partial(evaluate_step, model=self.model, **own)))
 
     def _init(self, key: jax.Array) -> TrainState:
         params = init_params(self.specs, key)
@@ -140,7 +139,7 @@ class RunSetup:
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
-        return {name: own.model for name, own in self.frozen_models.items()}
+        return {name: own.model for name, own in self.task_models.items()}
 
 
 def set_up_run(
@@ -163,7 +162,6 @@ def set_up_run(
     optimizer = make_optimizer(config.optimizer, schedule, trainable)
     sources = config.task.frozen_models() if frozen_sources is None else frozen_sources
     sources = sources if for_training else {}
-    others = place_frozen_models(config, sources, dict(mesh.shape), dtype)
     bases = list_base_models(config, sources)
     return RunSetup(
         config=config,
@@ -174,10 +172,8 @@ def set_up_run(
         schedule=schedule,
         trainable=trainable,
         optimizer=shard_optimizer(optimizer, trainable, placed.optimizer, placed.storage),
-        loss=config.task.loss,
         frozen_sources={name: own for name, own in sources.items() if name not in bases},
-        frozen_models={name: own for name, own in others.items() if name not in bases},
-        base_models={name: others[name].model for name in bases},
+        task_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )
 
 

@@ -13,7 +13,7 @@ What changes tokens is pure in its arrays and its random generator.
 
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArraySpec, BatchTransform
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.tasks.task import SourceInputs, Vocabulary
-from maxlm.tasks.text import ENCODER_ARRAYS, Row, RowTransform, TextTask
+from maxlm.tasks.text import ENCODER_ARRAYS, Row, TextTask
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
@@ -141,14 +141,10 @@ def corrupt_row(
         targets, positions and segment_ids, and fp32 weights, 1 where there is a target. All are 0
         in padding.
     """
-    used = {"input_": 0, "": 0}
-    sizes = {"input_": encoder_len, "": decoder_len}
-    names = ("tokens", "positions", "segment_ids")
-    row: dict[str, np.ndarray] = {
-        "targets": np.zeros(decoder_len, np.int32),
-        "weights": np.zeros(decoder_len, np.float32),
-    }
-    row |= {side + n: np.zeros(sizes[side], np.int32) for side in sizes for n in names}
+    used, names = {"input_": 0, "": 0}, ("tokens", "positions", "segment_ids")
+    row: dict[str, np.ndarray] = {"weights": np.zeros(decoder_len, np.float32)}
+    row |= {name: np.zeros(decoder_len, np.int32) for name in (*names, "targets")}
+    row |= {f"input_{name}": np.zeros(encoder_len, np.int32) for name in names}
 
     def place(side: str, number: int, size: int, **arrays: np.ndarray | int) -> None:
         own = slice(used[side], used[side] + size)
@@ -227,17 +223,23 @@ class DenoisingTask(TextTask):
         inputs = dict.fromkeys(ENCODER_ARRAYS, BatchArraySpec.of_tokens(encoder_len))
         return super().batch_arrays(seq_len) | inputs
 
-    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform:
-        change = partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
-        return RowTransform(change, inputs.seed)
+    def make_row_transform(self, inputs: SourceInputs) -> Callable[[Row, Generator], Row]:
+        return partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
 
     def _corrupt_row(self, vocabulary: Vocabulary, start_id: int, row: Row, rng: Generator) -> Row:
         first = vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
         ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.bos_ids)
-        decoder_len, encoder_len = self.row_lengths(row["tokens"].size)
-        text = _remove_marks(row["tokens"], row["segment_ids"], vocabulary)
-        lengths = {"encoder_len": encoder_len, "decoder_len": decoder_len}
-        return corrupt_row(*text, self.denoisers, ids, rng, **lengths)
+        tokens, segment_ids = row["tokens"], row["segment_ids"]
+        decoder_len, encoder_len = self.row_lengths(tokens.size)
+        # Without the marks that documents open and close with: each piece gets its own.
+        opens = np.diff(segment_ids, prepend=0) != 0
+        closes = np.diff(segment_ids, append=0) != 0
+        mark = (opens & np.isin(tokens, vocabulary.bos_ids)) | (closes & (tokens == vocabulary.eos))
+        return corrupt_row(
+            *(tokens[~mark], segment_ids[~mark], self.denoisers, ids, rng),
+            encoder_len=encoder_len,
+            decoder_len=decoder_len,
+        )
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
@@ -326,13 +328,3 @@ class Ul2Task(DenoisingTask):
             Denoiser(0.15, 64, self.extreme_id),
             Denoiser(0.5, 64, self.extreme_id),
         )
-
-
-def _remove_marks(
-    tokens: np.ndarray, segment_ids: np.ndarray, vocabulary: Vocabulary
-) -> tuple[np.ndarray, np.ndarray]:
-    """A row without the marks that documents open and close with: each piece gets its own."""
-    opens = np.diff(segment_ids, prepend=0) != 0
-    closes = np.diff(segment_ids, append=0) != 0
-    mark = (opens & np.isin(tokens, vocabulary.bos_ids)) | (closes & (tokens == vocabulary.eos))
-    return tokens[~mark], segment_ids[~mark]

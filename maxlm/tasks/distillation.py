@@ -102,7 +102,6 @@ class DistillationTask(AnswerTask, TeacherTask):
     """Learns a teacher's distributions in the answers of rows as supervised fine-tuning reads."""
 
     kind: Literal["distill"] = "distill"
-    examples_per_row: int | None = Field(default=None, ge=1)
     top_k: int = Field(default=64, ge=1)
     """Tokens of a stored teacher, as many as are stored; all others count as one class more."""
 

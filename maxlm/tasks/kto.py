@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from pydantic import Field
 
 from maxlm.config import MaxlmError
@@ -18,11 +17,10 @@ from maxlm.tasks.preference import (
     MISMATCHED,
     ExtendedRows,
     ReferenceTask,
-    map_micro_batches,
     scale_layers_loss,
 )
 from maxlm.tasks.rows import ExampleEncoder, join_sequences
-from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
+from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
 
 _KL = "kl_"
 
@@ -44,10 +42,6 @@ class KtoTask(ReferenceTask):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
 
-    @property
-    def num_reference_columns(self) -> int:
-        return 2
-
     def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
         prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
         return [encode_answer(tokenizer, prompt, completion)]
@@ -68,9 +62,8 @@ class KtoTask(ReferenceTask):
         own |= {_KL + name: array for name, array in joined.items()}
         return super().extend_example(encoder, row, arrays) | own
 
-    def example_arrays(self) -> dict[str, BatchArraySpec]:
-        labels = BatchArraySpec((self.examples_per_row or 1,), np.float32, (None,))
-        return super().example_arrays() | {"labels": labels}
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        return super().example_shapes() | {"labels": ()}
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)

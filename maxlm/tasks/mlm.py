@@ -1,6 +1,6 @@
 """Masked language modelling: predict the tokens that were hidden (Devlin et al. 2019, §3.1)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar, Literal, Self
 
@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchTransform
 from maxlm.tasks.task import SourceInputs, Vocabulary
-from maxlm.tasks.text import Row, RowTransform, TextTask
+from maxlm.tasks.text import Row, TextTask
 
 # Texts of published tokenizers' masks.
 _MASKS = ("[MASK]", "<mask>")
@@ -50,8 +49,8 @@ class MlmTask(TextTask):
         mask = next((ids[text] for text in _MASKS if text in ids), None)
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
-    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform:
-        return RowTransform(partial(self.mask_row, inputs.vocabulary), inputs.seed)
+    def make_row_transform(self, inputs: SourceInputs) -> Callable[[Row, Generator], Row]:
+        return partial(self.mask_row, inputs.vocabulary)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
         """Masks tokens of a row: ``share`` of those that are neither

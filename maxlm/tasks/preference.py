@@ -5,7 +5,7 @@ that one pass reads both. Formulas and their normalisation are those of TRL 1.16
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -24,12 +23,15 @@ from maxlm.data.conversations import EncodedSequence, encode_pair
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
-from maxlm.tasks.rows import ExampleEncoder, RowTask, join_sequences, sum_by_segment
-from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
-from maxlm.tasks.text import compute_log_probs
+from maxlm.parallel.cross_entropy import compute_fused_log_probs
+from maxlm.tasks.rows import ExampleEncoder, RowTask, sum_by_segment
+from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
 
 LOG_PROBS, MISMATCHED = "reference_log_probs", "mismatched_completion"
 _FIX = "compute it anew with precompute_reference_log_probs"
+
+PairLosses = tuple[jax.Array, jax.Array]
+"""Losses of pairs [..., E], finite for padding too, and rewards of both answers [..., E, 2]."""
 
 
 class SequenceLogProbs(NamedTuple):
@@ -57,12 +59,8 @@ class SequenceLogProbs(NamedTuple):
 class PreferenceTask(RowTask):
     """A task on the log-probabilities of whole answers."""
 
-    @model_validator(mode="after")
-    def _check_examples_per_row(self) -> Self:
-        if self.examples_per_row is None:
-            what = f"task.kind={self.kind} needs a number of examples a row"
-            raise MaxlmError(what, where="examples_per_row", fix="set it to 1 or more")
-        return self
+    examples_per_row: int = Field(default=1, ge=1)
+    """Most examples that share a row, each with attention to itself alone."""
 
     def compute_sequence_log_probs(
         self, model: Any, batch: DeviceBatch, prefix: str = ""
@@ -70,8 +68,8 @@ class PreferenceTask(RowTask):
         """Runs a model once over rows [..., S], the arrays whose names begin with ``prefix``."""
         arrays = (batch[prefix + name] for name in ("tokens", "positions", "segment_ids"))
         hidden, aux = model(*arrays)
-        targets, chunk = batch[f"{prefix}targets"], self.chunk_tokens
-        own = compute_log_probs(model, hidden, targets, chunk_tokens=chunk)
+        logits, targets = model.prepare_logits(hidden), batch[f"{prefix}targets"]
+        own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
         weights = batch[f"{prefix}weights"]
 
         def total(values: jax.Array) -> jax.Array:
@@ -113,6 +111,8 @@ class ReferenceTask(PreferenceTask):
     """A preference task that measures against a frozen model."""
 
     prepares_batch_alone: ClassVar[bool] = True
+    num_reference_columns: ClassVar[int] = 2
+    """Log-probabilities of the reference that an example needs."""
 
     reference: LocalPath | None = None
     """Run whose model is the reference; null: the model that training starts from."""
@@ -126,11 +126,6 @@ class ReferenceTask(PreferenceTask):
     def for_small_model(self) -> Self:
         return super().for_small_model().model_copy(update={LOG_PROBS: None})
 
-    @property
-    def num_reference_columns(self) -> int:
-        """Log-probabilities of the reference that an example needs."""
-        return self.sequences_per_example
-
     def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
         """Computes what the reference says of rows [..., S]: fp32 [..., E, columns]."""
         return self.compute_sequence_log_probs(model, batch).sums
@@ -142,12 +137,9 @@ class ReferenceTask(PreferenceTask):
         found = map_micro_batches(self.compute_reference_log_probs, model, batch)
         return batch | {LOG_PROBS: found}
 
-    def example_arrays(self) -> dict[str, BatchArraySpec]:
-        if self.reference_log_probs is None:
-            return super().example_arrays()
-        shape = self.examples_per_row or 1, self.num_reference_columns
-        own = BatchArraySpec(shape, np.float32, (None, None))
-        return super().example_arrays() | {LOG_PROBS: own}
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        own = {LOG_PROBS: (self.num_reference_columns,)}
+        return super().example_shapes() | ({} if self.reference_log_probs is None else own)
 
     def extend_example(
         self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
@@ -185,11 +177,8 @@ class LogProbPairTask(PairTask):
     """A task on the log-probabilities of both answers."""
 
     @abstractmethod
-    def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns pairs' losses [..., E], finite for padding too, and both answers' rewards
-        [..., E, 2]."""
+    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
+        """Computes pairs' losses from the trained model's log-probabilities."""
 
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         own = self.compute_sequence_log_probs(models.trained, batch)
@@ -242,9 +231,7 @@ class DpoTask(ReferenceTask, MarginPairTask):
     """sigmoid; hinge (SLiC, arXiv 2305.10425); robust: unbiased where labels are flipped with
     probability `label_smoothing` (arXiv 2403.00409); ipo (arXiv 2310.12036), per token."""
 
-    def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
         ratios = own.sums - batch[LOG_PROBS]
         scores = ratios / jnp.maximum(own.lengths, 1) if self.loss_type == "ipo" else ratios
         return self.compute_margin_losses(scores), self.beta * ratios
@@ -261,16 +248,14 @@ class ReferenceFreePairTask(LogProbPairTask):
         own = {"nll_weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
         return super().batch_arrays(seq_len) | own
 
-    def join_example(
-        self, sequences: Sequence[EncodedSequence], num_virtual_tokens: int
-    ) -> dict[str, NDArray[Any]]:
-        chosen, rejected = sequences
-        rejected = rejected._replace(is_target=[False] * len(rejected.tokens))
-        if self.learns_prompts:
-            chosen = chosen._replace(is_target=[True] * len(chosen.tokens))
-        own = join_sequences([chosen, rejected], num_virtual_tokens)
-        joined = super().join_example(sequences, num_virtual_tokens)
-        return joined | {"nll_weights": own["weights"]}
+    def extend_example(
+        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
+    ) -> dict[str, Any]:
+        weights = arrays["weights"]
+        if self.learns_prompts:  # from the first token on, which the last virtual one predicts
+            weights = arrays["positions"] >= encoder.num_virtual_tokens - 1
+        is_chosen = arrays["segment_ids"] == 1
+        return arrays | {"nll_weights": (is_chosen * weights).astype(np.float32)}
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
         weights = batch["nll_weights"]
@@ -295,9 +280,7 @@ class CpoTask(ReferenceFreePairTask, MarginPairTask):
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy of chosen answers; 0 for SimPO as published."""
 
-    def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
         scores = own.means if self.loss_type in ("ipo", "simpo") else own.sums
         wanted = self.gamma if self.loss_type == "simpo" else 0.0
         losses = self.compute_margin_losses(scores, wanted)
@@ -314,9 +297,7 @@ class OrpoTask(ReferenceFreePairTask):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds ratio, the paper's λ."""
 
-    def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
         scores = jnp.where(own.is_present[..., None], own.means, -1.0)
         # Clipped, so that gradients stay finite where a probability is near one.
         log_odds = scores - jax.nn.log1mexp(jnp.maximum(-scores, 1e-7))
@@ -345,13 +326,3 @@ def scale_layers_loss(aux: Aux, batch: DeviceBatch, examples: jax.Array) -> jax.
     """Returns what layers add to a loss summed over examples, not over tokens."""
     tokens = (batch["segment_ids"] > 0).sum(dtype=jnp.float32)
     return aux.loss * (examples / jnp.maximum(tokens, 1)) if aux.sums else aux.loss
-
-
-def map_micro_batches(
-    function: Callable[[Any, DeviceBatch], jax.Array], model: Any, batch: DeviceBatch
-) -> jax.Array:
-    """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the other, or of
-    all where the model runs them through a pipeline."""
-    if getattr(model, "pipeline_schedule", None) is not None:
-        return function(model, batch)
-    return lax.map(lambda micro: function(model, micro), batch)

@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.conversations import EncodedSequence
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.tasks.preference import PairTask, sum_pairs
@@ -34,9 +32,8 @@ class RewardTask(PairTask):
     def required_heads(self) -> Mapping[str, int]:
         return {SCORE: 1}
 
-    def example_arrays(self) -> dict[str, BatchArraySpec]:
-        shape = (self.examples_per_row or 1,)
-        return {"margins": BatchArraySpec(shape, np.float32, (None,))}
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"margins": ()}
 
     def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
         # With a token behind the last one, which rows have as a target alone.

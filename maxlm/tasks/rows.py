@@ -15,9 +15,7 @@ from pydantic import Field
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
-from maxlm.data.conversations import (
-    EncodedSequence,
-)
+from maxlm.data.conversations import EncodedSequence
 from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
@@ -29,8 +27,6 @@ from maxlm.tasks.task import SourceInputs, Task
 # So many rows take longer than processes to start: seconds.
 _MANY_ROWS, _PART_ROWS = 16384, 1024
 TooLong = Literal["drop", "cut_end", "cut_start"]
-EncodedExample = Mapping[str, Any]
-"""A row's arrays by name; see :data:`maxlm.data.rows.Encode`."""
 
 
 class RowTask(Task):
@@ -63,22 +59,16 @@ class RowTask(Task):
         """Returns the ``sequences_per_example`` sequences of a file's row; raises MaxlmError saying
         what is wrong with it."""
 
-    def example_arrays(self) -> dict[str, BatchArraySpec]:
-        """Returns arrays with a value for each example of a row, [examples, ...], by name."""
+    def example_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns what fp32 arrays [examples, ...] of a row hold for each example, by name."""
         return {}
 
     def extend_example(
         self, encoder: "ExampleEncoder", row: Mapping[str, Any], arrays: dict[str, Any]
     ) -> dict[str, Any]:
-        """Returns an example's arrays with its entries of :meth:`example_arrays`, and with whatever
+        """Returns an example's arrays with its entries of :meth:`example_shapes`, and with whatever
         the task's batches have besides."""
         return arrays
-
-    def join_example(
-        self, sequences: Sequence[EncodedSequence], num_virtual_tokens: int
-    ) -> dict[str, NDArray[Any]]:
-        """Returns an example's arrays along "seq"."""
-        return join_sequences(sequences, num_virtual_tokens)
 
     @property
     def num_segments(self) -> int:
@@ -86,7 +76,12 @@ class RowTask(Task):
         return (self.examples_per_row or 0) * self.sequences_per_example
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        return super().batch_arrays(seq_len) | self.example_arrays()
+        return super().batch_arrays(seq_len) | {
+            name: BatchArraySpec(
+                (self.examples_per_row or 1, *shape), np.float32, (None,) * (1 + len(shape))
+            )
+            for name, shape in self.example_shapes().items()
+        }
 
     def make_encoder(
         self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
@@ -237,13 +232,14 @@ class ExampleEncoder:
     """Tokens of a sequence at most, without virtual ones."""
     num_virtual_tokens: int = 0
 
-    def __call__(self, row: Mapping[str, Any]) -> EncodedExample:
-        """Returns an example's arrays; none of an example that is left out."""
+    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`); none of an
+        example that is left out."""
         whole = self.task.encode_example(self.tokenizer, row)
         sequences = [self._cut(sequence) for sequence in whole]
         if not all(sequence.num_targets for sequence in sequences):
             return {}
-        arrays: dict[str, Any] = self.task.join_example(sequences, self.num_virtual_tokens)
+        arrays: dict[str, Any] = join_sequences(sequences, self.num_virtual_tokens)
         arrays["was_cut"] = any(len(each.tokens) > self.max_length for each in whole)
         return self.task.extend_example(self, row, arrays)
 

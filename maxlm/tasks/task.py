@@ -1,12 +1,13 @@
 """The frame of a task: what a model is trained for."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
+from jax import lax
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
@@ -182,3 +183,13 @@ class Task(Config):
                 fix=f"set it to {least} or more, or "
                 + (other if free else "train a smaller tokenizer"),
             )
+
+
+def map_micro_batches(
+    function: Callable[[Any, DeviceBatch], Any], model: Any, batch: DeviceBatch
+) -> Any:
+    """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the other,
+    stacked, or of all together where the model runs them through a pipeline."""
+    if getattr(model, "pipeline_schedule", None) is not None:
+        return function(model, batch)
+    return lax.map(lambda micro: function(model, micro), batch)

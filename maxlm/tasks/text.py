@@ -9,10 +9,9 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
-from maxlm.data.batch_source import BatchSource, BatchTransform, TransformedSource
+from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import make_batches, make_one_pass_batches
-from maxlm.models.architectures.transformer import Transformer
-from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
+from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
 
 Row = dict[str, np.ndarray]
@@ -22,13 +21,19 @@ ENCODER_ARRAYS = ("input_tokens", "input_positions", "input_segment_ids")
 
 
 @dataclass(frozen=True)
-class RowTransform:
-    """Changes a batch's rows, each by its own number: pure in (seed, step, row)."""
+class TransformedSource:
+    """Another source's batches, each row changed by its own number: pure in (seed, step, row)."""
 
+    source: BatchSource
     change: Callable[[Row, Generator], Row]
     seed: int
 
-    def __call__(self, batch: Row, step: int, row_numbers: Sequence[int]) -> Row:
+    @property
+    def num_steps(self) -> int | None:
+        return self.source.num_steps
+
+    def rows(self, step: int, row_numbers: Sequence[int], /) -> Row:
+        batch = self.source.rows(step, row_numbers)
         rows = [
             self.change(
                 {name: array[i] for name, array in batch.items()},
@@ -67,8 +72,9 @@ class TokenPredictionTask(Task):
 class TextTask(TokenPredictionTask):
     """A model of one sequence that predicts tokens of text."""
 
-    def make_batch_transform(self, inputs: SourceInputs) -> BatchTransform | None:
-        """Returns the host's change of a text batch into the task's batch; None: no change."""
+    def make_row_transform(self, inputs: SourceInputs) -> Callable[[Row, Generator], Row] | None:
+        """Returns the host's change of a row of text into the task's row, pure in the row and the
+        random generator, which pickles; None: no change."""
         return None
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
@@ -84,8 +90,8 @@ class TextTask(TokenPredictionTask):
         }
 
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
-        transform = self.make_batch_transform(inputs)
-        return source if transform is None else TransformedSource(source, transform)
+        change = self.make_row_transform(inputs)
+        return source if change is None else TransformedSource(source, change, inputs.seed)
 
 
 class ClmTask(TextTask):
@@ -94,15 +100,3 @@ class ClmTask(TextTask):
     predicts_every_token: ClassVar[bool] = True
 
     kind: Literal["clm"] = "clm"
-
-
-def compute_log_probs(
-    model: Transformer, hidden: jax.Array, targets: jax.Array, *, chunk_tokens: int = 1024
-) -> jax.Array:
-    """Computes the log-probability of every token's target, fp32 [..., S]; differentiable.
-
-    Args:
-        hidden: [..., S, D], what the model made of a batch.
-        targets: int [..., S].
-    """
-    return compute_fused_log_probs(model.prepare_logits(hidden), targets, chunk_tokens=chunk_tokens)

@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.params import Params, ParamSpec
+from maxlm.models.params import Params, ParamSpec, flatten_names, join_path
 from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
 from maxlm.train.state import split_params
@@ -238,26 +238,22 @@ def scale_by_factored_rms(
     then scaled down to a root mean square of at most ``clip_rms``.
     """
 
-    def reduced(spec: ParamSpec, dims: tuple[int, ...]) -> jax.Array:
-        shape = (1 if d in dims else n for d, n in enumerate(spec.shape))
-        return jnp.zeros(tuple(shape), jnp.float32)
+    def split(results: Any, count: int) -> tuple[Any, ...]:
+        """Makes trees of a tree of tuples."""
+        return tuple(jax.tree.map(lambda _, r, i=i: r[i], specs, results) for i in range(count))
 
     def init(params: optax.Params) -> FactoredState:
-        def rows(spec: ParamSpec, p: jax.Array) -> jax.Array:
+        def one(spec: ParamSpec, p: jax.Array) -> tuple[Any, Any]:
             if spec.role == "vector":
-                return jnp.zeros_like(p, dtype=jnp.float32)
-            return reduced(spec, get_input_output_dims(spec)[1])
+                return jnp.zeros_like(p, dtype=jnp.float32), optax.MaskedNode()
+            columns, rows = (
+                jnp.zeros([1 if d in dims else n for d, n in enumerate(spec.shape)], jnp.float32)
+                for dims in get_input_output_dims(spec)
+            )
+            return rows, columns
 
-        def columns(spec: ParamSpec) -> jax.Array | optax.MaskedNode:
-            if spec.role == "vector":
-                return optax.MaskedNode()
-            return reduced(spec, get_input_output_dims(spec)[0])
-
-        return FactoredState(
-            count=jnp.zeros([], jnp.int32),
-            rows=jax.tree.map(rows, specs, params),
-            columns=jax.tree.map(columns, specs),
-        )
+        moments = split(jax.tree.map(one, specs, params), 2)
+        return FactoredState(jnp.zeros([], jnp.int32), *moments)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
         del params
@@ -281,10 +277,8 @@ def scale_by_factored_rms(
             return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
 
         results = jax.tree.map(one, specs, updates, state.rows, state.columns)
-        out, rows, columns = (
-            jax.tree.map(lambda _, r, i=i: r[i], specs, results) for i in range(3)
-        )
-        return out, FactoredState(count, rows, columns)
+        out, *moments = split(results, 3)
+        return out, FactoredState(count, *moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -308,18 +302,14 @@ def opt_state_specs(optimizer: optax.GradientTransformation, specs: Params) -> o
     it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
-    owners = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
+    owners = flatten_names(specs)
 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
-        names, axes = _names(path), (None,) * len(leaf.shape)
-        owner = next((owners[names[i:]] for i in range(len(names)) if names[i:] in owners), None)
-        if owner is not None and len(owner.shape) == len(leaf.shape):
+        name, axes = f".{join_path(path)}", (None,) * len(leaf.shape)
+        found = max((own for own in owners if name.endswith(f".{own}")), key=len, default=None)
+        if found is not None and len((owner := owners[found]).shape) == len(leaf.shape):
             kept = zip(owner.axes, leaf.shape, owner.shape, strict=True)
             axes = tuple(axis if n == full else None for axis, n, full in kept)
         return ParamSpec(leaf.shape, axes, jax.nn.initializers.zeros, "vector", dtype=leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +46,6 @@ class ReportingConfig(Config):
         if wanted and getattr(find_spec("wandb"), "origin", None) is None:
             what, fix = "the package wandb is not installed", "pip install 'maxlm[reporting]'"
             raise MaxlmError(what, where="reporting.wandb", fix=f"{fix}, or leave the setting out")
-
-
-class Sink:
-    """Receives metrics by step. The base class ignores them."""
-
-    def log(self, step: int, values: Numbers) -> None:
-        """Takes the numbers of a step."""
-
-    def rewind(self, step: int) -> None:
-        """Forgets what came after ``step``."""
-
-    def close(self) -> None:
-        """Writes everything out."""
 
 
 def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
@@ -102,7 +89,7 @@ class MetricsLog:
         """Number of lines of ``metrics.jsonl`` that hold no record."""
         folder = Path(folder)
         self._metrics, self._events = folder / "metrics.jsonl", folder / "events.jsonl"
-        self._write, self._sinks = write, list[Sink]()
+        self._write, self._sinks = write, list[TensorBoardSink | WandbSink]()
         with ExitStack() as stack:
             if write:
                 for path in (self._metrics, self._events):
@@ -112,9 +99,12 @@ class MetricsLog:
                         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
                 # A run that begins anew has no step 0 in its records.
                 self.rewind(resume_step if resume_step else -1)
-                for sink in open_sinks(reporting, folder, resume_step):
-                    stack.callback(sink.close)
-                    self._sinks.append(sink)
+                if reporting.tensorboard:
+                    sink = TensorBoardSink(folder / "tensorboard", resume_step)
+                    self._sinks.append(stack.enter_context(closing(sink)))
+                if reporting.wandb is not None and reporting.wandb.mode != "disabled":
+                    sink = WandbSink(reporting.wandb, folder)
+                    self._sinks.append(stack.enter_context(closing(sink)))
             self._open = stack.pop_all()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -159,25 +149,12 @@ class MetricsLog:
         self._open.close()
 
 
-def open_sinks(config: ReportingConfig, folder: Path, resume_step: int) -> Iterator[Sink]:
-    """Opens the sinks that a run asks for; raises MaxlmError.
-
-    Args:
-        folder: the run's; exists.
-        resume_step: what TensorBoard has of later steps is withdrawn; 0: a new run.
-    """
-    config.check_packages()
-    if config.tensorboard:
-        yield TensorBoardSink(folder / "tensorboard", resume_step)
-    if config.wandb is not None and config.wandb.mode != "disabled":
-        yield WandbSink(config.wandb, folder)
-
-
-class TensorBoardSink(Sink):
-    """Event files, one an attempt, written in the caller's thread: tensorboardX's own writer waits
+class TensorBoardSink:
+    """Event files, one an attempt, which withdraw what earlier ones have of steps after
+    ``resume_step`` (0: a new run). Written in the caller's thread: tensorboardX's own writer waits
     for ever for a thread that a full disk has ended."""
 
-    def __init__(self, folder: Path, resume_step: int = 0):
+    def __init__(self, folder: Path, resume_step: int):
         from tensorboardX.event_file_writer import EventsWriter
 
         with convert_write_errors(folder):
@@ -209,7 +186,7 @@ class TensorBoardSink(Sink):
             self._file.flush()
 
 
-class WandbSink(Sink):
+class WandbSink:
     """One run on Weights & Biases for all attempts, by an id kept in the run's folder.
 
     Steps are an x axis, not W&B's own counter, which refuses to go back: after a rewind its curves
@@ -246,6 +223,9 @@ class WandbSink(Sink):
 
     def log(self, step: int, values: Numbers) -> None:
         self._run.log({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         self._run.finish()

@@ -47,7 +47,7 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern, such as
     ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
     that an adapter adds, and ``heads``."""
-    names, added = _list_names(specs), _list_added_names(specs)
+    names, added = [*flatten_names(specs)], _list_added_names(specs)
     if patterns is None:
         matched = {*added, *filter_names(names, "heads.*" if added else "*")}
     else:
@@ -70,8 +70,8 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
 
 def split_params(params: Params, part: Params) -> tuple[Params, Params]:
     """Splits parameters into those that a part of their tree has, and the others."""
-    ours = set(_list_names(part))
-    return _keep(params, ours), _keep(params, {*_list_names(params)} - ours)
+    ours = {*flatten_names(part)}
+    return _keep(params, ours), _keep(params, {*flatten_names(params)} - ours)
 
 
 def merge_params(a: Params, b: Params) -> Params:
@@ -88,12 +88,8 @@ def _list_added_names(specs: Params) -> set[str]:
     added: set[str] = set()
     for name, held in flatten_names(specs, is_leaf).items():
         if field := getattr(held, "base_field", None):
-            added |= {f"{name}.{own}" for own in _list_names(replace(held, **{field: None}))}
+            added |= {f"{name}.{own}" for own in flatten_names(replace(held, **{field: None}))}
     return added
-
-
-def _list_names(tree: Any) -> list[str]:
-    return [join_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _keep(tree: Params, names: set[str]) -> Params:

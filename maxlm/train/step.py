@@ -1,7 +1,7 @@
 """One step of training, and one of evaluation: pure functions of state and batch. A batch's
 micro-batches are taken one after the other, or through a pipeline."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +15,11 @@ from jax.sharding import reshard
 from maxlm.models.aux import Aux
 from maxlm.models.params import GatheredParam, Params, bind, param_specs, select_base_params
 from maxlm.parallel.pipeline import run_1f1b_pipeline
-from maxlm.tasks.task import TaskModels
+from maxlm.tasks.task import Task, TaskModels, map_micro_batches
 from maxlm.train.state import TrainState, merge_params, split_params
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Loss = Callable[[TaskModels, Batch, jax.Array], tuple[jax.Array, Sums]]
-"""(models, batch, key) -> (loss summed over tokens, sums to log, ``tokens`` among them)."""
-PrepareBatch = Callable[[TaskModels, Batch], Batch]
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
 
@@ -31,7 +28,7 @@ def train_step(
     batch: Batch,
     *,
     model: Any,
-    loss: Loss,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
@@ -39,8 +36,6 @@ def train_step(
     gradient_layouts: Params | None = None,
     trainable: Params | None = None,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
-    base_models: Mapping[str, Any] = MappingProxyType({}),
-    prepare_batch: PrepareBatch = lambda models, batch: batch,
 ) -> tuple[TrainState, Sums]:
     """Computes gradients over micro-batches, and applies one optimizer update.
 
@@ -49,12 +44,11 @@ def train_step(
             through a pipeline. Their losses are summed and divided by the tokens of the whole
             batch, so that A changes memory and nothing else (but for the balance of experts,
             which is measured over a micro-batch).
-        model, frozen_models: the modules whose parameters the state holds.
-        base_models: the modules of frozen models that are ``model`` without its adapter.
+        model, frozen_models: the modules whose parameters the state holds; a frozen model that is
+            not in ``state.frozen`` is ``model`` without its adapter, and has its base's.
         schedule: the optimizer's, to be reported.
         gradient_layouts: see ``compute_loss_and_gradients``.
         trainable: the declarations of the parameters that are trained; default: all.
-        prepare_batch: see ``Task.prepare_batch``.
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the task's other sums per counted
@@ -65,11 +59,11 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
-    frozen = _bind_others(frozen_models, state.frozen, base_models, state.params)
-    batch = prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
+    frozen = _bind_frozen(frozen_models, state.frozen, state.params)
+    batch = task.prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
 
     def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        return loss(TaskModels(bound, frozen), batch, key)
+        return task.loss(TaskModels(bound, frozen), batch, key)
 
     (total, sums), grads = compute_loss_and_gradients(
         model, model_loss, trained, batch, key, gradient_layouts, untrained
@@ -127,17 +121,16 @@ def _learned(specs: Params, tree: Any) -> Any:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def _bind_others(
-    frozen_models: Mapping[str, Any],
-    frozen: Mapping[str, Params],
-    base_models: Mapping[str, Any],
-    params: Params,
+def _bind_frozen(
+    models: Mapping[str, Any], frozen: Mapping[str, Params], params: Params
 ) -> dict[str, Any]:
-    """Binds frozen models to their own parameters, and base models to the base of the adapted
-    ``params``, to which no gradient goes."""
+    """Binds frozen models to their own parameters, or to the base of the adapted ``params``, to
+    which no gradient goes."""
     base = jax.tree.map(lax.stop_gradient, select_base_params(params))
-    bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
-    return bound | {name: bind(own, base) for name, own in base_models.items()}
+    # Without an adapter, the base would be the trained model itself.
+    is_adapted = jax.tree.structure(base) != jax.tree.structure(params)
+    assert is_adapted or frozen.keys() >= models.keys(), "a frozen model has no parameters"
+    return {name: bind(own, frozen.get(name, base)) for name, own in models.items()}
 
 
 def evaluate_step(
@@ -146,24 +139,19 @@ def evaluate_step(
     batch: Batch,
     *,
     model: Any,
-    loss: Loss,
+    task: Task,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
-    base_models: Mapping[str, Any] = MappingProxyType({}),
-    prepare_batch: PrepareBatch = lambda models, batch: batch,
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
-    others = _bind_others(frozen_models, frozen, base_models, params)
+    others = _bind_frozen(frozen_models, frozen, params)
     models, key = TaskModels(bind(model, params), others), jax.random.key(0)
-    batch = prepare_batch(models, batch)
+    batch = task.prepare_batch(models, batch)
 
-    def sums_of(batch: Batch) -> Sums:
-        total, sums = loss(models, batch, key)
+    def sums_of(_: Any, batch: Batch) -> Sums:
+        total, sums = task.loss(models, batch, key)
         return {"loss": total, **sums}
 
-    if getattr(model, "pipeline_schedule", None) is not None:
-        return sums_of(batch)
-
-    return jax.tree.map(lambda x: x.sum(0), lax.map(sums_of, batch))
+    return jax.tree.map(jnp.sum, map_micro_batches(sums_of, model, batch))
 
 
 def compute_loss_and_gradients(

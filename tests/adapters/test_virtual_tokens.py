@@ -25,7 +25,6 @@ from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.train.batch import make_global_batch
-from maxlm.train.checkpoint.reading import named_leaves
 from tests.errors import message
 from tests.models.building import CONFIGS
 from tests.programs import tiny
@@ -307,7 +306,7 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         tuned = {n for n in before if n.endswith(".virtual")}
         assert changed == tuned
         assert len(tuned) == (2 if kind == "prefix" else 1)
-        moments = {n: np.asarray(x) for n, x in named_leaves(state.opt_state).items() if x.ndim}
+        moments = {n: np.asarray(x) for n, x in flatten_names(state.opt_state).items() if x.ndim}
         assert {n.split(".", 2)[2] for n in moments} == tuned
         found = moments | {n: np.asarray(metrics[n]) for n in ("loss", "grad_norm")}
         for key, array in (wanted := wanted or found).items():

@@ -18,12 +18,12 @@ from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import make_row_source
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.plan.predict import plan_run
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.tasks import SourceInputs, Task, TaskModels, register_task
-from maxlm.tasks.text import compute_log_probs
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
 
@@ -76,7 +76,8 @@ class DpoTask(Task):
         own = {name: batch[f"{side}_{name}"] for name in ("tokens", "positions", "segment_ids")}
         hidden, _ = model(**own)
         targets, weights = batch[f"{side}_targets"], batch[f"{side}_weights"]
-        own = compute_log_probs(model, hidden, targets, chunk_tokens=self.chunk_tokens)
+        logits = model.prepare_logits(hidden)
+        own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
         return (own * weights).sum(-1)
 
 

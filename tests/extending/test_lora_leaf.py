@@ -35,7 +35,7 @@ from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
-from maxlm.train.checkpoint.reading import named_leaves, read_metadata
+from maxlm.train.checkpoint.reading import read_metadata
 from tests.models.building import LLAMA_GQA
 from tests.programs import tiny
 
@@ -212,7 +212,7 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     assert all(np.any(x) for x in trained.values())  # B began as zeros
 
     # The optimizer and its checkpoint have arrays for A and B alone, under canonical names.
-    moments = [n for n, x in named_leaves(whole.state.opt_state).items() if x.ndim]
+    moments = [n for n, x in flatten_names(whole.state.opt_state).items() if x.ndim]
     assert {name.split(".", 2)[2] for name in moments} == set(trained)
     saved = read_metadata(whole.folder / "checkpoints" / "4")["fingerprints"]
     assert {n.split(".", 3)[3] for n in saved if n.startswith("opt_state.1.mu.")} == set(trained)

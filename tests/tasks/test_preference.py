@@ -264,7 +264,7 @@ def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
     [
         ({"kind": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 with"),
         ({"kind": "dpo", "loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
-        ({"kind": "kto", "examples_per_row": None}, "a number of examples a row"),
+        ({"kind": "kto", "examples_per_row": None}, "should be a valid integer"),
         ({"kind": "reward"}, r"reads the heads \{'score': 1\}"),
     ],
 )

@@ -2,6 +2,7 @@
 into micro-batches."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,10 @@ def squares(models, batch, key):
     return (weights * error**2).sum(), sums
 
 
+def task_of(loss) -> Any:
+    return SimpleNamespace(loss=loss, prepare_batch=lambda models, batch: batch)
+
+
 def line_state(ema=None, step=3):
     params = {"slope": jnp.array([0.5])}
     return TrainState(jnp.int32(step), params, optax.sgd(RATE).init(params), ema)
@@ -44,7 +49,7 @@ def line_state(ema=None, step=3):
 def step_line(state, batch, **settings):
     given = {
         "model": Line(),
-        "loss": squares,
+        "task": task_of(squares),
         "optimizer": optax.sgd(RATE),
         "schedule": lambda step: RATE * step,
         "seed": 0,
@@ -109,7 +114,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_evaluation_sums_without_learning():
     state, batch = line_state(), {k: v[0] for k, v in line_batch(1).items()}
-    sums = evaluate_step(state.params, {}, batch, model=Line(), loss=squares)
+    sums = evaluate_step(state.params, {}, batch, model=Line(), task=task_of(squares))
     error = 0.5 * batch["tokens"] + 1 - batch["targets"]
     assert float(sums["absolute"]) == pytest.approx((batch["weights"] * abs(error)).sum(), rel=1e-5)
 
@@ -144,7 +149,7 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
                 state,
                 batch,
                 model=building.decoder(config, one_device_mesh),
-                loss=ClmTask(chunk_tokens=16).loss,
+                task=ClmTask(chunk_tokens=16),
                 optimizer=optimizer,
                 schedule=lambda _: RATE,
                 seed=0,
@@ -185,13 +190,16 @@ def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms()
     state = TrainState(jnp.int32(0), params, opt_state, params, {"line": {"slope": jnp.ones(1)}})
 
     def run(frozen):
+        task = task_of(
+            lambda models, *rest: loss(
+                TaskModels(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
+            )
+        )
         return step_line(
             state,
             line_batch(2),
             model=TwoLines(),
-            loss=lambda models, *rest: loss(
-                TaskModels(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
-            ),
+            task=task,
             optimizer=optimizer,
             trainable=trained,
             frozen_models=frozen,

@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from maxlm.config import MaxlmError
+from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
@@ -31,7 +32,6 @@ from maxlm.train.checkpoint.reading import (
     check_saved_shapes,
     convert_storage_errors,
     flatten_layer_groups,
-    named_leaves,
     read_metadata,
     restore_from,
     with_retries,
@@ -105,7 +105,7 @@ class FolderTier:
         stay now, besides what the config keeps."""
         if step in self._manager.all_steps():
             return False
-        arrays = flatten_layer_groups(named_leaves(state), self._groups)
+        arrays = flatten_layer_groups(flatten_names(state), self._groups)
         on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
         metadata = add_integrity_fields(step, on_devices, metadata)
         with self._explain_writing():

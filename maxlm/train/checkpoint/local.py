@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
@@ -26,7 +27,6 @@ from maxlm.train.checkpoint.reading import (
     add_integrity_fields,
     check_fingerprints,
     describe_error,
-    named_leaves,
     parse_metadata,
     with_retries,
 )
@@ -68,7 +68,7 @@ class LocalTier:
         """Copies arrays to the host, and writes them while training continues; waits for the file
         before this one. One copy of this process's shards is in its memory meanwhile."""
         self.wait()
-        leaves = named_leaves(state)
+        leaves = flatten_names(state)
         header = {"metadata": json.dumps(add_integrity_fields(step, leaves, metadata))}
         arrays: dict[str, np.ndarray] = {}
         for name, leaf in leaves.items():
@@ -135,7 +135,7 @@ class LocalTier:
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state, each device's part from its process's file; raises
         UnreadableCheckpoint."""
-        path, wanted = self.path(step), named_leaves(abstract)
+        path, wanted = self.path(step), flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
             known = self._read_metadata(step)["fingerprints"]

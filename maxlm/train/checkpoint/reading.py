@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
+from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import raise_on_all_hosts
 from maxlm.sharding import bind_mesh, jit_sharded
 
@@ -45,16 +46,9 @@ class UnreadableCheckpoint(MaxlmError):
     """A checkpoint that is damaged, or out of reach: another may be read in its place."""
 
 
-def named_leaves(tree: PyTree, prefix: str = "") -> Leaves:
-    """Returns the leaves of any pytree by dotted path of dict keys, attribute names and indices."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    name = jax.tree_util.keystr
-    return {prefix + name(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def layer_group_shapes(specs: PyTree) -> Groups:
     """Returns ``layer_groups`` of a ``FolderTier``, from declarations (``ParamSpec``)."""
-    leaves = named_leaves(specs).items()
+    leaves = flatten_names(specs).items()
     return {name: spec.shape[:2] for name, spec in leaves if spec.num_layer_axes == 2}
 
 
@@ -242,8 +236,8 @@ def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtype
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    leaves = named_leaves(abstract, f"{subtree}." if subtree else "")
-    return {name: describe(leaf) for name, leaf in leaves.items()}
+    prefix = f"{subtree}." if subtree else ""
+    return {prefix + name: describe(leaf) for name, leaf in flatten_names(abstract).items()}
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
