@@ -27,7 +27,7 @@ from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.network import Network
 from maxlm.plan.timing import Efficiency, estimate_time
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
+from maxlm.plan.workload import RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
@@ -174,8 +174,7 @@ def _prepared(row: Row) -> Any:
     )
     work = RunWorkload(config, jnp.bfloat16)
     counted = count_training_flops_per_token(work)
-    split = MeshPartitioning(config, {a: sizes[a] for a in MESH_AXES})
-    shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)
+    shape = StepShape(work, {a: sizes[a] for a in MESH_AXES}, row.micro, row.remat, machine)
     network = Network(machine, CHIPS[machine.kind])
     _CACHE[row.name] = shape, network, counted.full, counted.causal
     return _CACHE[row.name]

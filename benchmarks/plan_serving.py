@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxlm.config import load_config
-from maxlm.plan import serving
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.predict import Machine
-from maxlm.plan.serving import DecodeEfficiency, ServingOptions, WeightFormat, search_serving
+from maxlm.plan.serving import ServingOptions, WeightFormat, search_serving
 from maxlm.plan.serving_cache import CacheFormat
+from maxlm.plan.timing import DECODE_EFFICIENCY, DecodeEfficiency
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
 
@@ -134,7 +134,7 @@ def fit() -> None:
 
         def error(x: Any, rows: list[Row] = rows, family: str = family) -> float:
             own = DecodeEfficiency(*(np.clip(x, 0.1, (0.85, 2.0)) * (1, 1e-3)).tolist())
-            serving.DECODE_EFFICIENCY[family] = own
+            DECODE_EFFICIENCY[family] = own
             return float(np.mean([abs(np.log(predict(r) / r.published)) for r in rows]))
 
         found = minimize(error, (0.75, 1.0), method="Nelder-Mead", options={"maxfev": 40})

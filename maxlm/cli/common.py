@@ -1,6 +1,6 @@
 """Arguments, options and output that several verbs share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -8,7 +8,6 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from maxlm.run import RunConfig
 
@@ -46,10 +45,7 @@ JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 def run_training(
-    run: "RunConfig",
-    resume: str | None,
-    profile: str | None,
-    tuning: dict[str, Any] | None = None,
+    run: "RunConfig", resume: str | None, profile: str | None, tuning: dict[str, Any] | None = None
 ) -> None:
     """Train a run, or tune it with these options of ``tune_model``, and print its report; all of
     its processes join, and each takes as much of a GPU's memory as plans say."""
@@ -93,13 +89,16 @@ def open_console(file: TextIO | None = None) -> "Console":
     return console
 
 
-def make_numeric_table(
-    first_column: str, numeric_columns: Sequence[str], title: str | None = None
-) -> "Table":
-    """Return a table of a column of names and columns of numbers, on the right."""
+def print_table(
+    first_column: str, numeric_columns: Iterable[str], rows: Iterable[Sequence[str]], **style: Any
+) -> None:
+    """Print a table of a column of names and columns of numbers, on the right; ``style``: of
+    rich's ``Table``."""
     from rich.table import Table
 
-    table = Table(first_column, title=title)
+    table = Table(first_column, **style)
     for name in numeric_columns:
         table.add_column(name, justify="right")
-    return table
+    for row in rows:
+        table.add_row(*row)
+    open_console().print(table)

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import StepOption
 
 
 def command(
+    context: typer.Context,
     source: Annotated[Path, Argument(help="A Hugging Face checkpoint's folder, or a run's.")],
     target: Annotated[Path, Argument(help="What to make: a run's folder, or a checkpoint's.")],
     family: Annotated[str | None, Option(help="The family whose names to write.")] = None,
@@ -30,18 +32,9 @@ def command(
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
+    options = {name: given for name, given in context.params.items() if name != "shard_gb"}
     with show_progress() as progress:
-        done = convert(
-            source,
-            target,
-            family=family,
-            dtype=dtype,
-            step=step,
-            shard_bytes=int(shard_gb * 1e9),
-            adapter=adapter,
-            base=base,
-            progress=progress,
-        )
+        done = convert(**options, shard_bytes=int(shard_gb * 1e9), progress=progress)
     print(f"{done.folder}: {done.family}, {done.num_params:,} parameters, {done.dtype}")
     for note in done.notes:
         print(f"  {note}")

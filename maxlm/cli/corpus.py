@@ -17,17 +17,16 @@ from maxlm.cli.common import (
     TextArgument,
     TextFieldOption,
     WorkersOption,
-    make_numeric_table,
     open_console,
     print_json,
+    print_table,
 )
 
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
 
 app = typer.Typer(
-    no_args_is_help=True,
-    help="Clean and label documents, build token stores, and look into them.",
+    no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
 )
 
 _ROW_COUNTS = ("rows", "labelled")
@@ -47,8 +46,7 @@ def build(
     heldout_fraction: Annotated[float, Option(help="Share held out, by hashes of texts.")] = 0.01,
     text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
-        Literal["error", "replace"],
-        Option(help="What to do with text that is not valid UTF-8."),
+        Literal["error", "replace"], Option(help="What to do with text that is not valid UTF-8.")
     ] = "error",
     piece_bytes: Annotated[int | None, Option(min=1, help="Cut text files at line ends.")] = None,
     force: Annotated[bool, Option("--force", help="Replace a store of other inputs.")] = False,
@@ -112,8 +110,7 @@ def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str, Argument(help="A recipe's file.")],
-    settings: SettingsArgument = None,
+    recipe: Annotated[str, Argument(help="A recipe's file.")], settings: SettingsArgument = None
 ) -> None:
     """Read sources and label their documents. Run it again after an interruption to go on.
 
@@ -152,8 +149,7 @@ def export(
     corpus: CorpusArgument,
     out: Annotated[Path, Option(help="The folder of the files; appears when complete.")],
     to: Annotated[
-        Literal["parquet", "jsonl"],
-        Option(help="Parquet with zstd, or lines of JSON with gzip."),
+        Literal["parquet", "jsonl"], Option(help="Parquet with zstd, or lines of JSON with gzip.")
     ] = "parquet",
     keep: KeepOption = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
@@ -214,13 +210,12 @@ def _print_funnel(
     if as_json:
         print_json({"funnel": rows})
         return
-    columns = ("dropped", "left", "MB", *rows[0]["by_source"])
-    table = make_numeric_table("rule", columns, title=str(corpus.folder))
+    columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
     for row in rows:
         counts = [f"{number:,}" for number in row["by_source"].values()]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
-        table.add_row(row["rule"], *figures, *counts)
-    open_console().print(table)
+        cells.append((row["rule"], *figures, *counts))
+    print_table("rule", columns, cells, title=str(corpus.folder))
     read = corpus.read_manifest(DOCUMENTS)["counts"]
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:

@@ -14,9 +14,8 @@ from maxlm.cli.common import (
     StepOption,
     TemplateOption,
     WorkersOption,
-    make_numeric_table,
-    open_console,
     print_json,
+    print_table,
 )
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
@@ -66,14 +65,13 @@ def command(
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
             return
-    table = make_numeric_table("task", ["metric", "value", "±", "rows", "seconds"])
-    seconds = dict(results["maxlm"]["seconds_by_task"])
+    seconds, cells = dict(results["maxlm"]["seconds_by_task"]), []
     for task, metric, value, error, rows in list_metrics(results):
         show = "{:.4f}".format if abs(value) < 1000 else "{:.4g}".format
         spread = "" if error is None else show(error)
         spent = f"{seconds.pop(task):.1f}" if task in seconds else ""
-        table.add_row(task, metric, show(value), spread, str(rows), spent)
-    open_console().print(table)
+        cells.append((task, metric, show(value), spread, str(rows), spent))
+    print_table("task", ("metric", "value", "±", "rows", "seconds"), cells)
     if missing := results["missing"]:
         print(f"{len(missing)} tasks have no files in {data}, as {', '.join(missing[:3])}")
     print(f"written: {folder}")
@@ -105,17 +103,16 @@ def compare(
     a, b = (find_evaluations(folder)[-1] for folder in (first, second))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found, skipped = compare_evaluations(a, b, names, alpha)
-    columns = ["A", "B", "B - A", f"{1 - alpha:.3g} interval", "p", "docs", "verdict"]
-    table = make_numeric_table("task", columns)
-    table.box = None
+    columns = ("A", "B", "B - A", f"{1 - alpha:.3g} interval", "p", "docs", "verdict")
+    rows = []
     for each in found:
         large = max(map(abs, each.interval)) >= 1000
         form, near = ("{:.4g}", "{:.3g} to {:.3g}") if large else ("{:.3f}", "{:.2f} to {:.2f}")
         change = each.second - each.first
         figures = [form.format(value) for value in (each.first, each.second, change)]
         figures += [near.format(*each.interval), f"{each.p:.3g}"]
-        table.add_row(f"{each.task} {each.metric}", *figures, f"{each.num_docs:,}", each.verdict)
-    open_console().print(table)
+        rows.append((f"{each.task} {each.metric}", *figures, f"{each.num_docs:,}", each.verdict))
+    print_table("task", columns, rows, box=None)
     notes = [f"A: {a.path}", f"B: {b.path}", *(note for each in found for note in each.notes)]
     print(*notes, *(f"not compared: {each}" for each in skipped), sep="\n")
     if any(each.verdict == "falls" for each in found):
@@ -142,12 +139,11 @@ def show_position_perplexities(
         return print_json(
             {model: {str(n): x for n, x in own.items()} for model, own in losses.items()}
         )
-    ends = sorted({end for own in losses.values() for end in own})
-    table = make_numeric_table("positions", models, "perplexity")
+    ends, rows = sorted({end for own in losses.values() for end in own}), []
     for start, end in zip([0, *ends], ends, strict=False):
         row = [f"{exp(own[end]):.4g}" if end in own else "" for own in losses.values()]
-        table.add_row(f"{start + 1:,} to {end:,}", *row)
-    open_console().print(table)
+        rows.append((f"{start + 1:,} to {end:,}", *row))
+    print_table("positions", models, rows, title="perplexity")
 
 
 def show_passkey_accuracy(
@@ -174,10 +170,9 @@ def show_passkey_accuracy(
         found = evaluate_passkey(engine, sizes, places, samples, **how)
     if as_json:
         return print_json({"lengths": sizes, "depths": places, "accuracy": found})
-    table = make_numeric_table("length", [f"{depth}%" for depth in places], "passkeys found")
-    for size, row in zip(sizes, found, strict=True):
-        table.add_row(f"{size:,}", *(f"{value:.0%}" for value in row))
-    open_console().print(table)
+    shares = [[f"{value:.0%}" for value in row] for row in found]
+    rows = [(f"{size:,}", *row) for size, row in zip(sizes, shares, strict=True)]
+    print_table("length", [f"{depth}%" for depth in places], rows, title="passkeys found")
 
 
 def _parse(text: str, option: str, least: int, most: int) -> list[int]:
@@ -252,11 +247,9 @@ def evaluate_swe_bench(
 def _print_score(title: str, score: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(score)
-    table = make_numeric_table(title, ["value"])
-    for name, value in score.items():
-        if not isinstance(value, dict | list):
-            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    open_console().print(table)
+    single = {name: x for name, x in score.items() if not isinstance(x, dict | list)}
+    words = (f"{x:.4f}" if isinstance(x, float) else str(x) for x in single.values())
+    print_table(title, ["value"], zip(single, words, strict=True))
 
 
 def evaluate_mt_bench(
@@ -294,22 +287,22 @@ def evaluate_mt_bench(
     limits |= {"pairwise": pairwise, "concurrency": concurrency}
     with show_progress("requests") as progress:
         found = run_mt_bench(loaded, output, endpoints, judging, **limits, progress=progress)
-    columns, console = ("Turn 1", "Turn 2", "Both", "95%", "Read", "Unreadable"), open_console()
+    columns = ("Turn 1", "Turn 2", "Both", "95%", "Read", "Unreadable")
     for name, summary in found["summaries"].items():
-        table = make_numeric_table("Category", columns, "share of wins: " * pairwise + name)
+        rows = []
         for kind, cells in summary.items():
             both = cells["both"]
             means = ["–" if c["mean"] is None else f"{c['mean']:.2f}" for c in cells.values()]
             span = "–" if both["mean"] is None else f"{both['low']:.2f} to {both['high']:.2f}"
-            table.add_row(kind, *means, span, str(both["n"]), str(both["unreadable"]))
-        console.print(table)
+            rows.append((kind, *means, span, str(both["n"]), str(both["unreadable"])))
+        print_table("Category", columns, rows, title="share of wins: " * pairwise + name)
     if found["unreadable"]:
         share = f"{found['unreadable']} of {found['judgments']} judgments"
-        console.print(f"judge {judging.model}: {share} have no verdict that can be read")
+        print(f"judge {judging.model}: {share} have no verdict that can be read")
     if found["refused"]:
-        console.print(f"{len(found['refused'])} requests refused; the first: {found['refused'][0]}")
+        print(f"{len(found['refused'])} requests refused; the first: {found['refused'][0]}")
     if pairwise and (bias := found["position_bias"])["first_share"] is not None:
-        console.print(
+        print(
             f"judge {judging.model}: {bias['consistency']:.0%} of {bias['num_pairs']} pairs keep "
             f"their verdict when the order changes; {bias['first_share']:.0%} of the wins are the "
             f"first answer's, p = {bias['p_value']:.2g}" + ": biased!" * bias["is_biased"]
@@ -332,19 +325,18 @@ def show_ratings(
     from maxlm.evaluation.ratings import compute_leaderboard, read_battles
     from maxlm.runtime.files import replace_file
 
-    found, console = compute_leaderboard(read_battles(battles), style_control), open_console()
+    found, rows = compute_leaderboard(read_battles(battles), style_control), []
     if not found["rows"] or found["rows"][0]["rating"] is None:
         raise MaxlmError(found["note"], where=str(battles))
-    table = make_numeric_table("Model", ("Rank", "Rating", "95%", "Elo", "Battles"))
     for row in found["rows"]:
         span = "–" if row["low"] is None else f"{row['low']:.0f} to {row['high']:.0f}"
         numbers = (str(row["rank"] or "–"), f"{row['rating']:.0f}", span, f"{row['elo']:.0f}")
-        table.add_row(row["model"], *numbers, str(row["battles"]))
-    console.print(
-        table, *(f"style, {name}: {x:+.3f}" for name, x in found["style"].items()), sep="\n"
-    )
+        rows.append((row["model"], *numbers, str(row["battles"])))
+    print_table("Model", ("Rank", "Rating", "95%", "Elo", "Battles"), rows)
+    for name, x in found["style"].items():
+        print(f"style, {name}: {x:+.3f}")
     if found["note"]:
-        console.print(f"note: {found['note']}")
+        print(f"note: {found['note']}")
     with replace_file(output or battles.with_suffix(".ratings.json")) as new:
         new.write_text(json.dumps(found, indent=1), "utf-8")
 

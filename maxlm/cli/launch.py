@@ -58,9 +58,10 @@ def command(
     """
     import jax
 
-    from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
+    from maxlm.launch.job import SPOT_GRACE, make_job
     from maxlm.launch.options import JobOptions
     from maxlm.launch.render import job_file_path, render_job, submit_job
+    from maxlm.plan.show import format_prediction
     from maxlm.programs.run_config import load_run_config
     from maxlm.runtime.files import convert_write_errors
 
@@ -82,7 +83,7 @@ def command(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(text, end="")
-    print(f"planned: {summarize_plan(plan)}", file=sys.stderr)
+    print(f"planned: {format_prediction(plan)}", file=sys.stderr)
     if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
         words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"
         print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)

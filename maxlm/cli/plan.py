@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from maxlm.cli.common import (
-    ConfigArgument,
-    JsonOption,
-    SettingsArgument,
-    open_console,
-    print_json,
-)
+from maxlm.cli.common import ConfigArgument, JsonOption, SettingsArgument, open_console, print_json
 
 if TYPE_CHECKING:
     from maxlm.plan.predict import Machine
@@ -131,11 +125,11 @@ def _plan_serving(
     from typing import get_args
 
     from maxlm.config import MaxlmError, load_config
-    from maxlm.plan.serving import ServingOptions, count_replica_devices, search_serving
+    from maxlm.plan.serving import ServingOptions, search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show import render_serving_search, render_serving_tables
     from maxlm.run import RunConfig
-    from maxlm.sharding import parse_mesh
+    from maxlm.sharding import mesh_sizes, parse_mesh
 
     if on is None:
         raise MaxlmError("--serve needs a machine", fix="name it: --on h100x8")
@@ -144,8 +138,12 @@ def _plan_serving(
     run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings or ()).value
     if run.name == RunConfig.model_fields["name"].default:
         run = run.model_copy(update={"name": Path(config).stem})
-    machine, cache = _find_machine(on), requests.pop("cache", None)
-    tensor = count_replica_devices(parse_mesh(mesh), machine) if mesh else None
+    machine, cache, tensor = _find_machine(on), requests.pop("cache", None), None
+    if mesh:
+        sizes = mesh_sizes(parse_mesh(mesh), machine.topology.devices)
+        others = {f"--mesh {axis}": sizes[axis] > 1 for axis in ("stage", "expert", "context")}
+        _refuse(others, "does not split what is served", "use data and tensor")
+        tensor = sizes["tensor"]  # devices of a replica: `data` and `fsdp` count replicas
     caches = (cache,) if cache else get_args(CacheFormat) if top else ("auto",)
     options = ServingOptions(**requests)
     plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=caches)

@@ -7,14 +7,7 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from maxlm.cli.common import (
-    JsonOption,
-    TextArgument,
-    TextFieldOption,
-    make_numeric_table,
-    open_console,
-    print_json,
-)
+from maxlm.cli.common import JsonOption, TextArgument, TextFieldOption, print_json, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
@@ -130,7 +123,6 @@ def measure(
     if as_json:
         print_json(found)
         return
-    table = make_numeric_table("measure", [str(tokenizer)])
     measures = {
         "documents": f"{found['documents']:,}",
         "bytes": f"{found['bytes']:,}",
@@ -141,9 +133,7 @@ def measure(
         "vocabulary used": f"{found['vocabulary_use']:.1%} of {found['vocab_size']:,}",
         "speed": f"{found['megabytes_per_second']:.2f} MB/s",
     }
-    for measure in measures.items():
-        table.add_row(*measure)
-    open_console().print(table)
+    print_table("measure", [str(tokenizer)], measures.items())
 
 
 def _require_free(out: Path, force: bool) -> None:

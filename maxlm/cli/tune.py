@@ -109,8 +109,8 @@ def store_logits(
     from maxlm.programs.distillation import store_teacher_logits
 
     own = {"k": k, "temperature": temperature, "seq_len": seq_len, "mesh": mesh, "step": step}
-    counts = store_teacher_logits(model, [data], out, settings=settings or (), **own)
-    print(f"{counts.written} rows in {out}, {counts.left_out} left out")
+    written, left_out = store_teacher_logits(model, [data], out, settings=settings or (), **own)
+    print(f"{written} rows in {out}, {left_out} left out")
 
 
 def write_answers(
@@ -133,8 +133,8 @@ def write_answers(
     own = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     own |= {} if top_p is None else {"top_p": top_p}
     how = {"num_answers": num_answers, "mesh": mesh, "step": step, "settings": settings or ()}
-    counts = generate_answers(model, [data], out, **how, **own)
-    print(f"{counts.written} answers in {out}, {counts.left_out} left out")
+    written, left_out = generate_answers(model, [data], out, **how, **own)
+    print(f"{written} answers in {out}, {left_out} left out")
 
 
 subcommands = {"show": show, "store-logits": store_logits, "answers": write_answers}

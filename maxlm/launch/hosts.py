@@ -4,17 +4,8 @@ from dataclasses import dataclass
 from math import prod
 
 from maxlm.config import MaxlmError
-from maxlm.plan.topology import Topology
+from maxlm.plan.topology import TPUS, Topology
 
-# kind → GKE's accelerator, the prefix of Cloud TPU's type, cores a chip where that type counts them
-# (Google Cloud: "TPU configurations"; "About TPUs in GKE").
-_TPUS = {
-    "v4": ("tpu-v4-podslice", "v4", 2),
-    "v5e": ("tpu-v5-lite-podslice", "v5litepod", 1),
-    "v5p": ("tpu-v5p-slice", "v5p", 2),
-    "v6e": ("tpu-v6e-slice", "v6e", 1),
-    "tpu7x": ("tpu7x", "tpu7x", 2),
-}
 # kind → GKE's accelerator ("GPU platforms": a2-ultragpu, a3-highgpu, a3-ultragpu, a4-highgpu).
 _GKE_GPUS = {
     "a100": "nvidia-a100-80gb",
@@ -89,14 +80,13 @@ def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int |
         gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
         found = JobHosts("gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu)
     else:
-        accelerator, prefix, cores = _TPUS[topology.kind]
-        chips, own = prod(topology.shape), topology.chips_per_host
+        tpu, chips, own = TPUS[topology.kind], prod(topology.shape), topology.chips_per_host
         # GKE names the shortest side first, but of one host's 2x2x1.
         sides = topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
         found = JobHosts(
-            *("tpu", topology.slices, max(chips // own, 1), min(chips, own), accelerator),
+            *("tpu", topology.slices, max(chips // own, 1), min(chips, own), tpu.gke_accelerator),
             "x".join(map(str, sides)),
-            f"{prefix}-{chips * cores}",
+            f"{tpu.cloud_prefix}-{chips * tpu.cores}",
         )
     if nodes not in (None, found.count):
         what = f"--nodes {nodes}: {machine} is {found.count} hosts of {found.devices}"

@@ -26,7 +26,7 @@ from maxlm.launch.options import (
     supports_option,
 )
 from maxlm.plan.predict import Machine, RunPlan, plan_run
-from maxlm.plan.show import format_bytes
+from maxlm.plan.show import format_prediction
 from maxlm.run import RunConfig
 
 # What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
@@ -116,7 +116,9 @@ def make_job(
     plan = plan_run(run, machine)
     if not plan.fits and not force:
         fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
-        raise MaxlmError(f"does not fit on {on}: {summarize_plan(plan)}", where=run.name, fix=fix)
+        raise MaxlmError(
+            f"does not fit on {on}: {format_prediction(plan)}", where=run.name, fix=fix
+        )
     _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
     config, text, path = config_source, "", Path(config_source).expanduser()
     if path.is_file() or not find_shipped_config(config_source):
@@ -140,13 +142,6 @@ def make_job(
         options=options,
     )
     return job, plan
-
-
-def summarize_plan(plan: RunPlan) -> str:
-    """Formats a plan in one line: memory of a device, and time of a step."""
-    limit, total = plan.memory_limit_bytes or 0.0, float(plan.memory.total)
-    words = f"{format_bytes(total)} of {format_bytes(limit)} a device"
-    return words if plan.step_seconds is None else f"{words}, {plan.step_seconds:.3g} s a step"
 
 
 def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:

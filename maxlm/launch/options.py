@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import mul
+from typing import Any
 
 from maxlm.config import MaxlmError
 
@@ -13,55 +14,39 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:@+#=-]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def _only(*schedulers: str, default: Any = None) -> Any:
+    """An option that these schedulers alone have a use for."""
+    return field(default=default, metadata={"schedulers": schedulers})
+
+
 @dataclass(frozen=True)
 class JobOptions:
     """Settings of a job; None or empty: the scheduler's own default."""
 
-    name: str | None = None
-    nodes: int | None = None
-    image: str | None = None
-    queue: str | None = None
-    account: str | None = None
-    namespace: str | None = None
-    priority: str | None = None
-    reservation: str | None = None
-    spot: bool = False
-    time: str | None = None
-    retries: int = 100
+    name: str | None = _only("slurm", "jobset", "skypilot", "tpu-vm")
+    nodes: int | None = _only("slurm", "ray")
+    image: str | None = _only("slurm", "jobset", "skypilot")
+    queue: str | None = _only("slurm", "jobset")
+    account: str | None = _only("slurm")
+    namespace: str | None = _only("jobset")
+    priority: str | None = _only("slurm", "jobset", "skypilot")
+    reservation: str | None = _only("slurm", "jobset")
+    spot: bool = _only("jobset", "skypilot", default=False)
+    time: str | None = _only("slurm")
+    retries: int = _only("slurm", "jobset", "ray", "tpu-vm", default=100)
     """Restarts."""
-    grace: int = 120
+    grace: int = _only("slurm", "jobset", "ray", default=120)
     """Seconds from the notice of a preemption to its end."""
     env: tuple[str, ...] = ()
-    secret: tuple[str, ...] = ()
-    mount: tuple[str, ...] = ()
-    node_selector: tuple[str, ...] = ()
-    service_account: str | None = None
-    zone: str | None = None
-    project: str | None = None
+    secret: tuple[str, ...] = _only("slurm", "jobset", "skypilot", default=())
+    mount: tuple[str, ...] = _only("slurm", "jobset", "skypilot", default=())
+    node_selector: tuple[str, ...] = _only("jobset", default=())
+    service_account: str | None = _only("jobset")
+    zone: str | None = _only("skypilot", "tpu-vm")
+    project: str | None = _only("tpu-vm")
     maxlm: str = "maxlm"
 
 
-# Who has a use for an option; one that is not named here all have.
-_ONLY = {
-    "name": ("slurm", "jobset", "skypilot", "tpu-vm"),
-    "nodes": ("slurm", "ray"),
-    "image": ("slurm", "jobset", "skypilot"),
-    "queue": ("slurm", "jobset"),
-    "account": ("slurm",),
-    "namespace": ("jobset",),
-    "priority": ("slurm", "jobset", "skypilot"),
-    "reservation": ("slurm", "jobset"),
-    "spot": ("jobset", "skypilot"),
-    "time": ("slurm",),
-    "retries": ("slurm", "jobset", "ray", "tpu-vm"),
-    "grace": ("slurm", "jobset", "ray"),
-    "secret": ("slurm", "jobset", "skypilot"),
-    "mount": ("slurm", "jobset", "skypilot"),
-    "node_selector": ("jobset",),
-    "service_account": ("jobset",),
-    "zone": ("skypilot", "tpu-vm"),
-    "project": ("tpu-vm",),
-}
 _INSTEAD = {
     "image": "install maxlm on its hosts, and name it by --maxlm if it is not on their PATH",
     "secret": "set the variable on its hosts",
@@ -73,18 +58,19 @@ _INSTEAD = {
 
 def supports_option(scheduler: str, option: str) -> bool:
     """Returns whether a scheduler takes an option."""
-    return option not in _ONLY or scheduler in _ONLY[option]
+    takers = JobOptions.__dataclass_fields__[option].metadata.get("schedulers")
+    return takers is None or scheduler in takers
 
 
 def check_options(options: JobOptions, scheduler: str) -> None:
     """Refuse what the scheduler would have to ignore."""
-    for field in fields(options):
-        name, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
-        if isinstance(value, str) and field.name != "maxlm" and not _PLAIN.fullmatch(value):
+    for own in fields(options):
+        name, value = f"--{own.name.replace('_', '-')}", getattr(options, own.name)
+        if isinstance(value, str) and own.name != "maxlm" and not _PLAIN.fullmatch(value):
             raise MaxlmError(f"{name} '{value}' is not one plain word")
-        if value != field.default and not supports_option(scheduler, field.name):
-            takers = f"leave it out ({', '.join(_ONLY[field.name])} has it)"
-            fix = _INSTEAD.get(field.name, takers)
+        if value != own.default and not supports_option(scheduler, own.name):
+            takers = ", ".join(own.metadata["schedulers"])
+            fix = _INSTEAD.get(own.name, f"leave it out ({takers} has it)")
             raise MaxlmError(f"{scheduler} has no use for {name}", fix=fix)
     if scheduler == "slurm" and options.mount and not options.image:
         raise MaxlmError("--mount is into a container", fix="add --image, or leave it out")

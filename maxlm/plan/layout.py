@@ -55,10 +55,7 @@ def place_run(
 
 
 def place_frozen_models(
-    config: RunConfig,
-    sources: Mapping[str, str | None],
-    sizes: Mapping[str, int],
-    dtype: Any,
+    config: RunConfig, sources: Mapping[str, str | None], sizes: Mapping[str, int], dtype: Any
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
     reads = sources and not config.task.prepares_batch_alone

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from maxlm.models.dtypes import resolve_compute_dtype
-from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
@@ -18,7 +17,7 @@ from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
-from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, StepShape
+from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
@@ -175,31 +174,27 @@ class RunPlan:
 
 
 def plan_run(
-    config: RunConfig,
-    machine: Machine | None = None,
-    *,
-    sizes: Mapping[str, int] | None = None,
-    links: Mapping[str, str] | None = None,
+    config: RunConfig, machine: Machine | None = None, *, sizes: Mapping[str, int] | None = None
 ) -> RunPlan:
     """Plans a run; refuses whatever does not fit together, but not too little memory.
 
     Args:
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
-        links: what each mesh axis runs over; default: the machine's.
     """
-    platform = machine.topology.platform if machine else "tpu"
+    topology = machine and machine.topology
+    platform = topology.platform if topology else "tpu"
     dtype = resolve_compute_dtype(config.compute_dtype, platform)
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
-    if links is None and machine:
-        split = MeshPartitioning(config, sizes)
+    links, split = None, MeshPartitioning(config, sizes)
+    if machine:
         links = {a: machine.link((a,), split) for a in MESH_AXES if sizes[a] > 1}
     layout = compute_run_layout(config, sizes, links)
     work, micro = RunWorkload(config, dtype), config.train.micro_batches
-    shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
+    shape = StepShape(work, sizes, micro, config.model.remat, topology)
     held, sends, time = estimate_costs(shape, machine)
     good = None
     if time:
@@ -209,22 +204,6 @@ def plan_run(
     costs = (_cost(c, shape.split, machine) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
     return RunPlan(layout, machine, shape, held, sent, time, good)
-
-
-def make_step_shape(
-    work: RunWorkload,
-    sizes: Mapping[str, Number],
-    micro_batches: Number,
-    remat: RematPolicy,
-    machine: Machine | None,
-) -> StepShape:
-    """Makes the step that a machine's kernels and collectives run, on one mesh or many."""
-    return StepShape(
-        *(work, MeshPartitioning(work.config, sizes), micro_batches, remat),
-        ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),
-        fused_attention=machine is not None and machine.topology.platform in ("tpu", "gpu"),
-        unordered_frozen_layers=machine is not None and machine.topology.platform == "gpu",
-    )
 
 
 def estimate_costs(

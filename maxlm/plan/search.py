@@ -18,7 +18,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.layout import require_run_trainable
-from maxlm.plan.predict import FILL, Machine, estimate_costs, make_step_shape, plan_run
+from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -134,7 +134,7 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
             divides &= np.any([sizes[axis] > 1 for axis in differing], axis=0)
         own = {axis: n[divides] for axis, n in sizes.items()}
         for remat in get_args(RematPolicy):
-            yield len(pairs), make_step_shape(work, own, micro[divides], remat, machine)
+            yield len(pairs), StepShape(work, own, micro[divides], remat, machine.topology)
 
 
 def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:

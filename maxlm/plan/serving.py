@@ -22,7 +22,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,10 +31,10 @@ from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.models.architectures import Decoder
 from maxlm.models.dtypes import resolve_compute_dtype
-from maxlm.models.placement import place_model
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.layout import place_run
 from maxlm.plan.network import PlannedCollective
-from maxlm.plan.predict import FILL, Machine, make_step_shape, select_matmul_dtype
+from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
 from maxlm.plan.serving_cache import (
     CacheFormat,
     LayerCache,
@@ -43,7 +43,9 @@ from maxlm.plan.serving_cache import (
     count_token_bytes,
 )
 from maxlm.plan.timing import (
+    DECODE_EFFICIENCY,
     EFFICIENCY,
+    StepTime,
     count_device_flops,
     count_extra_forward_flops,
     estimate_elementwise_bytes,
@@ -51,7 +53,7 @@ from maxlm.plan.timing import (
 )
 from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, StepShape, TokensPerRow
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig, mesh_sizes
+from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
 """Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that anyway."""
@@ -59,22 +61,6 @@ PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
 # Rows of a replica beyond which no plan looks.
 _MOST_ROWS = 8192
-
-
-class DecodeEfficiency(NamedTuple):
-    """Shares of a machine's rates that decoding reaches."""
-
-    reading: float
-    """Share of the memory's bandwidth in reading weights and caches."""
-    step_seconds: float
-    """Seconds of a step that no device's work accounts for."""
-
-
-DECODE_EFFICIENCY = {
-    "tpu": DecodeEfficiency(0.62, 2e-3),
-    "nvidia": DecodeEfficiency(0.85, 1e-3),
-    "cpu": DecodeEfficiency(0.7, 1e-3),
-}
 
 
 @dataclass(frozen=True)
@@ -121,11 +107,7 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
 
 
 def place_served_model(
-    work: RunWorkload,
-    machine: Machine,
-    options: ServingOptions,
-    tensor: int,
-    cache: CacheFormat = "auto",
+    work: RunWorkload, machine: Machine, options: ServingOptions, tensor: int, cache: CacheFormat
 ) -> "ServedModel":
     """Splits what :func:`read_workload` returns into replicas of ``tensor`` devices.
 
@@ -136,8 +118,7 @@ def place_served_model(
     run = work.config.model_copy(update={"mesh": mesh})
     sizes = machine.mesh(run)
     dtype = resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
-    how = (run.model, run.sharding, run.parallel, sizes, dtype)
-    placed = place_model(*how, training=None, adapter=run.adapter)
+    placed = place_run(run, sizes, dtype, for_training=False)
     assert isinstance(placed.model, Decoder)
     sharding = run.sharding.model_copy(update={"compute": placed.compute})
     work = copy(work)
@@ -162,18 +143,16 @@ class ServedModel:
     def __post_init__(self) -> None:
         chip, weights = self.machine.chip, self.options.weights
         self.split = MeshPartitioning(self.work.config, self.sizes)
-        has_products = weights in chip.peak_flops  # of this dtype
-        other = select_matmul_dtype(chip, self.work.dtype_bytes)
-        self.matmul_dtype = weights if has_products else other
+        usual = select_matmul_dtype(chip, self.work.dtype_bytes)
+        self.matmul_dtype = weights if weights in chip.peak_flops else usual
         self.read_bandwidth = chip.memory_bandwidth * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
 
     @cached_property
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of each parameter in use."""
-        cast = {"matrix": self.work.dtype_bytes, "table": self.work.dtype_bytes}
-        if self.options.weights != "auto":
-            cast["matrix"] = 1
+        table = self.work.dtype_bytes
+        cast = {"table": table, "matrix": table if self.options.weights == "auto" else 1}
         return {
             name: float(spec.size * cast.get(spec.role, FP32) / self._count_shards(spec.axes))
             for name, spec in self.work.specs.items()
@@ -221,47 +200,37 @@ class ServedModel:
         left = FILL * self.machine.chip.memory_bytes - weights - working
         return max(int(left / each), 0)
 
-    def _plan_pass(
-        self, tokens: int, rows: Number
-    ) -> tuple[StepShape, tuple[PlannedCollective, ...]]:
-        """Makes the forward pass of so many tokens of so many rows on each replica, which gathers
+    def _plan_pass(self, tokens: int, rows: Number) -> tuple[StepShape, StepTime]:
+        """Plans the forward pass of so many tokens of so many rows on each replica, which gathers
         the logits of each row's last token."""
         config = self.work.config
         data = config.data.model_copy(update={"batch_size": rows * self.sizes["data"]})
         work = copy(self.work)
         work.config = config.model_copy(update={"data": data})
         work.tokens_per_row = TokensPerRow(tokens, tokens)
-        shape = make_step_shape(work, self.sizes, 1, "none", self.machine)
-        sends, size = list_collectives(shape), rows * config.model.vocab_size * FP32
-        axes = self.split.compute.vocab
-        logits = PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward")
-        return shape, (*(c for c in sends if c.phase == "forward"), logits)
+        shape = StepShape(work, self.sizes, 1, "none", self.machine.topology)
+        sends = [c for c in list_collectives(shape) if c.phase == "forward"]
+        axes, size = self.split.compute.vocab, rows * config.model.vocab_size * FP32
+        sends.append(PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward"))
+        return shape, estimate_time(shape, self.machine, tuple(sends), dtype=self.matmul_dtype)
 
     def estimate_prefill_seconds(self, prompts: Number = 1) -> Number:
         """Estimates a forward pass over so many prompts of each replica, to their first tokens."""
         chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
         length, dtype = self.options.prompt, self.matmul_dtype
-        shape, sends = self._plan_pass(length, prompts)
-        time = estimate_time(shape, self.machine, sends, dtype=dtype)
+        shape, time = self._plan_pass(length, prompts)
         # Logits are computed of each prompt's last token alone.
         flops = count_device_flops(shape).loss / (chip.peak_flops[dtype] * own.matmul)
         logits = estimate_elementwise_bytes(shape).loss / (chip.memory_bandwidth * own.memory)
-        busy = time.forward - (1 - 1 / length) * (flops + logits)
         read = self.count_read_weight_bytes(prompts * length) / self.read_bandwidth
-        busy = np.maximum(busy, read)
+        busy = np.maximum(read, time.forward - (1 - 1 / length) * (flops + logits))
         exposed = time.communication - np.minimum(time.communication * own.hidden, busy)
         return busy + exposed + DECODE_EFFICIENCY[chip.family].step_seconds
-
-    def estimate_prefill_share_seconds(self, rows: Number) -> Number:
-        """Estimates a token's share of the passes in which the prompts of all rows are computed,
-        several at once where they are short."""
-        together = np.clip(PREFILL_CHUNK // self.options.prompt, 1, rows)
-        return rows / together / self.options.new * self.estimate_prefill_seconds(together)
 
     def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
         """Estimates the seconds of a step that adds a token to every row: its parts, and in all."""
         chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
-        dtype, (shape, sends) = self.matmul_dtype, self._plan_pass(1, rows)
+        dtype, (shape, time) = self.matmul_dtype, self._plan_pass(1, rows)
         flops, moved = count_device_flops(shape), estimate_elementwise_bytes(shape)
         context = self.options.prompt + -(-self.options.new // 2)
         read = self.count_read_weight_bytes(rows) / self.read_bandwidth
@@ -274,7 +243,7 @@ class ServedModel:
             "weights": np.maximum(read, products),
             "cache": np.maximum(cached, attended / (chip.peak_flops[attention_dtype] * own.matmul)),
             "traffic": traffic + count_extra_forward_flops(shape) / chip.vector_flops,
-            "communication": estimate_time(shape, self.machine, sends, dtype=dtype).communication,
+            "communication": time.communication,
             "overhead": DECODE_EFFICIENCY[chip.family].step_seconds,
         }
         return {**parts, "total": sum(parts.values())}
@@ -377,7 +346,10 @@ def list_serving_points(served: ServedModel, batches: Sequence[int]) -> tuple[Se
     one with most."""
     rows = np.ceil(np.asarray(batches, float) / served.sizes["data"])
     time = served.estimate_decode_seconds(rows)
-    tpot = time["total"] + served.estimate_prefill_share_seconds(rows)
+    # A token's share of the passes that compute all rows' prompts, several at once if short.
+    together = np.clip(PREFILL_CHUNK // served.options.prompt, 1, rows)
+    share = rows / together / served.options.new * served.estimate_prefill_seconds(together)
+    tpot = time["total"] + share
     columns = (column.tolist() for column in np.broadcast_arrays(tpot, *time.values()))
     return tuple(
         ServingPoint(batch, seconds, batch / seconds, dict(zip(time, parts, strict=True)))
@@ -420,24 +392,9 @@ def search_serving(
     for split, cache in product(splits, caches):
         try:
             served = place_served_model(work, machine, options, split, cache)
+            plans.append(plan_served_model(served))
         except MaxlmError as error:
             refusal = error
-        else:
-            plans.append(plan_served_model(served))
     if refusal and not plans:
         raise refusal
     return sorted(plans, key=_rank), refusal and str(refusal)
-
-
-def count_replica_devices(mesh: MeshConfig, machine: Machine) -> int:
-    """Counts the devices of each replica (``tensor``); ``data`` and ``fsdp`` count replicas.
-
-    Raises:
-        MaxlmError: another axis of the mesh splits something.
-    """
-    sizes = mesh_sizes(mesh, machine.topology.devices)
-    others = [axis for axis in ("stage", "expert", "context") if sizes[axis] > 1]
-    if others:
-        what, fix = f"{others[0]} does not split what is served", "use data and tensor"
-        raise MaxlmError(what, where="--mesh", fix=fix)
-    return sizes["tensor"]

@@ -88,16 +88,21 @@ def render_layout_facts(layout: RunLayout) -> Text:
 
 
 def format_prediction(plan: RunPlan) -> str:
-    memory = f"{format_bytes(float(plan.memory.total))} a device"
+    """Formats the time of a step and the memory of a device in a line."""
     if plan.step_seconds is None:
-        return f"planned: {memory}"
-    return f"planned: {format_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {memory}"
+        return _format_need(plan)
+    return f"{format_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {_format_need(plan)}"
+
+
+def _format_need(plan: RunPlan) -> str:
+    limit = plan.memory_limit_bytes
+    there = "" if limit is None else f" of {format_bytes(limit)}"
+    return f"{format_bytes(float(plan.memory.total))}{there} a device"
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
     assert plan.memory_limit_bytes is not None
-    total = float(plan.memory.total)
-    need = f"{format_bytes(total)} of {format_bytes(plan.memory_limit_bytes)} a device"
+    total, need = float(plan.memory.total), _format_need(plan)
     if plan.barely_fits:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:

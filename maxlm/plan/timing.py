@@ -65,6 +65,22 @@ EFFICIENCY = {
 }
 
 
+class DecodeEfficiency(NamedTuple):
+    """Shares of a machine's rates that decoding reaches, by ``benchmarks/plan_serving.py``."""
+
+    reading: float
+    """Share of the memory's bandwidth in reading weights and caches."""
+    step_seconds: float
+    """Seconds of a step that no device's work accounts for."""
+
+
+DECODE_EFFICIENCY = {
+    "tpu": DecodeEfficiency(0.62, 2e-3),
+    "nvidia": DecodeEfficiency(0.85, 1e-3),
+    "cpu": DecodeEfficiency(0.7, 1e-3),
+}
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step on the busiest device."""

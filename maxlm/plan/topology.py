@@ -10,20 +10,24 @@ from maxlm.config import MaxlmError
 
 
 class _Tpu(NamedTuple):
-    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, and the largest
-    slice (Google Cloud TPU documentation, a page a generation)."""
+    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, the largest
+    slice, and what Google calls slices (Google Cloud TPU documentation, a page a generation; "TPU
+    configurations"; "About TPUs in GKE")."""
 
     cores: int
     dimensions: int
     most_chips: int
+    gke_accelerator: str
+    cloud_prefix: str
+    """Prefix of Cloud TPU's type."""
 
 
 TPUS = {
-    "v4": _Tpu(2, 3, 4096),
-    "v5p": _Tpu(2, 3, 8960),
-    "v5e": _Tpu(1, 2, 256),
-    "v6e": _Tpu(1, 2, 256),
-    "tpu7x": _Tpu(2, 3, 9216),
+    "v4": _Tpu(2, 3, 4096, "tpu-v4-podslice", "v4"),
+    "v5p": _Tpu(2, 3, 8960, "tpu-v5p-slice", "v5p"),
+    "v5e": _Tpu(1, 2, 256, "tpu-v5-lite-podslice", "v5litepod"),
+    "v6e": _Tpu(1, 2, 256, "tpu-v6e-slice", "v6e"),
+    "tpu7x": _Tpu(2, 3, 9216, "tpu7x", "tpu7x"),
 }
 _ALIASES = {"7x": "tpu7x", "v7x": "tpu7x"}
 # Slices of these machines, smallest first; others of three dimensions are multiples of 4x4x4.
@@ -185,7 +189,7 @@ def parse_topology(text: str) -> Topology:
 def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns a shape as given, or the one that the vendor gives out for a count: sides as equal
     as they can be."""
-    cores, dimensions, most = TPUS[kind]
+    cores, dimensions, most, *_ = TPUS[kind]
     chips = prod(shape) if shape else count // cores
     listed = _FLAT if dimensions == 2 else _SMALL
     known = [tuple(sorted(sides)) for sides in listed]

@@ -23,6 +23,7 @@ from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_ba
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, make_kernel
+from maxlm.plan.topology import Topology
 from maxlm.run import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.tasks.text import ClmTask
@@ -227,32 +228,34 @@ class StepShape:
     """A run on a mesh, or on many: a step's repetitions, and one micro-batch on one device.
 
     Args:
-        ragged: whether the devices exchange as many rows as there are; otherwise blocks for the
-            worst case (``parallel/dispatch.py: DroplessDispatch``).
-        fused_attention: whether a kernel keeps attention's scores on the chip
-            (``pallas_kernels/attention``), but of attention with learnt biases.
-        unordered_frozen_layers: whether the compiler has all branches of a layer with frozen
-            kernels at once (XLA:GPU): it is gradients of kernels that put them in order
-            (``parallel/linear.py``).
+        sizes: mesh axis → devices.
+        topology: whose kernels and collectives run the step; None: a machine's that exchanges any
+            number of rows and has no kernel for attention.
     """
 
     def __init__(
         self,
         work: RunWorkload,
-        split: MeshPartitioning,
+        sizes: Mapping[str, Number],
         micro_batches: Number,
         remat: RematPolicy,
-        *,
-        ragged: bool = True,
-        fused_attention: bool = False,
-        unordered_frozen_layers: bool = False,
+        topology: Topology | None = None,
     ):
-        self.work, self.split = work, split
+        self.work, self.split = work, MeshPartitioning(work.config, sizes)
         self.micro_batches = micro_batches
         self.remat: RematPolicy = remat
-        self.ragged, self.fused_attention = ragged, fused_attention
-        self.unordered_frozen_layers = unordered_frozen_layers
-        rules, parallel = split.compute, work.config.parallel
+        platform = topology and topology.platform
+        self.ragged = topology is None or topology.kind not in ("v5e", "cpu")
+        """Whether the devices exchange as many rows as there are; otherwise blocks for the worst
+        case (``parallel/dispatch.py: DroplessDispatch``)."""
+        self.fused_attention = platform in ("tpu", "gpu")
+        """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``), but
+        of attention with learnt biases."""
+        self.unordered_frozen_layers = platform == "gpu"
+        """Whether the compiler has all branches of a layer with frozen kernels at once (XLA:GPU):
+        it is gradients of kernels that put them in order (``parallel/linear.py``)."""
+        split, parallel = self.split, work.config.parallel
+        rules = split.compute
         batch = work.config.data.batch_size
         self.micro_batch_size = batch / micro_batches / split.num_devices(rules.batch)
         """Sequences of a micro-batch on a device."""

@@ -12,37 +12,25 @@ from typing import Any
 import jax.numpy as jnp
 from pydantic import ValidationError
 
-from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, SettingOrigin, compare_configs, load_config, to_yaml
 from maxlm.config.keys import join_key
 from maxlm.config.layers import SettingsTree
 from maxlm.config.load import validate_config
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
-from maxlm.huggingface.convert import (
-    ParamWriter,
-    export_tensors,
-    import_tensors,
-)
+from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
 from maxlm.huggingface.dtypes import TensorDtypes
 from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.huggingface.merged import MergedCheckpointReader
 from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
-from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.models.adapters import count_virtual_tokens
-from maxlm.models.architectures import Model
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import TensorEntry
-from maxlm.models.params import (
-    Params,
-    ParamSpec,
-    flatten_names,
-    param_specs,
-    select_base_params,
-)
+from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
+from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -50,14 +38,8 @@ from maxlm.tasks.sft import SftTask
 from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.
-_ASIDE = (
-    "remat",
-    "init_std",
-    "moe.balance_loss",
-    "moe.z_loss",
-    "moe.dispatch",
-    "moe.capacity_factor",
-)
+_ASIDE = "remat", "init_std"
+_ASIDE += "moe.balance_loss", "moe.z_loss", "moe.dispatch", "moe.capacity_factor"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that config.json has for number formats.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -153,32 +135,31 @@ def convert(
         base: the Hugging Face folder of the model that a PEFT adapter is for.
     """
     source, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
+    if target.resolve() == Path.cwd():
+        what = "the folder that this runs in cannot be replaced"
+        raise MaxlmError(what, where=str(target), fix="name another")
+    is_run, is_published = ((source / f"config.{kind}").exists() for kind in ("yaml", "json"))
+    if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
+        found = "neither config.json nor config.yaml here" if source.exists() else "no such folder"
+        fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
+        raise MaxlmError(found, where=str(source), fix=fix)
     shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
-    if (source / "config.yaml").exists():
-        if adapter:
-            options = {"dtype": dtype, "shard-gb": shards}
-            _refuse_options(options, "merged models are written, adapters in fp32", source)
-            return _export_adapter(source, target, family, step)
-        return _export_run(source, target, family, dtype, step, shard_bytes, progress)
-    if (source / PEFT_CONFIG).exists() and not (source / "config.json").exists():
-        if base is None:
-            fix = "name its base's folder: --base FOLDER"
-            raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
-        return _import_run(Path(base), target, progress, source)
-    if (source / "config.json").exists():
-        options = {"family": family, "dtype": dtype, "step": step, "shard-gb": shards}
-        _refuse_options(options, "a run is written, and this is a published checkpoint", source)
+    unused = {"dtype": dtype, "shard-gb": shards} if adapter or not is_run else {}
+    unused |= {} if is_run else {"family": family, "step": step}
+    if given := [f"--{name} {value}" for name, value in unused.items() if value is not None]:
+        published = "a run is written, and this is a published checkpoint"
+        own = "merged models are written, adapters in fp32" if is_run else published
+        raise MaxlmError(f"{given[0]} says how {own}", where=str(source), fix="leave it out")
+    if is_run:
+        return _export_run(source, target, family, dtype, step, shard_bytes, adapter, progress)
+    if is_published:
         return _import_run(source, target, progress)
-    what = "no such folder" if not source.exists() else "neither config.json nor config.yaml here"
-    fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
-    raise MaxlmError(what, where=str(source), fix=fix)
-
-
-def _refuse_options(options: Mapping[str, Any], what: str, source: Path) -> None:
-    for option, value in options.items():
-        if value is not None:
-            what = f"--{option} {value} says how {what}"
-            raise MaxlmError(what, where=str(source), fix="leave it out")
+    if base is None:
+        fix = "name its base's folder: --base FOLDER"
+        raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
+    return _import_run(Path(base), target, progress, source)
 
 
 def _import_run(
@@ -189,7 +170,6 @@ def _import_run(
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
-    _check_free(target)
     opened = open_huggingface_model(source, target)
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
     specs, adapter, arrays = _build_specs(config), None, {}
@@ -198,7 +178,7 @@ def _import_run(
         adapter, arrays = read_peft_adapter(adapter_folder, config.model, specs, entries)
         task = SftTask() if count_virtual_tokens(adapter) else config.task
         config = config.model_copy(update={"adapter": adapter, "task": task})
-    with _whole(target) as folder:
+    with _make_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         if adapter is None:
             dtypes = opened.import_tensors(writer, progress)
@@ -236,14 +216,23 @@ def _export_run(
     dtype: str | None,
     step: int | None,
     shard_bytes: int,
+    adapter: bool,
     progress: Progress,
 ) -> ConversionResult:
-    """Writes a run's checkpoint as a folder that transformers loads."""
+    """Writes a run's checkpoint as a folder that transformers loads, or its adapter alone as one
+    that PEFT loads."""
     config, reader = open_run_checkpoint(source, step)
-    published = read_metadata(reader.folder).get("published") or {}
-    chosen = choose_family(config.model, family or published.get("family"))
+    chosen, published = find_run_family(config, reader, family)
+    specs, entries = _build_specs(config), chosen.list_entries(config.model)
+    if adapter:
+        if config.adapter is None:
+            what, fix = "this run has no adapter", "leave out --adapter"
+            raise MaxlmError(what, where=str(source), fix=fix)
+        with _make_folder(target) as folder:
+            count = write_peft_adapter(folder, config.adapter, config.model, specs, reader, entries)
+        return ConversionResult(chosen.name, target, count, "F32", [])
     if config.adapter is not None:
-        reader = MergedCheckpointReader(reader, config.adapter, _build_specs(config))
+        reader = MergedCheckpointReader(reader, config.adapter, specs)
     values = chosen.write_config(config.model)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
@@ -252,39 +241,20 @@ def _export_run(
         ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
         values |= zip(_TOKENS, ids, strict=True)
     values |= published.get("tokens") or {}
-    entries = chosen.list_entries(config.model)
     kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
         if dtype not in DTYPES:
             raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
         kept = TensorDtypes(default=DTYPES[dtype])
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
-    _check_free(target)
-    with _whole(target) as folder:
+    with _make_folder(target) as folder:
         lossy = dtype is not None
         export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
         if tokenizer is not None:
             export_tokenizer(home, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    parameters = sum(spec.size for spec in flatten_names(_build_specs(config)).values())
+    parameters = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
-
-
-def _export_adapter(
-    source: Path, target: Path, family: str | None, step: int | None
-) -> ConversionResult:
-    """Writes a run's adapter as a folder that PEFT loads."""
-    config, reader = open_run_checkpoint(source, step)
-    if config.adapter is None:
-        raise MaxlmError("this run has no adapter", where=str(source), fix="leave out --adapter")
-    published = read_metadata(reader.folder).get("published") or {}
-    chosen = choose_family(config.model, family or published.get("family"))
-    _check_free(target)
-    with _whole(target) as folder:
-        entries, specs = chosen.list_entries(config.model), _build_specs(config)
-        own = config.adapter, config.model
-        count = write_peft_adapter(folder, *own, specs, reader, entries)
-    return ConversionResult(chosen.name, target, count, "F32", [])
 
 
 def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
@@ -294,41 +264,13 @@ def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunC
     return config, RunCheckpointReader(source / "checkpoints", step, name=name)
 
 
-def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Model) -> LoraWeights:
-    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one.
-
-    Args:
-        base_folder: where the model came from, which says how PEFT names its maps.
-
-    Raises:
-        MaxlmError: no LoRA adapter here, or PEFT's of another model.
-    """
-    folder = Path(folder)
-    if (folder / PEFT_CONFIG).exists():
-        specs = select_base_params(param_specs(model))
-        entries = _find_base_family(Path(base_folder), model).list_entries(model.config)
-        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
-    elif (folder / "config.yaml").exists():
-        config, reader = open_run_checkpoint(folder, None)
-        parts = (".lora_a", ".lora_b")
-        adapter = config.adapter
-        arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
-    else:
-        what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
-        raise MaxlmError(what, where=str(folder), fix=fix)
-    if not isinstance(adapter, LoraAdapter):
-        what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
-        fix = "name one of kind lora; others are merged (maxlm convert)"
-        raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
-    return adapter, arrays
-
-
-def _find_base_family(base_folder: Path, model: Model) -> ModelFamily:
-    if (path := base_folder / "config.json").exists():
-        return find_family(read_json(path), str(path))
-    _, reader = open_run_checkpoint(base_folder, None)
+def find_run_family(
+    config: RunConfig, reader: RunCheckpointReader, name: str | None = None
+) -> tuple[ModelFamily, Mapping[str, Any]]:
+    """The family of a name, else that which a run's parameters came from, else any that computes
+    the same; and what the run knows of the model that they came from."""
     published = read_metadata(reader.folder).get("published") or {}
-    return choose_family(model.config, published.get("family"))
+    return choose_family(config.model, name or published.get("family")), published
 
 
 def _build_specs(config: RunConfig) -> Params:
@@ -338,8 +280,7 @@ def _build_specs(config: RunConfig) -> Params:
 
 def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
     """A run that goes on from these weights, on text to be named."""
-    longest = settings["max_seq_len"]
-    seq_len = min(longest * 2 // 3, 512) if isinstance(longest, int) else 1
+    seq_len = min(settings["max_seq_len"] * 2 // 3, 512)
     tree = {
         "name": target.name,
         "folder": str(target.parent),
@@ -393,9 +334,9 @@ def _with_tokenizer(
 def choose_family(model: Any, name: str | None) -> ModelFamily:
     """The family of a name, or the first that can say what a model computes."""
     if name is None:
-        for family in FAMILIES.values():
-            if _find_inexpressible(model, family) is None:
-                return family
+        able = (f for f in FAMILIES.values() if _find_inexpressible(model, f) is None)
+        if family := next(able, None):
+            return family
         what = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
         raise MaxlmError(what, where="config.yaml: model", fix=fix)
@@ -428,29 +369,16 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
     return None
 
 
-def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
-    if target.resolve() == Path.cwd():
-        what = "the folder that this runs in cannot be replaced"
-        raise MaxlmError(what, where=str(target), fix="name another")
-
-
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def _make_folder(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete; nothing is left of it else."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
     made = [parent for parent in part.parents if not parent.exists()]
     try:
-        part.mkdir(parents=True)
-        yield part
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except OSError as error:
-        what = f"cannot write here ({error.strerror})"
-        fix = "free some space or rights, or name another folder"
-        raise MaxlmError(what, where=str(target), fix=fix) from error
+        with convert_write_errors(target):
+            part.mkdir(parents=True)
+            yield part
+            part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):  # the first that is not empty
@@ -459,11 +387,10 @@ def _whole(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    fix = "download it again"
     try:
-        values = json.loads(path.read_text())
+        if isinstance(values := json.loads(path.read_text()), dict):
+            return values
+        raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
-        raise MaxlmError(f"cannot be read ({error})", where=str(path), fix=fix) from error
-    if not isinstance(values, dict):
-        raise MaxlmError("not a mapping", where=str(path), fix=fix)
-    return values
+        what, fix = f"cannot be read ({error})", "download it again"
+        raise MaxlmError(what, where=str(path), fix=fix) from error

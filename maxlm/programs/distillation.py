@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,12 +16,13 @@ from maxlm.data.conversations import get_column
 from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
-from maxlm.data.tokenizer import Tokenizer, encode_chat
+from maxlm.data.tokenizer import encode_chat
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
+from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun
 from maxlm.programs.serve import load_chat_model, make_engine
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -32,13 +33,6 @@ from maxlm.tasks.sft import SftTask
 
 # Rows that are held, and written together.
 _BLOCK = 256
-
-
-class RowCounts(NamedTuple):
-    """Rows that a program wrote, and rows of its files that it left out."""
-
-    written: int
-    left_out: int
 
 
 def store_teacher_logits(
@@ -52,7 +46,7 @@ def store_teacher_logits(
     settings: Sequence[str] = (),
     mesh: str | None = None,
     step: int | None = None,
-) -> RowCounts:
+) -> tuple[int, int]:
     """Writes the rows of files with what a teacher says of each token to learn: the
     log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4 bytes a
     token. The task ``distill`` reads them, without a teacher.
@@ -63,6 +57,9 @@ def store_teacher_logits(
         seq_len: tokens of a row at most; default: the model's.
         settings: those of the task sft that say what of a row is learnt, as ``turns=last``.
         mesh: such as ``tensor=2``, with context=1; default: one device.
+
+    Returns:
+        Rows written, and rows left out.
 
     Raises:
         MaxlmError: a file of another name, a model or a row that cannot be read.
@@ -103,7 +100,7 @@ def store_teacher_logits(
         if writer is None:
             what, fix = f"no row has at most {encoder.max_length} tokens", "raise seq_len"
             raise MaxlmError(what, where=str(files[0]), fix=fix)
-    return RowCounts(written, len(file) - written)
+    return written, len(file) - written
 
 
 def generate_answers(
@@ -116,7 +113,7 @@ def generate_answers(
     mesh: str | None = None,
     step: int | None = None,
     **sampling: Any,
-) -> RowCounts:
+) -> tuple[int, int]:
     """Writes a model's answers to the prompts of files as rows of prompt and completion (.jsonl),
     from which the task ``sft`` distils sequences.
 
@@ -137,7 +134,10 @@ def generate_answers(
 
     def requests() -> Iterator[GenerationRequest]:
         for i, prompt in enumerate(prompts):
-            tokens = _encode_prompt(loaded.tokenizer, prompt)
+            if isinstance(prompt, str):
+                (tokens,) = encode_prompts(loaded.tokenizer, [prompt], as_documents=False)
+            else:
+                tokens = encode_chat(loaded.tokenizer, prompt, add_generation_prompt=True)
             if len(tokens) < engine.config.max_length:
                 yield GenerationRequest(str(i), tuple(tokens), how, num_answers)
 
@@ -154,7 +154,7 @@ def generate_answers(
             for answer in kept:
                 row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return RowCounts(len(kept), len(prompts) * num_answers - len(kept))
+    return len(kept), len(prompts) * num_answers - len(kept)
 
 
 def _find_top(
@@ -192,9 +192,3 @@ def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
     if not messages:
         raise MaxlmError("no message to answer", where=where, fix="leave the row out")
     return messages
-
-
-def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
-    if isinstance(prompt, str):
-        return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.bos_id]
-    return encode_chat(tokenizer, prompt, add_generation_prompt=True)

@@ -18,18 +18,9 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-PARTS: tuple[str, ...] = (
-    "productive",
-    "lost",
-    "starting",
-    "compiling",
-    "loading",
-    "saving",
-    "evaluating",
-    "hanging",
-    "other",
-    "down",
-    "finished",
+PARTS = (
+    *("productive", "lost", "starting", "compiling", "loading", "saving", "evaluating"),
+    *("hanging", "other", "down", "finished"),
 )
 """``lost``: steps past the checkpoint that was resumed from. ``starting``: from the process's start
 to the start event. ``hanging``: found by the watchdog. ``other``: alive, and none of these.
@@ -137,7 +128,9 @@ def _account(
     now: float,
     totals: dict[str, float],
 ) -> Attempt:
-    """Reads an attempt, which begins at ``earliest`` or later; adds its seconds to ``totals``."""
+    """Reads an attempt, which begins at ``earliest`` or later; adds its seconds to ``totals``: from
+    its start event on cut at every ``progress``, whose seconds since the one before fill what lies
+    between."""
     start = log[0]
     # Another host's clock may be behind: time never goes back here.
     began = max(min(start.get("began", inf), start["time"]), earliest)
@@ -147,30 +140,14 @@ def _account(
     end = stops[-1] if stops else "hang" if hung else "killed"
     if end == "killed" and now - ended < SILENCE:
         end, ended = "running", max(ended, now)
-    last = 0
-    for event in log:
-        # Steps only grow, but at a rollback: a late event may name an earlier one.
-        last = event["step"] if event["event"] == "rollback" else max(last, event["step"])
     totals["starting"] += times[0] - began
-    _add_seconds(log, times, kept, ended, totals)
-    return Attempt(began, ended, start["step"], last, end, start.get("devices"))
-
-
-def _add_seconds(
-    log: Sequence[Event],
-    times: Sequence[float],
-    kept: Sequence[float],
-    ended: float,
-    totals: dict[str, float],
-) -> None:
-    """Adds an attempt's time from its start event on, cut at every ``progress``, whose seconds
-    since the one before fill what lies between."""
     limits = iter(kept)
-    begin, done, limit = times[0], log[0]["step"], next(limits)
+    begin, done, last, limit = times[0], start["step"], 0, next(limits)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
     once, final = {"compiling": 0.0, "hanging": 0.0}, 0.0
     for time, event in zip(times, log, strict=True):
         kind, step, seconds = event["event"], event["step"], event.get("seconds", 0.0)
+        last = max(last, step)  # Steps only grow, but at a rollback: a late event may name less.
         if kind == "compiled":
             once["compiling"] += seconds
             done = max(done, step)
@@ -179,7 +156,7 @@ def _add_seconds(
         elif kind == "evaluate" and event.get("final"):  # No ``progress`` follows.
             final = seconds
         elif kind == "rollback":  # Right after a ``progress``; the next counts anew.
-            done, limit = step, next(limits)
+            done, last, limit = step, step, next(limits)
             known = dict.fromkeys(known, 0.0)
         elif kind == "progress":
             # Each only grows; an event of an older version lacks some.
@@ -194,6 +171,7 @@ def _add_seconds(
             _fill(time - begin, spent, totals)
             begin, once = time, dict.fromkeys(once, 0.0)
     _fill(ended - begin, once | {"evaluating": final}, totals)
+    return Attempt(began, ended, start["step"], last, end, start.get("devices"))
 
 
 def _fill(seconds: float, parts: Mapping[str, float], totals: dict[str, float]) -> None:

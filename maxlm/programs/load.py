@@ -66,12 +66,7 @@ def load_run(
     setup = _set_up_to_use(load_config(RunConfig, folder / "config.yaml").value, mesh)
     with _open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
-        abstract = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-            setup.specs,
-            setup.shardings.params,
-        )
-        params = tier.restore(step, abstract, name)
+        params = tier.restore(step, setup.abstract_state.params, name)
     tokenizer, model, config = load_tokenizer(folder / "tokenizer"), setup.model, setup.config
     if merge and config.adapter is not None:
         with jax.set_mesh(setup.mesh):
@@ -172,14 +167,16 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     return replace(state, params=params, ema=ema)
 
 
-def load_frozen_models(setup: RunSetup, init_params_fn: Callable[[], Params]) -> dict[str, Params]:
-    """Return the parameters of the models that the task only reads, by name; ``init_params_fn``
-    returns those that training starts from."""
+def load_frozen_models(
+    setup: RunSetup, init_state: Callable[[RunSetup], TrainState] = init_or_warm_start_state
+) -> dict[str, Params]:
+    """Return the parameters of the models that the task only reads, by name; ``init_state`` returns
+    the state that training starts from."""
     loaded: dict[str, Params] = {}
     for model, source in setup.frozen_sources.items():
         if source is None:
             # A copy: the step is given the memory of the whole state.
-            loaded[model] = jax.tree.map(jnp.copy, init_params_fn())
+            loaded[model] = jax.tree.map(jnp.copy, init_state(setup).params)
             continue
         with _open_checkpoints(source) as (tier, _, name):
             loaded[model] = tier.restore(None, setup.abstract_state.frozen[model], name)

@@ -41,11 +41,11 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
     tokenizer = load_tokenizer(prepare_tokenizer(config, Path(folder)))
     check_frozen_tokenizers(config, tokenizer)
     inputs = make_source_inputs(config, tokenizer)
-    model, start = setup.task_models["reference"].model, init_or_warm_start_state
+    model = setup.task_models["reference"].model
     if "reference" in setup.frozen_sources:
-        params = load_frozen_models(setup, lambda: start(setup).params)["reference"]
+        params = load_frozen_models(setup)["reference"]
     else:
-        params = select_base_params(start(setup).params)
+        params = select_base_params(init_or_warm_start_state(setup).params)
 
     def compute(params: Params, batch: Batch) -> jax.Array:
         models = TaskModels(None, {"reference": bind(model, params)})

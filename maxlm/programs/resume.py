@@ -102,14 +102,16 @@ class StateRestorer:
     checkpointer: Checkpointer
     resume_source: ResumeSource | None
 
-    def restore(self, skips: Skips, frozen: dict[str, Params]) -> TrainingPosition:
+    def restore(
+        self, skips: Skips, frozen: dict[str, Params], source: ResumeSource | None = None
+    ) -> TrainingPosition:
         """Returns the position to start or resume at, with the ``frozen`` models in its state;
-        raises MaxlmError if none can be read."""
-        if self.resume_source:
-            position = self._restore_latest(self.resume_source, skips)
+        raises MaxlmError if none can be read. ``source``: default, ``resume_source``."""
+        if source := source or self.resume_source:
+            position = self._restore_latest(source, skips)
         else:
             position = TrainingPosition(init_or_warm_start_state(self.setup), 0, skips)
-        return _add_frozen(position, frozen)
+        return replace(position, state=replace(position.state, frozen=frozen))
 
     def rollback(
         self, decision: RollbackDecision, skips: Skips, log_event: Callable[..., None]
@@ -125,7 +127,8 @@ class StateRestorer:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
         good = [each.step for each in source.found if each.step < decision.first_bad_step]
-        position = None if good else self.restore(skips, self.load_frozen_params())
+        frozen = load_frozen_models(self.setup)
+        position = None if good else self.restore(skips, frozen)
         base = position.step if position else max(good)
         skip = get_batch_index(base, skips), get_batch_index(decision.last_bad_step - 1, skips)
         if position:
@@ -139,11 +142,7 @@ class StateRestorer:
         skips = (*skips, skip)
         if position:
             return replace(position, skips=skips)
-        return _add_frozen(self._restore_latest(source, skips), self.load_frozen_params())
-
-    def load_frozen_params(self) -> dict[str, Params]:
-        """Returns the parameters of the models that the task reads and does not train."""
-        return load_frozen_models(self.setup, lambda: init_or_warm_start_state(self.setup).params)
+        return self.restore(skips, frozen, source)
 
     def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
         """Restores the newest state that can be read and was trained on this run's batches.
@@ -172,10 +171,6 @@ class StateRestorer:
         newer = [each for each in skipped if each.step >= found.step]
         where, losses = found.tier.place, found.metadata.get("losses")
         return TrainingPosition(state, found.step, skips, where, losses, newer)
-
-
-def _add_frozen(position: TrainingPosition, frozen: dict[str, Params]) -> TrainingPosition:
-    return replace(position, state=replace(position.state, frozen=frozen))
 
 
 def make_run_metadata(
@@ -284,12 +279,6 @@ def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | No
     if other is not None and resume is None:
         what = f"no checkpoint is here, and the run resumes from {other}"
         raise _restart_error(checkpointer, what, f"give --resume {other} again")
-
-
-def count_rollbacks(folder: Path) -> int:
-    """Returns how often a run has rolled back in its life."""
-    events = folder / "events.jsonl"
-    return run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_records(events)))
 
 
 def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:

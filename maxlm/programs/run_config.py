@@ -24,9 +24,7 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
     train, given = tree.settings.get("train"), tree.settings.get("model") or {}
     start = train.get("start_from") if isinstance(train, Mapping) else None
     if not given and start is None:
-        fix = (
-            "name a run's folder, or a Hugging Face one: --base FOLDER, or train.start_from=FOLDER"
-        )
+        fix = "name a run's or a Hugging Face folder: --base FOLDER, or train.start_from=FOLDER"
         raise MaxlmError("no model, and none to start from", where=source, fix=fix)
     if isinstance(start, str) and isinstance(given, Mapping) and "d_model" not in given:
         model = _read_model_settings(Path(start).expanduser())

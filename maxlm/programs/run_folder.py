@@ -27,26 +27,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 # What changes how programs are compiled or run, and what a scheduler calls the job: never a
 # variable that may hold a secret.
 VARIABLES = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "JAX_PLATFORMS",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    "CUDA_VISIBLE_DEVICES",
-    "SLURM_JOB_ID",
-    "SLURM_RESTART_COUNT",
-    "SLURM_JOB_NODELIST",
-    "JOBSET_NAME",
-    "JOBSET_RESTART_ATTEMPT",
-    "RAY_JOB_ID",
-    "SKYPILOT_TASK_ID",
-    "TPU_NAME",
-    "TPU_ACCELERATOR_TYPE",
+    *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    *("CUDA_VISIBLE_DEVICES", "TPU_NAME", "TPU_ACCELERATOR_TYPE"),
+    *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST"),
+    *("JOBSET_NAME", "JOBSET_RESTART_ATTEMPT", "RAY_JOB_ID", "SKYPILOT_TASK_ID"),
 )
-
-
-def run_folder_path(config: RunConfig) -> Path:
-    """Returns the folder that a run is kept in."""
-    return Path(config.folder) / config.name
 
 
 @contextmanager

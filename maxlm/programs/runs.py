@@ -15,7 +15,8 @@ from rich.console import Group
 from rich.text import Text
 
 from maxlm.config import MaxlmError
-from maxlm.plan.show import make_table
+from maxlm.config.keys import get_descendant
+from maxlm.plan.show import format_seconds, make_table
 from maxlm.programs.goodput import PARTS, RunHistory, summarize_run_events
 from maxlm.train.display import format_duration
 from maxlm.train.records import read_records
@@ -95,10 +96,10 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         name=folder.resolve().name,
         state=told.attempts[-1].end if told.attempts else "not begun",
         step=step,
-        steps=_find_in(_read_mapping(folder / "config.yaml"), "train", "steps"),
+        steps=get_descendant(_read_mapping(folder / "config.yaml"), ("train", "steps")),
         history=told,
         step_seconds={p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds},
-        planned={name: _find_in(plan, *keys) for name, keys in planned.items()},
+        planned={name: get_descendant(plan, keys) for name, keys in planned.items()},
         damaged_lines=len(damaged),
         **latest,
     )
@@ -123,12 +124,6 @@ def _read_mapping(path: Path) -> Any:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return None
-
-
-def _find_in(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def show_run_list(runs: Sequence[RunSummary]) -> Group:
@@ -230,13 +225,9 @@ def _attempts(run: RunSummary) -> Group:
 
 def _steps(run: RunSummary) -> Group:
     columns = (*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
-    planned = _or_dash(run.planned["step_seconds"], _step_words)
-    row = (*map(_step_words, run.step_seconds.values()), planned)
+    planned = _or_dash(run.planned["step_seconds"], format_seconds)
+    row = (*map(format_seconds, run.step_seconds.values()), planned)
     return make_table("Time of a step", columns, [row], right=columns)
-
-
-def _step_words(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.4g} s"
 
 
 def _many(count: int, what: str) -> str:

@@ -5,14 +5,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
+from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
+from maxlm.huggingface.peft import read_peft_adapter
 from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
-from maxlm.models.architectures.encoder import Encoder
-from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.programs.convert import read_lora_adapter
+from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.families import find_family
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.params import param_specs, select_base_params
+from maxlm.programs.convert import find_run_family, open_run_checkpoint, read_json
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
@@ -103,6 +108,41 @@ def _split_adapter(option: str) -> tuple[str, str]:
         what = f"--adapter {option!r} is no NAME=FOLDER"
         raise MaxlmError(what, fix="write it as --adapter tiny=runs/tiny")
     return name, folder
+
+
+def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Model) -> LoraWeights:
+    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one.
+
+    Args:
+        base_folder: where the model came from, which says how PEFT names its maps.
+
+    Raises:
+        MaxlmError: no LoRA adapter here, or PEFT's of another model.
+    """
+    folder = Path(folder)
+    if (folder / PEFT_CONFIG).exists():
+        specs = select_base_params(param_specs(model))
+        entries = _find_base_family(Path(base_folder)).list_entries(model.config)
+        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
+    elif (folder / "config.yaml").exists():
+        config, reader = open_run_checkpoint(folder, None)
+        parts = (".lora_a", ".lora_b")
+        adapter = config.adapter
+        arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
+    else:
+        what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    if not isinstance(adapter, LoraAdapter):
+        what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
+        fix = "name one of kind lora; others are merged (maxlm convert)"
+        raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
+    return adapter, arrays
+
+
+def _find_base_family(base_folder: Path) -> ModelFamily:
+    if (path := base_folder / "config.json").exists():
+        return find_family(read_json(path), str(path))
+    return find_run_family(*open_run_checkpoint(base_folder, None))[0]
 
 
 def _make_parts(

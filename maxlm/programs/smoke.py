@@ -166,7 +166,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
 
 def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     state = setup.init_train_state()
-    frozen = load_frozen_models(setup, lambda: setup.init_train_state().params)
+    frozen = load_frozen_models(setup, RunSetup.init_train_state)
     state = replace(state, frozen=frozen)
     count = sum(spec.size for spec in flatten_names(setup.specs).values())
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))

@@ -4,10 +4,14 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import draw_downstream
-from maxlm.plan.predict import RunPlan
+from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.show import format_prediction
 from maxlm.programs.evaluation import (
     DownstreamEvaluator,
     HeldOutEvaluator,
@@ -15,19 +19,39 @@ from maxlm.programs.evaluation import (
     MetricsCallback,
     format_downstream,
 )
-from maxlm.programs.open_run import OpenRun, Say, open_run
-from maxlm.programs.prepare import PreparedData
-from maxlm.programs.resume import TrainingPosition, count_rollbacks
-from maxlm.programs.setup import RunSetup, open_training_batches
+from maxlm.programs.load import check_init_checkpoint, describe_frozen_models, load_frozen_models
+from maxlm.programs.prepare import PreparedData, prepare_data_on_all_hosts, read_vocab_size
+from maxlm.programs.resume import (
+    Say,
+    StateRestorer,
+    TrainingPosition,
+    check_no_lost_checkpoint,
+    check_same_inputs,
+    find_resume_source,
+    make_run_metadata,
+)
+from maxlm.programs.run_folder import (
+    create_run_folder,
+    get_process_start_unix_seconds,
+    lock_run_folder,
+    record_stop_on_error,
+    write_run_description,
+)
+from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
-from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.collectives import FlagAllReduce, run_on_process_0
+from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
+from maxlm.train.checkpoint.checkpointer import Checkpointer
+from maxlm.train.checkpoint.reading import layer_group_shapes
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.profile import Profiler
-from maxlm.train.records import read_records
+from maxlm.train.records import MetricsLog, read_records
+from maxlm.train.skips import get_skips, read_skips
 from maxlm.train.state import TrainState
 from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
+from maxlm.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,27 @@ class TrainingResult:
     state: TrainState
     folder: Path
     heldout: HeldOutResults
+
+
+@dataclass(frozen=True)
+class _OpenRun:
+    """A run whose folder, text, checkpoints and records are open."""
+
+    setup: RunSetup
+    folder: Path
+    is_lead: bool
+    """Whether this process writes and prints."""
+    say: Say
+    signals: SignalHandler
+    watchdog: Watchdog
+    data: PreparedData
+    state_restorer: StateRestorer
+    position: TrainingPosition
+    """Position where training starts or resumes."""
+    metadata: dict[str, Any]
+    """Saved with every checkpoint."""
+    plan: RunPlan
+    log: MetricsLog
 
 
 def train_model(
@@ -67,7 +112,7 @@ def train_model(
         what = f"step {profile[0]} never comes: the run has {config.train.steps} steps"
         raise MaxlmError(what, where="--profile", fix="name steps that it takes")
     with ExitStack() as stack:
-        run = open_run(config, stack, resume=resume, say=say)
+        run = _open_run(config, stack, resume=resume, say=say)
         setup, data, log, watchdog = run.setup, run.data, run.log, run.watchdog
         profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
@@ -110,11 +155,90 @@ def train_model(
     return TrainingResult(setup, data, run.plan, run.position.step, result, run.folder, heldout)
 
 
+def _open_run(
+    config: RunConfig, stack: ExitStack, *, resume: str | Path | None, say: Say
+) -> _OpenRun:
+    """Prepares a run's text, and restores its state or initializes it; ``stack`` closes what is
+    opened. For the rest see :func:`train_model`."""
+    is_lead = jax.process_index() == 0
+    say = say if is_lead else lambda _: None
+    folder = Path(config.folder, config.name)
+    # What does not fit is refused before anything is written or read.
+    setup = set_up_run(config)
+    config.reporting.check_packages()
+    use_compilation_cache(config)
+    config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
+    signals = stack.enter_context(handle_signals(str(folder)))
+    stack.enter_context(create_run_folder(config, folder, is_lead=is_lead))
+    if is_lead:
+        stack.enter_context(lock_run_folder(folder))
+    home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
+    own = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
+    checkpointer = stack.enter_context(own)
+    source = find_resume_source(setup, checkpointer, resume, stack, say)
+    saved = source.metadata if source else check_init_checkpoint(setup)
+    data = prepare_data_on_all_hosts(config, folder)
+    if source and not source.is_own_run:  # It may have trained on meanwhile, and deleted old ones.
+        source = find_resume_source(setup, checkpointer, resume, stack, say)
+    states = StateRestorer(setup, checkpointer, source)
+    watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
+    watchdog.start_timer(0, "restore")
+    frozen = load_frozen_models(setup)
+    metadata = make_run_metadata(config, data, saved, describe_frozen_models(setup, frozen))
+    if source:
+        where = str(source.checkpointer.folder)
+        check_same_inputs(config, data, source.metadata, metadata, where)
+    skips = read_skips(folder)
+    if skips is None:
+        skips = get_skips(source.metadata) if source else ()
+    position = states.restore(skips, frozen)
+    step = position.step
+    if not position.checkpoint_place:
+        check_no_lost_checkpoint(checkpointer, resume)
+    for each in position.skipped:
+        say(str(each))
+    for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
+        for note in getattr(rows, "notes", ()):
+            say(f"{name}: {note}")
+    if position.checkpoint_place:
+        say(f"resuming from step {step} in {position.checkpoint_place}")
+    elif start := config.train.start_from:
+        say(f"starting from the parameters in {start}")
+    if step > config.train.steps:
+        what = f"the run is at step {step}, train.steps={config.train.steps}"
+        fix = f"set train.steps to {step} or more, or train in another run folder"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
+    plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
+    say(f"planned: {format_prediction(plan)}")
+    write_run_description(folder, config, plan, is_lead=is_lead)
+    log = stack.enter_context(MetricsLog(folder, step, write=is_lead, reporting=config.reporting))
+    if count := log.damaged_lines:
+        say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
+    log.event(
+        "resume" if step else "start",
+        step,
+        began=get_process_start_unix_seconds(),
+        run=str(source.checkpointer.folder.parent) if source and not source.is_own_run else None,
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        device_kind=jax.devices()[0].device_kind,
+        skipped=[[each.step, each.why] for each in position.skipped],
+    )
+    stack.enter_context(record_stop_on_error(signals, log, step))
+    watchdog.event = log.event
+    checkpointer.copy_newest_to_remote()
+    return _OpenRun(
+        setup, folder, is_lead, say, signals, watchdog, data, states, position, metadata, plan, log
+    )
+
+
 def _roll_back(
-    run: OpenRun, decision: RollbackDecision, position: TrainingPosition
+    run: _OpenRun, decision: RollbackDecision, position: TrainingPosition
 ) -> TrainingPosition:
     run.signals.raise_if_signaled()
-    faults, count = run.setup.config.faults, count_rollbacks(run.folder)
+    faults, events = run.setup.config.faults, run.folder / "events.jsonl"
+    count = run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_records(events)))
     if count >= faults.max_rollbacks:
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
@@ -139,7 +263,7 @@ def _roll_back(
 
 
 def _finish(
-    run: OpenRun, evaluator: HeldOutEvaluator, downstream: DownstreamEvaluator, state: TrainState
+    run: _OpenRun, evaluator: HeldOutEvaluator, downstream: DownstreamEvaluator, state: TrainState
 ) -> HeldOutResults:
     """Evaluates on all held-out text, and on tasks, and closes the run's records."""
     step = int(state.step)

@@ -90,9 +90,8 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     """Reads a task of a SLURM step. The batch script has a SLURM_PROCID too, but is no task."""
-    if not {"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"} <= set(environ):
-        return None
-    if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+    names = ("JOB_ID", "PROCID", "STEP_ID", "STEP_NODELIST", "STEP_NUM_TASKS")
+    if any(f"SLURM_{name}" not in environ for name in names):
         return None
     count = _number(environ, "SLURM_STEP_NUM_TASKS")
     if count == 1:

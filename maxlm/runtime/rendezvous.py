@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -153,22 +153,33 @@ def _connect(
     """Other processes: connect to process 0 until it answers, which it does once all are there."""
     greeting = {"process": cluster.process_id, "count": cluster.num_processes, "facts": facts}
     greeting["host"] = socket.gethostname()
-
-    def greet(connected: socket.socket) -> tuple[Connection, dict[str, Any]] | None:
-        connection = Connection(connected)
-        connection.send(greeting)
-        # Process 0 may start its own wait only now.
-        answer = connection.receive(seconds + 2 * NOTICE_SECONDS) or {}
-        if "hosts" in answer or "refused" in answer:
-            return connection, answer
-        connection.close()
-        return None
-
-    connection, answer = _reach(cluster, seconds, greet)
-    if "refused" in answer:
-        what, where, fix = answer["refused"]
-        raise (ProcessLost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
-    return answer["hosts"], {0: connection}
+    host, _, port = cluster.coordinator.rpartition(":")
+    address, began = (host.strip("[]"), int(port)), time.monotonic()
+    while True:
+        try:
+            left = began + seconds - time.monotonic()
+            connected = socket.create_connection(address, min(max(left, 1), 10))
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = Connection(connected)
+            connection.send(greeting)
+            # Process 0 may start its own wait only now.
+            answer = connection.receive(seconds + 2 * NOTICE_SECONDS) or {}
+            if "hosts" in answer:
+                return answer["hosts"], {0: connection}
+            if "refused" in answer:
+                what, where, fix = answer["refused"]
+                raise (ProcessLost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
+            connection.close()
+            problem = "something there does not answer as process 0 would"
+        except OSError as error:
+            problem = str(error.strerror or error)
+        if (passed := time.monotonic() - began) > seconds:
+            raise ProcessLost(
+                f"process {cluster.process_id} on {greeting['host']} cannot reach process 0 at "
+                f"{cluster.coordinator}: {problem} (tried for {passed:.0f} s)",
+                fix="check that process 0 runs there, and that the port is open between the hosts",
+            )
+        time.sleep(_RETRY_SECONDS)
 
 
 def _check_greeting(
@@ -211,29 +222,4 @@ def _listen(cluster: Cluster, deadline: float) -> socket.socket:
                 what = f"process 0 on {socket.gethostname()} cannot listen on port {port}"
                 fix = "end what uses it there, or choose another port"
                 raise MaxlmError(f"{what}: {error.strerror}", fix=fix) from None
-        time.sleep(_RETRY_SECONDS)
-
-
-def _reach(cluster: Cluster, seconds: float, use: Callable[[socket.socket], Any]) -> Any:
-    """Connects to process 0, and again while ``use`` returns None for the connection; returns what
-    it returns."""
-    host, _, port = cluster.coordinator.rpartition(":")
-    address, began = (host.strip("[]"), int(port)), time.monotonic()
-    while True:
-        try:
-            left = began + seconds - time.monotonic()
-            connection = socket.create_connection(address, min(max(left, 1), 10))
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if (result := use(connection)) is not None:
-                return result
-            problem = "something there does not answer as process 0 would"
-        except OSError as error:
-            problem = str(error.strerror or error)
-        if (passed := time.monotonic() - began) > seconds:
-            here = f"process {cluster.process_id} on {socket.gethostname()}"
-            raise ProcessLost(
-                f"{here} cannot reach process 0 at {cluster.coordinator}: {problem} "
-                f"(tried for {passed:.0f} s)",
-                fix="check that process 0 runs there, and that the port is open between the hosts",
-            )
         time.sleep(_RETRY_SECONDS)

@@ -11,18 +11,15 @@ from typing import Any
 from maxlm.runtime.files import replace_file
 
 
-def render_report_page(package: str, title: str, data: Mapping[str, Any]) -> str:
-    """Renders ``report_head.html`` and a package's ``report.html``, with the title and data."""
+def write_report_page(path: Path, package: str, title: str, data: Mapping[str, Any]) -> None:
+    """Writes ``report_head.html`` and a package's ``report.html``, with the title and data,
+    atomically."""
     names = {"maxlm.runtime": "report_head.html", package: "report.html"}
     page = "".join(files(each).joinpath(name).read_text("utf-8") for each, name in names.items())
     # No "<" at all: "</script" would end the element, and "<!--<script" would keep it open.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {"{{title}}": escape(title), "{{data}}": text}
     # In one pass: a title may itself read "{{data}}".
-    return re.sub(r"\{\{(?:title|data)\}\}", lambda found: parts[found.group()], page)
-
-
-def write_report_page(path: Path, package: str, title: str, data: Mapping[str, Any]) -> None:
-    """Writes what :func:`render_report_page` renders, atomically."""
+    page = re.sub(r"\{\{(?:title|data)\}\}", lambda found: parts[found.group()], page)
     with replace_file(path.absolute()) as new:
-        new.write_text(render_report_page(package, title, data), "utf-8")
+        new.write_text(page, "utf-8")

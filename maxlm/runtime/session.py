@@ -36,10 +36,7 @@ FAILED, _INTERRUPTED = 1, 130
 
 @contextmanager
 def distributed_session(
-    settings: Mapping[str, Any],
-    *,
-    join_timeout_seconds: float,
-    peer_timeout_seconds: float,
+    settings: Mapping[str, Any], *, join_timeout_seconds: float, peer_timeout_seconds: float
 ) -> Iterator[None]:
     """Joins the cluster that this process was started in, if it is one of several, for the block.
 

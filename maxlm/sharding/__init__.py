@@ -1,6 +1,5 @@
 """Layouts of arrays on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.links import describe_links
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
@@ -32,7 +31,6 @@ __all__ = [
     "check_activation_rules",
     "check_unsharded_share",
     "count_min_devices",
-    "describe_links",
     "jit_sharded",
     "make_mesh",
     "mesh_sizes",

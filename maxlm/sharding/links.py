@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError
 
@@ -70,26 +69,3 @@ def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> No
     if gpus_per_host % sizes["tensor"]:
         what = f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs"
         raise MaxlmError(what, where="mesh.tensor", fix=f"use a divisor of {gpus_per_host}")
-
-
-def describe_links(mesh: Mesh) -> dict[str, str]:
-    """Describes the links that each mesh axis of more than one device runs over."""
-    return {
-        axis: _link(np.moveaxis(mesh.devices, dim, -1).reshape(-1, mesh.devices.shape[dim]))
-        for dim, axis in enumerate(mesh.axis_names)
-        if mesh.devices.shape[dim] > 1
-    }
-
-
-def _link(rows: np.ndarray) -> str:
-    """Describes the slowest link within any of the groups of devices, one group a row."""
-
-    def differ(attribute: str) -> bool:
-        return any(len({getattr(d, attribute, 0) for d in row}) > 1 for row in rows)
-
-    platform = rows[0, 0].platform
-    if platform == "tpu":
-        return "network between slices" if differ("slice_index") else "torus of a slice"
-    if platform == "gpu":
-        return "network between hosts" if differ("process_index") else "links within a host"
-    return "network between processes" if differ("process_index") else "one process"

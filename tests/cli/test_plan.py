@@ -48,6 +48,7 @@ def test_exit_codes(run):
         (["llama3_8b", "--serve"], "--serve needs a machine"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"], "'auto', 'int8', 'int4'"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--compile"], "--compile is of training"),
+        (["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"], "stage does not split"),
         ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
     ],
 )

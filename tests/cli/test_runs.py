@@ -36,7 +36,7 @@ def test_show(run, tmp_path, monkeypatch):
         assert words in out
     rows = [line.split() for line in out.splitlines()]
     assert ["down", "0:50", "15.2%"] in rows
-    assert ["50.5", "s", "90.1", "s", "99.01", "s", "100", "s", "-"] in rows
+    assert ["50.5", "s", "90.1", "s", "99", "s", "100", "s", "-"] in rows
     assert any(row[-4:] == ["2:30", "0", "60", "killed"] for row in rows)
 
 

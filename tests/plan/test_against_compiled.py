@@ -13,7 +13,8 @@ from benchmarks.compiled.cost import read_compiled_cost
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.timing import count_frozen_forward_flops
-from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
+from maxlm.plan.topology import parse_topology
+from maxlm.plan.workload import RunWorkload, StepShape
 from maxlm.programs.compile import compute_peak_bytes, make_abstract_batch
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
@@ -90,10 +91,8 @@ def compiled(config: RunConfig):
         program = step.__wrapped__.lower(*arguments).compile(compiler_options=QUICK)
     sizes = dict(setup.mesh.shape)
     work = RunWorkload(config, jnp.float32)
-    shape = StepShape(
-        *(work, MeshPartitioning(config, sizes), config.train.micro_batches, config.model.remat),
-        ragged=False,
-    )
+    how = config.train.micro_batches, config.model.remat, parse_topology("cpux8")
+    shape = StepShape(work, sizes, *how)
     return shape, read_compiled_cost(program.as_text(), sizes), program.memory_analysis()
 
 

@@ -10,7 +10,8 @@ from maxlm.plan.memory import list_layer_working_sets
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.timing import attention_score_bytes, count_attention_scores, count_device_flops
-from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
+from maxlm.plan.topology import parse_topology
+from maxlm.plan.workload import RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
@@ -69,7 +70,7 @@ def work(name: str, **changes) -> RunWorkload:
 
 
 def device_flops(own: RunWorkload):
-    return count_device_flops(StepShape(own, MeshPartitioning(own.config, ALONE), 1, "full"))
+    return count_device_flops(StepShape(own, ALONE, 1, "full"))
 
 
 def test_layers_over_the_last_pattern_count_like_others():
@@ -108,7 +109,7 @@ def test_no_kernel_adds_learnt_biases():
 
     def on_tpu(kind: str) -> StepShape:
         own = work("encoder_decoder", positions={"kind": kind})
-        return StepShape(own, MeshPartitioning(own.config, ALONE), 1, "full", fused_attention=True)
+        return StepShape(own, ALONE, 1, "full", parse_topology("v5p-2"))
 
     plain, biased = on_tpu("rope"), on_tpu("relative")
     assert (
@@ -120,7 +121,7 @@ def test_no_kernel_adds_learnt_biases():
     assert count_attention_scores(biased, fused=True) == pytest.approx(
         crossing * count_attention_scores(plain, fused=True)
     )
-    whole = StepShape(biased.work, biased.split, 1, "full")  # no kernel at all
+    whole = StepShape(biased.work, ALONE, 1, "full")  # no kernel at all
     got, most = (attention_score_bytes(shape)[0] for shape in (biased, whole))
     assert got == pytest.approx((1 - crossing) * most)
     tiles = {

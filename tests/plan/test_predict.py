@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run import RunConfig
-from maxlm.runtime.report_page import render_report_page
+from maxlm.runtime.report_page import write_report_page
 
 
 def run(name: str, *settings: str) -> RunConfig:
@@ -131,16 +132,17 @@ def test_the_machine_that_is_here():
         assert find_chip(SimpleNamespace(platform="tpu", device_kind=kind)).name == name
 
 
-def report(name: str = "demo") -> tuple[dict[str, Any], str]:
+def report(path: Path, name: str = "demo") -> tuple[dict[str, Any], str]:
     config = run("llama3_8b").model_copy(update={"name": name})
     plan = plan_run(config, Machine.from_name("h100x64"))
     plain = json.loads(json.dumps(plan.to_json()))
-    return plain, render_report_page("maxlm.plan", name, plain)
+    write_report_page(path, "maxlm.plan", name, plain)
+    return plain, path.read_text("utf-8")
 
 
-def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out():
+def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out(tmp_path):
     hostile = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
-    (plan, page), (_, usual) = report(hostile), report()
+    (plan, page), (_, usual) = (report(tmp_path / "page", name) for name in (hostile, "demo"))
     (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
     assert json.loads(data) == plan
     assert plan["name"] == hostile
@@ -150,8 +152,8 @@ def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out():
     assert f"<title>{title} {{{{plan}}}} {{{{title}}}} ü · plan</title>" in page
 
 
-def test_a_report_fetches_nothing():
+def test_a_report_fetches_nothing(tmp_path):
     outside = r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
-    _, page = report()
+    _, page = report(tmp_path / "page")
     assert not re.search(outside, page)
     assert "default-src 'none'" in page

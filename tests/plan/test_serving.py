@@ -13,9 +13,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
-    DECODE_EFFICIENCY,
     ServingOptions,
-    count_replica_devices,
     list_serving_points,
     place_served_model,
     read_workload,
@@ -28,8 +26,8 @@ from maxlm.plan.serving_cache import (
     count_sequence_bytes,
     count_token_bytes,
 )
+from maxlm.plan.timing import DECODE_EFFICIENCY
 from maxlm.run import RunConfig
-from maxlm.sharding import parse_mesh
 
 Size = tuple[int, int]
 """Heads, and the size of each."""
@@ -221,6 +219,3 @@ def test_what_cannot_be():
     eight = Machine.from_name("h100x8")
     with pytest.raises(MaxlmError, match="kv_heads=1 does not divide"):
         search_serving(load("gemma3_1b"), eight, tensor=2)
-    with pytest.raises(MaxlmError, match="stage does not split"):
-        count_replica_devices(parse_mesh("stage=2,tensor=4"), eight)
-    assert count_replica_devices(parse_mesh("fsdp=2,data=2,tensor=2"), eight) == 2

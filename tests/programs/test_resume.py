@@ -12,7 +12,7 @@ from maxlm.data.documents import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.programs.prepare import prepare_data
-from maxlm.programs.run_folder import create_run_folder, run_folder_path
+from maxlm.programs.run_folder import create_run_folder
 from maxlm.run import RunConfig
 from tests.programs import tiny
 from tests.programs.tiny import train
@@ -143,8 +143,8 @@ def test_prepared_text_is_for_its_config_alone(tmp_path):
     texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
     path = tiny.write_config(tmp_path, texts[0])
     run = load_config(RunConfig, path).value
-    with create_run_folder(run, run_folder_path(run)):
-        prepare_data(run, run_folder_path(run))
+    with create_run_folder(run, Path(run.folder, run.name)):
+        prepare_data(run, Path(run.folder, run.name))
     with pytest.raises(MaxlmError, match=r"prepared with another config: data\.sources"):
         train(path, f"data.sources.0.documents=[{texts[1]}]")
     train(path, "data.sources.0.weight=2", "data.sources.0.max_epochs=500", "train.steps=1")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs import open_run as program
+from maxlm.programs import train as program
 from maxlm.programs.load import load_run
 from tests.programs import tiny
 

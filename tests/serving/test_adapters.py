@@ -15,9 +15,9 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families import FAMILIES
-from maxlm.programs.convert import convert, read_lora_adapter
+from maxlm.programs.convert import convert
 from maxlm.programs.load import LoadedRun
-from maxlm.programs.serve import make_engine
+from maxlm.programs.serve import make_engine, read_lora_adapter
 from maxlm.run import RunConfig
 from tests.errors import message
 from tests.inference.conftest import CONFIGS, build

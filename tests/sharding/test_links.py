@@ -1,5 +1,5 @@
 """Which device stands where: along a torus, across slices by `data` or `stage`, `tensor` within a
-host of GPUs; and what is said of it."""
+host of GPUs."""
 
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -7,11 +7,10 @@ from math import prod
 
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from maxlm.config import MaxlmError
 from maxlm.sharding import MESH_AXES
-from maxlm.sharding.links import arrange_devices, describe_links
+from maxlm.sharding.links import arrange_devices
 from tests.errors import message
 
 
@@ -61,10 +60,6 @@ def groups(grid: np.ndarray, axis: str) -> np.ndarray:
     return np.moveaxis(grid, dim, -1).reshape(-1, grid.shape[dim])
 
 
-def described(grid: np.ndarray) -> dict[str, str]:
-    return describe_links(Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES)))
-
-
 def hops(a: Device, b: Device, torus: tuple[int, ...]) -> int:
     steps = [abs(p - q) for p, q in zip(a.coords, b.coords, strict=True)]
     return sum(min(s, n - s) for s, n in zip(steps, torus, strict=True))
@@ -85,9 +80,6 @@ def test_neighbours_on_a_torus_are_neighbours_in_the_mesh(shape, kind, axes):
     assert sorted(d.id for d in grid.flat) == [d.id for d in devices]
     rings = groups(grid, "tensor")
     assert all(hops(a, b, shape) == 1 for row in rings for a, b in pairwise(row))
-    assert described(grid) == dict.fromkeys(
-        (axis for axis in MESH_AXES if axis in axes), "torus of a slice"
-    )
 
 
 @pytest.mark.parametrize("fault", [NotImplementedError, ValueError])
@@ -109,11 +101,6 @@ def test_slices_are_crossed_by_data_or_else_by_stage(axis):
     assert {len({d.slice_index for d in row}) for row in groups(grid, axis)} == {2}
     for other in {"fsdp", "tensor"}:
         assert {len({d.slice_index for d in row}) for row in groups(grid, other)} == {1}
-    assert described(grid) == {
-        axis: "network between slices",
-        "fsdp": "torus of a slice",
-        "tensor": "torus of a slice",
-    }
 
 
 def test_tensor_stays_within_a_host_of_gpus():
@@ -121,7 +108,6 @@ def test_tensor_stays_within_a_host_of_gpus():
     for row in groups(grid, "tensor"):
         assert len({d.process_index for d in row}) == 1
         assert [d.id for d in row] == list(range(row[0].id, row[0].id + 4))
-    assert described(grid) == {"fsdp": "network between hosts", "tensor": "links within a host"}
 
 
 @pytest.mark.parametrize(
