@@ -74,6 +74,15 @@ _KINDS = {
 _SMALLEST = "v4"
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def find_largest_divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of n that is not above ``most``; 1 at least."""
+    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
+
+
 def get_mesh_platform() -> str | None:
     """Returns the platform of the mesh in use, whose devices need not be here: "cpu", "gpu" or
     "tpu"; None where there is none."""

@@ -60,16 +60,13 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
-    if model.attention is None:
-        return
-    for window in dict.fromkeys(kind.window for kind in model.layer_kinds):
+    if model.attention is not None:
         yield from require_context(
             shape.seq_len,
             model.attention.num_heads,
             model.attention.num_kv_heads,
             rules=compute,
             sizes=sizes,
-            window=window,
             method=parallel.context,
             balanced=parallel.balance_sequence,
         )

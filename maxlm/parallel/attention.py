@@ -65,9 +65,8 @@ def sharded_attention(
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    options: dict[str, Any] = {"window": window, "method": method, "balanced": balanced}
-    heads = q.shape[2], k.shape[2]
-    check_requirements(require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **options))
+    heads, how = (q.shape[2], k.shape[2]), {"method": method, "balanced": balanced}
+    check_requirements(require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **how))
     if axes and q.shape[1] != k.shape[1]:
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
     split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)

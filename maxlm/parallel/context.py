@@ -94,28 +94,18 @@ def require_context(
     *,
     rules: AxisRules,
     sizes: Mapping[str, Any],
-    window: int | None = None,
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> Iterator[Requirement]:
     """Requires that attention can be split over the sequence: the length divides, Ulysses can share
-    out the heads, no query head's kv head lies on another device, a window is 1 or more.
+    out the heads, no query head's kv head lies on another device.
 
     Args:
         seq_len: tokens in a row of the batch.
         rules: compute rules.
         sizes: mesh axis → devices.
-        window: keys that a query sees; None: all up to its own.
     """
     seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
-    yield Requirement(
-        window is None or window >= 1,
-        lambda: MaxlmError(
-            f"a window of {window} tokens",
-            where="model.attention.window",
-            fix="use 1 or more, or null for no window",
-        ),
-    )
     shares, kv_shares, ways = (
         prod(sizes[axis] for axis in axes) for axes in (heads, kv_heads, seq)
     )

@@ -132,7 +132,6 @@ class HeadLoss(NamedTuple):
     """(hidden [T, D], head [D, V / ways], bias, first index of this share of the vocabulary, rows
     [T, *], the other's hidden, head and bias, whether gradients are wanted) -> (sums over T,
     gradients of hidden, head and bias)."""
-    num_sums: int = 2
     other_layout: Dims = ((), ())
     """The mesh axes of the other head's dimensions in use."""
 
@@ -210,7 +209,7 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
     return map_shards(
         local,
         (specs, other_specs, row_specs, make_spec((vocab,))),
-        ((make_spec(()),) * loss.num_sums, specs[:3] if gradient else None),
+        (make_spec(()), specs[:3] if gradient else None),
     )(own, other, rows, axis_indices(vocab))
 
 

@@ -61,8 +61,7 @@ def fused_divergence_loss(
     """
     own, how = student.split(z_loss, chunk_tokens)
     stored: Any = ()
-    other: Any = None
-    other_how: Any = None
+    other, other_how = None, how
     if isinstance(teacher, StoredTeacher):
         stored = teacher
     else:
@@ -106,7 +105,7 @@ def fused_divergence_loss(
             chunk_tokens=how.chunk,
         )
 
-    loss = HeadLoss(how, local, 3, other_how.used if other_how else ((), ()))
+    loss = HeadLoss(how, local, other_how.used)
     return run_head_loss(own, other, (targets, weights, *stored), loss)
 
 

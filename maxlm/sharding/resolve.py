@@ -43,6 +43,7 @@ def resolve_placement(
     Args:
         array_name: for errors.
         shape, axes: size and logical axis of each dimension.
+        rules: on the mesh at hand, so without axes of size 1.
 
     Raises:
         MaxlmError: a dimension that its mesh axes do not divide; two dimensions on one mesh axis.
@@ -61,7 +62,7 @@ def resolve_placement(
             )
         if names:
             matched.append(f"{axis}→{'+'.join(names)}")
-    used = _check_distinct(axes, rules, mesh_sizes, where=array_name)
+    used = _check_distinct(axes, rules, where=array_name)
     return Placement(
         spec=rules.spec(*axes),
         rule=", ".join(matched) or "whole",
@@ -69,20 +70,12 @@ def resolve_placement(
     )
 
 
-def _check_distinct(
-    axes: Sequence[str | None],
-    rules: AxisRules,
-    sizes: Mapping[str, int] | None = None,
-    *,
-    where: str,
-) -> dict[str, str]:
-    """Refuse two logical axes of one array on one mesh axis, of those that have several devices;
-    returns the mesh axes with their logical ones."""
+def _check_distinct(axes: Sequence[str | None], rules: AxisRules, where: str) -> dict[str, str]:
+    """Refuse two logical axes of one array on one mesh axis; returns the mesh axes with their
+    logical ones."""
     seen: dict[str, str] = {}
     for axis in filter(None, axes):
         for name in rules.mesh_axes(axis):
-            if sizes is not None and sizes[name] == 1:
-                continue
             if name in seen:
                 what = f"axes {seen[name]} and {axis} are both on mesh axis '{name}'"
                 fix = "give one of them another mesh axis, or null"

@@ -2,10 +2,10 @@
 
 An implementation is a module here with
 
-- ``supports(q, k, v, operands, params) -> bool``, by shapes, dtypes and which arrays are given,
-- ``forward(q, k, v, operands, call) -> (o, lse)`` and
-- ``backward(arrays, operands, call) -> (d_q, d_k, d_v)``, and the biases' gradient where it
-  supports these: as :func:`attention_forward` and :func:`attention_backward`,
+- ``supports(operands, params) -> bool``, by shapes, dtypes and which arrays are given,
+- ``forward(operands, call) -> (o, lse)`` and
+- ``backward(operands, (lse, delta, d_o), call) -> (d_q, d_k, d_v)``, and the biases' gradient
+  where it supports these: as :func:`attention_forward` and :func:`attention_backward`,
 
 imported when first wanted: each needs a part of Pallas that others do not.
 """
@@ -22,7 +22,6 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionOptions,
-    BackwardArrays,
     validate_arguments,
 )
 from pallas_kernels.chips import choose_backend
@@ -66,8 +65,7 @@ def attention(
             ``backend`` that does not know these sizes.
     """
     operands, call = _prepare(q, k, v, v.dtype, options)
-    rest = operands._replace(sinks=None, biases=None)
-    o: Any = _attention(q, k, v, operands.sinks, operands.biases, rest, call)
+    o: Any = _attention(operands, call)
     return o
 
 
@@ -87,7 +85,7 @@ def attention_forward(
         weights as it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
     """
     operands, call = _prepare(q, k, v, dtype or v.dtype, options)
-    return _module(call.backend).forward(q, k, v, operands, call)
+    return _module(call.backend).forward(operands, call)
 
 
 def attention_backward(
@@ -118,8 +116,8 @@ def attention_backward(
         [N, 2R + 1].
     """
     operands, call = _prepare(q, k, v, dtype, options)
-    arrays = BackwardArrays(q, k, v, lse, delta, d_o)
-    return _module(call.backend).backward(arrays, operands._replace(sinks=None), call)
+    operands = operands._replace(sinks=None)
+    return _module(call.backend).backward(operands, (lse, delta, d_o), call)
 
 
 def _on_hopper() -> bool:
@@ -143,7 +141,7 @@ def _prepare(q, k, v, dtype, options: AttentionOptions):
     def supports(name: str) -> bool:
         if name == "hopper" and backend != "hopper" and not _on_hopper():
             return False
-        return _module(name).supports(q, k, v, operands, params)
+        return _module(name).supports(operands, params)
 
     shapes = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
     name = choose_backend(backend, KERNELS, supports, f"{shapes} with {params}")
@@ -151,25 +149,26 @@ def _prepare(q, k, v, dtype, options: AttentionOptions):
     return operands, AttentionCall(params, name, dtype, *kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, sinks, biases, operands: AttentionOperands, call: AttentionCall):
-    return _attention_forward(q, k, v, sinks, biases, operands, call)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attention(operands: AttentionOperands, call: AttentionCall):
+    return _attention_forward(operands, call)[0]
 
 
-def _attention_forward(q, k, v, sinks, biases, operands, call):
-    operands = operands._replace(biases=biases)
-    o, lse = _module(call.backend).forward(q, k, v, operands._replace(sinks=sinks), call)
-    return o, (q, k, v, sinks, operands, o, lse)
+def _attention_forward(operands, call):
+    o, lse = _module(call.backend).forward(operands, call)
+    return o, (operands, o, lse)
 
 
 def _attention_backward(call, saved, d_o):
-    q, k, v, sinks, operands, o, lse = saved
-    delta = compute_row_delta(o, d_o)
-    arrays, call = BackwardArrays(q, k, v, lse, delta, d_o), call._replace(dtype=q.dtype)
-    d_q, d_k, d_v, *d_biases = _module(call.backend).backward(arrays, operands, call)
+    operands, o, lse = saved
+    (q, k, v, *_), sinks = operands, operands.sinks
+    delta, call = compute_row_delta(o, d_o), call._replace(dtype=q.dtype)
+    grads = _module(call.backend).backward(operands._replace(sinks=None), (lse, delta, d_o), call)
+    d_q, d_k, d_v, *d_biases = grads
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     (d_biases,) = d_biases or (None,)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_biases, None
+    d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return (AttentionOperands(d_q, d_k, d_v, sinks=d_sinks, biases=d_biases),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -49,8 +49,6 @@ class BlockVisits(NamedTuple):
 
 
 def plan_visits(
-    S: int,
-    T: int,
     block_q: int,
     block_k: int,
     operands: AttentionOperands,
@@ -61,6 +59,7 @@ def plan_visits(
     """Returns the :class:`BlockVisits` of each block of queries to blocks of keys, or the reverse,
     int32 [B or 1, blocks, FIELDS]; None: all blocks are full. Offsets are those of ``operands``
     (``params.merge_offsets``)."""
+    S, T = operands.q.shape[1], operands.k.shape[1]
     # Slots past the last key are masked, but not where keys visit queries: they add to no other
     # key's gradient.
     padded = per_query and T % block_k > 0
@@ -71,8 +70,8 @@ def plan_visits(
     shape = 1, -(-S // block_q), -(-T // block_k)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
     if params.causal:
-        q_low, q_high = _positions(operands.q_positions, operands.q_offset, S, block_q)
-        k_low, k_high = _positions(operands.k_positions, operands.k_offset, T, block_k)
+        q_low, q_high = _positions(operands.q_offset, S, block_q)
+        k_low, k_high = _positions(operands.k_offset, T, block_k)
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         k_low, k_high = k_low[:, None], k_high[:, None]
         some, whole = q_high >= k_low, q_low >= k_high
@@ -95,14 +94,12 @@ def plan_visits(
     return _runs(some, whole & inside)
 
 
-def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
-    if positions is None:
-        low = jnp.arange(0, length, block, dtype=jnp.int32)[None]
-        high = jnp.minimum(low + block, length) - 1
-        offset = 0 if offset is None else offset
-        return low + offset, high + offset
-    blocks = split_into_blocks(positions, block)
-    return blocks.min(axis=2), blocks.max(axis=2)
+def _positions(offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the greatest position of each block, [1, blocks]."""
+    low = jnp.arange(0, length, block, dtype=jnp.int32)[None]
+    high = jnp.minimum(low + block, length) - 1
+    offset = 0 if offset is None else offset
+    return low + offset, high + offset
 
 
 def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
@@ -159,12 +156,9 @@ def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> di
     (``params.merge_offsets``), as int32 [1]."""
     inputs: dict[str, Any] = {}
     if params.causal or operands.slopes is not None:
-        for side in ("q", "k"):
-            positions = getattr(operands, f"{side}_positions")
-            offset = getattr(operands, f"{side}_offset")
-            inputs[f"{side}_positions"] = positions
-            if positions is None and offset is not None:
-                inputs[f"{side}_offset"] = offset[None]
+        for name in ("q_offset", "k_offset"):
+            offset = getattr(operands, name)
+            inputs[name] = None if offset is None else offset[None]
     for name in ("q_segments", "k_segments", "prefix", "slopes"):
         inputs[name] = getattr(operands, name)
     return {name: x for name, x in inputs.items() if x is not None}

@@ -9,7 +9,7 @@ ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal ma
 (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,58 +25,34 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionParams,
-    BackwardArrays,
+    OutputArrays,
     merge_offsets,
 )
 
 _BACKWARD_HEADS = 128
 
 
-class HopperForwardBlocks(NamedTuple):
-    """Blocks of the forward pass."""
+class HopperBlockSizes(NamedTuple):
+    """Rows of a block, multiples of 64."""
 
-    k: int
-    """Keys of a block, a multiple of 64."""
-    stages: int
-    """Blocks of keys, and of values, in shared memory."""
-
-
-class HopperBackwardBlocks(NamedTuple):
-    k: int
-    """Keys of a block that dQ visits, a multiple of 64."""
-    q: int
-    """Queries of a block that dK and dV visit, likewise."""
+    forward_keys: int
+    d_q_keys: int
+    """Keys of a block that dQ visits."""
+    d_kv_queries: int
+    """Queries of a block that dK and dV visit."""
     stages: int
     """Blocks of each operand in shared memory."""
 
 
-class HopperBlockSizes(NamedTuple):
-    forward: HopperForwardBlocks
-    backward: HopperBackwardBlocks | triton.TritonBlockSizes
-    """Triton's with the heads whose backward pass is Triton's."""
-
-
-def _checked(sizes: HopperBlockSizes) -> HopperBlockSizes:
-    """Refuses blocks that warpgroups cannot multiply."""
-    for blocks in sizes:
-        if not isinstance(blocks, triton.TritonBlockSizes):
-            *rows, stages = blocks
-            if any(n < 1 or n % ROWS for n in rows) or stages < 1:
-                raise ValueError(f"block_sizes: {blocks}: multiples of {ROWS}, a stage or more")
-    return sizes
-
-
-def supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> bool:
+def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
     """bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order."""
+    q, k, v, *_ = operands
     return (
         q.shape[-1] in (64, 128, 256)
         and v.shape[-1] == q.shape[-1]
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.dtype == k.dtype == v.dtype
         and operands.q_positions is None
-        and operands.k_positions is None
         and operands.biases is None
         and params.scale > 0
         and q.size > 0 < k.size
@@ -85,20 +61,21 @@ def supports(
     )
 
 
-def default_block_sizes(H: int, dtype: Any) -> HopperBlockSizes:
-    """Returns block sizes that fit in 227 KB of shared memory, and in registers."""
-    if H <= _BACKWARD_HEADS:
-        backward = HopperBackwardBlocks(64 if H > 64 else 128, 64, 2)
-        return HopperBlockSizes(HopperForwardBlocks(128, 2), backward)
-    return HopperBlockSizes(HopperForwardBlocks(64, 2), triton.default_block_sizes(H, H, dtype))
+def _choose_blocks(H: int, call: AttentionCall) -> HopperBlockSizes:
+    """Returns the blocks given, checked, or those that fit in 227 KB of shared memory, and in
+    registers."""
+    default = HopperBlockSizes(128 if H <= _BACKWARD_HEADS else 64, 64 if H > 64 else 128, 64, 2)
+    sizes = call.block_sizes or default
+    if any(n < 1 or n % ROWS for n in sizes[:3]) or sizes.stages < 1:
+        raise ValueError(f"block_sizes: {sizes}: multiples of {ROWS}, a stage or more")
+    return sizes
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
-) -> tuple[jax.Array, jax.Array]:
+def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it."""
-    sizes = (_checked(call.block_sizes or default_block_sizes(q.shape[-1], q.dtype))).forward
     operands = merge_offsets(operands, call.params)
+    q, k, v, *_ = operands
+    sizes = _choose_blocks(q.shape[-1], call)
     B, S, N, _ = q.shape
     inputs = {"q": q, "k": k, "v": v}
     if operands.sinks is not None:
@@ -111,7 +88,7 @@ def forward(
             jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
         ),
         per_query=True,
-        block=sizes.k,
+        block=sizes.forward_keys,
         stages=sizes.stages,
         own=("q", "q_segments"),
         visited=(("k", "k_segments"), ("v",)),
@@ -124,26 +101,26 @@ def forward(
 
 
 def backward(
-    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the backward pass as :mod:`api` calls it: dQ by blocks of keys, dK and dV by blocks of
     queries, so that no sum is atomic and results repeat bit for bit; by Triton's kernels where sums
     of dK and dV do not fit in registers."""
-    H, dtype = arrays.q.shape[-1], arrays.q.dtype
-    sizes = (_checked(call.block_sizes or default_block_sizes(H, dtype))).backward
+    H, dtype = operands.q.shape[-1], operands.q.dtype
     if H > _BACKWARD_HEADS:
-        call = call._replace(block_sizes=sizes, interpret=bool(call.interpret))
-        return triton.backward(arrays, operands, call)
-    operands = merge_offsets(operands, call.params)
-    lse = jnp.where(arrays.lse == -jnp.inf, jnp.inf, arrays.lse * LOG2E).transpose(0, 2, 1)
-    delta, d_o = arrays.delta.transpose(0, 2, 1), arrays.d_o.astype(dtype)
-    assert isinstance(sizes, HopperBackwardBlocks)
-    inputs = arrays._replace(lse=lse, delta=delta, d_o=d_o)._asdict()
-    q, k, v = (jax.ShapeDtypeStruct(x.shape, call.dtype) for x in arrays[:3])
+        call = call._replace(block_sizes=None, interpret=bool(call.interpret))
+        return triton.backward(operands, saved, call)
+    sizes = _choose_blocks(H, call)
+    operands, (lse, delta, d_o) = merge_offsets(operands, call.params), saved
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
+    delta, d_o = delta.transpose(0, 2, 1), d_o.astype(dtype)
+    inputs = {"q": operands.q, "k": operands.k, "v": operands.v}
+    inputs |= {"lse": lse, "delta": delta, "d_o": d_o}
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, call.dtype) for x in operands[:3])
     (d_q,) = parts.run_kernel(
         *(parts.copy_key_value_blocks, _sum_d_q, inputs, operands, call, (q,)),
         per_query=True,
-        block=sizes.k,
+        block=sizes.d_q_keys,
         stages=sizes.stages,
         own=("q", "d_o", "lse", "delta", "q_segments"),
         visited=(("k", "k_segments"), ("v",)),
@@ -151,7 +128,7 @@ def backward(
     d_k, d_v = parts.run_kernel(
         *(_copy_queries, _sum_d_kv, inputs, operands, call, (k, v)),
         per_query=False,
-        block=sizes.q,
+        block=sizes.d_kv_queries,
         stages=sizes.stages,
         own=("k", "v", "k_segments"),
         visited=(("q", "lse", "q_segments"), ("d_o", "delta")),

@@ -329,8 +329,7 @@ def run_kernel(
             x, size = inputs[name], k_block if name == "k_segments" else q_block
             pad = *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % size)
             inputs[name] = jnp.pad(x, pad, constant_values=jnp.inf if name == "lse" else 0)
-    sizes = S, T, q_block, k_block
-    visits = gpu_blocks.plan_visits(*sizes, operands, params, per_query=per_query)
+    visits = gpu_blocks.plan_visits(q_block, k_block, operands, params, per_query=per_query)
     if visits is not None:
         inputs["visits"] = visits
     own = tuple(name for name in own if name in inputs)

@@ -11,6 +11,8 @@ import numpy as np
 
 Segments = tuple[jax.Array, jax.Array]
 Offset = int | jax.Array
+OutputArrays = tuple[jax.Array, jax.Array, jax.Array]
+"""Log-sum-exps, deltas and the output's cotangent, which a backward pass reads."""
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -72,12 +74,18 @@ class AttentionParams(NamedTuple):
 
 
 class AttentionOperands(NamedTuple):
-    """Arrays that place queries and keys, or None."""
+    """Queries, keys and values; what places them and what is added to scores, or None."""
 
+    q: jax.Array
+    """[B, S, N, H]."""
+    k: jax.Array
+    """[B, T, K, H]."""
+    v: jax.Array
+    """[B, T, K, Hv]."""
     q_positions: jax.Array | None = None
     """int32 [B or 1, S]; None: offset + 0..S-1."""
     k_positions: jax.Array | None = None
-    """int32 [B or 1, T]; None: offset + 0..T-1."""
+    """int32 [B or 1, T]; there where ``q_positions`` is."""
     q_offset: jax.Array | None = None
     """int32 scalar, where it is traced; None: ``AttentionParams.q_offset`` alone."""
     k_offset: jax.Array | None = None
@@ -106,17 +114,6 @@ class AttentionCall(NamedTuple):
     block_sizes: Any = None
     """Blocks of the implementation's kernels; None: its choice."""
     interpret: Any = False
-
-
-class BackwardArrays(NamedTuple):
-    """Arrays read by :func:`~pallas_kernels.attention.attention_backward`."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-    d_o: jax.Array
 
 
 def validate_arguments(
@@ -153,9 +150,14 @@ def validate_arguments(
     static_q, traced_q = _offset("q", get("q_offset", 0), q_positions)
     static_k, traced_k = _offset("k", get("k_offset", 0), k_positions)
     wide = accumulation_dtype(q)
+    q_at = _array("q_positions", q_positions, jnp.int32, (B, S), (1, S))
+    k_at = _array("k_positions", k_positions, jnp.int32, (B, T), (1, T))
+    if q_at is None and k_at is not None:
+        q_at = (jnp.arange(S, dtype=jnp.int32) + sum_offsets(static_q, traced_q))[None]
+    if k_at is None and q_at is not None:
+        k_at = (jnp.arange(T, dtype=jnp.int32) + sum_offsets(static_k, traced_k))[None]
     operands = AttentionOperands(
-        _array("q_positions", q_positions, jnp.int32, (B, S), (1, S)),
-        _array("k_positions", k_positions, jnp.int32, (B, T), (1, T)),
+        *(q, k, v, q_at, k_at),
         traced_q,
         traced_k,
         _array("segment_ids of queries", q_segments, jnp.int32, (B, S)),
@@ -210,10 +212,9 @@ def sum_offsets(static: int, traced: jax.Array | None) -> Offset:
 
 def merge_offsets(operands: AttentionOperands, params: AttentionParams) -> AttentionOperands:
     """Moves static offsets into the operands' arrays, for kernels that read them there: without a
-    prefix or positions one by one, which are counted from 0, only as far as queries' and keys'
-    differ."""
+    prefix, which is counted from 0, only as far as queries' and keys' differ."""
     q_offset, k_offset = params.q_offset, params.k_offset
-    if all(x is None for x in (operands.q_positions, operands.k_positions, operands.prefix)):
+    if operands.prefix is None:
         q_offset, k_offset = q_offset - k_offset, 0
 
     def whole(static: int, traced: jax.Array | None) -> jax.Array | None:

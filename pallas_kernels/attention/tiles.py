@@ -28,106 +28,101 @@ class ScoreTile(NamedTuple):
 
     rows: slice
     keys: slice
+    operands: AttentionOperands
+    """Those of all queries, q as [B, S, K, G, H]."""
+    params: AttentionParams
 
-    def scores(
-        self, q: jax.Array, k: jax.Array, operands: AttentionOperands, params: AttentionParams
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Computes scores, and their derivatives by scale·q·k; None: 1.
-
-        Args:
-            q: [B, S, K, G, H].
-            k: [B, T, K, H].
-
-        Returns:
-            fp32 [B, K, G, rows, keys], MASKED where a query may not see a key.
-        """
-        scores = einsum("bskgh,btkh->bkgst", q[:, self.rows], k[:, self.keys]) * params.scale
+    def scores(self) -> tuple[jax.Array, jax.Array | None]:
+        """Computes scores, fp32 [B, K, G, rows, keys], MASKED where a query may not see a key; and
+        their derivatives by scale·q·k; None: 1."""
+        operands, params = self.operands, self.params
+        q, k = operands.q[:, self.rows], operands.k[:, self.keys]
+        scores = einsum("bskgh,btkh->bkgst", q, k) * params.scale
         derivatives = None
         if params.soft_cap is not None:
             tanh = jnp.tanh(scores / params.soft_cap)
             scores, derivatives = params.soft_cap * tanh, 1 - tanh * tanh
-        behind = self._behind(operands, params)
+        behind = self._behind()
         if operands.slopes is not None:
             scores -= reshape_by_head(operands.slopes, k.shape[2]) * jnp.abs(behind)[:, None, None]
         if operands.biases is not None:
-            biases = self._biases(operands.biases, operands, params)
+            biases = self._biases(operands.biases)
             scores += biases.reshape(len(biases), *scores.shape[1:])
-        mask = self._mask(behind, operands, params)
+        mask = self._mask(behind)
         if mask is not None:
             scores = jnp.where(mask[:, None, None], scores, MASKED)
         return scores, derivatives
 
-    def bias_gradient(
-        self, d_scores: jax.Array, operands: AttentionOperands, params: AttentionParams
-    ) -> jax.Array:
+    def bias_gradient(self, d_scores: jax.Array) -> jax.Array:
         """Returns the biases' gradient, fp32 [N, 2R + 1], from scores', fp32 [B, K, G, s, t]."""
         _, K, G, s, t = d_scores.shape
-        if len(self._behind(operands, params)) == 1:
+        if len(self._behind()) == 1:
             d_scores = d_scores.sum(axis=0, keepdims=True)
-        pull = jax.linear_transpose(lambda x: self._biases(x, operands, params), operands.biases)
+        pull = jax.linear_transpose(self._biases, self.operands.biases)
         return pull(d_scores.reshape(-1, K * G, s, t))[0]
 
-    def _biases(
-        self, biases: jax.Array, operands: AttentionOperands, params: AttentionParams
-    ) -> jax.Array:
+    def _biases(self, biases: jax.Array) -> jax.Array:
         """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
-        if operands.q_positions is not None:
-            return jnp.moveaxis(_at(biases, -self._behind(operands, params)), 0, 1)
+        if self.operands.q_positions is not None:
+            return jnp.moveaxis(_at(biases, -self._behind()), 0, 1)
         # Without a gather per score: a row is the one above it, moved on by a place. One row of
         # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
         # begins with the last number that the one above left, and those of keys before the first
         # query stand at the repeated row's end.
-        s, t = (x.stop - x.start for x in self)
-        q_at, k_at = self._positions(operands, params)
+        s, t = (x.stop - x.start for x in (self.rows, self.keys))
+        q_at, k_at = self._positions()
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
         row = _at(biases, ahead)
         rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(len(row), -1)
         return rows[:, : s * (s + t - 1)].reshape(1, len(row), s, -1)[..., :t]
 
-    def _behind(self, operands: AttentionOperands, params: AttentionParams) -> jax.Array:
+    def _behind(self) -> jax.Array:
         """int32 [B or 1, s, t]: how far each key lies behind each query."""
-        q_at, k_at = self._positions(operands, params)
+        q_at, k_at = self._positions()
         return q_at[:, :, None] - k_at[:, None]
 
-    def _positions(
-        self, operands: AttentionOperands, params: AttentionParams
-    ) -> tuple[jax.Array, jax.Array]:
+    def _positions(self) -> tuple[jax.Array, jax.Array]:
+        operands, params = self.operands, self.params
         if operands.q_positions is None or operands.k_positions is None:
-            q_at, k_at = (jnp.arange(x.start, x.stop, dtype=jnp.int32) for x in self)
+            sides = self.rows, self.keys
+            q_at, k_at = (jnp.arange(x.start, x.stop, dtype=jnp.int32) for x in sides)
             q_at += sum_offsets(params.q_offset, operands.q_offset)
             k_at += sum_offsets(params.k_offset, operands.k_offset)
             return q_at[None], k_at[None]
         return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
 
-    def _mask(
-        self, behind: jax.Array, operands: AttentionOperands, params: AttentionParams
-    ) -> jax.Array | None:
+    def _mask(self, behind: jax.Array) -> jax.Array | None:
         """bool [B or 1, s, t]: which keys each query may see; None: all."""
-        in_prefix = segments = None
+        in_prefix, segments, operands = None, None, self.operands
         if operands.prefix is not None:
-            k_at = self._positions(operands, params)[1]
+            k_at = self._positions()[1]
             in_prefix = (k_at < operands.prefix[:, None])[:, None]
         if operands.q_segments is not None and operands.k_segments is not None:
             own = operands.q_segments[:, self.rows, None]
             segments = own, operands.k_segments[:, None, self.keys]
-        return combine_masks(params, behind, in_prefix, segments)
+        return combine_masks(self.params, behind, in_prefix, segments)
 
 
-def list_score_tiles(
-    S: int, T: int, operands: AttentionOperands, params: AttentionParams
-) -> list[ScoreTile]:
-    """Lists at most MAX_TILES runs of queries: the program grows with their number."""
+def list_score_tiles(operands: AttentionOperands, params: AttentionParams) -> list[ScoreTile]:
+    """Lists at most MAX_TILES runs of queries: the program grows with their number.
+
+    Args:
+        operands: with q [B, S, K, G, H].
+    """
+    S, T = operands.q.shape[1], operands.k.shape[1]
     size = tile_size(S)
     runs = [slice(start, min(start + size, S)) for start in range(0, S, size)]
     if not is_mask_static(operands, params):
-        return [ScoreTile(rows, slice(0, T)) for rows in runs]
+        return [ScoreTile(rows, slice(0, T), operands, params) for rows in runs]
     own = params.q_offset - params.k_offset  # the key at the first query's position
     window = S + T + abs(own) if params.window is None else params.window
-    return [
-        ScoreTile(rows, slice(max(own + rows.start - window + 1, 0), min(own + rows.stop, T)))
-        for rows in runs
-    ]
+
+    def tile(rows: slice) -> ScoreTile:
+        keys = slice(max(own + rows.start - window + 1, 0), min(own + rows.stop, T))
+        return ScoreTile(rows, keys, operands, params)
+
+    return [tile(rows) for rows in runs]
 
 
 def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
@@ -139,21 +134,6 @@ def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool
 
 def tile_size(S: int) -> int:
     return max(MIN_TILE, -(-S // MAX_TILES))
-
-
-def fill_positions(
-    operands: AttentionOperands, params: AttentionParams, S: int, T: int
-) -> AttentionOperands:
-    """Fills in both sides' positions as arrays, where one side's are."""
-    if operands.q_positions is None and operands.k_positions is None:
-        return operands
-    if operands.q_positions is None:
-        first = sum_offsets(params.q_offset, operands.q_offset)
-        operands = operands._replace(q_positions=(jnp.arange(S, dtype=jnp.int32) + first)[None])
-    if operands.k_positions is None:
-        first = sum_offsets(params.k_offset, operands.k_offset)
-        operands = operands._replace(k_positions=(jnp.arange(T, dtype=jnp.int32) + first)[None])
-    return operands._replace(q_offset=None, k_offset=None)
 
 
 def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionParams,
-    BackwardArrays,
+    OutputArrays,
     sum_offsets,
 )
 from pallas_kernels.attention.tpu_blocks import (
@@ -34,13 +34,13 @@ from pallas_kernels.attention.tpu_blocks import (
 from pallas_kernels.attention.tpu_scores import KernelStatics
 from pallas_kernels.attention.tuned import choose_blocks, name_mask_kind
 from pallas_kernels.attention.walk import KeyWalk, make_walk_table, plan_walk
-from pallas_kernels.chips import get_chip
+from pallas_kernels.chips import get_chip, round_up
 
 F32 = jnp.float32
 
 
 class KeyPart(NamedTuple):
-    """A run of keys that VMEM holds."""
+    """A run of keys that VMEM holds, and how a pass works on them."""
 
     index: int
     num_rows: int
@@ -48,7 +48,10 @@ class KeyPart(NamedTuple):
     num_keys: int
     """Keys among these rows; the rest is padding."""
     operands: AttentionOperands
+    """q, k and v as they came; the others of these keys."""
     params: AttentionParams
+    blocks: TpuBlocks
+    vmem_bytes: int
 
 
 class TpuKernelCall(NamedTuple):
@@ -56,36 +59,20 @@ class TpuKernelCall(NamedTuple):
 
     walk: KeyWalk
     statics: KernelStatics
-    blocks: TpuBlocks
     part: KeyPart
-    batch_size: int
-    """Rows of the batch."""
-    pairs_per_head: int
-    """Pairs of a query and a key of a head that causality and window allow, as far as static."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
     """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
     prefix; fp32 [2, N], slopes and sinks."""
-    segments: list[tuple[Any, Any]]
-    """int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that see
-    nothing."""
 
     @classmethod
-    def of(
-        cls,
-        shape: tuple[int, int, int, int],
-        kv_heads: int,
-        part: KeyPart,
-        blocks: TpuBlocks,
-        join_tiles: bool,
-    ) -> "TpuKernelCall":
+    def of(cls, part: KeyPart, join_tiles: bool) -> "TpuKernelCall":
         """
         Args:
-            shape: of the queries.
             join_tiles: see :func:`walk.plan_walk`.
         """
-        (B, S, N, _), T, operands, params = shape, part.num_keys, part.operands, part.params
-        tile = blocks.tile_q, blocks.tile_k
-        walk = plan_walk(S, T, params, operands, blocks[:2], tile, join_tiles=join_tiles)
+        T, operands, params, blocks = part.num_keys, part.operands, part.params, part.blocks
+        (B, S, N, _), kv_heads = operands.q.shape, operands.k.shape[2]
+        walk = plan_walk(S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles)
         q_first = sum_offsets(params.q_offset, operands.q_offset)
         k_first = sum_offsets(params.k_offset, operands.k_offset)
         shift = q_first - k_first
@@ -113,29 +100,23 @@ class TpuKernelCall(NamedTuple):
             has_slopes=operands.slopes is not None,
             has_sinks=operands.sinks is not None,
         )
-        call = cls(
-            walk,
-            statics,
-            blocks,
-            part,
-            B,
-            _pairs(S, T, params, shift),
-            (rows, ints, floats),
-            [(None, None)] * 2,
-        )
-        if operands.q_segments is None or operands.k_segments is None:
-            return call
-        own = jnp.where(operands.q_segments == 0, -1, operands.q_segments)[:, None]
-        keys = operands.k_segments[:, None]
-        segments = [
-            (call.query_row_spec(shared=True), _pad_last_axis(own, call.padded_q_len, -1)),
-            (call.key_row_spec(), _pad_last_axis(keys, part.num_rows, 0)),
-        ]
-        return call._replace(segments=segments)
+        return cls(walk, statics, part, (rows, ints, floats))
 
     @property
     def padded_q_len(self) -> int:
         return self.walk.nq * self.walk.bq
+
+    def pad_segments(self) -> list[tuple[Any, Any]]:
+        """Returns int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that
+        see nothing."""
+        own, keys = self.part.operands.q_segments, self.part.operands.k_segments
+        if own is None or keys is None:
+            return [(None, None)] * 2
+        own, keys = jnp.where(own == 0, -1, own)[:, None], keys[:, None]
+        return [
+            (self.query_row_spec(shared=True), _pad_last_axis(own, self.padded_q_len, -1)),
+            (self.key_row_spec(), _pad_last_axis(keys, self.part.num_rows, 0)),
+        ]
 
     def query_spec(self, width: int) -> pl.BlockSpec:
         group = self.statics.group
@@ -170,20 +151,22 @@ class TpuKernelCall(NamedTuple):
         Args:
             products: multiplications a pair.
         """
-        pairs = self.batch_size * self.statics.kv_heads * self.statics.group * self.pairs_per_head
+        B, S, N, _ = self.part.operands.q.shape
+        pairs = (
+            B * N * _count_pairs(S, self.part.num_keys, self.part.params, self.statics.qk_offset)
+        )
         read = sum(x.nbytes for x in arrays if x is not None)
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results)
         return pl.CostEstimate(
             flops=2 * products * pairs, bytes_accessed=read + written, transcendentals=pairs
         )
 
-    def run(self, body, operands, results, scratch, vmem, products, interpret, name, continued=()):
+    def run(self, body, operands, results, scratch, products, interpret, name, continued=()):
         """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
 
         Args:
             operands: (block, array) or, for what the kernel is not given, (anything, None).
             results: (block, shape, dtype).
-            vmem: bytes that the kernel is known to take.
             products: multiplications for a query and a key.
             continued: the last operands, one for each result: what other parts left there.
         """
@@ -198,12 +181,13 @@ class TpuKernelCall(NamedTuple):
                 aliases[at] = n
             at += before is not None
         statics = self.statics._replace(interpret=bool(interpret))
+        vmem = self.part.vmem_bytes
         limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem_bytes)
         return pl.pallas_call(
-            partial(body, walk=self.walk, statics=statics, blocks=self.blocks),
+            partial(body, walk=self.walk, statics=statics, blocks=self.part.blocks),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(self.scalars),
-                grid=(self.batch_size * statics.kv_heads, statics.group, self.walk.nq),
+                grid=(len(self.part.operands.q) * statics.kv_heads, statics.group, self.walk.nq),
                 in_specs=specs,
                 out_specs=[spec for spec, *_ in results],
                 scratch_shapes=scratch,
@@ -221,8 +205,9 @@ class TpuKernelCall(NamedTuple):
         )(*given)
 
 
-def _pairs(S: int, T: int, params: AttentionParams, shift: Any) -> int:
-    if not params.causal or not isinstance(shift, int):
+def _count_pairs(S: int, T: int, params: AttentionParams, shift: int | None) -> int:
+    """Counts the pairs of a query and a key that causality and window allow, as far as static."""
+    if not params.causal or shift is None:
         return S * T
     # Query s sees keys first..last, whose bounds grow by one from query to query.
     last = np.minimum(np.arange(S) + shift, T - 1)
@@ -235,32 +220,26 @@ def _pad_last_axis(x: jax.Array, size: int, value: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[-1])), constant_values=value)
 
 
-def supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> bool:
+def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
     """Supports everything but queries or keys at arbitrary positions, and learned biases."""
-    return all(x is None for x in (operands.q_positions, operands.k_positions, operands.biases))
+    return operands.q_positions is None and operands.biases is None
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
-) -> tuple[jax.Array, jax.Array]:
+def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
     in parts, whose results are merged."""
-    sizes = AttentionSizes.of(q, v, call.dtype)
-    blocks = choose_blocks(FORWARD, sizes, name_mask_kind(call.params, operands), call.block_sizes)
-    held = count_keys_in_vmem(FORWARD, blocks, sizes, get_chip())
-    parts = _parts(k.shape[1], operands, call.params, held)
-    k, v = (_move_heads_first(x, len(parts) * held) for x in (k, v))
+    parts = _parts(FORWARD, operands, call)
+    k, v = (_move_heads_first(x, len(parts) * parts[0].num_rows) for x in operands[1:3])
     out = call.dtype if len(parts) == 1 else F32
-    results = [_forward(q, k, v, sizes, part, out, blocks, call.interpret) for part in parts]
+    results = [_forward(k, v, part, out, call.interpret) for part in parts]
     o, lse = reduce(merge_attention, results)
     return o.astype(call.dtype), lse
 
 
-def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
+def _forward(k, v, part, dtype, interpret):
+    q, blocks = part.operands.q, part.blocks
     (B, S, N, H), Hv = q.shape, v.shape[-1]
-    call = TpuKernelCall.of(q.shape, len(k) // B, part, blocks, join_tiles=True)
+    call = TpuKernelCall.of(part, join_tiles=True)
     bq, slots, tile = blocks.q, blocks.tiles_in_flight, (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.forward_kernel,
@@ -268,7 +247,7 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
             (call.query_spec(H), _move_heads_first(q, call.padded_q_len)),
             (call.key_spec(H), k),
             (call.key_spec(Hv), v),
-            *call.segments,
+            *call.pad_segments(),
         ],
         results=[
             (call.query_spec(Hv), (B * N, call.padded_q_len, Hv), dtype),
@@ -283,7 +262,6 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
         ],
-        vmem=vmem_bytes(FORWARD, blocks, sizes, part.num_rows),
         products=H + Hv,
         interpret=interpret,
         name="attention_forward",
@@ -292,22 +270,19 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
 
 
 def backward(
-    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, ...]:
     """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
     in parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
-    q, k, v, lse, delta, d_o = arrays
-    (B, S), T = q.shape[:2], k.shape[1]
-    sizes = AttentionSizes.of(q, v, call.dtype)
-    blocks = choose_blocks(BACKWARD, sizes, name_mask_kind(call.params, operands), call.block_sizes)
-    held = count_keys_in_vmem(BACKWARD, blocks, sizes, get_chip())
-    parts = _parts(T, operands, call.params, held)
-    rows = -(-S // blocks.q) * blocks.q
+    q, k, v, *_ = operands
+    (lse, delta, d_o), (B, S), T = saved, q.shape[:2], k.shape[1]
+    parts = _parts(BACKWARD, operands, call)
+    rows, keys = round_up(S, parts[0].blocks.q), len(parts) * parts[0].num_rows
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    saved = (
+    laid_out = (
         _move_heads_first(q, rows),
-        _move_heads_first(k, len(parts) * held),
-        _move_heads_first(v, len(parts) * held),
+        _move_heads_first(k, keys),
+        _move_heads_first(v, keys),
         _move_heads_first(d_o, rows),
         _move_heads_first(lse, rows, jnp.inf)[:, None],
         _move_heads_first(delta, rows)[:, None],
@@ -315,22 +290,21 @@ def backward(
     sums: tuple[Any, Any, Any] = (None, None, None)
     for part in parts:
         dtypes = (call.dtype if part is parts[-1] else F32), call.dtype
-        sums = _backward(q.shape, saved, sizes, part, sums, dtypes, blocks, call.interpret)
+        sums = _backward(laid_out, part, sums, dtypes, call.interpret)
     return tuple(_move_heads_back(x, B, size) for x, size in zip(sums, (S, T, T), strict=True))
 
 
-def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
+def _backward(saved, part, sums, dtypes, interpret):
     """dQ, dK and dV as the kernel writes them: dQ of the keys so far, dK and dV so far as these.
 
     Args:
-        shape: of the queries.
         saved: q, k, v, d_o, log-sum-exps and deltas as the kernel reads them.
         sums: what this returned for the part before, if any.
         dtypes: of dQ, and of dK and dV.
     """
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
-    H, Hv = q.shape[-1], v.shape[-1]
-    call = TpuKernelCall.of(shape, len(k) // shape[0], part, blocks, join_tiles=False)
+    H, Hv, blocks = q.shape[-1], v.shape[-1], part.blocks
+    call = TpuKernelCall.of(part, join_tiles=False)
     slots, tile = blocks.tiles_in_flight, (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
@@ -342,7 +316,7 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
             (call.query_spec(Hv), d_o),
             (call.query_row_spec(), lse),
             (call.query_row_spec(), delta),
-            *call.segments,
+            *call.pad_segments(),
         ],
         results=[
             (call.query_spec(H), q.shape, dtypes[0]),
@@ -358,7 +332,6 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
             *(_tiles(slots, tile, F32) if part.params.soft_cap is not None else [None]),
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
-        vmem=vmem_bytes(BACKWARD, blocks, sizes, part.num_rows),
         products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",
@@ -371,18 +344,20 @@ def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
     return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
-def _parts(
-    T: int, operands: AttentionOperands, params: AttentionParams, held: int
-) -> list[KeyPart]:
-    """Runs of so many keys; sinks go with the first."""
-    parts = []
+def _parts(direction: str, operands: AttentionOperands, call: AttentionCall) -> list[KeyPart]:
+    """Runs of as many keys as VMEM holds in a pass; sinks go with the first."""
+    sizes, params = AttentionSizes.of(operands, call.dtype), call.params
+    blocks = choose_blocks(direction, sizes, name_mask_kind(params, operands), call.block_sizes)
+    held = count_keys_in_vmem(direction, blocks, sizes, get_chip())
+    vmem = vmem_bytes(direction, blocks, sizes, held)
+    parts, T = [], sizes.T
     for index in range(-(-T // held)):
         start, stop = index * held, min((index + 1) * held, T)
         segments = None if operands.k_segments is None else operands.k_segments[:, start:stop]
         sinks = operands.sinks if index == 0 else None
         own = operands._replace(k_segments=segments, sinks=sinks)
         at = params._replace(k_offset=params.k_offset + start)
-        parts.append(KeyPart(index, held, stop - start, own, at))
+        parts.append(KeyPart(index, held, stop - start, own, at, blocks, vmem))
     return parts
 
 

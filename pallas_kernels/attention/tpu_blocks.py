@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import TpuChip
+from pallas_kernels.attention.params import AttentionOperands
+from pallas_kernels.chips import TpuChip, round_up
 
 FORWARD, BACKWARD = PASSES = ("forward", "backward")
 LANES, SUBLANES = 128, 8
@@ -59,7 +59,8 @@ class AttentionSizes(NamedTuple):
     """Bytes of a number in the results."""
 
     @classmethod
-    def of(cls, q: jax.Array, v: jax.Array, dtype: Any) -> "AttentionSizes":
+    def of(cls, operands: AttentionOperands, dtype: Any) -> "AttentionSizes":
+        q, _, v, *_ = operands
         (S, H), (T, Hv) = (q.shape[1], q.shape[3]), (v.shape[1], v.shape[3])
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
@@ -79,7 +80,7 @@ def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) 
         return TpuBlocks(q, k, min(chip.mxu_size, q), min(chip.mxu_size, k), **stages)
 
     most, room = 1024, int(chip.vmem_bytes * _USABLE)
-    keys = -(-min(sizes.T, _KEYS) // LANES) * LANES
+    keys = round_up(min(sizes.T, _KEYS), LANES)
     while most > LANES and vmem_bytes(direction, blocks(most), sizes, keys) > room:
         most //= 2
     return blocks(most)
@@ -95,18 +96,18 @@ def _fit(n: int, most: int) -> int:
 
 def has_little_padding(n: int, size: int) -> bool:
     """Returns whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
-    return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
+    return round_up(n, size) * 9 <= round_up(n, LANES) * 10
 
 
 def count_value_and_sum_rows(Hv: int) -> int:
     """Returns the rows of the transposed values and of the sums of weights, in the forward pass."""
-    return SUMS + -(-Hv // SUBLANES) * SUBLANES
+    return SUMS + round_up(Hv, SUBLANES)
 
 
 def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_keys: int) -> int:
     """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch; of
     the backward pass, the sums of dK and dV over all queries too."""
-    H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
+    H, Hv = (round_up(width, LANES) for width in (sizes.H, sizes.Hv))
     if direction == FORWARD:
         operands = sizes.element_bytes * (blocks.q * H + num_keys * (H + Hv))
         results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
@@ -129,9 +130,9 @@ def count_keys_in_vmem(
     Raises:
         ValueError: not one block.
     """
-    keys, room = -(-sizes.T // blocks.k) * blocks.k, int(chip.vmem_bytes * _USABLE)
+    keys, room = round_up(sizes.T, blocks.k), int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
-        keys = -(-(keys // 2) // blocks.k) * blocks.k
+        keys = round_up(keys // 2, blocks.k)
     needed = vmem_bytes(direction, blocks, sizes, keys)
     if needed > room:
         raise ValueError(
@@ -153,7 +154,3 @@ def check_blocks(blocks: TpuBlocks) -> None:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
     if min(blocks.ahead, blocks.behind, blocks.pace) < 0:
         raise ValueError(f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more")
-
-
-def _lanes(width: int) -> int:
-    return -(-width // LANES) * LANES

@@ -20,7 +20,7 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionParams,
-    BackwardArrays,
+    OutputArrays,
     merge_offsets,
 )
 from pallas_kernels.attention.triton_program import (
@@ -59,16 +59,16 @@ def _checked(sizes: TritonBlockSizes) -> TritonBlockSizes:
     return sizes
 
 
-def supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> bool:
+def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
     """Returns whether operands are bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most
-    (tiles hold whole heads), without learned biases."""
+    (tiles hold whole heads), with positions in order and without learned biases."""
+    q, k, v, *_ = operands
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and q.dtype == k.dtype == v.dtype
         and max(q.shape[-1], v.shape[-1]) <= 256
         and q.size > 0 < v.size
+        and operands.q_positions is None
         and operands.biases is None
     )
 
@@ -95,14 +95,13 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
     return TritonBlockSizes(*(TritonTiles(*each) for each in tiles))
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
-) -> tuple[jax.Array, jax.Array]:
+def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
-    B, S, N, _ = q.shape
     operands = merge_offsets(operands, call.params)
+    q, _, v, *_ = operands
+    B, S, N, _ = q.shape
     sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
-    run = TritonKernelCall(q, k, v, operands, call, sizes.forward, per_query=True)
+    run = TritonKernelCall(operands, call, sizes.forward, per_query=True)
     run.add(full_spec, sinks=operands.sinks)
     o, lse = run(
         _forward_kernel,
@@ -113,18 +112,18 @@ def forward(
 
 
 def backward(
-    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
-    (q, k, v, lse, delta, d_o), dtype = arrays, call.dtype
-    operands = merge_offsets(operands, call.params)
+    operands, dtype = merge_offsets(operands, call.params), call.dtype
+    (q, k, v, *_), (lse, delta, d_o) = operands, saved
     sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
 
     def plan(tiles: TritonTiles, *, per_query: bool) -> TritonKernelCall:
-        run = TritonKernelCall(q, k, v, operands, call, tiles, per_query=per_query)
+        run = TritonKernelCall(operands, call, tiles, per_query=per_query)
         run.add(run.query_spec, d_o=d_o)
         run.add(run.query_row_spec, lse=lse, delta=delta)
         return run

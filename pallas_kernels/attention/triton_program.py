@@ -20,6 +20,7 @@ from pallas_kernels.attention.params import (
     AttentionParams,
     combine_masks,
 )
+from pallas_kernels.chips import round_up
 
 
 class TritonTiles(NamedTuple):
@@ -90,20 +91,13 @@ class TritonProgram:
         tiles, s = self.tiles, self.statics
         block, length = (tiles.q, s.S) if side == "q" else (tiles.k, s.T)
         index = start + jnp.arange(block, dtype=jnp.int32)
-
-        def read(name):
-            if name not in self.refs:
-                return None
-            part = self.refs[name].at[pl.ds(start, block)]
-            if length % block == 0:
-                return part[...]
-            return plgpu.load(part, mask=index < length, other=0)
-
-        position = read(f"{side}_positions")
-        if position is None:
-            offset = self.refs.get(f"{side}_offset")
-            position = index if offset is None else index + offset[0]
-        tokens = TokenBlock(index, position, read(f"{side}_segments"))
+        offset, segments = (self.refs.get(f"{side}_{x}") for x in ("offset", "segments"))
+        position = index if offset is None else index + offset[0]
+        if segments is not None:
+            part = segments.at[pl.ds(start, block)]
+            mask = None if length % block == 0 else index < length
+            segments = part[...] if mask is None else plgpu.load(part, mask=mask, other=0)
+        tokens = TokenBlock(index, position, segments)
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
     def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> Any:
@@ -170,21 +164,18 @@ class TritonKernelCall:
 
     def __init__(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
         operands: AttentionOperands,
         call: AttentionCall,
         tiles: TritonTiles,
         *,
         per_query: bool,
     ):
-        (B, S, N, H), (T, K, Hv), params = q.shape, v.shape[1:], call.params
+        (q, k, v, *_), params = operands, call.params
+        (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         group = N // K
-        sizes = S, T, tiles.q, tiles.k
-        visits = gpu_blocks.plan_visits(*sizes, operands, params, per_query=per_query)
+        visits = gpu_blocks.plan_visits(tiles.q, tiles.k, operands, params, per_query=per_query)
         self.statics = TritonStatics(params, tiles, S, T, H, Hv, group, call.interpret)
         rows, heads = (pl.cdiv(S, tiles.q), N) if per_query else (pl.cdiv(T, tiles.k), K)
         self.grid = rows, heads, B
@@ -194,7 +185,7 @@ class TritonKernelCall:
         self.add(lambda x: self._per_row(x, x.shape[1:]), visits=visits)
         for name, x in gpu_blocks.list_mask_inputs(operands, params).items():
             spec = full_spec
-            if name.endswith(("positions", "segments")):
+            if name.endswith("segments"):
                 spec = self._token_spec(tiles.q if name.startswith("q") else tiles.k)
             self.add(spec, **{name: x})
         self.add(self.query_spec, q=q)
@@ -278,10 +269,6 @@ def split_head_dim(H: int) -> list[tuple[int, int]]:
 
 def pad_head_size(H: int) -> int:
     return sum(split_head_dim(H)[-1])
-
-
-def round_up(length: int, block: int) -> int:
-    return pl.cdiv(length, block) * block
 
 
 def _inside(start, block: int, length: int | None, begin: int, width: int, H: int):

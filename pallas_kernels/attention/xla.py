@@ -16,37 +16,32 @@ from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
     AttentionParams,
-    BackwardArrays,
+    OutputArrays,
     accumulation_dtype,
 )
 from pallas_kernels.attention.tiles import (
     MASKED,
     ScoreTile,
     einsum,
-    fill_positions,
     is_mask_static,
     list_score_tiles,
     reshape_by_head,
     tile_size,
 )
+from pallas_kernels.chips import find_largest_divisor
 
 # Scores that exist at once, of which there are a few copies; what has more goes a part at a time.
 SCORE_BYTES = 1 << 26
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, call: AttentionCall
-) -> tuple[jax.Array, jax.Array]:
+def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.attention.attention_forward`."""
-    params, dtype = call.params, call.dtype
-    operands = fill_positions(operands, params, q.shape[1], k.shape[1])
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    (q, k, v, *_), params, dtype = operands, call.params, call.dtype
+    (B, S, N, H), (K, Hv) = q.shape, v.shape[2:]
     if part := _part(q, k):
 
         def one_part(out, i):
-            own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = forward(own_q, own_k, own_v, part.cut_operands(i, operands), call)
-            return part.put(i, out, own), None
+            return part.put(i, out, forward(part.cut_operands(i, operands), call)), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), accumulation_dtype(q))
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.num_parts))
@@ -54,12 +49,11 @@ def forward(
     if count := _loop_length(S, operands, params):
 
         def one(rows):
-            (q,), own = rows
-            return forward(q, k, v, operands._replace(**own), call)
+            return forward(operands._replace(**rows), call)
 
-        return _joined(lax.map(one, _rows((q,), operands, S, count)))
+        return _joined(lax.map(one, _rows(operands, count)))
 
-    q = q.reshape(B, S, K, N // K, H)
+    operands = operands._replace(q=q.reshape(B, S, K, N // K, H))
     sinks = None if operands.sinks is None else reshape_by_head(operands.sinks, K)
 
     def block(tile: ScoreTile):
@@ -67,7 +61,7 @@ def forward(
             shape = (B, K, N // K, tile.rows.stop - tile.rows.start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
-        scores, _ = tile.scores(q, k, operands, params)
+        scores, _ = tile.scores()
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
             top = jnp.maximum(top, sinks)
@@ -80,30 +74,29 @@ def forward(
         o = jnp.where(some, o / total, 0.0)
         return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
 
-    blocks = [block(tile) for tile in list_score_tiles(S, T, operands, params)]
+    blocks = [block(tile) for tile in list_score_tiles(operands, params)]
     o, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, S, N, Hv)
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
 
 def backward(
-    arrays: BackwardArrays, operands: AttentionOperands, call: AttentionCall
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, ...]:
     """See :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
     and log-sum-exps."""
-    (q, k, v, lse, delta, d_o), params, dtype = arrays, call.params, call.dtype
-    operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    (q, k, v, *_), params, dtype = operands, call.params, call.dtype
+    (B, S, N, H), (K, Hv) = q.shape, v.shape[2:]
     if part := _part(q, k):
         like = q, k, v
 
         def one_part(carry, i):
             places, sums = carry
-            read = zip(part.cut(i, places), like, strict=True)
-            own = BackwardArrays(
-                *(x.astype(whole.dtype) for x, whole in read), *part.cut(i, (lse, delta, d_o))
-            )
-            d_q, d_k, d_v, *terms = backward(own, part.cut_operands(i, operands), call)
+            q, k, v = places
+            own = part.cut_operands(i, operands._replace(q=q, k=k, v=v))
+            q, k, v = (x.astype(y.dtype) for x, y in zip(own[:3], like, strict=True))
+            own = own._replace(q=q, k=k, v=v)
+            d_q, d_k, d_v, *terms = backward(own, part.cut(i, saved), call)
             terms = jax.tree.map(jnp.add, tuple(terms), part.cut(i, sums, BY_HEAD))
             return (part.put(i, places, (d_q, d_k, d_v)), part.put(i, sums, terms, BY_HEAD)), None
 
@@ -117,38 +110,39 @@ def backward(
     if count := _loop_length(S, operands, params):
 
         def add(sums, rows):
-            (q, lse, delta, d_o), own = rows
-            arrays, own = BackwardArrays(q, k, v, lse, delta, d_o), operands._replace(**own)
-            d_q, *terms = backward(arrays, own, call._replace(dtype=wide))
+            own, saved = rows
+            own = operands._replace(**own)
+            d_q, *terms = backward(own, saved, call._replace(dtype=wide))
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
-        rows = _rows((q, lse, delta, d_o), operands, S, count)
+        rows = _rows(operands, count), _split(saved, count)
         (d_k, d_v, *d_biases), d_q = lax.scan(add, zeros, rows)
         return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
-    heads = (B, S, K, N // K)
+    (lse, delta, d_o), heads = saved, (B, S, K, N // K)
     q, d_o = q.reshape(*heads, H), d_o.reshape(*heads, Hv)
     # +inf where no key is left: then exp(scores − lse) is 0 there.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     lse, delta = (x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
     d_q, (d_k, d_v, *d_biases) = [], zeros
 
-    for tile in list_score_tiles(S, T, operands, params):
-        rows, keys = tile
+    for tile in list_score_tiles(operands._replace(q=q), params):
+        rows, keys, *_ = tile
         # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
         sums = d_k, d_v, d_biases
         read = q, d_o, operands.biases
         (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
-        operands = operands._replace(biases=biases)
+        operands = operands._replace(q=q, biases=biases)
         if keys.start >= keys.stop:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
-        scores, derivatives = tile.scores(q, k, operands, params)
+        tile = tile._replace(operands=operands)
+        scores, derivatives = tile.scores()
         weights = jnp.exp(scores - lse[..., rows, :])
         d_weights = einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys])
         d_scores = weights * (d_weights - delta[..., rows, :])
         if d_biases:
-            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0), operands, params)
+            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0))
             d_biases = [d_biases[0] + own]
         d_scores *= params.scale
         if derivatives is not None:
@@ -186,8 +180,8 @@ class BatchPartition(NamedTuple):
         """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one: whole rows
         where these fit."""
         if max_pairs >= kv_heads:
-            return cls(batch // _divisor(batch, max_pairs // kv_heads), 1)
-        return cls(batch, kv_heads // _divisor(kv_heads, max_pairs))
+            return cls(batch // find_largest_divisor(batch, max_pairs // kv_heads), 1)
+        return cls(batch, kv_heads // find_largest_divisor(kv_heads, max_pairs))
 
     @property
     def num_parts(self) -> int:
@@ -201,8 +195,9 @@ class BatchPartition(NamedTuple):
         """Cuts the operands of part i."""
         by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
         by_head = ("slopes", "sinks", "biases")
-        own = self.cut(i, {name: getattr(operands, name) for name in by_row}, BY_ROW)
-        own |= self.cut(i, {name: getattr(operands, name) for name in by_head}, BY_HEAD)
+        own = {}
+        for names, axes in ((("q", "k", "v"), BY_TOKEN), (by_row, BY_ROW), (by_head, BY_HEAD)):
+            own |= self.cut(i, {name: getattr(operands, name) for name in names}, axes)
         return operands._replace(**own)
 
     def put(
@@ -226,11 +221,6 @@ class BatchPartition(NamedTuple):
         return starts, sizes
 
 
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is not above ``most``; 1 at least."""
-    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
-
-
 def _part(q, k) -> BatchPartition | None:
     """Returns the part attended to at once, so that a tile's scores stay in bounds; None: all."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
@@ -249,19 +239,23 @@ def _loop_length(S: int, operands: AttentionOperands, params: AttentionParams) -
     return S // size if same and size < S and S % size == 0 else 0
 
 
-def _rows(arrays: Any, operands: AttentionOperands, S: int, count: int) -> Any:
-    """Returns each tile's queries, [count, B, S / count, ...]: of ``arrays`` [B, S, ...], and of
-    their fields of ``operands``."""
+def _rows(operands: AttentionOperands, count: int) -> dict[str, Any]:
+    """Returns the operands that belong to each tile's queries, [count, B, S / count, ...]."""
+    own = _split({x: getattr(operands, x) for x in ("q", "q_positions", "q_segments")}, count)
+    if operands.q_positions is None:
+        first, S = operands.q_offset, operands.q.shape[1]
+        first = 0 if first is None else first
+        own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
+    return own
 
-    def cut(x):
+
+def _split(tree: Any, count: int) -> Any:
+    """[B, S, ...] → [count, B, S / count, ...]"""
+
+    def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
 
-    own = {"q_positions": operands.q_positions, "q_segments": operands.q_segments}
-    arrays, own = jax.tree.map(cut, (arrays, own))
-    if operands.q_positions is None:
-        first = 0 if operands.q_offset is None else operands.q_offset
-        own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
-    return arrays, own
+    return jax.tree.map(split, tree)
 
 
 def _joined(tree: Any) -> Any:

@@ -66,10 +66,7 @@ def grouped_matmul(
             raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
     scaled = row_scales is not None or column_scales is not None
     how = _how(rows, kernels, group_sizes, dtype, scaled, backend, transpose_kernels)
-    if rows.dtype in _EIGHT_BITS or kernels.dtype in _EIGHT_BITS:
-        scales = row_scales, column_scales
-        return _forward_only(rows, kernels, group_sizes, scales, "matmul", how)
-    return _matmul(rows, kernels, group_sizes, how)
+    return _multiply(rows, kernels, group_sizes, (row_scales, column_scales), "matmul", how)
 
 
 def grouped_outer_product(
@@ -93,9 +90,7 @@ def grouped_outer_product(
     if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or group_sizes.ndim != 1:
         _refuse_shapes(rows=rows, others=others, sizes=group_sizes)
     how = _how(rows, others, group_sizes, dtype, False, backend)
-    if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
-        return _forward_only(rows, others, group_sizes, (), "outer", how)
-    return _outer(rows, others, group_sizes, how)
+    return _multiply(rows, others, group_sizes, (), "outer", how)
 
 
 def _refuse_shapes(**arrays: jax.Array) -> None:
@@ -148,53 +143,31 @@ def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _forward_only(left, right, sizes, scales, name: str, how: _How):
+def _multiply(left, right, sizes, scales, name: str, how: _How):
     return _run(name, how, left, right, sizes, *scales)
 
 
-def _refused(left, right, *others):
-    raise ValueError(
-        f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
-    )
+def _forward(left, right, sizes, scales, name, how):
+    if left.dtype in _EIGHT_BITS or right.dtype in _EIGHT_BITS:
+        raise ValueError(
+            f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
+        )
+    return _multiply(left, right, sizes, scales, name, how), (left, right, sizes)
 
 
-_forward_only.defvjp(_refused, _refused)
+def _backward(name: str, how: _How, saved, d_y):
+    left, right, sizes = saved
+    d_y, how, transposed = d_y.astype(left.dtype), how._replace(dtype=left.dtype), how.transposed
+
+    def multiply(rows, kernels, transposed):
+        own = how._replace(transposed=transposed)
+        return _multiply(rows, kernels, sizes, (), "matmul", own)
+
+    if name == "outer":
+        return multiply(right, d_y, True), multiply(left, d_y, False), None, None
+    pair = (d_y, left) if transposed else (left, d_y)
+    d_kernels = _multiply(*pair, sizes, (), "outer", how)
+    return multiply(d_y, right, not transposed), d_kernels, None, None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(rows, kernels, sizes, how: _How):
-    return _run("matmul", how, rows, kernels, sizes)
-
-
-def _matmul_forward(rows, kernels, sizes, how):
-    return _matmul(rows, kernels, sizes, how), (rows, kernels, sizes)
-
-
-def _matmul_backward(how: _How, saved, d_y):
-    rows, kernels, sizes = saved
-    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype)
-    d_rows = _matmul(d_y, kernels, sizes, back._replace(transposed=not how.transposed))
-    pair = (d_y, rows) if how.transposed else (rows, d_y)
-    return d_rows, _outer(*pair, sizes, back), None
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _outer(rows, others, sizes, how: _How):
-    return _run("outer", how, rows, others, sizes)
-
-
-def _outer_forward(rows, others, sizes, how):
-    return _outer(rows, others, sizes, how), (rows, others, sizes)
-
-
-def _outer_backward(how: _How, saved, d_y):
-    rows, others, sizes = saved
-    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype)
-    d_rows = _matmul(others, d_y, sizes, back._replace(transposed=True))
-    return d_rows, _matmul(rows, d_y, sizes, back._replace(transposed=False)), None
-
-
-_outer.defvjp(_outer_forward, _outer_backward)
+_multiply.defvjp(_forward, _backward)

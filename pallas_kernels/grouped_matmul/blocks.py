@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.chips import TpuChip
+from pallas_kernels.chips import TpuChip, find_largest_divisor, round_up
 
 LANES = 128
 # Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more
@@ -53,7 +53,7 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     room = budget // 2 // _kernel_bytes(operands, chip)
     inner, narrow = D, _lanes(min(F, 4 * chip.mxu_size))
     if D * narrow > room and D % LANES == 0:
-        inner = LANES * _divisor(D // LANES, max(1, room // narrow // LANES))
+        inner = LANES * find_largest_divisor(D // LANES, room // narrow // LANES)
     widest = min(_COLUMNS, room // inner)
     columns = _even(F, max(widest // LANES * LANES, LANES), chip)
     rows = _tile(operands)
@@ -61,7 +61,7 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
         rows > _ROW_UNIT
         and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip) > budget
     ):
-        rows = _round_up(rows // 2, _ROW_UNIT)
+        rows = round_up(rows // 2, _ROW_UNIT)
     return GroupedBlocks(rows, inner, columns)
 
 
@@ -152,7 +152,7 @@ def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[
     """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
     fewer = 4 if jnp.dtype(operands.left_dtype).itemsize == 4 else 1
     inner, columns = (
-        LANES * _divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n
+        LANES * find_largest_divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n
         for n, most in ((blocks.inner, 1024), (blocks.columns, 2048))
     )
     return inner, columns
@@ -163,7 +163,7 @@ def _budget(chip: TpuChip) -> int:
 
 
 def _tile(operands: GroupedOperands) -> int:
-    return min(_ROWS, _round_up(operands.rows, _ROW_UNIT))
+    return min(_ROWS, round_up(operands.rows, _ROW_UNIT))
 
 
 def _even(whole: int, most: int, chip: TpuChip) -> int:
@@ -177,13 +177,4 @@ def _even(whole: int, most: int, chip: TpuChip) -> int:
 
 
 def _lanes(n: int) -> int:
-    return _round_up(n, LANES)
-
-
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is not above ``most``."""
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+    return round_up(n, LANES)

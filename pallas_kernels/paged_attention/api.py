@@ -34,7 +34,6 @@ def paged_attention(
     uniform_rows: tuple[int, int] = (0, 0),
     value_dim: int | None = None,
     key_limits: jax.Array | None = None,
-    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -67,7 +66,6 @@ def paged_attention(
             same (decoding). Such a row with ``kv_lengths`` 0 is empty: zeros.
         key_limits: int32 [R]: only keys at positions below are read, where later ones lie
             elsewhere; None: all.
-        causal: True; nothing else is computed.
         window: number of last keys that a query sees (1: itself alone); None: all.
         scale: factor on q·k; None: H ** -0.5.
         soft_cap: scores become cap·tanh(score / cap) (Gemma Team 2024, §2).
@@ -90,8 +88,6 @@ def paged_attention(
         ValueError: shapes that do not belong together; options of another sense; a ``backend``
             that does not know these sizes.
     """
-    if not causal:
-        raise ValueError("causal=False: rows are as long as they are, and queries are their last")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     limits = kv_lengths if key_limits is None else key_limits
     rows = page_tables, kv_lengths, query_starts, limits

@@ -5,7 +5,7 @@ running faster, so that one mask serves all kv heads.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,9 @@ import jax.numpy as jnp
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 
 
-class QueryBlocks(NamedTuple):
-    """Blocks of E queries, n of them. int32 [n] where no shape is given."""
+class QueryBlock(NamedTuple):
+    """The integers of a block: scalars in a kernel, int32 [n] of n blocks."""
 
-    q: jax.Array
-    """[n, K, M, H], M = group · E, filled up with zeros."""
-    queries: int
-    """E, a power of two."""
     row: jax.Array
     position: jax.Array
     """Position of the first query; others follow, and fill up a block past the row's end."""
@@ -29,6 +25,21 @@ class QueryBlocks(NamedTuple):
     """The first page of the row that a window lets a query see."""
     end_page: jax.Array
     """The page behind the last one; ``first_page`` where nothing is seen."""
+
+    @classmethod
+    def read(cls, table: Any, i: Any, columns: int, first: int = 0) -> "QueryBlock":
+        """Reads, in a kernel, row i of a flat table: from its column ``first`` on."""
+        return cls(*(table[i * columns + (first + n)] for n in range(len(cls._fields))))
+
+
+class QueryBlocks(NamedTuple):
+    """Blocks of E queries, n of them."""
+
+    q: jax.Array
+    """[n, K, M, H], M = group · E, filled up with zeros."""
+    queries: int
+    """E, a power of two."""
+    places: QueryBlock
     tokens: jax.Array | None
     """int32 [T]: where each query is among n · E; None: they lie in order, ``kept`` a block."""
     kept: int
@@ -44,10 +55,6 @@ class QueryBlocks(NamedTuple):
                 x = jnp.pad(x, ((0, 0), (0, self.q.shape[2] - x.shape[1])))
                 found[name] = x.astype(jnp.float32)
         return found
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def round_up_to_power_of_two(n: int) -> int:
@@ -97,8 +104,8 @@ def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int)
     lengths, limits = operands.kv_lengths[:rows], operands.key_limits[:rows]
     pages = _page_range(lengths - each, lengths, limits, params)
     row = jnp.arange(rows, dtype=jnp.int32)
-    own = _fold_heads(q, operands, align), E, row, lengths - each, *pages
-    return QueryBlocks(*own, None, each)
+    places = QueryBlock(row, lengths - each, *pages)
+    return QueryBlocks(_fold_heads(q, operands, align), E, places, None, each)
 
 
 def block_ragged_rows(
@@ -127,8 +134,8 @@ def block_ragged_rows(
     own = jnp.minimum(own, len(counts) - 1)
     tokens = begins[own] * queries + token - starts[own]
     tokens = jnp.where(token < starts[-1], tokens, -1)
-    folded = _fold_heads(blocked, operands, align)
-    return QueryBlocks(folded, queries, row + skipped, position, *pages, tokens, queries)
+    places = QueryBlock(row + skipped, position, *pages)
+    return QueryBlocks(_fold_heads(blocked, operands, align), queries, places, tokens, queries)
 
 
 def restore_queries(
@@ -137,12 +144,12 @@ def restore_queries(
     """Returns o [T, N, Hv] and lse [T, N] of blocks' o [n, K, M, Hv] and lse [n, K, M]. What is
     there for blocks without a key may be anything."""
     (n, K, _, Hv), N = o.shape, operands.q.shape[1]
-    group, E, kept = N // K, blocks.queries, blocks.kept
+    group, E, kept, places = N // K, blocks.queries, blocks.kept, blocks.places
     o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
-    has_keys = jnp.broadcast_to((blocks.end_page > blocks.first_page)[:, None], (n, E))
+    has_keys = jnp.broadcast_to((places.end_page > places.first_page)[:, None], (n, E))
     # A row whose keys all lie elsewhere.
-    has_queries = jnp.broadcast_to((operands.kv_lengths[blocks.row] > 0)[:, None], (n, E))
+    has_queries = jnp.broadcast_to((operands.kv_lengths[places.row] > 0)[:, None], (n, E))
     o, lse = o.reshape(n, E, N, Hv), lse.reshape(n, E, N)
     if blocks.tokens is None:
         o, lse, has_keys, has_queries = (

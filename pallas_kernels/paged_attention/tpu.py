@@ -14,12 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
-from pallas_kernels.chips import TpuChip, get_chip
+from pallas_kernels.chips import TpuChip, get_chip, round_up
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlocks,
     attend_in_blocks,
-    round_up,
     round_up_to_power_of_two,
 )
 from pallas_kernels.paged_attention.tpu_kernel import (
@@ -131,13 +130,13 @@ def _run(
     n, K, M, H = blocks.q.shape
     cores, Hv, bp = chip.num_cores, params.value_dim, keys // params.page_size
     # Blocks with keys come first: each fetches the next one's first pages.
-    has_keys = blocks.end_page > blocks.first_page
+    places = blocks.places
+    has_keys = places.end_page > places.first_page
     order = jnp.argsort(~has_keys, stable=True).astype(jnp.int32)
     count = has_keys.sum(dtype=jnp.int32)
-    columns = blocks.row, blocks.position, blocks.limit, blocks.first_page, blocks.end_page
-    table = jnp.stack([order, *(x[order] for x in columns)], axis=1)
+    table = jnp.stack([order, *(x[order] for x in places)], axis=1)
     # Cores take turns; one beyond the blocks writes into one that nobody reads, and looks ahead.
-    padding = jnp.zeros((2 * cores, len(columns) + 1), jnp.int32).at[:, 0].set(n)
+    padding = jnp.zeros((2 * cores, table.shape[1]), jnp.int32).at[:, 0].set(n)
     table = jnp.concatenate([table, padding])
     table = jnp.pad(table, ((0, 0), (0, COLUMNS - table.shape[1]))).reshape(-1)
 

@@ -12,10 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_blocks import LANES
 from pallas_kernels.attention.tpu_scores import LOG2_E, multiply
 from pallas_kernels.paged_attention.params import PagedParams
+from pallas_kernels.paged_attention.query_blocks import QueryBlock
 
 COLUMNS = 8
-"""Integers of a block of queries in the table: its index, row, first position, limit, first page
-and the page behind its last."""
+"""Integers of a block of queries in the table: its index, and those of a ``QueryBlock``."""
 # Finite, so that no difference is NaN; and between the two what no score is.
 _MASKED, _NO_KEY = -1e30, -0.5e30
 # Rows of queries of a tile of scores, and of those tiles whose scores are computed ahead.
@@ -35,20 +35,6 @@ class PagedKernelStatics(NamedTuple):
     """Names of the arrays of pages: side ("k", "v") and part ("codes", "scale", "zero")."""
     learned: tuple[str, ...]
     """Names of what is given a row of queries: "slopes", "sinks"."""
-
-
-class QueryBlock(NamedTuple):
-    """A block's integers in the table."""
-
-    row: Any
-    position: Any
-    limit: Any
-    first_page: Any
-    end_page: Any
-
-    @classmethod
-    def read(cls, table: Any, i: Any) -> "QueryBlock":
-        return cls(*(table[i * COLUMNS + 1 + column] for column in range(5)))
 
 
 class PageCopies:
@@ -100,7 +86,9 @@ def attend_query_blocks(table, tables, count, q_ref, *refs, statics: PagedKernel
     o_ref, lse_ref, slot_ref, semaphores, top_ref, sum_ref, acc_ref, *buffers = refs
     core, step = pl.program_id(0), pl.program_id(1)
     item = step * statics.cores + core
-    block, following = (QueryBlock.read(table, item + ahead) for ahead in (0, statics.cores))
+    block, following = (
+        QueryBlock.read(table, item + ahead, COLUMNS, 1) for ahead in (0, statics.cores)
+    )
     copies = PageCopies(tables, arrays, buffers, semaphores, statics.table_width)
 
     @pl.when(step == 0)

@@ -17,6 +17,7 @@ from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
 from pallas_kernels.attention.triton_program import multiply, multiply_transposed, split_head_dim
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
+    QueryBlock,
     QueryBlocks,
     attend_in_blocks,
     round_up_to_power_of_two,
@@ -27,8 +28,7 @@ _PROGRAMS = 256
 # Rows of a tile of queries: of chunks, and at least, as Triton's products want.
 _ROWS, _MIN_ROWS = 64, 16
 _KEYS = 64
-# Integers of a block of queries.
-_COLUMNS = 5
+_COLUMNS = len(QueryBlock._fields)
 
 
 class TritonPagedBlocks(NamedTuple):
@@ -112,11 +112,8 @@ def _run(
     rows = max(_MIN_ROWS, round_up_to_power_of_two(M))
     wide, wide_v = sum(split_head_dim(H)[-1]), sum(split_head_dim(Hv)[-1])
     q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, wide - H)))
-    table = jnp.stack(
-        [blocks.row, blocks.position, blocks.limit, blocks.first_page, blocks.end_page], axis=1
-    )
     inputs: dict[str, jax.Array] = {
-        "blocks": table.reshape(-1),
+        "blocks": jnp.stack(blocks.places, axis=1).reshape(-1),
         "tables": operands.page_tables.reshape(-1),
         "q": q,
     }
@@ -164,9 +161,7 @@ def _attend_block(refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics
     """One block of queries, one kv head, one share of the keys."""
     item, head, split = (pl.program_id(axis) for axis in range(3))
     params = s.params
-    row, position, limit, first_page, end_page = (
-        refs["blocks"][item * _COLUMNS + column] for column in range(_COLUMNS)
-    )
+    row, position, limit, first_page, end_page = QueryBlock.read(refs["blocks"], item, _COLUMNS)
     first = first_page * params.page_size
     tiles = pl.cdiv(jnp.minimum(end_page * params.page_size, limit) - first, s.keys)
     share = pl.cdiv(tiles, s.splits)

@@ -79,8 +79,6 @@ def attention_operands(
     B, S, T, N, K, H, Hv = shape
     like = partial(jax.ShapeDtypeStruct, sharding=sharding)
     options = {
-        "q_positions": like((B, S), jnp.int32),
-        "k_positions": like((1, T), jnp.int32),
         "segment_ids": (like((B, S), jnp.int32), like((B, T), jnp.int32)),
         "q_offset": like((), jnp.int32),
         "k_offset": like((), jnp.int32),

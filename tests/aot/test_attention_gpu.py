@@ -25,9 +25,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "prefix, soft cap, slopes": (
         2048, 2048, 4, 256, 256, BF16, {"soft_cap": 30.0}, ("prefix", "slopes"),
     ),
-    "positions": (
-        2048, 2048, 4, 32, 32, jnp.float16, {}, ("q_positions", "k_positions"),
-    ),
+    "fp16": (2048, 2048, 4, 32, 32, jnp.float16, {}, ()),
     "fp32, offsets": (2000, 1000, 4, 96, 96, FP32, {"k_offset": 7}, ("q_offset",)),
 }  # fmt: skip
 

@@ -38,10 +38,7 @@ CASES = {
     "a query": Case((1, 1, 37, 3, 1, 80, 80), place="static", seed=0),
     "full": Case((1, 64, 64, 2, 2, 32, 32), causal=False),
     "bf16": Case((2, 96, 96, 4, 2, 32, 32), "bfloat16"),
-    "any positions": Case(
-        (2, 50, 77, 4, 2, 16, 16), window=30, packed=True, sinks=True, place="positions"
-    ),
-    "any positions, one document": Case((2, 40, 33, 2, 2, 16, 16), place="positions", seed=3),
+    "packed, sinks": Case((2, 50, 77, 4, 2, 16, 16), window=30, packed=True, sinks=True),
     "full, slopes, packed": Case((2, 45, 70, 4, 2, 40, 40), causal=False, slopes=True, packed=True),
 }
 
@@ -78,9 +75,7 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
     """In fp16, without a mask."""
     case = Case((1, 128, 128, 2, 1, 64, 64), "float16", causal=False)
     (q, k, v), d_o = case.arrays()
-    sizes = hopper.HopperBlockSizes(
-        hopper.HopperForwardBlocks(64, 3), hopper.HopperBackwardBlocks(64, 128, 1)
-    )
+    sizes = hopper.HopperBlockSizes(64, 64, 128, 1)
     options = case.options() | {"backend": "hopper", "interpret": True, "block_sizes": sizes}
     o, pull = jax.vjp(partial(kernel.attention, **options), q, k, v)
     wide = (x.astype(np.float64) for x in (q, k, v))
@@ -97,11 +92,12 @@ def test_what_a_kernel_does_not_take_is_refused():
         jax.eval_shape(partial(kernel.attention, backend=backend, **options), q, k, k)
 
     positions = np.zeros((1, 128), np.int32)
-    run("triton", 256, S=9, q_positions=positions[:, :9])
+    run("triton", 256, S=9)
     run("hopper", 256)
     for refused in (
         partial(run, "triton", 257),
         partial(run, "triton", 64, jnp.float32),
+        partial(run, "triton", 64, q_positions=positions),
         partial(run, "triton", 64, biases=np.zeros((2, 7))),
         partial(run, "hopper", 80),
         partial(run, "hopper", 64, jnp.float32),
@@ -121,8 +117,7 @@ def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     wide = (x.astype(np.float64) for x in (q, k, v))
     o, lse, *wanted = reference.attention(*wide, d_o=d_o.astype(np.float64), **options)
     lse, delta = (x.astype(np.float32) for x in (lse, np.sum(o * d_o, axis=-1)))
-    sizes = hopper.HopperBlockSizes(hopper.HopperForwardBlocks(64, 2), SMALL)
-    options |= {"backend": "hopper", "interpret": True, "block_sizes": sizes}
+    options |= {"backend": "hopper", "interpret": True}
     found = kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02)
@@ -133,9 +128,7 @@ def test_block_sizes_that_no_kernel_has_are_refused():
     tiles = TritonTiles(64, 64, 4, 1)
     wrong = {
         "triton": triton.TritonBlockSizes(tiles, tiles._replace(k=48), tiles),
-        "hopper": hopper.HopperBlockSizes(
-            hopper.HopperForwardBlocks(96, 2), hopper.HopperBackwardBlocks(64, 64, 2)
-        ),
+        "hopper": hopper.HopperBlockSizes(96, 64, 64, 2),
     }
     for backend, sizes in wrong.items():
         attend = partial(kernel.attention, backend=backend, block_sizes=sizes)

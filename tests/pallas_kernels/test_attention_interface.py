@@ -65,17 +65,18 @@ class Kernel:
     def __init__(self, name: str, *, supported: bool):
         self.value, self.supported, self.calls = len(name), supported, []
 
-    def supports(self, q, k, v, operands, params):
+    def supports(self, operands, params):
         return self.supported
 
-    def forward(self, q, k, v, operands, call):
+    def forward(self, operands, call):
+        q, _, v, *_ = operands
         self.calls.append((call.backend, call.block_sizes, call.interpret))
         o = jnp.full((*q.shape[:3], v.shape[3]), self.value, call.dtype)
         return o, jnp.zeros(q.shape[:3], jnp.float32)
 
-    def backward(self, arrays, operands, call):
+    def backward(self, operands, saved, call):
         self.calls.append((call.backend, call.block_sizes, call.interpret))
-        return tuple(jnp.full(x.shape, self.value, call.dtype) for x in arrays[:3])
+        return tuple(jnp.full(x.shape, self.value, call.dtype) for x in operands[:3])
 
 
 def device(platform, kind):

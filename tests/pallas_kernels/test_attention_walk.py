@@ -100,6 +100,7 @@ def visited(case: Case, options: dict) -> list[Visited]:
     q_ids, k_ids = options.get("segment_ids", (None, None))
     traced = [jnp.int32(x) for x in at] if case.traced else [None, None]
     operands = AttentionOperands(
+        *[jnp.zeros(())] * 3,
         q_offset=traced[0],
         k_offset=traced[1],
         q_segments=None if q_ids is None else jnp.asarray(q_ids, jnp.int32),

@@ -16,7 +16,7 @@ def tables(S, T, block_q, block_k, options):
     operands, params = validate_arguments(
         *(jnp.zeros((rows, n, 1, 1)) for n in (S, T, T)), **options
     )
-    sizes = (S, T, block_q, block_k, merge_offsets(operands, params), params)
+    sizes = (block_q, block_k, merge_offsets(operands, params), params)
     return [gpu_blocks.plan_visits(*sizes, per_query=per_query) for per_query in (True, False)]
 
 

@@ -108,7 +108,6 @@ def test_writes_are_in_place(dtype):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"causal": False}, "causal"),
         ({"window": 0}, "window"),
         ({"value_dim": 4}, "either value_pages or value_dim"),
         ({"uniform_rows": (3, 1)}, "uniform_rows"),

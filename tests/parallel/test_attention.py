@@ -300,7 +300,6 @@ def test_the_order_deals_out_each_token_once_with_equal_causal_work(ways, size, 
             "3 query heads a device straddle the groups of 2 that share a kv head; split heads",
         ),
         ({"rules": {"heads": ()}}, "heads are on mesh axes none, kv_heads on tensor=2; give them"),
-        ({"window": 0}, "model.attention.window: a window of 0 tokens; use 1 or more, or null"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_a_way_out(changes, message):
