@@ -22,7 +22,7 @@ import numpy as np
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.caches import CacheLayout, has_unit
+from maxlm.models.caches.layout import CacheLayout, has_unit
 from maxlm.programs.load import LoadedRun, load_model
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.huggingface.dtypes import NUMPY, split_into_slabs
-from maxlm.huggingface.files import SafetensorsWriter, list_stored_tensors
+from maxlm.huggingface.files import NUMPY, SafetensorsWriter, list_stored_tensors, split_into_slabs
 from maxlm.models.architectures import DecoderConfig
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.names import TensorEntry

@@ -24,13 +24,12 @@ PAGE, DRAFTS = 16, 6
 
 def measure_prefix(loaded: LoadedRun) -> None:
     config = EngineConfig(max_sequences=32, max_length=1088, page_size=PAGE, prefill_tokens=256)
-    engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer)
     random = np.random.default_rng(0)
     prefix = random.integers(1_000, 40_000, 1_000).tolist()
     sampling = SamplingConfig(temperature=0, max_new_tokens=40)
     held = {}
     for count in (1, 32):
-        engine.scheduler.clear_prefix_cache()
+        engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer)
         before = engine.stats()
         for number in range(count):
             prompt = (*prefix, *random.integers(1_000, 40_000, 8).tolist())

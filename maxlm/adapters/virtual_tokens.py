@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import reshard
 from pydantic import Field
 
+from maxlm.adapters.targets import replace_targets
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.architectures.config import STACKS
@@ -27,7 +28,6 @@ from maxlm.models.params import (
     ParamSpec,
     ShardedWeight,
     flatten_names,
-    join_path,
 )
 from maxlm.parallel.local import get_layout, make_spec
 
@@ -94,9 +94,7 @@ class PrefixAdapter(_VirtualTokensAdapter):
             what = f"prefix tuning adds keys and values, and the model has no {min(missing)}"
             fix = "use adapter.kind=prompt, or a model with multi-head or grouped attention"
             raise MaxlmError(what, where="adapter.kind", fix=fix)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, spec: self._add_vectors(spec) if join_path(path) in names else spec, specs
-        )
+        return replace_targets(specs, [*names], lambda name, spec: self._add_vectors(spec))
 
 
 @register_adapter

@@ -16,10 +16,9 @@ from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.evaluation.records import read_records
 from maxlm.inference.engine import Engine
-from maxlm.inference.pseudo_likelihood import MaskedScorer
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.inference.scoring import Scorer
+from maxlm.inference.scoring import MaskedScorer, Scorer
 from maxlm.models.architectures import EncoderDecoder
 
 

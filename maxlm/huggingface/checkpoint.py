@@ -2,7 +2,8 @@
 
 What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax checkpoint, each
 parameter under its canonical name in zarr3. Orbax itself saves whole arrays from devices, so its
-few JSON files are written here. What is read is any checkpoint that maxlm wrote.
+few JSON files are written here. What is read is any checkpoint that maxlm wrote, maybe with its
+adapter merged.
 """
 
 import json
@@ -11,7 +12,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape, ZarrArray, create_array, open_array, split_into_boxes
+from maxlm.models.adapters import Adapter
+from maxlm.models.params import Params, flatten_names, is_leaf
 
 ReadSlice = Callable[[Shape], np.ndarray]
 """Leading indices → the slice there."""
 
-_WHOLE_BYTES = 64 << 20
 _HANDLERS = {
     "state": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
     "metadata": "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
@@ -52,11 +55,24 @@ class RunCheckpointWriter:
         """Completes the checkpoint; ``step`` and ``versions`` are added to the metadata."""
         versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
         metadata = {"step": self._step, "versions": versions, **metadata}
-        tree = {f"params.{name}": list(a.shape) for name, a in self._arrays.items()}
         now = time.time_ns()
+        # Orbax's description of a flat dict of arrays.
+        leaves = {
+            str((f"params.{name}",)): {
+                "key_metadata": [{"key": f"params.{name}", "key_type": 2}],
+                "value_metadata": {
+                    "value_type": "jax.Array",
+                    "skip_deserialize": False,
+                    "write_shape": array.shape,
+                },
+            }
+            for name, array in self._arrays.items()
+        }
+        state = {"tree_metadata": leaves, "use_ocdbt": False, "use_zarr3": True}
+        state |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
         kind = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
         kind |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "custom_metadata": {}}
-        _write_json(self._folder / "state" / "_METADATA", _state_metadata(tree))
+        _write_json(self._folder / "state" / "_METADATA", state)
         _write_json(self._folder / "metadata" / "metadata", metadata)
         _write_json(self._folder / "_CHECKPOINT_METADATA", kind)
 
@@ -95,20 +111,65 @@ class RunCheckpointReader:
     ) -> Iterator[ReadSlice]:
         """Opens a parameter to read its slices, at ``num_lead_axes`` leading indices, one by one.
 
-        Training stores many layers in one compressed piece. Such a parameter is decoded once:
-        into memory if it is small, else into a file in the folder ``scratch_folder``, then removed.
+        Training stores many layers in one compressed piece. Such a parameter is decoded once, into
+        a file in the folder ``scratch_folder`` that is removed then.
         """
         array = self.open(name)
         if math.prod(array.chunk_shape[:num_lead_axes]) <= 1:
             yield array.read
-        elif array.nbytes <= _WHOLE_BYTES:
-            whole = array.read()
-            yield lambda index: whole[index]
         else:
             with tempfile.NamedTemporaryFile(dir=scratch_folder, suffix=".maxlm-scratch") as file:
                 _unpack(array, num_lead_axes, file)
                 # A map that is dropped after each slice holds no memory for longer.
                 yield lambda index: np.array(_mapped(array, file.name)[index])
+
+
+class MergedCheckpointReader:
+    """The parameters of a checkpoint with its adapter merged into them, by slices."""
+
+    def __init__(self, inner: RunCheckpointReader, adapter: Adapter, specs: Params):
+        self.inner, self.folder = inner, inner.folder
+        self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
+        """Shapes of all parameters, by canonical name."""
+        adapted = flatten_names(adapter.adapt(specs), is_leaf)
+        self._leaves = {name: own for name, own in adapted.items() if is_leaf(own)}
+        self._kind = adapter.kind
+
+    @contextmanager
+    def open_slice_reader(
+        self, name: str, num_lead_axes: int, scratch_folder: Path
+    ) -> Iterator[ReadSlice]:
+        """Opens a parameter to read its slices; see :class:`RunCheckpointReader`."""
+        kernel = name.removesuffix(".bias") + ".kernel"
+        with ExitStack() as stack:
+
+            def open_slices(name: str) -> ReadSlice:
+                opened = self.inner.open_slice_reader(name, num_lead_axes, scratch_folder)
+                return stack.enter_context(opened)
+
+            owner = name if name in self._leaves else kernel if name.endswith(".bias") else ""
+            leaf = self._leaves.get(owner)
+            if leaf is None:
+                yield open_slices(name)
+                return
+            slices = {
+                part.name: open_slices(f"{owner}.{part.name}")
+                for part in fields(leaf)
+                if f"{owner}.{part.name}" in self.inner.shapes
+            }
+            bias = open_slices(name) if owner != name else None
+
+            def read(index: Shape) -> np.ndarray:
+                own = replace(leaf, **{part: read(index) for part, read in slices.items()})
+                if bias is not None:
+                    return np.asarray(own.merge_bias(bias(index)))
+                if (merged := own.merge()) is None:
+                    what = f"{name} with adapter.kind={self._kind} cannot be merged"
+                    fix = "--adapter writes the adapter alone"
+                    raise MaxlmError(what, where=str(self.folder), fix=fix)
+                return np.asarray(merged)
+
+            yield read
 
 
 def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
@@ -126,28 +187,6 @@ def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
 
 def _mapped(array: ZarrArray, path: str) -> np.ndarray:
     return np.memmap(path, array.dtype, "r+", shape=array.shape)
-
-
-def _state_metadata(tree: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Orbax's description of a flat dict of arrays."""
-    leaves = {
-        str((name,)): {
-            "key_metadata": [{"key": name, "key_type": 2}],
-            "value_metadata": {
-                "value_type": "jax.Array",
-                "skip_deserialize": False,
-                "write_shape": shape,
-            },
-        }
-        for name, shape in tree.items()
-    }
-    return {
-        "tree_metadata": leaves,
-        "use_ocdbt": False,
-        "use_zarr3": True,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

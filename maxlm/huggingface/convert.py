@@ -16,17 +16,19 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
-from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
+from maxlm.huggingface.checkpoint import MergedCheckpointReader, ReadSlice, RunCheckpointReader
 from maxlm.huggingface.files import (
+    NUMPY,
     SHARD_BYTES,
     SafetensorsWriter,
     StoredTensor,
+    TensorDtypes,
+    is_floating,
     iterate_flat_chunks,
     list_stored_tensors,
     read_tensor,
+    split_into_slabs,
 )
-from maxlm.huggingface.merged import MergedCheckpointReader
 from maxlm.models.families.names import TensorEntry
 from maxlm.runtime.progress import Progress, ignore_progress
 

@@ -36,7 +36,7 @@ from maxlm.inference.speculation import (
 )
 from maxlm.inference.step import StepOutputs, StepSizes
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
-from maxlm.models.caches import (
+from maxlm.models.caches.layout import (
     CacheLayout,
     choose_feature_multiple,
     has_row_caches,

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config
 from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.speculation import SpeculationConfig
-from maxlm.models.caches import QUANTIZED_PAGE_SIZE, CacheConfig, PagedCacheConfig
+from maxlm.models.caches.config import QUANTIZED_PAGE_SIZE, CacheConfig, PagedCacheConfig
 
 
 class EngineConfig(Config):

@@ -73,13 +73,12 @@ class GrammarMatcher:
     def __init__(self, matcher: Any, stop_ids: Sequence[int]):
         self._matcher = matcher
         self._stop_ids = stop_ids
-        self._has_ended = False
 
     @property
     def is_finished(self) -> bool:
         """Whether the output is complete and nothing but an end-of-text token may follow, or
         ``error`` is set."""
-        return self.error is not None or self._has_ended or self._matcher.is_stopped()
+        return self.error is not None or self._matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
@@ -94,10 +93,10 @@ class GrammarMatcher:
         """Write the mask of the tokens that may come next: end-of-text tokens once the output is
         complete, and if there is an ``error``."""
         row[:] = 0
-        if self.error is None and not self._has_ended:
+        if self.error is None:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(row)]
             row[: len(mask)] = mask
-        if self.error is not None or self._has_ended:
+        if self.error is not None:  # it may come up here
             for i in self._stop_ids:
                 row[i // 32] |= np.uint32(1 << i % 32)
 
@@ -114,13 +113,9 @@ class GrammarMatcher:
             ahead.fill_mask(row)
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; return whether it may come here. If not, the matcher stays."""
-        if self.error is not None or self._has_ended:
-            return False
-        if token not in self._stop_ids:
-            return self._matcher.try_consume_tokens([token]) == 1
-        self._has_ended = self._matcher.is_accepting()
-        return self._has_ended
+        """Go on by a token; return whether it may come here. If not, or if the output is finished,
+        the matcher stays."""
+        return self.error is None and self._matcher.try_consume_tokens([token]) == 1
 
     def copy(self) -> "GrammarMatcher":
         """Return a matcher at the same place that goes on by itself."""

@@ -14,7 +14,7 @@ from maxlm.inference.adapter_slots import write_columns
 from maxlm.inference.params import prepare_params
 from maxlm.inference.sequences import PageCopy, RunningSequence
 from maxlm.inference.step import EngineState, StepInputs, StepOutputs, StepSizes, run_step
-from maxlm.models.caches import CacheLayout, allocate_cache_array
+from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import map_shards
 
@@ -133,22 +133,13 @@ def copy_pages(
     def local(pages, sources, destinations):
         return pages.at[0, destinations[0]].set(pages[0, sources[0]], mode="drop")
 
-    def copy_layer(cache: Any, specs: Any, window: int | None) -> Any:
-        def copy(pages: jax.Array, spec: Any) -> jax.Array:
-            if spec.unit != "page":
-                return pages
-            layout = model.rules.spec(*spec.axes)
-            return map_shards(local, (layout, batch, batch), layout)(pages, *copies[str(window)])
+    def copy(pages: jax.Array, spec: Any) -> jax.Array:
+        if spec.unit != "page":
+            return pages
+        layout = model.rules.spec(*spec.axes)
+        return map_shards(local, (layout, batch, batch), layout)(pages, *copies[str(spec.window)])
 
-        return jax.tree.map(copy, cache, specs)
-
-    caches, specs = {}, model.cache_specs(layout)
-    for stack in model.config.layer_stacks:
-        own = state.caches[stack.name]
-        kinds = stack.kinds * (len(own) // len(stack.kinds))
-        layers = zip(own, specs[stack.name], kinds, strict=True)
-        caches[stack.name] = tuple(copy_layer(a, s, kind.window) for a, s, kind in layers)
-    return state._replace(caches=caches)
+    return state._replace(caches=jax.tree.map(copy, state.caches, model.cache_specs(layout)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

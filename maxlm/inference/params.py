@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec, reshard
 
 from maxlm.models.architectures import Model
 from maxlm.models.params import (
-    FusedIntoKernel,
     FusedKernel,
     Params,
     ParamSpec,
@@ -54,7 +53,7 @@ def prepare_params(model: Model, params: Params) -> Params:
         for names in _list_joint_kernels(model, specs):
             layers = zip(*(values[name].layers for name in names), strict=True)
             fused = tuple(FusedKernel(_fuse_kernels(kernels)) for kernels in layers)
-            values |= dict.fromkeys(names, UnstackedParam((FusedIntoKernel(),) * len(fused)))
+            values |= dict.fromkeys(names, UnstackedParam((FusedKernel(None),) * len(fused)))
             values[names[0]] = UnstackedParam(fused)
     values = list(values.values())
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), values)

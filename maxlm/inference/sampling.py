@@ -338,9 +338,20 @@ def sample_tokens(
     return lax.cond(all_greedy, lambda x, _: find_argmax(x), draw, logits, keys)
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of tokens, and of the likeliest ones in their places."""
+
+    chosen: Any
+    """Natural ones of the tokens, fp32 [...]."""
+    top_ids: Any
+    """Ids of the likeliest tokens, int32 [..., 20], the likeliest first."""
+    top: Any
+    """fp32 [..., 20]."""
+
+
 def compute_logprobs(
     logits: jax.Array, tokens: jax.Array, wanted: jax.Array, *, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> TokenLogprobs:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
 
     Args:
@@ -348,10 +359,6 @@ def compute_logprobs(
         tokens: int32 [...].
         wanted: whether any row needs them, bool []; if not, all are 0.
         vocab_size: ids that the tokenizer has; no other is among the likeliest.
-
-    Returns:
-        The tokens' natural log-probabilities, fp32 [...]; ids, int32 [..., 20], and
-        log-probabilities, fp32 [..., 20], of the likeliest tokens, the likeliest first.
     """
     size = min(TOP_LOGPROBS, vocab_size)
 
@@ -360,11 +367,11 @@ def compute_logprobs(
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
         values, ids = lax.top_k(logits[..., :vocab_size], size)
-        return chosen[..., 0], ids, values - total
+        return TokenLogprobs(chosen[..., 0], ids, values - total)
 
     def skip(logits):
         none = jnp.zeros_like(logits[..., 0], jnp.float32)
         several = jnp.zeros_like(logits[..., :size], jnp.float32)
-        return none, several.astype(jnp.int32), several
+        return TokenLogprobs(none, several.astype(jnp.int32), several)
 
     return lax.cond(wanted, compute, skip, logits)

@@ -248,13 +248,6 @@ class Scheduler:
         """Return the pages that no sequence holds, in all groups and shards."""
         return sum(pool.num_available for shard in self._shards for pool in shard.pools)
 
-    def clear_prefix_cache(self) -> None:
-        """Free all pages that no sequence holds."""
-        for shard in self._shards:
-            for group, pool in enumerate(shard.pools):
-                while pool.evictable:
-                    shard.tree.evict(group)
-
     def _plan_decode(self, shard: CacheRows, step: ScheduledStep) -> None:
         """Plan a token, and drafts where there are pages for them, for each row that decodes."""
         for sequence in list(shard.running):

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures import Model
-from maxlm.models.caches import CacheLayout, has_row_caches, list_paged_windows
+from maxlm.models.caches.layout import CacheLayout, has_row_caches, list_paged_windows
 from maxlm.models.params import Params
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.adapters.stacked_lora import add_adapters
+from maxlm.inference.adapter_slots import add_adapters
 from maxlm.inference.sampling import (
     TOP_LOGPROBS,
     RowSettings,
+    TokenLogprobs,
     compute_logprobs,
     make_keys,
     process_logits,
@@ -101,17 +102,6 @@ class StepInputs(NamedTuple):
     """bool []."""
     adapter_masks: Array | None = None
     """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no slots."""
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities of tokens, and of the likeliest ones in their places."""
-
-    chosen: Array
-    """fp32 [...]."""
-    top_ids: Array
-    """int32 [..., 20]."""
-    top: Array
-    """fp32 [..., 20]."""
 
 
 class StepOutputs(NamedTuple):
@@ -291,7 +281,7 @@ def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
         drawn = sample_tokens(processed, make_keys(own, lengths), all_greedy)
         tokens = jnp.where(forced >= 0, forced, drawn)
         logprobs = compute_logprobs(logits, tokens, logprobs_wanted, vocab_size=vocab_size)
-        return jax.tree.map(lambda x: x[None], (tokens, TokenLogprobs(*logprobs)))
+        return jax.tree.map(lambda x: x[None], (tokens, logprobs))
 
     shards = rules.spec("batch")
     given = rows, lengths, inputs.settings, inputs.history, inputs.prompt_lengths, inputs.allowed
@@ -363,7 +353,7 @@ def _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs) -> TokenL
         targets = jnp.maximum(targets, 0)
         logprobs = compute_logprobs(logits, targets, jnp.ones((), bool), vocab_size=vocab_size)
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return start + block, jax.tree.map(write, found, TokenLogprobs(*logprobs))
+        return start + block, jax.tree.map(write, found, logprobs)
 
     start = jnp.zeros((), jnp.int32)
     _, found = lax.while_loop(lambda carry: carry[0] < most, compute_block, (start, none))

@@ -13,7 +13,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
-from maxlm.models.caches import CacheLayout, CrossCache
+from maxlm.models.caches import CacheLayout
+from maxlm.models.caches.paged import CrossCache
 from maxlm.models.costs import BranchCosts, get_costs
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import (
@@ -26,7 +27,7 @@ from maxlm.models.layers.attention import (
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, bind, cast_params_by_role, param_specs
+from maxlm.models.params import Params, ParamSpec, bind, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
@@ -257,17 +258,17 @@ def scan_blocks(
         x, aux = body(bind(block, own), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
-    specs, cast_one = param_specs(block), partial(cast_without_hoisting, dtype=dtype)
+    def cast(spec: ParamSpec, held: Any) -> Any:  # an array, or what is held for its gradient
+        castable = spec.role == "matrix" and jnp.issubdtype(spec.dtype, jnp.floating)
+        return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), held) if castable else held
 
-    def cast(own: Params) -> Params:
-        return cast_params_by_role(specs, own, cast_one, ("matrix",))
-
+    cast_all = partial(jax.tree.map, cast, param_specs(block))
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
     alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
     layers = [apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies]
-    return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast)
+    return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast_all)
 
 
 def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:

@@ -232,11 +232,11 @@ class UnstackedParam(Leaf):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedKernel(Leaf):
-    """Several kernels of the same input side by side, in place of the first of them (inference):
-    one product reads them faster than several do. Each device has its own columns of all."""
+    """Several kernels of the same input side by side, in place of each of them (inference): one
+    product reads them faster than several do. Each device has its own columns of all."""
 
-    value: jax.Array
-    """[in, outputs of all]."""
+    value: jax.Array | None
+    """[in, outputs of all]; None: it stands with the first of them."""
 
     def multiply(self, x: jax.Array, readers: "Sequence[ParamReader]") -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, in] by the kernels; see :meth:`ParamReader.multiply`."""
@@ -244,25 +244,14 @@ class FusedKernel(Leaf):
         layouts = tuple(
             parse_spec(r.rules.spec(*r.output_axes), len(r.output_axes)) for r in readers
         )
+        assert self.value is not None
         return multiply_fused_kernel(x, self.value, tuple(s[1:] for s in shapes), layouts)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FusedIntoKernel(Leaf):
-    """A kernel that is part of a :class:`FusedKernel`."""
 
 
 def get_base(held: Any) -> Any:
     """Returns the base of a leaf that has one, or else what is given."""
     field = getattr(held, "base_field", None)
     return held if field is None else getattr(held, field)
-
-
-def find_fused_kernel(held: Any) -> FusedKernel | None:
-    """Returns the fused kernel that a parameter at rest is, or has as its base."""
-    base = get_base(held)
-    return base if isinstance(base, FusedKernel) else None
 
 
 def is_unstacked(params: Params) -> bool:
@@ -308,10 +297,8 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
     several groups of layers in a pipeline stage two, [groups, layers / groups], so that splitting
     the second gives each stage its share of every group."""
     lead = (num_layers,) if num_groups == 1 else (num_groups, num_layers // num_groups)
-    graphdef, state = nnx.split(module)
 
-    def deepen(param: nnx.Param) -> nnx.Param:
-        spec = get_spec(param)
+    def deepen(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
         spec = replace(
             spec,
             shape=(*lead, *spec.shape),
@@ -320,8 +307,7 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
         )
         return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
-    deep = jax.tree.map(deepen, state, is_leaf=lambda x: isinstance(x, nnx.Param))
-    return nnx.merge(graphdef, deep)
+    return _replaced(module, param_specs(module), deepen)
 
 
 def param_specs(module: nnx.Module) -> Params:
@@ -335,7 +321,11 @@ def param_specs(module: nnx.Module) -> Params:
 def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     """Returns the module with other leaves for its parameters; pure. ``specs`` are its
     :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
-    return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
+    return _replaced(
+        module,
+        specs,
+        lambda param, rest: nnx.Param(param.get_value(), spec=get_spec(param), rest=rest),
+    )
 
 
 def select_base_params(tree: Params) -> Params:
@@ -364,18 +354,16 @@ def bind(module: ModuleT, params: Params) -> ModuleT:
 
     Of a stacked block's parameters, those of one layer make a block.
     """
-    return _replaced(module, params, lambda param, value: param.get_metadata(), with_values=True)
+    return _replaced(module, params, lambda param, own: nnx.Param(own, **param.get_metadata()))
 
 
-def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = False) -> ModuleT:
-    """The module with parameters made of a tree's leaves, each used once."""
+def _replaced(module: ModuleT, tree: Params, make: Callable[..., nnx.Param]) -> ModuleT:
+    """The module with parameters made of its own and a tree's leaves, each used once."""
     graphdef, state = nnx.split(module)
     given = flatten_names(tree, lambda held: not isinstance(held, Mapping))
     flat = []
     for path, param in nnx.to_flat_state(state):
-        own = given.pop(".".join(map(str, path)))
-        value = own if with_values else param.get_value()
-        flat.append((path, nnx.Param(value, **metadata(param, own))))
+        flat.append((path, make(param, given.pop(".".join(map(str, path))))))
     assert not given, f"the module has no parameter {next(iter(given))}"
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -389,18 +377,6 @@ def flatten_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> di
 def join_path(path: tuple[Any, ...]) -> str:
     """Returns the canonical name of a leaf's path in a JAX tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def cast_params_by_role(
-    specs: Params, params: Params, cast: Callable, roles: Sequence[str]
-) -> Params:
-    """Parameters with ``cast`` applied to floating-point arrays of some roles."""
-
-    def one(spec: ParamSpec, held: Any) -> Any:  # an array, or what is held for its gradient
-        castable = spec.role in roles and jnp.issubdtype(spec.dtype, jnp.floating)
-        return jax.tree.map(cast, held) if castable else held
-
-    return jax.tree.map(one, specs, params)
 
 
 def init_params(specs: Params, key: jax.Array) -> Params:

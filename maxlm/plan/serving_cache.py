@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.architectures import Decoder
-from maxlm.models.caches import (
-    QUANTIZED_PAGE_SIZE,
-    CacheLayout,
-    PagedCacheConfig,
-    QuantizedCacheConfig,
-    choose_feature_multiple,
-)
+from maxlm.models.caches.config import QUANTIZED_PAGE_SIZE, PagedCacheConfig, QuantizedCacheConfig
+from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
 
 CacheFormat = Literal["auto", "int8", "int4"]
 """auto: the compute dtype."""

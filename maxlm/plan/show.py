@@ -9,7 +9,7 @@ from rich.text import Text
 
 from maxlm.models.architectures.config import strip_stack_name
 from maxlm.plan.layout import ParamRow, RunLayout
-from maxlm.plan.predict import RunPlan
+from maxlm.plan.predict import FILL, RunPlan
 from maxlm.plan.search import SearchResult
 from maxlm.plan.serving import ServingPlan
 
@@ -280,7 +280,7 @@ def render_serving_tables(
         f"{plan.machine['name']}: {plan.machine['words']}\n",
         f"cache: {each} a token, {whole} a sequence of {options.length:,}",
         f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
-        f"{point.batch:,} sequences: {format_seconds(point.tpot_seconds)} a token, "
+        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} a token, "
         f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
     ]
     if price_per_device_hour is not None:
@@ -302,7 +302,8 @@ def render_serving_tables(
         )
         for own in plan.curve
     ]
-    title, sizes, times = f"A step of {point.batch:,} sequences", ("bytes", ""), ("time", "share")
+    title = f"A step of {_count_sequences(point.batch)}"
+    sizes, times = ("bytes", ""), ("time", "share")
     rates = ("step", "a token", "tokens/s", "a device")
     return Group(
         head,
@@ -313,19 +314,24 @@ def render_serving_tables(
     )
 
 
+def _count_sequences(count: int) -> str:
+    return f"{count:,} sequence{'' if count == 1 else 's'}"
+
+
 def format_serving_verdict(plan: ServingPlan) -> str:
     """Formats whether it fits and is in time, and what to do where not."""
     total, limit = (format_bytes(plan.memory[name]) for name in ("total", "limit"))
     need = f"{total} of {limit} a device"
     if not plan.fits:
-        what = f"{plan.point.batch:,} sequences need {need}, {plan.max_batch:,} fit"
+        need += f", of which {FILL:.0%} are filled at most"
+        what = f"{_count_sequences(plan.point.batch)} need {need}; {plan.max_batch:,} fit"
         if not plan.max_batch:
             what = f"not one sequence a replica: {need}"
         return (
             f"does not fit: {what}; split over more devices (tensor in --mesh), or choose a "
             "smaller --cache, --weights, --batch or --prompt"
         )
-    words, missed = f"fits: {need}, {plan.max_batch:,} sequences at most", []
+    words, missed = f"fits: {need}, {_count_sequences(plan.max_batch)} at most", []
     for name, most, value in (
         ("first token", plan.options.ttft_ms, plan.ttft_seconds),
         ("token", plan.options.tpot_ms, plan.point.tpot_seconds),

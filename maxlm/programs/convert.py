@@ -17,11 +17,13 @@ from maxlm.config.keys import join_key
 from maxlm.config.layers import SettingsTree
 from maxlm.config.load import validate_config
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
+from maxlm.huggingface.checkpoint import (
+    MergedCheckpointReader,
+    RunCheckpointReader,
+    RunCheckpointWriter,
+)
 from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
-from maxlm.huggingface.dtypes import TensorDtypes
-from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
-from maxlm.huggingface.merged import MergedCheckpointReader
+from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes, list_stored_tensors
 from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
 from maxlm.models.adapters import count_virtual_tokens

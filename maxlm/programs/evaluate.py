@@ -17,8 +17,7 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.evaluation.curves import compute_position_losses
 from maxlm.inference.engine import Engine
-from maxlm.inference.pseudo_likelihood import MaskedScorer
-from maxlm.inference.scoring import Scorer
+from maxlm.inference.scoring import MaskedScorer, Scorer
 from maxlm.models.architectures import Encoder
 from maxlm.programs.load import LoadedRun
 from maxlm.programs.serve import load_chat_model, make_engine

@@ -11,14 +11,10 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.kernel_cycles.static import Spec, measure
-from maxlm.models.caches import (
-    CacheLayout,
-    PagedCacheConfig,
-    QuantizedCacheConfig,
-    RaggedBatch,
-    choose_feature_multiple,
-    kv_cache_spec,
-)
+from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.caches.config import PagedCacheConfig, QuantizedCacheConfig
+from maxlm.models.caches.kinds import kv_cache_spec
+from maxlm.models.caches.layout import choose_feature_multiple
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import find_chip
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.huggingface import arrays, checkpoint
+from maxlm.huggingface import arrays
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.config import CheckpointConfig
@@ -95,11 +95,8 @@ def saved_by_orbax(folder, where, step=5):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("small", [False, True])
-def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatch, sharded, small):
+def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatch, sharded):
     want = saved_by_orbax(tmp_path, mesh(fsdp=2, tensor=2) if sharded else None)
-    if not small:
-        monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", 0)
     reads = []
     read_box = arrays.ZarrArray.read_box
     monkeypatch.setattr(
@@ -111,12 +108,12 @@ def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatc
     scratch.mkdir()
     for name, lead in LEADS.items():
         with reader.open_slice_reader(name, lead, scratch) as read:
-            assert bool(list(scratch.iterdir())) == bool(lead and not small)
+            assert bool(list(scratch.iterdir())) == bool(lead)
             for index in np.ndindex(*SHAPES[name][:lead]):
                 np.testing.assert_array_equal(read(index), want[name][index])
         assert not list(scratch.iterdir())
     pieces = 1 + (4 + 4 if sharded else 1 + 1)  # the norm is whole, the others in shards
-    assert len(reads) == (0 if small else pieces)
+    assert len(reads) == pieces
 
 
 @pytest.mark.usefixtures("small_files")

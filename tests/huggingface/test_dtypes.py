@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, cast_values, split_into_slabs
+from maxlm.huggingface.files import NUMPY, TensorDtypes, cast_values, split_into_slabs
 
 F32 = np.dtype(np.float32)
 SMALL = [NUMPY[name] for name in ("BF16", "F16", "F8_E4M3", "F8_E5M2")]

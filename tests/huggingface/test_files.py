@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from maxlm.huggingface import files
-from maxlm.huggingface.dtypes import NUMPY
 from maxlm.huggingface.files import (
+    NUMPY,
     SafetensorsWriter,
     iterate_flat_chunks,
     list_stored_tensors,

@@ -18,13 +18,10 @@ from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.step import StepSizes, make_ragged_batch
-from maxlm.models.caches import (
-    CacheConfig,
-    CacheLayout,
-    PagedCache,
-    allocate_cache_array,
-    kv_cache_spec,
-)
+from maxlm.models.caches.config import CacheConfig
+from maxlm.models.caches.kinds import kv_cache_spec
+from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
+from maxlm.models.caches.paged import PagedCache
 from maxlm.sharding import ShardingConfig
 from tests.errors import message
 
@@ -405,7 +402,7 @@ def test_settings_that_cannot_be_meant():
     assert "page_size=7 is odd" in message(
         lambda: kv_cache_spec(layout, None, (1, 8), (1, 8), None)
     )
-    assert EngineConfig.model_validate({"cache": {"kind": "int4"}}).page_size == 32
+    assert EngineConfig.model_validate({"cache": {"kind": "int4"}}).page_size == 64
     assert EngineConfig().page_size == 16
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.inference.pseudo_likelihood import MaskedScorer
+from maxlm.inference.scoring import MaskedScorer
 from maxlm.models.params import bind
 from tests.inference.test_embedding import make_encoder
 

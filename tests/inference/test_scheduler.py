@@ -122,8 +122,10 @@ def check_rest(scheduler, device):
     every = len(scheduler._shards) * sum(count - 1 for count in scheduler.num_pages)
     assert scheduler.count_available_pages() == every
     assert not any(table.any() for table in scheduler.page_tables)
-    scheduler.clear_prefix_cache()
     for shard in scheduler._shards:
+        for group, pool in enumerate(shard.pools):
+            while pool.evictable:
+                shard.tree.evict(group)
         assert sorted(shard.free_rows) == list(range(scheduler.config.max_sequences))
         for pool, num_pages in zip(shard.pools, scheduler.num_pages, strict=True):
             assert (len(pool.free), any(pool.ref_counts)) == (num_pages - 1, False)

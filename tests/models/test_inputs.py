@@ -9,7 +9,7 @@ import pytest
 
 from maxlm.inference.model_runner import allocate_state
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.caches import list_paged_windows
+from maxlm.models.caches.layout import list_paged_windows
 from maxlm.models.params import bind
 from tests.models import building, reference
 from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS

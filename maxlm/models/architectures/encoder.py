@@ -42,22 +42,6 @@ class EncoderConfig(TransformerConfig):
         return Encoder(self, **kwargs)
 
 
-class PredictionHeadTransform(nnx.Module):
-    """``norm(activation(x · kernel + bias))`` (Devlin et al. 2019, published code)."""
-
-    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any):
-        assert config.head_activation is not None
-        self.activation = config.head_activation
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        size = config.d_model
-        self.dense = Linear({"embed": size}, {"latent": size}, bias=True, std=config.init_std, **kw)
-        self.norm = Norm(config.norm, size, **kw)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., S, D] → the same."""
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x, seq_axis="residual")))
-
-
 class Encoder(Transformer):
     """Maps tokens to hidden states of all of them."""
 
@@ -68,7 +52,12 @@ class Encoder(Transformer):
         super().__init__(config, causal=False, **kwargs, **kw)
         rows = (None, config.token_types, config.d_model, config.init_std)
         self.types = Embedding(*rows, **kw) if config.token_types else None
-        self.head_layer = PredictionHeadTransform(config, **kw) if config.head_activation else None
+        head: Any = None
+        if config.head_activation is not None:
+            D = config.d_model
+            dense = Linear({"embed": D}, {"latent": D}, bias=True, std=config.init_std, **kw)
+            head = nnx.Dict(dense=dense, norm=Norm(config.norm, D, **kw))
+        self.head_layer = head
 
     def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
         """See :meth:`Transformer.list_embedding_tables`."""
@@ -85,7 +74,10 @@ class Encoder(Transformer):
         """Computes hidden states as the head wants them; see :class:`Transformer`. ``types``: the
         text of a pair that each token is of, int; None: the first."""
         x, aux = self.forward_without_head(tokens, positions, segment_ids, types)
-        return (x if self.head_layer is None else self.head_layer(x)), aux
+        if (head := self.head_layer) is not None and self.config.head_activation is not None:
+            activate = ACTIVATIONS[self.config.head_activation]
+            x = head.norm(activate(head.dense(x, seq_axis="residual")))
+        return x, aux
 
     def forward_without_head(
         self,

@@ -1,6 +1,6 @@
 """A trunk with a table of tokens and an output head: what maxlm calls a model."""
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jax.sharding import reshard
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.caches import CacheLayout, CrossCache, RaggedBatch
+from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.caches.paged import CrossCache
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
@@ -23,7 +24,6 @@ from maxlm.models.params import (
     read_weight,
     replace_virtual,
     take_stacked_layer,
-    truncated_normal,
 )
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.local import make_spec
@@ -43,15 +43,6 @@ class CrossAttentionCache(NamedTuple):
     """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
 
 
-class Frontend(Protocol):
-    """Turns a model's inputs into vectors of the residual stream: tokens by a table
-    (:class:`~maxlm.models.layers.linear.Embedding`), image patches by a map, and others."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[B, S, ...] to [B, S, D] in the compute dtype."""
-        ...
-
-
 class Transformer(Trunk):
     """Maps tokens to hidden states to logits; ``kwargs``: arguments of :class:`Trunk`."""
 
@@ -66,14 +57,8 @@ class Transformer(Trunk):
         zeros = jax.nn.initializers.zeros
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
-        maps: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
-        maps["contracting_dims"] = (0,)
-        self.heads = nnx.Dict(
-            {
-                name: nnx.Dict(kernel=declare((D, width), ("embed", None), **maps))
-                for name, width in config.heads.items()
-            }
-        )
+        maps = {n: Linear({"embed": D}, {None: width}, **own) for n, width in config.heads.items()}
+        self.heads = nnx.Dict(maps)
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 

@@ -9,40 +9,7 @@ their queries: :class:`PagedCache` keeps all as it is, ``QuantizedCache`` in few
 :class:`RecurrentCache`.
 """
 
-from maxlm.models.caches.config import (
-    QUANTIZED_PAGE_SIZE,
-    CacheConfig,
-    PagedCacheConfig,
-    QuantizedCacheConfig,
-)
-from maxlm.models.caches.kinds import kv_cache_spec
-from maxlm.models.caches.layout import (
-    CacheArraySpec,
-    CacheLayout,
-    allocate_cache_array,
-    choose_feature_multiple,
-    has_row_caches,
-    has_unit,
-    list_paged_windows,
-)
-from maxlm.models.caches.paged import CrossCache, PagedCache
+from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
 from maxlm.models.caches.ragged import RaggedBatch, RecurrentCache
 
-__all__ = [
-    "QUANTIZED_PAGE_SIZE",
-    "CacheArraySpec",
-    "CacheConfig",
-    "CacheLayout",
-    "CrossCache",
-    "PagedCache",
-    "PagedCacheConfig",
-    "QuantizedCacheConfig",
-    "RaggedBatch",
-    "RecurrentCache",
-    "allocate_cache_array",
-    "choose_feature_multiple",
-    "has_row_caches",
-    "has_unit",
-    "kv_cache_spec",
-    "list_paged_windows",
-]
+__all__ = ["CacheArraySpec", "CacheLayout", "RaggedBatch", "RecurrentCache"]

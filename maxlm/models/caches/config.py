@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError, add_default_tag
 
-QUANTIZED_PAGE_SIZE = 32
-"""Tokens of a page that share a scale, unless another size is set."""
+QUANTIZED_PAGE_SIZE = 64
+"""Tokens of a page that share a scale, unless another size is set: as many as the TPU's kernel takes
+at least in int4."""
 
 
 class PagedCacheConfig(Config):

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.config import MaxlmError
 from maxlm.models.caches.config import (
     EvictingCacheConfig,
     HeavyHittersCacheConfig,
@@ -45,14 +44,9 @@ class EvictingCache(AttentionCache):
 
     def attend_shard(self, q, key, value, batch, rules, *, window, **options):
         """See :class:`AttentionCache`. Where devices have heads that share keys, they add up the
-        weights that these were given.
-
-        Raises:
-            MaxlmError: drafts to verify.
+        weights that these were given. Rows have no drafts (``check_speculation``): no token could
+        be taken back.
         """
-        if batch.uniform_rows[1] > 1:
-            what = f"a cache of kind {self.config.kind} cannot take tokens back"
-            raise MaxlmError(what, where="speculation", fix="use a paged, int8 or int4 cache")
         shared = tuple(set(rules.mesh_axes("heads")) - set(rules.mesh_axes("kv_heads")))
         attend = partial(_attend_rows, shared=shared, window=window, **options)
 

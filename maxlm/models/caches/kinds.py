@@ -41,7 +41,7 @@ def kv_cache_spec(
     page, multiple, pages = layout.page_size, layout.feature_multiple, []
     for heads, size in shapes:
         shape = shards, layout.count_pages(window), heads, page, -(-size // multiple) * multiple
-        pages.append(CacheArraySpec(shape, axes, unit="page"))
+        pages.append(CacheArraySpec(shape, axes, unit="page", window=window))
     if isinstance(config, PagedCacheConfig):
         return PagedCache(*pages, *no_value)
     ring = count_ring_pages(config.recent, page)

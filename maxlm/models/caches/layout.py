@@ -22,6 +22,8 @@ class CacheArraySpec:
     """None: the compute dtype."""
     unit: Literal["row", "page"] = "row"
     """What the second dimension counts: rows, or pages."""
+    window: int | None = None
+    """Tokens that a token of a layer with pages sees; None: all."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,8 @@ def allocate_cache_array(array: CacheArraySpec, rules: AxisRules, dtype: Any) ->
 def list_paged_windows(model: Any, cache: CacheConfig | None = None) -> tuple[int | None, ...]:
     """Lists the windows of layers that keep pages, each once; None: a layer that sees all."""
     layout = CacheLayout(1, 1, 2, 2, cache=cache or PagedCacheConfig())
-    specs, found = model.cache_specs(layout), {}
-    for stack in model.config.layer_stacks:
-        kinds = stack.kinds * (len(specs[stack.name]) // len(stack.kinds))
-        for kind, own in zip(kinds, specs[stack.name], strict=True):
-            if has_unit(own, "page"):
-                found[kind.window] = None
-    return tuple(found)
+    specs = jax.tree.leaves(model.cache_specs(layout))
+    return tuple(dict.fromkeys(spec.window for spec in specs if spec.unit == "page"))
 
 
 def has_unit(specs: Any, unit: Literal["row", "page"]) -> bool:

@@ -7,7 +7,7 @@ function of its length alone, and tokens can be taken back. A query attends to t
 and to the others by two calls of one kernel; their log-sum-exps join them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -68,16 +68,16 @@ def quantized_pages_spec(
         pages: [D, P, K, page, H].
         per_channel: as keys; else per token, as values.
     """
-    (*lead, page, size), axes = pages.shape, pages.axes
+    *lead, page, size = pages.shape
     shape = *lead, size if per_channel else page
-    scale: Any = CacheArraySpec(shape, axes[:-1], SCALE_DTYPE, "page")
+    scale: Any = replace(pages, shape=shape, axes=pages.axes[:-1], dtype=SCALE_DTYPE)
+    codes: Any = replace(pages, dtype=jnp.int8)
     if kind == "int8":
-        codes: Any = CacheArraySpec(pages.shape, axes, jnp.int8, "page")
         return QuantizedPages(codes, scale, None)
     if page % 2:
         what = f"page_size={page} is odd, and int4 keeps two tokens in a byte"
         raise MaxlmError(what, where="cache", fix="use an even number")
-    codes = CacheArraySpec((*lead, page // 2, size), axes, jnp.uint8, "page")
+    codes = replace(pages, shape=(*lead, page // 2, size), dtype=jnp.uint8)
     return QuantizedPages(codes, scale, scale)
 
 

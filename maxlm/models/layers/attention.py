@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.caches import CacheLayout, RaggedBatch, kv_cache_spec
+from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGroup
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig

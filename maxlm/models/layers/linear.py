@@ -7,10 +7,11 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
+    FusedKernel,
     Leaf,
     ParamReader,
     declare,
-    find_fused_kernel,
+    get_base,
     get_spec,
     materialize,
     truncated_normal,
@@ -24,7 +25,8 @@ class Linear(nnx.Module):
     """``y = x · kernel + bias`` over named axes, e.g. embed → (heads, head_dim).
 
     Args:
-        inputs, outputs: logical axis → size, in order; the kernel's shape is their concatenation.
+        inputs, outputs: logical axis (or None) → size, in order; the kernel's shape is their
+            concatenation.
         std: standard deviation of the truncated normal initialiser.
         role: "matrix" for hidden layers, "table" for an output head.
     """
@@ -32,7 +34,7 @@ class Linear(nnx.Module):
     def __init__(
         self,
         inputs: dict[str, int],
-        outputs: dict[str, int],
+        outputs: dict[Any, int],
         *,
         bias: bool,
         std: float,
@@ -81,7 +83,7 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
 def _multiply(x: jax.Array, uses: list[ParamReader], kernels: list[Any]) -> list[jax.Array]:
     """Multiplies x by kernels at rest; all in one program, where none changes its input."""
     pairs = list(zip(uses, kernels, strict=True))
-    if fused := find_fused_kernel(kernels[0]):
+    if isinstance(fused := get_base(kernels[0]), FusedKernel):
         xs, ys = [x] * len(kernels), fused.multiply(x, uses)
     else:
         xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
