@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, MaxlmError, add_default_tag
 
 QUANTIZED_PAGE_SIZE = 64
-"""Tokens of a page that share a scale, unless another size is set: as many as the TPU's kernel takes
-at least in int4."""
+"""Tokens of a page that share a scale, unless another size is set; the TPU's kernel takes no fewer in
+int4."""
 
 
 class PagedCacheConfig(Config):
