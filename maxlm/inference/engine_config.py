@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config
 from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.speculation import SpeculationConfig
-from maxlm.models.caches.config import QUANTIZED_PAGE_SIZE, CacheConfig, PagedCacheConfig
+from maxlm.models.caches.config import QUANTIZED_PAGE_SIZES, CacheConfig, PagedCacheConfig
 
 
 class EngineConfig(Config):
@@ -52,8 +52,8 @@ class EngineConfig(Config):
         """A page is a group with a scale of its own in int8 and int4: larger ones cost less."""
         cache = settings.get("cache")
         kind = cache.get("kind") if isinstance(cache, dict) else getattr(cache, "kind", None)
-        if kind in ("int8", "int4"):
-            return {"page_size": QUANTIZED_PAGE_SIZE, **settings}
+        if kind in QUANTIZED_PAGE_SIZES:
+            return {"page_size": QUANTIZED_PAGE_SIZES[kind], **settings}
         return settings
 
     @property

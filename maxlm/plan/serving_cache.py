@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.architectures import Decoder
-from maxlm.models.caches.config import QUANTIZED_PAGE_SIZE, PagedCacheConfig, QuantizedCacheConfig
+from maxlm.models.caches.config import QUANTIZED_PAGE_SIZES, PagedCacheConfig, QuantizedCacheConfig
 from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
 
 CacheFormat = Literal["auto", "int8", "int4"]
 """auto: the compute dtype."""
-PAGE_TOKENS = QUANTIZED_PAGE_SIZE
+PAGE_TOKENS = 32
+"""Tokens of a page of those in the compute dtype."""
 
 
 class LayerCache(NamedTuple):
@@ -28,6 +29,7 @@ class LayerCache(NamedTuple):
     """:class:`~maxlm.models.caches.CacheArraySpec` of its arrays, for one row and one page."""
     dtype: Any
     """Dtype of arrays whose specs name none."""
+    page_size: int
 
 
 def count_layer_caches(
@@ -36,10 +38,11 @@ def count_layer_caches(
     """Counts the layers that have each cache, by :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     multiple = choose_feature_multiple(platform)
-    layout = CacheLayout(1, 1, 1, PAGE_TOKENS, cache=config, feature_multiple=multiple)
+    page = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
+    layout = CacheLayout(1, 1, 1, page, cache=config, feature_multiple=multiple)
     specs = model.cache_specs(layout)
     return Counter(
-        LayerCache(part.name, kind.window, own, model.dtype)
+        LayerCache(part.name, kind.window, own, model.dtype, page)
         for part in model.config.layer_stacks
         for own, kind in zip(specs[part.name], cycle(part.kinds), strict=False)
     )
@@ -57,9 +60,9 @@ def count_sequence_bytes(
     """
     size = 0.0
     for layer, num_layers in caches.items():
-        pages = -(-length // PAGE_TOKENS)
+        pages = -(-length // layer.page_size)
         if layer.window is not None:  # it may begin and end within a page
-            pages = min(pages, -(-(layer.window - 1) // PAGE_TOKENS) + 1)
+            pages = min(pages, -(-(layer.window - 1) // layer.page_size) + 1)
         for array in jax.tree.leaves(layer.specs):
             numbers = prod(array.shape) * (pages if array.unit == "page" else 1)
             itemsize = jnp.dtype(array.dtype or layer.dtype).itemsize
@@ -69,5 +72,6 @@ def count_sequence_bytes(
 
 def count_token_bytes(caches: Mapping[LayerCache, int]) -> float:
     """Counts the bytes that one more token takes, before a window is full."""
-    one, two = (count_sequence_bytes(caches, pages * PAGE_TOKENS) for pages in (1, 2))
-    return (two - one) / PAGE_TOKENS
+    page = max(layer.page_size for layer in caches)
+    one, two = (count_sequence_bytes(caches, pages * page) for pages in (1, 2))
+    return (two - one) / page

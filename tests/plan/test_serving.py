@@ -56,17 +56,19 @@ def test_the_sums_that_everyone_knows():
 
 
 def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> int:
-    """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a ring of 128
-    tokens in 16 bits; pages of codes for all, keys' scales by channel, values' by token."""
-    pages, scales = ceil(tokens / 32), 1 if bits == 8 else 2
+    """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a ring of 64
+    tokens and two pages in 16 bits; pages of codes for all, keys' scales by channel, values' by
+    token."""
+    page, scales = (32, 1) if bits == 8 else (64, 2)
+    pages = ceil(tokens / page)
     arrays: list[np.ndarray] = []
     for shape in filter(None, (key, value)):
-        arrays.append(np.zeros((128, *shape), np.float16))
+        arrays.append(np.zeros((64 + 2 * page, *shape), np.float16))
     for heads, size in filter(None, (key, value)):
-        arrays.append(np.zeros((pages, 32, heads, size * bits // 8), np.uint8))
+        arrays.append(np.zeros((pages, page, heads, size * bits // 8), np.uint8))
     arrays.append(np.zeros((pages, scales, *key), np.float16))
     if value:
-        arrays.append(np.zeros((pages, scales, 32, value[0]), np.float16))
+        arrays.append(np.zeros((pages, scales, page, value[0]), np.float16))
     return sum(array.nbytes for array in arrays)
 
 

@@ -33,7 +33,7 @@ class ByteTokenizer:
     vocab_size, bos_id, eos_id = NAMED, BOS, EOS
     prefix_ids, stop_ids = (BOS,), (EOS,)
 
-    def encode(self, text):
+    def encode(self, text, *, allow_special=False):
         return [b + 2 for b in (text.encode() if isinstance(text, str) else text)]
 
     def decode_bytes(self, ids, *, continued=False):

@@ -13,7 +13,7 @@ from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.models.layers.rope import YarnScaling, compute_yarn_mscale
+from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, compute_yarn_mscale
 from maxlm.models.remat import RematPolicy
 
 if TYPE_CHECKING:
@@ -182,6 +182,9 @@ class TransformerConfig(Config):
         if size > head:
             what = f"positions.rotary_dim={size} of attention.head_dim={head}"
             raise MaxlmError(what, fix="turn at most all dimensions")
+        if size == 2 and isinstance(positions.scaling, NtkScaling | DynamicNtkScaling):
+            what = f"scaling.kind={positions.scaling.kind} of one pair of dimensions"
+            raise MaxlmError(what, fix="turn more of them, or use another scaling")
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

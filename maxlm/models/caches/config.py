@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError, add_default_tag
 
-QUANTIZED_PAGE_SIZE = 64
-"""Tokens of a page that share a scale, unless another size is set; the TPU's kernel takes no fewer in
-int4."""
+QUANTIZED_PAGE_SIZES = {"int8": 32, "int4": 64}
+"""Tokens of a page that share a scale, unless another size is set: as the TPU's kernel takes them
+at least."""
 
 
 class PagedCacheConfig(Config):
