@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -23,6 +25,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.speculation import DraftModel
 from maxlm.programs.load import load_model
 
 SIZES: dict[str, Any] = {"max_sequences": 8, "prefill_tokens": 64, "max_length": 256}
@@ -58,6 +61,27 @@ def compute_logprobs(model: Any, prompt: Sequence[int]) -> tuple[np.ndarray, np.
         logits = model(torch.tensor([prompt])).logits[0, :-1].double()
     found = torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1), prompt[1:]]
     return found.numpy(), logits.abs().amax(-1).numpy()
+
+
+def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> Prompts:
+    """Tokens guessed by the model with noise on its parameters, which is right now and then."""
+
+    def disturb(x: jax.Array) -> jax.Array:
+        noise = np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+        return x + 0.3 * jnp.std(x) * noise
+
+    config = EngineConfig(**SIZES, speculation={"kind": "draft_model", "folder": ""})
+    with jax.set_mesh(loaded.mesh):
+        draft = DraftModel(loaded.model, jax.tree.map(disturb, loaded.params))
+    engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
+    found = [[] for _ in prompts]
+    requests = [GenerationRequest(str(i), tuple(own), sampling) for i, own in enumerate(prompts)]
+    for output in engine.run(requests):
+        found[int(output.request_id)] += output.token_ids
+    stats = engine.stats()
+    share = stats.accepted_tokens_total / stats.drafted_tokens_total
+    print(f"a draft model: {share:.0%} of {stats.drafted_tokens_total} guesses were taken")
+    return found
 
 
 def run_engine(
@@ -103,6 +127,7 @@ def main() -> None:
     for name, settings in WAYS.items():
         given = loaded.model, loaded.params, prompts, greedy
         compare(name, generate_tokens(*given, **SIZES | settings))
+    compare("a draft model", run_with_draft(loaded, prompts, greedy))
     expected = [text for _, text in run_engine(loaded, prompts, greedy)]
     with serve(args.folder, SIZES) as url:
         body = {"model": "model", "temperature": 0, "max_tokens": args.new}

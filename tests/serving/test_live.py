@@ -1,6 +1,7 @@
 """The server over the engine itself: what a client gets is what the engine alone gives."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,6 +14,7 @@ from maxlm.inference.sampling import SamplingConfig
 from tests.inference.conftest import CONFIGS, build
 from tests.serving.running import run_in_thread
 
+NUM_HANG_UPS = int(os.environ.get("NUM_HANG_UPS", 40))
 SIZES = EngineConfig(
     max_sequences=4, max_length=768, page_size=8, prefill_tokens=32, max_chunks=1, decode_steps=2
 )
@@ -132,7 +134,7 @@ def test_random_hang_ups_leave_no_page(server):
                 pass
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, range(40)))
+        list(pool.map(ask, range(NUM_HANG_UPS)))
     while server.loop.num_open or server.engine.has_work:
         pass
     after = server.engine.stats()
