@@ -160,7 +160,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
         if isinstance(small.task, RowTask):
             write_counting_rows(rows := Path(folder, "rows.jsonl"))
             task = small.task.model_copy(update={"files": (str(rows),)})
-            setup = replace(setup, config=small.model_copy(update={"task": task}), loss=task.loss)
+            setup = replace(setup, config=small.model_copy(update={"task": task}))
         yield from _checks(setup, Path(folder, "checkpoints"))
 
 
