@@ -91,7 +91,7 @@ class EngineLoop:
             self.num_open -= count
             self._executor.submit(self._run, lambda: self._abort(stream))
 
-        self._open(count)
+        self._take_places(count)
         stream = RequestStream(requests, release)
         try:
             await self.call(lambda: self._add(requests, stream))
@@ -107,7 +107,7 @@ class EngineLoop:
         Raises:
             ApiError: as :meth:`submit` does.
         """
-        self._open(1)
+        self._take_places(1)
         try:
             yield
         finally:
@@ -118,7 +118,7 @@ class EngineLoop:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._run, function)
 
-    def _open(self, count: int) -> None:
+    def _take_places(self, count: int) -> None:
         if self.failure:
             raise ApiError(500, f"the engine has stopped: {self.failure}")
         if self.is_draining:

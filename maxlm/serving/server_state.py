@@ -114,11 +114,13 @@ class ServerState:
                 raise ApiError(400, f"token ids lie from 0 to {last}", param="prompt")
         return found
 
-    def resolve_max_tokens(self, num_prompt_tokens: int, asked: int | None, prompt: str) -> int:
+    def resolve_max_tokens(
+        self, num_prompt_tokens: int, asked: int | None, prompt_field: str
+    ) -> int:
         """Returns how many tokens a sequence may have; None asks for all that there is room for.
 
         Args:
-            prompt: the field that has the prompt, to name in errors.
+            prompt_field: the request's field that has the prompt, to name in errors.
 
         Raises:
             ApiError: they do not fit the context.
@@ -128,7 +130,7 @@ class ServerState:
         if room < 1 or (asked or 0) > room:
             what = f"the context is {limit} tokens (max_length), the prompt has {num_prompt_tokens}"
             what += f"; {asked} more were asked for" if room >= 1 else ""
-            name = "max_tokens" if room >= 1 else prompt
+            name = "max_tokens" if room >= 1 else prompt_field
             raise ApiError(400, what, param=name, code="context_length_exceeded")
         return room if asked is None else max(asked, 1)
 
