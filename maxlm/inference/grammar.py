@@ -16,7 +16,6 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GrammarSpec
 
-_WHERE = "response_format"
 # Forms that are kept compiled: requests of one program mostly ask for the same.
 _CACHED = 64
 # A blank, or a line's end with indentation: a model may write any number of blanks, and never end.
@@ -35,7 +34,7 @@ class GrammarCompiler:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError as error:
             what = f"structured output needs the module {error.name}"
-            raise MaxlmError(what, where=_WHERE, fix="pip install 'maxlm[serve]'") from error
+            raise MaxlmError(what, fix="pip install 'maxlm[serve]'") from error
         vocabulary: Any = TokenizerWrapper(_Vocabulary(tokenizer))
         self._tokens = LLTokenizer(vocabulary, eos_token=[*tokenizer.stop_ids])
         self._stop_ids = tokenizer.stop_ids
@@ -173,7 +172,7 @@ def _translate_spec(spec: GrammarSpec) -> str:
 
 
 def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
-    return MaxlmError(f"{spec.kind} cannot be compiled: {reason}", where=_WHERE)
+    return MaxlmError(f"{spec.kind} cannot be compiled: {reason}", where=spec.asked_by)
 
 
 def _shorten(message: str) -> str:

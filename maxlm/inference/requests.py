@@ -17,6 +17,8 @@ class GrammarSpec:
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     text: str = ""
     """The schema as JSON text, the expression, or the grammar; nothing for json_object."""
+    asked_by: str = "response_format"
+    """The field of the request that asks for it, to name in errors."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
 async def _refuse_path(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = f"{request.method} {request.url.path[:200]}: no such path, or not by this method"
-    return make_error_response(ApiError(status, what))
+    response = make_error_response(ApiError(status, what))
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow, beside 405
+    return response
 
 
 def make_error_response(error: Exception) -> Response:

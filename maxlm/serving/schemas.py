@@ -112,6 +112,9 @@ class GenerationBody(ApiBody):
         if any(token >= vocab_size for token in self.logit_bias):
             what = f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's last"
             raise ApiError(400, what, param="logit_bias")
+        if self.min_tokens > max_new_tokens:
+            what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
+            raise ApiError(400, what, param="min_tokens")
         sampling: dict[str, Any] = {"min_new_tokens": self.min_tokens} | (self.model_extra or {})
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
@@ -132,8 +135,8 @@ class GenerationBody(ApiBody):
         )
 
     def _make_grammar(self) -> GrammarSpec | None:
-        found = [GrammarSpec("regex", self.regex)] if self.regex is not None else []
-        found += [GrammarSpec("lark", self.lark)] if self.lark is not None else []
+        found = [GrammarSpec("regex", self.regex, "regex")] if self.regex is not None else []
+        found += [GrammarSpec("lark", self.lark, "lark")] if self.lark is not None else []
         form = self.response_format
         if form and form.type == "json_object":
             found.append(GrammarSpec("json_object"))

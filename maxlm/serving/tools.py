@@ -102,7 +102,7 @@ def make_tool_grammar(
         schema = {"type": "array", "items": schema, "minItems": 1}
         schema |= {} if parallel else {"maxItems": 1}
     schema |= {place: shared for place, shared in definitions.items() if shared}
-    return GrammarSpec("json_schema", json.dumps(schema))
+    return GrammarSpec("json_schema", json.dumps(schema), "tools")
 
 
 def get_forced_prefix(tool_format: ToolFormat) -> str:

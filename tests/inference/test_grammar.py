@@ -186,8 +186,8 @@ def test_masks_of_a_draft_are_those_of_one_token_after_another(tokenizer, compil
     ],
 )
 def test_what_cannot_be_compiled(compiler, kind, text, reason):
-    got = message(compiler.compile, GrammarSpec(kind, text))
-    assert got.startswith(f"response_format: {kind} cannot be compiled: ")
+    got = message(compiler.compile, GrammarSpec(kind, text, "form"))
+    assert got.startswith(f"form: {kind} cannot be compiled: ")
     assert reason in got
 
 
@@ -212,5 +212,5 @@ def test_characters_that_a_tokenizer_lacks(tmp_path):
 def test_without_the_library(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert message(GrammarCompiler, tokenizer) == (
-        "response_format: structured output needs the module llguidance; pip install 'maxlm[serve]'"
+        "structured output needs the module llguidance; pip install 'maxlm[serve]'"
     )

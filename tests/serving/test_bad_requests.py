@@ -106,6 +106,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
         ("completions", {"stop": ["a", ""]}, "stop.1"),
         ("completions", {"temperature": -1}, "temperature"),
         ("completions", {"regex": "a", "lark": "b"}, "regex"),
+        ("completions", {"min_tokens": 17}, "min_tokens"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("chat/completions", {"messages": [{"role": "king", "content": ""}]}, "messages.0.role"),
@@ -133,7 +134,9 @@ def test_the_field_at_fault_is_named(start_server, path, change, param):
 def test_paths_methods_sizes_and_types_of_bodies(start_server):
     server = start_server(max_body_bytes=1000)
     check_error(server.http.get("/v1/nothing"), 404)
-    check_error(server.http.get("/v1/completions"), 405)
+    answer = server.http.get("/v1/completions")
+    check_error(answer, 405)
+    assert answer.headers["allow"] == "POST"
     check_error(send(server, "/tokenize", {"prompt": "x" * 1000}), 413)
     error = check_error(send(server, "/tokenize", {"prompt": "x", "model": "y"}), 404)
     assert error["code"] == "model_not_found"
