@@ -184,7 +184,7 @@ def report(benchmark: Benchmark, rows: Sequence[Row], chip: TpuChip, name: str) 
         f"{', '.join(f'{bound:.1f} µs {name}' for name, bound in bounds.items())}.",
         "",
         *_table(
-            [*_CALL, *(f"{unit} %" for unit in _UNITS), "spills", "temp MB"],
+            [*_CALL, *(f"{unit} %" for unit in _UNITS), "spills", "read MB", "temp MB"],
             [_call_cells(row, rows, bounds[row.of.name]) for row in rows],
         ),
         "",
@@ -195,8 +195,9 @@ def report(benchmark: Benchmark, rows: Sequence[Row], chip: TpuChip, name: str) 
         "",
         "Cycles: of the busiest core, all kernels of the pass. MXU work: products that the matrix "
         "units had time for, over those the problem needs. Spills: stores and loads in the inner "
-        "loops, as scheduled. Unit use: of capacity, while the kernels (the loop) run. Temp: of "
-        "the pass's program, the backward's with its forward.",
+        "loops, as scheduled. Unit use: of capacity, while the kernels (the loop) run. Read: from "
+        "HBM, where a copy that hangs on a condition counts as done. Temp: of the pass's program, "
+        "the backward's with its forward.",
     ]
     return "\n".join(lines)
 
@@ -221,6 +222,7 @@ def _call_cells(row: Row, rows: Sequence[Row], bound: float) -> list[str]:
         f"{row.mxu_flops / row.of.flops:.2f}",
         *(use(units) for units in _UNITS.values()),
         str(sum(k.spills for k in row.kernels)),
+        f"{sum(k.hbm_read_bytes for k in row.kernels) / 1e6:.1f}",
         f"{row.costs.temp_bytes / 1e6:.1f}",
     ]
 
