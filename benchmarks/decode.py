@@ -1,12 +1,14 @@
 """Speed of prefill and decoding on this CPU beside transformers, fp32, the same SmolLM2-135M.
 
     python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32] [--rows FILE]
+        [--compile]
 
 FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Each round times
 every contender once, one after the other; printed are medians over the rounds, their spread, and
 ratios of tokens/s. The share of the memory's bandwidth is (bytes of weights and cache that a step
 reads) ÷ (its time) ÷ (the rate at which a plain sum over as many bytes reads them in that round).
---rows writes the medians for ``python benchmarks/plan_serving.py --cpu FILE``.
+--rows writes the medians for ``python benchmarks/plan_serving.py --cpu FILE``. --compile has
+transformers' steps compiled too, by torch.compile, which takes minutes and a C++ compiler.
 """
 
 import argparse
@@ -76,28 +78,41 @@ def make_peer(folder: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def time_peer_decode(model: Any, batch: int, prompt: int, new: int, cache: str | None) -> float:
+def time_peer_decode(model: Any, batch: int, prompt: int, new: int, kind: str) -> float:
+    """Seconds a step of transformers' ``generate``, behind the first four.
+
+    Args:
+        kind: its cache; "compiled": a static one, and torch.compile for the steps.
+    """
     import torch
+    from transformers import CompileConfig, StoppingCriteria
 
-    ids = torch.randint(0, 40_000, (batch, prompt))
-    how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-    if cache:
-        how["cache_implementation"] = cache
+    times: list[float] = []
 
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=count,
-                max_new_tokens=count,
-                **how,
-            )
-        return time.perf_counter() - start
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    short = run(4)
-    return (run(4 + new) - short) / new
+    ids, how = torch.randint(0, 40_000, (batch, prompt)), {}
+    if kind != "dynamic":
+        how["cache_implementation"] = "static"
+    if kind == "compiled":
+        how["compile_config"] = CompileConfig(fullgraph=True, mode="default")
+        how["compile_config"]._compile_all_devices = True
+    count = 4 + new
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=count,
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        disable_compile=kind != "compiled",
+        stopping_criteria=[Clock()],
+        **how,
+    )
+    return (times[-1] - times[-1 - new]) / new
 
 
 def time_peer_prefill(model: Any) -> float:
@@ -140,7 +155,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    kinds = ["dynamic", "static", *(["compiled"] if args.compile else [])]
     engine, peer = make_engine(args.folder), make_peer(args.folder)
     engine.warm_up()
     compiled = count_compilations()
@@ -152,9 +169,9 @@ def main() -> None:
     for batch in BATCHES:
         where = batch, args.prompt, args.new
         runs[f"decode {batch}"] = lambda where=where: time_decode(engine, *where)
-        for cache in (None, "static"):
-            runs[f"peer {cache} {batch}"] = lambda where=where, cache=cache: time_peer_decode(
-                peer, *where, cache
+        for kind in kinds:
+            runs[f"peer {kind} {batch}"] = lambda where=where, kind=kind: time_peer_decode(
+                peer, *where, kind
             )
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(args.rounds + 1):
@@ -169,10 +186,11 @@ def main() -> None:
     )
     for batch in BATCHES:
         own = times[f"decode {batch}"]
-        best = min(("None", "static"), key=lambda c: statistics.median(times[f"peer {c} {batch}"]))
-        show(f"decode, batch {batch}", own, batch, times[f"peer {best} {batch}"])
-        for cache in ("None", "static"):
-            show(f"  transformers, cache {cache}", times[f"peer {cache} {batch}"], batch)
+        peers = {kind: times[f"peer {kind} {batch}"] for kind in kinds}
+        best = min(peers.values(), key=statistics.median)
+        show(f"decode, batch {batch}", own, batch, best)
+        for kind, each in peers.items():
+            show(f"  transformers, {kind}", each, batch)
         read = weights + token_bytes * batch * (args.prompt + args.new // 2)
         shares = sorted(read / weights * s / d for s, d in zip(times["stream"], own, strict=True))
         middle = statistics.median(shares)
