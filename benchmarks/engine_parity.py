@@ -68,7 +68,7 @@ def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> P
 
     def disturb(x: jax.Array) -> jax.Array:
         noise = np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
-        return x + 0.3 * jnp.std(x) * noise
+        return x + 0.05 * jnp.std(x) * noise
 
     config = EngineConfig(**SIZES, speculation={"kind": "draft_model", "folder": ""})
     with jax.set_mesh(loaded.mesh):

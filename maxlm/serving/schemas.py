@@ -18,7 +18,8 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
 
 _UNSUPPORTED = ("suffix", "audio", "modalities", "prediction", "web_search_options", "functions")
-_SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens"}  # max_tokens says it
+# max_tokens and min_tokens say the other two.
+_SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens", "min_new_tokens"}
 MAX_PROMPTS = 2048
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -115,14 +116,15 @@ class GenerationBody(ApiBody):
         if self.min_tokens > max_new_tokens:
             what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
             raise ApiError(400, what, param="min_tokens")
-        sampling: dict[str, Any] = {"min_new_tokens": self.min_tokens} | (self.model_extra or {})
+        sampling: dict[str, Any] = {**(self.model_extra or {})}
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
             sampling["top_p"] = 1e-9
         sampling["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**32
         known = {name: value for name, value in sampling.items() if name in _SAMPLING_FIELDS}
-        known |= {"max_new_tokens": max_new_tokens, "logit_bias": self.logit_bias}
+        known |= {"max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens}
+        known |= {"logit_bias": self.logit_bias}
         return GenerationRequest(
             request_id=request_id,
             prompt_tokens=prompt,
