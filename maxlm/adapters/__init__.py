@@ -30,6 +30,3 @@ def _validate_adapter(settings: Any, validate: Any) -> Adapter:
 AdapterConfig = Annotated[
     SerializeAsAny[_Builtin], Field(discriminator="kind"), WrapValidator(_validate_adapter)
 ]
-
-__all__ = ["AdapterConfig", "BottleneckAdapter", "Ia3Adapter", "LoraAdapter"]
-__all__ += ["PrefixAdapter", "PromptAdapter"]

@@ -253,13 +253,10 @@ def cast_values(
         fix = "choose a number format of wider range"
         raise MaxlmError(f"values too large for {dtype.name}", where=where, fix=fix)
     if not lossy and np.any((back != values) & ~np.isnan(values)):
-        raise MaxlmError(
-            f"its {values.dtype.name} values would be rounded to {dtype.name}",
-            where=where,
-            fix="save the model as float32 first"
-            if values.dtype == np.float64
-            else "ask for that outright, or for a format that holds them",
-        )
+        what = f"its {values.dtype.name} values would be rounded to {dtype.name}"
+        fix = "ask for that outright, or for a format that holds them"
+        fix = "save the model as float32 first" if values.dtype == np.float64 else fix
+        raise MaxlmError(what, where=where, fix=fix)
     return result
 
 

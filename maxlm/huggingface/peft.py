@@ -293,9 +293,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         kind = values["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no settings of a PEFT adapter ({error})"
-        raise MaxlmError(
-            what, where=str(path), fix="write it again with save_pretrained"
-        ) from error
+        fix = "write it again with save_pretrained"
+        raise MaxlmError(what, where=str(path), fix=fix) from error
     fix = "merge it with PEFT (merge_and_unload) and convert the model"
     if kind not in ("LORA", "IA3", *_VIRTUAL_KINDS):
         raise MaxlmError(f"peft_type {kind} is not implemented", where=str(path), fix=fix)

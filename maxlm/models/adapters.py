@@ -91,9 +91,7 @@ def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **kwargs: 
     return model
 
 
-@jax.jit
-def _merge(leaf: Leaf) -> jax.Array | None:
-    return leaf.merge()
+_merge = jax.jit(lambda leaf: leaf.merge())
 
 
 def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:

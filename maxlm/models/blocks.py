@@ -200,13 +200,11 @@ class Block(nnx.Module):
         """Costs of one layer, by branch."""
         mixer: Any = self.mixer
         ffn: Any = self.ffn
-        branches = [
-            BranchCosts("mixer", mixer.name, get_costs(mixer)),
-            BranchCosts("ffn", ffn.name, get_costs(ffn)),
-        ]
-        if self.cross is not None:
-            branches.append(BranchCosts("cross_attention", "cross", self.cross.costs("memory")))
-        return tuple(branches)
+        own = BranchCosts("mixer", mixer.name, get_costs(mixer))
+        feed = BranchCosts("ffn", ffn.name, get_costs(ffn))
+        if self.cross is None:
+            return own, feed
+        return own, feed, BranchCosts("cross_attention", "cross", self.cross.costs("memory"))
 
     @property
     def mixer(self) -> Mixer:

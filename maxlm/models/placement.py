@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,14 +15,10 @@ from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import require_context
-from maxlm.sharding import (
-    AxisRules,
-    Placement,
-    ShardingConfig,
-    check_activation_rules,
-    check_unsharded_share,
-    resolve_placement,
-)
+from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placement
+from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
+
+_GIVE = "set it to 1 and give its devices to data, fsdp or tensor"
 
 
 @dataclass(frozen=True)
@@ -139,14 +136,10 @@ def require_pipeline(
     stages, layers, groups = sizes["stage"], model.num_layers, parallel.layer_groups
     alone, period = np.equal(stages, 1), len(model.layer_kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
-    yield Requirement(
-        alone | on_stages,
-        lambda: MaxlmError(
-            f"mesh.stage={stages}, but layers are not split over it",
-            where="sharding.storage.layers, sharding.compute.layers",
-            fix="set both to stage, or mesh.stage=1",
-        ),
-    )
+    what = f"mesh.stage={stages}, but layers are not split over it"
+    where = "sharding.storage.layers, sharding.compute.layers"
+    fix = "set both to stage, or mesh.stage=1"
+    yield Requirement(alone | on_stages, partial(MaxlmError, what, where=where, fix=fix))
 
     def starved() -> MaxlmError:
         few = "less than" if micro_batches < stages else "not a multiple of"
@@ -156,33 +149,23 @@ def require_pipeline(
         return MaxlmError(what, where="train.micro_batches", fix=fix)
 
     yield Requirement(alone | (micro_batches % stages == 0), starved)
-    yield Requirement(
-        alone | (groups == 1 or parallel.schedule == "circular"),
-        lambda: MaxlmError(
-            f"{groups} layer groups have no place in a {parallel.schedule} pipeline",
-            where="parallel.layer_groups",
-            fix="set it to 1, or parallel.schedule=circular",
-        ),
-    )
+    what = f"{groups} layer groups have no place in a {parallel.schedule} pipeline"
+    fix = "set it to 1, or parallel.schedule=circular"
+    refuse = partial(MaxlmError, what, where="parallel.layer_groups", fix=fix)
+    yield Requirement(alone | (groups == 1 or parallel.schedule == "circular"), refuse)
     why = describe_pipeline_obstacle(model)
+    what = f"{stages} stages have equal shares of one row of layers, but {why}"
     yield Requirement(
-        alone | (why is None),
-        lambda: MaxlmError(
-            f"{stages} stages have equal shares of one row of layers, but {why}",
-            where="mesh.stage",
-            fix="set it to 1 and give its devices to data, fsdp or tensor",
-        ),
+        alone | (why is None), partial(MaxlmError, what, where="mesh.stage", fix=_GIVE)
     )
 
     def uneven() -> MaxlmError:
         of = f" of {groups} layer groups" if groups > 1 else ""
         whole = f" in whole patterns of {period}" if period > 1 else ""
-        return MaxlmError(
-            f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}",
-            where="model.num_layers",
-            fix=f"use a multiple of {stages * groups * period}, or fewer stages"
-            + (" or layer groups" if groups > 1 else ""),
-        )
+        what = f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}"
+        fix = f"use a multiple of {stages * groups * period}, or fewer stages"
+        fix += " or layer groups" if groups > 1 else ""
+        return MaxlmError(what, where="model.num_layers", fix=fix)
 
     yield Requirement(alone | (layers % (stages * groups * period) == 0), uneven)
 
@@ -212,16 +195,12 @@ def require_whole_sequences(
         found = f"{what} whole sequences, which {axis}={sizes[axis]} splits"
         return MaxlmError(found, where=where.format(axis), fix=fix)
 
-    def crossing() -> MaxlmError:
-        fix = "set it to 1, or sharding.compute.seq and residual to null"
-        return refuse("cross-attention looks at", fix)
-
-    def counted() -> MaxlmError:
-        fix = "use dispatch=dropless, or mesh.context=1"
-        return refuse("an expert's capacity is counted in", fix, "model.moe.dispatch")
-
-    yield Requirement(whole | (not any(trunk.cross_attention for trunk in model.trunks)), crossing)
+    crosses = any(trunk.cross_attention for trunk in model.trunks)
+    fix = "set it to 1, or sharding.compute.seq and residual to null"
+    yield Requirement(whole | (not crosses), partial(refuse, "cross-attention looks at", fix))
     by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
+    what, fix = "an expert's capacity is counted in", "use dispatch=dropless, or mesh.context=1"
+    counted = partial(refuse, what, fix, "model.moe.dispatch")
     yield Requirement(whole | (not by_capacity), counted)
 
 
@@ -230,22 +209,12 @@ def require_experts(
 ) -> Iterator[Requirement]:
     """Requires that experts, if there are any, are split as the tokens they serve."""
     if model.moe is None:
-        yield Requirement(
-            np.equal(sizes["expert"], 1),
-            lambda: MaxlmError(
-                f"expert={sizes['expert']}, but the model has no experts",
-                where="mesh.expert",
-                fix="set it to 1 and give its devices to data, fsdp or tensor",
-            ),
-        )
+        what = f"expert={sizes['expert']}, but the model has no experts"
+        refuse = partial(MaxlmError, what, where="mesh.expert", fix=_GIVE)
+        yield Requirement(np.equal(sizes["expert"], 1), refuse)
         return
-    for axis in compute.expert:
-        if axis not in compute.batch + compute.seq:
-            yield Requirement(
-                np.equal(sizes[axis], 1),
-                lambda axis=axis: MaxlmError(
-                    f"experts are split over '{axis}', the tokens they serve are not",
-                    where="sharding.compute.expert",
-                    fix=f"add {axis} to sharding.compute.batch, or take it from this rule",
-                ),
-            )
+    for axis in (axis for axis in compute.expert if axis not in compute.batch + compute.seq):
+        what = f"experts are split over '{axis}', the tokens they serve are not"
+        fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
+        refuse = partial(MaxlmError, what, where="sharding.compute.expert", fix=fix)
+        yield Requirement(np.equal(sizes[axis], 1), refuse)

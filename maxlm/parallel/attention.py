@@ -1,14 +1,14 @@
 """Attention on a mesh: each device attends over its own rows and heads."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import reshard
 
 from maxlm.config.errors import check_requirements
 from maxlm.parallel import blocks, ulysses
@@ -19,7 +19,7 @@ from maxlm.parallel.context import (
     SequenceSplit,
     require_context,
 )
-from maxlm.parallel.local import Axes, axis_indices, axis_size, make_spec, map_shards
+from maxlm.parallel.local import axis_indices, axis_size, make_spec, map_shards
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
@@ -90,7 +90,7 @@ def _sharded(q, k, v, added, segments, rules, split):
 
 
 def _forward(q, k, v, added, segments, rules, split):
-    at = _Layout.of(rules, split, q, k)
+    at = _Layout(rules, split, q, k)
 
     def local(q, k, v, added, segments, numbers):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
@@ -111,7 +111,7 @@ def _forward(q, k, v, added, segments, rules, split):
 
 def _backward(rules, split, saved, d_o):
     q, k, v, added, segments, o, lse = saved
-    at = _Layout.of(rules, split, q, k)
+    at = _Layout(rules, split, q, k)
 
     def local(q, k, v, added, segments, numbers, o, lse, d_o):
         own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
@@ -145,39 +145,25 @@ def _whole(split: SequenceSplit, added: DistanceBias, segments: Segments) -> dic
     return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(added)}
 
 
-class _Layout(NamedTuple):
+class _Layout:
     """Layouts of operands on devices."""
 
-    queries: PartitionSpec
-    keys: PartitionSpec
-    rows: PartitionSpec
-    heads: PartitionSpec
-    lse: PartitionSpec
-    numbered: dict[str, Axes]
-    """Axes along which a device needs its number: `seq`, and `heads` where kv heads are whole."""
-    tokens: Axes
-    """Axes along which devices have different queries."""
-    num_kv_heads: int
-    group: int
-    """Query heads that read one kv head."""
-
-    @classmethod
-    def of(cls, rules: AxisRules, split: SequenceSplit, q: jax.Array, k: jax.Array) -> "_Layout":
+    def __init__(self, rules: AxisRules, split: SequenceSplit, q: jax.Array, k: jax.Array):
         batch, seq, heads = (rules.mesh_axes(axis) for axis in ("batch", "seq", "heads"))
         whole_rows = split.axes and split.method == "ulysses"
-        lse = ((), heads + seq) if whole_rows else (seq, heads)
+        self.queries = rules.spec("batch", "seq", "heads", None)
+        self.keys = rules.spec("batch", "seq", "kv_heads", None)
+        self.rows, self.heads = rules.spec("batch", "seq"), rules.spec("heads")
+        self.lse = make_spec((batch, *(((), heads + seq) if whole_rows else (seq, heads))))
         numbered = {"seq": seq, "heads": () if rules.mesh_axes("kv_heads") else heads}
-        return cls(
-            queries=rules.spec("batch", "seq", "heads", None),
-            keys=rules.spec("batch", "seq", "kv_heads", None),
-            rows=rules.spec("batch", "seq"),
-            heads=rules.spec("heads"),
-            lse=make_spec((batch, *lse)),
-            numbered={name: axes for name, axes in numbered.items() if axes},
-            tokens=batch + seq,
-            num_kv_heads=k.shape[2],
-            group=q.shape[2] // k.shape[2],
-        )
+        self.numbered = {name: axes for name, axes in numbered.items() if axes}
+        """Axes along which a device needs its number: `seq`, and `heads` where kv heads are
+        whole."""
+        self.tokens = batch + seq
+        """Axes along which devices have different queries."""
+        self.num_kv_heads = k.shape[2]
+        self.group = q.shape[2] // k.shape[2]
+        """Query heads that read one kv head."""
 
     def operands(self, added: DistanceBias, segments: Segments) -> tuple[Any, ...]:
         """Specs of q, k, v, what is added to scores, segments, and the devices' numbers."""

@@ -59,7 +59,7 @@ def attend_shard_forward(
     """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries.cut(split, number, q_segments, q, added=added)
+    queries = _Queries(split, number, q_segments, q, added=added)
     o, lse = zip(*run(queries, KeyValueBlock(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
@@ -73,32 +73,26 @@ def attend_shard_backward(
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o
-    queries = _Queries.cut(split, number, q_segments, *arrays, added=added)
+    queries = _Queries(split, number, q_segments, *arrays, added=added)
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
     return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
 
 
-class _Queries(NamedTuple):
+class _Queries:
     """A device's own rows, in chunks of neighbours."""
 
-    split: SequenceSplit
-    number: jax.Array
-    segments: tuple[Any, ...]
-    arrays: tuple[tuple[jax.Array, ...], ...]
-    """Arrays of each chunk: its q, and in the backward pass lse, delta and d_o."""
-    added: DistanceBias
-
-    @classmethod
-    def cut(
-        cls,
+    def __init__(
+        self,
         split: SequenceSplit,
         number: jax.Array,
-        segments: Any,
+        segments: jax.Array | None,
         *arrays: jax.Array,
         added: DistanceBias = DistanceBias(),
-    ) -> "_Queries":
-        pieces = zip(*(_cut(x, split) for x in arrays), strict=True)
-        return cls(split, number, _cut(segments, split), tuple(pieces), added)
+    ):
+        self.split, self.number, self.added = split, number, added
+        self.arrays = tuple(zip(*(_cut(x, split) for x in arrays), strict=True))
+        """Arrays of each chunk: its q, and in the backward pass lse, delta and d_o."""
+        self.segments = _cut(segments, split)
 
     def number_before(self, steps: Any) -> jax.Array:
         """The number of the device so many places before in the ring."""
@@ -160,8 +154,11 @@ class _Queries(NamedTuple):
         self, block: KeyValueBlock, number: jax.Array | None, own: QueryGradients | None
     ) -> Gradients:
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
-        d_q, d_biases = self._nothing() if own is None else own
-        d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
+        if own is None:
+            d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
+            own = d_q, () if self.added.biases is None else (jnp.zeros_like(self.added.biases),)
+        d_q, d_biases = list(own[0]), own[1]
+        chunks = (_cut(x, self.split)[0] for x in (block.k, block.v))
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in chunks]
         d_keys: list[Any] = [zeros] * self.split.chunks_per_device
         for pair in self.pairs(block, number):
@@ -175,11 +172,6 @@ class _Queries(NamedTuple):
             d_keys[pair.key], d_biases = sums[:2], sums[2:]
         d_k, d_v = (jnp.concatenate(x, axis=1) for x in zip(*d_keys, strict=True))
         return (tuple(d_q), tuple(d_biases)), (d_k, d_v)
-
-    def _nothing(self) -> QueryGradients:
-        learned = () if self.added.biases is None else (self.added.biases,)
-        d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
-        return d_q, tuple(jnp.zeros_like(x) for x in learned)
 
 
 class _Pair(NamedTuple):

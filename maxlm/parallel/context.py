@@ -19,6 +19,7 @@ device's share of the sequence; in sequence order the ring then ends at the last
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -66,9 +67,8 @@ class SequenceSplit(NamedTuple):
     def last_ring_step(self, tokens_per_device: int) -> int:
         """Counts the devices before its own, of ``tokens_per_device`` tokens each, that hold keys a
         device may need. Later devices' keys pass by as the ring closes."""
-        if self.window is None or self.balanced:
-            return self.num_shards - 1
-        return min(self.num_shards - 1, (self.window + tokens_per_device - 2) // tokens_per_device)
+        window = None if self.balanced else self.window
+        return int(count_ring_steps(self.num_shards, tokens_per_device, window))
 
     def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
         """Returns the index in the sequence of the first token of each chunk, of ``chunk_size``
@@ -76,6 +76,15 @@ class SequenceSplit(NamedTuple):
         if not self.balanced:
             return [device_index * chunk_size]
         return [device_index * chunk_size, (2 * self.num_shards - 1 - device_index) * chunk_size]
+
+
+def count_ring_steps(num_shards: Any, tokens_per_device: Any, window: int | None) -> Any:
+    """Returns the devices before one's own that hold keys it may need, of so many that hold the
+    sequence in order; numbers or arrays of them."""
+    others = num_shards - 1
+    if window is None:
+        return others
+    return np.minimum(others, (window + tokens_per_device - 2) // tokens_per_device)
 
 
 class DistanceBias(NamedTuple):
@@ -111,38 +120,25 @@ def require_context(
     )
     differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
     kv_whole = np.equal(kv_shares, 1)
-    yield Requirement(
-        kv_whole | np.equal(differing, 1),
-        lambda: MaxlmError(
-            f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}",
-            where="sharding.compute.kv_heads",
-            fix="give them the axes of heads, or null",
-        ),
-    )
+    what = f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}"
+    where, fix = "sharding.compute.kv_heads", "give them the axes of heads, or null"
+    refuse = partial(MaxlmError, what, where=where, fix=fix)
+    yield Requirement(kv_whole | np.equal(differing, 1), refuse)
     own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
     aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
-    yield Requirement(
-        np.logical_not(kv_whole) | aligned,
-        lambda: MaxlmError(
-            f"{own} query heads a device straddle the groups of {group} that share a kv head",
-            where="sharding.compute.kv_heads",
-            fix=f"split heads over a multiple or a divisor of {num_kv_heads} devices",
-        ),
-    )
+    what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
+    fix = f"split heads over a multiple or a divisor of {num_kv_heads} devices"
+    refuse = partial(MaxlmError, what, where=where, fix=fix)
+    yield Requirement(np.logical_not(kv_whole) | aligned, refuse)
     alone = np.equal(ways, 1)
-    yield Requirement(
-        alone | (seq_len % (ways * (2 if balanced else 1)) == 0),
-        lambda: _length_error(seq_len, ways, balanced),
-    )
-    yield Requirement(
-        alone | (method != "ulysses") | (num_heads % (shares * ways) == 0),
-        lambda: MaxlmError(
-            f"ulysses splits query heads, and {num_heads} do not divide over "
-            f"{_named(heads + seq, sizes)}",
-            where="parallel.context",
-            fix="use ring or all_gather, or fewer devices on these axes",
-        ),
-    )
+    divides = seq_len % (ways * (2 if balanced else 1)) == 0
+    yield Requirement(alone | divides, partial(_length_error, seq_len, ways, balanced))
+    split = _named(heads + seq, sizes)
+    what = f"ulysses splits query heads, and {num_heads} do not divide over {split}"
+    fix = "use ring or all_gather, or fewer devices on these axes"
+    refuse = partial(MaxlmError, what, where="parallel.context", fix=fix)
+    divides = num_heads % (shares * ways) == 0
+    yield Requirement(alone | (method != "ulysses") | divides, refuse)
 
 
 def _named(axes: Axes, sizes: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.local import Axes, axis_size, get_platform
+from maxlm.parallel.local import Axes, axis_size
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 
 
@@ -74,12 +74,10 @@ class DroplessDispatch:
         return _pick(got, len(self.slot_assignments), starts, sizes, at.ravel())
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
-        return grouped_matmul(
-            rows, kernels, self._sizes, transpose_kernels=transposed, backend=get_platform()
-        )
+        return grouped_matmul(rows, kernels, self._sizes, transpose_kernels=transposed)
 
     def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        return grouped_outer_product(rows, others, self._sizes, backend=get_platform())
+        return grouped_outer_product(rows, others, self._sizes)
 
     @property
     def _num_rows(self) -> int:

@@ -7,7 +7,6 @@ for the gradient. Rows split over the vocabulary (tensor parallelism) give parti
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +25,19 @@ from maxlm.parallel.local import (
 )
 
 
-class _Layouts(NamedTuple):
-    ids: Dims
-    table: Dims
-    """Layout of the table in storage."""
-    held: Dims
-    """Layout of the table during the look-up: gathered where no all-to-all can exchange it."""
-    exchanged: tuple[tuple[str, int], ...]
-    """(mesh axis, dimension of ``ids`` it splits), of the columns; outermost first."""
+class _Layouts:
+    """Layouts of a table in storage, and of ids."""
 
-
-def _layouts(table, ids, used) -> _Layouts:
-    stored, tokens = get_layout(table), get_layout(ids)
-    columns, exchanged = stored[1][len(used[1]) :], []
-    for axis in columns:
-        dim = next((d for d, axes in enumerate(tokens) if axis in axes), None)
-        if dim is None:
-            exchanged = []  # an inner axis cannot be exchanged without the outer ones
-            break
-        exchanged.append((axis, dim))
-    held = (used[0], stored[1] if exchanged else used[1])
-    return _Layouts(tokens, stored, held, tuple(exchanged))
+    def __init__(self, table: jax.Array, ids: jax.Array, used: Dims):
+        self.table, self.ids = get_layout(table), get_layout(ids)
+        split_dims = {axis: dim for dim, axes in enumerate(self.ids) for axis in axes}
+        columns = self.table[1][len(used[1]) :]
+        # An inner axis cannot be exchanged without the outer ones.
+        exchanges = all(axis in split_dims for axis in columns)
+        self.exchanged = [(axis, split_dims[axis]) for axis in columns] if exchanges else []
+        """(mesh axis, dimension of ``ids`` it splits), of the columns; outermost first."""
+        self.held = (used[0], self.table[1] if self.exchanged else used[1])
+        """Layout of the table during the look-up: gathered where no all-to-all can exchange it."""
 
 
 def _own_rows(ids, table, number):
@@ -68,7 +59,7 @@ def embed_tokens(
         out_layout: the mesh axes of the result's dimensions, which begin with those of ``ids``.
         dtype: of the result; gradients are summed within a device in fp32, between devices in it.
     """
-    own, vocab = _layouts(table, ids, table_layout), table_layout[0]
+    own, vocab = _Layouts(table, ids, table_layout), table_layout[0]
     size = table.shape[0]
 
     def local(table, ids, number):
@@ -95,7 +86,7 @@ def _forward(table, ids, used, out, dtype):
 
 def _backward(used, out, dtype, saved, d_y):
     table, ids = saved
-    own, vocab = _layouts(table, ids, used), used[0]
+    own, vocab = _Layouts(table, ids, used), used[0]
 
     def local(table, ids, number, d_y):
         held = (table.shape[0] * axis_size(own.table[0]) // axis_size(vocab), -1)

@@ -21,18 +21,16 @@ whatever the remat policy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import reshard
 
 from maxlm.parallel.dispatch import DispatchPlan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
-    Axes,
     Dims,
     axis_indices,
     gather,
@@ -77,14 +75,8 @@ def apply_experts(
         [B, S, D] in x's dtype and layout; differentiable in x, the weights and kernels, reverse
         mode.
     """
-    tokens, used = get_layout(x), kernel_layouts
-    f_axes = used["up"][2]
-    # Tokens that share F's axes are gathered over them: each device then computes its part of F.
-    whole = tuple(tuple(a for a in axes if a not in f_axes) for axes in tokens)
-    stored = {name: get_layout(kernel) for name, kernel in kernels.items()}
-    ragged = supports_ragged_all_to_all()
-    how = _Layouts(tokens, whole, used, stored, activation, expert_capacity, ragged)
-    lies = make_spec((*tokens[:2], ()))
+    how = _Layouts(x, kernels, kernel_layouts, activation, expert_capacity)
+    lies = make_spec((*how.tokens[:2], ()))
     return _experts(x, reshard(routing_weights, lies), reshard(expert_ids, lies), kernels, how)
 
 
@@ -99,39 +91,28 @@ def supports_ragged_all_to_all() -> bool:
     return not (device is None or device.platform == "cpu" or device.device_kind == "TPU v5 lite")
 
 
-@dataclass(frozen=True, eq=False)
 class _Layouts:
     """Everything static. Compared by identity: it lives as long as one trace."""
 
-    tokens: Dims
-    """Layout of x."""
-    whole: Dims
-    """Layout of tokens gathered over F's axes."""
-    used: dict[str, Dims]
-    stored: dict[str, Dims]
-    activation: Callable[[jax.Array], jax.Array]
-    room: int | None
-    ragged: bool
-
-    @property
-    def expert_axes(self) -> Axes:
-        return self.used["up"][0]
-
-    @property
-    def f_axes(self) -> Axes:
-        return self.used["up"][2]
-
-    @property
-    def spread(self) -> Axes:
+    def __init__(
+        self,
+        x: jax.Array,
+        kernels: Kernels,
+        used: dict[str, Dims],
+        activation: Callable[[jax.Array], jax.Array],
+        room: int | None,
+    ):
+        self.used, self.activation, self.room = used, activation, room
+        self.expert_axes, _, self.f_axes = used["up"]
+        self.tokens = get_layout(x)
+        # Tokens that share F's axes are gathered over them: each device computes its part of F.
+        self.whole = tuple(tuple(a for a in axes if a not in self.f_axes) for axes in self.tokens)
+        self.spread = self.whole[0] + self.whole[1]
         """Axes that rows differ along."""
-        return self.whole[0] + self.whole[1]
-
-    @property
-    def residual_spec(self) -> PartitionSpec:
-        return make_spec((self.spread,))
-
-    def kernel_specs(self) -> dict[str, PartitionSpec]:
-        return {name: make_spec(dims) for name, dims in self.stored.items()}
+        self.residual_spec = make_spec((self.spread,))
+        self.stored = {name: get_layout(kernel) for name, kernel in kernels.items()}
+        self.kernel_specs = {name: make_spec(dims) for name, dims in self.stored.items()}
+        self.ragged = supports_ragged_all_to_all()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -168,7 +149,7 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
 
     y, saved = map_shards(
         program,
-        in_specs=(tokens, tokens, tokens, how.kernel_specs(), make_spec((how.expert_axes,))),
+        in_specs=(tokens, tokens, tokens, how.kernel_specs, make_spec((how.expert_axes,))),
         out_specs=(tokens, how.residual_spec),
     )(x, weights, chosen, kernels, axis_indices(how.expert_axes))
     return y, (saved, kernels)
@@ -215,8 +196,8 @@ def _backward(how: _Layouts, residuals, d_y):
 
     d_x, d_weights, grads = map_shards(
         program,
-        in_specs=(tokens, how.residual_spec, how.kernel_specs()),
-        out_specs=(tokens, tokens, how.kernel_specs()),
+        in_specs=(tokens, how.residual_spec, how.kernel_specs),
+        out_specs=(tokens, tokens, how.kernel_specs),
     )(d_y, saved, kernels)
     return d_x, d_weights, None, grads
 

@@ -21,7 +21,6 @@ Rows two and three with the last two turned into scatters are Megatron's sequenc
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, takewhile
 from math import prod
@@ -37,69 +36,39 @@ from maxlm.parallel.local import (
     axis_size,
     gather,
     get_layout,
-    get_platform,
     make_spec,
     map_shards,
     parse_spec,
     reduce,
 )
+from pallas_kernels.chips import get_platform
 
 # Up to so many Eigen takes 0.7 to 0.9 of YNNPACK's time; at 64, 1.4 times.
 _FEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
 class _Layouts:
-    """Layouts of everything, from the arguments' types."""
+    """Layouts of everything, and specs, from the arguments' types."""
 
-    x: Dims
-    stored: tuple[Dims, ...]
-    used: tuple[Dims, ...]
-    tokens: Dims
-    """Layout of the results' outermost two dimensions."""
-
-    @property
-    def inputs(self) -> int:
-        return len(self.x) - 2
-
-    @property
-    def inner(self) -> Dims:
+    def __init__(self, x, kernels, wholes, used: tuple[Dims, ...], tokens: Dims):
+        self.x, self.stored, self.used = get_layout(x), tuple(map(get_layout, kernels)), used
+        self.inputs = len(self.x) - 2
+        for dims in used:
+            if dims[: self.inputs] != self.x[2:]:
+                raise ValueError(f"x is split as {self.x[2:]}, the kernel's inputs as {dims}")
+        self.inner = tuple(map(_common, self.x[:2], tokens))
         """The tokens' layout during the product: the axes that x and the results share."""
-        return tuple(map(_common, self.x[:2], self.tokens))
-
-    def outputs(self, kernel: int) -> Dims:
-        return self.used[kernel][self.inputs :]
-
-    @property
-    def spread(self) -> Axes:
+        self.outputs = tuple(dims[self.inputs :] for dims in used)
+        self.spread = tuple(dict.fromkeys(_flat(chain.from_iterable(self.outputs))))
         """The axes over which the gradient of x is a partial sum."""
-        outputs = (self.outputs(i) for i in range(len(self.used)))
-        return tuple(dict.fromkeys(_flat(chain.from_iterable(outputs))))
-
-    @property
-    def kernels(self):
-        return tuple(map(make_spec, self.stored))
-
-    def wholes(self, given):
-        return tuple(
-            None if w is None else make_spec(u) for w, u in zip(given, self.used, strict=True)
-        )
+        self.kernels = tuple(map(make_spec, self.stored))
+        pairs = zip(wholes, used, strict=True)
+        self.wholes = tuple(None if whole is None else make_spec(own) for whole, own in pairs)
+        self.results = tuple(make_spec((*tokens, *own)) for own in self.outputs)
 
     def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
         """Returns a kernel in use, on shards."""
         return gather(kernel, self.stored[i], self.used[i]) if whole is None else whole
-
-    @property
-    def results(self):
-        return tuple(make_spec((*self.tokens, *self.outputs(i))) for i in range(len(self.used)))
-
-
-def _layouts(x, kernels, used, tokens) -> _Layouts:
-    found = _Layouts(get_layout(x), tuple(map(get_layout, kernels)), used, tokens)
-    for dims in used:
-        if dims[: found.inputs] != found.x[2:]:
-            raise ValueError(f"x is split as {found.x[2:]}, the kernel's inputs as {dims}")
-    return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -122,18 +91,18 @@ def multiply_kernels(
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    own = _layouts(x, kernels, kernel_layouts, token_layout)
+    own = _Layouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
 
     def local(x, kernels, wholes):
         x, summed = gather(x, own.x, (*own.inner, *own.x[2:])), _flat(own.x[2:])
         ys = []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             y = _contract(x, own.kernel(i, *pair), own.inputs)
-            outputs = own.outputs(i)
+            outputs = own.outputs[i]
             ys.append(reduce(y, summed, (*own.inner, *outputs), (*token_layout, *outputs)))
         return tuple(ys)
 
-    specs = make_spec(own.x), own.kernels, own.wholes(gathered_kernels)
+    specs = make_spec(own.x), own.kernels, own.wholes
     return map_shards(local, specs, own.results)(x, kernels, gathered_kernels)
 
 
@@ -143,7 +112,7 @@ def _forward(x, kernels, wholes, used, tokens):
 
 def _backward(used, tokens, saved, d_ys):
     x, kernels, wholes = saved
-    own = _layouts(x, kernels, used, tokens)
+    own = _Layouts(x, kernels, wholes, used, tokens)
 
     # Left alone, a compiler puts off what nothing waits for, the kernels' gradients, and holds
     # every d_y until then. Where these are wider than x, one kernel follows the other, and d_x
@@ -157,9 +126,11 @@ def _backward(used, tokens, saved, d_ys):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
         d_x, products = jnp.zeros((), x.dtype), []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
-            outputs = own.outputs(i)
+            outputs = own.outputs[i]
             d_y = gather(d_ys[i], (*tokens, *outputs), (*own.inner, *outputs))
-            part = _contract_back(d_y, own.kernel(i, *pair), own.inputs)
+            kernel = own.kernel(i, *pair)
+            dims = tuple(range(2, d_y.ndim)), tuple(range(own.inputs, kernel.ndim))
+            part = lax.dot_general(d_y, kernel, (dims, ((), ())))
             # A kernel that is whole where its siblings are split gives its whole share everywhere.
             copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
             part = part / copies if copies > 1 else part
@@ -174,7 +145,7 @@ def _backward(used, tokens, saved, d_ys):
         return d_x, d_kernels
 
     results = make_spec(own.x), own.kernels
-    specs = (*results, own.wholes(wholes), own.results)
+    specs = (*results, own.wholes, own.results)
     return (*map_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
 
 
@@ -245,11 +216,6 @@ def _contract(x, kernel, inputs):
         return y.reshape(*tokens, *outputs)
     last = tuple(range(len(tokens), x.ndim))
     return lax.dot_general(x, kernel, ((last, tuple(range(inputs))), ((), ())))
-
-
-def _contract_back(d_y, kernel, inputs):
-    dims = tuple(range(2, d_y.ndim)), tuple(range(inputs, kernel.ndim))
-    return lax.dot_general(d_y, kernel, (dims, ((), ())))
 
 
 def _outer(x, d_y):

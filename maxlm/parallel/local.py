@@ -12,12 +12,14 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
+
+from pallas_kernels.chips import get_platform
 
 # Devices over which XLA:TPU keeps a reduce-scatter, whatever the torus.
 STEP = 16
@@ -117,7 +119,8 @@ def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     groups = _two_steps(axes)
     if groups is None:
         return collect(x)
-    return collect(collect(x, axis_index_groups=groups.inner), axis_index_groups=groups.outer)
+    outer, inner = groups
+    return collect(collect(x, axis_index_groups=inner), axis_index_groups=outer)
 
 
 def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
@@ -125,6 +128,7 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     groups = _two_steps(axes)
     if groups is None:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    outer, inner = groups
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)
     # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced after all;
     # so are some matrices, or padded by up to a quarter, that are not in rows of lanes.
@@ -132,24 +136,18 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     whole = x.shape
     if x.ndim == 2 and whole[1] % LANES == 0:
         x = x.reshape(whole[0], -1, LANES)
-    x = scatter(x, axis_index_groups=groups.outer)
-    if len(groups.inner[0]) > 2:
-        x = scatter(x, axis_index_groups=groups.inner)
+    x = scatter(x, axis_index_groups=outer)
+    if len(inner[0]) > 2:
+        x = scatter(x, axis_index_groups=inner)
     else:  # scatters over pairs are padded; an exchange of halves is not
         halves = x.reshape(2, -1, *x.shape[1:])
-        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=groups.inner, tiled=True).sum(0)
+        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=inner, tiled=True).sum(0)
     return jnp.moveaxis(x.reshape(-1, *whole[1:]), 0, dim)
 
 
-class _Groups(NamedTuple):
-    """Devices i·b + j of a·b, as those of equal j and those of equal i."""
-
-    outer: list[list[int]]
-    inner: list[list[int]]
-
-
-def _two_steps(axes: Axes) -> _Groups | None:
-    """Groups devices to gather or scatter over ``axes`` in two steps, where that is better.
+def _two_steps(axes: Axes) -> tuple[list[list[int]], list[list[int]]] | None:
+    """Groups devices to gather or scatter over ``axes`` in two steps, where that is better: devices
+    i·b + j of a·b as those of equal j, then those of equal i.
 
     Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in three
     dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
@@ -161,16 +159,8 @@ def _two_steps(axes: Axes) -> _Groups | None:
     inner = size // STEP if size > STEP else 2
     if get_platform() != "tpu" or size <= 4 or size % inner:
         return None
-    return _Groups(
-        outer=[list(range(j, size, inner)) for j in range(inner)],
-        inner=[list(range(i, i + inner)) for i in range(0, size, inner)],
-    )
-
-
-def get_platform() -> str:
-    """Returns the platform that the traced program is for: "cpu", "gpu" or "tpu"."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return "cpu" if device is None else device.platform
+    outer_groups = [list(range(j, size, inner)) for j in range(inner)]
+    return outer_groups, [list(range(i, i + inner)) for i in range(0, size, inner)]
 
 
 def _beyond(longer: Axes, shorter: Axes) -> Axes:

@@ -44,7 +44,12 @@ def attend_shard_backward(
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
     d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
-    return d_q, d_k, d_v, *(_among_all(x, split, number) for x in d_biases)
+
+    def among_all(own):  # [N / n, ...] of this device's share of heads → [N, ...], zeros elsewhere
+        zeros = jnp.zeros((len(own) * split.num_shards, *own.shape[1:]), own.dtype)
+        return lax.dynamic_update_slice_in_dim(zeros, own, number * len(own), axis=0)
+
+    return d_q, d_k, d_v, *map(among_all, d_biases)
 
 
 def _copies(kv_heads: int, ways: int) -> int:
@@ -72,21 +77,11 @@ def _options(
         size = len(x) // split.num_shards
         return lax.dynamic_slice_in_dim(x, number * size, size)
 
-    mask = {"segment_ids": _whole_segments(split, segments), **split.mask_kwargs}
+    if segments is not None:
+        of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
+        segments = _in_order(of_queries, split), _in_order(of_keys, split)
+    mask = {"segment_ids": segments, **split.mask_kwargs}
     return {**mask, **split.score_kwargs(jax.tree.map(own, added))}
-
-
-def _among_all(x: jax.Array, split: SequenceSplit, number: jax.Array) -> jax.Array:
-    """[N / n, ...] of this device's share of heads at their places among zeros, [N, ...]."""
-    zeros = jnp.zeros((len(x) * split.num_shards, *x.shape[1:]), x.dtype)
-    return lax.dynamic_update_slice_in_dim(zeros, x, number * len(x), axis=0)
-
-
-def _whole_segments(split: SequenceSplit, segments: Segments) -> Segments:
-    if segments is None:
-        return None
-    of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
-    return _in_order(of_queries, split), _in_order(of_keys, split)
 
 
 def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:
@@ -97,23 +92,17 @@ def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:
 
 def _to_rows(x: jax.Array, split: SequenceSplit) -> jax.Array:
     """Inverts :func:`_to_heads`."""
-    x = _permute(x, split, _chunk_order(split))
+    x = _in_order(x, split, of_devices=True)
     return lax.all_to_all(x, split.axes, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _in_order(x: jax.Array, split: SequenceSplit) -> jax.Array:
+def _in_order(x: jax.Array, split: SequenceSplit, *, of_devices: bool = False) -> jax.Array:
     """Rows from the devices' order to the sequence's, in which the tiles that a causal mask or a
-    window empties are known before the program runs."""
-    return _permute(x, split, np.argsort(_chunk_order(split)))
-
-
-def _chunk_order(split: SequenceSplit) -> np.ndarray:
-    ways = split.num_shards
-    return sequence_order_indices(ways * split.chunks_per_device, ways, split.balanced)
-
-
-def _permute(x: jax.Array, split: SequenceSplit, order: np.ndarray) -> jax.Array:
+    window empties are known before the program runs; or back, to that ``of_devices``."""
     if not split.balanced:
         return x
+    ways = split.num_shards
+    order = sequence_order_indices(ways * split.chunks_per_device, ways, balanced=True)
+    order = order if of_devices else np.argsort(order)
     chunks = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])
     return chunks[:, order].reshape(x.shape)

@@ -8,9 +8,11 @@ loss, pipelines and the optimizer. Where an axis has one device, a collective ha
 
 from collections.abc import Iterator
 from itertools import chain
+from math import prod
 
 import numpy as np
 
+from maxlm.parallel.context import count_ring_steps
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
 from maxlm.plan.workload import FP32, Number, StepShape
@@ -73,7 +75,8 @@ def _list_matmul_collectives(
     shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
     work, rules, kernels = shape.work, shape.split.compute, group.kernels
-    width = work.config.model.d_model if group.input_features != "latent" else group.input_width
+    is_latent, inputs = group.input_features == "latent", kernels[0].num_input_dims
+    width = prod(kernels[0].shape[:inputs]) if is_latent else work.config.model.d_model
     size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
     again = backward if shape.remat != "none" and work.backward_needs_branch_output(group) else 0
@@ -89,7 +92,7 @@ def _list_matmul_collectives(
     beside = work.is_parallel_to_attention(group)
     # The compiler gathers the same array once: what both branches read, or all layers.
     shared = beside and work.config.model.placement == "parallel_shared"
-    if group.input_features == "latent":
+    if is_latent:
         yield from send("its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward)
     if group.input_features == "memory":
         yield from send("input", "all-gather", sequence, shape.stage_passes_with_bubble, 0)
@@ -166,7 +169,8 @@ def _list_attention_collectives(
         yield from send(gradients, "reduce-scatter", whole * FP32, 0, 2 * backward)
     elif method == "ring":
         kind, block = "collective-permute", either * read
-        steps = 2 * _count_ring_steps(shape, attention, ways)
+        window = None if work.config.parallel.balance_sequence else attention.window
+        steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
         back = np.where(np.greater(steps, 0), steps + 2, 0)
         yield from send(both, kind, block * itemsize, steps * forward, steps * (backward + again))
         yield from send(gradients, kind, block * FP32, 0, back * backward)
@@ -192,14 +196,6 @@ def _list_attention_collectives(
         whole = either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
         what = "whole kv heads: gradients"
         yield PlannedCollective(what, "all-reduce", rules.heads, whole, 2 * backward, "backward")
-
-
-def _count_ring_steps(shape: StepShape, attention: AttentionShape, ways: Number) -> Number:
-    """Turns of a ring in which keys come from another device (``parallel/context.py``)."""
-    if attention.window is None or shape.work.config.parallel.balance_sequence:
-        return ways - 1
-    rows = attention.query_len / ways
-    return np.minimum(ways - 1, np.floor((attention.window + rows - 2) / rows))
 
 
 def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:

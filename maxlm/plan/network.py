@@ -85,7 +85,10 @@ class Network:
     def _inner(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
         """Devices of a group within one slice, or within one host."""
         if self.topology.platform != "gpu":
-            return split.num_devices(axes) / self._across(axes, split)
+            first, second = BETWEEN_SLICES
+            by_first = np.equal(np.mod(split.sizes[first], self.topology.slices), 0)
+            crossed = np.where(by_first, first in axes, second in axes)
+            return split.num_devices(axes) / np.where(crossed, self.topology.slices, 1.0)
         inner, stride = 1.0, 1.0
         domain = min(self.chip.nvlink_domain_size, self.topology.shape[-1])
         for axis in reversed(MESH_AXES):
@@ -93,16 +96,6 @@ class Network:
                 inner = inner * np.clip(domain / stride, 1, split.sizes[axis])
             stride = stride * split.sizes[axis]
         return inner
-
-    def _across(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
-        """Slices that a group spans."""
-        slices = self.topology.slices
-        if slices == 1:
-            return 1.0
-        first, second = BETWEEN_SLICES
-        by_first = np.equal(np.mod(split.sizes[first], slices), 0)
-        crossed = np.where(by_first, first in axes, second in axes)
-        return np.where(crossed, slices, 1.0)
 
     def _on_torus(self, kind: str, whole: Number, ways: Number, inner: Number) -> Number:
         shape, chip, across = self.topology.shape, self.chip, ways / inner

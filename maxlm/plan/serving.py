@@ -17,7 +17,7 @@ published runs (``benchmarks/plan_serving.py``). Not counted: queues, uneven len
 prefixes, speculation, and the time of a tokenizer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,6 @@ from maxlm.plan.network import PlannedCollective
 from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
 from maxlm.plan.serving_cache import (
     CacheFormat,
-    LayerCache,
     count_layer_caches,
     count_sequence_bytes,
     count_token_bytes,
@@ -106,45 +105,39 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
     return RunWorkload(run, dtype)
 
 
-def place_served_model(
-    work: RunWorkload, machine: Machine, options: ServingOptions, tensor: int, cache: CacheFormat
-) -> "ServedModel":
-    """Splits what :func:`read_workload` returns into replicas of ``tensor`` devices.
+class ServedModel:
+    """A model, as :func:`read_workload` returns it, split into replicas of ``tensor`` devices.
+    Bytes, FLOPs and seconds are of one device; rows are the sequences of one replica, a number or
+    an array of them.
 
     Raises:
         MaxlmError: it does not divide, or the machine cannot be laid out so.
     """
-    mesh = MeshConfig(data=machine.topology.devices // tensor, fsdp=1, tensor=tensor)
-    run = work.config.model_copy(update={"mesh": mesh})
-    sizes = machine.mesh(run)
-    dtype = resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
-    placed = place_run(run, sizes, dtype, for_training=False)
-    assert isinstance(placed.model, Decoder)
-    sharding = run.sharding.model_copy(update={"compute": placed.compute})
-    work = copy(work)
-    work.config = run.model_copy(update={"sharding": sharding})
-    layers = count_layer_caches(placed.model, cache, machine.topology.platform)
-    return ServedModel(work, machine, options, sizes, cache, layers)
 
-
-@dataclass
-class ServedModel:
-    """A model on one split. Bytes, FLOPs and seconds are of one device; rows are the sequences of
-    one replica, a number or an array of them."""
-
-    work: RunWorkload
-    machine: Machine
-    options: ServingOptions
-    sizes: Mapping[str, int]
-    cache: CacheFormat
-    layer_caches: Mapping[LayerCache, int]
-    """Caches of layers, and the number of layers that have each."""
-
-    def __post_init__(self) -> None:
-        chip, weights = self.machine.chip, self.options.weights
-        self.split = MeshPartitioning(self.work.config, self.sizes)
-        usual = select_matmul_dtype(chip, self.work.dtype_bytes)
-        self.matmul_dtype = weights if weights in chip.peak_flops else usual
+    def __init__(
+        self,
+        work: RunWorkload,
+        machine: Machine,
+        options: ServingOptions,
+        tensor: int,
+        cache: CacheFormat,
+    ):
+        mesh = MeshConfig(data=machine.topology.devices // tensor, fsdp=1, tensor=tensor)
+        run, platform = work.config.model_copy(update={"mesh": mesh}), machine.topology.platform
+        self.machine, self.options = machine, options
+        self.cache: CacheFormat = cache
+        self.sizes = sizes = machine.mesh(run)
+        dtype = resolve_compute_dtype(run.compute_dtype, platform)
+        placed = place_run(run, sizes, dtype, for_training=False)
+        assert isinstance(placed.model, Decoder)
+        sharding = run.sharding.model_copy(update={"compute": placed.compute})
+        self.work = copy(work)
+        self.work.config = run.model_copy(update={"sharding": sharding})
+        self.layer_caches = count_layer_caches(placed.model, cache, platform)
+        """Caches of layers, and the number of layers that have each."""
+        self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
+        usual = select_matmul_dtype(chip, work.dtype_bytes)
+        self.matmul_dtype = options.weights if options.weights in chip.peak_flops else usual
         self.read_bandwidth = chip.memory_bandwidth * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
 
@@ -391,7 +384,7 @@ def search_serving(
     splits = [tensor] if tensor else [n for n in range(1, devices + 1) if devices % n == 0]
     for split, cache in product(splits, caches):
         try:
-            served = place_served_model(work, machine, options, split, cache)
+            served = ServedModel(work, machine, options, split, cache)
             plans.append(plan_served_model(served))
         except MaxlmError as error:
             refusal = error

@@ -88,11 +88,6 @@ class MatmulGroup:
         return self.kernels[0].output_features
 
     @property
-    def input_width(self) -> int:
-        """Width of the input; not for experts."""
-        return prod(self.kernels[0].shape[: self.kernels[0].num_input_dims])
-
-    @property
     def latent_width(self) -> int:
         """Width of the narrow latent vectors that it writes."""
         return sum(k.shape[-1] for k in self.kernels if k.output_features == "latent")

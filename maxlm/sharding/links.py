@@ -56,12 +56,10 @@ def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str
     for axis in BETWEEN_SLICES:
         if sizes[axis] % num_slices == 0:
             return outer | {axis: num_slices}
-    raise MaxlmError(
-        f"{num_slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
-        "divides over them",
-        where="mesh",
-        fix=f"set mesh.data to a multiple of {num_slices}: only it or stage may cross slices",
-    )
+    what = f"{num_slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
+    what += "divides over them"
+    fix = f"set mesh.data to a multiple of {num_slices}: only it or stage may cross slices"
+    raise MaxlmError(what, where="mesh", fix=fix)
 
 
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:

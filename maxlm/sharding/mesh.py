@@ -1,12 +1,12 @@
 """Device meshes: six named axes, always explicit; and programs on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
 from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, auto_axes
+from jax.sharding import AxisType, Mesh, auto_axes
 
 from maxlm.config import Config, MaxlmError
 from maxlm.sharding.links import arrange_devices
@@ -98,12 +98,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     return Mesh(arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
-
-
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """Returns the same mesh without devices, for planning and ahead-of-time work."""
-    types = (AxisType.Explicit,) * len(sizes)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:

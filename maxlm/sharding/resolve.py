@@ -54,12 +54,10 @@ def resolve_placement(
         ways = prod(mesh_sizes[name] for name in names)
         if size % ways:
             split = "·".join(f"{name}={mesh_sizes[name]}" for name in names)
-            raise MaxlmError(
-                f"{axis}={size} does not divide over {split}",
-                where=array_name,
-                fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
-                "sharding.storage and sharding.compute to keep it whole",
-            )
+            fix = f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
+            fix += "sharding.storage and sharding.compute to keep it whole"
+            what = f"{axis}={size} does not divide over {split}"
+            raise MaxlmError(what, where=array_name, fix=fix)
         if names:
             matched.append(f"{axis}→{'+'.join(names)}")
     used = _check_distinct(axes, rules, where=array_name)
@@ -92,17 +90,12 @@ def check_activation_rules(rules: AxisRules) -> None:
         rules: on the mesh at hand, so without axes of size 1.
     """
     width = "the residual stream's width, which norms, experts and the loss need"
-    for axis, what in (
-        ("embed", width),
-        ("expert_embed", width),
-        ("head_dim", "a head's width, which attention needs"),
-    ):
+    head = "a head's width, which attention needs"
+    for axis, needed in (("embed", width), ("expert_embed", width), ("head_dim", head)):
         if names := rules.mesh_axes(axis):
-            raise MaxlmError(
-                f"mesh axis '{names[0]}' splits {what} whole",
-                where=f"sharding.compute.{axis}",
-                fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
-            )
+            what = f"mesh axis '{names[0]}' splits {needed} whole"
+            fix = f"set it to null (sharding.storage.{axis} splits weights at rest)"
+            raise MaxlmError(what, where=f"sharding.compute.{axis}", fix=fix)
     for axes in ACTIVATIONS:
         _check_distinct(axes, rules, where="sharding.compute")
 
@@ -124,9 +117,7 @@ def check_unsharded_share(
     share = sum(whole.values()) / sum(size for size, _ in placements.values())
     if share > max_share:
         largest = max(whole, key=whole.__getitem__)
-        raise MaxlmError(
-            f"{share:.0%} of parameter bytes would be whole on every device "
-            f"(limit {max_share:.0%}), the largest {largest}",
-            where="sharding.storage",
-            fix="give one of its axes a mesh axis, or raise sharding.max_unsharded",
-        )
+        what = f"{share:.0%} of parameter bytes would be whole on every device "
+        what += f"(limit {max_share:.0%}), the largest {largest}"
+        fix = "give one of its axes a mesh axis, or raise sharding.max_unsharded"
+        raise MaxlmError(what, where="sharding.storage", fix=fix)

@@ -254,7 +254,7 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
         rows = size * split.chunks_per_device
         block = KeyValueBlock(jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None)
         for own in range(ways):
-            queries = _Queries.cut(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
+            queries = _Queries(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
             before = len(computed)
             for t in range(split.last_ring_step(rows) + 1):
                 other = (own - t) % ways

@@ -13,9 +13,9 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
+    ServedModel,
     ServingOptions,
     list_serving_points,
-    place_served_model,
     read_workload,
     search_serving,
 )
@@ -39,9 +39,7 @@ def load(name: str, *settings: str) -> RunConfig:
 
 def place(name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"):
     machine, options = Machine.from_name(on), ServingOptions(prompt, new, weights)
-    return place_served_model(
-        read_workload(load(name), machine, options), machine, options, tensor, cache
-    )
+    return ServedModel(read_workload(load(name), machine, options), machine, options, tensor, cache)
 
 
 def test_the_sums_that_everyone_knows():
@@ -193,7 +191,7 @@ def test_nothing_better_is_missed(tpot_ms):
     best, work = -inf, read_workload(config, machine, options)
     for tensor in (1, 2, 4, 8):
         for cache in get_args(CacheFormat):
-            served = place_served_model(work, machine, options, tensor, cache)
+            served = ServedModel(work, machine, options, tensor, cache)
             for batch in range(1, served.count_max_rows() * 8 // tensor + 1):
                 (point,) = list_serving_points(served, [batch])
                 if point.tpot_seconds <= (tpot_ms or inf) / 1e3:

@@ -12,17 +12,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.sharding import (
-    LOGICAL_AXES,
     MESH_AXES,
     AxisRules,
     MeshConfig,
     Placement,
     ShardingConfig,
-    check_activation_rules,
-    check_unsharded_share,
     make_mesh,
     resolve_placement,
 )
+from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
+from maxlm.sharding.rules import LOGICAL_AXES
 from tests.errors import message
 
 ONES = dict.fromkeys(MESH_AXES, 1)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.models.params import ParamSpec
-from maxlm.sharding import abstract_mesh
 from maxlm.sharding.rules import StorageRules
 from maxlm.train.optimizer import (
     OptimizerConfig,
@@ -184,7 +183,8 @@ def test_a_parameter_by_rule_steps_against_the_sign_and_changes_nothing_else(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
-    mesh = abstract_mesh({"stage": 1, "fsdp": 2, "tensor": 2})
+    axes = ("stage", "fsdp", "tensor")
+    mesh = AbstractMesh((1, 2, 2), axes, axis_types=(AxisType.Explicit,) * 3)
     rules = StorageRules(embed=("fsdp",))
     optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS)
     state = opt_state_specs(optimizer, SPECS)

@@ -22,12 +22,3 @@ ModelConfig = Annotated[
     add_default_tag("architecture", "decoder"),
 ]
 Model = Decoder | Encoder | EncoderDecoder
-
-__all__ = [
-    "Decoder",
-    "DecoderConfig",
-    "Encoder",
-    "EncoderDecoder",
-    "Model",
-    "ModelConfig",
-]

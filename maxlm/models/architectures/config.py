@@ -210,14 +210,6 @@ class TransformerConfig(Config):
         """All layers, in the order in which they are run."""
         return (TrunkSpec(self.layer_stacks),)
 
-    def locate_layer(self, layer: int) -> tuple[str, int]:
-        """Returns the stack of a layer, and its index there."""
-        for part in self.layer_stacks:
-            if layer < part.num_layers:
-                return part.name, layer
-            layer -= part.num_layers
-        raise IndexError(layer)
-
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
         if self.attention is None:

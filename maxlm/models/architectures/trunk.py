@@ -34,9 +34,9 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
-from maxlm.parallel.local import get_platform
 from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
+from pallas_kernels.chips import get_platform
 
 PositionsAndSegments = tuple[jax.Array, jax.Array | None]
 """Positions and segment ids."""

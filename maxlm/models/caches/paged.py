@@ -17,11 +17,6 @@ from pallas_kernels.paged_attention import paged_attention, write_pages
 class AttentionCache:
     """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
 
-    @classmethod
-    def lay_out(cls, rules: AxisRules) -> Any:
-        """Returns the layout of each array, or of all."""
-        return rules.spec("batch", None, "kv_heads")
-
     def attend_shard(
         self,
         q: jax.Array,
@@ -68,7 +63,8 @@ class AttentionCache:
             return jax.tree.map(lambda x: x[None], found)
 
         heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
-        keys, layout = rules.spec("batch", None, "kv_heads"), self.lay_out(rules)
+        keys = rules.spec("batch", None, "kv_heads")
+        layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
         slopes, biases = (
             None if x is None else reshard(jnp.asarray(x, jnp.float32), own_heads)
             for x in (slopes, biases)
@@ -112,12 +108,6 @@ class CrossCache(AttentionCache):
     value: Any
     segment_ids: Any
     """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
-
-    @classmethod
-    def lay_out(cls, rules: AxisRules) -> Any:
-        """See :class:`AttentionCache`."""
-        keys = rules.spec("batch", None, None, "kv_heads")
-        return cls(keys, keys, rules.spec("batch"))
 
     def attend_shard(self, q, key, value, batch, rules, *, slopes, biases, **options):
         """See :class:`AttentionCache`."""

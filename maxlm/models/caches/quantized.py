@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from maxlm.config import MaxlmError
 from maxlm.models.caches.layout import CacheArraySpec
 from maxlm.models.caches.paged import AttentionCache, pad_features
-from maxlm.sharding import AxisRules
 from pallas_kernels.attention.combine import merge_attention
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 
@@ -36,12 +35,6 @@ class QuantizedCache(AttentionCache):
     recent_key: Any
     """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place i mod n."""
     recent_value: Any
-
-    @classmethod
-    def lay_out(cls, rules: AxisRules) -> Any:
-        """See :class:`AttentionCache`."""
-        pages = rules.spec("batch", None, "kv_heads")
-        return cls(pages, pages, *(rules.spec("batch", None, None, "kv_heads"),) * 2)
 
     def attend_shard(self, q, key, value, batch, rules, *, window, **options):
         """See :class:`AttentionCache`.

@@ -145,8 +145,7 @@ class RecurrentCache(NamedTuple):
             return jax.tree.map(lambda a: a[None], out)
 
         features = rules.spec("batch", None, feature_axis)
-        inner = [None] * (jax.tree.leaves(self.state)[0].ndim - 3)
-        states = rules.spec("batch", None, *inner, feature_axis)
+        states = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
         own = tuple(rules.spec(*(None,) * (a.ndim - 1), feature_axis) for a in params)
         specs = states, features, rules.spec("batch"), own
         states, y = map_shards(local, specs, (states, features))(self.state, x, batch, params)

@@ -38,9 +38,8 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     own, rope = reader.read_nested("attn_config"), reader.read_nested("rope_parameters")
     rope.read_implemented("rope_type", "default")
     theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
-    rope.read_implemented(
-        "rope_theta", None, theta
-    )  # the published code reads one, the library the other
+    # The published code reads one, the library the other.
+    rope.read_implemented("rope_theta", None, theta)
     settings["positions"] = {"kind": "rope", "theta": theta}
     ffn = reader.read_nested("ffn_config")
     ffn.read_implemented("hidden_size", None, settings["d_model"])

@@ -37,11 +37,6 @@ class ParamShape(NamedTuple):
     num_input_dims: int
     """Leading dimensions that a map sums over; 0 of vectors and tables."""
 
-    @property
-    def output_size(self) -> int:
-        """Outputs of a map, or all elements of a vector."""
-        return prod(self.shape[self.num_input_dims :])
-
 
 class TensorConversion(NamedTuple):
     """A published tensor: its shape, and its split into pieces of ours and their join."""
@@ -116,7 +111,8 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
     """Returns a form whose ``groups`` equal parts of rows have all pieces, one above the other."""
     first = pieces[0]
     inputs = (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
-    stops = np.cumsum([piece.output_size // groups for piece in pieces])
+    outputs = (prod(piece.shape[piece.num_input_dims :]) for piece in pieces)
+    stops = np.cumsum([size // groups for size in outputs])
 
     def split(whole: Array) -> list[Array]:
         parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
@@ -215,6 +211,7 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
     experts = range(config.moe.num_experts if config.moe else 0)
+    places = [(part.name, at) for part in config.layer_stacks for at in range(part.num_layers)]
     found: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
@@ -225,9 +222,8 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
         if "{layer}" not in name:
             found += _entry(name, rule, specs, rule.ours, ())
             continue
-        for layer in range(config.num_layers):
-            part, index = config.locate_layer(layer)
-            ours = tuple(f"{part}.{own}" for own in rule.ours)
+        for layer, (stack, index) in enumerate(places):
+            ours = tuple(f"{stack}.{own}" for own in rule.ours)
             for expert in experts if "{expert}" in name else (None,):
                 full = name.format(layer=layer, expert=expert)
                 at = (index,) if expert is None else (index, expert)

@@ -206,11 +206,16 @@ class Moe(nnx.Module):
                 and no statistic counts. None: all tokens.
         """
         config = self.config
-        x = x.astype(self.dtype)
-        logits = self._logits(x)
-        bias = None
+        x, wide, bias = x.astype(self.dtype), accumulation_dtype(self.dtype), None
+        router = materialize(self.router, self.rules, wide)
+        logits = jnp.einsum(
+            "bsd,de->bse",
+            x.astype(wide),
+            router,
+            precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
+            out_sharding=shards.make_spec((*shards.get_layout(x)[:2], ())),
+        )
         if self.selection_bias is not None:
-            wide = accumulation_dtype(self.dtype)
             bias = read_weight(self.selection_bias, self.rules, wide).value
         routing = route(logits, bias, config)
         if mask is None:
@@ -246,18 +251,6 @@ class Moe(nnx.Module):
         if self.shared is not None:
             y = y + self.shared(x)
         return y, MoeAux(loss, load, dropped)
-
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """fp32 [B, S, E], laid out over B and S as x."""
-        dtype = accumulation_dtype(self.dtype)
-        router = materialize(self.router, self.rules, dtype)
-        return jnp.einsum(
-            "bsd,de->bse",
-            x.astype(dtype),
-            router,
-            precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
-            out_sharding=shards.make_spec((*shards.get_layout(x)[:2], ())),
-        )
 
 
 class Routing(NamedTuple):

@@ -174,7 +174,10 @@ def compute_rotary(
     turns: Any = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
         lengths = 1 + positions.max(axis=1, keepdims=True) if lengths is None else lengths
-        turns = _dynamic(lengths, rotary_dim, theta, scaling, dtype)
+        length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[..., None, None]
+        factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        base = theta * factor ** (rotary_dim / (rotary_dim - 2))
+        turns = base ** (-jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
     angle = positions[..., None, None].astype(dtype) * turns
     scale = rope_attention_factor(scaling)
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
@@ -186,16 +189,6 @@ def materialize_rotary(rotary: Rotary) -> Rotary:
     in a loop and each head; it removes barriers before it fuses, and products it does not fuse."""
     identity = jnp.eye(rotary.cos.shape[-1], dtype=rotary.cos.dtype)
     return Rotary(rotary.cos @ identity, rotary.sin @ identity)
-
-
-def _dynamic(
-    lengths: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
-) -> jax.Array:
-    """[B, S or 1, 1, R/2] in ``dtype``."""
-    length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[..., None, None]
-    factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
-    base = theta * factor ** (size / (size - 2))
-    return base ** (-jnp.arange(0, size, 2, dtype=dtype) / size)
 
 
 @jax.custom_vjp
