@@ -15,7 +15,7 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from maxlm.models.params import bind, param_specs
-from maxlm.sharding import AxisRules
+from maxlm.sharding import AxisRules, ShardingConfig
 from tests.models.building import change
 
 BOTH: dict[str, Any] = {
@@ -39,9 +39,9 @@ def both(one_device_mesh):
         yield built(clip=2.0)
 
 
-def built(**attention: Any) -> tuple[EncoderDecoder, Any]:
+def built(rules: AxisRules | None = None, **attention: Any) -> tuple[EncoderDecoder, Any]:
     config = EncoderDecoderConfig(**BOTH | {"attention": BOTH["attention"] | attention})
-    model = config.build(rules=AxisRules(), dtype=jnp.float32)
+    model = config.build(rules=rules or AxisRules(), dtype=jnp.float32)
     return model, random_params(model)
 
 
@@ -73,7 +73,17 @@ def _forward(model, params, source, output):
 
 def test_greedy_rows_equal_whole_passes(both):
     """More prompts than rows, and two outputs of one of them."""
-    model, params = both
+    check_greedy_rows(*both)
+
+
+def test_devices_that_hold_all_keys_answer_alike(mesh):
+    two = mesh(tensor=2)
+    with jax.set_mesh(two):
+        rules = ShardingConfig().compute.for_mesh(dict(two.shape))
+        check_greedy_rows(*built(rules.model_copy(update={"kv_heads": (), "vocab": ()})))
+
+
+def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
     config = EngineConfig(max_sequences=2, max_length=24, page_size=4, decode_steps=3)
     greedy = SamplingConfig(temperature=0, max_new_tokens=5)
     requests = [

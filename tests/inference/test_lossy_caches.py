@@ -64,12 +64,13 @@ class Case:
     page: int = 4
     size: int = 8
     feature_multiple: int = 1
+    whole_keys: bool = False
 
     def run(self, mesh, steps, width=1) -> tuple[Any, Any, Any, Any]:
         """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache too."""
         (N, K), rng = self.heads, np.random.default_rng(3)
         rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
-        if self.value_dim:
+        if self.value_dim or self.whole_keys:
             rules = rules.model_copy(update={"kv_heads": ()})
         D, T = prod(mesh.shape[axis] for axis in rules.batch), 48
         q, k, v = (rng.normal(size=(D, ROWS, T, n, self.size)) for n in (N, K, K))
@@ -316,6 +317,15 @@ def test_eight_devices_answer_alike(mesh, name):
             for r in range(4)
         ]
         check(found[d], own, known)
+
+
+@pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
+def test_devices_that_hold_all_keys_answer_alike(mesh, one_device_mesh, kind):
+    config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
+    case = Case(config, **OPTIONS["cap, slopes"])
+    _, expected, known, _ = case.run(one_device_mesh, STEPS)
+    _, found, _, _ = replace(case, whole_keys=True).run(mesh(tensor=2), STEPS)
+    check(found[0], expected[0], known)
 
 
 def count_bytes(spec, unit) -> int:

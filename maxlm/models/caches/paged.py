@@ -62,6 +62,10 @@ class AttentionCache:
             found = cache.attend_shard(q, key, value, batch, rules, **own)
             return jax.tree.map(lambda x: x[None], found)
 
+        split = rules.spec("batch", None, "heads")
+        if (self.key if key is None else key).shape[-2] > 1 and not rules.mesh_axes("kv_heads"):
+            # A device has all keys, not only those of its own queries: it attends for all heads.
+            rules = rules.model_copy(update={"heads": ()})
         heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
         keys = rules.spec("batch", None, "kv_heads")
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
@@ -71,7 +75,8 @@ class AttentionCache:
         )
         specs = own_heads, own_heads, heads, keys, keys, layout, rules.spec("batch")
         run = map_shards(run, specs, (heads, layout))
-        return run(slopes, biases, q, key, value, self, batch)
+        y, cache = run(slopes, biases, reshard(q, heads), key, value, self, batch)
+        return reshard(y, split), cache
 
 
 @jax.tree_util.register_dataclass
