@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maxlm.data.documents import SourceConfig, list_files, read_documents
+from maxlm.data.documents import SourceConfig, find_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.runtime.pool import count_usable_cores
@@ -31,7 +31,7 @@ LIBRARY = ("encode_batch", "encode_batch_fast")
 def sample_stdlib(folder: Path, size: int) -> list[str]:
     """Copy about `size` bytes of standard library files, spread evenly, and return their texts."""
     source = SourceConfig(documents=("python-stdlib",))
-    files = list_files(source)
+    files = find_files(source).files
     step = max(sum(file.size for file in files) / size, 1.0)
     texts: list[str] = []
     seen = 0.0

@@ -118,9 +118,9 @@ def run(
     token store is built, so another threshold costs nothing here.
     """
     from maxlm.config import load_config
-    from maxlm.data.documents.files import check_format_packages
+    from maxlm.data.documents.files import check_corpus_packages
 
-    check_format_packages("corpus", recipe)
+    check_corpus_packages(recipe)
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
     from maxlm.runtime.progress import show_progress
@@ -170,9 +170,9 @@ def export(
 
 
 def _open_corpus(folder: Path) -> "OpenCorpus":
-    from maxlm.data.documents.files import check_format_packages
+    from maxlm.data.documents.files import check_corpus_packages
 
-    check_format_packages("corpus", str(folder))
+    check_corpus_packages(str(folder))
     from maxlm.corpus.opened import OpenCorpus
 
     return OpenCorpus.open(folder)
@@ -256,9 +256,9 @@ def show(
     tokens: Annotated[bool, Option("--tokens", help="A store's ids instead of text.")] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.data.documents.files import find_folder_format
+    from maxlm.data.documents.files import is_corpus
 
-    if find_folder_format(Path(folder)) == "corpus":
+    if is_corpus(Path(folder)):
         _show_labels(Path(folder), document)
     else:
         _show_stored(folder, document, tokens)

@@ -1,4 +1,4 @@
-"""A finished corpus, open for reading; also as a format of `maxlm.data.documents.files`."""
+"""A finished corpus, open for reading; also as files that `maxlm.data.documents` reads."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from maxlm.corpus.recipe import (
 )
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
 
 MANIFEST = "manifest.json"
@@ -123,57 +123,41 @@ def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]
         yield remove_spans(text, cuts) if cuts else text
 
 
-class CorpusReader:
-    """Reads a corpus as a source of text: the documents that its labels' rules keep."""
-
-    def list_files(self, folder: Path, source: FilesConfig) -> list[SourceFile]:
-        """Lists the shards of the corpus in `folder`, as files."""
-        corpus = OpenCorpus.open(folder)
-        chosen = source if isinstance(source, SourceConfig) else None
-        rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
-        labels, files = ["text", *rules.label_names, *rules.cut], []
-        for shard in corpus.shards:
-            stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
-            path = shard.path(DOCUMENTS)
-            state = path.stat()
-            files.append(
-                SourceFile(
-                    path=path,
-                    name=f"{folder}/{shard.name}",
-                    format="corpus",
-                    compression="none",
-                    size=state.st_size,
-                    mtime_ns=state.st_mtime_ns,
-                    extra_paths=tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS})),
-                    details=(shard, rules),
-                )
+def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
+    """Lists the shards of the corpus in `folder`, as files."""
+    corpus = OpenCorpus.open(folder)
+    chosen = source if isinstance(source, SourceConfig) else None
+    rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
+    labels, files = ["text", *rules.label_names, *rules.cut], []
+    for shard in corpus.shards:
+        stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
+        path = shard.path(DOCUMENTS)
+        state = path.stat()
+        files.append(
+            SourceFile(
+                path=path,
+                name=f"{folder}/{shard.name}",
+                format="corpus",
+                compression="none",
+                size=state.st_size,
+                mtime_ns=state.st_mtime_ns,
+                extra_paths=tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS})),
+                details=(shard, rules),
             )
-        return files
-
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
-        """Reads the documents of a shard."""
-        for (document_id,), text in read_filtered_documents(*part.file.details):
-            if text is None:
-                yield SkipReason.RULE
-            else:
-                yield Document(document_id, text.encode()) if text else SkipReason.EMPTY
-
-    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
-        """Describes the rules that decide what is taken from corpora, as JSON."""
-        rules = {shard.folder: rules for shard, rules in (file.details for file in files)}
-        return json.dumps([each.describe() for each in rules.values()])
+        )
+    return files
 
 
-class UnsupportedCrawlReader:
-    """Refuses crawls: their pages are texts only after a corpus is made of them."""
-
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
-        """Raises a MaxlmError that says so."""
-        fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
-        raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
+def read_corpus_slice(part: FileSlice) -> Iterator[Document | None]:
+    """Reads the documents of a shard; None for each that the rules drop."""
+    for (document_id,), text in read_filtered_documents(*part.file.details):
+        yield None if text is None else Document(document_id, text.encode())
 
 
-CORPUS_READER, CRAWL_READER = CorpusReader(), UnsupportedCrawlReader()
+def describe_filter_rules(files: Iterable[SourceFile]) -> str:
+    """Describes the rules that decide what is taken from corpora, as JSON."""
+    rules = {shard.folder: rules for shard, rules in (file.details for file in files)}
+    return json.dumps([each.describe() for each in rules.values()])
 
 
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:

@@ -19,7 +19,7 @@ from maxlm.corpus.crawl import CrawlSource, RawDocument, SkipCallback, read_warc
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
-from maxlm.data.documents.files import FORMATS, find_files
+from maxlm.data.documents.files import find_files
 from maxlm.data.documents.reader import read_records
 from maxlm.data.documents.streams import (
     DamagedFile,
@@ -58,9 +58,9 @@ def plan_shards(
         listing = find_files(source)
         num_binary_files += listing.num_binary_files
         for file in listing.files:
-            if FORMATS[file.format].folder_entries:
+            if file.format == "corpus":
                 fix = "name the files it was made of, or use it in a mixture"
-                raise MaxlmError(f"this is a {file.format} already", where=file.name, fix=fix)
+                raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
             for each in _cut_file(file, shard_bytes):
                 slices.append(each)
                 size += each.size_bytes
@@ -92,18 +92,13 @@ def _make_job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) ->
 
 def write_document_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
-    _check_unchanged(job)
     with open_shard_writer(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows = _make_rows(job, lambda reason: writer.counts.update([reason]))
         sizes = lambda row: sum(len(value or b"") for value in row.values())  # noqa: E731
         for group in batch_by_size(rows, sizes, _GROUP_BYTES, _GROUP_ROWS):
             writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
-        _check_unchanged(job)
-
-
-def _check_unchanged(job: ReadJob) -> None:
-    for part in job.slices:
-        check_unchanged(part.file, "corpus")
+        for part in job.slices:
+            check_unchanged(part.file, "corpus")
 
 
 def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:

@@ -51,7 +51,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
     for step in steps:
-        check_packages(step.stage.packages(), f"the stage {step.stage.unique_name}")
+        check_packages(step.stage.packages, f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)
     jobs, binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, jobs)
@@ -125,12 +125,8 @@ def _read_sources(
         left = [job for job in jobs if job.shard.name in names]
         run(write_document_shard, left, num_done=len(jobs) - len(left))
 
-    inputs = [
-        {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
-        for job in jobs
-    ]
     sources = [source.model_dump(mode="json") for source in recipe.sources]
-    details = {"key": key, "sources": sources, "inputs": inputs}
+    details = {"key": key, "sources": sources}
     shards = [job.shard for job in jobs]
     _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files)
 
@@ -160,14 +156,9 @@ def _run_step(
 
     with convert_write_errors(home):
         _forget_other_labels(home, key)
-    details = {
-        "key": key,
-        "stage": stage.model_dump(mode="json"),
-        "version": stage.version,
-        "reads": list(stage.input_columns),
-        "texts": list(step.text_stages),
-    }
-    _make_shards(home, views, label, details, stage.packages())
+    settings = stage.model_dump(mode="json")
+    details = {"key": key, "stage": settings, "version": stage.version}
+    _make_shards(home, views, label, details, stage.packages)
     shutil.rmtree(home / "scratch", ignore_errors=True)
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
 from maxlm.data.documents.streams import open_parquet
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -109,13 +108,8 @@ class StageShardView:
     def _read(self, files: Mapping[str, Any], group: int, column: str) -> pa.Array:
         arrays = []
         for stage, name in self.find_column_sources(column):
-            if name not in files[stage].schema_arrow.names:
-                what = f'there is no column "{name}": another version of maxlm made this file'
-                fix = "delete the stage's folder and run the recipe again"
-                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
-            nothing = pa.nulls(0, table.schema.field(name).type)
-            arrays.append(pa.concat_arrays(table.column(name).chunks or [nothing]))
+            arrays.append(pa.concat_arrays(table.column(name).chunks))
         return reduce(lambda newer, older: newer.fill_null(older), arrays)
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
@@ -150,7 +144,7 @@ class ShardWriter:
         self.counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
         self._count_values(batch)
         batch = batch.cast(self._parquet.schema)
-        self._parquet.write_batch(batch, row_group_size=batch.num_rows or 1)
+        self._parquet.write_batch(batch, row_group_size=batch.num_rows)
 
     def _count_values(self, batch: pa.RecordBatch) -> None:
         for field, column in zip(batch.schema, batch.columns, strict=True):

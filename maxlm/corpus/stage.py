@@ -25,6 +25,7 @@ from maxlm.runtime.progress import Progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+LabelTypes = Mapping[str, pa.DataType]
 BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 """Maps the columns a stage reads to the columns it adds, row by row. Pure."""
 
@@ -64,10 +65,15 @@ class Stage(Config):
     """Condition on the documents to label, an expression over the labels of earlier stages; null:
     all. The others' labels are null."""
 
+    document_columns: ClassVar[tuple[str, ...]] = ("text",)
+    """The columns of the documents that it reads."""
+    label_types: ClassVar[LabelTypes] = {}
+    """The columns that it adds. Strings that are no categories are large: they are not counted by
+    value."""
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
-    required_packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions of the extra `corpus` that it imports."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions of the extra `corpus` that it imports, whose versions go into the manifest."""
     depends_on_unicode: ClassVar[bool] = False
     """Whether its labels depend on the version of Unicode's tables."""
     files_fix: ClassVar[str] = "check the names of the stage's files"
@@ -81,16 +87,16 @@ class Stage(Config):
     @property
     def input_columns(self) -> tuple[str, ...]:
         """The columns it reads: of the documents, or labels as "stage.label"."""
-        return ("text", *self.input_labels)
+        return (*self.document_columns, *self.input_labels)
 
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
         """The labels it reads beside the text, and what each must hold."""
         return {}
 
-    @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns it adds."""
+        return pa.schema(dict(self.label_types))
 
     def list_input_files(self) -> Iterable[Path]:
         """Lists the files whose content decides its labels: models, lists, evaluation sets."""
@@ -108,10 +114,6 @@ class Stage(Config):
             raise MaxlmError(what, where=self.unique_name, fix=self.files_fix) from error
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{digest} {UNICODE}" if self.depends_on_unicode else digest
-
-    def packages(self) -> tuple[str, ...]:
-        """The distributions that it needs, whose versions go into the manifest."""
-        return self.required_packages
 
 
 class PerDocumentStage(Stage):

@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import FileName, LocalPath, MaxlmError
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.loader.loader import LoaderConfig
+from maxlm.data.loader.batches import LoaderConfig
 from maxlm.data.loader.mixture import Mixing, Phase, check_phases
 
 

@@ -17,6 +17,10 @@ from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stre
 _FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
 
 
+_OPENED: dict[Path, Any] = {}
+"""Rows of the files that this process reads: `_JsonLines`, or an Arrow table."""
+
+
 @dataclass(frozen=True)
 class RowFiles:
     """The rows of some files by number, one file after the other; small to pickle."""
@@ -30,7 +34,9 @@ class RowFiles:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         file, row = self._find(index)
-        rows = _open_file(self.paths[file])
+        if (path := self.paths[file]) not in _OPENED:
+            _OPENED[path] = _read_file(path)
+        rows = _OPENED[path]
         return rows[row] if isinstance(rows, _JsonLines) else rows.slice(row, 1).to_pylist()[0]
 
     def locate(self, index: int) -> str:
@@ -78,16 +84,6 @@ class _JsonLines:
         what = f"no JSON object{fault}"
         fix = "write one object on each line"
         raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
-
-
-_OPENED: dict[Path, Any] = {}
-
-
-def _open_file(path: Path) -> Any:
-    """Returns a file's rows: `_JsonLines`, or an Arrow table."""
-    if path not in _OPENED:
-        _OPENED[path] = _read_file(path)
-    return _OPENED[path]
 
 
 def _read_file(path: Path) -> Any:

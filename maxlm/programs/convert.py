@@ -253,7 +253,7 @@ def _export_run(
         lossy = dtype is not None
         export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
         if tokenizer is not None:
-            export_tokenizer(home, folder)
+            export_tokenizer(tokenizer, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     parameters = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import (
+    TokenizerConfig,
+    export_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tests.models.published import folder_of, golden
 
 Change = Callable[[Path], object]
@@ -38,7 +43,7 @@ def without_a_norm(folder: Path) -> None:
 def larger_tokenizer(folder: Path) -> None:
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), [bytes(range(32, 127)) * 9])
     tokenizer.save(folder.parent / "tokenizer")
-    export_tokenizer(folder.parent / "tokenizer", folder)
+    export_tokenizer(load_tokenizer(folder.parent / "tokenizer"), folder)
     shutil.rmtree(folder.parent / "tokenizer")
 
 

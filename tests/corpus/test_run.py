@@ -222,7 +222,7 @@ def test_mistakes_are_found_before_anything_is_written(crawl, tmp_path, settings
 def test_a_package_that_is_not_installed_is_named_before_anything_is_written(
     crawl, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(PiiStage, "packages", lambda self: ("no-such-package",))
+    monkeypatch.setattr(PiiStage, "packages", ("no-such-package",))
     with pytest.raises(MaxlmError, match=r"stage pii needs no-such-package") as error:
         run_recipe(recipe(crawl, tmp_path / "corpus"))
     assert error.value.fix == "pip install 'maxlm[corpus]'"

@@ -44,29 +44,30 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
-def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -> slice:
-    """Finds the part of sorted `values` from range_starts[range_index] up to the next start."""
-    ends = np.append(np.searchsorted(values, range_starts), len(values))
-    return slice(*ends[range_index : range_index + 2].tolist())
+def make_equal_range_starts(num_ranges: int) -> np.ndarray:
+    """Returns where equal ranges of numbers of 64 bits begin: uint64 [num_ranges]."""
+    return np.array([i * 2**64 // num_ranges for i in range(num_ranges)], np.uint64)
 
 
 def read_range(
-    paths: Sequence[Path], key: str, names: Sequence[str], num_ranges: int, range_index: int
+    paths: Sequence[Path], names: Sequence[str], range_starts: np.ndarray, range_index: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Reads the rows of files, sorted by a column of hashes, in one of equal ranges of these.
+    """Reads the rows of files, sorted by the first of the columns `names`, a uint64, in which that
+    lies from range_starts[range_index] up to the next start.
 
     Returns:
-        The columns `key` and `names` of all files end to end, and the index of each row's file:
-        uint64 [rows].
+        The columns of all files end to end, and the index of each row's file: uint64 [rows].
     """
-    starts = np.array([i * 2**64 // num_ranges for i in range(num_ranges)], np.uint64)
-    files = [read_columns(path) for path in paths]
-    parts = [find_range(columns[key], starts, range_index) for columns in files]
-    sizes = [part.stop - part.start for part in parts]
-    found = {
-        name: np.concatenate([each[name][part] for each, part in zip(files, parts, strict=True)])
-        for name in (key, *names)
-    }
+    bounds = range_starts[range_index : range_index + 2]
+    parts, sizes = [], []
+    for path in paths:
+        columns = read_columns(path)
+        key = columns[names[0]]
+        start, stop = [*np.searchsorted(key, bounds).tolist(), len(key)][:2]
+        parts.append([columns[name][start:stop] for name in names])
+        sizes.append(stop - start)
+    ends = map(np.concatenate, zip(*parts, strict=True)) if parts else [np.empty(0, np.uint64)]
+    found = dict(zip(names, ends, strict=True))
     return found, np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.corpus.dedup.columns import mark_run_starts, read_columns, read_range, write_columns
+from maxlm.corpus.dedup.columns import (
+    make_equal_range_starts,
+    mark_run_starts,
+    read_range,
+    write_columns,
+)
 
 _HALF = np.uint64(32)
 _LOW = np.uint64(2**32 - 1)
@@ -30,8 +35,8 @@ def write_copies(
     path = _range_file(folder, num_ranges, range_index)
     if path.exists():
         return
-    names = ("check", "place", *(["rank"] if has_ranks else []))
-    columns, files = read_range(hashed, "hash", names, num_ranges, range_index)
+    names = ("hash", "check", "place", *(["rank"] if has_ranks else []))
+    columns, files = read_range(hashed, names, make_equal_range_starts(num_ranges), range_index)
     keys = [columns["check"], columns["hash"]]
     # The sort keeps the order of files among equals.
     order = np.lexsort([-columns["rank"], *keys] if has_ranks else keys)
@@ -48,13 +53,10 @@ def write_copies(
 def read_copies(folder: Path, num_ranges: int, file_index: int) -> dict[str, np.ndarray]:
     """Reads what `write_copies` wrote of a file, as int64 by rising place: place, copies,
     source_file and source_place."""
-    bounds = np.array([file_index, file_index + 1], np.uint64) << _HALF
-    files = [read_columns(_range_file(folder, num_ranges, i)) for i in range(num_ranges)]
-    parts = [slice(*np.searchsorted(columns["position"], bounds)) for columns in files]
-    position, source, copies = (
-        np.concatenate([each[name][part] for each, part in zip(files, parts, strict=True)])
-        for name in ("position", "source", "copies")
-    )
+    starts = np.array([file_index, file_index + 1], np.uint64) << _HALF
+    files = [_range_file(folder, num_ranges, i) for i in range(num_ranges)]
+    columns, _ = read_range(files, ("position", "source", "copies"), starts, 0)
+    position, source, copies = columns.values()
     found = {"place": position & _LOW, "copies": copies}
     found |= {"source_file": source >> _HALF, "source_place": source & _LOW}
     order = np.argsort(position)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from maxlm.corpus.dedup.columns import get_shard_path, read_batch, write_columns
 from maxlm.corpus.shards import RowGroup, StageShardView
+from maxlm.corpus.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarra
 
 def write_labels(
     shard: StageShardView,
-    schema: pa.Schema,
+    stage: type[Stage],
     rows: np.ndarray,
     labels: Mapping[str, pa.Array | np.ndarray],
 ) -> None:
@@ -97,10 +98,10 @@ def write_labels(
 
     Args:
         rows: the members' rows within the shard, rising.
-        labels: for each column of `schema` its values for the members; others get nulls.
+        labels: for each of the stage's labels its values for the members; others get nulls.
     """
-    arrays = [pa.array(labels[field.name], field.type) for field in schema]
-    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    schema = pa.schema(dict(stage.label_types))
+    batch = pa.RecordBatch.from_pydict(dict(labels), schema=schema)
     with shard.open_writer(schema) as writer:
         for group in shard.read_selected_rows(["id"]):
             start, stop = np.searchsorted(rows, [group.first_row, group.first_row + group.num_rows])

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.corpus.dedup.columns import (
-    find_range,
     get_shard_path,
+    make_equal_range_starts,
     mark_run_starts,
     read_batch,
     read_columns,
@@ -62,7 +62,8 @@ def find_candidate_pairs(
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
     files = [get_shard_path(members.folder, "bands", name) for name in members.shards]
-    columns, shard = read_range(files, f"key{band}", [f"member{band}"], num_ranges, range_index)
+    names, starts = (f"key{band}", f"member{band}"), make_equal_range_starts(num_ranges)
+    columns, shard = read_range(files, names, starts, range_index)
     key = columns[f"key{band}"]
     member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
     del columns, shard
@@ -113,15 +114,6 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     samples = [read_columns(path)["pair"][::step] for path in files]
     sample = np.sort(np.concatenate([np.zeros(1, np.uint64), *samples]))
     return sample[np.arange(num_ranges) * len(sample) // num_ranges]
-
-
-def read_unique_pairs_in_range(
-    files: Sequence[Path], range_starts: np.ndarray, range_index: int
-) -> np.ndarray:
-    """Reads the pairs, each once, in one of the ranges of `find_pair_range_starts`."""
-    pairs = [np.empty(0, np.uint64), *(read_columns(path)["pair"] for path in files)]
-    parts = [each[find_range(each, range_starts, range_index)] for each in pairs]
-    return np.unique(np.concatenate(parts))
 
 
 def resolve_duplicates(

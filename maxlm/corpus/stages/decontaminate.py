@@ -15,10 +15,10 @@ from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.corpus.text import WORD
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.documents.files import list_files
+from maxlm.data.documents.files import find_files
 from maxlm.data.documents.reader import read_documents
 
 
@@ -177,23 +177,19 @@ class DecontaminateStage(PerDocumentStage):
     most half of the set's. (The paper leaves out n-grams of more than 10 documents of the corpus.)
     Items with the same n-grams count as one, the first."""
 
+    label_types: ClassVar[LabelTypes] = {
+        "contaminated": pa.bool_(),
+        "overlap": pa.float64(),  # the share of the item's n-grams found; 0: no item
+        "set": pa.string(),  # of the item with the greatest overlap
+        "item": pa.large_string(),  # its id
+        "cuts": CUTS,  # characters that the n-grams found cover
+    }
     version: ClassVar[int] = 3
-    required_packages: ClassVar[tuple[str, ...]] = ("regex",)
+    packages: ClassVar[tuple[str, ...]] = ("regex",)
     depends_on_unicode: ClassVar[bool] = True
 
-    def schema(self) -> pa.Schema:
-        return pa.schema(
-            [
-                ("contaminated", pa.bool_()),
-                ("overlap", pa.float64()),  # the share of the item's n-grams found; 0: no item
-                ("set", pa.string()),  # of the item with the greatest overlap
-                ("item", pa.large_string()),  # its id; large: no category to be counted
-                ("cuts", CUTS),  # characters that the n-grams found cover
-            ]
-        )
-
     def list_input_files(self) -> Iterable[Path]:
-        return [file.path for source in self.sets.values() for file in list_files(source)]
+        return [file.path for source in self.sets.values() for file in find_files(source).files]
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         shortest = min(self.shortest, self.ngram)

@@ -19,7 +19,7 @@ from maxlm.corpus.dedup.members import (
     write_members,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
 from maxlm.corpus.text import normalize
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -41,17 +41,13 @@ class ExactStage(CrossDocumentStage):
     spaces: bool = True
     """True: how much white space there is, and which, makes no difference; false: it does."""
 
+    label_types: ClassVar[LabelTypes] = {
+        "duplicate": pa.bool_(),  # another copy is kept
+        "of": pa.large_string(),  # which one
+        "copies": pa.int64(),  # this one and the kept one included
+    }
     version: ClassVar[int] = 4
     depends_on_unicode: ClassVar[bool] = True
-
-    def schema(self) -> pa.Schema:
-        return pa.schema(
-            [
-                ("duplicate", pa.bool_()),  # another copy is kept
-                ("of", pa.large_string()),  # which one; large: no category to be counted
-                ("copies", pa.int64()),  # this one and the kept one included
-            ]
-        )
 
     def normalise(self, text: str) -> str:
         """Returns the text that is hashed."""
@@ -74,8 +70,7 @@ class ExactStage(CrossDocumentStage):
             range(number),
             "group",
         )
-        label = partial(_label_shard, self.schema(), members, number)
-        run_jobs(label, list(enumerate(shards)), "label")
+        run_jobs(partial(_label_shard, members, number), list(enumerate(shards)), "label")
 
 
 def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None:
@@ -95,12 +90,7 @@ def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None
     write_columns(out, columns | {"rank": rank[order]})
 
 
-def _label_shard(
-    schema: pa.Schema,
-    members: SelectedDocuments,
-    number: int,
-    part: tuple[int, StageShardView],
-) -> None:
+def _label_shard(members: SelectedDocuments, number: int, part: tuple[int, StageShardView]) -> None:
     which, shard = part
     found = read_copies(members.folder, number, which)
     rows = members.read_batch(which).column("row").to_numpy()
@@ -109,5 +99,5 @@ def _label_shard(
     of, copies = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.int64)
     of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
     copies[found["place"]] = found["copies"]
-    ids = members.take("id", of).cast(pa.large_string())
-    write_labels(shard, schema, rows, {"duplicate": of >= 0, "of": ids, "copies": copies})
+    labels = {"duplicate": of >= 0, "of": members.take("id", of), "copies": copies}
+    write_labels(shard, ExactStage, rows, labels)

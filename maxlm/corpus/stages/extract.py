@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.extraction import HtmlExtractorProcess
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 
 
 class ExtractStage(PerDocumentStage):
@@ -37,21 +37,13 @@ class ExtractStage(PerDocumentStage):
     max_bytes: int = Field(default=1 << 23, gt=0)
     """Longer pages have no text. Trees take some hundred times as much memory."""
 
+    document_columns: ClassVar[tuple[str, ...]] = ("html", "meta")
+    label_types: ClassVar[LabelTypes] = {
+        **dict.fromkeys(("text", "title", "date"), pa.large_string()),
+        **dict.fromkeys(("language_hint", "encoding", "status", "mode"), pa.string()),
+    }
     version: ClassVar[int] = 4
-
-    @property
-    def input_columns(self) -> tuple[str, ...]:
-        return ("html", "meta")
-
-    def schema(self) -> pa.Schema:
-        # Strings that are no categories are large: they are not counted by value.
-        large = [(name, pa.large_string()) for name in ("text", "title", "date")]
-        small = ("language_hint", "encoding", "status", "mode")
-        return pa.schema([*large, *((name, pa.string()) for name in small)])
-
-    def packages(self) -> tuple[str, ...]:
-        slower = ("trafilatura", "lxml") if self.mode == "quality" else ()
-        return (*slower, "resiliparse")
+    packages: ClassVar[tuple[str, ...]] = ("trafilatura", "lxml", "resiliparse")
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         extractor = HtmlExtractorProcess(self.mode == "quality", self.markdown, self.seconds)

@@ -11,7 +11,7 @@ import regex
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.corpus.text import has_letter, is_word, split_words_and_symbols
 
 Measures = dict[str, float | None]
@@ -288,12 +288,10 @@ class HeuristicsStage(PerDocumentStage):
     longest: int = Field(default=8 << 20, ge=1, lt=1 << 31)
     """Bytes of a text to measure; the rest is skipped. Bounds memory: about 130 bytes for each, at
     worst."""
+    label_types: ClassVar[LabelTypes] = LABELS
     version: ClassVar[int] = 2
-    required_packages: ClassVar[tuple[str, ...]] = ("regex",)
+    packages: ClassVar[tuple[str, ...]] = ("regex",)
     depends_on_unicode: ClassVar[bool] = True
-
-    def schema(self) -> pa.Schema:
-        return pa.schema(list(LABELS.items()))
 
     def make_row_label_fn(self) -> Callable[[str | None], Measures]:
         """Raises: MaxlmError: a stop word is several words."""

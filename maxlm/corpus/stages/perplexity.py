@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 
 ANY = "*"
@@ -65,8 +65,9 @@ class PerplexityStage(PerDocumentStage):
     language: str | None = "language.name"
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
+    label_types: ClassVar[LabelTypes] = {"value": pa.float64(), "bucket": pa.string()}
     version: ClassVar[int] = 4
-    required_packages: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
+    packages: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
     depends_on_unicode: ClassVar[bool] = True
     files_fix: ClassVar[str] = _TRAIN
 
@@ -81,9 +82,6 @@ class PerplexityStage(PerDocumentStage):
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
         return {} if self.language is None else {self.language: "strings"}
-
-    def schema(self) -> pa.Schema:
-        return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
     def list_input_files(self) -> Iterable[Path]:
         tokenizer = self.words.tokenizer

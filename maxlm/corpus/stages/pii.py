@@ -45,7 +45,7 @@ class PiiStage(PerDocumentStage):
     with a country code are known from everywhere. Each costs time and a little precision."""
 
     version: ClassVar[int] = 3
-    required_packages: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
+    packages: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":

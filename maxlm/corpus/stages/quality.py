@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.stage import PerDocumentStage, check_packages
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, check_packages
 from maxlm.corpus.text import WORD_PATTERN
 from maxlm.data.documents.document import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -254,12 +254,10 @@ class QualityStage(PerDocumentStage):
     stage: Literal["quality"] = "quality"
     model: Path
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
+    label_types: ClassVar[LabelTypes] = {"score": pa.float32()}
     version: ClassVar[int] = 2
-    required_packages: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
+    packages: ClassVar[tuple[str, ...]] = ("scikit-learn", "safetensors")
     files_fix: ClassVar[str] = f"train one: {TRAIN}"
-
-    def schema(self) -> pa.Schema:
-        return pa.schema([("score", pa.float32())])
 
     def list_input_files(self) -> Iterable[Path]:
         return (self.model,)

@@ -42,7 +42,7 @@ from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import compute_keep_scores, write_labels
 from maxlm.corpus.dedup.minhash import mix_bits
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
 from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 from maxlm.data.batching import batch_by_size
 
@@ -52,7 +52,6 @@ _BYTES_OF_WINDOW = 80  # In a range job.
 _BASE, _CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
-_LABELS = pa.schema([("cuts", CUTS), ("cut_share", pa.float64())])
 _NOTHING = (np.empty(0, np.int64), np.empty((0, 2), np.int32), np.empty(0, np.int64), np.empty(0))
 
 
@@ -130,7 +129,8 @@ def write_duplicate_spans(
     rows, spans, counts, shares = map(np.concatenate, zip(_NOTHING, *parts, strict=True))
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    write_labels(shard, _LABELS, rows, {"cuts": cuts, "cut_share": shares})
+    labels = {"cuts": cuts, "cut_share": shares}
+    write_labels(shard, SubstringStage, rows, labels)
 
 
 def _cut_block(
@@ -239,11 +239,9 @@ class SubstringStage(CrossDocumentStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
+    label_types: ClassVar[LabelTypes] = {"cuts": CUTS, "cut_share": pa.float64()}
     version: ClassVar[int] = 5
     depends_on_unicode: ClassVar[bool] = True
-
-    def schema(self) -> pa.Schema:
-        return _LABELS
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """See `CrossDocumentStage.label`. The scratch files take ten times the text."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.corpus.text import UNICODE, is_word, split_words_and_symbols
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
@@ -46,11 +46,14 @@ class ToxicityStage(PerDocumentStage):
     """Characters that the classifier judges at once; a text is cut into parts of about as many."""
     longest: int = Field(default=1 << 20, ge=1)
     """Characters of a text to look at."""
+    label_types: ClassVar[LabelTypes] = {
+        "score": pa.float32(),
+        "max_score": pa.float32(),
+        "words": pa.int32(),
+        "word_ratio": pa.float64(),
+    }
     version: ClassVar[int] = 3
-
-    def schema(self) -> pa.Schema:
-        scores = [("score", pa.float32()), ("max_score", pa.float32())]
-        return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float64())])
+    packages: ClassVar[tuple[str, ...]] = ("alt-profanity-check", "scikit-learn", "regex")
 
     def fingerprint(self) -> str:
         """Hashes the lists' content too."""
@@ -73,9 +76,6 @@ class ToxicityStage(PerDocumentStage):
             return labels | {"score": scores.mean(), "max_score": scores.max()}
 
         return label
-
-    def packages(self) -> tuple[str, ...]:
-        return ("alt-profanity-check", "scikit-learn", "regex") if self.classifier else ("regex",)
 
 
 def chunk_text(text: str, size: int) -> Iterator[str]:

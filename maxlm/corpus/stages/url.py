@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _LISTS = Path(__file__).parents[1] / "lists"
@@ -53,17 +53,14 @@ class UrlStage(PerDocumentStage):
     """Use the shipped lists of words of pornographic addresses too: short ones, in English. Name
     the category lists of your choice in `domains` for real coverage."""
 
-    required_packages: ClassVar[tuple[str, ...]] = ("tldextract",)
-
-    @property
-    def input_columns(self) -> tuple[str, ...]:
-        return ("url",)
-
-    def schema(self) -> pa.Schema:
-        # Strings that are no categories are large: they are not counted by value.
-        large, small = pa.large_string(), pa.string()
-        types = {"host": large, "domain": large, "blocked": pa.bool_(), "rule": small}
-        return pa.schema(list(types.items()))
+    document_columns: ClassVar[tuple[str, ...]] = ("url",)
+    label_types: ClassVar[LabelTypes] = {
+        "host": pa.large_string(),
+        "domain": pa.large_string(),
+        "blocked": pa.bool_(),
+        "rule": pa.string(),
+    }
+    packages: ClassVar[tuple[str, ...]] = ("tldextract",)
 
     def list_input_files(self) -> Iterable[Path]:
         lists = [self.domains, self.words, self.subwords, self.soft_words]

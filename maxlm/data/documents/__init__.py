@@ -1,13 +1,13 @@
 """Documents: which files a source is made of, and the texts inside them.
 
-A `SourceConfig` names files; `list_files` resolves them in a fixed order; `read_documents` streams
+A `SourceConfig` names files; `find_files` resolves them in a fixed order; `read_documents` streams
 their documents; `is_heldout` splits documents by a hash of their text. A file is cut into slices
-that are read apart (`streams`), by the reader of its format (`files`).
+that are read apart (`streams`).
 """
 
 from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig
 from maxlm.data.documents.document import Document, SourceFile, is_heldout
-from maxlm.data.documents.files import find_files, list_files
+from maxlm.data.documents.files import find_files
 from maxlm.data.documents.reader import read_documents
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "SourceFile",
     "find_files",
     "is_heldout",
-    "list_files",
     "read_documents",
 ]

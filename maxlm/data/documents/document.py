@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ class SourceFile:
     path and the rest), or the path inside the standard library. Always valid Unicode; U+FFFD stands
     for what is not in the path, so that two files may have one name."""
     format: str
-    """The name of a `files.DocumentFormat`."""
+    """One of `files.FORMATS`, "text" or, for a shard of a corpus, "corpus"."""
     compression: Compression
     size: int
     """Bytes on disk."""
@@ -29,7 +28,7 @@ class SourceFile:
     extra_paths: tuple[Path, ...] = ()
     """Other files whose content decides which documents are read from this one."""
     details: Any = None
-    """Details that the reader of a folder format needs; picklable."""
+    """Details that the reader of corpora needs; picklable."""
 
     @property
     def is_html(self) -> bool:
@@ -63,14 +62,7 @@ class Document:
     """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0); for
     pieces of a text file by `#index` (from 0)."""
     text: bytes
-    """UTF-8. Never empty."""
-
-
-class SkipReason(Enum):
-    """The reason why a document is not taken."""
-
-    EMPTY = "empty"
-    RULE = "a corpus's rules drop it"
+    """UTF-8."""
 
 
 def is_heldout(text: str | bytes, fraction: float) -> bool:

@@ -1,8 +1,6 @@
 """The formats of documents, and from paths, folders and globs to files in a fixed order.
 
-A format names its reader as "module:attribute", which is imported when a file of that format is
-first listed or read. So the readers of a corpus come from `maxlm.corpus`, which this package never
-imports; other packages may add formats of their own.
+Folders of corpora are read by `maxlm.corpus`, which is imported when one is first listed or read.
 """
 
 import glob
@@ -13,103 +11,50 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
+from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig
+from maxlm.data.documents.document import SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
 _SNIFF_BYTES = 8192
 
 
-class DocumentReader(Protocol):
-    """Reads the files of a format."""
-
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
-        """Yields the documents of a part of a file, and for each one left out the reason."""
-        ...
-
-
-class FolderReader(DocumentReader, Protocol):
-    """Reads folders that are one source, such as a corpus that `maxlm corpus run` made."""
-
-    def list_files(self, folder: Path, source: FilesConfig) -> list[SourceFile]:
-        """Lists a folder's files in reading order."""
-        ...
-
-    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
-        """Describes, as text, the rules that decide which documents are read from `files`."""
-        ...
-
-
-@dataclass(frozen=True)
-class DocumentFormat:
-    """A format: how its files or folders are recognised, and what reads them."""
-
-    name: str
-    reader: str
-    """A `DocumentReader`, or for a format of folders a `FolderReader`, as "module:attribute"."""
-    suffixes: tuple[str, ...] = ()
-    """Endings of its files' names, in lower case and before `.gz` or `.zst`."""
-    folder_entries: tuple[str, ...] = ()
-    """Files and folders that tell a folder of this format; none: it is a format of files."""
-    packages: tuple[str, ...] = ()
-    """Packages that its reader imports, of the extra with the format's name."""
-
-
-_FILES = "maxlm.data.documents.reader:FILE_READER"
-_CRAWL = "maxlm.corpus.opened:CRAWL_READER"
-_CORPUS = "maxlm.corpus.opened:CORPUS_READER"
-_PACKAGES = ("pyarrow", "regex")
-FORMATS: dict[str, DocumentFormat] = {
-    each.name: each
-    for each in (
-        DocumentFormat("text", _FILES),
-        DocumentFormat("jsonl", _FILES, suffixes=(".jsonl", ".ndjson")),
-        DocumentFormat("parquet", _FILES, suffixes=(".parquet",)),
-        DocumentFormat("warc", _CRAWL, suffixes=(".warc", ".wet"), packages=_PACKAGES),
-        DocumentFormat(
-            "corpus", _CORPUS, folder_entries=("corpus.json", "documents"), packages=_PACKAGES
-        ),
-    )
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".wet": "warc",
 }
-"""Formats by name; a package may add its own."""
+"""Formats by the suffix of a file's name, in lower case and before `.gz` or `.zst`; the others are
+text."""
 
 
-def find_folder_format(folder: Path) -> str | None:
-    """Finds the format of a folder that is one source; None: a folder of files."""
-    for each in FORMATS.values():
-        if each.folder_entries and all((folder / entry).exists() for entry in each.folder_entries):
-            return each.name
-    return None
+def is_corpus(folder: Path) -> bool:
+    """Tells a folder that `maxlm corpus run` made, which is one source, from a folder of files."""
+    return (folder / "corpus.json").exists() and (folder / "documents").exists()
 
 
-def check_format_packages(format_name: str, error_location: str) -> None:
-    """Checks that the packages that a format's reader imports are installed."""
-    for package in FORMATS[format_name].packages:
+def check_corpus_packages(error_location: str) -> None:
+    """Checks that the packages that reading a corpus takes are installed."""
+    for package in ("pyarrow", "regex"):
         if importlib.util.find_spec(package) is None:
-            what = f"a {format_name} needs {package}, which is not installed"
+            what = f"a corpus needs {package}, which is not installed"
             raise MaxlmError(what, where=error_location, fix="pip install 'maxlm[corpus]'")
 
 
-def load_reader(format_name: str, error_location: str) -> Any:
-    """Imports the reader of a format, of folders a `FolderReader`; `error_location` is what it is
-    to read, for the error."""
-    check_format_packages(format_name, error_location)
-    module, _, attribute = FORMATS[format_name].reader.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def import_corpus_reader(error_location: str) -> Any:
+    """Imports the module that reads corpora; `error_location` is what it is to read."""
+    check_corpus_packages(error_location)
+    return importlib.import_module("maxlm.corpus.opened")
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
-    """Describes which documents are taken from the folder formats among `files`; None: no such."""
-    files = list(files)
-    names = dict.fromkeys(f.format for f in files if FORMATS[f.format].folder_entries)
-    parts = [
-        load_reader(name, name).describe_filter_rules(f for f in files if f.format == name)
-        for name in names
-    ]
-    return "; ".join(parts) or None
+    """Describes which documents are taken from the corpora among `files`; None: no such."""
+    corpora = [file for file in files if file.format == "corpus"]
+    return import_corpus_reader(corpora[0].name).describe_filter_rules(corpora) if corpora else None
 
 
 @dataclass(frozen=True)
@@ -118,11 +63,6 @@ class FileListing:
 
     files: tuple[SourceFile, ...]
     num_binary_files: int
-
-
-def list_files(config: FilesConfig) -> list[SourceFile]:
-    """Lists the files of a source in reading order; see `find_files`."""
-    return list(find_files(config).files)
 
 
 def find_files(config: FilesConfig) -> FileListing:
@@ -143,8 +83,8 @@ def find_files(config: FilesConfig) -> FileListing:
     for entry in config.documents:
         found = binary = 0
         for root in resolve_glob(entry):
-            if folder_format := find_folder_format(root):
-                for file in load_reader(folder_format, entry).list_files(root, config):
+            if is_corpus(root):
+                for file in import_corpus_reader(entry).list_corpus_files(root, config):
                     found += 1
                     files.setdefault(os.path.realpath(file.path), file)
                 continue
@@ -203,8 +143,8 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in skip]
         for each in folders:
-            if found := find_folder_format(Path(folder, each)):
-                what = f"a {found} lies among the files of this folder"
+            if is_corpus(Path(folder, each)):
+                what = "a corpus lies among the files of this folder"
                 raise MaxlmError(what, where=str(Path(folder, each)), fix="name what is meant")
         files = (Path(folder, name) for name in names if not name.startswith("."))
         paths += [file for file in files if file.is_file()]
@@ -215,8 +155,7 @@ def _source_file(path: Path, name: str) -> SourceFile:
     stem = Path(path.name.lower())
     compression = COMPRESSIONS.get(stem.suffix, "none")
     inner = stem if compression == "none" else stem.with_suffix("")
-    formats = (each.name for each in FORMATS.values() if inner.suffix in each.suffixes)
-    format_ = next(formats, "text")
+    format_ = FORMATS.get(inner.suffix, "text")
     if format_ == "parquet" and compression != "none":
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"

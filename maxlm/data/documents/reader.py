@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import FilesConfig, SourceConfig
-from maxlm.data.documents.document import Document, FileSlice, SkipReason, SourceFile
-from maxlm.data.documents.files import list_files, load_reader
+from maxlm.data.documents.document import Document, FileSlice, SourceFile
+from maxlm.data.documents.files import find_files, import_corpus_reader
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
 _BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
@@ -53,27 +54,25 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
             that are not JSON objects with `text_field`, Parquet without that column, missing
             packages.
     """
-    for each in [file] if file else list_files(source):
+    for each in [file] if file else find_files(source).files:
         found = read_slice(source, make_whole_slice(each))
-        yield from (document for document in found if isinstance(document, Document))
+        yield from (document for document in found if document and document.text)
 
 
-def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
-    """Reads a part of a file of any format: its documents, and for each one left out the reason."""
-    return load_reader(part.file.format, str(part.file.path)).read(source, part)
-
-
-class FileReader:
-    """Reads text, JSONL and Parquet; see `files.DocumentReader`."""
-
-    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | SkipReason]:
-        for record in read_records(source, part):
-            if record.error is not None:
-                raise record.error
-            yield Document(record.id, record.text) if record.text else SkipReason.EMPTY
-
-
-FILE_READER = FileReader()
+def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | None]:
+    """Reads the documents of a part of a file of any format, empty ones too; None for each that the
+    rules of a corpus drop."""
+    where = str(part.file.path)
+    if part.file.format == "warc":
+        fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
+        raise MaxlmError("a crawl holds pages, not texts", where=where, fix=fix)
+    if part.file.format == "corpus":
+        yield from import_corpus_reader(where).read_corpus_slice(part)
+        return
+    for record in read_records(source, part):
+        if record.error is not None:
+            raise record.error
+        yield Document(record.id, record.text or b"")
 
 
 def read_records(
@@ -171,7 +170,7 @@ def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -
         return Record(name, None, row)
     if not isinstance(text, str | bytes):
         what = f'"{source.text_field}" holds {type(text).__name__}, not a string'
-        return _broken(name, what, where, "set text_field to the key of the text")
+        return _broken(name, what, where, "set text_field to the key or column of the text")
     if isinstance(text, bytes):
         text = _decode(source, text, where)
     return Record(name, _encode(source, text, where), row)
@@ -192,30 +191,29 @@ def _read_parquet(
 ) -> Iterator[Record]:
     file, row = part.file, part.first_row
     with open_parquet(file.path) as parquet:
-        if not with_fields:
-            _check_text_column(source, parquet.schema_arrow, str(file.path))
+        names = parquet.schema_arrow.names
+        if not with_fields and source.text_field not in names:
+            raise _no_field(source, names, "column", str(file.path))
         columns = None if with_fields else [source.text_field]
+        limit = math.inf if max_bytes is None else max_bytes
+        largest = dict.fromkeys(names, _ROW * limit) | {source.text_field: limit}
         groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
             named = dict(zip(batch.schema.names, batch.columns, strict=True))
             for i in range(batch.num_rows):
                 name, where = f"{file.name}:{row}", f"{file.path}, row {row}"
                 row += 1
-                try:
-                    fields = {n: _value(source, n, c, i, max_bytes) for n, c in named.items()}
-                except _TooLarge:
+                cells = {n: _read_cell(column, i) for n, column in named.items()}
+                if any(size > largest[n] for n, (_, size) in cells.items()):
                     yield Record(name, skip_reason="too_large")
                 else:
+                    fields = {n: value for n, (value, _) in cells.items()}
                     yield _from_row(source, name, fields, where)
 
 
-class _TooLarge(Exception):
-    """A value is longer than it may be."""
-
-
-def _value(source: FilesConfig, name: str, column: Any, row: int, max_bytes: int | None) -> Any:
-    """Reads a value of a column, None if Python cannot hold it; strings come as bytes, since Arrow
-    does not check that they are UTF-8. Raises _TooLarge."""
+def _read_cell(column: Any, row: int) -> tuple[Any, int]:
+    """Reads a value of a column, None if Python cannot hold it, and its size in bytes; strings come
+    as bytes, since Arrow does not check that they are UTF-8."""
     import pyarrow as pa
 
     try:
@@ -224,29 +222,11 @@ def _value(source: FilesConfig, name: str, column: Any, row: int, max_bytes: int
             scalar = scalar.value
         if isinstance(scalar, pa.BinaryScalar):
             buffer = scalar.as_buffer()
-            value = None if buffer is None else buffer.to_pybytes()
-            size = len(value or b"")
-        else:
-            value = scalar.as_py()
-            size = 0 if pa.types.is_dictionary(column.type) else column.slice(row, 1).nbytes
+            return (None, 0) if buffer is None else (buffer.to_pybytes(), buffer.size)
+        size = 0 if pa.types.is_dictionary(column.type) else column.slice(row, 1).nbytes
+        return scalar.as_py(), size
     except Exception:  # Unknown time zones, durations of millions of years, ...: of many types.
-        return None
-    if max_bytes is not None and size > max_bytes * (1 if name == source.text_field else _ROW):
-        raise _TooLarge
-    return value
-
-
-def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
-    import pyarrow.types as types
-
-    if source.text_field not in schema.names:
-        raise _no_field(source, schema.names, "column", where)
-    type_ = schema.field(source.text_field).type
-    value = type_.value_type if types.is_dictionary(type_) else type_
-    checks = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    if not any(check(value) for check in checks):
-        what = f'column "{source.text_field}" holds {type_}, not text'
-        raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
+        return None, 0
 
 
 def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> str:

@@ -1,6 +1,6 @@
 """Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
 
-from maxlm.data.loader.loader import (
+from maxlm.data.loader.batches import (
     LoaderConfig,
     check_num_steps,
     load_batches,

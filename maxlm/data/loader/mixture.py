@@ -84,7 +84,6 @@ class MixtureOrder:
                 weight then goes to the others, in proportion to theirs.
         """
         names = tuple(phases[0][1])
-        _check(names, phases)
         limits = [max_sequences.get(name, ENDLESS) for name in names]
         before, segments = [0] * len(names), list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
@@ -146,19 +145,24 @@ class MixtureOrder:
         return blocks * BLOCK + within
 
 
-def _check(names: Sequence[str], phases: Sequence[tuple[int, Weights]]) -> None:
-    if not names:
+def _check_weights(steps: Mapping[int, Weights]) -> None:
+    """Refuses weights, by the step that they begin at, by which a store or a step has none."""
+    if not steps[0]:
         raise MaxlmError("no stores to mix", where="weights", fix="name at least one store")
-    for name in names:
-        used = [weights[name] for _, weights in phases]
+    for name in steps[0]:
+        used = [weights[name] for weights in steps.values()]
         wrong = [weight for weight in used if not (math.isfinite(weight) and weight >= 0)]
         if wrong or not any(used):
             what = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
             fix = "give a weight above 0, or leave the store out"
             raise MaxlmError(what, where="weights", fix=fix)
-    if not any(phases[0][1].values()):
-        what, fix = "all weights are 0 at the beginning", "give a store a weight above 0"
-        raise MaxlmError(what, where="weights", fix=fix)
+    for step, weights in steps.items():
+        if not any(weights.values()):
+            what, fix = (
+                f"from step {step:,} on all weights are 0",
+                "give a source a weight above 0",
+            )
+            raise MaxlmError(what, where="weights", fix=fix)
 
 
 def _tree(weights: Weights) -> _Split | int:
@@ -247,20 +251,14 @@ class Mixing:
         check_phases(self.phases, tuple(self.weights))
         exponent, largest = 1 / (self.temperature or math.inf), max([*tokens.values(), 1])
         sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
-
-        def scaled(weights: Weights) -> dict[str, float]:
-            return {name: weights[name] * size for name, size in sizes.items()}
-
         # A phase that begins at step 0 takes the place of the sources' own weights.
-        steps = {0: scaled(self.weights)}
-        for number, phase in enumerate(self.phases):
-            weights = {**self.weights, **phase.weights}
-            if not any(weights.values()):
-                what = f"from step {phase.from_step:,} on all weights are 0"
-                fix = "give a source a weight above 0 there"
-                raise MaxlmError(what, where=f"phases.{number}.weights", fix=fix)
-            steps[phase.from_step] = scaled(weights)
-        phases = [(step * batch_size, weights) for step, weights in steps.items()]
+        steps = {0: self.weights}
+        steps |= {phase.from_step: {**self.weights, **phase.weights} for phase in self.phases}
+        _check_weights(steps)
+        phases = [
+            (step * batch_size, {name: weights[name] * size for name, size in sizes.items()})
+            for step, weights in steps.items()
+        ]
         # 0 would be a source that nobody meant to leave out.
         most = {name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()}
         return MixtureOrder.of(phases, key, most)

@@ -18,7 +18,6 @@ STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,11 @@ from numpy.typing import NDArray
 from maxlm.config import MaxlmError
 from maxlm.data.store.arrays import Int64s, Offsets
 
-_ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
+PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
+"""A piece: the index in the store of its first token, how many tokens it has (at least 1), and
+whether it reaches the end of its document."""
+Pieces = NDArray[np.void]
+"""Pieces one after another: of dtype `PIECE`."""
 
 
 class TokenSource(Protocol):
@@ -46,8 +49,8 @@ class TokenSource(Protocol):
 
     @property
     def offsets(self) -> Any:
-        """Indices of documents' first tokens, and num_tokens: int64 [num_documents + 1], an array
-        or `Offsets`."""
+        """Indices of documents' first tokens, and num_tokens: int64 [num_documents + 1], each above
+        the last, an array or `Offsets`."""
         ...
 
     @property
@@ -58,19 +61,6 @@ class TokenSource(Protocol):
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[NDArray[np.integer]]:
         """Reads the tokens of every range [start, stop), concurrently."""
         ...
-
-
-class DocumentSpans(NamedTuple):
-    """The pieces of some sequences, in order, one after another."""
-
-    counts: Int64s
-    """Pieces in each sequence [n]."""
-    starts: Int64s
-    """Index in the store of each piece's first token [sum(counts)]."""
-    lengths: Int64s
-    """Tokens of each piece, at least 1 [sum(counts)]."""
-    ends_document: NDArray[np.bool_]
-    """Whether the piece reaches the end of its document [sum(counts)]."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +74,9 @@ class ConcatPacking:
     def num_sequences(self) -> int:
         return -(-self.store.num_tokens // self.seq_len)
 
-    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
-        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
+    def find_pieces(self, sequences: Int64s) -> tuple[Int64s, Pieces]:
+        """Returns the numbers of pieces [n] in the given sequences [n], each in
+        range(num_sequences), and these pieces in order."""
         offsets = self.store.offsets
         begins = sequences * self.seq_len
         ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
@@ -100,22 +91,19 @@ class ConcatPacking:
         is_last = nth == counts[row] - 1
         stops = np.where(is_last, ends[row], np.append(starts[1:], 0))
         document_ends = ~is_last | (offsets[last] == ends)[row]
-        kept = stops > starts  # An empty document starts where the next one does.
-        return DocumentSpans(
-            np.bincount(row[kept], minlength=sequences.size),
-            starts[kept],
-            (stops - starts)[kept],
-            document_ends[kept],
-        )
+        return counts, _make_pieces(starts, stops - starts, document_ends)
 
 
-@dataclass(frozen=True)
-class PackingIndex:
+def _make_pieces(starts: Int64s, lengths: Int64s, document_ends: NDArray[np.bool_]) -> Pieces:
+    pieces = np.empty(starts.size, PIECE)
+    pieces["start"], pieces["length"], pieces["ends_document"] = starts, lengths, document_ends
+    return pieces
+
+
+class PackingIndex(NamedTuple):
     """Pieces in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
 
-    starts: Int64s
-    lengths: NDArray[np.int32]
-    ends: NDArray[np.bool_]
+    pieces: Pieces
     sequence_offsets: Int64s
 
 
@@ -130,14 +118,13 @@ class BestFitPacking:
     def index(self) -> PackingIndex:
         if isinstance(self.source, PackingIndex):
             return self.source
-        files = {name: self.source / f"{name}.npy" for name in _ARRAYS}
+        files = [self.source / f"{name}.npy" for name in PackingIndex._fields]
         try:
-            maps = {name: np.asarray(np.load(f, mmap_mode="r")) for name, f in files.items()}
+            return PackingIndex(*(np.asarray(np.load(file, mmap_mode="r")) for file in files))
         except (OSError, ValueError) as error:
             fix = "delete this folder, which will be made again"
             what = f"damaged packing index: {error}"
             raise MaxlmError(what, where=str(self.source), fix=fix) from error
-        return PackingIndex(**maps)
 
     def __reduce__(self):  # A worker process maps the files itself.
         return BestFitPacking, (self.store, self.source)
@@ -146,14 +133,13 @@ class BestFitPacking:
     def num_sequences(self) -> int:
         return self.index.sequence_offsets.size - 1
 
-    def find_document_spans(self, sequences: Int64s) -> DocumentSpans:
-        """Returns the pieces of the given sequences [n], each in range(num_sequences)."""
+    def find_pieces(self, sequences: Int64s) -> tuple[Int64s, Pieces]:
+        """See `ConcatPacking.find_pieces`."""
         index = self.index
         first = index.sequence_offsets[sequences]
         counts = index.sequence_offsets[sequences + 1] - first
         at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        lengths = index.lengths[at].astype(np.int64)
-        return DocumentSpans(counts, index.starts[at], lengths, index.ends[at])
+        return counts, index.pieces[at]
 
 
 Packing = ConcatPacking | BestFitPacking
@@ -183,16 +169,13 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
 
 def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingIndex:
     """Builds the index in memory, from document offsets int64 [num_documents + 1]."""
-    blocks = zip(*_blocks(offsets, seq_len, block), strict=True)
-    starts, lengths, ends, counts = map(np.concatenate, blocks)
-    return PackingIndex(starts, lengths, ends, np.cumsum([0, *counts]))
+    pieces, counts = map(np.concatenate, zip(*_blocks(offsets, seq_len, block), strict=True))
+    return PackingIndex(pieces, np.cumsum([0, *counts]))
 
 
-def _blocks(
-    offsets: Int64s | Offsets, seq_len: int, block: int
-) -> Iterator[tuple[Int64s, NDArray[np.int32], NDArray[np.bool_], Int64s]]:
-    """Yields each block's pieces (start, length, ends), in order of their sequences, and how many
-    pieces each of its sequences has."""
+def _blocks(offsets: Int64s | Offsets, seq_len: int, block: int) -> Iterator[tuple[Pieces, Int64s]]:
+    """Yields each block's pieces, in order of their sequences, and how many each of its sequences
+    has."""
     for first in range(0, offsets.size - 1, block):
         bounds = np.asarray(offsets[first : first + block + 1])
         counts = -(-np.diff(bounds) // seq_len)
@@ -202,9 +185,8 @@ def _blocks(
         stops = np.repeat(bounds[1:], counts)
         lengths = np.minimum(starts + seq_len, stops) - starts
         sequences = pack_best_fit(lengths, seq_len)
-        order = np.argsort(sequences, kind="stable")
-        ends = starts + lengths == stops
-        yield (starts[order], lengths[order].astype(np.int32), ends[order], np.bincount(sequences))
+        pieces = _make_pieces(starts, lengths, starts + lengths == stops)
+        yield pieces[np.argsort(sequences, kind="stable")], np.bincount(sequences)
 
 
 def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
@@ -250,16 +232,13 @@ def _write(folder: Path, offsets: Int64s | Offsets, seq_len: int, block: int) ->
     size = sum(int((-(-np.diff(bounds) // seq_len)).sum()) for bounds in blocks)
     try:
         counts = [np.zeros(1, np.int64)]
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(temporary / f"{n}.npy", "wb")) for n in _ARRAYS[:3]]
-            for file, dtype in zip(files, (np.int64, np.int32, np.bool_), strict=True):
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (size,)}
-                np.lib.format.write_array_header_1_0(file, header)
-            for *pieces, of_block in _blocks(offsets, seq_len, block):
+        with open(temporary / "pieces.npy", "wb") as file:
+            header = {"descr": PIECE.descr, "fortran_order": False, "shape": (size,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for pieces, of_block in _blocks(offsets, seq_len, block):
                 counts.append(of_block)
-                for file, array in zip(files, pieces, strict=True):
-                    file.write(array.data)
-        np.save(temporary / f"{_ARRAYS[3]}.npy", np.cumsum(np.concatenate(counts)))
+                file.write(pieces.data)
+        np.save(temporary / "sequence_offsets.npy", np.cumsum(np.concatenate(counts)))
         temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
         try:
             temporary.rename(folder)

@@ -19,7 +19,7 @@ import numpy as np
 from maxlm.config import Config, MaxlmError
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.documents.document import FileSlice, SkipReason, is_heldout
+from maxlm.data.documents.document import FileSlice, is_heldout
 from maxlm.data.documents.files import describe_filter_rules, find_files
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.streams import check_unchanged, scan_file
@@ -165,8 +165,10 @@ def _texts(
     for source_index, part in job.slices:
         count = counts.setdefault(source_index, Counter())
         for document in read_slice(source, part):
-            if isinstance(document, SkipReason):
-                count["num_dropped" if document is SkipReason.RULE else "num_left_out"] += 1
+            if document is None:
+                count["num_dropped"] += 1
+            elif not document.text:
+                count["num_left_out"] += 1
             elif split == "all" or is_heldout(document.text, fraction) == (split == "heldout"):
                 count["num_documents"] += 1
                 count["text_bytes"] += len(document.text)

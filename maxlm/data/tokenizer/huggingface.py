@@ -8,7 +8,7 @@ its own, and text can be streamed. Any other decoder is refused.
 import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -34,22 +34,26 @@ _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 class HuggingFaceCodec(Codec):
     """A tokenizer.json as a ``Codec``; ids are the `tokenizers` library's own.
 
-    A document is cut only where maxlm's own PATTERN splits it: another pre-tokeniser or normaliser
-    may look past any character. What comes back of a text depends on the file: all of it, for any
+    A document is cut only if maxlm's own PATTERN splits it: another pre-tokeniser or normaliser may
+    look past any character. What comes back of a text depends on the file: all of it, for any
     bytes, from byte-level BPE with all 256 bytes and no normaliser.
 
     Args:
         special: literals of special tokens, those too that the file does not mark as such. If there
             are any, others that the file marks are unknown here: ``left_out``.
+        splits_by_pattern: whether the file is one that maxlm trained.
     """
 
     file_name = JSON_FILE
     reserved_chars = ""
     encodes_special_tokens = True
 
-    def __init__(self, data: bytes, special: Iterable[str] = ()):
+    def __init__(
+        self, data: bytes, special: Iterable[str] = (), *, splits_by_pattern: bool = False
+    ):
         self.data = data
         self._special = tuple(special)
+        self.cut_pattern = PATTERN_CUT if splits_by_pattern else _NEVER
         self._known, known, self.left_out = _known(data, self._special)
         self._library = _open(self._known, self._special)
         self._library.encode_special_tokens = True
@@ -60,7 +64,6 @@ class HuggingFaceCodec(Codec):
         size = max(self.get_vocab().values(), default=-1) + 1
         # Of ids between them that are no tokens the empty one.
         tokens = [self._library.id_to_token(i) or "" for i in range(size)]
-        self.cut_pattern = PATTERN_CUT if _is_cuttable(spec) else _NEVER
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
         self._tokens = [
             (token, i in added and vocab.get(token) != i) for i, token in enumerate(tokens)
@@ -85,7 +88,8 @@ class HuggingFaceCodec(Codec):
         self._forbidden = self._special_ids - found
 
     def __reduce__(self):
-        return HuggingFaceCodec, (self.data, self._special)
+        is_own = self.cut_pattern is PATTERN_CUT
+        return partial(HuggingFaceCodec, splits_by_pattern=is_own), (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
@@ -212,20 +216,6 @@ def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
         return None
     ids = [vocab[name] for name in names if name in vocab]
     return ids if len(ids) == 256 else None
-
-
-def _is_cuttable(spec: dict[str, Any]) -> bool:
-    """Whether the file splits by ``PATTERN``, and no token can cross a cut."""
-    steps = flatten_tokenizer_component(spec["pre_tokenizer"])
-    added = spec["added_tokens"]
-    return (
-        spec["normalizer"] is None
-        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
-        and steps[0]["pattern"] == {"Regex": PATTERN}
-        and steps[0]["behavior"] == "Isolated"
-        and not any(token["lstrip"] or token["rstrip"] for token in added)
-        and not any(re.search(r"\s", token["content"]) for token in added)
-    )
 
 
 def _keeps_text(spec: dict[str, Any]) -> bool:

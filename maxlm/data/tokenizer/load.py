@@ -34,7 +34,8 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
     else:
         path = folder / HuggingFaceCodec.file_name
-        codec = _open_codec(HuggingFaceCodec, path, special=metadata.special_tokens)
+        settings = {"special": metadata.special_tokens, "splits_by_pattern": metadata.kind == "bpe"}
+        codec = _open_codec(HuggingFaceCodec, path, **settings)
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
@@ -84,21 +85,14 @@ def import_tokenizer(
     return _from_sentencepiece(path, roles)
 
 
-def export_tokenizer(
-    tokenizer: Tokenizer | str | PathLike[str], folder: str | PathLike[str]
-) -> None:
+def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
     """Write a tokenizer's files for other tools: an imported one's are those it came with. Other
     files of the folder stay."""
-    if isinstance(tokenizer, (str, PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
     files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
-def _open_codec(
-    codec_type: type[CodecType], path: Path, data: bytes = b"", **settings: Any
-) -> CodecType:
-    """Open a model file, whose content is ``data`` if it was read already."""
-    data = data or read_file(path)
+def _open_codec(codec_type: type[CodecType], path: Path, **settings: Any) -> CodecType:
+    data = read_file(path)
     if _TIKTOKEN_LINE.match(data):
         fix = (
             "convert it: transformers.convert_slow_tokenizer.TikTokenConverter(file, pattern)"
@@ -130,7 +124,7 @@ def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None
     # Again, now that the literals of all special tokens are known.
     literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
     if literals:
-        codec = _open_codec(HuggingFaceCodec, file, codec.data, special=literals)
+        codec = _open_codec(HuggingFaceCodec, file, special=literals)
     return Tokenizer(
         "huggingface",
         codec,

@@ -43,7 +43,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         data, ids = train_sentencepiece(config, segments)
         codec = SentencePieceCodec(data)
     else:
-        codec = HuggingFaceCodec(*train_bpe(config, segments))
+        codec = HuggingFaceCodec(*train_bpe(config, segments), splits_by_pattern=True)
         ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
     tokenizer = Tokenizer(config.kind, codec, special)

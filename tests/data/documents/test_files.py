@@ -8,11 +8,11 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource
-from maxlm.data.documents import SourceConfig, find_files, list_files, read_documents
+from maxlm.data.documents import SourceConfig, find_files, read_documents
 
 
 def names(config: SourceConfig, root: Path) -> list[str]:
-    return [file.path.relative_to(root).as_posix() for file in list_files(config)]
+    return [file.path.relative_to(root).as_posix() for file in find_files(config).files]
 
 
 def write(root: Path, **files: bytes) -> None:
@@ -62,7 +62,8 @@ def test_glob_reaches_folders_and_subfolders(tmp_path):
 def test_formats_by_suffix(tmp_path):
     write(tmp_path, a_JSONL=b"", b_ndjson_gz=b"", c_parquet=b"", d_txt_zst=b"", e=b"", f_py_gz=b"")
     found = [
-        list_files(SourceConfig(documents=(str(path),)))[0] for path in sorted(tmp_path.iterdir())
+        find_files(SourceConfig(documents=(str(path),))).files[0]
+        for path in sorted(tmp_path.iterdir())
     ]
     formats, compressions = zip(*((file.format, file.compression) for file in found), strict=True)
     assert formats == ("jsonl", "jsonl", "parquet", "text", "text", "text")
@@ -71,8 +72,8 @@ def test_formats_by_suffix(tmp_path):
 
 def test_python_stdlib_is_tens_of_megabytes_of_utf8_python():
     config = SourceConfig(documents=("python-stdlib",))
-    files = list_files(config)
-    assert files == list_files(config)
+    files = find_files(config).files
+    assert files == find_files(config).files
     assert 5e6 < sum(file.size for file in files) < 1e8
     assert all(file.name.endswith(".py") for file in files)
     assert not any("site-packages" in file.name for file in files)
@@ -95,5 +96,5 @@ def test_entries_that_are_refused(tmp_path, name, data, fault):
     if data is not None:
         (tmp_path / (name or "a.bin")).write_bytes(data)
     with pytest.raises(MaxlmError) as caught:
-        list_files(SourceConfig(documents=(f"{tmp_path}/{name}".rstrip("/"),)))
+        find_files(SourceConfig(documents=(f"{tmp_path}/{name}".rstrip("/"),)))
     assert str(caught.value).startswith(f"{tmp_path}/{name}".rstrip("/") + f": {fault}")

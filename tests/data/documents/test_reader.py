@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, list_files, read_documents
+from maxlm.data.documents import SourceConfig, find_files, read_documents
 
 
 def texts(path, **settings) -> list[bytes]:
@@ -109,7 +109,7 @@ def test_bad_bytes_are_an_error_by_default(tmp_path):
         ("[" * 200_000, "not valid JSON (nested too deeply); put one JSON object on each line"),
         ('["x"]', 'a JSON object was expected, not list; write {"text": "..."}'),
         ('{"body": "x", "id": 1}', 'there is no key "text"; set text_field to one of: "body", "id'),
-        ('{"text": 3}', '"text" holds int, not a string; set text_field to the key of the text'),
+        ('{"text": 3}', '"text" holds int, not a string; set text_field to the key or column of'),
     ],
 )
 def test_bad_json_lines(tmp_path, line, message):
@@ -122,7 +122,9 @@ def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
     assert fails(path).endswith('there is no column "text"; set text_field to one of: "body", "n"')
-    assert fails(path, text_field="n").startswith(f'{path}: column "n" holds int64, not text; set')
+    assert fails(path, text_field="n").startswith(
+        f'{path}, row 0: "n" holds int, not a string; set'
+    )
     path.write_bytes(b"not parquet")
     assert fails(path).startswith(f"{path}: cannot read as Parquet: ")
 
@@ -141,7 +143,7 @@ def test_damaged_compression(tmp_path, suffix, damage):
 def test_unreadable_file(tmp_path):
     config = SourceConfig(documents=(str(tmp_path / "a.txt"),))
     (tmp_path / "a.txt").write_text("x")
-    [file] = list_files(config)
+    [file] = find_files(config).files
     (tmp_path / "a.txt").unlink()
     with pytest.raises(MaxlmError, match=r"a.txt: cannot read: No such file .*permissions$"):
         list(read_documents(config, file))

@@ -10,17 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, is_heldout, list_files, read_documents
-from maxlm.data.documents.document import Document
+from maxlm.data.documents import SourceConfig, find_files, is_heldout, read_documents
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.streams import scan_file
 
 
 def cut_and_whole(path, slice_bytes):
     config = SourceConfig(documents=(str(path),))
-    [file] = list_files(config)
+    [file] = find_files(config).files
     scan = scan_file(file, slice_bytes)
-    cut = [d for each in scan.slices for d in read_slice(config, each) if isinstance(d, Document)]
+    cut = [d for each in scan.slices for d in read_slice(config, each) if d and d.text]
     assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sum(each.size_bytes for each in scan.slices) <= path.stat().st_size
     return scan.slices, cut, list(read_documents(config))
@@ -55,7 +54,7 @@ def test_errors_in_a_later_slice_name_the_line_of_the_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n' * 20 + "broken\n")
     config = SourceConfig(documents=(str(path),))
-    [file] = list_files(config)
+    [file] = find_files(config).files
     last = scan_file(file, 30).slices[-1]
     assert last.start > 0
     with pytest.raises(MaxlmError, match=rf"^{path}:21: not valid JSON"):

@@ -172,11 +172,11 @@ def test_refusals():
         (Mixing({"web": -1.5, "q": 1}), "weights: the weight of store 'web' is -1.5, not a"),
         (
             Mixing({"web": 0, "q": 0}, phases=(Phase(from_step=3, weights={"web": 1, "q": 1}),)),
-            "weights: all weights are 0 at the beginning",
+            "weights: from step 0 on all weights are 0; give a source a weight above 0",
         ),
         (
             Mixing({"web": 1, "q": 1}, phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),)),
-            "phases.0.weights: from step 3 on all weights are 0; give a source a weight above 0",
+            "weights: from step 3 on all weights are 0; give a source a weight above 0",
         ),
     ):
         assert message(make_batches, stores, mixing, config(), seed=0).startswith(expected)

@@ -41,7 +41,7 @@ def test_so_it_stays_when_saved_and_sent(folder, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint
         assert again.encode(TEXT, allow_special=True) == tokenizer.encode(TEXT, allow_special=True)
     assert tokenizer.fingerprint != import_tokenizer(folder).fingerprint
-    export_tokenizer(tmp_path / "saved", tmp_path / "out")
+    export_tokenizer(load_tokenizer(tmp_path / "saved"), tmp_path / "out")
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
