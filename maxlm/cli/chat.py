@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from maxlm.cli.common import MeshOption, ModelArgument, SettingsArgument, StepOption, TemplateOption
+from maxlm.config import load_config
 
 
 def command(
@@ -22,7 +23,6 @@ def command(
     temperature=0.7, max_length=8192, and an answer may fill the context.
     Each line of piped input is a message.
     """
-    from maxlm.config import load_config
     from maxlm.inference.engine_config import EngineConfig
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.chat import ChatSession, run_chat
@@ -37,4 +37,4 @@ def command(
     sampling = load_config(SamplingConfig, None, sampling).value
     loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
     engine = make_engine(loaded, engine)
-    run_chat(ChatSession(engine, loaded.tokenizer, engine.config.max_length, sampling, system))
+    run_chat(ChatSession(engine, sampling, system))

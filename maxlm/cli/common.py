@@ -1,14 +1,16 @@
 """Arguments, options and output that several verbs share."""
 
+import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
+from rich.console import Console
+from rich.table import Table
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from maxlm.run import RunConfig
 
 ConfigArgument = Annotated[str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")]
@@ -33,12 +35,7 @@ MeshOption = Annotated[
 ]
 TemplateOption = Annotated[
     Path | None,
-    Option(
-        "--chat-template",
-        exists=True,
-        dir_okay=False,
-        help="A Jinja file to write conversations with.",
-    ),
+    Option("--chat-template", exists=True, dir_okay=False, help="A Jinja file for conversations."),
 ]
 StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -49,8 +46,6 @@ def run_training(
 ) -> None:
     """Train a run, or tune it with these options of ``tune_model``, and print its report; all of
     its processes join, and each takes as much of a GPU's memory as plans say."""
-    import os
-
     from maxlm.plan.hardware import GPU_SHARE
     from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
@@ -74,16 +69,12 @@ def run_training(
 
 def print_json(value: Any) -> None:
     """Print plain data; no NaN, which is no JSON."""
-    import json
-
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def open_console(file: TextIO | None = None) -> "Console":
+def open_console(file: TextIO | None = None) -> Console:
     """Return a console at least 80 columns wide, by default on stdout; narrower tables would break
     words."""
-    from rich.console import Console
-
     console = Console(file=file, highlight=False)
     console.width = max(80, console.width)
     return console
@@ -94,8 +85,6 @@ def print_table(
 ) -> None:
     """Print a table of a column of names and columns of numbers, on the right; ``style``: of
     rich's ``Table``."""
-    from rich.table import Table
-
     table = Table(first_column, **style)
     for name in numeric_columns:
         table.add_column(name, justify="right")

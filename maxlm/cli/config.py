@@ -1,11 +1,13 @@
 """``maxlm config``: what a config resolves to, what may stand in one, which ones are shipped."""
 
+import json
 from typing import Annotated
 
 import typer
 from typer import Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
+from maxlm.config import build_json_schema, list_shipped_configs, load_config, to_annotated_yaml
 
 app = typer.Typer(help="Show configs, where each value comes from, their schema.")
 
@@ -13,7 +15,6 @@ app = typer.Typer(help="Show configs, where each value comes from, their schema.
 @app.command()
 def show(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Print the resolved config as YAML, with where each value comes from."""
-    from maxlm.config import load_config, to_annotated_yaml
     from maxlm.run import RunConfig
 
     print(to_annotated_yaml(load_config(RunConfig, config, settings or ())))
@@ -24,10 +25,6 @@ def print_schema(
     recipe: Annotated[bool, Option("--recipe", help="A corpus's recipe instead of a run.")] = False,
 ) -> None:
     """Print the JSON Schema of a run config, for editors to complete and check YAML with."""
-    import json
-
-    from maxlm.config import build_json_schema
-
     if recipe:
         from maxlm.corpus.recipe import RecipeConfig as described
     else:
@@ -39,6 +36,4 @@ def print_schema(
 @app.command("list")
 def list_configs() -> None:
     """Print the names of the configs that come with maxlm."""
-    from maxlm.config import list_shipped_configs
-
     print(*list_shipped_configs(), sep="\n")

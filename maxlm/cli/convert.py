@@ -7,6 +7,8 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import StepOption
+from maxlm.config import MaxlmError
+from maxlm.runtime.progress import show_progress
 
 
 def command(
@@ -26,9 +28,7 @@ def command(
     Tensors pass one at a time, so that a model need not fit in memory. To go on from an imported
     run, train under a new name with train.start_from=TARGET.
     """
-    from maxlm.config import MaxlmError
     from maxlm.programs.convert import convert
-    from maxlm.runtime.progress import show_progress
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")

@@ -21,6 +21,11 @@ from maxlm.cli.common import (
     print_json,
     print_table,
 )
+from maxlm.config import MaxlmError, load_config
+from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.files import check_corpus_packages, is_corpus
+from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
@@ -53,9 +58,7 @@ def build(
     join: Annotated[bool, Option("--join", help="Work beside other builders of it.")] = False,
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
-    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store
-    from maxlm.runtime.progress import show_progress
 
     reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
     source = SourceConfig(documents=tuple(text), text_field=text_field, **reading)
@@ -73,9 +76,7 @@ def append(
     workers: WorkersOption = None,
 ) -> None:
     """Add documents to a store, as a new segment; those that are there keep their numbers."""
-    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import TokenStore, append_store
-    from maxlm.runtime.progress import show_progress
 
     made = TokenStore.open(store).manifest
     reading: dict[str, Any] = {"on_bad_bytes": made.on_bad_bytes, "piece_bytes": made.piece_bytes}
@@ -117,13 +118,9 @@ def run(
     Stages whose settings have not changed are not done again; rules under keep are applied when a
     token store is built, so another threshold costs nothing here.
     """
-    from maxlm.config import load_config
-    from maxlm.data.documents.files import check_corpus_packages
-
     check_corpus_packages(recipe)
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
-    from maxlm.runtime.progress import show_progress
 
     with show_progress("parts") as progress:
         folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
@@ -158,8 +155,6 @@ def export(
     the texts that `build` tokenizes, with id, source, url, meta and language."""
     opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
-    from maxlm.runtime.pool import WorkerPool
-    from maxlm.runtime.progress import show_progress
 
     rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
     with WorkerPool(opened.recipe.workers) as pool, show_progress("parts") as progress:
@@ -170,8 +165,6 @@ def export(
 
 
 def _open_corpus(folder: Path) -> "OpenCorpus":
-    from maxlm.data.documents.files import check_corpus_packages
-
     check_corpus_packages(str(folder))
     from maxlm.corpus.opened import OpenCorpus
 
@@ -179,8 +172,6 @@ def _open_corpus(folder: Path) -> "OpenCorpus":
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
-    from maxlm.config import MaxlmError
-
     for rule in rules:
         if "=" not in rule or not re.fullmatch(r"\s*[A-Za-z][\w-]*\s*", rule.partition("=")[0]):
             fix = "write it like: --keep 'long=heuristics.words >= 100'"
@@ -198,8 +189,6 @@ def _print_funnel(
     """Print what each rule drops and leaves; also into a page, if one is given."""
     from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
     from maxlm.corpus.shards import DOCUMENTS
-    from maxlm.runtime.pool import WorkerPool
-    from maxlm.runtime.progress import show_progress
 
     rules = corpus.resolve_rules(keep)
     with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
@@ -225,8 +214,6 @@ def _print_funnel(
 
 
 def _read_texts(documents: list[str]) -> Iterator[bytes]:
-    from maxlm.data.documents import SourceConfig, read_documents
-
     source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
     return (document.text for document in read_documents(source))
 
@@ -239,7 +226,6 @@ def train_quality(
     settings: SetOption = None,
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
-    from maxlm.config import load_config
     from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
 
     config = load_config(ClassifierConfig, None, settings or ()).value
@@ -256,8 +242,6 @@ def show(
     tokens: Annotated[bool, Option("--tokens", help="A store's ids instead of text.")] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.data.documents.files import is_corpus
-
     if is_corpus(Path(folder)):
         _show_labels(Path(folder), document)
     else:
@@ -279,7 +263,6 @@ def _show_labels(corpus: Path, document: str) -> None:
 
 
 def _show_stored(store: str, document: str, tokens: bool) -> None:
-    from maxlm.config import MaxlmError
     from maxlm.data.store import TokenStore, check_tokenizer
     from maxlm.data.tokenizer import load_tokenizer
 

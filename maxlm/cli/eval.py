@@ -1,5 +1,9 @@
 """maxlm eval"""
 
+import json
+from dataclasses import replace
+from functools import partial
+from math import exp
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +21,9 @@ from maxlm.cli.common import (
     print_json,
     print_table,
 )
+from maxlm.config import MaxlmError
+from maxlm.runtime.files import replace_file
+from maxlm.runtime.progress import show_progress
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
 ModelsArgument = Annotated[list[str], Argument(metavar="URL[#MODEL]...", help="Endpoints.")]
@@ -129,8 +136,6 @@ def show_position_perplexities(
     as_json: JsonOption = False,
 ) -> None:
     """Show models' perplexity by the position of a token: with what context, up to --length."""
-    from math import exp
-
     from maxlm.programs.evaluate import evaluate_position_losses
 
     options = {"length": length, "num_windows": windows, "mesh": mesh, "step": step}
@@ -157,11 +162,8 @@ def show_passkey_accuracy(
     as_json: JsonOption = False,
 ) -> None:
     """Show how often a model finds a number hidden in long texts, by length and depth."""
-    from functools import partial
-
     from maxlm.evaluation.passkey import evaluate_passkey
     from maxlm.programs.evaluate import load_engine_for_length
-    from maxlm.runtime.progress import show_progress
 
     sizes, places = _parse(lengths, "--lengths", 1, 2**31), _parse(depths, "--depths", 0, 100)
     engine = load_engine_for_length(model, max(sizes), step=step, mesh=mesh)
@@ -198,12 +200,9 @@ def score_humaneval_samples(
     as_json: JsonOption = False,
 ) -> None:
     """Score completions of HumanEval's problems: pass@k, by running them in a sandbox."""
-    import json
-
     from maxlm.evaluation.code import score_code_samples, truncate_completion
     from maxlm.evaluation.records import read_records
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
-    from maxlm.runtime.files import replace_file
 
     problems = read_records(data, ("task_id", "prompt", "test", "entry_point"))
     records = read_records(samples, ("task_id", "completion"))
@@ -227,11 +226,8 @@ def evaluate_swe_bench(
     as_json: JsonOption = False,
 ) -> None:
     """Apply predicted patches in local clones, run the tests, and report which are resolved."""
-    import json
-
     from maxlm.evaluation.records import read_records
     from maxlm.evaluation.swe_bench import evaluate_predictions
-    from maxlm.runtime.files import replace_file
 
     keys = ("instance_id", "repo", "base_commit", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS")
     tasks = read_records(instances, keys)
@@ -269,13 +265,8 @@ def evaluate_mt_bench(
     concurrency: Annotated[int, Option(min=1, help="Requests at a time.")] = 4,
 ) -> None:
     """Answer MT-Bench's questions and judge the answers; the same command goes on after a cut."""
-    import json
-    from dataclasses import replace
-
-    from maxlm.config import MaxlmError
     from maxlm.evaluation.endpoint import open_endpoint
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
-    from maxlm.runtime.progress import show_progress
 
     loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
     try:
@@ -319,11 +310,7 @@ def show_ratings(
     output: Annotated[Path | None, Option(help="JSON file; default: beside the battles.")] = None,
 ) -> None:
     """Rate models by their battles: Bradley-Terry with 95% intervals, and online Elo."""
-    import json
-
-    from maxlm.config import MaxlmError
     from maxlm.evaluation.ratings import compute_leaderboard, read_battles
-    from maxlm.runtime.files import replace_file
 
     found, rows = compute_leaderboard(read_battles(battles), style_control), []
     if not found["rows"] or found["rows"][0]["rating"] is None:

@@ -10,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import ModelArgument, StepOption
+from maxlm.config import MaxlmError, load_config
 
 
 def command(
@@ -26,13 +27,11 @@ def command(
     step: StepOption = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
-    from maxlm.config import MaxlmError, load_config
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.generate import generate_text, get_prompt_separator, search_text
     from maxlm.programs.load import load_model
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    options = {name: context.params[name] for name in names}
+    options = {k: v for k, v in context.params.items() if k in SamplingConfig.model_fields}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     if beams and best_of:

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
+from maxlm.runtime.files import convert_write_errors
 
 
 def command(
@@ -63,7 +64,6 @@ def command(
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.plan.show import format_prediction
     from maxlm.programs.run_config import load_run_config
-    from maxlm.runtime.files import convert_write_errors
 
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
     given: dict[str, Any] = {}

@@ -2,10 +2,10 @@
 
 A verb is one module here and one line in `VERBS`: a function ``command`` with Typer annotations,
 whose docstring is its help (``subcommands``: functions that a first word calls instead), or a group
-``app = typer.Typer(...)``. It is imported only when it is called, and its top imports neither JAX
-nor data libraries nor configs, so that ``maxlm --help`` needs Typer alone. A mistake of the user
-raises `MaxlmError`; a run that ends badly raises ``typer.Exit(1)``; ``KeyboardInterrupt("saved step
-120 in runs/x")`` ends with that line and code 130.
+``app = typer.Typer(...)``. It is imported only when it is called, so that ``maxlm --help`` needs
+Typer alone, and its top imports neither JAX nor data libraries. A mistake of the user raises
+`MaxlmError`; a run that ends badly raises ``typer.Exit(1)``; ``KeyboardInterrupt("saved step 120 in
+runs/x")`` ends with that line and code 130.
 """
 
 import gc
@@ -171,9 +171,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
     if hasattr(error, "format_message"):
         line = _explain_usage(error, arguments)
     else:
-        from maxlm.config.errors import MaxlmError, convert_os_error
+        from maxlm.config.errors import find_user_error
 
-        known = error if isinstance(error, MaxlmError) else convert_os_error(error)
+        known = find_user_error(error)
         if known is None:
             return None
         line = str(known)

@@ -1,13 +1,15 @@
 """maxlm plan"""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from typer import Option
 
 from maxlm.cli.common import ConfigArgument, JsonOption, SettingsArgument, open_console, print_json
+from maxlm.config import MaxlmError, load_config
 
 if TYPE_CHECKING:
     from maxlm.plan.predict import Machine
@@ -121,10 +123,6 @@ def _plan_serving(
 ) -> tuple[dict[str, Any], list[Any], bool]:
     """Plan serving, on the best split where no mesh is given: as plain data and as what is shown,
     and whether it fits and is in time."""
-    from dataclasses import asdict
-    from typing import get_args
-
-    from maxlm.config import MaxlmError, load_config
     from maxlm.plan.serving import ServingOptions, search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show import render_serving_search, render_serving_tables
@@ -173,8 +171,6 @@ def _find_machine(on: str) -> "Machine":
 
 def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
     """Refuse options that have no effect here."""
-    from maxlm.config import MaxlmError
-
     for option, given in options.items():
         if given:
             raise MaxlmError(f"{option} {what}", fix=fix)
@@ -188,8 +184,6 @@ def _search(
     Raises:
         typer.Exit: nothing fits.
     """
-    from dataclasses import asdict
-
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
 

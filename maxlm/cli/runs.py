@@ -1,5 +1,6 @@
 """``maxlm runs``: how far runs are, and where their time went."""
 
+import time
 from typing import Annotated
 
 import typer
@@ -30,8 +31,6 @@ def show(
     run: Annotated[str, Argument(help="A run's folder.")], as_json: JsonOption = False
 ) -> None:
     """Show a run's goodput, what else its time went to, its interruptions, how long steps take."""
-    import time
-
     from maxlm.programs.runs import read_run, show_run
 
     now = time.time()

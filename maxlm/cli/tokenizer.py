@@ -8,6 +8,9 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import JsonOption, TextArgument, TextFieldOption, print_json, print_table
+from maxlm.config import MaxlmError
+from maxlm.data.documents import SourceConfig, find_files, read_documents
+from maxlm.runtime.progress import show_progress
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
@@ -35,7 +38,6 @@ def train(
 ) -> None:
     """Learn a tokenizer from text."""
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-    from maxlm.runtime.progress import show_progress
 
     _require_free(out, force)
     given = {k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields}
@@ -50,10 +52,7 @@ def train(
 @app.command("import")
 def import_(
     source: Annotated[
-        str,
-        Argument(
-            help="A Hugging Face checkpoint's folder; a tokenizer.json or SentencePiece file."
-        ),
+        str, Argument(help="A Hugging Face folder; a tokenizer.json or SentencePiece file.")
     ],
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     bos: Annotated[str | None, Option(help="The token that opens a document.")] = None,
@@ -93,7 +92,6 @@ def decode(
     ids: Annotated[list[str] | None, Argument(help="Ids; none, or -: standard input.")] = None,
 ) -> None:
     """Write the exact bytes of ids to standard output, with no line end added."""
-    from maxlm.config import MaxlmError
     from maxlm.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -115,7 +113,6 @@ def measure(
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
     from maxlm.data.tokenizer import load_tokenizer, measure_tokenizer
-    from maxlm.runtime.progress import show_progress
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
@@ -137,7 +134,6 @@ def measure(
 
 
 def _require_free(out: Path, force: bool) -> None:
-    from maxlm.config import MaxlmError
     from maxlm.data.tokenizer import has_tokenizer_files
 
     if has_tokenizer_files(out) and not force:
@@ -149,8 +145,6 @@ def _read_texts(
     text: list[str], text_field: str, progress: Callable[[str, int, int], None], limit: int = 2**63
 ) -> Iterator[bytes]:
     """Yield texts, and report their bytes against their files' size or ``limit``."""
-    from maxlm.data.documents import SourceConfig, find_files, read_documents
-
     source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="replace")
     files = find_files(source).files
     total, done = min(sum(file.size for file in files), limit), 0

@@ -1,5 +1,6 @@
 """maxlm tune"""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from maxlm.cli.common import (
     print_json,
     run_training,
 )
+from maxlm.config import MaxlmError
 
 RecipeArgument = Annotated[
     str, Argument(help="A YAML file, or a recipe of configs/tune: sft_lora, dpo_lora, reward.")
@@ -55,9 +57,6 @@ def command(
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
-    import json
-
-    from maxlm.config import MaxlmError
     from maxlm.programs.run_config import load_run_config
 
     own = [f"train.start_from={base}"] if base else []

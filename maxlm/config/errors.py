@@ -53,9 +53,11 @@ class ProcessLost(MaxlmError):
     exit_code = LOST
 
 
-def convert_os_error(error: BaseException) -> MaxlmError | None:
-    """Returns an operating system's error that a user can put right, as ours; None: any other
-    error."""
+def find_user_error(error: BaseException) -> MaxlmError | None:
+    """Returns an error that a user can put right, of ours or, as ours, the operating system's; None
+    for any other."""
+    if isinstance(error, MaxlmError):
+        return error
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
         return MaxlmError((error.strerror or "").lower(), where=str(error.filename))
     return None

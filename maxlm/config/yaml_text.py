@@ -42,13 +42,6 @@ class Setting:
     """A mapping of names to settings, a list of settings, or a str, int, float, bool or None."""
     origin: SettingOrigin
 
-    @property
-    def children(self) -> dict[Any, "Setting"]:
-        """The settings inside a mapping, by name, or a list, by index; else none."""
-        if isinstance(self.value, list):
-            return dict(enumerate(self.value))
-        return self.value if isinstance(self.value, dict) else {}
-
     def to_plain(self) -> Any:
         """Return the value as plain data."""
         if isinstance(self.value, list):
@@ -60,7 +53,8 @@ class Setting:
     def list_origins(self, key: Key = ()) -> Iterator[tuple[Key, SettingOrigin]]:
         """Yield the key and place of this setting and of all inside it."""
         yield key, self.origin
-        for part, child in self.children.items():
+        inside = dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
+        for part, child in inside.items() if isinstance(inside, dict) else ():
             yield from child.list_origins((*key, part))
 
 

@@ -103,7 +103,7 @@ def make_job(
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
     mounted = parse_mounts(options.mount, scheduler)
     in_container = scheduler in ("jobset", "skypilot") or bool(options.image)
-    _check_paths(run, scheduler, mounted, in_container, user_template)
+    _check_paths(run, scheduler, mounted if in_container else None, user_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
@@ -175,17 +175,13 @@ def _clock(total: int) -> str:
 
 
 def _check_paths(
-    run: RunConfig,
-    scheduler: str,
-    mounted: Sequence[Mount],
-    in_container: bool,
-    user_template: bool,
+    run: RunConfig, scheduler: str, mounted: Sequence[Mount] | None, user_template: bool
 ) -> None:
     """Checks that there is text, or rows, and a run's folder that outlives its hosts and that all
     see.
 
     Args:
-        in_container: it runs in a container, which sees what is mounted.
+        mounted: all that its container sees; None: it runs in none.
         user_template: the template is the user's: it may mount folders, or say where a job begins.
     """
     named = _places(run)
@@ -207,12 +203,11 @@ def _check_paths(
             what = "rows are read with a tokenizer, and none is named"
             fix = "name its folder, or a model to start from (train.start_from)"
         raise MaxlmError(what, where="tokenizer.path", fix=fix)
-    if user_template or (scheduler == "slurm" and not in_container):
+    if user_template or (scheduler == "slurm" and mounted is None):
         return
     for key, place in named.items():
-        url = "://" in place and key.endswith(_URLS)
-        if not url:
-            _check_place(key, place, scheduler, mounted if in_container else None)
+        if "://" not in place or not key.endswith(_URLS):
+            _check_place(key, place, scheduler, mounted)
 
 
 def _places(run: RunConfig) -> dict[str, str]:

@@ -8,6 +8,9 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
+import yaml
+from jinja2 import Environment, StrictUndefined, TemplateError
+
 from maxlm.config import MaxlmError
 from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
@@ -28,8 +31,6 @@ _NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 def render_job(job: Job, template: Path | None = None) -> str:
     """Renders the job from its scheduler's template, or from the user's own in its place."""
-    from jinja2 import Environment, StrictUndefined, TemplateError
-
     path = template or find_asset(f"launch/{TEMPLATES[job.scheduler]}")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -54,8 +55,6 @@ def render_job(job: Job, template: Path | None = None) -> str:
 def _yaml(value: str) -> str:
     """One line of YAML that is this text, to YAML 1.1 and 1.2 alike: quoted unless it is obviously
     a word."""
-    import yaml
-
     if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS:
         return value
     line = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True)

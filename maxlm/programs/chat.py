@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer, encode_chat
+from maxlm.data.tokenizer import encode_chat
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 
@@ -27,8 +27,8 @@ class ChatSession:
     """A conversation with a model, message by message.
 
     Args:
-        engine: a ``maxlm.inference.engine.Engine``.
-        max_length: tokens of the conversation and an answer at most.
+        engine: a ``maxlm.inference.engine.Engine`` with a tokenizer, whose ``max_length`` is the
+            most tokens of the conversation and an answer.
         sampling: max_new_tokens is a limit, beside the context's.
         system: text of a message of the system's, before all others.
 
@@ -36,22 +36,14 @@ class ChatSession:
         MaxlmError: the tokenizer has no chat template, or one that cannot write the system text.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        tokenizer: Tokenizer,
-        max_length: int,
-        sampling: SamplingConfig,
-        system: str | None = None,
-    ):
-        self._engine, self._tokenizer, self._max_length = engine, tokenizer, max_length
-        self._sampling, self.system, self._count = sampling, system, 0
+    def __init__(self, engine: Any, sampling: SamplingConfig, system: str | None = None):
+        self._engine, self._sampling, self.system, self._count = engine, sampling, system, 0
         self.num_tokens = 0
         """Tokens of the last answer."""
         self.is_stopped = False
         """To set while an answer is written: it ends after its next token."""
         self.reset()
-        encode_chat(tokenizer, [*self.messages, {"role": "user", "content": "Hello"}])
+        encode_chat(engine.tokenizer, [*self.messages, {"role": "user", "content": "Hello"}])
 
     def reset(self) -> None:
         """Forgets the conversation, but for the system's text."""
@@ -65,10 +57,11 @@ class ChatSession:
             MaxlmError: the conversation no longer fits the context; it stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(self._tokenizer, messages, add_generation_prompt=True)
-        room = self._max_length - len(prompt)
+        prompt = encode_chat(self._engine.tokenizer, messages, add_generation_prompt=True)
+        context = self._engine.config.max_length
+        room = context - len(prompt)
         if room < 1:
-            what = f"the conversation has {len(prompt)} tokens, the context {self._max_length}"
+            what = f"the conversation has {len(prompt)} tokens, the context {context}"
             raise MaxlmError(what, fix="/reset forgets it")
         most, seed = min(self._sampling.max_new_tokens, room), self._sampling.seed + self._count
         changes = {"max_new_tokens": most, "seed": seed % 2**32}

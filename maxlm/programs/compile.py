@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import jax
+from jax.experimental.topologies import get_topology_desc
 
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import Machine, RunPlan
@@ -111,8 +112,6 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata server
     which TPU this is, and not to insist on being the only process that loads it.
     """
-    from jax.experimental.topologies import get_topology_desc
-
     if topology.platform == "cpu":
         here = jax.devices("cpu")
         if len(here) < topology.devices:

@@ -103,12 +103,12 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     values = read_json(where)
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
-    settings, notes = family.read_config(values, str(where), tensors)
-    config = _run_config(settings, target, where)
-    tokenizer, told = _import_tokenizer(source, config)
-    config, marks = _with_tokenizer(config, target, tokenizer)
+    settings, told = family.read_config(values, str(where), tensors)
+    config, notes = _run_config(settings, target, where), [*told]
+    tokenizer = _import_tokenizer(source, config, notes)
+    if tokenizer is not None:
+        config = _with_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
-    notes = [*notes, *told, *marks]
     specs = flatten_names(_build_specs(config))
     return HuggingFaceModel(source, family, values, config, specs, entries, tokenizer, notes)
 
@@ -269,10 +269,24 @@ def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunC
 def find_run_family(
     config: RunConfig, reader: RunCheckpointReader, name: str | None = None
 ) -> tuple[ModelFamily, Mapping[str, Any]]:
-    """The family of a name, else that which a run's parameters came from, else any that computes
-    the same; and what the run knows of the model that they came from."""
+    """The family of a name, else that which a run's parameters came from, else the first that can
+    say what its model computes; and what the run knows of the model that they came from."""
     published = read_metadata(reader.folder).get("published") or {}
-    return choose_family(config.model, name or published.get("family")), published
+    model, name = config.model, name or published.get("family")
+    if name is None:
+        able = (f for f in FAMILIES.values() if _find_inexpressible(model, f) is None)
+        if family := next(able, None):
+            return family, published
+        what = "no published family computes what this model does"
+        fix = "--family NAME says what one of them has no word for"
+        raise MaxlmError(what, where="config.yaml: model", fix=fix)
+    if name not in FAMILIES:
+        raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
+    if fault := _find_inexpressible(model, FAMILIES[name]):
+        what = f"{FAMILIES[name].hf_architecture} has no word for {fault}"
+        fix = "name another --family, or change the model"
+        raise MaxlmError(what, where="config.yaml: model", fix=fix)
+    return FAMILIES[name], published
 
 
 def _build_specs(config: RunConfig) -> Params:
@@ -293,12 +307,13 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
     return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
 
 
-def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer beside a model, and what is worth telling."""
+def _import_tokenizer(source: Path, config: RunConfig, notes: list[str]) -> Tokenizer | None:
+    """The tokenizer beside a model; adds to ``notes`` what is worth telling."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        notes = ["no tokenizer: there is no tokenizer.json or tokenizer.model beside it"]
-        name = "generation_config.json"
-        return None, [*notes, f"left out: {name}"] if (source / name).exists() else notes
+        notes.append("no tokenizer: there is no tokenizer.json or tokenizer.model beside it")
+        if (source / "generation_config.json").exists():
+            notes.append("left out: generation_config.json")
+        return None
     rows = config.model.vocab_size
     tokenizer = import_tokenizer(source, num_embedding_rows=rows)
     if tokenizer.vocab_size > rows:
@@ -306,49 +321,27 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
         what = f"the tokenizer has {whole} ids, the model's table {rows} rows"
         fix = "use the tokenizer that the model was trained with"
         raise MaxlmError(what, where=str(source), fix=fix)
-    lost = getattr(tokenizer.codec, "left_out", ())
-    return tokenizer, [
-        f"left out of the tokenizer: {x}, which the table has no row for" for x in lost
-    ]
+    for lost in getattr(tokenizer.codec, "left_out", ()):
+        notes.append(f"left out of the tokenizer: {lost}, which the table has no row for")
+    return tokenizer
 
 
 def _with_tokenizer(
-    config: RunConfig, target: Path, tokenizer: Tokenizer | None
-) -> tuple[RunConfig, list[str]]:
-    """A run with its tokenizer and the reserved ids of its task, and what is worth telling."""
-    if tokenizer is None:
-        return config, []
+    config: RunConfig, target: Path, tokenizer: Tokenizer, notes: list[str]
+) -> RunConfig:
+    """A run with its tokenizer and the reserved ids of its task."""
     task = config.task.with_special_tokens(tokenizer.special_tokens)
     values = config.model_dump() | {
         "tokenizer": {"kind": tokenizer.kind, "path": str(target / "tokenizer")},
         "task": task.model_dump(),
     }
-    found = RunConfig.model_validate(values)
     if tokenizer.vocab_size + task.num_ids_to_reserve > config.model.vocab_size:
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
-        return found, [
+        notes.append(
             f"to train it, name ids for task.kind={task.kind} in {names}: the tokenizer has none, "
             "and the table no rows to spare"
-        ]
-    return found, []
-
-
-def choose_family(model: Any, name: str | None) -> ModelFamily:
-    """The family of a name, or the first that can say what a model computes."""
-    if name is None:
-        able = (f for f in FAMILIES.values() if _find_inexpressible(model, f) is None)
-        if family := next(able, None):
-            return family
-        what = "no published family computes what this model does"
-        fix = "--family NAME says what one of them has no word for"
-        raise MaxlmError(what, where="config.yaml: model", fix=fix)
-    if name not in FAMILIES:
-        raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
-    if fault := _find_inexpressible(model, FAMILIES[name]):
-        what = f"{FAMILIES[name].hf_architecture} has no word for {fault}"
-        fix = "name another --family, or change the model"
-        raise MaxlmError(what, where="config.yaml: model", fix=fix)
-    return FAMILIES[name]
+        )
+    return RunConfig.model_validate(values)
 
 
 def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:

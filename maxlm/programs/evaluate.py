@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -61,13 +61,10 @@ def evaluate_model(
     models, harness = import_harness()
     opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
-    names, log = [""], None
-    if model.startswith(("http://", "https://")):
+    names, is_server = [""], model.startswith(("http://", "https://"))
+    if is_server:
         lm = open_server(model.rstrip("/"), settings, chat=chat)
         name = lm.model
-        output = output or _default_folder(name)
-        log = output / "answers.jsonl"
-        lm = resume_answers(lm, log)
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         name, is_run = loaded.config.name, (Path(model) / "config.yaml").exists()
@@ -77,7 +74,12 @@ def evaluate_model(
         if output is None and is_run:
             output = Path(model, "evaluations", f"step-{loaded.step:06d}")
         lm = make_harness_model(loaded, models.MaxlmModel, settings, seed=seed or 0)
-    with show_progress("requests") as progress, _convert_server_errors(model):
+    folder = output or Path("runs", name.rpartition("/")[2], "evaluations")
+    log = folder / "answers.jsonl"
+    if is_server:
+        lm = resume_answers(lm, log)
+    convert_errors = _convert_server_errors(model) if is_server else nullcontext()
+    with show_progress("requests") as progress, convert_errors:
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
         results = harness.evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
@@ -88,16 +90,11 @@ def evaluate_model(
         about["prompt_tokens"] = stats.prompt_tokens_total
         about["generated_tokens"] = stats.generated_tokens_total
     results["maxlm"] = about
-    folder = output or _default_folder(name)
     if jax.process_index() == 0:
         write_results(folder, results, name)
-        if log is not None:
+        if is_server:
             log.unlink(missing_ok=True)
     return results, folder
-
-
-def _default_folder(name: str) -> Path:
-    return Path("runs", name.rpartition("/")[2], "evaluations")
 
 
 def import_harness() -> tuple[Any, Any]:
@@ -204,10 +201,7 @@ def resume_answers(client: Any, log: Path) -> Any:
 
 
 @contextmanager
-def _convert_server_errors(model: str) -> Iterator[None]:
-    if not model.startswith(("http://", "https://")):
-        yield
-        return
+def _convert_server_errors(url: str) -> Iterator[None]:
     from aiohttp import ClientError
 
     try:
@@ -217,7 +211,7 @@ def _convert_server_errors(model: str) -> Iterator[None]:
             raise
         what = f"the server does not answer ({error})"
         fix = "start it, and evaluate again: answers so far are kept"
-        raise MaxlmError(what, where=model, fix=fix) from error
+        raise MaxlmError(what, where=url, fix=fix) from error
 
 
 def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:
@@ -237,17 +231,11 @@ def write_results(folder: Path, results: dict[str, Any], model_name: str) -> Non
 
 
 def evaluate_position_losses(
-    model: str,
-    text: Path,
-    *,
-    length: int | None,
-    num_windows: int,
-    step: int | None = None,
-    mesh: str | None = None,
+    model: str, text: Path, *, length: int | None, num_windows: int, **options: Any
 ) -> dict[int, float]:
     """Computes a model's mean loss by position (``compute_position_losses``) over windows of a text
-    file of ``length`` tokens, by default its ``max_seq_len``."""
-    engine = load_engine_for_length(model, length, step=step, mesh=mesh)
+    file; ``length`` (tokens of a window) and ``options``: of :func:`load_engine_for_length`."""
+    engine = load_engine_for_length(model, length, **options)
     assert engine.tokenizer is not None
     windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
     with show_progress("windows") as progress:

@@ -2,13 +2,13 @@
 not depend on its tokenizer, and its scores on tasks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
@@ -23,7 +23,6 @@ from maxlm.programs.setup import RunSetup, open_evaluation_batches
 from maxlm.train.display import ConsoleDisplay
 from maxlm.train.records import MetricsLog
 from maxlm.train.state import TrainState
-from maxlm.train.step import Batch, Sums
 from maxlm.train.trainer import Callback, Trainer, measure_peak_memory_bytes
 
 HeldOutResults = dict[str, dict[str, float]]
@@ -47,15 +46,15 @@ class HeldOutEvaluator:
 
     def evaluate(self, state: TrainState, max_batches: int | None = None) -> HeldOutResults:
         """Evaluates on each source's text; ``max_batches``: of each source, None: all."""
-        results = {}
-
-        def step(params: Any, batch: Batch) -> Sums:
-            self._on_batch()
-            return self._eval_fn(params, state.frozen, batch)
-
+        results, params = {}, get_eval_params(state)
         for name, source in self._data.eval_batch_sources.items():
+            sums = defaultdict[str, float](float)
             with open_evaluation_batches(self._setup, source, max_batches) as batches:
-                sums = sum_over_batches(step, get_eval_params(state), batches)
+                for batch in batches:
+                    self._on_batch()
+                    values = jax.device_get(self._eval_fn(params, state.frozen, batch))
+                    for metric, value in values.items():  # added up in float64
+                        sums[metric] += float(value)
             loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
             result = {name: value / sums["tokens"] for name, value in sums.items()}
             result |= {"loss": loss, "tokens": sums["tokens"]}
@@ -174,17 +173,6 @@ def format_downstream(metrics: Mapping[str, float]) -> str:
 def get_eval_params(state: TrainState) -> Any:
     """Returns the parameters to use a model with: their moving average where there is one."""
     return state.params if state.ema is None else state.ema
-
-
-def sum_over_batches(
-    step: Callable[[Any, Batch], Sums], params: Any, batches: Iterator[Batch]
-) -> Mapping[str, float]:
-    """Returns the sums of an evaluation step over batches, added up in float64."""
-    totals: dict[str, float] = {}
-    for batch in batches:
-        for name, value in jax.device_get(step(params, batch)).items():
-            totals[name] = totals.get(name, 0.0) + float(np.float64(value))
-    return totals
 
 
 class MetricsCallback(Callback):

@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
 from maxlm.data.documents import SourceConfig, is_heldout, read_documents
-from maxlm.data.loader import check_num_steps
+from maxlm.data.loader import TokenSource, check_num_steps
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, add_chat_template, load_tokenizer, train_tokenizer
@@ -73,14 +73,15 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
 def make_source_inputs(
     config: RunConfig,
     tokenizer: Tokenizer,
-    stores: Mapping[str, TokenStore] = MappingProxyType({}),
-    heldout: Mapping[str, TokenStore] = MappingProxyType({}),
+    stores: Mapping[str, TokenSource] = MappingProxyType({}),
+    heldout: Mapping[str, TokenSource] = MappingProxyType({}),
+    vocabulary: Vocabulary | None = None,
 ) -> SourceInputs:
-    """Returns what a run's task makes its batches from."""
+    """Returns what a task makes its batches from; ``vocabulary``: default, the tokenizer's."""
     return SourceInputs(
         loader=config.data,
         seed=config.seed,
-        vocabulary=make_vocabulary(tokenizer, config.model.vocab_size),
+        vocabulary=vocabulary or make_vocabulary(tokenizer, config.model.vocab_size),
         tokenizer=tokenizer,
         stores=stores,
         heldout=heldout,

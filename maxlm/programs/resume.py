@@ -23,7 +23,7 @@ from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint.checkpointer import Checkpointer, FoundCheckpoint, SkippedCheckpoint
 from maxlm.train.checkpoint.reading import check_same_settings
 from maxlm.train.records import read_records
-from maxlm.train.skips import Skips, get_batch_index, get_skips, has_same_batches, record_skip
+from maxlm.train.skips import Skips, get_batch_index, record_skip
 from maxlm.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -150,15 +150,9 @@ class StateRestorer:
         Hosts' own disks may be lost: if only they had checkpoints, and none can be used by these
         hosts, the run starts afresh.
         """
-
-        def refuse(checkpoint: FoundCheckpoint) -> str | None:
-            if has_same_batches(checkpoint.step, get_skips(checkpoint.metadata), skips):
-                return None
-            return "it was trained on batches that are skipped since"
-
         checkpointer = source.checkpointer
         wanted = replace(self.setup.abstract_state, frozen={})
-        state, found, skipped = checkpointer.restore_newest(source.found, wanted, refuse)
+        state, found, skipped = checkpointer.restore_newest(source.found, wanted, skips)
         skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
         if found is None:
             if any(each.tier.name != "local" for each in skipped):
@@ -196,22 +190,19 @@ def make_run_metadata(
 
 
 def check_same_inputs(
-    config: RunConfig,
-    data: PreparedData,
-    saved_metadata: Mapping[str, Any],
-    new_metadata: Mapping[str, Any],
-    error_location: str,
+    config: RunConfig, data: PreparedData, origin: ResumeSource, new_metadata: Mapping[str, Any]
 ) -> None:
-    """Checks that a checkpoint to resume from was made with this tokenizer, these frozen models and
-    stores; ``saved_metadata`` and ``new_metadata``: its metadata, and of those to come."""
-    check_same_settings(saved_metadata, new_metadata, ("tokenizer",), error_location)
+    """Checks that the checkpoint to resume from was made with this tokenizer, these frozen models
+    and stores; ``new_metadata``: of those to come."""
+    saved_metadata, place = origin.metadata, str(origin.checkpointer.folder)
+    check_same_settings(saved_metadata, new_metadata, ("tokenizer",), place)
     for name, model in new_metadata.get("frozen", {}).items():
         was = saved_metadata.get("frozen", {}).get(name, {})
         if was.get("fingerprint") != model["fingerprint"]:
             what = f"the frozen model {name!r} from {model['source']} is not the one that training "
             what += f"began with, from {was.get('source', 'nowhere')}"
             fix = "put its parameters back, or train in another run folder"
-            raise MaxlmError(what, where=error_location, fix=fix)
+            raise MaxlmError(what, where=place, fix=fix)
     before = saved_metadata.get("stores", {})  # A converted model's has none.
     for source in config.data.sources:
         name, store = source.name, new_metadata["stores"][source.name]
@@ -227,7 +218,7 @@ def check_same_inputs(
             if manifest.take_segments(count).offsets_sha256 == before[name]["offsets_sha256"]:
                 fix = f"set store_segments: {count} for it, or train in another run folder"
         what = f"the store of source {name!r} is not what it was ({was}; now {became})"
-        raise MaxlmError(what, where=error_location, fix=fix)
+        raise MaxlmError(what, where=place, fix=fix)
 
 
 def check_same_config(config: RunConfig, saved_config: Mapping[str, Any], where: str) -> None:

@@ -137,7 +137,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def read_git_state(root: Path) -> dict[str, Any] | None:
-    """The commit that a source tree is at, whether it differs, and by how many bytes of diff.
+    """The commit that a source tree is at, and whether it differs.
 
     None: not a checkout, or no git. An installed package may lie inside another project's checkout,
     which does not track it.
@@ -145,10 +145,9 @@ def read_git_state(root: Path) -> dict[str, Any] | None:
     if _git(root, "ls-files", "--error-unmatch", "maxlm/__init__.py") is None:
         return None
     commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
-    changes = _git(root, "diff", "HEAD") if status else b""
-    if commit is None or status is None or changes is None:
+    if commit is None or status is None:
         return None
-    return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
+    return {"commit": commit.decode().strip(), "dirty": bool(status)}
 
 
 def get_process_start_unix_seconds() -> float:
@@ -166,8 +165,7 @@ def get_process_start_unix_seconds() -> float:
 def _git(root: Path, *arguments: str) -> bytes | None:
     try:
         # What was only touched is not noted in the index: its lock is for who works there.
-        quiet = ["--no-optional-locks", "-c", "diff.autoRefreshIndex=false"]
-        command = ["git", *quiet, "-C", root, *arguments]
+        command = ["git", "--no-optional-locks", "-C", root, *arguments]
         done = subprocess.run(command, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from maxlm.config import Config, MaxlmError, load_config
 from maxlm.data.loader import LoaderConfig
@@ -99,11 +100,9 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     return load_tokenizer(own) if (own / METADATA).exists() else import_tokenizer(folder)
 
 
-def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Any:
+def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
     """Renders what :func:`describe_examples` returns, for a rich console; without colour « »
     enclose what is learnt."""
-    from rich.text import Text
-
     text = Text()
     for example in report["examples"]:
         text.append(f"{example['where']}\n", "bold underline")

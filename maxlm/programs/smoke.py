@@ -21,11 +21,11 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import compute_run_layout
 from maxlm.programs.load import load_frozen_models
-from maxlm.programs.prepare import read_vocab_size
+from maxlm.programs.prepare import make_source_inputs, read_vocab_size
 from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
-from maxlm.tasks import SourceInputs, Vocabulary
+from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.checkpoint.reading import layer_group_shapes
@@ -62,7 +62,8 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     micro = min(config.train.micro_batches, 2)
     data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
     train = {"steps": steps, "micro_batches": micro, "max_device_rows": None}
-    rate = config.optimizer.smoke_learning_rate
+    # At which a tiny model trains stably, with an effect within ten steps.
+    rate = 1e-3 if config.optimizer.kind == "lion" else 1e-2
     schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": rate}
     changes: dict[str, Any] = {
         "tune": {},  # the model has its scaling
@@ -83,20 +84,13 @@ class CountingTokenSource:
     path, offsets_sha256 = None, ""
 
     def __init__(self, vocab_size: int):
-        random, num_documents = np.random.default_rng(0), 512
-        lengths = random.integers(20, 100, num_documents)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        used = min(vocab_size, USED)
+        used, random = min(vocab_size, USED), np.random.default_rng(0)
         marks = np.arange(vocab_size) >= used
         self.vocabulary = Vocabulary(vocab_size, (), min(used, vocab_size - 1), marks, ~marks)
-        starts = random.integers(used, size=num_documents)
-        steps = random.integers(1, 4, num_documents)
-        self._tokens = np.concatenate(
-            [
-                (start + step * np.arange(length)) % used
-                for start, step, length in zip(starts, steps, lengths, strict=True)
-            ]
-        ).astype(np.uint32)
+        draws = random.integers((20, 0, 1), (100, used, 4), (512, 3)).tolist()
+        texts = [(start + step * np.arange(length)) % used for length, start, step in draws]
+        self.offsets = np.cumsum([0, *map(len, texts)])
+        self._tokens = np.concatenate(texts).astype(np.uint32)
 
     @property
     def num_tokens(self) -> int:
@@ -108,22 +102,10 @@ class CountingTokenSource:
 
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
-    text, tokenizer = CountingTokenSource(config.model.vocab_size), None
-    if isinstance(config.task, RowTask):
-        digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
-        tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
-    return config.task.batch_source(
-        SourceInputs(
-            loader=config.data,
-            seed=config.seed,
-            vocabulary=text.vocabulary,
-            tokenizer=tokenizer,
-            stores={"text": text},
-            mixing={"text": 1.0},
-            start_id=getattr(config.model, "start_id", 0),
-            num_virtual_tokens=config.num_virtual_tokens,
-        )
-    )
+    text, digits = CountingTokenSource(config.model.vocab_size), [b"0 1 2 3 4 5 6 7 8 9 " * 20]
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
+    inputs = make_source_inputs(config, tokenizer, {"text": text}, vocabulary=text.vocabulary)
+    return config.task.batch_source(replace(inputs, mixing={"text": 1.0}))
 
 
 def write_counting_rows(path: Path) -> None:

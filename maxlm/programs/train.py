@@ -186,8 +186,7 @@ def _open_run(
     frozen = load_frozen_models(setup)
     metadata = make_run_metadata(config, data, saved, describe_frozen_models(setup, frozen))
     if source:
-        where = str(source.checkpointer.folder)
-        check_same_inputs(config, data, source.metadata, metadata, where)
+        check_same_inputs(config, data, source, metadata)
     skips = read_skips(folder)
     if skips is None:
         skips = get_skips(source.metadata) if source else ()

@@ -1,7 +1,8 @@
 """Finds out which processes a run has, and which of them this is, from the environment."""
 
 import re
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,15 +32,12 @@ class Cluster:
     """GPUs of this host that belong to this process; None: all that it sees."""
 
 
-def find_cluster(
-    environ: Mapping[str, str], read_metadata: Callable[[str], str | None] | None = None
-) -> Cluster | None:
+def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     """Returns this process's place in its cluster; None if it is alone.
 
     The first that says anything: MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES and MAXLM_PROCESS_ID; a
     step of SLURM with several tasks (of which a coordinator named alone replaces that part); the
-    variables of a TPU pod on Kubernetes; the metadata of a TPU VM: an attribute by its name, None
-    where there is none (default: of this machine, as Google's metadata server has it).
+    variables of a TPU pod on Kubernetes; the metadata of a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
     slurm = _slurm(environ)
@@ -48,7 +46,7 @@ def find_cluster(
     elif explicit:
         found = _read_settings(explicit, slurm)
     else:
-        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, read_metadata or _attribute)
+        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ)
     return _checked(found) if found else None
 
 
@@ -140,15 +138,15 @@ def _kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
     return _slices("TPU pod", workers, _number(environ, "TPU_WORKER_ID"), environ)
 
 
-def _tpu_vm(environ: Mapping[str, str], metadata: Callable[[str], str | None]) -> Cluster | None:
+def _tpu_vm(environ: Mapping[str, str]) -> Cluster | None:
     if environ.get("TPU_SKIP_MDS_QUERY"):
         return None
-    number, endpoints = metadata("agent-worker-number"), metadata("worker-network-endpoints")
+    number, endpoints = map(_read_attribute, ("agent-worker-number", "worker-network-endpoints"))
     if not number or not endpoints:
         return None
     # Names, or name:id:address.
     workers = [each.split(":")[-1] for each in endpoints.split(",")]
-    lines = re.findall(r"^(\w+): *'?([^'\n]*)'?$", metadata("tpu-env") or "", re.MULTILINE)
+    lines = re.findall(r"^(\w+): *'?([^'\n]*)'?$", _read_attribute("tpu-env") or "", re.MULTILINE)
     worker = _number({"agent-worker-number": number}, "agent-worker-number")
     return _slices("TPU VM", workers, worker, dict(lines))
 
@@ -164,11 +162,9 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
     return Cluster(source, coordinator, count * len(workers), number * len(workers) + worker)
 
 
-def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
+def _read_attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
     """Reads an attribute of this machine from Google's metadata server; None: there is none such,
     or the machine has no TPU (elsewhere nobody may answer for minutes)."""
-    import urllib.request
-
     if not any(map(_is_tpu, devices.iterdir() if devices.exists() else ())):
         return None
     url = f"{server}/computeMetadata/v1/instance/attributes/{name}"

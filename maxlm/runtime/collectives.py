@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
@@ -19,13 +20,11 @@ def all_gather_json(value: Any) -> list[Any]:
     """Gathers every process's JSON value, in process order. All processes call it together."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental import multihost_utils
-
     text = json.dumps(value).encode()
-    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    lengths = process_allgather(np.int32(len(text)))
     row = np.zeros(int(lengths.max()), np.uint8)
     row[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = multihost_utils.process_allgather(row)
+    rows = process_allgather(row)
     return [json.loads(each[:length].tobytes()) for each, length in zip(rows, lengths, strict=True)]
 
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager["WorkerPool"]):
     """Runs picklable functions in `workers` processes; use as a context manager.
 
     Processes are spawned, never forked (threads of JAX, tokenizers or TensorStore do not survive
@@ -32,9 +33,6 @@ class WorkerPool:
         """``workers``: default: one a core."""
         self._workers = workers or count_usable_cores()
         self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "WorkerPool":
-        return self
 
     def __exit__(self, kind, value, trace) -> None:
         self._stop()
@@ -49,7 +47,11 @@ class WorkerPool:
         if self._workers == 1 or (len(jobs) < 2 and not self._pool):
             yield from map(function, jobs)
             return
-        pool = self._start()
+        if self._pool is None:
+            start_resource_tracker()
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_begin)
+        pool = self._pool
         named, waiting = (uuid.uuid4(), pickle.dumps(function)), iter(jobs)
         busy, finished = set[Future[Result]](), False
         try:
@@ -72,13 +74,6 @@ class WorkerPool:
         finally:
             if not finished:
                 self._stop()
-
-    def _start(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            start_resource_tracker()
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_begin)
-        return self._pool
 
     def _stop(self) -> None:
         if self._pool:

@@ -64,15 +64,16 @@ class Connection:
         self._socket.close()
 
 
+JoinedProcesses = tuple[list[str], dict[int, Connection]]
+"""The hosts' names by process, and the connections: process 0 has one to each, the others one to
+process 0."""
+
+
 def join_processes(
     cluster: Cluster, must_match: Mapping[str, Any], *, wait_seconds: float
-) -> tuple[list[str], dict[int, Connection]]:
+) -> JoinedProcesses:
     """Meets the other processes, whose ``must_match`` (JSON values by name) must be the same;
     raises ProcessLost if one does not come within ``wait_seconds``.
-
-    Returns:
-        The hosts' names by process, and the connections: process 0 has one to each, the others one
-        to process 0.
     """
     return (_connect if cluster.process_id else _accept_all)(cluster, must_match, wait_seconds)
 
@@ -108,9 +109,7 @@ def _more(items: Sequence[Any], shown: int) -> str:
     return f" and {len(items) - shown} more" if len(items) > shown else ""
 
 
-def _accept_all(
-    cluster: Cluster, facts: Mapping[str, Any], seconds: float
-) -> tuple[list[str], dict[int, Connection]]:
+def _accept_all(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> JoinedProcesses:
     """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
     hosts, connections = {0: socket.gethostname()}, dict[int, Connection]()
@@ -147,9 +146,7 @@ def _accept_all(
     return names, connections
 
 
-def _connect(
-    cluster: Cluster, facts: Mapping[str, Any], seconds: float
-) -> tuple[list[str], dict[int, Connection]]:
+def _connect(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> JoinedProcesses:
     """Other processes: connect to process 0 until it answers, which it does once all are there."""
     greeting = {"process": cluster.process_id, "count": cluster.num_processes, "facts": facts}
     greeting["host"] = socket.gethostname()

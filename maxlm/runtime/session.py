@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+import jax
+
 from maxlm.config import MaxlmError
-from maxlm.config.errors import LOST, ProcessLost, convert_os_error
+from maxlm.config.errors import LOST, ProcessLost, find_user_error
 from maxlm.config.keys import flatten, join_key
 from maxlm.runtime.cluster import Cluster, find_cluster
 from maxlm.runtime.rendezvous import (
@@ -60,31 +62,25 @@ def distributed_session(
     try:
         _check_same_devices(peers)
         yield
-    except MaxlmError as error:
-        if not error.on_all_processes:
-            # A file that needs all processes was not written because one is gone: no mistake.
-            if error.__cause__ and (lost := describe_lost_peer(error.__cause__)):
-                peers.abort_all_processes(LOST, lost)
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            peers.abort_all_processes(error.exit_code, str(error))
-        peers.leave()
-        raise
     except KeyboardInterrupt:
         peers.abort_all_processes(_INTERRUPTED, "interrupted")
     except BaseException as error:
-        if known := convert_os_error(error):
+        known = find_user_error(error)
+        if known and known.on_all_processes:
+            peers.leave()
+            raise
+        # A file that needs all processes was not written because one is gone: no mistake.
+        if lost := describe_lost_peer(error.__cause__ if known else error):
+            peers.abort_all_processes(LOST, lost)
+        if known:
             print(f"error: {known}", file=sys.stderr, flush=True)
             peers.abort_all_processes(known.exit_code, str(known))
-        lost = describe_lost_peer(error)
-        if not lost:
-            traceback.print_exc()
-        peers.abort_all_processes(LOST if lost else FAILED, lost or repr(error))
+        traceback.print_exc()
+        peers.abort_all_processes(FAILED, repr(error))
     peers.leave()
 
 
 def _check_same_devices(peers: "Peers") -> None:
-    import jax
-
     devices = [jax.local_devices(process) for process in range(jax.process_count())]
     try:
         facts = [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
@@ -123,7 +119,8 @@ class Peers:
         """
         if code in (FAILED, LOST):
             time.sleep(NOTICE_SECONDS)
-        self._end(code, f"{self._describe(self.cluster.process_id)}: {text}", None)
+        own = describe_processes(self.hosts, [self.cluster.process_id])
+        self._end(code, f"{own}: {text}", None)
 
     def _listen(self, process: int, connection: Connection) -> None:
         has_left = False
@@ -134,8 +131,8 @@ class Peers:
             elif "ended" in message:
                 self._end(int(message["ended"]), str(message.get("text")), process)
         if not has_left:
-            state = "the state is that of the last checkpoint"
-            self._end(LOST, f"{self._describe(process)} is gone; {state}", process)
+            gone = f"{describe_processes(self.hosts, [process])} is gone"
+            self._end(LOST, f"{gone}; the state is that of the last checkpoint", process)
 
     def _end(self, code: int, text: str, told_by: int | None) -> NoReturn:
         """Ends this process and, by a message, the others."""
@@ -163,9 +160,6 @@ class Peers:
         for process, connection in self._connections.items():
             if process != except_for:
                 connection.send(message)
-
-    def _describe(self, process: int) -> str:
-        return describe_processes(self.hosts, [process])
 
 
 def join_cluster(
@@ -198,7 +192,7 @@ def join_cluster(
     return peers
 
 
-def describe_lost_peer(error: BaseException) -> str | None:
+def describe_lost_peer(error: BaseException | None) -> str | None:
     """Returns one line for an error of a collective whose peer, or the network to it, is gone; None
     for any other. ``Peers`` mostly knows which peer it is: see ``Peers.abort_all_processes``."""
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError", "ValueError"):
@@ -211,8 +205,6 @@ def describe_lost_peer(error: BaseException) -> str | None:
 
 
 def _start_jax(cluster: Cluster, wait_seconds: float, peer_seconds: float) -> None:
-    import jax
-
     # A proxy set for the web is no way to a host beside this one; gRPC would take it, and hang.
     host = cluster.coordinator.rpartition(":")[0].strip("[]")
     exempt = filter(None, (os.environ.get("no_grpc_proxy"), host))  # noqa: SIM112

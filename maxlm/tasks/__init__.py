@@ -96,13 +96,10 @@ TaskConfig = Annotated[
 
 __all__ = [
     "ClmTask",
-    "MlmTask",
     "SourceInputs",
-    "SpanCorruptionTask",
     "Task",
     "TaskConfig",
     "TaskModels",
-    "Ul2Task",
     "Vocabulary",
     "check_task",
     "find_task",

@@ -17,7 +17,7 @@ from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.parallel.divergence import StoredTeacher, fused_divergence_loss
 from maxlm.parallel.local import get_layout, make_spec
-from maxlm.tasks.rows import ExampleEncoder
+from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow
 from maxlm.tasks.sft import AnswerTask
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, TaskModels
 from maxlm.tasks.text import TextTask, TokenPredictionTask
@@ -113,9 +113,7 @@ class DistillationTask(AnswerTask, TeacherTask):
         ids = BatchArraySpec((seq_len, self.top_k), np.int32, axes)
         return arrays | {"teacher_ids": ids, "teacher_log_probs": log_probs}
 
-    def extend_example(
-        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         """Adds a stored teacher's log-probabilities, at the places with a weight."""
         if self.teacher is None:
             places = np.flatnonzero(arrays["weights"])

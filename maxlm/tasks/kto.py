@@ -1,6 +1,5 @@
 """Kahneman-Tversky optimization: learns from answers that are good or bad, without pairs."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,7 @@ from maxlm.tasks.preference import (
     ReferenceTask,
     scale_layers_loss,
 )
-from maxlm.tasks.rows import ExampleEncoder, join_sequences
+from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, join_sequences
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
 
 _KL = "kl_"
@@ -42,13 +41,11 @@ class KtoTask(ReferenceTask):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
 
-    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
         return [encode_answer(tokenizer, prompt, completion)]
 
-    def extend_example(
-        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         """Adds the label, and the prompt with another row's completion, cut to what a row has room
         for."""
         prompt, length = row["prompt"], encoder.max_length

@@ -24,7 +24,7 @@ from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
-from maxlm.tasks.rows import ExampleEncoder, RowTask, sum_by_segment
+from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, RowTask, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
 
 LOG_PROBS, MISMATCHED = "reference_log_probs", "mismatched_completion"
@@ -141,9 +141,7 @@ class ReferenceTask(PreferenceTask):
         own = {LOG_PROBS: (self.num_reference_columns,)}
         return super().example_shapes() | ({} if self.reference_log_probs is None else own)
 
-    def extend_example(
-        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         if self.reference_log_probs is None:
             return arrays
         if np.isnan(row[LOG_PROBS]).any():
@@ -169,7 +167,7 @@ class PairTask(PreferenceTask):
 
     sequences_per_example = 2
 
-    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         return list(encode_pair(tokenizer, row))
 
 
@@ -248,9 +246,7 @@ class ReferenceFreePairTask(LogProbPairTask):
         own = {"nll_weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
         return super().batch_arrays(seq_len) | own
 
-    def extend_example(
-        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         weights = arrays["weights"]
         if self.learns_prompts:  # from the first token on, which the last virtual one predicts
             weights = arrays["positions"] >= encoder.num_virtual_tokens - 1

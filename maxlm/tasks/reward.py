@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.conversations import EncodedSequence
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.tasks.preference import PairTask, sum_pairs
-from maxlm.tasks.rows import ExampleEncoder, sum_by_segment
+from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
 
 SCORE = "score"
@@ -35,16 +35,14 @@ class RewardTask(PairTask):
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"margins": ()}
 
-    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         # With a token behind the last one, which rows have as a target alone.
         return [
             EncodedSequence([*own.tokens, 0], [*own.is_target, True])
             for own in super().encode_example(tokenizer, row)
         ]
 
-    def extend_example(
-        self, encoder: ExampleEncoder, row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         margin = row.get("margin")
         if not isinstance(margin, Real | None):
             what = f"margin is {margin!r}"
@@ -54,20 +52,13 @@ class RewardTask(PairTask):
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
         arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
         hidden, aux = models.trained(*arrays)
-        scores = compute_scores(models.trained, hidden, batch, self.num_segments)
+        # Of each segment, the score at its last token; 0 of padding.
+        positions, numbers = batch["positions"][..., None], jnp.arange(1, self.num_segments + 1)
+        own = batch["segment_ids"][..., None] == numbers
+        is_last = own & (positions == jnp.where(own, positions, -1).max(-2, keepdims=True))
+        scores = jnp.where(is_last, models.trained.apply_head(SCORE, hidden), 0).sum(-2)
         scores = scores.reshape(*scores.shape[:-1], -1, 2)
         lengths = sum_by_segment(batch["weights"], batch["segment_ids"], self.num_segments)
         losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
         losses += self.center_rewards * jnp.square(scores.sum(-1))
         return sum_pairs(losses, scores, lengths[..., ::2] > 0, aux, batch)
-
-
-def compute_scores(
-    model: Any, hidden: jax.Array, batch: DeviceBatch, num_segments: int
-) -> jax.Array:
-    """Reads the scores of segments [..., n] at the last token of each; 0 of padding."""
-    positions, segments = batch["positions"], batch["segment_ids"]
-    own = segments[..., None] == jnp.arange(1, num_segments + 1)
-    last = jnp.where(own, positions[..., None], -1).max(-2, keepdims=True)
-    scores = model.apply_head(SCORE, hidden)
-    return jnp.where(own & (positions[..., None] == last), scores, 0).sum(-2)

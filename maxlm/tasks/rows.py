@@ -27,6 +27,10 @@ from maxlm.tasks.task import SourceInputs, Task
 # So many rows take longer than processes to start: seconds.
 _MANY_ROWS, _PART_ROWS = 16384, 1024
 TooLong = Literal["drop", "cut_end", "cut_start"]
+FileRow = Mapping[str, Any]
+"""A row of a file, by column."""
+Arrays = dict[str, Any]
+"""An example's arrays, by name."""
 
 
 class RowTask(Task):
@@ -55,7 +59,7 @@ class RowTask(Task):
     """Most examples that share a row, each with attention to itself alone; null: as many as fit."""
 
     @abstractmethod
-    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         """Returns the ``sequences_per_example`` sequences of a file's row; raises MaxlmError saying
         what is wrong with it."""
 
@@ -63,9 +67,7 @@ class RowTask(Task):
         """Returns what fp32 arrays [examples, ...] of a row hold for each example, by name."""
         return {}
 
-    def extend_example(
-        self, encoder: "ExampleEncoder", row: Mapping[str, Any], arrays: dict[str, Any]
-    ) -> dict[str, Any]:
+    def extend_example(self, encoder: "ExampleEncoder", row: FileRow, arrays: Arrays) -> Arrays:
         """Returns an example's arrays with its entries of :meth:`example_shapes`, and with whatever
         the task's batches have besides."""
         return arrays
@@ -127,11 +129,7 @@ class RowTask(Task):
         return np.sort(order[size:]), np.sort(order[:size])
 
     def make_source(
-        self,
-        file: RowFiles,
-        examples: NDArray[np.int64],
-        inputs: SourceInputs,
-        **options: bool,
+        self, file: RowFiles, examples: NDArray[np.int64], inputs: SourceInputs, **options: bool
     ) -> RowSource:
         """Makes a batch source of some rows of files; ``options``: ``shuffle`` and ``endless`` of
         :func:`~maxlm.data.rows.make_row_source`."""
@@ -232,14 +230,14 @@ class ExampleEncoder:
     """Tokens of a sequence at most, without virtual ones."""
     num_virtual_tokens: int = 0
 
-    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def __call__(self, row: FileRow) -> Mapping[str, Any]:
         """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`); none of an
         example that is left out."""
         whole = self.task.encode_example(self.tokenizer, row)
         sequences = [self._cut(sequence) for sequence in whole]
         if not all(sequence.num_targets for sequence in sequences):
             return {}
-        arrays: dict[str, Any] = join_sequences(sequences, self.num_virtual_tokens)
+        arrays: Arrays = join_sequences(sequences, self.num_virtual_tokens)
         arrays["was_cut"] = any(len(each.tokens) > self.max_length for each in whole)
         return self.task.extend_example(self, row, arrays)
 

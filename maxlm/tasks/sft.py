@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the cross-entropy of answers."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +12,7 @@ from maxlm.data.conversations import (
     get_column,
 )
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.tasks.rows import RowTask
+from maxlm.tasks.rows import FileRow, RowTask
 from maxlm.tasks.text import TokenPredictionTask
 
 
@@ -28,7 +27,7 @@ class AnswerTask(RowTask):
     learn_prompt: bool = False
     """Learn every token, of prompts and other roles too."""
 
-    def encode_example(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[EncodedSequence]:
+    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         if "messages" in row:
             own = {"turns": self.turns, "roles": self.roles, "tools": row.get("tools")}
             encoded = encode_conversation(tokenizer, row["messages"], **own)

@@ -4,14 +4,18 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
 from maxlm.train.records import read_records
 
+_SECONDS_BETWEEN_LINES = 10.0
 _SHOWN = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.1%}",
@@ -33,35 +37,21 @@ class ConsoleDisplay:
     """Progress of a run on stderr. A context manager.
 
     On a terminal, a bar that stays in place: step, time left, loss, learning rate, tokens/s, MFU,
-    loader wait and steps/s. Elsewhere one line at most every ``every_seconds``, with the same
-    content. Time left and steps/s are measured from the end of the first step shown, which
-    compiles; evaluations and checkpoints after it count.
+    loader wait and steps/s. Elsewhere one line at most every 10 seconds, with the same content.
+    Time left and steps/s are measured from the end of the first step shown, which compiles;
+    evaluations and checkpoints after it count.
 
     Args:
         start_step: steps made before this start (a resumed run).
         show: False on all processes but the first: every method then does nothing.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        *,
-        show: bool = True,
-        every_seconds: float = 10.0,
-        stream: TextIO | None = None,
-    ):
-        self.total_steps = total_steps
-        self._show, self._every = show, every_seconds
-        self._stream = stream or sys.stderr
+    def __init__(self, total_steps: int, start_step: int = 0, *, show: bool = True):
+        self.total_steps, self._show = total_steps, show
         self._first: tuple[int, float] | None = None  # the first step shown, when it was
         self._printed = float("-inf")
         self._progress = None
-        if show and self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-            from rich.table import Column
-
+        if show and sys.stderr.isatty():
             # A narrow terminal loses the end of the text, never the step.
             counts = Column(no_wrap=True, min_width=len(f"step {total_steps}/{total_steps}"))
             text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -69,7 +59,7 @@ class ConsoleDisplay:
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=counts),
                 BarColumn(bar_width=14),
                 TextColumn("{task.fields[text]}", table_column=text),
-                console=Console(file=self._stream),
+                console=Console(stderr=True),
                 expand=True,
             )
             self._task = self._progress.add_task(
@@ -91,16 +81,16 @@ class ConsoleDisplay:
         text = " · ".join(filter(None, [left, *shown, speed]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
-        elif now - self._printed >= self._every or step >= self.total_steps:
+        elif now - self._printed >= _SECONDS_BETWEEN_LINES or step >= self.total_steps:
             self._printed = now
-            print(f"step {step}/{self.total_steps} · {text}", file=self._stream, flush=True)
+            print(f"step {step}/{self.total_steps} · {text}", file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._progress:
             self._progress.console.print(text, markup=False, highlight=False)
         elif self._show:
-            print(text, file=self._stream, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ConsoleDisplay":
         if self._progress:

@@ -53,11 +53,6 @@ class OptimizerConfig(Config):
     """Step of parameters that learn by a rule, the selection biases of routers, whatever the
     learning rate; DeepSeek-V3 has 0.001, and 0 for the last of its tokens."""
 
-    @property
-    def smoke_learning_rate(self) -> float:
-        """Learning rate at which a tiny model trains stably, with an effect within ten steps."""
-        return 1e-3 if self.kind == "lion" else 1e-2
-
 
 class ScheduleConfig(Config):
     """The learning rate as a function of the step."""

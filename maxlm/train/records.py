@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,7 @@ def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterat
                     damaged_lines.append(line)
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them elsewhere.
 
     Resuming at a step drops every record after it, so that a run that was killed leaves the same
@@ -141,9 +141,6 @@ class MetricsLog:
             os.fsync(file.fileno())
         for sink in self._sinks:
             sink.rewind(step)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

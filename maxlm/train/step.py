@@ -70,7 +70,7 @@ def train_step(
     )
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    grad_norm = global_norm(_learned(trainable, grads))
+    grad_norm = optax.tree.norm(_learned(trainable, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
     def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -79,7 +79,7 @@ def train_step(
         trained = optax.apply_updates(trained, updates)
         if ema is not None:
             ema = optax.incremental_update(trained, ema, 1.0 - (ema_decay or 0.0))
-        norm = global_norm(_learned(trainable, updates))
+        norm = optax.tree.norm(_learned(trainable, updates))
         return jax.tree.map(_held, (trained, opt_state, ema, norm))
 
     # A loop of one turn, or of none where the numbers are bad: its state is updated in place, where
@@ -94,7 +94,7 @@ def train_step(
         "batch_tokens": sums["tokens"],
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "param_norm": global_norm(_learned(trainable, trained)),
+        "param_norm": optax.tree.norm(_learned(trainable, trained)),
         "update_norm": update_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
@@ -257,13 +257,6 @@ def _one_f_one_b(
         ),
     )
     return (total + aux.loss, sums | aux.sums), d_ends | {"layers": d_layers}
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Returns the Euclidean norm of all leaves together, an fp32 scalar; 0 of an empty tree."""
-    leaves = jax.tree.leaves(tree)
-    squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in leaves]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -40,24 +40,15 @@ class WatchdogTimer:
 class Watchdog(Callback):
     """A thread that ends the process when the work under way takes too long. A context manager.
 
-    It first writes what all Python threads are doing to ``FOLDER/hangs/`` and to stderr.
-
-    Args:
-        folder: the run's.
-        log_event: takes ``log_event("hang", step, process=..., seconds=...)``; see ``event``.
-        exit_process: ends the process with an exit code; tests replace it.
+    It first writes what all Python threads are doing to ``hangs/`` in the run's ``folder``, and to
+    stderr.
     """
 
-    def __init__(
-        self,
-        config: FaultToleranceConfig,
-        folder: Path,
-        process: int = 0,
-        log_event: Callable[..., None] = lambda *_, **__: None,
-        exit_process: Callable[[int], Any] = os._exit,
-    ):
+    def __init__(self, config: FaultToleranceConfig, folder: Path, process: int = 0):
         self._config, self.folder, self._process = config, folder, process
-        self.event, self._end = log_event, exit_process
+        self.exit_process: Callable[[int], Any] = os._exit  # tests replace it
+        self.event: Callable[..., None] = lambda *_, **__: None
+        """Takes ``event("hang", step, process=..., seconds=...)``."""
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
         self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
@@ -123,7 +114,7 @@ class Watchdog(Callback):
         if self._done.wait(min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)):
             return True
         if self.awaited is awaited:
-            self._end(LOST)
+            self.exit_process(LOST)
             return True
         words = f"{self.folder}: process {self._process}: {awaited.description} is done after all"
         print(f"{words}, training continues", file=sys.stderr, flush=True)

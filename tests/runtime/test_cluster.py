@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -49,8 +50,9 @@ SLICES = {
 VM = {"agent-worker-number": "2", "worker-network-endpoints": "a:b:10.0.0.7,a:b:10.0.0.8,a:b:c"}
 
 
-def found(environ: dict[str, str], **arguments) -> Cluster | None:
-    return find_cluster(environ, **{"read_metadata": lambda name: None, **arguments})
+def found(environ: dict[str, str], metadata: Mapping[str, str] = {}) -> Cluster | None:
+    with mock.patch.object(cluster, "_read_attribute", metadata.get):
+        return find_cluster(environ)
 
 
 def test_the_most_explicit_place_wins():
@@ -63,9 +65,9 @@ def test_the_most_explicit_place_wins():
     assert named == Cluster("SLURM", "gpu007-ib:900", 4, 3, (1,))
     assert found(POD) == Cluster("TPU pod", "w-0.job:8482", 2, 1)
     assert found(POD | SLICES) == Cluster("TPU pod", "w-0.first:8482", 4, 3)
-    assert found({}, read_metadata=VM.get) == Cluster("TPU VM", "10.0.0.7:8482", 3, 2)
+    assert found({}, VM) == Cluster("TPU VM", "10.0.0.7:8482", 3, 2)
     text = "ACCELERATOR_TYPE: 'v5p-8'\n" + "\n".join(f"{k}: '{v}'" for k, v in SLICES.items())
-    sliced = found({}, read_metadata=(VM | {"tpu-env": text}).get)
+    sliced = found({}, VM | {"tpu-env": text})
     assert sliced == Cluster("TPU VM", "w-0.first:8482", 6, 5)
 
 
@@ -75,7 +77,7 @@ def test_a_process_alone_joins_nothing():
     assert found(batch_script) is None
     assert found(EXPLICIT | {"MAXLM_NUM_PROCESSES": "1", "MAXLM_PROCESS_ID": "0"}) is None
     assert found({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    assert found({"TPU_SKIP_MDS_QUERY": "1"}, read_metadata=VM.get) is None
+    assert found({"TPU_SKIP_MDS_QUERY": "1"}, VM) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_the_metadata_server_is_asked_where_there_are_tpus(tmp_path, monkeypatch
         Metadata.code = code
         (tmp_path / "device" / "vendor").write_text(f"{vendor}\n")
         (tmp_path / "device" / "class").write_text(f"{kind}\n")
-        return cluster._attribute("name", tmp_path, f"http://127.0.0.1:{server.server_port}")
+        return cluster._read_attribute("name", tmp_path, f"http://127.0.0.1:{server.server_port}")
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.tasks import MlmTask
 from maxlm.tasks.denoising import (
     Denoiser,
     SentinelIds,
@@ -19,6 +18,7 @@ from maxlm.tasks.denoising import (
     corrupt_tokens,
     replace_spans,
 )
+from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.task import Vocabulary
 
 WORDS = 500

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from maxlm.data.loader import LoaderConfig
-from maxlm.tasks import MlmTask, SourceInputs, SpanCorruptionTask, Ul2Task, Vocabulary
+from maxlm.tasks import SourceInputs, Vocabulary
+from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
+from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.text import TransformedSource
 
 TEXT, SIZE, BOS, EOS = 50, 90, 1, 2

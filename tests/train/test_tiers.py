@@ -152,7 +152,7 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
                     assert all("is skipped: unreadable" in str(each) for each in skipped)
                 else:
                     folder = [each for each in found if each.tier.name == "folder"]
-                    state, chosen, _ = tiers.restore_newest(folder, abstract(here))
+                    state, chosen, _ = tiers.restore_newest(folder, abstract(here), ((3, 5),))
                     jax.tree.map(np.testing.assert_array_equal, state, state_of(here, chosen.step))
                     seen[chosen.step] += 1
             path.write_bytes(good)
@@ -198,7 +198,7 @@ def test_local_checkpoint_that_cannot_be_written_is_only_reported(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     config = LOCAL | {"local_folder": str(tmp_path / "disk")}
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("maxlm.train.checkpoint.local.save_file", full)
     write(tmp_path / "run", here, 3, **config)
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith(f"local checkpoint 3 was not written to {tmp_path}/disk/run-")

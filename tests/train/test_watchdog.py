@@ -19,7 +19,9 @@ def watch(folder, config=QUICK, process=1):
     def event(kind, step, **details):
         events.append((kind, step, details))
 
-    return Watchdog(config, folder, process, event, ends.append), ends, events
+    watchdog = Watchdog(config, folder, process)
+    watchdog.event, watchdog.exit_process = event, ends.append
+    return watchdog, ends, events
 
 
 def take(watchdog, seconds):

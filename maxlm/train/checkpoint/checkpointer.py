@@ -5,8 +5,8 @@ A run resumes from the newest checkpoint that can be read, in whichever place it
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from maxlm.train.checkpoint.local import LocalTier
 from maxlm.train.checkpoint.reading import Groups, PyTree, UnreadableCheckpoint
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
+from maxlm.train.skips import Skips, get_skips, has_same_batches
 
 CheckpointTier = LocalTier | FolderTier | RemoteTier
 """A place for checkpoints, with a name and a place (path or URL) for messages. All processes call
@@ -47,7 +48,7 @@ class SkippedCheckpoint:
         return f"{prefix}checkpoint {self.step} is skipped: {self.why}"
 
 
-class Checkpointer:
+class Checkpointer(AbstractContextManager["Checkpointer"]):
     """Saves to and restores from all tiers of a run. All processes call every method together. A
     context manager.
 
@@ -150,17 +151,15 @@ class Checkpointer:
         return found, skipped
 
     def restore_newest(
-        self,
-        found: Sequence[FoundCheckpoint],
-        abstract: PyTree,
-        refuse: Callable[[FoundCheckpoint], str | None] = lambda _: None,
+        self, found: Sequence[FoundCheckpoint], abstract: PyTree, skips: Skips = ()
     ) -> tuple[PyTree, FoundCheckpoint | None, list[SkippedCheckpoint]]:
-        """Restores the first of ``found`` that can be read, and that ``refuse`` gives no reason
-        against. Returns the state and its checkpoint (None twice if there is none), and those
-        skipped."""
+        """Restores the first of ``found`` that can be read and was trained on the batches of a run
+        with these ``skips``. Returns the state and its checkpoint (None twice if there is none),
+        and those skipped."""
         skipped = []
         for each in found:
-            if (why := refuse(each)) is not None:
+            if not has_same_batches(each.step, get_skips(each.metadata), skips):
+                why = "it was trained on batches that are skipped since"
                 skipped.append(SkippedCheckpoint(each.step, each.tier, why, is_damaged=False))
                 continue
             try:
@@ -184,9 +183,6 @@ class Checkpointer:
         self.folder_tier.wait()
         if self.local:
             self.local.wait()
-
-    def __enter__(self) -> "Checkpointer":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:

@@ -39,7 +39,7 @@ from maxlm.train.checkpoint.reading import (
 from maxlm.train.config import CheckpointConfig
 
 
-class FolderTier:
+class FolderTier(AbstractContextManager["FolderTier"]):
     """The checkpoints in one folder. All processes call every method together. A context manager.
 
     Args:
@@ -207,9 +207,6 @@ class FolderTier:
             self.wait()
         finally:
             self._manager.close()
-
-    def __enter__(self) -> "FolderTier":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

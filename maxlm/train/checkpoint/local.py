@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
@@ -81,8 +83,6 @@ class LocalTier:
         self._thread.start()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
-        from safetensors.numpy import save_file
-
         try:
             save_file(arrays, self.path(step), header)  # under another name until it is complete
             oldest = self._own_steps()[-NUM_KEPT:][0]
@@ -124,8 +124,6 @@ class LocalTier:
         return metadata
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        from safetensors import safe_open
-
         def read() -> dict[str, Any]:
             with safe_open(self.path(step), "np") as file:
                 return parse_metadata(file.metadata()["metadata"])
@@ -167,8 +165,6 @@ class LocalTier:
 
 def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Reads arrays by name; raises UnreadableCheckpoint if the file holds other shards."""
-    from safetensors import safe_open
-
     with safe_open(path, "np") as file:
         keys, shards = set(file.keys()), {}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tensorstore as ts
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, run_on_process_0
@@ -67,8 +68,6 @@ class RemoteTier:
         run_on_process_0(self._open)
 
     def _open(self) -> None:
-        import tensorstore as ts
-
         shutil.rmtree(self._folder / _FETCHED, ignore_errors=True)  # left by a kill
         with self._explain():
             probe = make_kvstore_spec(self._place, long_retries=False)
@@ -228,8 +227,6 @@ class RemoteTier:
         self._complete_steps = [each for each in self._complete_steps if each != step]
 
     def _clear(self, step: int) -> None:
-        import tensorstore as ts
-
         self._await(self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")))
 
     def _explain(self) -> AbstractContextManager[None]:
