@@ -12,7 +12,7 @@ PREEMPTED, LOST = 75, 76
 # Faults of the machine, its permissions or a path's length: no bug of ours hides behind them.
 _MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EIO, errno.ESTALE),
 }
 
 

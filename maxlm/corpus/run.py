@@ -106,7 +106,7 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
         manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     with convert_write_errors(path):
         path.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """Yields `function(job)` for each job, in order of completion. A worker receives the
+        """Yields `function(job)` for each job, in order of completion. A worker unpickles the
         function once, so what a callable object keeps in itself (an open model) is there for all
         the jobs that this worker does, and gone with the next function."""
         # What does one job is left to a worker that has imported its modules, if there is one.

@@ -21,6 +21,7 @@ from maxlm.corpus.dedup.minhash import (
 )
 from maxlm.corpus.dedup.pairs import (
     find_candidate_pairs,
+    find_pair_range_starts,
     unpack_pairs,
     write_band_keys,
 )
@@ -202,3 +203,16 @@ def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
         pairs = set(zip(low.tolist(), high.tolist(), strict=True))
         best = int(np.argmax(rank))
         assert all((min(i, best), max(i, best)) in pairs for i in range(size) if i != best)
+
+
+def test_ranges_of_pairs_are_even_where_files_have_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maxlm.corpus.dedup.pairs._SAMPLES", 10)
+    pairs = np.random.default_rng(0).integers(0, 2**63, (60, 41), np.uint64)
+    files = [tmp_path / str(i) for i in range(len(pairs))]
+    for path, own in zip(files, pairs, strict=True):
+        write_columns(path, {"pair": np.sort(own)})
+    starts = find_pair_range_starts(files, 4)
+    counts = np.diff([*np.searchsorted(np.sort(pairs.ravel()), starts), pairs.size])
+    assert counts.max() < 1.5 * pairs.size / 4

@@ -107,12 +107,16 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     """Finds where ranges with about as many pairs in each begin: uint64 [num_ranges].
 
     Members have very different numbers of pairs: the best of a template has one with every page of
-    it. So the ranges are quantiles of a sample, every nth pair of each file. Each file is sorted,
+    it. So the ranges are quantiles of a sample, every nth pair of the files. Each file is sorted,
     and so puts a range wrong by n pairs at most.
     """
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
-    samples = [read_columns(path)["pair"][::step] for path in files]
-    sample = np.sort(np.concatenate([np.zeros(1, np.uint64), *samples]))
+    samples, skip = [np.zeros(1, np.uint64)], step // 2
+    for path in files:  # the count goes on from file to file: most may have fewer pairs than a step
+        pairs = read_columns(path)["pair"]
+        samples.append(pairs[skip::step])
+        skip += len(samples[-1]) * step - len(pairs)
+    sample = np.sort(np.concatenate(samples))
     return sample[np.arange(num_ranges) * len(sample) // num_ranges]
 
 

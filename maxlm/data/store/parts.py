@@ -118,8 +118,10 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
 
 def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
     """Reads the part as an earlier run left it, or None if that run did not finish it."""
-    path = part_path(folder, index, "json")
-    return FinishedPart.model_validate_json(path.read_bytes()) if path.exists() else None
+    try:
+        return FinishedPart.model_validate_json(part_path(folder, index, "json").read_bytes())
+    except (FileNotFoundError, ValueError):  # a machine that went down left it empty
+        return None
 
 
 def tokenize_part(

@@ -2,6 +2,7 @@
 files that an imported tokenizer came with."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 
@@ -79,12 +80,12 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
 
 
 def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
-    """Write files into a folder, each whole or not at all, and remove the stale ones."""
+    """Write files into a folder, all or, where the disk is full, none; remove the stale ones."""
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            with replace_file(folder / name) as new:
-                new.write_bytes(data)
+        with ExitStack() as files:
+            for name, data in contents.items():
+                files.enter_context(replace_file(folder / name)).write_bytes(data)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
 

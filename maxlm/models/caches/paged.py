@@ -17,6 +17,8 @@ from pallas_kernels.paged_attention import paged_attention, write_pages
 class AttentionCache:
     """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
 
+    key: Any
+
     def attend_shard(
         self,
         q: jax.Array,

@@ -79,6 +79,17 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
     assert not (tmp_path / ".store.building").exists()
 
 
+def test_a_part_that_a_power_failure_left_empty_is_made_again(
+    tmp_path, corpus, byte_tokenizer, folder_bytes
+):
+    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", **SETTINGS)
+    build_until_stopped(corpus, byte_tokenizer(), tmp_path / "store", 2, **SETTINGS)
+    finished = sorted((tmp_path / ".store.building").rglob("*.json"))
+    finished[-1].write_bytes(b"")
+    build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
+    assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "unbroken")
+
+
 def test_a_kill_while_a_store_is_replaced_loses_neither(tmp_path, corpus, byte_tokenizer):
     out, tokenizer = tmp_path / "store", byte_tokenizer(7)
     old = build_store(corpus, byte_tokenizer(), out, **SETTINGS)
