@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 
 import jax
 import pytest
@@ -24,6 +25,16 @@ gc.set_threshold(200_000)
 # The same examples in every run, on every machine, however slow.
 settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("maxlm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_arrays_are_saved_by_one_device() -> None:
+    """Orbax compiles a program for every part of an array that copies of it share the saving of,
+    dozens for each mesh: only the largest arrays are shared here, as all are where hosts are."""
+    import orbax.checkpoint as ocp
+
+    handler: Any = ocp.type_handlers.get_type_handler(jax.Array)
+    handler._min_slice_bytes_for_replica_parallel = 4096
 
 
 @pytest.fixture(scope="session")

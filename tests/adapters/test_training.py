@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -48,12 +49,17 @@ class ReferenceTask(ClmTask):
         return total, sums | {"reference": other}
 
 
-@pytest.fixture
-def make_config(tmp_path):
-    text = tiny.write_text(tmp_path / "text")
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
 
-    def make(name: str, mesh: Mapping[str, int], **parts: Any) -> RunConfig:
-        settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": {"fsdp": 1, **mesh}}
+
+@pytest.fixture
+def make_config(tmp_path, text):
+    def make(
+        name: str, mesh: Mapping[str, int], folder: Path = tmp_path, **parts: Any
+    ) -> RunConfig:
+        settings = tiny.settings(folder, text) | {"name": name, "mesh": {"fsdp": 1, **mesh}}
         settings["data"]["heldout_fraction"] = 0
         settings |= {"train": {"steps": 3}, "checkpoint": {"every_steps": 3}}
         settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}
@@ -75,10 +81,40 @@ def train(monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Any]:
+    """Runs that tests have in common, by name."""
+    return {"folder": tmp_path_factory.mktemp("runs")}
+
+
 @pytest.fixture
-def base(make_config, train) -> Any:
+def train_once(make_config, train, trained):
+    """``train_once(name, mesh, **parts)``: a run that no other test changes."""
+
+    def run(name: str, mesh: Mapping[str, int], **parts: Any) -> Any:
+        if name not in trained:
+            trained[name] = train(make_config(name, mesh, folder=trained["folder"], **parts))
+        return trained[name]
+
+    return run
+
+
+@pytest.fixture
+def base(train_once) -> Any:
     """A run without an adapter, to start from."""
-    return train(make_config("start", SPREAD))
+    return train_once("start", SPREAD)
+
+
+@pytest.fixture
+def train_beside_reference(train_once, base):
+    """``train_beside_reference(adapter)``: a run, and parts of its config."""
+
+    def run(name: str) -> tuple[Any, dict[str, Any]]:
+        parts: dict[str, Any] = {"adapter": ADAPTERS[name], "task": {"kind": "test_reference"}}
+        parts["train"] = {"steps": 3, "start_from": str(base.folder)}
+        return train_once(f"reference-{name}", SPREAD, **parts), parts
+
+    return run
 
 
 def read_losses(run: Any) -> list[float]:
@@ -130,12 +166,11 @@ def test_pipelines_and_context_train_it_too(make_config, train):
 
 
 @pytest.mark.parametrize("name", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
-def test_the_reference_is_the_base_without_parameters_of_its_own(make_config, train, base, name):
-    parts: dict[str, Any] = {"adapter": ADAPTERS[name], "task": {"kind": "test_reference"}}
-    parts["train"] = {"steps": 3, "start_from": str(base.folder)}
-    config = make_config("run", SPREAD, **parts)
-    memory = plan_run(config, sizes=dict.fromkeys(MESH_AXES, 1)).memory
-    run = train(config)
+def test_the_reference_is_the_base_without_parameters_of_its_own(
+    make_config, train, train_beside_reference, base, name
+):
+    run, parts = train_beside_reference(name)
+    memory = plan_run(run.setup.config, sizes=dict.fromkeys(MESH_AXES, 1)).memory
     losses = [r["reference"] for r in tiny.read_metrics(run.folder)]
     if name == "pissa":  # the base is not the start
         assert set(run.state.frozen) == {"reference"}
@@ -154,7 +189,7 @@ def test_the_reference_is_the_base_without_parameters_of_its_own(make_config, tr
     assert not list_base_models(make_config("again", SPREAD, **parts | again))
 
 
-def test_a_base_rests_in_bfloat16(make_config, train, base):
+def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, base):
     """Matrices and tables do, in checkpoints too; the merged kernels are in float32."""
     adapter = ADAPTERS["lora"] | {"base_dtype": "bfloat16"}
     start: dict[str, Any] = {"steps": 3, "start_from": str(base.folder)}
@@ -164,7 +199,7 @@ def test_a_base_rests_in_bfloat16(make_config, train, base):
         want = want if "norm" in name else want.astype(jnp.bfloat16)
         assert held[name].dtype == want.dtype, name
         np.testing.assert_array_equal(held[name], want)
-    other = train(make_config("whole", SPREAD, adapter=ADAPTERS["lora"], train=start))
+    other, _ = train_beside_reference("lora")
     np.testing.assert_allclose(read_losses(run), read_losses(other), rtol=1e-3)
     goes_on = {"steps": 1, "start_from": str(run.folder)}
     again = train(make_config("again", SPREAD, adapter=adapter, train=goes_on))

@@ -36,8 +36,8 @@ ADAPTERS = {
 }
 # Windows, several stacks, norms of keys, scaled embeddings, a tied head; a table of positions.
 MODELS = {
-    name: CONFIGS[name].model_copy(update={"max_seq_len": 48, "num_layers": 3})
-    for name in ("pattern", "gpt2")
+    name: CONFIGS[name].model_copy(update={"max_seq_len": 48, "num_layers": layers})
+    for name, layers in {"pattern": 3, "gpt2": 2}.items()
 }
 PROMPTS = [[1], [5, 9, 2, 20, 3, 8, 8], [7, 7], list(range(8, 28))]
 SMALL = {"max_sequences": 4, "max_length": 40, "page_size": 4, "prefill_tokens": 16}

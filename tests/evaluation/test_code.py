@@ -58,7 +58,7 @@ def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
     assert len(problems) == 164
     canonical = [code.build_check_program(each, each["canonical_solution"]) for each in problems]
     kinds = itertools.cycle(["pass", "none", "constant"])
-    mutated = [mutate(each, kind) for each, kind in zip(problems, kinds, strict=False)]
+    mutated = [mutate(each, kind) for each, kind in zip(problems[::4], kinds, strict=False)]
     results = run_all(canonical + mutated, GENEROUS)
     failed = [p["task_id"] for p, r in zip(problems, results[:164], strict=True) if not r.passed]
     assert failed == []

@@ -35,9 +35,9 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     records = [r for r in tiny.read_metrics(run.folder) if "downstream/piqa/acc" in r]
     assert [record["step"] for record in records] == [2, 4]
     assert {f"eval_loss_at/{n}" for n in (1, 2, 4, 8, 16, 31)} <= records[0].keys()
-    results, folder = evaluate_model(
-        str(run.folder), ["piqa"], ["max_length=32"], data=tmp_path / "data", limit=5
-    )
+    own = ["max_length=32", "max_sequences=3", "prefill_tokens=48"]
+    how = {"mesh": "fsdp=1", "data": tmp_path / "data", "limit": 5}
+    results, folder = evaluate_model(str(run.folder), ["piqa"], own, **how)
     assert folder == run.folder / "evaluations" / "step-000004"
     for metric in ("acc", "acc_norm"):
         value = results["results"]["piqa"][f"{metric},none"]

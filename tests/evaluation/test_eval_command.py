@@ -82,7 +82,7 @@ def test_a_checkpoint_to_result_files_without_torch(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in asked))
     arguments = ["eval", str(folder), "--tasks", "piqa,gsm8k", "--data", str(data), "--chat"]
     arguments += ["--shots", "1", "--limit", "3", "--output", str(tmp_path / "out")]
-    arguments += ["max_length=300", "max_sequences=3", "max_chunks=1"]
+    arguments += ["max_length=300", "max_sequences=3", "max_chunks=1", "prefill_tokens=48"]
     command = [sys.executable, "-c", PROGRAM.format(arguments=arguments)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

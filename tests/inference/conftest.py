@@ -18,7 +18,7 @@ VOCAB = 66
 CONFIGS = {
     "llama": {
         "vocab_size": VOCAB,
-        "num_layers": 3,
+        "num_layers": 2,
         "d_model": 20,
         "max_seq_len": 48,
         "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6},

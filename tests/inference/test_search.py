@@ -59,6 +59,18 @@ def check_pages(engine) -> None:
     assert not engine._outputs._outputs
 
 
+@pytest.fixture(scope="module")
+def deep(one_device_mesh, build_tiny):
+    return build_tiny("llama", one_device_mesh, num_layers=3)
+
+
+@pytest.fixture
+def llama(deep, one_device_mesh):
+    """A model whose likeliest continuations lie where some searches do not look."""
+    with jax.set_mesh(one_device_mesh):
+        yield deep
+
+
 @pytest.fixture
 def logprobs(llama):
     """``logprobs(tokens)``: of each next token, by a forward pass."""

@@ -17,11 +17,16 @@ NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 8_000))
 BIAS = {"logit_bias": {0: 0.5, 5: -0.5}, "temperature": 1.7, "top_p": 0.95}
 
 
-@pytest.fixture
-def models(one_device_mesh, build_tiny):
+@pytest.fixture(scope="module")
+def built(one_device_mesh, build_tiny):
     sizes = {"vocab_size": VOCAB, "init_std": 0.3}
+    return [build_tiny("llama", one_device_mesh, num_layers=n, **sizes) for n in (2, 1)]
+
+
+@pytest.fixture
+def models(one_device_mesh, built):
     with jax.set_mesh(one_device_mesh):
-        yield [build_tiny("llama", one_device_mesh, num_layers=n, **sizes) for n in (2, 1)]
+        yield built
 
 
 def make_engine(models, num_drafts: int, rows: int) -> Engine:

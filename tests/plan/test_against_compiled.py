@@ -63,8 +63,15 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
     return architectures.run(model, layout, **changes)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("layout", ["fsdp", "tp+sp"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("fsdp", "sft"),
+        ("tp+sp", "dpo"),
+        pytest.param("fsdp", "dpo", marks=pytest.mark.slow),
+        pytest.param("tp+sp", "sft", marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_base(layout, kind):
     """A frozen kernel has no gradient, no product for it and no bytes to reduce it; DPO's reference
     is the base, whose pass holds less than training."""

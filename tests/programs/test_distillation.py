@@ -106,9 +106,10 @@ def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_
 
 def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     own = {"temperature": 0.0, "max_new_tokens": 6}
+    settings = ["max_sequences=4", "max_chunks=1", "decode_steps=1", "prefill_tokens=16"]
     rows, out = home / "rows.jsonl", tmp_path / "answers.jsonl"
     model = str(home / "tiny")
-    cut = generate_answers(model, [rows], tmp_path / "none.jsonl", **own)
+    cut = generate_answers(model, [rows], tmp_path / "none.jsonl", settings=settings, **own)
     assert sum(cut) == 9
 
     def make_ending_engine(*args, **kwargs):
@@ -120,13 +121,12 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
         return engine
 
     monkeypatch.setattr("maxlm.programs.distillation.make_engine", make_ending_engine)
-    written, left_out = generate_answers(model, [rows], out, settings=["max_sequences=4"], **own)
+    written, left_out = generate_answers(model, [rows], out, settings=settings, **own)
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert (len(made), written + left_out) == (written, 9)
     assert written > max(4, cut[0])
     loaded = load_run(home / "tiny")
-    for row in made[:3]:
-        how = SamplingConfig(**own)
-        parts = loaded.model, loaded.params, loaded.tokenizer, [row["prompt"]], how
-        (texts,) = search_text(*parts, num_beams=None)
-        assert row["completion"] == texts[0]
+    prompts = [row["prompt"] for row in made[:3]]
+    parts = loaded.model, loaded.params, loaded.tokenizer, prompts, SamplingConfig(**own)
+    found = [texts[i] for i, texts in enumerate(search_text(*parts, num_beams=None))]
+    assert [row["completion"] for row in made[:3]] == found

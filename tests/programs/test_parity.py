@@ -61,32 +61,32 @@ def differences(
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """What one device makes of a model and its batches: (setup, results, first checkpoint)."""
+    """What one device makes of a model and its batches: (setup, records, first checkpoint)."""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
-    def find(model: str, packed: bool):
-        if (model, packed) not in made:
+    def find(model: str):
+        if model not in made:
             config = cells.config_of(model, cells.ALONE)
             setup = set_up_run(config, cells.devices_of(config))
-            state = cells.start_from(folder / model, setup)
-            made[model, packed] = setup, cells.train(setup, state, packed), folder / model
-        return made[model, packed]
+            steps = cells.train(setup, cells.start_from(folder / model, setup))
+            records = [with_metrics(cells.canonical(setup, s.params), m) for m, s in steps]
+            made[model] = setup, records, folder / model
+        return made[model]
 
     return find
 
 
 @pytest.mark.parametrize(("name", "model"), TRAINED)
 def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
-    alone, want, checkpoint = one_device(model, packed=True)
+    alone, want, checkpoint = one_device(model)
     config = cells.config_of(model, cells.CELLS[name])
     setup = set_up_run(config, cells.devices_of(config))
-    got = cells.train(setup, cells.start_from(checkpoint, setup), packed=True)
-    for step, ((metrics, state), (one_metrics, one)) in enumerate(zip(got, want, strict=True)):
-        ours, theirs = cells.canonical(setup, state.params), cells.canonical(alone, one.params)
-        wrong = differences(metrics, ours, with_metrics(theirs, one_metrics))
+    steps = cells.train(setup, cells.start_from(checkpoint, setup))
+    for step, ((metrics, state), record) in enumerate(zip(steps, want, strict=True)):
+        wrong = differences(metrics, cells.canonical(setup, state.params), record)
         assert not wrong, f"step {step}"
     if (name, model) in WRITTEN.values():
-        written_here_is_read_there(setup, got[-1][1], alone, tmp_path / "saved")
+        written_here_is_read_there(setup, state, alone, tmp_path / "saved")
 
 
 def written_here_is_read_there(setup, state, alone, folder) -> None:

@@ -63,9 +63,9 @@ def run_in_thread(
         threading.Event().wait(0.01)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     key = settings.get("api_key") or "none"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
     try:
-        with httpx.Client(base_url=url, timeout=30) as http, client:
+        with httpx.Client(base_url=url, timeout=300) as http, client:
             yield RunningServer(url, engine, loop, http, client)
     finally:
         server.should_exit = server.force_exit = True

@@ -1,6 +1,7 @@
 """Rows of prompts and answers whose tokens are written as numbers, and batches of them."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +92,28 @@ def compute_loss_and_gradient(
     ``frozen_model`` has, by default the same."""
     model, mesh, *both = models
     micro = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+    settings = task.model_dump_json(exclude={"files"})
+    step = _jit_step(type(task), settings, model, frozen_model or model)
+    (loss, sums), gradient = bind_mesh(mesh, step)(*both, micro)
+    counted = float(sums["tokens"])
+    return float(loss), {name: float(x) / counted for name, x in sums.items()}, gradient
+
+
+@cache
+def _jit_step(kind: Any, settings: str, model: Any, frozen_model: Any) -> Any:
+    """One for all files, which its batches alone depend on."""
+    task = kind.model_validate_json(settings)
 
     def run(params, reference, micro):
-        frozen = {name: bind(frozen_model or model, reference) for name in task.frozen_models()}
+        frozen = {name: bind(frozen_model, reference) for name in task.frozen_models()}
         micro = task.prepare_batch(TaskModels(bind(model, params), frozen), micro)
 
         def total(params):
-            models, sums, whole = TaskModels(bind(model, params), frozen), {}, 0.0
-            for part in range(parts):
-                own = {name: array[part] for name, array in micro.items()}
-                loss, found = task.loss(models, own, jax.random.key(0))
-                whole += loss
-                sums = {name: value + sums.get(name, 0) for name, value in found.items()}
-            return whole / sums["tokens"], sums
+            models = TaskModels(bind(model, params), frozen)
+            found = jax.lax.map(lambda own: task.loss(models, own, jax.random.key(0)), micro)
+            loss, sums = jax.tree.map(lambda x: x.sum(0), found)
+            return loss / sums["tokens"], sums
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    step = bind_mesh(mesh, jax.jit(run, compiler_options=QUICK))
-    (loss, sums), gradient = step(*both, micro)
-    counted = float(sums["tokens"])
-    return float(loss), {name: float(x) / counted for name, x in sums.items()}, gradient
+    return jax.jit(run, compiler_options=QUICK)

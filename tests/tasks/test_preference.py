@@ -2,6 +2,7 @@
 laid out; what they cannot learn from is refused by file and row. tests/parity holds them to TRL."""
 
 import json
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,16 +54,19 @@ def sequence(row: dict[str, Any], answer: str, prompt: str | None = None) -> lis
     return [int(word) for text in texts for word in text.split()] + [EOS]
 
 
+@jax.jit(static_argnums=0)
+def run_model(model: Any, params: Any, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Logits, and scores of the head."""
+    bound = bind(model, params)
+    hidden, _ = bound(tokens, np.arange(SEQ, dtype=np.int32)[None])
+    return bound.logits(hidden), bound.apply_head("score", hidden)
+
+
 class Answers:
     """Float64 log-probabilities of answers, one sequence at a time, by the model's own logits."""
 
     def __init__(self, model: Any, mesh: Any, params: Any):
-        def run(params, tokens):
-            bound = bind(model, params)
-            hidden, _ = bound(tokens, np.arange(SEQ, dtype=np.int32)[None])
-            return bound.logits(hidden), bound.apply_head("score", hidden)
-
-        self._run, self._params = bind_mesh(mesh, jax.jit(run)), params
+        self._run, self._params = bind_mesh(mesh, partial(run_model, model)), params
 
     def _compute(self, ids: list[int]) -> list[np.ndarray]:
         tokens = np.zeros((1, SEQ), np.int32)
@@ -191,14 +195,15 @@ CUBE, RING, STAGES = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context":
 
 
 @pytest.mark.parametrize(
-    ("name", "layouts"),
-    [("reward", [RING]), ("dpo_sigmoid", [CUBE, RING]), ("kto", [CUBE]), ("orpo", [STAGES])],
+    ("name", "layout"),
+    [("reward", RING), ("dpo_sigmoid", RING), ("kto", CUBE), ("orpo", STAGES)],
 )
-def test_a_mesh_trains_as_one_device_does(name, layouts, tmp_path):
+def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
     """Packed, with the reference on the same mesh."""
     task = make_task(tmp_path, draw_rows(5, 24), **PREFERENCE_CASES[name], examples_per_row=2)
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     model = {"vocab_size": VOCAB + 1, "num_layers": 2, "d_model": 24, "max_seq_len": 96}
+    model |= {"remat": "none"}
     config = RunConfig.model_validate(
         {
             "compute_dtype": "float32",
@@ -211,14 +216,13 @@ def test_a_mesh_trains_as_one_device_does(name, layouts, tmp_path):
         }
     )
     source, results = task.batch_source(make_inputs(64, 8)), []
-    for sizes in ({}, *layouts):
+    for sizes in ({}, layout):
         count = int(np.prod([*sizes.values(), 1]))
         mesh = MeshConfig(**{"fsdp": 1} | sizes)
         setup = set_up_run(config.model_copy(update={"mesh": mesh}), jax.devices()[:count])
         state = setup.init_train_state()
         frozen = {
-            key: jax.tree.map(lambda p: 1.3 * p, setup.init_train_state().params)
-            for key in setup.frozen_sources
+            key: jax.tree.map(lambda p: 1.3 * p, state.params) for key in setup.frozen_sources
         }
         state, step = state.__class__(**{**vars(state), "frozen": frozen}), setup.jit_train_step()
         records = []
@@ -227,13 +231,12 @@ def test_a_mesh_trains_as_one_device_does(name, layouts, tmp_path):
                 state, metrics = step(state, batch)
                 records.append({key: float(value) for key, value in metrics.items()})
         results.append((records, jax.device_get(flatten_names(state.params))))
-    (records, params), *others = results
-    for sizes, (own, spread) in zip(layouts, others, strict=True):
-        for here, there in zip(records, own, strict=True):
-            for key, value in here.items():
-                assert there[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (sizes, key)
-        for key, value in params.items():
-            np.testing.assert_allclose(spread[key], value, atol=2e-4, err_msg=f"{sizes} {key}")
+    (records, params), (own, spread) = results
+    for here, there in zip(records, own, strict=True):
+        for key, value in here.items():
+            assert there[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for key, value in params.items():
+        np.testing.assert_allclose(spread[key], value, atol=2e-4, err_msg=key)
 
 
 ROW = {"prompt": "3 4", "chosen": "5 6", "rejected": "7", "completion": "5", "label": True}

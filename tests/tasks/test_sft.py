@@ -72,12 +72,12 @@ def compute_loss_and_gradient(config, batch):
     put = make_global_batch(batch, *own, shape, setup.token_order)
     put = {name: array[0] for name, array in put.items()}
 
-    def loss(params):
+    def loss(params, put):
         models = TaskModels(bind(setup.model, params))
         return setup.config.task.loss(models, put, jax.random.key(0))[0]
 
     run = bind_mesh(setup.mesh, jax.jit(jax.value_and_grad(loss)))
-    return jax.device_get(run(setup.init_train_state().params))
+    return jax.device_get(run(setup.init_train_state().params, put))
 
 
 def test_labels_of_prompts_do_not_matter(home, tmp_path):
