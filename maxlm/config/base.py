@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -98,14 +99,23 @@ class Config(BaseModel):
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = handler(core)
         properties = handler.resolve_ref_schema(found).get("properties", {})
-        # Pydantic's ``use_attribute_docstrings`` would read every source file when a verb starts.
         for model in cls.__mro__[: cls.__mro__.index(BaseModel)]:
-            body: Any = ast.parse(dedent(inspect.getsource(model))).body[0]
-            for pair in pairwise(body.body):
-                match pair:
-                    case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                        properties.get(name, {}).setdefault("description", inspect.cleandoc(text))
+            for name, text in _parse_field_docstrings(model).items():
+                properties.get(name, {}).setdefault("description", text)
         return found
+
+
+@cache
+def _parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """The docstrings under a model's own fields. Pydantic's ``use_attribute_docstrings`` would read
+    every source file when a verb starts."""
+    body: Any = ast.parse(dedent(inspect.getsource(model))).body[0]
+    found = {}
+    for pair in pairwise(body.body):
+        match pair:
+            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = inspect.cleandoc(text)
+    return found
 
 
 def add_default_tag(name: str, value: str) -> BeforeValidator:

@@ -51,7 +51,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
     for step in steps:
-        check_packages(step.stage.packages, f"the stage {step.stage.unique_name}")
+        check_packages(step.stage.list_packages(), f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)
     jobs, binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, jobs)
@@ -158,7 +158,7 @@ def _run_step(
         _forget_other_labels(home, key)
     settings = stage.model_dump(mode="json")
     details = {"key": key, "stage": settings, "version": stage.version}
-    _make_shards(home, views, label, details, stage.packages)
+    _make_shards(home, views, label, details, stage.list_packages())
     shutil.rmtree(home / "scratch", ignore_errors=True)
 
 

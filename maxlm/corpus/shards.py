@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
 from maxlm.data.documents.streams import open_parquet
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -108,6 +109,10 @@ class StageShardView:
     def _read(self, files: Mapping[str, Any], group: int, column: str) -> pa.Array:
         arrays = []
         for stage, name in self.find_column_sources(column):
+            if name not in files[stage].schema_arrow.names:
+                what = f'there is no column "{name}": another version of maxlm made this file'
+                fix = "delete the stage's folder and run the recipe again"
+                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
             arrays.append(pa.concat_arrays(table.column(name).chunks))
         return reduce(lambda newer, older: newer.fill_null(older), arrays)

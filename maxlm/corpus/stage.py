@@ -73,7 +73,7 @@ class Stage(Config):
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions of the extra `corpus` that it imports, whose versions go into the manifest."""
+    """Distributions of the extra `corpus` that it may import; see :meth:`list_packages`."""
     depends_on_unicode: ClassVar[bool] = False
     """Whether its labels depend on the version of Unicode's tables."""
     files_fix: ClassVar[str] = "check the names of the stage's files"
@@ -97,6 +97,11 @@ class Stage(Config):
     def schema(self) -> pa.Schema:
         """The columns it adds."""
         return pa.schema(dict(self.label_types))
+
+    def list_packages(self) -> tuple[str, ...]:
+        """Lists the packages that it imports with its settings; their versions go into the
+        manifest."""
+        return self.packages
 
     def list_input_files(self) -> Iterable[Path]:
         """Lists the files whose content decides its labels: models, lists, evaluation sets."""

@@ -50,9 +50,7 @@ def score_code_samples(
 
 
 def evaluate_code(
-    references: Sequence[str],
-    predictions: Sequence[Sequence[str]],
-    k: Sequence[int] = (1, 10, 100),
+    references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
 ) -> tuple[dict[str, float], list[ExecutionResult]]:
     """Score each problem's candidate programs by its tests, as Hugging Face's metric ``code_eval``
     does, in the sandbox."""

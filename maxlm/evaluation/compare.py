@@ -9,12 +9,7 @@ import numpy as np
 from scipy import stats
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.results import (
-    EvalDoc,
-    EvaluationResult,
-    choose_main_metric,
-    is_perplexity,
-)
+from maxlm.evaluation.results import EvalDoc, EvaluationResult, choose_main_metric, is_perplexity
 
 
 class TaskComparison(NamedTuple):

@@ -11,9 +11,7 @@ from maxlm.runtime.files import replace_file
 
 
 def compute_position_losses(
-    scorer: Scorer,
-    documents: Sequence[Tokens],
-    on_progress: Callable[[int], None] | None = None,
+    scorer: Scorer, documents: Sequence[Tokens], on_progress: Callable[[int], None] | None = None
 ) -> dict[int, float]:
     """Computes the mean loss by position (Kaplan et al. 2020, arXiv 2001.08361, §D.5).
 

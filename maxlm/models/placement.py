@@ -14,7 +14,7 @@ from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.context import require_context
+from maxlm.parallel.context import require_context, require_keys_beside_queries
 from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placement
 from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
 
@@ -98,6 +98,7 @@ def place_model(
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
+        check_requirements(require_keys_beside_queries(compute, sizes))
     else:
         shape = (sizes, training, compute)
         check_requirements(require_trainable(config, sharding, parallel, *shape))

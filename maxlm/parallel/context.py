@@ -114,16 +114,12 @@ def require_context(
         rules: compute rules.
         sizes: mesh axis → devices.
     """
+    yield from require_keys_beside_queries(rules, sizes)
     seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
     shares, kv_shares, ways = (
         prod(sizes[axis] for axis in axes) for axes in (heads, kv_heads, seq)
     )
-    differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
-    kv_whole = np.equal(kv_shares, 1)
-    what = f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}"
-    where, fix = "sharding.compute.kv_heads", "give them the axes of heads, or null"
-    refuse = partial(MaxlmError, what, where=where, fix=fix)
-    yield Requirement(kv_whole | np.equal(differing, 1), refuse)
+    kv_whole, where = np.equal(kv_shares, 1), "sharding.compute.kv_heads"
     own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
     aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
     what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
@@ -139,6 +135,20 @@ def require_context(
     refuse = partial(MaxlmError, what, where="parallel.context", fix=fix)
     divides = num_heads % (shares * ways) == 0
     yield Requirement(alone | (method != "ulysses") | divides, refuse)
+
+
+def require_keys_beside_queries(
+    rules: AxisRules, sizes: Mapping[str, Any]
+) -> Iterator[Requirement]:
+    """Requires that kv heads are split as query heads are, or whole."""
+    heads, kv_heads = rules.mesh_axes("heads"), rules.mesh_axes("kv_heads")
+    differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
+    whole = np.equal(prod(sizes[axis] for axis in kv_heads), 1)
+    what = f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}"
+    where, fix = "sharding.compute.kv_heads", "give them the axes of heads, or null"
+    yield Requirement(
+        whole | np.equal(differing, 1), partial(MaxlmError, what, where=where, fix=fix)
+    )
 
 
 def _named(axes: Axes, sizes: Mapping[str, int]) -> str:

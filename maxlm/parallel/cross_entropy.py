@@ -24,11 +24,7 @@ from maxlm.parallel.local import (
     map_shards,
     reduce,
 )
-from pallas_kernels.linear_cross_entropy import (
-    LinearGradients,
-    compute_logits,
-    loss_and_gradients,
-)
+from pallas_kernels.linear_cross_entropy import LinearGradients, compute_logits, loss_and_gradients
 
 HeadArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 """Hidden states [..., D], head [D, V], bias [V] and the head gathered."""

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlm.parallel.context import (
-    DistanceBias,
-    Segments,
-    SequenceSplit,
-    sequence_order_indices,
-)
+from maxlm.parallel.context import DistanceBias, Segments, SequenceSplit, sequence_order_indices
 from maxlm.parallel.local import gather
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 

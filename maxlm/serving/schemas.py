@@ -99,7 +99,7 @@ class GenerationBody(ApiBody):
         Annotated[int, Field(strict=False, ge=0)], Annotated[float, Field(ge=-100, le=100)]
     ] = {}
     response_format: ResponseFormat | None = None
-    # Further fields of maxlm's; those of SamplingConfig are taken beside them, under their names.
+    # Further fields of maxlm's; ``_SAMPLING_FIELDS`` are taken beside them, under their names.
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False

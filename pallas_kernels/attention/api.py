@@ -37,10 +37,7 @@ KERNELS = {
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    **options: Unpack[AttentionOptions],
+    q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> jax.Array:
     """Computes softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in
     float64 where operands are, which XLA alone has.

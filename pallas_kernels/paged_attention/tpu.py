@@ -120,11 +120,7 @@ def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, ja
 
 
 def _run(
-    blocks: QueryBlocks,
-    operands: PagedOperands,
-    params: PagedParams,
-    keys: int,
-    chip: TpuChip,
+    blocks: QueryBlocks, operands: PagedOperands, params: PagedParams, keys: int, chip: TpuChip
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [n, K, M, Hv] and lse [n, K, M] of blocks of queries."""
     n, K, M, H = blocks.q.shape
@@ -200,14 +196,7 @@ def _run(
         ),
         interpret=params.interpret,
         name="paged_attention",
-    )(
-        table,
-        operands.page_tables.reshape(-1),
-        count[None],
-        blocks.q,
-        *learned.values(),
-        *arrays,
-    )
+    )(table, operands.page_tables.reshape(-1), count[None], blocks.q, *learned.values(), *arrays)
     return o[:n], lse[:n].transpose(0, 2, 1, 3).reshape(n, K, chunks * LANES)[:, :, :M]
 
 

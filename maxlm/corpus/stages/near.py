@@ -103,7 +103,7 @@ class NearStage(CrossDocumentStage):
         found = sorted(folder.glob("pairs-*.arrow"))
         number = max(1, -(-count_pairs(found) * _PAIR_BYTES // self.memory))
         starts = find_pair_range_starts(found, number)
-        files = [folder / f"verified-{number}-{i}.arrow" for i in range(number)]
+        files = [folder / f"checked-{number}-{i}.arrow" for i in range(number)]
         verify = partial(_verify, self.jaccard, members, found, starts)
         run_jobs(verify, list(enumerate(files)), "verify")
 

@@ -117,11 +117,7 @@ def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[str]:
 
 
 def write_duplicate_spans(
-    folder: Path,
-    blocks: Sequence[str],
-    num_ranges: int,
-    window_words: int,
-    shard: StageShardView,
+    folder: Path, blocks: Sequence[str], num_ranges: int, window_words: int, shard: StageShardView
 ) -> None:
     """Writes the labels of a shard's documents: what to cut."""
     mine = [i for i, block in enumerate(blocks) if block.rpartition("-")[0] == shard.name]

@@ -53,7 +53,12 @@ class ToxicityStage(PerDocumentStage):
         "word_ratio": pa.float64(),
     }
     version: ClassVar[int] = 3
-    packages: ClassVar[tuple[str, ...]] = ("alt-profanity-check", "scikit-learn", "regex")
+    packages: ClassVar[tuple[str, ...]] = ("regex",)
+
+    def list_packages(self) -> tuple[str, ...]:
+        """The classifier is a pickle of its package's, which need not be there without it."""
+        own = ("alt-profanity-check", "scikit-learn") if self.classifier else ()
+        return (*own, *self.packages)
 
     def fingerprint(self) -> str:
         """Hashes the lists' content too."""

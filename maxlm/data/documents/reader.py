@@ -192,8 +192,8 @@ def _read_parquet(
     file, row = part.file, part.first_row
     with open_parquet(file.path) as parquet:
         names = parquet.schema_arrow.names
-        if not with_fields and source.text_field not in names:
-            raise _no_field(source, names, "column", str(file.path))
+        if not with_fields:
+            _check_text_column(source, parquet.schema_arrow, str(file.path))
         columns = None if with_fields else [source.text_field]
         limit = math.inf if max_bytes is None else max_bytes
         largest = dict.fromkeys(names, _ROW * limit) | {source.text_field: limit}
@@ -209,6 +209,20 @@ def _read_parquet(
                 else:
                     fields = {n: value for n, (value, _) in cells.items()}
                     yield _from_row(source, name, fields, where)
+
+
+def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
+    """Rows cannot tell a column of another type from one without texts."""
+    import pyarrow.types as types
+
+    if source.text_field not in schema.names:
+        raise _no_field(source, schema.names, "column", where)
+    type_ = schema.field(source.text_field).type
+    value = type_.value_type if types.is_dictionary(type_) else type_
+    checks = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(check(value) for check in checks):
+        what = f'column "{source.text_field}" holds {type_}, not text'
+        raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
 
 
 def _read_cell(column: Any, row: int) -> tuple[Any, int]:

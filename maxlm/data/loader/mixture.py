@@ -255,10 +255,12 @@ class Mixing:
         steps = {0: self.weights}
         steps |= {phase.from_step: {**self.weights, **phase.weights} for phase in self.phases}
         _check_weights(steps)
-        phases = [
-            (step * batch_size, {name: weights[name] * size for name, size in sizes.items()})
+        scaled = {
+            step: {name: weights[name] * size for name, size in sizes.items()}
             for step, weights in steps.items()
-        ]
+        }
+        _check_weights(scaled)  # a low temperature may leave nothing of a small store's
+        phases = [(step * batch_size, weights) for step, weights in scaled.items()]
         # 0 would be a source that nobody meant to leave out.
         most = {name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()}
         return MixtureOrder.of(phases, key, most)

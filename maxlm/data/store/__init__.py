@@ -8,10 +8,4 @@ from maxlm.data.store.build import append_store, build_store
 from maxlm.data.store.manifest import Manifest
 from maxlm.data.store.store import TokenStore, check_tokenizer
 
-__all__ = [
-    "Manifest",
-    "TokenStore",
-    "append_store",
-    "build_store",
-    "check_tokenizer",
-]
+__all__ = ["Manifest", "TokenStore", "append_store", "build_store", "check_tokenizer"]

@@ -76,10 +76,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
 
 
 def encode_chat_turns(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    turns: Sequence[int],
-    **settings: Any,
+    tokenizer: Tokenizer, messages: Sequence[Message], turns: Sequence[int], **settings: Any
 ) -> tuple[list[int], list[range]]:
     """Returns the ids of ``encode_chat``, and the places among them that each of ``turns``
     (messages by index, in order) wrote: what the template marks as {% generation %}, else from
