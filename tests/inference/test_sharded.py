@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 
+from maxlm.config import MaxlmError
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
@@ -13,6 +14,12 @@ from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel
 from maxlm.inference.step import run_step
+from maxlm.models.architectures.transformer import DecoderConfig
+from maxlm.models.placement import place_model
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import ShardingConfig
+from maxlm.sharding.mesh import MESH_AXES
+from tests.inference.conftest import CONFIGS
 
 PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7], list(range(20)), [4, 4, 4, 4], [3]]  # on 4 shards
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
@@ -90,3 +97,11 @@ def test_caches_stay_split_and_are_never_sent(sharded, eight):
     assert sent  # the regular expression finds something: results of split maps
     # Neither a cache nor the new keys and values: [..., heads, ..., 6].
     assert [shape for shape in sent if re.fullmatch(r"(\d+,)+6", shape)] == []
+
+
+def test_keys_that_lie_apart_from_their_queries_are_refused():
+    config = DecoderConfig(**CONFIGS["llama"])
+    sharding = ShardingConfig.model_validate({"compute": {"heads": None}})
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2}
+    with pytest.raises(MaxlmError, match="heads are on mesh axes none, kv_heads on tensor=2"):
+        place_model(config, sharding, ParallelConfig(), sizes, "float32", training=None)

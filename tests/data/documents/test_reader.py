@@ -122,9 +122,7 @@ def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
     assert fails(path).endswith('there is no column "text"; set text_field to one of: "body", "n"')
-    assert fails(path, text_field="n").startswith(
-        f'{path}, row 0: "n" holds int, not a string; set'
-    )
+    assert fails(path, text_field="n").startswith(f'{path}: column "n" holds int64, not text; set')
     path.write_bytes(b"not parquet")
     assert fails(path).startswith(f"{path}: cannot read as Parquet: ")
 
