@@ -247,13 +247,17 @@ class ServedModel:
         heads, flops = {stack.name: stack.heads() for stack in self.work.stacks}, 0.0
         for layer, num_layers in self.layer_caches.items():
             if (own := heads[layer.stack]) is not None:
-                width = own.head_dim + own.value_dim
+                # A device with all keys of several heads attends for all heads.
+                width, axis = own.head_dim + own.value_dim, "kv_heads"
+                if own.num_kv_heads == 1 or layer.specs.value is None:
+                    axis = "heads"
                 if layer.specs.value is None:  # it is a part of the key
                     vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
                     width = 2 * vector - own.shared_key_dim
                 tokens = min(context, layer.window or context)
-                flops += 2 * num_layers * own.num_heads * width * tokens
-        return flops / float(self._count_shards(("heads",)))
+                one = 2 * num_layers * own.num_heads * width * tokens
+                flops += one / float(self._count_shards((axis,)))
+        return flops
 
 
 @dataclass(frozen=True)
