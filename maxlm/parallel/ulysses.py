@@ -40,11 +40,11 @@ def attend_shard_backward(
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
     d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
 
-    def among_all(own):  # [N / n, ...] of this device's share of heads → [N, ...], zeros elsewhere
+    def pad_to_all_heads(own):  # [N / n, ...] → [N, ...], zeros for the others
         zeros = jnp.zeros((len(own) * split.num_shards, *own.shape[1:]), own.dtype)
         return lax.dynamic_update_slice_in_dim(zeros, own, number * len(own), axis=0)
 
-    return d_q, d_k, d_v, *map(among_all, d_biases)
+    return d_q, d_k, d_v, *map(pad_to_all_heads, d_biases)
 
 
 def _copies(kv_heads: int, ways: int) -> int:
