@@ -216,10 +216,12 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Runs one dispatch; returns what it added to sequences, nothing where none was waiting."""
+        return self._step(max(1, int(self.config.dispatch_seconds / self._step_seconds)))
+
+    def _step(self, max_steps: int | None) -> list[SequenceOutput]:
         outputs, self._ended = self._ended, []
         drafts = self._plan_drafts()
-        most = max(1, int(self.config.dispatch_seconds / self._step_seconds))
-        plan = self.scheduler.schedule(most)
+        plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return outputs
         start = time.perf_counter()
@@ -236,11 +238,12 @@ class Engine:
         return outputs + self._collect(plan, shape, result)
 
     def run(self, requests: Iterable[GenerationRequest]) -> Iterator[SequenceOutput]:
-        """Yields outputs of some requests as they come, until all have ended."""
+        """Yields outputs of some requests as they come, until all have ended. No other request
+        waits meanwhile: dispatches are as long as ``decode_steps`` allows."""
         for request in requests:
             self.add_request(request)
         while self.has_work:
-            yield from self.step()
+            yield from self._step(None)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from maxlm.config.errors import check_requirements
 from maxlm.parallel import blocks, ulysses
 from maxlm.parallel.context import (
     ContextMethod,
-    DistanceBias,
+    HeadTerms,
     Segments,
     SequenceSplit,
     require_context,
@@ -36,6 +36,7 @@ def sharded_attention(
     soft_cap: float | None = None,
     slopes: jax.Array | np.ndarray | None = None,
     biases: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     method: ContextMethod = "all_gather",
     balanced: bool = False,
@@ -43,13 +44,13 @@ def sharded_attention(
     """Runs ``pallas_kernels.attention.attention`` on a mesh, a device with its rows and heads.
 
     Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), for the
-    gradient of ``biases``, and for the gradients of kv heads that are whole on devices which split
-    the query heads: where there are more such devices than kv heads, these are kept whole
+    gradients of ``biases`` and ``sinks``, and for those of kv heads that are whole on devices which
+    split the query heads: where there are more such devices than kv heads, these are kept whole
     (``kv_heads: null``) and each device takes those that its own query heads read.
 
     Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], segments [B, S] and [B, T],
-        laid out by ``rules``; T may differ from S where the sequence is whole; slopes [N] and
-        biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
+        laid out by ``rules``; T may differ from S where the sequence is whole; slopes and sinks
+        [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
 
         method: how the devices that share a sequence exchange it.
         balanced: rows stand in the balanced order of ``context.sequence_order_indices`` for the
@@ -70,8 +71,8 @@ def sharded_attention(
     if axes and q.shape[1] != k.shape[1]:
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
     split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)
-    added = DistanceBias(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases)))
-    o: Any = _sharded(q, k, v, added, segment_ids, rules, split)
+    head_terms = HeadTerms(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases, sinks)))
+    o: Any = _sharded(q, k, v, head_terms, segment_ids, rules, split)
     return o
 
 
@@ -80,69 +81,71 @@ def _by_heads(x: Any, num_heads: int, rules: AxisRules) -> jax.Array | None:
     if x is None:
         return None
     if len(x) != num_heads:
-        raise ValueError(f"slopes or biases of shape {x.shape} for {num_heads} query heads")
+        raise ValueError(f"slopes, biases or sinks of shape {x.shape} for {num_heads} query heads")
     return reshard(jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), rules.spec("heads"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _sharded(q, k, v, added, segments, rules, split):
-    return _forward(q, k, v, added, segments, rules, split)[0]
+def _sharded(q, k, v, head_terms, segments, rules, split):
+    return _forward(q, k, v, head_terms, segments, rules, split)[0]
 
 
-def _forward(q, k, v, added, segments, rules, split):
+def _forward(q, k, v, head_terms, segments, rules, split):
     at = _Layout(rules, split, q, k)
 
-    def local(q, k, v, added, segments, numbers):
+    def local(q, k, v, head_terms, segments, numbers):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, segments, added)
-        return attention_forward(q, k, v, **_whole(split, added, segments))
+            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, segments, head_terms)
+        return attention_forward(q, k, v, **_whole(split, head_terms, segments))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
     attend = map_shards(
-        local, in_specs=at.operands(added, segments), out_specs=(at.queries, at.lse)
+        local, in_specs=at.operands(head_terms, segments), out_specs=(at.queries, at.lse)
     )
-    o, lse = attend(q, k, v, added, segments, numbers)
+    o, lse = attend(q, k, v, head_terms, segments, numbers)
     # Named here and not outside: the backward pass wants both, or attention is computed again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
-    return o, (q, k, v, added, segments, o, lse)
+    return o, (q, k, v, head_terms, segments, o, lse)
 
 
 def _backward(rules, split, saved, d_o):
-    q, k, v, added, segments, o, lse = saved
+    q, k, v, head_terms, segments, o, lse = saved
     at = _Layout(rules, split, q, k)
 
-    def local(q, k, v, added, segments, numbers, o, lse, d_o):
+    def local(q, k, v, head_terms, segments, numbers, o, lse, d_o):
         own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            shard = split, numbers["seq"][0], q, own_k, own_v, segments, added
-            grads = run.attend_shard_backward(*shard, o, lse, d_o)
+            shard = split, numbers["seq"][0], q, own_k, own_v, segments, head_terms
+            d_q, d_k, d_v, d_terms = run.attend_shard_backward(*shard, o, lse, d_o)
         else:
-            options = _whole(split, added, segments)
+            options = _whole(split, head_terms, segments)
             delta = compute_row_delta(o, d_o)
-            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options)
-        d_q, d_k, d_v, *d_biases = grads
+            d_q, d_k, d_v, *d_biases = attention_backward(
+                q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options
+            )
+            d_terms = head_terms.gradients(lse, delta, *d_biases)
         d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
-        d_biases = lax.psum(d_biases, at.tokens) if at.tokens else d_biases
-        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_biases
+        d_terms = lax.psum(d_terms, at.tokens) if at.tokens else d_terms
+        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_terms
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
-    *grads, d_biases = map_shards(
+    grads = map_shards(
         local,
-        in_specs=(*at.operands(added, segments), at.queries, at.lse, at.queries),
+        in_specs=(*at.operands(head_terms, segments), at.queries, at.lse, at.queries),
         out_specs=(at.queries, at.keys, at.keys, at.heads),
-    )(q, k, v, added, segments, numbers, o, lse, d_o)
-    return *grads, DistanceBias(None, *d_biases), None
+    )(q, k, v, head_terms, segments, numbers, o, lse, d_o)
+    return *grads, None
 
 
 _sharded.defvjp(_forward, _backward)
 
 
-def _whole(split: SequenceSplit, added: DistanceBias, segments: Segments) -> dict[str, Any]:
+def _whole(split: SequenceSplit, head_terms: HeadTerms, segments: Segments) -> dict[str, Any]:
     """Returns the kernel's arguments where the sequence is not split."""
-    return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(added)}
+    return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(head_terms)}
 
 
 class _Layout:
@@ -165,10 +168,10 @@ class _Layout:
         self.group = q.shape[2] // k.shape[2]
         """Query heads that read one kv head."""
 
-    def operands(self, added: DistanceBias, segments: Segments) -> tuple[Any, ...]:
-        """Specs of q, k, v, what is added to scores, segments, and the devices' numbers."""
+    def operands(self, head_terms: HeadTerms, segments: Segments) -> tuple[Any, ...]:
+        """Specs of q, k, v, heads' terms, segments, and the devices' numbers."""
         numbers = {name: make_spec((axes,)) for name, axes in self.numbered.items()}
-        by_head = jax.tree.map(lambda _: self.heads, added)
+        by_head = jax.tree.map(lambda _: self.heads, head_terms)
         rows = jax.tree.map(lambda _: self.rows, segments)
         return self.queries, self.keys, self.keys, by_head, rows, numbers
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.context import DistanceBias, Segments, SequenceSplit
+from maxlm.parallel.context import HeadTerms, Segments, SequenceSplit
 from maxlm.parallel.local import gather, reduce
 from pallas_kernels.attention import (
     attention_backward,
@@ -45,7 +45,7 @@ def attend_shard_forward(
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
-    added: DistanceBias,
+    head_terms: HeadTerms,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and their
     log-sum-exps, fp32 [B, S / n, N].
@@ -55,27 +55,29 @@ def attend_shard_forward(
         q: [B, S / n, N, H].
         k, v: [B, S / n, K, H], those kv heads that the query heads read.
         segments: int [B, S / n] of queries and of keys.
-        added: that of these query heads.
+        head_terms: those of these query heads.
     """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries(split, number, q_segments, q, added=added)
+    queries = _Queries(split, number, q_segments, q, head_terms=head_terms)
     o, lse = zip(*run(queries, KeyValueBlock(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
 
 def attend_shard_backward(
-    split, number, q, k, v, segments, added, o: jax.Array, lse: jax.Array, d_o: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Returns fp32 gradients of this device's q, k and v; and of biases, where there are any, a
-    term of the sum over devices. Keys and values are sent again, not kept from the forward pass:
-    memory for one layer's, not for every layer's."""
+    split, number, q, k, v, segments, head_terms, o: jax.Array, lse: jax.Array, d_o: jax.Array
+) -> tuple[Any, ...]:
+    """Returns fp32 gradients of this device's q, k and v; and of ``head_terms``, a term of the sum
+    over devices. Keys and values are sent again, not kept from the forward pass: memory for one
+    layer's, not for every layer's."""
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
-    arrays = q, lse, compute_row_delta(o, d_o), d_o
-    queries = _Queries(split, number, q_segments, *arrays, added=added)
+    delta = compute_row_delta(o, d_o)
+    arrays = q, lse, delta, d_o
+    queries = _Queries(split, number, q_segments, *arrays, head_terms=head_terms)
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
-    return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
+    d_terms = head_terms.gradients(lse, delta, *d_biases)
+    return jnp.concatenate(d_q, axis=1), d_k, d_v, d_terms
 
 
 class _Queries:
@@ -87,9 +89,9 @@ class _Queries:
         number: jax.Array,
         segments: jax.Array | None,
         *arrays: jax.Array,
-        added: DistanceBias = DistanceBias(),
+        head_terms: HeadTerms = HeadTerms(),
     ):
-        self.split, self.number, self.added = split, number, added
+        self.split, self.number, self.head_terms = split, number, head_terms
         self.arrays = tuple(zip(*(_cut(x, split) for x in arrays), strict=True))
         """Arrays of each chunk: its q, and in the backward pass lse, delta and d_o."""
         self.segments = _cut(segments, split)
@@ -109,8 +111,10 @@ class _Queries:
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
-        of_scores = split.score_kwargs(self.added)
-        by_distance = any(x is not None for x in self.added)
+        slopes, biases, _ = self.head_terms
+        by_distance = slopes is not None or biases is not None
+        of_scores = split.score_kwargs(self.head_terms)
+        del of_scores["sinks"]  # no pair's: `fold` takes them once
         for a in range(split.chunks_per_device):
             for b in reversed(range(split.chunks_per_device)):
                 k, v, k_segments = keys[b]
@@ -144,7 +148,8 @@ class _Queries:
             (q,) = self.arrays[pair.query]
 
             def attend(before, pair=pair, q=q):
-                here = attention_forward(q, pair.k, pair.v, dtype=jnp.float32, **pair.mask)
+                own: Any = pair.mask | {"sinks": self.head_terms.sinks if before is None else None}
+                here = attention_forward(q, pair.k, pair.v, dtype=jnp.float32, **own)
                 return here if before is None else merge_attention(before, here)
 
             parts[pair.query] = pair.where_live(attend, parts[pair.query])
@@ -156,7 +161,8 @@ class _Queries:
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
         if own is None:
             d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
-            own = d_q, () if self.added.biases is None else (jnp.zeros_like(self.added.biases),)
+            biases = self.head_terms.biases
+            own = d_q, () if biases is None else (jnp.zeros_like(biases),)
         d_q, d_biases = list(own[0]), own[1]
         chunks = (_cut(x, self.split)[0] for x in (block.k, block.v))
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in chunks]

@@ -30,6 +30,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Requirement
 from maxlm.parallel.local import Axes, axis_size
 from maxlm.sharding import AxisRules
+from pallas_kernels.attention import sink_gradient
 
 ContextMethod = Literal["all_gather", "ring", "ulysses"]
 Segments = tuple[jax.Array, jax.Array] | None
@@ -56,8 +57,8 @@ class SequenceSplit(NamedTuple):
     def mask_kwargs(self) -> dict[str, Any]:
         return {"causal": self.causal, "window": self.window}
 
-    def score_kwargs(self, added: "DistanceBias") -> dict[str, Any]:
-        return {"scale": self.scale, "soft_cap": self.soft_cap, **added._asdict()}
+    def score_kwargs(self, terms: "HeadTerms") -> dict[str, Any]:
+        return {"scale": self.scale, "soft_cap": self.soft_cap, **terms._asdict()}
 
     @property
     def chunks_per_device(self) -> int:
@@ -87,13 +88,20 @@ def count_ring_steps(num_shards: Any, tokens_per_device: Any, window: int | None
     return np.minimum(others, (window + tokens_per_device - 2) // tokens_per_device)
 
 
-class DistanceBias(NamedTuple):
-    """The terms added to each query head's scores by the distance of query and key; or None."""
+class HeadTerms(NamedTuple):
+    """Each query head's own terms of the softmax, fp32; or None."""
 
     slopes: jax.Array | None = None
-    """fp32 [N], constants."""
+    """[N], constants, added to scores times the distance of query and key."""
     biases: jax.Array | None = None
-    """fp32 [N, 2R + 1], with gradients."""
+    """[N, 2R + 1], with gradients, added by distance."""
+    sinks: jax.Array | None = None
+    """[N], with gradients: a logit beside the scores."""
+
+    def gradients(self, lse: jax.Array, delta: jax.Array, d_biases: Any = None) -> "HeadTerms":
+        """Returns gradients of these, from log-sum-exps and ``compute_row_delta`` [B, S, N]."""
+        own = None if self.sinks is None else sink_gradient(self.sinks, lse, delta)
+        return HeadTerms(None, d_biases, own)
 
 
 def require_context(

@@ -11,40 +11,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlm.parallel.context import DistanceBias, Segments, SequenceSplit, sequence_order_indices
+from maxlm.parallel.context import HeadTerms, Segments, SequenceSplit, sequence_order_indices
 from maxlm.parallel.local import gather
 from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
 
-def attend_shard_forward(split, number, q, k, v, segments, added) -> tuple[jax.Array, jax.Array]:
+def attend_shard_forward(
+    split, number, q, k, v, segments, head_terms
+) -> tuple[jax.Array, jax.Array]:
     """See :func:`blocks.attend_shard_forward`; n divides N, and log-sum-exps are of all rows in
     sequence order and this device's share of heads, fp32 [B, S, N / n]."""
     q, k, v = _whole_rows(split, q, k, v)
-    o, lse = attention_forward(q, k, v, **_options(split, number, segments, added))
+    o, lse = attention_forward(q, k, v, **_options(split, number, segments, head_terms))
     return _to_rows(o, split), lse
 
 
 def attend_shard_backward(
-    split, number, q, k, v, segments, added, o: jax.Array, lse: jax.Array, d_o: jax.Array
-) -> tuple[jax.Array, ...]:
+    split, number, q, k, v, segments, head_terms, o: jax.Array, lse: jax.Array, d_o: jax.Array
+) -> tuple[Any, ...]:
     """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
     copies = _copies(k.shape[2], split.num_shards)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
-    options = _options(split, number, segments, added)
+    options = _options(split, number, segments, head_terms)
     grads = attention_backward(q, k, v, lse, delta, d_o, **options)
-    grads, d_biases = grads[:3], grads[3:]
+    d_terms = HeadTerms(sinks=options["sinks"]).gradients(lse, delta, *grads[3:])
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
-    d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
+    d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads[:3], wire, strict=True))
     d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
 
     def pad_to_all_heads(own):  # [N / n, ...] → [N, ...], zeros for the others
         zeros = jnp.zeros((len(own) * split.num_shards, *own.shape[1:]), own.dtype)
         return lax.dynamic_update_slice_in_dim(zeros, own, number * len(own), axis=0)
 
-    return d_q, d_k, d_v, *map(pad_to_all_heads, d_biases)
+    return d_q, d_k, d_v, jax.tree.map(pad_to_all_heads, d_terms)
 
 
 def _copies(kv_heads: int, ways: int) -> int:
@@ -64,7 +66,7 @@ def _whole_rows(split: SequenceSplit, q, k, v):
 
 
 def _options(
-    split: SequenceSplit, number: jax.Array, segments: Segments, added: DistanceBias
+    split: SequenceSplit, number: jax.Array, segments: Segments, head_terms: HeadTerms
 ) -> Any:
     """Returns the kernel's arguments, for all rows in order and this device's share of heads."""
 
@@ -76,7 +78,7 @@ def _options(
         of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
         segments = _in_order(of_queries, split), _in_order(of_keys, split)
     mask = {"segment_ids": segments, **split.mask_kwargs}
-    return {**mask, **split.score_kwargs(jax.tree.map(own, added))}
+    return {**mask, **split.score_kwargs(jax.tree.map(own, head_terms))}
 
 
 def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:

@@ -41,6 +41,7 @@ OPTIONS: dict[str, Any] = {
     "mla": {"heads": (4, 1), "value_dim": 5},
     "window": {"window": 9},
     "cap, slopes": {"soft_cap": 2.0, "slopes": np.array([0.5, 0.1, 0.02, 0.3], np.float32)},
+    "sinks": {"sinks": np.array([0.5, -2.0, 1.5, 3.0], np.float32), "window": 11},
     "biases": {"biases": np.random.default_rng(5).normal(size=(4, 15)).astype(np.float32)},
 }
 
@@ -60,6 +61,7 @@ class Case:
     soft_cap: float | None = None
     slopes: Any = None
     biases: Any = None
+    sinks: Any = None
     scale: float | None = 0.7
     page: int = 4
     size: int = 8
@@ -87,7 +89,9 @@ class Case:
         values = None if self.value_dim else (K, self.size)
         spec = kv_cache_spec(layout, self.window, (K, self.size), values, "kv_heads")
         options = {name: getattr(self, name) for name in ("window", "soft_cap", "scale")}
-        options |= {name: getattr(self, name) for name in ("slopes", "biases", "value_dim")}
+        options |= {
+            name: getattr(self, name) for name in ("slopes", "biases", "sinks", "value_dim")
+        }
         options = {name: x for name, x in options.items() if name in ("window",) or x is not None}
 
         @jax.jit
@@ -151,7 +155,8 @@ class Case:
             scores += self.biases[own][:, np.clip(-distance, -7, 7) + 7]
         seen = (distance >= 0) & (distance < (self.window or 1000))
         weights = np.where(seen, np.exp(scores), 0)
-        return weights / weights.sum(-1, keepdims=True)
+        sink = 0 if self.sinks is None else np.exp(self.sinks[own, None, None])
+        return weights / (weights.sum(-1, keepdims=True) + sink)
 
 
 def list_blocks(steps, row: int) -> list[tuple[int, int, bool]]:

@@ -109,15 +109,17 @@ def capped(x, cap):
     return x if cap is None else cap * np.tanh(x / cap)
 
 
-def head_attention(q, k, v, allowed, bias, config):
-    """q [H], k and v [T, H], allowed and bias [T] → [H]; Vaswani et al. 2017, eq. 1."""
+def head_attention(q, k, v, allowed, bias, sink, config):
+    """q [H], k and v [T, H], allowed and bias [T] → [H]; Vaswani et al. 2017, eq. 1; the sink
+    is the score of a key without a value."""
     if not allowed.any():
         return np.zeros_like(v[0])
     scale = config["scale"] or 1 / sqrt(len(q))
     scores = np.array([capped(scale * (q @ key), config["soft_cap"]) for key in k[allowed]])
     scores += bias[allowed]
+    scores = np.append(scores, sink)
     weights = np.exp(scores - scores.max())
-    return (weights / weights.sum()) @ v[allowed]
+    return (weights / weights.sum())[:-1] @ v[allowed]
 
 
 def self_attention(x, params, seen, config, window, table):
@@ -155,7 +157,8 @@ def self_attention(x, params, seen, config, window, table):
             allowed = (behind >= 0) & (behind < (window or S))
             allowed &= (segments == segments[s]) & (segments[s] != 0)
             bias = np.array([score_bias(scheme, table, n, int(d)) for d in behind])
-            head = head_attention(q[s], k, v, allowed, bias, config)
+            sink = params["sinks"][n] if config["sinks"] else -np.inf
+            head = head_attention(q[s], k, v, allowed, bias, sink, config)
             y[s] += head @ params["out"]["kernel"][n]
     return y + params["out"].get("bias", 0)
 

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     slopes: bool = False
     reach: int | None = None
     packed: bool = False
+    sinks: bool = False
 
 
 CAPPED = {"scale": 0.9, "soft_cap": 1.5}
@@ -41,13 +42,18 @@ BOTH_WAYS = {"causal": False}
 WINDOW = {"window": 7, **CAPPED}
 SPLIT = {
     "packed, fewer kv heads than tensor, latent heads": Case(
-        {"context": 2, "tensor": 4}, (1, 20, 20, 8, 2, 6, 4), CAPPED, packed=True
+        {"context": 2, "tensor": 4}, (1, 20, 20, 8, 2, 6, 4), CAPPED, packed=True, sinks=True
     ),
     "window, slopes, multi-query": Case(
-        {"context": 4, "tensor": 2}, (1, 24, 24, 8, 1, 3, 3), WINDOW, slopes=True, packed=True
+        {"context": 4, "tensor": 2},
+        (1, 24, 24, 8, 1, 3, 3),
+        WINDOW,
+        slopes=True,
+        packed=True,
+        sinks=True,
     ),
     "window within a device": Case(
-        {"context": 4, "data": 2}, (2, 32, 32, 4, 2, 3, 3), {"window": 3}
+        {"context": 4, "data": 2}, (2, 32, 32, 4, 2, 3, 3), {"window": 3}, sinks=True
     ),
     "both ways, slopes": Case(
         {"context": 3}, (2, 12, 12, 3, 3, 4, 4), BOTH_WAYS, slopes=True, packed=True
@@ -56,7 +62,11 @@ SPLIT = {
         {"context": 2, "tensor": 2, "fsdp": 2}, (2, 12, 12, 4, 2, 3, 3), {}, reach=4, packed=True
     ),
     "biases, both ways": Case(
-        {"context": 4, "data": 2}, (2, 16, 16, 4, 1, 3, 3), {**BOTH_WAYS, **CAPPED}, reach=20
+        {"context": 4, "data": 2},
+        (2, 16, 16, 4, 1, 3, 3),
+        {**BOTH_WAYS, **CAPPED},
+        reach=20,
+        sinks=True,
     ),
 }
 WHOLE = {
@@ -64,7 +74,7 @@ WHOLE = {
         {"data": 2, "tensor": 4}, (2, 9, 9, 8, 4, 3, 5), CAPPED, reach=3, packed=True
     ),
     "biases, whole kv heads": Case(
-        {"fsdp": 2, "tensor": 4}, (4, 7, 7, 8, 2, 3, 3), BOTH_WAYS, slopes=True, reach=30
+        {"fsdp": 2, "tensor": 4}, (4, 7, 7, 8, 2, 3, 3), BOTH_WAYS, True, reach=30, sinks=True
     ),
     "more keys": Case(
         {"data": 2, "tensor": 2}, (2, 5, 11, 4, 2, 3, 4), BOTH_WAYS, True, reach=6, packed=True
@@ -81,7 +91,7 @@ def rules_on(axes, kv_heads):
 
 
 def arrays(case: Case, seed: int = 0):
-    """(q, k, v, d_o), segments, slopes, biases."""
+    """(q, k, v, d_o), segments, slopes, what is learnt of each head."""
     B, S, T, N, K, H, Hv = case.shape
     q, k, v = reference.operands(B, S, T, N, K, H, seed, Hv)
     rng = np.random.default_rng(seed + 1)
@@ -89,21 +99,22 @@ def arrays(case: Case, seed: int = 0):
     rows = reference.packed(rng, B, S)
     segments = (rows, rows if S == T else reference.packed(rng, B, T)) if case.packed else None
     slopes = rng.uniform(0, 0.5, N).astype(np.float32) if case.slopes else None
-    reach = case.reach
-    biases = None if reach is None else rng.normal(0, 2, (N, 2 * reach + 1)).astype(np.float32)
-    return (2 * q, k, v, d_o), segments, slopes, biases
+    learnt = {"sinks": rng.normal(0, 2, N).astype(np.float32)} if case.sinks else {}
+    if case.reach is not None:
+        learnt["biases"] = rng.normal(0, 2, (N, 2 * case.reach + 1)).astype(np.float32)
+    return (2 * q, k, v, d_o), segments, slopes, learnt
 
 
 def pulled(attend):
-    """(operands, segments, slopes, biases) → the output, dQ, dK, dV, dBiases."""
+    """(operands, segments, slopes, learnt) → the output, dQ, dK, dV, and those of learnt ones."""
 
-    def run(operands, segments, slopes, biases):
+    def run(operands, segments, slopes, learnt):
         *qkv, d_o = operands
 
-        def of(q, k, v, biases):
-            return attend(q, k, v, segment_ids=segments, slopes=slopes, biases=biases)
+        def of(q, k, v, learnt):
+            return attend(q, k, v, segment_ids=segments, slopes=slopes, **learnt)
 
-        o, pull = jax.vjp(of, *qkv, biases)
+        o, pull = jax.vjp(of, *qkv, learnt)
         return o, *pull(d_o)
 
     return run
@@ -126,26 +137,26 @@ def laid_out(axes, rules, operands, segments=None):
 
 
 def assert_exact(found, case: Case, everything, order):
-    (q, k, v, d_o), segments, slopes, biases = everything
-    options = {"segment_ids": segments, "slopes": slopes, "biases": biases, **case.options}
+    (q, k, v, d_o), segments, slopes, learnt = everything
+    options = {"segment_ids": segments, "slopes": slopes, **learnt, **case.options}
     o, _, *grads = reference.attention(q, k, v, d_o=d_o, **options)
     for i, (name, own) in enumerate(zip(("o", "d_q", "d_k", "d_v"), found, strict=False)):
         want = (o, *grads)[i]
         np.testing.assert_allclose(own, want[:, order], atol=2e-5, err_msg=name)
-    if biases is not None:
-        np.testing.assert_allclose(found[4], grads[3], atol=3e-5)
+    for name, want in zip(learnt, grads[3:], strict=True):
+        np.testing.assert_allclose(found[4][name], want, atol=3e-5, err_msg=name)
 
 
 def check(axes, case: Case, order=slice(None), **method):
     rules = rules_on(axes, case.shape[4])
     everything = arrays(case)
-    operands, segments, slopes, biases = everything
+    operands, segments, slopes, learnt = everything
     attend = partial(sharded_attention, rules=rules, **case.options, **method)
     with jax.set_mesh(axes):
         turned = jax.tree.map(lambda x: x[:, order], (operands, segments))
         placed, segments = laid_out(axes, rules, *turned)
         run = jax.jit(pulled(attend), compiler_options=QUICK)
-        found = run(placed, segments, slopes, biases)
+        found = run(placed, segments, slopes, learnt)
     assert found[0].sharding.spec == placed[0].sharding.spec
     assert_exact(found, case, everything, order)
 
@@ -167,15 +178,16 @@ def test_over_whole_sequences(name, mesh):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_biases_split_by_heads_get_their_gradient_so_within_stages(method, mesh):
-    """As a pipeline uses them: manual over stages, biases of each stage's own."""
+def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh):
+    """As a pipeline uses them: manual over stages, biases and sinks of each stage's own."""
     axes = mesh(stage=2, context=2, tensor=2)
     rules = rules_on(axes, 2)
-    case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, slopes=True, reach=3, packed=True)
+    case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, True, 3, packed=True, sinks=True)
     seeds = [arrays(case, seed) for seed in range(2)]
     attend = partial(sharded_attention, rules=rules, method=method, balanced=True, **CAPPED)
     order = sequence_order_indices(8, 2, balanced=True)
-    specs = (*specs_of(rules), PartitionSpec(None), rules.spec("heads", None))
+    learnt = {"sinks": rules.spec("heads"), "biases": rules.spec("heads", None)}
+    specs = (*specs_of(rules), PartitionSpec(None), learnt)
 
     def turned(tree):
         operands, segments, *rest = tree
@@ -195,9 +207,10 @@ def test_biases_split_by_heads_get_their_gradient_so_within_stages(method, mesh)
             stage, in_specs=by_stage, out_specs=by_stage, axis_names={"stage"}, check_vma=False
         )
         found = jax.jit(run, compiler_options=QUICK)(everything)
-    assert found[4].sharding.spec == PartitionSpec("stage", "tensor", None)
+    assert found[4]["biases"].sharding.spec == PartitionSpec("stage", "tensor", None)
+    assert found[4]["sinks"].sharding.spec == PartitionSpec("stage", "tensor")
     for i, own in enumerate(seeds):
-        assert_exact([np.asarray(x)[i] for x in found], case, own, order)
+        assert_exact(jax.tree.map(lambda x: np.asarray(x)[i], found), case, own, order)  # noqa: B023
 
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -232,7 +245,7 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
     with jax.set_mesh(axes):
         operands, _ = laid_out(axes, rules, arrays(Case({}, (1, 32, 32, 1, 1, 3, 3), {}))[0])
         run = pulled(partial(sharded_attention, rules=rules, method="ring", window=5))
-        lowered = jax.jit(run).lower(operands, None, None, None)
+        lowered = jax.jit(run).lower(operands, None, None, {})
         text = lowered.compile(compiler_options=QUICK).as_text()
     assert " while(" not in text
     hops = re.findall(r"collective-permute(?:-start)?\(.*source_target_pairs=\{\{0,(\d)\}", text)

@@ -63,7 +63,7 @@ class EvictingCache(AttentionCache):
 
 
 def _attend_rows(
-    q, key, value, positions, where: RowTokens, *, shared, window, slopes, biases, **options
+    q, key, value, positions, where: RowTokens, *, shared, window, slopes, biases, sinks, **options
 ):
     """Attends with q [n, T, N, H] to key [n, K, S, H]; positions int32 [n, K, S] are 1 and the
     token's, 0 for none. Returns y [n, T, N, Hv] and fp32 [n, K, T, S]: the weights, summed over the
@@ -87,9 +87,11 @@ def _attend_rows(
     if window is not None:
         seen &= distance < window
     scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
-    total = weights.sum(axis=-1, keepdims=True)
+    sink = -jnp.inf if sinks is None else sinks.reshape(K, G, 1, 1)
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
     weights /= jnp.where(total > 0, total, 1)
     value = key[..., : options["value_dim"]] if value is None else value
     near = weights.astype(value.dtype)

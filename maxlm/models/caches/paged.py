@@ -41,6 +41,7 @@ class AttentionCache:
         rules: AxisRules,
         slopes: Any = None,
         biases: jax.Array | None = None,
+        sinks: jax.Array | None = None,
         **options: Any,
     ) -> tuple[jax.Array, Self]:
         """Attends to each sequence's earlier tokens and these, each device with its own sequences
@@ -49,7 +50,7 @@ class AttentionCache:
         Args:
             q: [D, S, N, H].
             key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key.
-            slopes, biases: [N] and [N, 2R + 1].
+            slopes, biases, sinks: [N], [N, 2R + 1] and [N].
             options: ``window``, ``scale``, ``soft_cap`` and ``value_dim`` of
                 ``pallas_kernels.paged_attention``.
 
@@ -58,10 +59,9 @@ class AttentionCache:
         """
         options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
 
-        def run(slopes, biases, *sharded):
+        def run(head_terms, *sharded):
             q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
-            own = {"slopes": slopes, "biases": biases, **options}
-            found = cache.attend_shard(q, key, value, batch, rules, **own)
+            found = cache.attend_shard(q, key, value, batch, rules, **head_terms, **options)
             return jax.tree.map(lambda x: x[None], found)
 
         split = rules.spec("batch", None, "heads")
@@ -71,13 +71,13 @@ class AttentionCache:
         heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
         keys = rules.spec("batch", None, "kv_heads")
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
-        slopes, biases = (
-            None if x is None else reshard(jnp.asarray(x, jnp.float32), own_heads)
-            for x in (slopes, biases)
-        )
-        specs = own_heads, own_heads, heads, keys, keys, layout, rules.spec("batch")
+        head_terms = {
+            name: None if x is None else reshard(jnp.asarray(x, jnp.float32), own_heads)
+            for name, x in (("slopes", slopes), ("biases", biases), ("sinks", sinks))
+        }
+        specs = own_heads, heads, keys, keys, layout, rules.spec("batch")
         run = map_shards(run, specs, (heads, layout))
-        y, cache = run(slopes, biases, reshard(q, heads), key, value, self, batch)
+        y, cache = run(head_terms, reshard(q, heads), key, value, self, batch)
         return reshard(y, split), cache
 
 

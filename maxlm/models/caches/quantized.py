@@ -36,7 +36,7 @@ class QuantizedCache(AttentionCache):
     """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place i mod n."""
     recent_value: Any
 
-    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+    def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
         """See :class:`AttentionCache`.
 
         Raises:
@@ -48,7 +48,7 @@ class QuantizedCache(AttentionCache):
             raise MaxlmError(what, where="cache", fix="guess fewer tokens, or raise page_size")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         kernel = partial(paged_attention, window=window, dtype=dtype, **options)
-        y, cache = _attend_shard(kernel, q, key, value, self, batch, window)
+        y, cache = _attend_shard(kernel, q, key, value, self, batch, window, sinks)
         return y.astype(q.dtype), cache
 
 
@@ -114,7 +114,7 @@ class _ExactTokens(NamedTuple):
     """int32 [n, m]: the pages that may become quantized now, in order."""
 
 
-def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, window: int | None):
+def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, window, sinks):
     """o [S, N, Hv] in fp32, and the cache. All is written before anything is read: or XLA copies
     whole pools."""
     rows, width = batch.uniform_rows
@@ -143,7 +143,7 @@ def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, window: i
         call = *_pair(part.pages), part.tables, lengths[of] - bounds[0] * page, begins
         calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
     limits = {"uniform_rows": (rows, width), "key_limits": first * page}
-    old = kernel(q, *_pair(pools), tables, lengths, starts, **limits)
+    old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
     recent = [call() for call in calls]
     if len(recent) > 1:
         recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]

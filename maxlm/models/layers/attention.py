@@ -12,10 +12,11 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGroup
+from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
-from maxlm.models.params import materialize, replace_virtual
+from maxlm.models.params import declare, materialize, replace_virtual
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
@@ -58,6 +59,9 @@ class AttentionConfig(Config):
     """Normalise each query and key head, by the model's kind of norm (Qwen3, Gemma 3)."""
     clip: float | None = Field(default=None, gt=0)
     """Cut queries, keys and values off at ± this (DBRX)."""
+    sinks: bool = False
+    """A learnt logit of each query head beside the scores in its softmax, whose weight goes to no
+    token, so that a head can leave a token as it is (gpt-oss)."""
     latent: LatentConfig | None = None
 
     @model_validator(mode="after")
@@ -172,6 +176,7 @@ class Attention(nnx.Module):
         self.value = Linear(outer, keys, **kw)
         self.query_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
         self.key_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
+        self.sinks = declare_sinks(config)
         std = compute_residual_std(init_std, num_layers)
         self.out = Linear(queries, outer, **kw | {"bias": config.has_out_bias, "std": std})
 
@@ -223,7 +228,7 @@ class Attention(nnx.Module):
         (q,) = self._clipped(self.query(x))
         q = checkpoint_name(q if self.query_norm is None else self.query_norm(q), "qkv")
         options: dict[str, Any] = {"rules": self.rules, "scale": self.config.scale}
-        options["soft_cap"] = self.config.soft_cap
+        options |= {"soft_cap": self.config.soft_cap, "sinks": read_sinks(self)}
         if inputs.batch is not None:
             y, _ = encoded.attend(q, None, None, inputs.batch, **options)
         else:
@@ -286,6 +291,7 @@ class LatentAttention(nnx.Module):
         values = {"heads": config.num_heads, "head_dim": latent.value_dim}
         self.key_up = Linear(vector, plain, **kw)
         self.value_up = Linear(vector, values, **kw)
+        self.sinks = declare_sinks(config)
         std = compute_residual_std(init_std, num_layers)
         self.out = Linear(values, outer, **{**kw, "bias": config.has_out_bias, "std": std})
 
@@ -346,6 +352,18 @@ class LatentAttention(nnx.Module):
         return jnp.einsum(maths, x, kernel, out_sharding=heads)
 
 
+def declare_sinks(config: AttentionConfig) -> nnx.Param | None:
+    """Declares a layer's sinks [N], where it has any."""
+    shape, zeros = (config.num_heads,), jax.nn.initializers.zeros
+    return declare(shape, ("heads",), zeros, "vector") if config.sinks else None
+
+
+def read_sinks(layer: Any) -> jax.Array | None:
+    """Returns a layer's sinks in fp32, by heads."""
+    wide = accumulation_dtype(layer.out.dtype)
+    return None if layer.sinks is None else materialize(layer.sinks, layer.rules, wide)
+
+
 def attend(
     layer: Any,
     q: jax.Array,
@@ -359,11 +377,12 @@ def attend(
     """Attends to these tokens and a cache's, if there is one; returns also the cache with these.
 
     Args:
-        layer: with a ``config`` and ``parallel``.
+        layer: with a ``config``, ``sinks``, ``rules`` and ``parallel``.
         options: further ones of the cache's ``attend``.
     """
     options |= {"rules": rules, "window": inputs.window, "scale": inputs.scale}
     options |= {"soft_cap": layer.config.soft_cap, "slopes": inputs.slopes, "biases": inputs.biases}
+    options["sinks"] = read_sinks(layer)
     if cache is not None:
         return cache.attend(q, k, v, inputs.batch, **options)
     segments = inputs.segment_ids
