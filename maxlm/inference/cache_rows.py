@@ -54,8 +54,6 @@ class CacheRows:
         """Return whether a running sequence is computing more of this one's prefix than the tree
         has, in whole pages."""
         most = self._count_matchable(sequence)
-        if not most:
-            return False
         size, start = self.page_size, len(self.match_prefix(sequence)) * self.page_size
         for other in self.running:
             if other.num_to_compute > 1 and other.cache_key == sequence.cache_key:

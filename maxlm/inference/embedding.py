@@ -56,29 +56,27 @@ class Embedder:
         return found
 
     def iterate_embeddings(
-        self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        pooling: Pooling | None = None,
+        head: str | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yields some texts' indices and vectors, one dispatch after the other, as :meth:`embed`
-        returns them."""
-        usual: Pooling = "mean" if isinstance(self._model, Encoder) else "last"
-        return self._compute(rows, pooling or usual, None)
-
-    def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
-        """Returns what one of the model's further heads says at each text's last token, fp32
-        [len(rows), width]."""
-        found = np.zeros((len(rows), self._model.config.heads[name]), np.float32)
-        for batch, values in self._compute(rows, "last", name):
-            found[batch] = values
-        return found
-
-    def _compute(
-        self, rows: Sequence[Sequence[int]], pooling: Pooling, head: str | None
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        returns them, or what a head says of them."""
+        pooling = pooling or ("mean" if isinstance(self._model, Encoder) else "last")
         num_virtual = self._model.num_virtual_tokens
         rows, longest = [[0] * num_virtual + [*row] for row in rows], self.max_length + num_virtual
         for batch, tokens, lengths in iterate_padded_batches(rows, longest, self._ways):
             own = self._run(self._model, pooling, self._params, tokens, lengths, head)
             yield batch, np.asarray(own)[: len(batch)]
+
+    def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
+        """Returns what one of the model's further heads says at each text's last token, fp32
+        [len(rows), width]."""
+        found = np.zeros((len(rows), self._model.config.heads[name]), np.float32)
+        for batch, values in self.iterate_embeddings(rows, "last", name):
+            found[batch] = values
+        return found
 
 
 def iterate_padded_batches(

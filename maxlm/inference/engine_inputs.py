@@ -198,8 +198,7 @@ class InputBuilder:
 
     def _stack_settings(self) -> RowSettings:
         D, R = self.rows
-        at = [(shard, row) for shard in range(D) for row in range(R)]
-        placed = [self._placed.get(each) for each in at]
+        placed = [self._placed.get(at) for at in np.ndindex(D, R)]
         placed = [each if each and each.state != "finished" else None for each in placed]
         self._prompt_lengths = np.array(
             [each.num_prompt_tokens if each else 0 for each in placed], np.int32

@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Sequence
-from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -118,9 +117,7 @@ class GrammarMatcher:
 
     def copy(self) -> "GrammarMatcher":
         """Return a matcher at the same place that goes on by itself."""
-        matcher = copy(self)
-        matcher._matcher = self._matcher.deep_copy()
-        return matcher
+        return GrammarMatcher(self._matcher.deep_copy(), self._stop_ids)
 
 
 class _Vocabulary:

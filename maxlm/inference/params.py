@@ -37,14 +37,12 @@ def prepare_params(model: Model, params: Params) -> Params:
 
     def prepare(name: str, spec: Any, held: Any) -> Any:
         unstack = name.startswith(stacks)
-        pairs = zip(jax.tree.leaves(spec), jax.tree.leaves(held), strict=True)
-        arrays = [lay_out(own, array, unstack) for own, array in pairs]
-        tree = jax.tree.structure(held)
+        laid_out = jax.tree.map(partial(lay_out, unstack=unstack), spec, held)
         if not unstack:
-            return jax.tree.unflatten(tree, arrays)
-        return UnstackedParam(
-            tuple(jax.tree.unflatten(tree, own) for own in zip(*arrays, strict=True))
-        )
+            return laid_out
+        tree = jax.tree.structure(held)
+        layers = zip(*tree.flatten_up_to(laid_out), strict=True)
+        return UnstackedParam(tuple(map(tree.unflatten, layers)))
 
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
         specs = flatten_names(param_specs(model), is_leaf)

@@ -163,9 +163,8 @@ class MaskedScorer:
             context = context[max(0, len(context) - room) :]
             row, start = self.wrap([*context, *continuation])
             first = start + len(context)
-            for place in range(first, first + len(continuation)):
-                rows.append(row)
-                places.append(place)
+            places += range(first, first + len(continuation))
+            rows += [row] * len(continuation)
         at, logprobs = np.array(places, np.int32), np.zeros(len(rows))
         is_greedy, num_done = np.zeros(len(rows), bool), 0
         for batch, tokens, lengths in iterate_padded_batches(rows, length, self._ways):

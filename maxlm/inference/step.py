@@ -198,23 +198,18 @@ def run_step(
     """
     split, whole = model.rules.spec("batch"), PartitionSpec()
     inputs = jax.tree.map(lambda x: reshard(x, split if x.ndim else whole), inputs)
-    bound = bind(model, params)
-
-    def advance(inputs: StepInputs, state: EngineState) -> Any:
-        return _run_once(adapted, shape, layout, windows, vocab_size, state, inputs)
-
-    adapted = bound
+    adapted = bound = bind(model, params)
     if adapters is not None:
         mask = _spread_adapter_masks(inputs, shape, model.rules).astype(model.dtype)
         adapted = bind(model, add_adapters(params, adapters, mask))
-
+    advance = partial(_run_once, adapted, shape, layout, windows, vocab_size)
     if shape.max_steps == 1:
         state, hidden, step = advance(inputs, state)
         outputs = jax.tree.map(lambda x: x[None], step)
     else:
         state, outputs = _run_steps(advance, shape, inputs, state)
         hidden = None
-    prompt = _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs)
+    prompt = _compute_prompt_logprobs(bound, vocab_size, hidden, inputs)
     tokens, logprobs = outputs
     outputs = StepOutputs(tokens, logprobs, prompt)
     return state, jax.tree.map(lambda x: reshard(x, whole), outputs)
@@ -237,7 +232,7 @@ def _spread_adapter_masks(inputs: StepInputs, shape: StepSizes, rules: AxisRules
     return map_shards(local, shards, shards)(*given)
 
 
-def _run_once(bound, shape, layout, windows, vocab_size, state, inputs):
+def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
     """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each result."""
     b, G, C, _, _ = shape
     rules, D = bound.rules, inputs.computed.shape[0]
@@ -328,7 +323,7 @@ def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState
     return state, outputs
 
 
-def _compute_prompt_logprobs(bound, shape, vocab_size, hidden, inputs) -> TokenLogprobs:
+def _compute_prompt_logprobs(bound, vocab_size, hidden, inputs) -> TokenLogprobs:
     """Log-probabilities of the tokens that follow those of the chunks, where they are wanted,
     [D, C, ...]; a block at a time, so that few logits are held, and no more blocks than these
     fill."""

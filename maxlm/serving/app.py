@@ -57,9 +57,8 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
     try:
         # A page of another site may have its own name lead here (DNS rebinding).
         if state.allowed_hosts and (host := request.url.hostname) not in state.allowed_hosts:
-            what = (
-                f"the host {str(host)[:200]!r} is none of this server's: start it with an API key"
-            )
+            name = str(host)[:200]
+            what = f"the host {name!r} is none of this server's: start it with an API key"
             raise ApiError(403, what)
         given = request.headers.get("authorization", "").encode()
         is_open = not state.api_key or path in _OPEN_PATHS

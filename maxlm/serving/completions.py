@@ -74,17 +74,15 @@ def describe_logprobs(
     """Returns log-probabilities as /v1/completions has them; the first token of a prompt has none
     (NaN)."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    rows: list[tuple[Any, ...]] = []
     for token_id, logprob, top in logprobs:
         best: dict[str, float] = {}
         for other, value in (*top, (token_id, logprob)):  # the likelier of two that read alike
             best.setdefault(name_token(tokenizer, other), max(value, LOWEST_LOGPROB))
         found = (max(logprob, LOWEST_LOGPROB), best) if logprob == logprob else (None, None)
-        row = (name_token(tokenizer, token_id), *found, offset)
-        for name, value in zip(names, row, strict=True):
-            columns[name].append(value)
+        rows.append((name_token(tokenizer, token_id), *found, offset))
         offset += len(decode_token(tokenizer, token_id)[0])
-    return columns
+    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
 
 
 def name_token(tokenizer: Tokenizer, token_id: int) -> str:

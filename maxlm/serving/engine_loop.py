@@ -145,8 +145,7 @@ class EngineLoop:
     def _step(self) -> None:
         """Delivers a step's outputs; on a fault of the engine's its requests fail, others go on."""
         self._is_step_due, start, ended = False, time.monotonic(), False
-        if self.engine is None:
-            return
+        assert self.engine is not None, "it had work"
         try:
             outputs = self.engine.step()
             self.stats = self.engine.stats()
@@ -161,7 +160,7 @@ class EngineLoop:
 
     def _fail_requests(self, reason: str) -> None:
         print(f"error: the engine failed: {reason}", file=sys.stderr, flush=True)
-        for stream in {id(each): each for each in self._streams.values()}.values():
+        for stream in {*self._streams.values()}:
             _send(stream, ApiError(500, f"the engine failed: {reason}"))
             try:
                 self._abort(stream)

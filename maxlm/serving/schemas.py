@@ -116,19 +116,19 @@ class GenerationBody(ApiBody):
         if self.min_tokens > max_new_tokens:
             what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
             raise ApiError(400, what, param="min_tokens")
-        sampling: dict[str, Any] = {**(self.model_extra or {})}
+        extra = self.model_extra or {}
+        sampling = {name: value for name, value in extra.items() if name in _SAMPLING_FIELDS}
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
             sampling["top_p"] = 1e-9
-        sampling["seed"] = secrets.randbits(32) if self.seed is None else self.seed % 2**32
-        known = {name: value for name, value in sampling.items() if name in _SAMPLING_FIELDS}
-        known |= {"max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens}
-        known |= {"logit_bias": self.logit_bias}
+        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        sampling |= {"max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens}
+        sampling |= {"logit_bias": self.logit_bias, "seed": seed}
         return GenerationRequest(
             request_id=request_id,
             prompt_tokens=prompt,
-            sampling=SamplingConfig.model_validate(known, strict=True),
+            sampling=SamplingConfig.model_validate(sampling, strict=True),
             num_sequences=self.n,
             stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
@@ -198,8 +198,7 @@ class ChatMessage(ApiModel):
 
     def to_template(self) -> dict[str, Any]:
         """Returns the message as chat templates read it: content as text, arguments as data."""
-        names = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
-        found = self.model_dump(include=names, exclude_none=True)
+        found = self.model_dump(include={*ChatMessage.model_fields}, exclude_none=True)
         if self.role == "developer":
             found["role"] = "system"
         parts = self.content

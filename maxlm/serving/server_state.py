@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -99,18 +100,16 @@ class ServerState:
     ) -> list[tuple[int, ...]]:
         """Returns the ids of prompts that may be texts or ids already; checks these."""
 
-        def encode(prompt: str | list[int]) -> tuple[int, ...]:
-            is_text = isinstance(prompt, str)
-            return tuple(
-                self.encode_prompt(prompt, allow_special=allow_special) if is_text else prompt
-            )
+        def encode() -> list[tuple[int, ...]]:
+            read = partial(self.encode_prompt, allow_special=allow_special)
+            return [tuple(read(each) if isinstance(each, str) else each) for each in prompts]
 
-        found = await asyncio.to_thread(lambda: [*map(encode, prompts)])
+        found = await asyncio.to_thread(encode)
         last = self.tokenizer.vocab_size - 1
         for tokens in found:
             if not tokens:
                 raise ApiError(400, "a prompt is empty", param="prompt")
-            if min(tokens) < 0 or max(tokens) > last:
+            if max(tokens) > last:
                 raise ApiError(400, f"token ids lie from 0 to {last}", param="prompt")
         return found
 

@@ -164,8 +164,7 @@ class ToolCallParser:
         self._found.content += content
 
     def _read_head(self, final: bool) -> None:
-        before = _BEFORE_HEAD.match(self._text)
-        plain = self._text[before.end() if before else 0 :]
+        plain = _BEFORE_HEAD.sub("", self._text, count=1)
         may_begin = plain.startswith("{") or _PYTHON_TAG.startswith(plain)
         match = _HEAD.match(plain)
         if match and match[1] in self.names:

@@ -98,7 +98,7 @@ def validate_arguments(
         ValueError: as there.
     """
     q, value_pages, value_dim = operands.q, operands.values, params.value_dim
-    keys, page_size = _check_pages("key_pages", operands.keys, per_channel=True)
+    keys = _check_pages("key_pages", operands.keys, per_channel=True)
     if q.ndim != 3 or q.shape[2] != keys[3] or q.shape[1] % keys[1]:
         raise ValueError(f"q {q.shape} and key_pages {keys} do not belong together")
     if (value_pages is None) != (value_dim != 0):
@@ -107,8 +107,8 @@ def validate_arguments(
         if not 0 < value_dim <= keys[3]:
             raise ValueError(f"value_dim={value_dim} of keys with {keys[3]} features")
     else:
-        values, value_page_size = _check_pages("value_pages", value_pages, per_channel=False)
-        if values[:2] != keys[:2] or value_page_size != page_size:
+        values = _check_pages("value_pages", value_pages, per_channel=False)
+        if values[:3] != keys[:3]:
             raise ValueError(f"key_pages {keys} and value_pages {values} do not belong together")
         value_dim = values[3]
     R, rows, each = len(operands.kv_lengths), params.num_uniform, params.queries_each
@@ -141,16 +141,16 @@ def validate_arguments(
         raise ValueError(f"window={window}: windows look back, 1 key or more")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
-    params = params._replace(page_size=page_size, value_dim=value_dim)
+    params = params._replace(page_size=keys[2], value_dim=value_dim)
     return operands._replace(**own), params
 
 
-def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[tuple[int, ...], int]:
-    """Returns pages' shape [P, K, page, H], and the tokens of a page."""
+def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[int, ...]:
+    """Returns pages' shape [P, K, page, H], ``page`` in tokens."""
     if not isinstance(pages, QuantizedPages):
         if pages.ndim != 4 or not jnp.issubdtype(pages.dtype, jnp.floating):
             raise ValueError(f"{name} {pages.dtype} {pages.shape}: want floats [P, K, page, H]")
-        return pages.shape, pages.shape[2]
+        return pages.shape
     codes, *rest = pages
     if codes.ndim != 4 or codes.dtype not in (jnp.int8, jnp.uint8):
         raise ValueError(f"{name} {codes.dtype} {codes.shape}: want int8 or uint8 [P, K, page, H]")
@@ -160,7 +160,7 @@ def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[tuple[i
     for x in rest:
         if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)):
             raise ValueError(f"scale or zero of {name} {x.dtype} {x.shape}: want floats {shape}")
-    return (P, K, page, H), page
+    return P, K, page, H
 
 
 def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.Array:

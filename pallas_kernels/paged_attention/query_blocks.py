@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 
@@ -48,17 +49,13 @@ class QueryBlocks(NamedTuple):
     def repeat_by_row(self, operands: PagedOperands) -> dict[str, jax.Array]:
         """Returns the slopes and sinks that are given, fp32 [K, M]: each row's query head's."""
         found = {}
-        for name in ("slopes", "sinks"):
+        for name in ("sinks", "slopes"):
             x = getattr(operands, name)
             if x is not None:
                 x = jnp.repeat(x.reshape(self.q.shape[1], -1), self.queries, axis=1)
                 x = jnp.pad(x, ((0, 0), (0, self.q.shape[2] - x.shape[1])))
                 found[name] = x.astype(jnp.float32)
         return found
-
-
-def round_up_to_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def attend_in_blocks(
@@ -92,14 +89,10 @@ def attend_in_blocks(
 
 
 def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int) -> QueryBlocks:
-    """Makes a block of each uniform row.
-
-    Args:
-        align: M is a multiple.
-    """
+    """Makes a block of each uniform row; M is a multiple of ``align``."""
     rows, each = params.num_uniform, params.queries_each
     q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-    E = round_up_to_power_of_two(each)
+    E = pl.next_power_of_2(each)
     q = jnp.pad(q, ((0, 0), (0, E - each), (0, 0), (0, 0)))
     lengths, limits = operands.kv_lengths[:rows], operands.key_limits[:rows]
     pages = _page_range(lengths - each, lengths, limits, params)
@@ -121,7 +114,6 @@ def block_ragged_rows(
     begins = ends - -(-counts // queries)
     block = jnp.arange(len(q) // queries + len(counts), dtype=jnp.int32)
     row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), len(counts) - 1)
-    row = row.astype(jnp.int32)
     offset = (block - begins[row]) * queries
     used = block < ends[-1]
     position = jnp.where(used, lengths[row] - counts[row] + offset, 0)

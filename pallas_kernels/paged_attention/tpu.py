@@ -16,11 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 from pallas_kernels.chips import TpuChip, get_chip, round_up
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
-from pallas_kernels.paged_attention.query_blocks import (
-    QueryBlocks,
-    attend_in_blocks,
-    round_up_to_power_of_two,
-)
+from pallas_kernels.paged_attention.query_blocks import QueryBlocks, attend_in_blocks
 from pallas_kernels.paged_attention.tpu_kernel import (
     COLUMNS,
     PagedKernelStatics,
@@ -65,7 +61,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
             return False
         if name.endswith("codes") and x.dtype.itemsize > 1 and x.dtype != q.dtype:
             return False
-    small = round_up_to_power_of_two(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
+    small = pl.next_power_of_2(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
     return (
         q.dtype in (jnp.bfloat16, jnp.float32)
         and operands.biases is None
@@ -84,14 +80,14 @@ def choose_blocks(operands: PagedOperands, params: PagedParams, chip: TpuChip) -
 
     def count_keys(most: int, most_bytes: int) -> int:
         keys = most_bytes // (K * width * operands.q.dtype.itemsize)
-        keys = max(min(round_up_to_power_of_two(keys + 1) // 2, most), _MIN_KEYS)
+        keys = max(min(pl.next_power_of_2(keys + 1) // 2, most), _MIN_KEYS)
         return min(round_up(keys, params.page_size), longest)
 
     keys, uniform_keys = (
         count_keys(*most) for most in ((_CHUNK_KEYS, _CHUNK_BYTES), (_DECODE_KEYS, _DECODE_BYTES))
     )
-    queries = min(_MAX_QUERIES, round_up_to_power_of_two(len(operands.q)))
-    queries = min(queries, round_up_to_power_of_two(_QUERY_ROWS // operands.q.shape[1] + 1) // 2)
+    queries = min(_MAX_QUERIES, pl.next_power_of_2(len(operands.q)))
+    queries = min(queries, pl.next_power_of_2(_QUERY_ROWS // operands.q.shape[1] + 1) // 2)
     room = chip.vmem_bytes * _USABLE
     while _vmem_bytes(operands, params, keys, max(queries, 1)) > room and queries > 1:
         if keys > 2 * uniform_keys or (queries <= 16 and keys % (2 * params.page_size) == 0):
@@ -138,17 +134,14 @@ def _run(
 
     pages = operands.page_arrays
     buffers = [pltpu.VMEM((2, bp, *x.shape[1:]), x.dtype) for x in pages.values()]
-    arrays = list(pages.values())
     if not params.interpret:  # XLA would copy a pool that fits VMEM there, whole.
-        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+        pages = {n: pltpu.with_memory_space_constraint(x, pltpu.HBM) for n, x in pages.items()}
     learned = {
         name: jnp.broadcast_to(x[..., None], (K, M, LANES))
         for name, x in blocks.repeat_by_row(operands).items()
     }
     width = operands.page_tables.shape[1]
-    statics = PagedKernelStatics(
-        params, blocks.queries, cores, bp, width, tuple(pages), tuple(learned)
-    )
+    statics = PagedKernelStatics(params, blocks.queries, cores, bp, width)
     chunks = -(-M // LANES)
 
     def item(i, c, table):
@@ -157,10 +150,6 @@ def _run(
     def at_item(c, i, table, *_):
         return item(i, c, table), 0, 0, 0
 
-    results = [
-        jax.ShapeDtypeStruct((n + 1, K, M, Hv), params.dtype),
-        jax.ShapeDtypeStruct((n + 1, chunks, K, LANES), jnp.float32),
-    ]
     needed = _vmem_bytes(operands, params, keys, blocks.queries)
     o, lse = pl.pallas_call(
         partial(attend_query_blocks, statics=statics),
@@ -172,8 +161,8 @@ def _run(
                     (None, K, M, H),
                     lambda c, i, table, *_: (jnp.minimum(item(i, c, table), n - 1), 0, 0, 0),
                 ),
-                *(pl.BlockSpec(x.shape, lambda *_: (0, 0, 0)) for x in learned.values()),
-                *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in arrays),
+                dict.fromkeys(learned, pl.BlockSpec((K, M, LANES), lambda *_: (0, 0, 0))),
+                dict.fromkeys(pages, pl.BlockSpec(memory_space=pltpu.HBM)),
             ],
             out_specs=[
                 pl.BlockSpec((None, K, M, Hv), at_item),
@@ -181,13 +170,16 @@ def _run(
             ],
             scratch_shapes=[
                 pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, len(arrays))),
+                pltpu.SemaphoreType.DMA((2, len(pages))),
                 *(pltpu.VMEM((K, M, LANES), jnp.float32) for _ in range(2)),
                 pltpu.VMEM((K, M, Hv), jnp.float32),
                 *buffers,
             ],
         ),
-        out_shape=results,
+        out_shape=[
+            jax.ShapeDtypeStruct((n + 1, K, M, Hv), params.dtype),
+            jax.ShapeDtypeStruct((n + 1, chunks, K, LANES), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             # Of each copy: the table is in range, as the caller promised.
@@ -196,7 +188,7 @@ def _run(
         ),
         interpret=params.interpret,
         name="paged_attention",
-    )(table, operands.page_tables.reshape(-1), count[None], blocks.q, *learned.values(), *arrays)
+    )(table, operands.page_tables.reshape(-1), count[None], blocks.q, learned, pages)
     return o[:n], lse[:n].transpose(0, 2, 1, 3).reshape(n, K, chunks * LANES)[:, :, :M]
 
 

@@ -31,10 +31,6 @@ class PagedKernelStatics(NamedTuple):
     pages: int
     """Pages of a block of keys."""
     table_width: int
-    buffers: tuple[str, ...]
-    """Names of the arrays of pages: side ("k", "v") and part ("codes", "scale", "zero")."""
-    learned: tuple[str, ...]
-    """Names of what is given a row of queries: "slopes", "sinks"."""
 
 
 class PageCopies:
@@ -78,18 +74,18 @@ class PageCopies:
             lax.fori_loop(0, count, wait_page, None)
 
 
-def attend_query_blocks(table, tables, count, q_ref, *refs, statics: PagedKernelStatics) -> None:
-    """One block of queries: all kv heads, over its pages."""
-    refs = list(refs)
-    learned = {name: refs.pop(0) for name in statics.learned}
-    arrays = [refs.pop(0) for _ in statics.buffers]
-    o_ref, lse_ref, slot_ref, semaphores, top_ref, sum_ref, acc_ref, *buffers = refs
+def attend_query_blocks(
+    table, tables, count, q_ref, learned, pages, o_ref, lse_ref, *scratch, statics
+) -> None:
+    """One block of queries: all kv heads, over its pages. Arrays of ``pages`` have a side ("k",
+    "v") and a part ("codes", "scale", "zero"); ``learned`` are the "slopes" and "sinks"."""
+    slot_ref, semaphores, top_ref, sum_ref, acc_ref, *buffers = scratch
     core, step = pl.program_id(0), pl.program_id(1)
     item = step * statics.cores + core
     block, following = (
         QueryBlock.read(table, item + ahead, COLUMNS, 1) for ahead in (0, statics.cores)
     )
-    copies = PageCopies(tables, arrays, buffers, semaphores, statics.table_width)
+    copies = PageCopies(tables, [*pages.values()], buffers, semaphores, statics.table_width)
 
     @pl.when(step == 0)
     def _():
@@ -109,7 +105,7 @@ def attend_query_blocks(table, tables, count, q_ref, *refs, statics: PagedKernel
         top_ref[...] = jnp.full_like(top_ref, _NO_KEY)
         sum_ref[...] = jnp.zeros_like(sum_ref)
     num_blocks = pl.cdiv(block.end_page - block.first_page, statics.pages)
-    named = dict(zip(statics.buffers, buffers, strict=True))
+    named = dict(zip(pages, buffers, strict=True))
 
     def attend_block(j, _):
         slot = slot_ref[0]

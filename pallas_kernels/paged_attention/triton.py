@@ -5,6 +5,7 @@ the row's keys: few rows are split over many programs (Dao et al. 2023, Flash-De
 parts are joined by their log-sum-exps.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
 from pallas_kernels.attention.triton_program import multiply, multiply_transposed, split_head_dim
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
-from pallas_kernels.paged_attention.query_blocks import (
-    QueryBlock,
-    QueryBlocks,
-    attend_in_blocks,
-    round_up_to_power_of_two,
-)
+from pallas_kernels.paged_attention.query_blocks import QueryBlock, QueryBlocks, attend_in_blocks
 
 # Programs that keep a large card busy.
 _PROGRAMS = 256
@@ -56,7 +52,6 @@ class _Statics(NamedTuple):
     Hv: int
     rows: int
     """Rows of a tile of queries, a power of two."""
-    interpret: bool
 
 
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
@@ -67,7 +62,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
         if isinstance(pages, jax.Array) and pages.dtype != q.dtype:
             return False
     group = q.shape[1] // operands.num_kv_heads
-    rows = round_up_to_power_of_two(group * round_up_to_power_of_two(params.queries_each))
+    rows = pl.next_power_of_2(group * pl.next_power_of_2(params.queries_each))
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and max(q.shape[2], params.value_dim) <= 640
@@ -86,7 +81,7 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     longest = operands.page_tables.shape[1] * params.page_size
     programs = max(1, params.num_uniform * K)
     splits = min(max(1, _PROGRAMS // programs), max(1, longest // (4 * keys)))
-    queries = max(1, rows // round_up_to_power_of_two(N // K))
+    queries = max(1, rows // pl.next_power_of_2(N // K))
     return TritonPagedBlocks(queries, keys, splits, 8 if wide > 512 else 4)
 
 
@@ -109,7 +104,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o fp32 [n, K, M, Hv] and lse [n, K, M] of blocks of queries."""
     (n, K, M, H), Hv = blocks.q.shape, params.value_dim
-    rows = max(_MIN_ROWS, round_up_to_power_of_two(M))
+    rows = max(_MIN_ROWS, pl.next_power_of_2(M))
     wide, wide_v = sum(split_head_dim(H)[-1]), sum(split_head_dim(Hv)[-1])
     q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, wide - H)))
     inputs: dict[str, jax.Array] = {
@@ -125,18 +120,11 @@ def _run(
     for name, x in blocks.repeat_by_row(operands).items():
         inputs[name] = jnp.pad(x, ((0, 0), (0, rows - M)))
     width = operands.page_tables.shape[1]
-    statics = _Statics(
-        params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows, bool(params.interpret)
-    )
-    names = tuple(inputs)
-
-    def kernel(*refs):
-        _attend_block(dict(zip(names, refs, strict=False)), *refs[len(names) :], s=statics)
-
+    statics = _Statics(params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows)
     o, lse = pl.pallas_call(
-        kernel,
+        partial(_attend_block, s=statics),
         grid=(n, K, splits),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(inputs),
+        in_specs=[dict.fromkeys(inputs, pl.BlockSpec(memory_space=pl.ANY))],
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_shape=[
             jax.ShapeDtypeStruct((splits, n, K, rows, wide_v), jnp.float32),
@@ -145,7 +133,7 @@ def _run(
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=params.interpret,
         name="paged_attention",
-    )(*inputs.values())
+    )(inputs)
     o, lse = o[..., :M, :Hv], lse[..., :M]
     if splits == 1:
         return o[0], lse[0]
@@ -259,9 +247,9 @@ def _multiply_values(
     if "v_codes" not in refs:
         # The parts of keys and values end at the same places, but for the last.
         parts = split_head_dim(s.Hv)
-        if parts == split_head_dim(s.H)[: len(parts)]:
-            return tuple(multiply(weights.astype(dtype), x) for x in k[: len(parts)])
-        values = _load_keys(refs, slab, place, inside, dtype, s._replace(H=s.Hv))
+        values = k[: len(parts)]
+        if parts != split_head_dim(s.H)[: len(parts)]:
+            values = _load_keys(refs, slab, place, inside, dtype, s._replace(H=s.Hv))
         return tuple(multiply(weights.astype(dtype), x) for x in values)
     shift = None
     if "v_scale" in refs:

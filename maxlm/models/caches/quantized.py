@@ -37,19 +37,50 @@ class QuantizedCache(AttentionCache):
     recent_value: Any
 
     def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
-        """See :class:`AttentionCache`.
+        """See :class:`AttentionCache`. All is written before anything is read: or XLA copies whole
+        pools.
 
         Raises:
             MaxlmError: more than a page of tokens of a row that decodes.
         """
-        width, page = batch.uniform_rows[1], self.recent_key.shape[3]
+        rows, width = batch.uniform_rows
+        split, (num_recent, _, page) = rows * width, self.recent_key.shape[1:4]
         if width > page:
             what = f"{width} tokens a step of a row that decodes, in pages of {page}"
             raise MaxlmError(what, where="cache", fix="guess fewer tokens, or raise page_size")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         kernel = partial(paged_attention, window=window, dtype=dtype, **options)
-        y, cache = _attend_shard(kernel, q, key, value, self, batch, window, sinks)
-        return y.astype(q.dtype), cache
+        lengths, starts, (slots, tables) = batch.kv_lengths, batch.query_starts, batch.pages(window)
+
+        def count_quantized(num_tokens):
+            return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
+
+        first, last = count_quantized(lengths - jnp.diff(starts)), count_quantized(lengths)
+        new, rings = _list_arrays(key, value), _list_arrays(self.recent_key, self.recent_value)
+        sizes = [x.shape[-1] for x in new]
+        new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]
+        q = pad_features(q, rings[0].shape[-1])
+        pools = _list_arrays(self.key, self.value)
+        live, calls = slots < len(self.key.scale) * page, []
+        for write, of, tokens, begins, uniform in (
+            (_write_uniform_rows, slice(rows), slice(split), starts[: rows + 1], (rows, width)),
+            (_write_chunks, slice(rows, None), slice(split, None), starts[rows:] - split, (0, 0)),
+        ):
+            own, bounds = (batch.positions[tokens], live[tokens]), (first[of], last[of])
+            if not len(own[0]):
+                continue
+            rings, part = write(rings, [x[tokens] for x in new], *own, batch, bounds)
+            pools = _write_quantized(pools, part, tables[of], bounds, sizes)
+            call = *_pair(part.pages), part.tables, lengths[of] - bounds[0] * page, begins
+            calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
+        limits = {"uniform_rows": (rows, width), "key_limits": first * page}
+        old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
+        recent = [call() for call in calls]
+        if len(recent) > 1:
+            recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
+        y, _ = merge_attention(old, recent[0])
+        y = y if value is None else y[..., : value.shape[-1]]
+        return y.astype(q.dtype), QuantizedCache(*_pair(pools), *_pair(rings))
 
 
 def quantized_pages_spec(
@@ -112,44 +143,6 @@ class _ExactTokens(NamedTuple):
     """int32 [n, M']: of each row's tokens from its first page that was not quantized on."""
     ripe: jax.Array
     """int32 [n, m]: the pages that may become quantized now, in order."""
-
-
-def _attend_shard(kernel, q, key, value, cache: QuantizedCache, batch, window, sinks):
-    """o [S, N, Hv] in fp32, and the cache. All is written before anything is read: or XLA copies
-    whole pools."""
-    rows, width = batch.uniform_rows
-    split, (num_recent, _, page) = rows * width, cache.recent_key.shape[1:4]
-    lengths, starts, (slots, tables) = batch.kv_lengths, batch.query_starts, batch.pages(window)
-
-    def count_quantized(num_tokens):
-        return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
-
-    first, last = count_quantized(lengths - (starts[1:] - starts[:-1])), count_quantized(lengths)
-    new, rings = _list_arrays(key, value), _list_arrays(cache.recent_key, cache.recent_value)
-    sizes = [x.shape[-1] for x in new]
-    new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]
-    q = pad_features(q, rings[0].shape[-1])
-    pools = _list_arrays(cache.key, cache.value)
-    live, calls = slots < len(cache.key.scale) * page, []
-    for write, of, tokens, begins, uniform in (
-        (_write_uniform_rows, slice(0, rows), slice(0, split), starts[: rows + 1], (rows, width)),
-        (_write_chunks, slice(rows, None), slice(split, None), starts[rows:] - split, (0, 0)),
-    ):
-        own, bounds = (batch.positions[tokens], live[tokens]), (first[of], last[of])
-        if not len(own[0]):
-            continue
-        rings, part = write(rings, [x[tokens] for x in new], *own, batch, bounds)
-        pools = _write_quantized(pools, part, tables[of], bounds, sizes)
-        call = *_pair(part.pages), part.tables, lengths[of] - bounds[0] * page, begins
-        calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
-    limits = {"uniform_rows": (rows, width), "key_limits": first * page}
-    old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
-    recent = [call() for call in calls]
-    if len(recent) > 1:
-        recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
-    y, _ = merge_attention(old, recent[0])
-    y = y if value is None else y[..., : value.shape[-1]]
-    return y, QuantizedCache(*_pair(pools), *_pair(rings))
 
 
 def _write_uniform_rows(rings, new, positions, live, batch, bounds):
