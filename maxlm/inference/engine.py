@@ -216,7 +216,7 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Runs one dispatch; returns what it added to sequences, nothing where none was waiting."""
-        return self._step(max(1, int(self.config.dispatch_seconds / self._step_seconds)))
+        return self._step(max(1, round(self.config.dispatch_seconds / self._step_seconds)))
 
     def _step(self, max_steps: int | None) -> list[SequenceOutput]:
         outputs, self._ended = self._ended, []
@@ -237,13 +237,19 @@ class Engine:
             self._step_seconds = min(seconds, 2 * self._step_seconds)
         return outputs + self._collect(plan, shape, result)
 
-    def run(self, requests: Iterable[GenerationRequest]) -> Iterator[SequenceOutput]:
-        """Yields outputs of some requests as they come, until all have ended. No other request
-        waits meanwhile: dispatches are as long as ``decode_steps`` allows."""
+    def run(
+        self, requests: Iterable[GenerationRequest], *, stream: bool = False
+    ) -> Iterator[SequenceOutput]:
+        """Yields outputs of some requests as they come, until all have ended.
+
+        Args:
+            stream: keep dispatches to ``dispatch_seconds``, for who reads along; otherwise they are
+                as long as ``decode_steps`` allows, once no request waits for another's end.
+        """
         for request in requests:
             self.add_request(request)
         while self.has_work:
-            yield from self._step(None)
+            yield from self.step() if stream or self.scheduler.waiting else self._step(None)
 
     @property
     def adapters(self) -> tuple[str, ...]:

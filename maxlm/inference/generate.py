@@ -41,7 +41,7 @@ def generate(
     engine = Engine(model, params, EngineConfig(**{**room, **settings}), tokenizer, vocab_size)
     for number, prompt in enumerate(prompts):
         engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
-    return engine.run(())
+    return engine.run((), stream=True)
 
 
 def generate_tokens(*args: Any, **kwargs: Any) -> list[list[int]]:

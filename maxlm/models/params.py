@@ -37,7 +37,7 @@ class ParamSpec:
     init: Initializer
     role: Literal["matrix", "table", "vector"]
     """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings,
-    the output head and routers (decayed); vector: norm scales and biases (neither)."""
+    the output head and routers (decayed); vector: norm scales, biases, sinks (neither)."""
     contracting_dims: tuple[int, ...] = ()
     """Dimensions of a matrix summed over with the input; the others index the output."""
     sign_update: bool = False

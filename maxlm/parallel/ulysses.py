@@ -22,7 +22,8 @@ def attend_shard_forward(
     """See :func:`blocks.attend_shard_forward`; n divides N, and log-sum-exps are of all rows in
     sequence order and this device's share of heads, fp32 [B, S, N / n]."""
     q, k, v = _whole_rows(split, q, k, v)
-    o, lse = attention_forward(q, k, v, **_options(split, number, segments, head_terms))
+    own_terms = _own_terms(split, number, head_terms)
+    o, lse = attention_forward(q, k, v, **_options(split, segments, own_terms))
     return _to_rows(o, split), lse
 
 
@@ -34,9 +35,9 @@ def attend_shard_backward(
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
-    options = _options(split, number, segments, head_terms)
-    grads = attention_backward(q, k, v, lse, delta, d_o, **options)
-    d_terms = HeadTerms(sinks=options["sinks"]).gradients(lse, delta, *grads[3:])
+    own_terms = _own_terms(split, number, head_terms)
+    grads = attention_backward(q, k, v, lse, delta, d_o, **_options(split, segments, own_terms))
+    d_terms = own_terms.gradients(lse, delta, *grads[3:])
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads[:3], wire, strict=True))
@@ -65,20 +66,23 @@ def _whole_rows(split: SequenceSplit, q, k, v):
     return tuple(_to_heads(x, split) for x in (q, k, v))
 
 
-def _options(
-    split: SequenceSplit, number: jax.Array, segments: Segments, head_terms: HeadTerms
-) -> Any:
-    """Returns the kernel's arguments, for all rows in order and this device's share of heads."""
+def _own_terms(split: SequenceSplit, number: jax.Array, head_terms: HeadTerms) -> HeadTerms:
+    """Returns those of this device's share of heads."""
 
     def own(x):
         size = len(x) // split.num_shards
         return lax.dynamic_slice_in_dim(x, number * size, size)
 
+    return jax.tree.map(own, head_terms)
+
+
+def _options(split: SequenceSplit, segments: Segments, own_terms: HeadTerms) -> Any:
+    """Returns the kernel's arguments, for all rows in order and this device's share of heads."""
     if segments is not None:
         of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
         segments = _in_order(of_queries, split), _in_order(of_keys, split)
     mask = {"segment_ids": segments, **split.mask_kwargs}
-    return {**mask, **split.score_kwargs(jax.tree.map(own, head_terms))}
+    return {**mask, **split.score_kwargs(own_terms)}
 
 
 def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:

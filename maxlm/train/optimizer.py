@@ -37,7 +37,7 @@ class OptimizerConfig(Config):
     """Added to adamw's denominator: gradients well below it no longer move a parameter."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Share of a parameter's value taken off each step, times the learning rate; on matrices,
-    embeddings and the output head, never on norm scales and biases."""
+    embeddings and the output head, never on norm scales, biases or sinks."""
     clip_norm: float | None = Field(default=1.0, ge=0)
     """Gradients with a larger global norm are scaled down to it; 0 or null: never."""
     momentum: float = Field(default=0.95, ge=0, lt=1)

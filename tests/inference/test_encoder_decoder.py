@@ -25,7 +25,7 @@ BOTH: dict[str, Any] = {
     "d_model": 20,
     "max_seq_len": 64,
     "start_id": 4,
-    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "sinks": True},
     "mlp": {"d_ff": 28},
     "positions": {"kind": "relative", "buckets": 8, "max_distance": 20},
     "init_std": 0.5,

@@ -38,7 +38,7 @@ STEPS: list[tuple[dict[int, int], dict[int, int]]] = [
 OPTIONS: dict[str, Any] = {
     "gqa": {},
     "mqa": {"heads": (4, 1)},
-    "mla": {"heads": (4, 1), "value_dim": 5},
+    "mla": {"heads": (4, 1), "value_dim": 5, "sinks": np.array([1.0, 4.0, -2.0, 0.3], np.float32)},
     "window": {"window": 9},
     "cap, slopes": {"soft_cap": 2.0, "slopes": np.array([0.5, 0.1, 0.02, 0.3], np.float32)},
     "sinks": {"sinks": np.array([0.5, -2.0, 1.5, 3.0], np.float32), "window": 11},
@@ -327,7 +327,7 @@ def test_eight_devices_answer_alike(mesh, name):
 @pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
 def test_devices_that_hold_all_keys_answer_alike(mesh, one_device_mesh, kind):
     config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
-    case = Case(config, **OPTIONS["cap, slopes"])
+    case = Case(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
     _, expected, known, _ = case.run(one_device_mesh, STEPS)
     _, found, _, _ = replace(case, whole_keys=True).run(mesh(tensor=2), STEPS)
     check(found[0], expected[0], known)

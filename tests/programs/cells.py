@@ -41,7 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
     "gqa_window": _BASE
-    | {"vocab_size": 88, "attention": _HEADS | {"window": 7}, "mlp": {"d_ff": 48}, "remat": "none"},
+    | {
+        "vocab_size": 88,
+        "attention": _HEADS | {"window": 7, "sinks": True},
+        "mlp": {"d_ff": 48},
+        "remat": "none",
+    },
     "moe": _BASE
     | {
         "vocab_size": 56,
@@ -64,7 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
     LATENT: _BASE
     | {
         "num_layers": 3,
-        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10}
+        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "sinks": True}
         | {"latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}},
         "mlp": {"d_ff": 48},
         "moe": _EXPERTS,
