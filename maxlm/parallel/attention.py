@@ -126,7 +126,7 @@ def _backward(rules, split, saved, d_o):
             d_q, d_k, d_v, *d_biases = attention_backward(
                 q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options
             )
-            d_terms = head_terms.gradients(lse, delta, *d_biases)
+            d_terms = head_terms.compute_gradients(lse, delta, *d_biases)
         d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
         d_terms = lax.psum(d_terms, at.tokens) if at.tokens else d_terms
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_terms

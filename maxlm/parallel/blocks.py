@@ -76,7 +76,7 @@ def attend_shard_backward(
     arrays = q, lse, delta, d_o
     queries = _Queries(split, number, q_segments, *arrays, head_terms=head_terms)
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
-    d_terms = head_terms.gradients(lse, delta, *d_biases)
+    d_terms = head_terms.compute_gradients(lse, delta, *d_biases)
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_terms
 
 

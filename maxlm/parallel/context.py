@@ -57,8 +57,8 @@ class SequenceSplit(NamedTuple):
     def mask_kwargs(self) -> dict[str, Any]:
         return {"causal": self.causal, "window": self.window}
 
-    def score_kwargs(self, terms: "HeadTerms") -> dict[str, Any]:
-        return {"scale": self.scale, "soft_cap": self.soft_cap, **terms._asdict()}
+    def score_kwargs(self, head_terms: "HeadTerms") -> dict[str, Any]:
+        return {"scale": self.scale, "soft_cap": self.soft_cap, **head_terms._asdict()}
 
     @property
     def chunks_per_device(self) -> int:
@@ -92,14 +92,17 @@ class HeadTerms(NamedTuple):
     """Each query head's own terms of the softmax, fp32; or None."""
 
     slopes: jax.Array | None = None
-    """[N], constants, added to scores times the distance of query and key."""
+    """[N], constants; times the distance of query and key, subtracted from scores."""
     biases: jax.Array | None = None
-    """[N, 2R + 1], with gradients, added by distance."""
+    """[N, 2R + 1], with gradients; added to scores by distance."""
     sinks: jax.Array | None = None
     """[N], with gradients: a logit beside the scores."""
 
-    def gradients(self, lse: jax.Array, delta: jax.Array, d_biases: Any = None) -> "HeadTerms":
-        """Returns gradients of these, from log-sum-exps and ``compute_row_delta`` [B, S, N]."""
+    def compute_gradients(
+        self, lse: jax.Array, delta: jax.Array, d_biases: jax.Array | None = None
+    ) -> "HeadTerms":
+        """Returns gradients of these, from log-sum-exps and ``compute_row_delta``, fp32 [B, S, N],
+        and those of biases."""
         own = None if self.sinks is None else sink_gradient(self.sinks, lse, delta)
         return HeadTerms(None, d_biases, own)
 

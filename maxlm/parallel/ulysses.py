@@ -37,7 +37,7 @@ def attend_shard_backward(
     q, k, v = _whole_rows(split, q, k, v)
     own_terms = _own_terms(split, number, head_terms)
     grads = attention_backward(q, k, v, lse, delta, d_o, **_options(split, segments, own_terms))
-    d_terms = own_terms.gradients(lse, delta, *grads[3:])
+    d_terms = own_terms.compute_gradients(lse, delta, *grads[3:])
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads[:3], wire, strict=True))

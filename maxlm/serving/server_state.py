@@ -100,11 +100,11 @@ class ServerState:
     ) -> list[tuple[int, ...]]:
         """Returns the ids of prompts that may be texts or ids already; checks these."""
 
-        def encode() -> list[tuple[int, ...]]:
+        def encode_all() -> list[tuple[int, ...]]:
             read = partial(self.encode_prompt, allow_special=allow_special)
             return [tuple(read(each) if isinstance(each, str) else each) for each in prompts]
 
-        found = await asyncio.to_thread(encode)
+        found = await asyncio.to_thread(encode_all)
         last = self.tokenizer.vocab_size - 1
         for tokens in found:
             if not tokens:

@@ -140,6 +140,22 @@ def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window
     assert engine.stats().num_pages < 3 * 48 / 4
 
 
+def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
+    """With no time for a second step, a measured dispatch has one of them."""
+    engine = make_engine(llama, dispatch_seconds=1e-9, max_sequences=2)
+
+    def sizes(num_requests: int, **options) -> list[int]:
+        requests = make_requests(PROMPTS[:num_requests], GREEDY, ignore_eos=True)
+        own = [len(o.token_ids) for o in engine.run(requests, **options) if o.request_id == "0"]
+        assert sum(own) == 9
+        return own
+
+    sizes(1, stream=True)
+    assert max(sizes(1, stream=True)) == 1
+    assert sizes(1) == [1, 4, 4]
+    assert max(sizes(3)) == 1  # the third request waits for the first two
+
+
 def test_log_probabilities_are_the_model_s_own(llama):
     options = {"top_logprobs": 3, "prompt_logprobs": 2}
     requests = make_requests(PROMPTS, SAMPLED.model_copy(update={"temperature": 0.2}), **options)

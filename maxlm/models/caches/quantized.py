@@ -52,10 +52,13 @@ class QuantizedCache(AttentionCache):
         kernel = partial(paged_attention, window=window, dtype=dtype, **options)
         lengths, starts, (slots, tables) = batch.kv_lengths, batch.query_starts, batch.pages(window)
 
-        def count_quantized(num_tokens):
+        def count_quantized_pages(num_tokens):
             return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
 
-        first, last = count_quantized(lengths - jnp.diff(starts)), count_quantized(lengths)
+        first, last = (
+            count_quantized_pages(lengths - jnp.diff(starts)),
+            count_quantized_pages(lengths),
+        )
         new, rings = _list_arrays(key, value), _list_arrays(self.recent_key, self.recent_value)
         sizes = [x.shape[-1] for x in new]
         new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]

@@ -359,7 +359,7 @@ def declare_sinks(config: AttentionConfig) -> nnx.Param | None:
 
 
 def read_sinks(layer: Any) -> jax.Array | None:
-    """Returns a layer's sinks in fp32, by heads."""
+    """Returns a layer's sinks [N] in fp32 or wider, split as heads are; None: it has none."""
     wide = accumulation_dtype(layer.out.dtype)
     return None if layer.sinks is None else materialize(layer.sinks, layer.rules, wide)
 
