@@ -1,7 +1,7 @@
 """A model on the devices: its parameters, its caches, and the programs that advance them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from maxlm.inference.sequences import PageCopy, RunningSequence
 from maxlm.inference.step import EngineState, StepInputs, StepOutputs, StepSizes, run_step
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.params import Params, bind
-from maxlm.parallel.local import map_shards
+from maxlm.parallel.local import axis_size, map_shards
 
 MAX_PAGE_COPIES = 8
 """Pages that one call of :func:`copy_pages` copies."""
@@ -40,6 +40,7 @@ class ModelRunner:
     """A and B beside the parameters, which change in place."""
 
     def __post_init__(self) -> None:
+        self.layout = replace(self.layout, head_ways=axis_size(self.model.rules.heads))
         self.params = prepare_params(self.model, self.params)
         self.state = allocate_state(self.model, self.layout, self.max_length)
 

@@ -92,13 +92,18 @@ def place_model(
     rules = [own.for_mesh(sizes) for own in rules]
     if training is None:
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
+        ways = prod(sizes[axis] for axis in sharding.compute.heads)
+        if config.attention is not None and config.attention.num_kv_heads < ways:
+            whole["kv_heads"] = ()  # pages are split all the same, with copies of them
         rules = [own.model_copy(update=whole) for own in rules]
     storage, gradients, optimizer, compute = rules
     check_activation_rules(compute)
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
-        check_requirements(require_keys_beside_queries(compute, sizes))
+        if (own := config.attention) is not None:
+            heads = own.num_heads, own.num_kv_heads
+            check_requirements(require_keys_beside_queries(*heads, compute, sizes))
     else:
         shape = (sizes, training, compute)
         check_requirements(require_trainable(config, sharding, parallel, *shape))

@@ -125,18 +125,9 @@ def require_context(
         rules: compute rules.
         sizes: mesh axis → devices.
     """
-    yield from require_keys_beside_queries(rules, sizes)
-    seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
-    shares, kv_shares, ways = (
-        prod(sizes[axis] for axis in axes) for axes in (heads, kv_heads, seq)
-    )
-    kv_whole, where = np.equal(kv_shares, 1), "sharding.compute.kv_heads"
-    own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
-    aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
-    what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
-    fix = f"split heads over a multiple or a divisor of {num_kv_heads} devices"
-    refuse = partial(MaxlmError, what, where=where, fix=fix)
-    yield Requirement(np.logical_not(kv_whole) | aligned, refuse)
+    yield from require_keys_beside_queries(num_heads, num_kv_heads, rules, sizes)
+    seq, heads = rules.mesh_axes("seq"), rules.mesh_axes("heads")
+    shares, ways = (prod(sizes[axis] for axis in axes) for axes in (heads, seq))
     alone = np.equal(ways, 1)
     divides = seq_len % (ways * (2 if balanced else 1)) == 0
     yield Requirement(alone | divides, partial(_length_error, seq_len, ways, balanced))
@@ -149,9 +140,10 @@ def require_context(
 
 
 def require_keys_beside_queries(
-    rules: AxisRules, sizes: Mapping[str, Any]
+    num_heads: int, num_kv_heads: int, rules: AxisRules, sizes: Mapping[str, Any]
 ) -> Iterator[Requirement]:
-    """Requires that kv heads are split as query heads are, or whole."""
+    """Requires that kv heads are split as query heads are, or whole beside whole groups of them, or
+    parts of one."""
     heads, kv_heads = rules.mesh_axes("heads"), rules.mesh_axes("kv_heads")
     differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
     whole = np.equal(prod(sizes[axis] for axis in kv_heads), 1)
@@ -160,6 +152,13 @@ def require_keys_beside_queries(
     yield Requirement(
         whole | np.equal(differing, 1), partial(MaxlmError, what, where=where, fix=fix)
     )
+    own = num_heads // prod(sizes[axis] for axis in heads)
+    group = max(num_heads // num_kv_heads, 1)
+    aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
+    what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
+    fix = f"split heads over a multiple or a divisor of {num_kv_heads} devices"
+    refuse = partial(MaxlmError, what, where=where, fix=fix)
+    yield Requirement(np.logical_not(whole) | aligned, refuse)
 
 
 def _named(axes: Axes, sizes: Mapping[str, int]) -> str:

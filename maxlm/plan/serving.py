@@ -22,6 +22,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -133,7 +134,8 @@ class ServedModel:
         sharding = run.sharding.model_copy(update={"compute": placed.compute})
         self.work = copy(work)
         self.work.config = run.model_copy(update={"sharding": sharding})
-        self.layer_caches = count_layer_caches(placed.model, cache, platform)
+        ways = prod(sizes[axis] for axis in placed.compute.heads)
+        self.layer_caches = count_layer_caches(placed.model, cache, platform, ways)
         """Caches of layers, and the number of layers that have each."""
         self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
         usual = select_matmul_dtype(chip, work.dtype_bytes)
@@ -247,16 +249,13 @@ class ServedModel:
         heads, flops = {stack.name: stack.heads() for stack in self.work.stacks}, 0.0
         for layer, num_layers in self.layer_caches.items():
             if (own := heads[layer.stack]) is not None:
-                # A device with all keys of several heads attends for all heads.
-                width, axis = own.head_dim + own.value_dim, "kv_heads"
-                if own.num_kv_heads == 1 or layer.specs.value is None:
-                    axis = "heads"
+                width = own.head_dim + own.value_dim
                 if layer.specs.value is None:  # it is a part of the key
                     vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
                     width = 2 * vector - own.shared_key_dim
                 tokens = min(context, layer.window or context)
                 one = 2 * num_layers * own.num_heads * width * tokens
-                flops += one / float(self._count_shards((axis,)))
+                flops += one / float(self._count_shards(("heads",)))
         return flops
 
 

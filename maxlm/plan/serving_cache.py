@@ -33,13 +33,13 @@ class LayerCache(NamedTuple):
 
 
 def count_layer_caches(
-    model: Decoder, cache: CacheFormat = "auto", platform: str = "cpu"
+    model: Decoder, cache: CacheFormat = "auto", platform: str = "cpu", head_ways: int = 1
 ) -> Counter[LayerCache]:
     """Counts the layers that have each cache, by :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     multiple = choose_feature_multiple(platform)
     page = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
-    layout = CacheLayout(1, 1, 1, page, cache=config, feature_multiple=multiple)
+    layout = CacheLayout(1, 1, 1, page, None, config, head_ways, multiple)
     specs = model.cache_specs(layout)
     return Counter(
         LayerCache(part.name, kind.window, own, model.dtype, page)

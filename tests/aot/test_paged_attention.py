@@ -173,7 +173,7 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
     multiple = choose_feature_multiple(device.platform)
     layout = CacheLayout(1, ROWS, P, page, cache=config, feature_multiple=multiple)
     latent, F = "value_dim" in static, R - ROWS
-    specs = kv_cache_spec(layout, window, (K, H), None if latent else (K, Hv), None)
+    specs = kv_cache_spec(layout, window, K, H, None if latent else Hv)
 
     def like(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)

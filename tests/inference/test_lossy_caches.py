@@ -83,11 +83,12 @@ class Case:
             pages,
             self.page,
             cache=self.config,
+            head_ways=prod(mesh.shape[axis] for axis in rules.heads),
             feature_multiple=self.feature_multiple,
         )
         shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
-        values = None if self.value_dim else (K, self.size)
-        spec = kv_cache_spec(layout, self.window, (K, self.size), values, "kv_heads")
+        value_size = None if self.value_dim else self.size
+        spec = kv_cache_spec(layout, self.window, K, self.size, value_size)
         options = {name: getattr(self, name) for name in ("window", "soft_cap", "scale")}
         options |= {
             name: getattr(self, name) for name in ("slopes", "biases", "sinks", "value_dim")
@@ -139,7 +140,7 @@ class Case:
                         out[:, row, place] = y[:, at]
                 for row, new in (*decode.items(), *chunks.items()):
                     known[row] += new
-        return (q, k, v if values else k[..., : self.value_dim]), out, known, cache
+        return (q, k, v if value_size else k[..., : self.value_dim]), out, known, cache
 
     def weigh(self, q, k, at, keys_at, head) -> np.ndarray:
         """Softmax weights [G, T, S] of one kv head's queries [T, G, H]; keys -1 are none."""
@@ -324,12 +325,13 @@ def test_eight_devices_answer_alike(mesh, name):
         check(found[d], own, known)
 
 
+@pytest.mark.parametrize("tensor", [2, 4])  # of 2 kv heads
 @pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
-def test_devices_that_hold_all_keys_answer_alike(mesh, one_device_mesh, kind):
+def test_devices_that_compute_all_keys_answer_alike(mesh, one_device_mesh, kind, tensor):
     config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
     case = Case(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
     _, expected, known, _ = case.run(one_device_mesh, STEPS)
-    _, found, _, _ = replace(case, whole_keys=True).run(mesh(tensor=2), STEPS)
+    _, found, _, _ = replace(case, whole_keys=True).run(mesh(tensor=tensor), STEPS)
     check(found[0], expected[0], known)
 
 
@@ -342,7 +344,7 @@ def test_caches_hold_as_much_as_promised():
     sizes = {}
     for kind in ("paged", "int8", "int4"):
         layout = CacheLayout(1, 3, 10, 32, cache=parse(kind=kind))
-        sizes[kind] = kv_cache_spec(layout, None, (5, 64), (5, 64), None)
+        sizes[kind] = kv_cache_spec(layout, None, 5, 64, 64)
     token = {kind: count_bytes(spec, "page") / 320 for kind, spec in sizes.items()}
     assert token["paged"] == 2 * 2 * 5 * 64
     assert token["int8"] / token["paged"] <= 0.53
@@ -351,7 +353,7 @@ def test_caches_hold_as_much_as_promised():
     assert count_bytes(sizes["int8"], "row") == 3 * 128 * token["paged"]
     for config in EVICTING.values():
         layout = CacheLayout(1, 3, 10, 32, cache=config)
-        spec = kv_cache_spec(layout, None, (5, 64), (5, 64), None)
+        spec = kv_cache_spec(layout, None, 5, 64, 64)
         beside = 4 if config.kind == "sinks" else 8
         assert count_bytes(spec, "page") == 0
         assert count_bytes(spec, "row") == 3 * config.budget * 5 * (2 * 2 * 64 + beside)
@@ -414,9 +416,7 @@ def test_settings_that_cannot_be_meant():
     ):
         assert said in message(lambda s=settings: parse(**s))
     layout = CacheLayout(1, 1, 2, 7, cache=parse(kind="int4"))
-    assert "page_size=7 is odd" in message(
-        lambda: kv_cache_spec(layout, None, (1, 8), (1, 8), None)
-    )
+    assert "page_size=7 is odd" in message(lambda: kv_cache_spec(layout, None, 1, 8, 8))
     assert EngineConfig.model_validate({"cache": {"kind": "int4"}}).page_size == 64
     assert EngineConfig().page_size == 16
 

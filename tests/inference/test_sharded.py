@@ -3,9 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
@@ -19,7 +23,7 @@ from maxlm.models.placement import place_model
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
-from tests.inference.conftest import CONFIGS
+from tests.inference.conftest import CONFIGS, Tiny
 
 PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7], list(range(20)), [4, 4, 4, 4], [3]]  # on 4 shards
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
@@ -81,15 +85,14 @@ def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
         assert ours.is_greedy == wanted.is_greedy
 
 
-def test_caches_stay_split_and_are_never_sent(sharded, eight):
-    engine = Engine(sharded.model, sharded.params, EngineConfig(**SMALL))
+def check_split_caches(engine, shard):
+    """A layer's pages of keys have shards of this shape, and no step sends keys or values."""
     shape = engine._inputs.list_shapes()[0]
-    with jax.set_mesh(eight):
+    with jax.set_mesh(engine.mesh):
         key = engine._runner.state.caches["layers"][0].key
-        assert key.shape == (4, 17, 2, 4, 6)
-        assert {s.data.shape for s in key.addressable_shards} == {(1, 17, 1, 4, 6)}
+        assert {s.data.shape for s in key.addressable_shards} == {shard}
         given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {})
-        sizes = engine._layout, engine._windows, engine.vocab_size
+        sizes = engine._runner.layout, engine._windows, engine.vocab_size
         step = run_step.lower(
             engine.model, shape, *sizes, engine._runner.params, engine._runner.state, given
         ).compile()
@@ -97,6 +100,32 @@ def test_caches_stay_split_and_are_never_sent(sharded, eight):
     assert sent  # the regular expression finds something: results of split maps
     # Neither a cache nor the new keys and values: [..., heads, ..., 6].
     assert [shape for shape in sent if re.fullmatch(r"(\d+,)+6", shape)] == []
+
+
+def test_caches_stay_split_and_are_never_sent(sharded):
+    engine = Engine(sharded.model, sharded.params, EngineConfig(**SMALL))
+    check_split_caches(engine, (1, 17, 1, 4, 6))
+
+
+def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
+    """Four devices have copies of two kv heads, one each; forward passes without a cache too."""
+    attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
+    one, eight = (
+        build_tiny("llama", mesh(), vocab_size=64, attention=attention),
+        mesh(data=2, tensor=4),
+    )
+    how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
+    placed = place_model(one.model.config, *how, training=None)
+    held = jax.device_put(jax.device_get(one.params), NamedSharding(eight, PartitionSpec()))
+    four = Tiny(placed.model, held)
+    assert tokens(four, GREEDY) == tokens(one, GREEDY)
+    engine = Engine(four.model, four.params, EngineConfig(**SMALL))
+    check_split_caches(engine, (1, 17, 1, 4, 6))
+    ours, wanted = (
+        Embedder(own.model, own.params, m, 20).embed(PROMPTS[:3])
+        for own, m in ((four, eight), (one, mesh()))
+    )
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
 def test_keys_that_lie_apart_from_their_queries_are_refused():

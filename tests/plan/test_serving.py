@@ -115,6 +115,12 @@ def test_windows_keep_their_pages_alone():
     assert count_sequence_bytes({local: 1}, 5000) == 128 * token + pages * page
 
 
+@pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
+def test_devices_keep_one_kv_head_each_where_there_are_fewer(tensor, heads):
+    served = place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=tensor)  # 48 layers, 4 of 128
+    assert served.count_cache_bytes(64) == 2 * 48 * heads * 128 * 2 * 64
+
+
 def test_a_state_is_of_one_size():
     state = RecurrentCache(CacheArraySpec((1, 1, 7), ("batch", None, "state")))
     stack = SimpleNamespace(name="layers", kinds=[SimpleNamespace(window=None)])
@@ -217,5 +223,5 @@ def test_what_cannot_be():
         with pytest.raises(MaxlmError, match=words):
             search_serving(load(name), one, options)
     eight = Machine.from_name("h100x8")
-    with pytest.raises(MaxlmError, match="kv_heads=1 does not divide"):
-        search_serving(load("gemma3_1b"), eight, tensor=2)
+    with pytest.raises(MaxlmError, match="heads=9 does not divide"):
+        search_serving(load("smollm2_135m"), eight, tensor=8)

@@ -1,6 +1,7 @@
 """The cache of a layer of attention, as the layout says."""
 
 from functools import partial
+from math import lcm
 
 import jax.numpy as jnp
 
@@ -14,33 +15,34 @@ from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quan
 def kv_cache_spec(
     layout: CacheLayout,
     window: int | None,
-    key_shape: tuple[int, int],
-    value_shape: tuple[int, int] | None,
-    heads_axis: str | None,
+    num_heads: int,
+    key_size: int,
+    value_size: int | None,
 ) -> AttentionCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
 
     Args:
-        key_shape, value_shape: (heads, size); no values: they are part of the keys.
-        heads_axis: the heads' logical axis.
+        value_size: None: all query heads share one head of keys, of which values are a part.
 
     Raises:
         MaxlmError: pages that int4 codes do not fit in.
     """
     config, shards, rows = layout.cache, layout.num_shards, layout.num_rows
-    shapes = [key_shape] if value_shape is None else [key_shape, value_shape]
-    no_value = [None] * (2 - len(shapes))
-    axes = ("batch", None, heads_axis, None, None)
+    sizes = [key_size] if value_size is None else [key_size, value_size]
+    no_value = [None] * (2 - len(sizes))
+    axes = ("batch", None, None if no_value else "kv_heads", None, None)
     if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
         room = min(config.budget, window or config.budget)
-        kept = [CacheArraySpec((shards, rows, n, room, size), axes) for n, size in shapes]
+        kept = [CacheArraySpec((shards, rows, num_heads, room, size), axes) for size in sizes]
         key, value = [*kept, *no_value]
-        each = partial(CacheArraySpec, (shards, rows, key_shape[0], room), axes[:-1])
+        each = partial(CacheArraySpec, (shards, rows, num_heads, room), axes[:-1])
         scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
         return EvictingCache(key, value, each(jnp.int32), scores, config)
+    if not no_value:
+        num_heads, axes = lcm(num_heads, layout.head_ways), (*axes[:2], "heads", *axes[3:])
     page, multiple, pages = layout.page_size, layout.feature_multiple, []
-    for heads, size in shapes:
-        shape = shards, layout.count_pages(window), heads, page, -(-size // multiple) * multiple
+    for size in sizes:
+        shape = shards, layout.count_pages(window), num_heads, page, -(-size // multiple) * multiple
         pages.append(CacheArraySpec(shape, axes, unit="page", window=window))
     if isinstance(config, PagedCacheConfig):
         return PagedCache(*pages, *no_value)

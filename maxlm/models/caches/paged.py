@@ -1,14 +1,15 @@
 """Attention over a cache on a mesh, and pages of keys and values in the compute dtype."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from math import lcm
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import reshard
 
 from maxlm.models.caches.ragged import RaggedBatch, run_rows
-from maxlm.parallel.local import map_shards
+from maxlm.parallel.local import axis_size, map_shards
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_forward
 from pallas_kernels.paged_attention import paged_attention, write_pages
@@ -18,6 +19,8 @@ class AttentionCache:
     """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
 
     key: Any
+    copies_heads: ClassVar[bool] = False
+    """Whether it is split as query heads are, with copies of fewer kv heads."""
 
     def attend_shard(
         self,
@@ -65,9 +68,12 @@ class AttentionCache:
             return jax.tree.map(lambda x: x[None], found)
 
         split = rules.spec("batch", None, "heads")
-        if (self.key if key is None else key).shape[-2] > 1 and not rules.mesh_axes("kv_heads"):
-            # A device has all keys, not only those of its own queries: it attends for all heads.
-            rules = rules.model_copy(update={"heads": ()})
+        if rules.heads and not rules.kv_heads:  # devices have all keys, not only their queries' own
+            if self.copies_heads and key is not None and value is not None:
+                key, value = copy_kv_heads(key, rules), copy_kv_heads(value, rules)
+                rules = rules.model_copy(update={"kv_heads": rules.heads})
+            elif (self.key if key is None else key).shape[-2] > 1:
+                rules = rules.model_copy(update={"heads": ()})  # each attends for all heads
         heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
         keys = rules.spec("batch", None, "kv_heads")
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
@@ -90,6 +96,7 @@ class PagedCache(AttentionCache):
     key: Any
     value: Any
     """None: a token's value is the beginning of its key."""
+    copies_heads = True
 
     def attend_shard(self, q, key, value, batch, rules, *, window, **options):
         """See :class:`AttentionCache`."""
@@ -125,6 +132,14 @@ class CrossCache(AttentionCache):
             return None, attention_forward(q, own.key, own.value, **how)[0]
 
         return run_rows(advance, self, q, batch)[1], self
+
+
+def copy_kv_heads(x: jax.Array, rules: AxisRules) -> jax.Array:
+    """Copies kv heads x [D, S, K, H], whole on each device, to the first number that divides over
+    the devices of query heads, and splits them so."""
+    copies = lcm(x.shape[2], axis_size(rules.heads)) // x.shape[2]
+    x = jnp.repeat(x, copies, axis=2, out_sharding=rules.spec("batch"))
+    return reshard(x, rules.spec("batch", None, "heads"))
 
 
 def pad_features(x: jax.Array, size: int) -> jax.Array:

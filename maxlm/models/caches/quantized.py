@@ -35,6 +35,7 @@ class QuantizedCache(AttentionCache):
     recent_key: Any
     """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place i mod n."""
     recent_value: Any
+    copies_heads = True
 
     def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
         """See :class:`AttentionCache`. All is written before anything is read: or XLA copies whole

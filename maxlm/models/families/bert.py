@@ -1,11 +1,8 @@
 """BERT (Devlin et al. 2019, arXiv 1810.04805) with its head for masked tokens."""
 
-from typing import Any
-
 from maxlm.models.families import fields, gpt2
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.names import copy, map_linear, map_linears, map_norm
-from maxlm.models.families.reader import ConfigReader
 
 L = "bert.encoder.layer.{layer}"
 E, HEAD = "bert.embeddings", "cls.predictions"
@@ -25,10 +22,6 @@ TABLE = {
     f"{HEAD}.bias": copy("head_bias", f"{HEAD}.decoder.bias"),
 }
 POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
-
-
-def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    settings["head_activation"] = settings["mlp"]["activation"]
 
 
 BERT = ModelFamily(
@@ -54,7 +47,7 @@ BERT = ModelFamily(
         "embedding_norm": True,
         "head_bias": True,
     },
-    read_extra=_read,
+    read_extra=lambda _, settings: settings.update(head_activation=settings["mlp"]["activation"]),
     # Position numbers, and the head of the task that was trained beside.
     ignored_tensors=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
     suffix_aliases={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},

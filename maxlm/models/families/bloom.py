@@ -37,10 +37,6 @@ TABLE = {
 }
 
 
-def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    reader.read_implemented("n_inner", None, settings["mlp"]["d_ff"])
-
-
 def _falcon_table(config: Any) -> NameTable:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     if config.placement == "parallel":
@@ -98,7 +94,7 @@ BLOOM = ModelFamily(
         "positions.kind": "alibi",
         "embedding_norm": True,
     },
-    read_extra=_read,
+    read_extra=lambda reader, own: reader.read_implemented("n_inner", None, own["mlp"]["d_ff"]),
     prefix="transformer.",
     ignored_keys=[
         "attention_softmax_in_fp32",

@@ -198,8 +198,8 @@ class Attention(nnx.Module):
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
         """A layer's cache; see :mod:`maxlm.models.caches`."""
-        sizes = self.config.num_kv_heads, self.config.head_dim
-        return kv_cache_spec(layout, window, sizes, sizes, "kv_heads")
+        size = self.config.head_dim
+        return kv_cache_spec(layout, window, self.config.num_kv_heads, size, size)
 
     def costs(self, kv_input: FeatureKind = "residual") -> LayerCosts:
         """Counts costs of one layer whose keys and values are made of ``kv_input``; see
@@ -330,7 +330,7 @@ class LatentAttention(nnx.Module):
         """A layer's cache of vectors with the shared rotary keys behind them; attention's values
         are the vectors."""
         size = self.latent.kv_rank + self.latent.rotary_dim
-        return kv_cache_spec(layout, window, (1, size), None, None)
+        return kv_cache_spec(layout, window, 1, size, None)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
