@@ -108,7 +108,7 @@ def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> Engine
     """Returns empty caches, in their compute layout on the current mesh.
 
     Raises:
-        MaxlmError: kv heads that do not divide over their mesh axes.
+        MaxlmError: dimensions that do not divide over their mesh axes.
     """
     specs = state_specs(model, layout, input_length)
     return jax.tree.map(lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs)

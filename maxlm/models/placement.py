@@ -82,7 +82,8 @@ def place_model(
 
     Args:
         training: None where the model is to generate: a row's tokens come one at a time through
-            all layers, so that neither is split.
+            all layers, so that neither is split; kv heads that do not divide are whole, while pages
+            have copies of them and are split.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, too much unsharded.
@@ -93,8 +94,8 @@ def place_model(
     if training is None:
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
         ways = prod(sizes[axis] for axis in sharding.compute.heads)
-        if config.attention is not None and config.attention.num_kv_heads < ways:
-            whole["kv_heads"] = ()  # pages are split all the same, with copies of them
+        if config.attention is not None and config.attention.num_kv_heads % ways:
+            whole["kv_heads"] = ()
         rules = [own.model_copy(update=whole) for own in rules]
     storage, gradients, optimizer, compute = rules
     check_activation_rules(compute)

@@ -142,8 +142,8 @@ def require_context(
 def require_keys_beside_queries(
     num_heads: int, num_kv_heads: int, rules: AxisRules, sizes: Mapping[str, Any]
 ) -> Iterator[Requirement]:
-    """Requires that kv heads are split as query heads are, or whole beside whole groups of them, or
-    parts of one."""
+    """Requires that kv heads are split as query heads are, or whole where each device's query heads
+    are whole groups, or lie within one."""
     heads, kv_heads = rules.mesh_axes("heads"), rules.mesh_axes("kv_heads")
     differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
     whole = np.equal(prod(sizes[axis] for axis in kv_heads), 1)
@@ -152,9 +152,9 @@ def require_keys_beside_queries(
     yield Requirement(
         whole | np.equal(differing, 1), partial(MaxlmError, what, where=where, fix=fix)
     )
-    own = num_heads // prod(sizes[axis] for axis in heads)
-    group = max(num_heads // num_kv_heads, 1)
-    aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0)
+    shares, group = prod(sizes[axis] for axis in heads), max(num_heads // num_kv_heads, 1)
+    own = num_heads // shares
+    aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0) | (num_heads % shares != 0)
     what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
     fix = f"split heads over a multiple or a divisor of {num_kv_heads} devices"
     refuse = partial(MaxlmError, what, where=where, fix=fix)

@@ -131,12 +131,15 @@ class ServedModel:
         dtype = resolve_compute_dtype(run.compute_dtype, platform)
         placed = place_run(run, sizes, dtype, for_training=False)
         assert isinstance(placed.model, Decoder)
-        sharding = run.sharding.model_copy(update={"compute": placed.compute})
+        rules = {"storage": placed.storage, "compute": placed.compute}
+        sharding = run.sharding.model_copy(update={"gradients": None, "optimizer": None, **rules})
         self.work = copy(work)
         self.work.config = run.model_copy(update={"sharding": sharding})
         ways = prod(sizes[axis] for axis in placed.compute.heads)
         self.layer_caches = count_layer_caches(placed.model, cache, platform, ways)
         """Caches of layers, and the number of layers that have each."""
+        self.unsplit_caches = count_layer_caches(placed.model, cache, platform)
+        """Those of a replica of one device, where no head is twice."""
         self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
         usual = select_matmul_dtype(chip, work.dtype_bytes)
         self.matmul_dtype = options.weights if options.weights in chip.peak_flops else usual
@@ -286,9 +289,9 @@ class ServingPlan:
     memory: dict[str, float]
     """Bytes of a device: parts, in all, and what there is."""
     token_cache_bytes: float
-    """Bytes that one more token takes on a replica's devices together, before a window is full."""
+    """Bytes that one more token takes before a window is full, each head once."""
     sequence_cache_bytes: float
-    """Bytes of a finished request's caches there, one copy."""
+    """Bytes of a finished request's caches, likewise."""
     max_batch: int
     """Sequences that fit, on all devices together."""
     fits: bool
@@ -326,8 +329,8 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
         cache=served.cache,
         options=options,
         memory=memory,
-        token_cache_bytes=count_token_bytes(served.layer_caches),
-        sequence_cache_bytes=count_sequence_bytes(served.layer_caches, options.length),
+        token_cache_bytes=count_token_bytes(served.unsplit_caches),
+        sequence_cache_bytes=count_sequence_bytes(served.unsplit_caches, options.length),
         max_batch=most * replicas,
         fits=point.batch <= most * replicas,
         meets_targets=point.tpot_seconds <= longest and 1e3 * first <= (options.ttft_ms or np.inf),

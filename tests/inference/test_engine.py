@@ -67,6 +67,14 @@ def test_greedy_rows_equal_full_forward_passes(tiny):
     assert len(set(map(tuple, expected))) == len(expected)
 
 
+def test_pages_have_room_for_whole_lanes(llama, monkeypatch):
+    """As on a TPU, for heads of 6 features."""
+    monkeypatch.setattr("maxlm.inference.engine.choose_feature_multiple", lambda platform: 8)
+    engine = make_engine(llama)
+    assert engine._runner.state.caches["layers"][0].key.shape[-2:] == (4, 8)
+    assert rows(engine, PROMPTS[:2], GREEDY) == [llama.greedy(each, 9) for each in PROMPTS[:2]]
+
+
 def test_sampled_rows_do_not_depend_on_what_else_runs(tiny):
     engine = make_engine(tiny)
     together = rows(engine, PROMPTS, SAMPLED)

@@ -11,6 +11,7 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
+from maxlm.plan.communication import list_collectives
 from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
     ServedModel,
@@ -117,8 +118,12 @@ def test_windows_keep_their_pages_alone():
 
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_devices_keep_one_kv_head_each_where_there_are_fewer(tensor, heads):
-    served = place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=tensor)  # 48 layers, 4 of 128
+    """Qwen3 30B: 48 layers with 4 heads of 128. No kernel is gathered."""
+    served, whole = (place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=n) for n in (tensor, 1))
     assert served.count_cache_bytes(64) == 2 * 48 * heads * 128 * 2 * 64
+    assert count_token_bytes(served.unsplit_caches) == count_token_bytes(whole.layer_caches)
+    shape, _ = served._plan_pass(1, 4)
+    assert {c.kind for c in list_collectives(shape) if c.phase == "forward"} <= {"all-reduce"}
 
 
 def test_a_state_is_of_one_size():
@@ -223,5 +228,9 @@ def test_what_cannot_be():
         with pytest.raises(MaxlmError, match=words):
             search_serving(load(name), one, options)
     eight = Machine.from_name("h100x8")
-    with pytest.raises(MaxlmError, match="heads=9 does not divide"):
-        search_serving(load("smollm2_135m"), eight, tensor=8)
+    for name, words in (
+        ("qwen2_5_7b", "heads=28 does not divide over tensor=8"),
+        ("phi3_medium", "5 query heads a device straddle the groups of 4"),
+    ):
+        with pytest.raises(MaxlmError, match=words):
+            search_serving(load(name), eight, tensor=8)

@@ -15,7 +15,7 @@ from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quan
 def kv_cache_spec(
     layout: CacheLayout,
     window: int | None,
-    num_heads: int,
+    num_kv_heads: int,
     key_size: int,
     value_size: int | None,
 ) -> AttentionCache:
@@ -33,16 +33,17 @@ def kv_cache_spec(
     axes = ("batch", None, None if no_value else "kv_heads", None, None)
     if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
         room = min(config.budget, window or config.budget)
-        kept = [CacheArraySpec((shards, rows, num_heads, room, size), axes) for size in sizes]
+        kept = [CacheArraySpec((shards, rows, num_kv_heads, room, size), axes) for size in sizes]
         key, value = [*kept, *no_value]
-        each = partial(CacheArraySpec, (shards, rows, num_heads, room), axes[:-1])
+        each = partial(CacheArraySpec, (shards, rows, num_kv_heads, room), axes[:-1])
         scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
         return EvictingCache(key, value, each(jnp.int32), scores, config)
     if not no_value:
-        num_heads, axes = lcm(num_heads, layout.head_ways), (*axes[:2], "heads", *axes[3:])
+        num_kv_heads, axes = lcm(num_kv_heads, layout.head_ways), (*axes[:2], "heads", *axes[3:])
     page, multiple, pages = layout.page_size, layout.feature_multiple, []
     for size in sizes:
-        shape = shards, layout.count_pages(window), num_heads, page, -(-size // multiple) * multiple
+        width = -(-size // multiple) * multiple
+        shape = shards, layout.count_pages(window), num_kv_heads, page, width
         pages.append(CacheArraySpec(shape, axes, unit="page", window=window))
     if isinstance(config, PagedCacheConfig):
         return PagedCache(*pages, *no_value)

@@ -42,12 +42,12 @@ class CacheLayout:
     """Pages for layers with a window; None: as many as for the others."""
     cache: CacheConfig = field(default_factory=PagedCacheConfig)
     """How attention keeps keys and values."""
-    head_ways: int = 1
-    """Devices that query heads are split over. Of fewer kv heads pages have copies, as many as
-    devices, so that each keeps those alone that its own queries read."""
     feature_multiple: int = 1
     """Pages have room for a head's features up to a multiple of this: a TPU's kernel reads whole
     lanes, and XLA would copy all pages to make it so."""
+    head_ways: int = 1
+    """Devices that query heads are split over. Where kv heads are fewer, pages have one for each
+    device, the one that its queries read."""
 
     def count_pages(self, window: int | None) -> int:
         """Returns the pages of a layer with a window, or none."""
