@@ -26,6 +26,7 @@ from maxlm.config import MaxlmError
 from maxlm.runtime.pool import count_usable_cores
 
 Layer = Literal["bwrap", "unshare", "limits"]
+_EMPTY = "/tmp/empty"  # A folder of its own: this Python may lie beneath /tmp.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store")
 # A new root, built over /proc: nothing that a program may read lies beneath. A container that
 # hides a part of its own /proc allows no other. The shell stays, to collect orphans.
@@ -33,7 +34,7 @@ _BUILD_ROOT = """set -e
 mount -t tmpfs -o mode=755,size=16m tmpfs /proc
 cd /proc; mkdir proc dev tmp old
 mount -t tmpfs -o mode=1777,nr_inodes=10000,size={size} tmpfs tmp
-mkdir -p {made}
+mkdir -p {made} && mkdir -m 1777 tmp/empty
 for path in {readable}; do mount --bind -o ro "$path" ".$path"; done
 for path in {writable}; do mkdir -p ".$path"; mount --bind "$path" ".$path"; done
 for name in null zero random urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
@@ -159,14 +160,14 @@ def run_command(
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as scratch, tempfile.TemporaryFile() as printed:
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        folder = folder.absolute() if folder else Path(scratch if layer == "limits" else "/tmp")
+        folder = folder.absolute() if folder else Path(scratch if layer == "limits" else _EMPTY)
         prefix = _list_prefix(layer, limits, folder, readable)
         process = subprocess.Popen(
             [*prefix, *command],
             stdin=files[0],
             stdout=printed,
             stderr=subprocess.STDOUT,
-            cwd=folder,
+            cwd=scratch if str(folder) == _EMPTY else folder,
             env={"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             pass_fds=files[1:],
             start_new_session=True,
@@ -194,7 +195,7 @@ def _list_prefix(
     """Return the command that runs, confined, the one that is put behind it."""
     size, processes, is_root = limits.file_bytes, limits.processes, os.geteuid() == 0
     at, rights = shlex.quote(str(folder)), "setpriv --no-new-privs"
-    own = "" if at == "/tmp" else at
+    own = "" if at == _EMPTY else at
     if is_root:  # A user each, of systemd's for services: processes are limited by user.
         user = random.randrange(61184, 65520)
         rights += f" --reuid={user} --regid={user} --clear-groups"
@@ -209,7 +210,7 @@ def _list_prefix(
     found = [shlex.quote(path) for path in paths if os.path.exists(path)]
     if layer == "bwrap":
         prefix += "bwrap --unshare-all --die-with-parent --proc /proc --dev /dev "
-        prefix += f"--size {size} --tmpfs /tmp "
+        prefix += f"--size {size} --tmpfs /tmp --perms 1777 --dir {_EMPTY} "
         prefix += "".join(f"--ro-bind {path} {path} " for path in found)
         prefix += f"{own and f'--bind {at} {at}'} --remount-ro / --chdir {at} "
     elif layer == "unshare":
