@@ -149,9 +149,9 @@ def require_keys_beside_queries(
     whole = np.equal(prod(sizes[axis] for axis in kv_heads), 1)
     what = f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}"
     where, fix = "sharding.compute.kv_heads", "give them the axes of heads, or null"
-    yield Requirement(
-        whole | np.equal(differing, 1), partial(MaxlmError, what, where=where, fix=fix)
-    )
+    ordered = [a for a in heads if a in kv_heads] == [a for a in kv_heads if a in heads]
+    refuse = partial(MaxlmError, what, where=where, fix=fix)
+    yield Requirement(whole | (np.equal(differing, 1) & ordered), refuse)
     shares, group = prod(sizes[axis] for axis in heads), max(num_heads // num_kv_heads, 1)
     own = num_heads // shares
     aligned = (own % group == 0) | (group % np.maximum(own, 1) == 0) | (num_heads % shares != 0)

@@ -313,6 +313,10 @@ def test_the_order_deals_out_each_token_once_with_equal_causal_work(ways, size, 
             "3 query heads a device straddle the groups of 2 that share a kv head; split heads",
         ),
         ({"rules": {"heads": ()}}, "heads are on mesh axes none, kv_heads on tensor=2; give them"),
+        (
+            {"rules": {"heads": ("tensor", "context"), "kv_heads": ("context", "tensor")}},
+            "heads are on mesh axes tensor=2·context=2, kv_heads on context=2·tensor=2; give them",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_a_way_out(changes, message):
