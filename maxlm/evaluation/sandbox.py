@@ -34,7 +34,7 @@ _BUILD_ROOT = """set -e
 mount -t tmpfs -o mode=755,size=16m tmpfs /proc
 cd /proc; mkdir proc dev tmp old
 mount -t tmpfs -o mode=1777,nr_inodes=10000,size={size} tmpfs tmp
-mkdir -p {made} && mkdir -m 1777 tmp/empty
+mkdir -p {made} && mkdir -m 1777 .{empty}
 for path in {readable}; do mount --bind -o ro "$path" ".$path"; done
 for path in {writable}; do mkdir -p ".$path"; mount --bind "$path" ".$path"; done
 for name in null zero random urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
@@ -216,7 +216,8 @@ def _list_prefix(
     elif layer == "unshare":
         rights += " --bounding-set=-all --inh-caps=-all"
         read, made = " ".join(found), " .".join(["", *found])
-        script = _BUILD_ROOT.format(readable=read, made=made, writable=own, folder=at, size=size)
+        folders = {"readable": read, "made": made, "writable": own, "folder": at, "empty": _EMPTY}
+        script = _BUILD_ROOT.format(**folders, size=size)
         prefix += "unshare --mount --net --pid --ipc --uts --kill-child "
         prefix += f"{'' if is_root else '--map-root-user'} sh -c {shlex.quote(script)} sh "
     limit = f" prlimit --as={limits.memory_bytes} --fsize={size} --core=0 --nproc={processes}"

@@ -31,7 +31,7 @@ def attend_shard_backward(
     split, number, q, k, v, segments, head_terms, o: jax.Array, lse: jax.Array, d_o: jax.Array
 ) -> tuple[Any, ...]:
     """See :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
-    copies = _copies(k.shape[2], split.num_shards)
+    copies = count_kv_copies(k.shape[2], split.num_shards)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
@@ -50,18 +50,18 @@ def attend_shard_backward(
     return d_q, d_k, d_v, jax.tree.map(pad_to_all_heads, d_terms)
 
 
-def _copies(kv_heads: int, ways: int) -> int:
+def count_kv_copies(num_kv_heads: int, ways: int) -> int:
     """Counts the copies of each kv head that give devices equal numbers of them.
 
     The query heads that a device gets then read exactly the kv heads that it gets, in order: the
-    repeated number, lcm(kv_heads, ways), divides the query heads, as both its factors do. With one
-    kv head, every device gets it whole: nothing smaller would do.
+    repeated number, lcm(num_kv_heads, ways), divides the query heads, as both its factors do. With
+    one kv head, every device gets it whole: nothing smaller would do.
     """
-    return ways // gcd(kv_heads, ways)
+    return ways // gcd(num_kv_heads, ways)
 
 
 def _whole_rows(split: SequenceSplit, q, k, v):
-    copies = _copies(k.shape[2], split.num_shards)
+    copies = count_kv_copies(k.shape[2], split.num_shards)
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
     return tuple(_to_heads(x, split) for x in (q, k, v))
 

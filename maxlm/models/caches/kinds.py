@@ -1,7 +1,6 @@
 """The cache of a layer of attention, as the layout says."""
 
 from functools import partial
-from math import lcm
 
 import jax.numpy as jnp
 
@@ -10,6 +9,7 @@ from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
 from maxlm.models.caches.paged import AttentionCache, PagedCache
 from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quantized_pages_spec
+from maxlm.parallel.ulysses import count_kv_copies
 
 
 def kv_cache_spec(
@@ -39,7 +39,8 @@ def kv_cache_spec(
         scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
         return EvictingCache(key, value, each(jnp.int32), scores, config)
     if not no_value:
-        num_kv_heads, axes = lcm(num_kv_heads, layout.head_ways), (*axes[:2], "heads", *axes[3:])
+        num_kv_heads *= count_kv_copies(num_kv_heads, layout.head_ways)
+        axes = (*axes[:2], "heads", *axes[3:])
     page, multiple, pages = layout.page_size, layout.feature_multiple, []
     for size in sizes:
         width = -(-size // multiple) * multiple

@@ -1,7 +1,6 @@
 """Attention over a cache on a mesh, and pages of keys and values in the compute dtype."""
 
 from dataclasses import dataclass
-from math import lcm
 from typing import Any, ClassVar, Self
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import reshard
 
 from maxlm.models.caches.ragged import RaggedBatch, run_rows
 from maxlm.parallel.local import axis_size, map_shards
+from maxlm.parallel.ulysses import count_kv_copies
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_forward
 from pallas_kernels.paged_attention import paged_attention, write_pages
@@ -135,9 +135,9 @@ class CrossCache(AttentionCache):
 
 
 def copy_kv_heads(x: jax.Array, rules: AxisRules) -> jax.Array:
-    """Copies kv heads x [D, S, K, H], whole on each device, to the first number that divides over
-    the devices of query heads, and splits them so."""
-    copies = lcm(x.shape[2], axis_size(rules.heads)) // x.shape[2]
+    """Copies kv heads x [D, S, K, H], whole on each device, until they divide over the devices of
+    query heads; returns [D, S, copies · K, H], split so."""
+    copies = count_kv_copies(x.shape[2], axis_size(rules.heads))
     x = jnp.repeat(x, copies, axis=2, out_sharding=rules.spec("batch"))
     return reshard(x, rules.spec("batch", None, "heads"))
 
