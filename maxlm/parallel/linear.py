@@ -24,11 +24,12 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain, takewhile
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 
 from maxlm.parallel.local import (
     Axes,
@@ -42,9 +43,7 @@ from maxlm.parallel.local import (
     reduce,
 )
 from pallas_kernels.chips import get_platform
-
-# Up to so many Eigen takes 0.7 to 0.9 of YNNPACK's time; at 64, 1.4 times.
-_FEW_TOKENS = 16
+from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
 
 
 class _Layouts:
@@ -184,6 +183,25 @@ def multiply_fused_kernel(
     )
 
 
+def multiply_head(
+    hidden: jax.Array, head: jax.Array, spec: PartitionSpec, dtype: Any, *, column_major: bool
+) -> jax.Array:
+    """Returns ``hidden · head`` [B, S, V] in ``dtype`` and laid out as ``spec``; on a CPU without
+    gradient.
+
+    Args:
+        hidden: [B, S, D].
+        head: [D, V] in its layout in use; ``column_major``: the transpose of a table.
+    """
+    if get_platform() != "cpu":
+        return jnp.einsum(
+            "bsd,dv->bsv", hidden, head, preferred_element_type=dtype, out_sharding=spec
+        )
+    own = partial(_contract, inputs=1, dtype=dtype, column_major=column_major)
+    specs = make_spec((*parse_spec(spec, 3)[:2], ())), make_spec(((), parse_spec(spec, 3)[2]))
+    return map_shards(own, specs, spec)(reshard(hidden, specs[0]), reshard(head, specs[1]))
+
+
 def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:
     """Puts kernels [in, *outputs] side by side, as :func:`multiply_fused_kernel` reads them; all
     of them are split over the same axes, or over none."""
@@ -204,18 +222,17 @@ def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
     return len(split) == 1 and not any(own[0] for own in parsed)
 
 
-def _contract(x, kernel, inputs):
+def _contract(x, kernel, inputs, *, dtype=None, column_major=False):
     tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    if 1 < prod(tokens) <= _FEW_TOKENS and get_platform() == "cpu":
-        # YNNPACK, XLA's library for products on CPUs, leaves those with a turned left side to
-        # Eigen, which is faster where reading the kernel takes most of the time, and slower where
-        # it does not (docs/performance.md).
-        turned = lax.optimization_barrier(x.reshape(prod(tokens), -1).T)
-        kernel = kernel.reshape(len(turned), -1)
-        y = lax.dot_general(turned, kernel, (((0,), (0,)), ((), ())))
-        return y.reshape(*tokens, *outputs)
+    if get_platform() == "cpu":
+        rows = x.reshape(prod(tokens), -1)
+        columns = kernel.reshape(rows.shape[1], -1)
+        if can_multiply_rows(rows, columns, column_major=column_major):
+            y = skinny_matmul(rows, columns, column_major=column_major)
+            return y.reshape(*tokens, *outputs)
     last = tuple(range(len(tokens), x.ndim))
-    return lax.dot_general(x, kernel, ((last, tuple(range(inputs))), ((), ())))
+    dims = (last, tuple(range(inputs))), ((), ())
+    return lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
 
 
 def _outer(x, d_y):

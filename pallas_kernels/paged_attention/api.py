@@ -20,7 +20,7 @@ from pallas_kernels.paged_attention.params import (
 )
 
 # What `backend` may be, and the kernel to try for it. XLA takes what these do not.
-KERNELS = {"tpu": ("tpu",), "gpu": ("triton",), "triton": ("triton",), "xla": ()}
+KERNELS = {"tpu": ("tpu",), "gpu": ("triton",), "triton": ("triton",), "cpu": ("cpu",), "xla": ()}
 
 
 def paged_attention(

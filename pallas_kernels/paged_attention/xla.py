@@ -59,14 +59,12 @@ def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, ja
         o, lse = _attend_rows(own, operands, params)
         parts.append((o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)))
     if len(operands.q) > params.num_uniform_queries:
-        parts.append(_attend_ragged_rows(operands, params))
+        parts.append(attend_ragged_rows(operands, params))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 
-def _attend_ragged_rows(
-    operands: PagedOperands, params: PagedParams
-) -> tuple[jax.Array, jax.Array]:
+def attend_ragged_rows(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
     q = operands.q[params.num_uniform_queries :]
     T, N, _ = q.shape
     own = params.block_sizes

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.cpu import load_kernels
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 from pallas_kernels.paged_attention.xla import XlaBlockSizes
 from tests.pallas_kernels.paged_cases import DEAD, Case, build, check, run_built
 
+needs_compiler = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler")
 SMALL = {"backend": "xla", "block_sizes": XlaBlockSizes(8, 48)}
 DECODE = [(37, 1), DEAD, (1, 1), (150, 1), (64, 1)]
 CHUNKS = [(50, 13), (9, 9), (130, 1), (33, 0), (60, 37)]
@@ -26,7 +28,7 @@ CASES = {
         DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, reach=30, seed=1, **FEATURES
     ),
     "mixed, limits": Case(DECODE + CHUNKS, num_uniform=5, limited=True, sinks=True, padding=1),
-    "latent": Case(DECODE + CHUNKS, (4, 1, 56, 40), num_uniform=5, latent=True),
+    "latent": Case(DECODE + CHUNKS, (4, 1, 64, 48), num_uniform=5, latent=True),
     "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
     "int8": Case(DECODE + CHUNKS, num_uniform=5, kind="int8"),
     "int8 with zeros, latent": Case(
@@ -36,17 +38,32 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("blocks", [SMALL, {}], ids=["small blocks", "default"])
+@pytest.mark.parametrize("call", [SMALL, {"backend": "xla"}], ids=["small blocks", "default"])
 @pytest.mark.parametrize("case", CASES)
-def test_xla_equals_the_reference(case, blocks):
-    check(CASES[case], tolerance=2e-2 if case == "bf16" else 2e-5, **blocks)
+def test_xla_equals_the_reference(case, call):
+    check(CASES[case], tolerance=2e-2 if case == "bf16" else 2e-5, **call)
 
 
-def test_other_rows_change_nothing():
+@needs_compiler
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(CASES[name] for name in CASES if "decode" in name or name in ("one row", "latent")),
+        WINDOWED,
+        CASES["mixed, limits"],
+        CASES["mixed, everything"]._replace(heads=(10, 2, 48, 80)),
+    ],
+)
+def test_the_cpu_kernel_equals_the_reference(case):
+    check(case, tolerance=2e-6, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("cpu", marks=needs_compiler)])
+def test_other_rows_change_nothing(backend):
     """Bit for bit: their lengths, tokens and pages, and all pages that are nobody's."""
-    check_independence(SMALL)
+    check_independence(SMALL if backend == "xla" else {"backend": backend})
     long = Case([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
-    check_independence({"backend": "xla"}, long)
+    check_independence({"backend": backend}, long)
 
 
 def check_independence(call, case=WINDOWED):

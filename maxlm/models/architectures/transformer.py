@@ -26,6 +26,7 @@ from maxlm.models.params import (
     take_stacked_layer,
 )
 from maxlm.parallel.cross_entropy import LogitsInputs
+from maxlm.parallel.linear import multiply_head
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
@@ -165,13 +166,9 @@ class Transformer(Trunk):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
         head, dtype = self.prepare_logits(hidden), accumulation_dtype(self.dtype)
-        logits = jnp.einsum(
-            "bsd,dv->bsv",
-            head.hidden,
-            reshard(head.head, make_spec(head.head_layout)),
-            preferred_element_type=dtype,
-            out_sharding=self.rules.spec("batch", "seq", "vocab"),
-        )
+        kernel = reshard(head.head, make_spec(head.head_layout))
+        spec = self.rules.spec("batch", "seq", "vocab")
+        logits = multiply_head(head.hidden, kernel, spec, dtype, column_major=self.head is None)
         if head.bias is not None:
             logits += reshard(head.bias, self.rules.spec("vocab"))
         if (cap := head.soft_cap) is not None:

@@ -1,0 +1,96 @@
+// What the kernels for CPUs share: vectors of floats, and work on several threads.
+
+#ifndef PALLAS_KERNELS_CPU_H_
+#define PALLAS_KERNELS_CPU_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <type_traits>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+// Floats in a vector register.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__FMA__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+inline Vector& At(float* p) { return *reinterpret_cast<Vector*>(p); }
+inline const Vector& At(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+// x · y + z, rounded once: a compiler may fuse one loop's products and sums and not another's, and
+// a row's results would depend on how many rows there are.
+inline Vector MultiplyAdd(const Vector& x, const Vector& y, const Vector& z) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, y, z);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(x, y, z);
+#elif defined(__ARM_NEON)
+  return vfmaq_f32(z, x, y);
+#else
+  Vector sum;
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = std::fma(x[lane], y[lane], z[lane]);
+  return sum;
+#endif
+}
+
+inline Vector MultiplyAdd(float x, const Vector& y, const Vector& z) {
+  return MultiplyAdd(Vector{} + x, y, z);
+}
+
+inline float Sum(const Vector& x) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
+  return sum;
+}
+
+// Calls f(R, row) of the first of each kRows rows, then of the rest; R, the rows, is a constant of
+// its type.
+template <int kRows, int R = kRows, typename F>
+void ForEachRows(int64_t rows, const F& f) {
+  if constexpr (R == kRows)
+    for (int64_t row = 0; row + kRows <= rows; row += kRows)
+      f(std::integral_constant<int, kRows>{}, row);
+  if constexpr (R > 1) {
+    if (rows % kRows == R - 1) f(std::integral_constant<int, R - 1>{}, rows - (R - 1));
+    else ForEachRows<kRows, R - 1>(rows, f);
+  }
+}
+
+// Calls f(part) of each part once, on several threads, and returns when all are done. This thread
+// takes what no other has begun, so that it never waits for a thread that is itself waiting.
+template <typename F>
+void ForEachPart(ffi::ThreadPool& pool, int64_t parts, F f) {
+  struct Counters {
+    std::atomic<int64_t> begun{0}, done{0};
+  };
+  auto counters = std::make_shared<Counters>();
+  auto work = [counters, parts, f] {
+    for (int64_t part; (part = counters->begun++) < parts; ++counters->done) f(part);
+  };
+  int64_t threads = std::min(pool.num_threads(), parts);
+  for (int64_t thread = 1; thread < threads; ++thread) pool.Schedule(decltype(work)(work));
+  work();
+  while (counters->done < parts) std::this_thread::yield();
+}
+
+#endif  // PALLAS_KERNELS_CPU_H_

@@ -1,0 +1,39 @@
+"""Products of few rows on a CPU: decoding multiplies a row a sequence, and its time is that of
+reading the model's kernels."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cpu import load_kernels
+
+__all__ = ["can_multiply_rows", "skinny_matmul"]
+
+# Up to so many rows it is faster than XLA's libraries.
+_MAX_ROWS, _MAX_COLUMN_MAJOR_ROWS = 64, 16
+
+
+def skinny_matmul(x: jax.Array, kernel: jax.Array, *, column_major: bool = False) -> jax.Array:
+    """Multiplies rows, without gradient; call it where :func:`can_multiply_rows`.
+
+    Args:
+        x: fp32 [R, inputs].
+        kernel: fp32 [inputs, outputs].
+        column_major: that kernel lies in memory with its inputs side by side, as the transpose of
+            an array does; otherwise it would be copied.
+
+    Returns:
+        fp32 [R, outputs], of which no row depends on another.
+    """
+    multiply = jax.ffi.ffi_call(
+        "pallas_kernels.SkinnyMatmul",
+        jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.float32),
+        input_layouts=((0, 1), (1, 0) if column_major else (0, 1)),  # major to minor
+        vmap_method="sequential",
+    )
+    return multiply(x, kernel, column_major=column_major)
+
+
+def can_multiply_rows(x: jax.Array, kernel: jax.Array, *, column_major: bool = False) -> bool:
+    """Whether :func:`skinny_matmul` takes these operands and is the faster way on a CPU."""
+    most = _MAX_COLUMN_MAJOR_ROWS if column_major else _MAX_ROWS
+    return len(x) <= most and x.dtype == kernel.dtype == jnp.float32 and load_kernels()

@@ -1,0 +1,86 @@
+"""Products of few rows equal float64's, row by row; without a compiler XLA makes them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.cpu import load_kernels
+from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    if not load_kernels():
+        pytest.skip("no C++ compiler")
+
+
+def draw(*shape):
+    return np.random.default_rng(shape).standard_normal(shape, np.float32)
+
+
+def multiply_columns(x, table):
+    return skinny_matmul(x, table.T, column_major=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (130, 97), (64, 304)])
+def test_products_are_exact(rows, inputs, outputs):
+    x, kernel = draw(rows, inputs), draw(inputs, outputs)
+    exact = x.astype(np.float64) @ kernel
+    bound = 3e-7 * (np.abs(x).astype(np.float64) @ np.abs(kernel) + 1)
+    for y in (skinny_matmul(x, kernel), jax.jit(multiply_columns)(x, kernel.T.copy())):
+        assert (np.abs(np.asarray(y) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("multiply", [skinny_matmul, multiply_columns])
+def test_a_row_does_not_depend_on_others(multiply):
+    """Bit for bit: neither on how many there are nor on its place."""
+    x, kernel = draw(29, 71), draw(71, 71)
+    y = np.asarray(multiply(x, kernel))
+    for first, size in ((0, 1), (3, 2), (9, 7), (20, 9)):
+        part = np.asarray(multiply(x[first : first + size], kernel))
+        np.testing.assert_array_equal(part, y[first : first + size])
+
+
+def test_a_table_is_read_as_it_lies():
+    """Its transpose is no copy."""
+    x, table = jnp.ones((3, 600)), jnp.ones((700, 600))
+    memory = jax.jit(multiply_columns).lower(x, table).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < table.nbytes / 10
+
+
+def test_devices_multiply_at_the_same_time():
+    """More calls than threads end: none waits for a thread that waits."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel = draw(256, 256) / 16
+
+    def local(x):
+        return jax.lax.fori_loop(0, 50, lambda _, x: skinny_matmul(x, kernel), x)
+
+    split = PartitionSpec("x")
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    assert np.isfinite(run(draw(16, 256))).all()
+
+
+def test_which_products_it_takes():
+    x, kernel = jnp.ones((16, 8)), jnp.ones((8, 8))
+    assert can_multiply_rows(x, kernel)
+    assert not can_multiply_rows(jnp.ones((65, 8)), kernel)
+    assert not can_multiply_rows(x.astype(jnp.bfloat16), kernel)
+
+
+@pytest.mark.parametrize(("compiler", "warns"), [("/no/compiler", False), ("false", True)])
+def test_without_a_compiler_xla_multiplies(compiler, warns, tmp_path):
+    """A compiler that fails is warned of, none is not."""
+    program = "from pallas_kernels.cpu import load_kernels; assert not load_kernels()"
+    env = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stderr
+    assert ("XLA does what kernels for CPUs" in said) == warns
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
