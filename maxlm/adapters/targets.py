@@ -18,12 +18,9 @@ EXPERTS = "experts"
 def replace_targets(
     specs: Params, targets: Sequence[str] | None, adapt: Callable[[str, ParamSpec], Any]
 ) -> Params:
-    """Returns declarations with ``adapt(name, spec)`` in place of the targets.
-
-    Args:
-        targets: names of maps, such as ``query`` or ``mlp.up``, or patterns of their full names;
-            ``experts``. None: all linear maps of layers.
-    """
+    """Returns declarations with ``adapt(name, spec)`` in place of the targets. ``targets``: names
+    of maps, such as ``query`` or ``mlp.up``, or patterns of their full names; ``experts``. None:
+    all linear maps of layers."""
     flat: Mapping[str, Any] = flatten_names(specs, is_leaf)
     plain = {name: spec for name, spec in flat.items() if not is_leaf(spec)}
     candidates = {n: s for n, s in plain.items() if s.contracting_dims or n == "embedding.table"}

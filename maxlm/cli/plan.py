@@ -180,10 +180,7 @@ def _search(
     run: Any, machine: Any, source: str, top: int, quiet: bool
 ) -> tuple[Any, dict[str, Any]]:
     """Print the quickest candidates; return the first as a run, and all of them as plain data.
-
-    Raises:
-        typer.Exit: nothing fits.
-    """
+    Raises typer.Exit: nothing fits."""
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
 

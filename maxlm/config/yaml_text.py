@@ -145,11 +145,8 @@ for _tag, (_pattern, _first) in _PLAIN_SCALARS.items():
 
 def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
     """Reads one YAML document. Keys of mappings are always text (``on:`` is the key "on").
-
-    Args:
-        source: the file, or "command line", for messages and origins.
-        track_lines: whether line numbers mean anything to the user.
-    """
+    ``source``: the file, or "command line", for messages and origins. ``track_lines``: whether line
+    numbers mean anything to the user."""
     try:
         loader = _Loader(text, source, track_lines)
         node = loader.get_single_node()

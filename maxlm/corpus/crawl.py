@@ -177,11 +177,8 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
 
 
 def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """Undo one HTTP coding. Crawlers often store the decoded body under the old headers.
-
-    Raises:
-        _PassOver: what comes out is longer than `max_bytes`; it is neither coded so nor HTML.
-    """
+    """Undo one HTTP coding. Crawlers often store the decoded body under the old headers. Raises
+    _PassOver: what comes out is longer than `max_bytes`; it is neither coded so nor HTML."""
     from fastwarc import stream_io
 
     if coding in ("", "identity", "none") or not body:

@@ -23,12 +23,8 @@ _SPACE = re.compile(r"\s+")
 
 
 def remove_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """`text` without `spans`.
-
-    Args:
-        spans: (start, end) in characters, in any order; they may overlap, and what lies outside of
-            the text is passed over.
-    """
+    """`text` without `spans`. `spans`: (start, end) in characters, in any order; they may overlap,
+    and what lies outside of the text is passed over."""
     done, pieces = 0, []
     for start, end in _gaps(text, spans):
         pieces += text[done:start], _joint(text, start, end)

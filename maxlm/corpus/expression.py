@@ -66,11 +66,8 @@ class Expression:
 
 
 def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> Expression:
-    """Check an expression against the types of the labels that it may name.
-
-    Args:
-        error_location: the config key it comes from, for errors.
-    """
+    """Check an expression against the types of the labels that it may name. `error_location`: the
+    config key it comes from, for errors."""
     expression = Expression(text)
     try:
         tree = expression._tree

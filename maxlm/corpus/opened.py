@@ -40,11 +40,8 @@ class OpenCorpus:
 
     @classmethod
     def open(cls, folder: Path | str) -> "OpenCorpus":
-        """Opens the corpus in a folder.
-
-        Raises:
-            MaxlmError: there is none, it is of another version, or its stages are not all done.
-        """
+        """Opens the corpus in a folder. Raises MaxlmError: there is none, it is of another version,
+        or its stages are not all done."""
         folder = Path(folder)
         try:
             text = (folder / RECIPE).read_text("utf-8")
@@ -161,12 +158,8 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str:
 
 
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Finds a document by its id; raises MaxlmError if there is none.
-
-    Returns:
-        Its newest text, columns and labels, by name; whether it fulfils each rule, by the rule's
-        name.
-    """
+    """Finds a document by its id; raises MaxlmError if there is none. Returns its newest text,
+    columns and labels, by name; whether it fulfils each rule, by the rule's name."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
     for shard in corpus.shards:
         for group, ids in enumerate(shard.read_row_groups(["id"])):

@@ -154,11 +154,8 @@ def get_text_stages(stages: Sequence[Stage]) -> tuple[str, ...]:
 def resolve_rules(
     recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], error_location: str
 ) -> FilterRules:
-    """Check rules against a recipe's labels.
-
-    Args:
-        error_location: what comes before a rule's key in errors, such as the corpus's folder.
-    """
+    """Check rules against a recipe's labels. `error_location`: what comes before a rule's key in
+    errors, such as the corpus's folder."""
     labels, parsed = get_label_types(recipe.stages), {}
     for name, text in keep.items():
         place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"

@@ -73,12 +73,8 @@ class StageShardView:
 
     def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
         """Yields the documents to label, a row group at a time; those without a text only if "text"
-        is not among the columns.
-
-        Args:
-            columns: columns of `DOCUMENT_SCHEMA` or labels as "stage.label". "text" is the newest
-                version a document has.
-        """
+        is not among the columns. `columns`: columns of `DOCUMENT_SCHEMA` or labels as
+        "stage.label". "text" is the newest version a document has."""
         needed = dict.fromkeys([*columns, *(self.where.label_names if self.where else ())])
         first = 0
         for table in self.read_row_groups(list(needed)):

@@ -51,11 +51,8 @@ class RowFiles:
 
 def open_rows(*paths: str | Path) -> RowFiles:
     """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``),
-    ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's ``datasets`` saved.
-
-    Raises:
-        MaxlmError: a file that is missing, empty or none of these.
-    """
+    ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's ``datasets`` saved. Raises
+    MaxlmError: a file that is missing, empty or none of these."""
     opened = [Path(path) for path in paths]
     _OPENED.update((path, _read_file(path)) for path in opened)  # they may be written anew
     sizes = [len(_OPENED[path]) for path in opened]

@@ -28,11 +28,7 @@ def build_passkey_prompt(
     tokenizer: Tokenizer, max_tokens: int, depth: float, key: str
 ) -> list[int]:
     """Builds a prompt of as many sentences as ``max_tokens`` hold, with the key behind ``depth``
-    percent of them.
-
-    Raises:
-        MaxlmError: there is no room for the key and the question.
-    """
+    percent of them. Raises MaxlmError: there is no room for the key and the question."""
 
     def encode(num_sentences: int) -> list[int]:
         own = [SENTENCES[i % len(SENTENCES)] for i in range(num_sentences)]

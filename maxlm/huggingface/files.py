@@ -98,12 +98,8 @@ class StoredTensor:
 
 def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Returns all tensors of model.safetensors, or of the shards that its index names; reads only
-    headers.
-
-    Raises:
-        MaxlmError: no such files, only pickled ones, a damaged file, or a number format that NumPy
-            does not have.
-    """
+    headers. Raises MaxlmError: no such files, only pickled ones, a damaged file, or a number format
+    that NumPy does not have."""
     folder = Path(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
@@ -236,12 +232,8 @@ def cast_values(
     values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
 ) -> np.ndarray:
     """Casts ``values``, which a message calls ``where``, to ``dtype``; returns them if they are
-    that already. ``lossy`` rounds what does not fit exactly.
-
-    Raises:
-        MaxlmError: a value would change and not ``lossy``; or would be infinite, or no number,
-            where it was finite.
-    """
+    that already. ``lossy`` rounds what does not fit exactly. Raises MaxlmError: a value would
+    change and not ``lossy``; or would be infinite, or no number, where it was finite."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):

@@ -178,12 +178,8 @@ def _check_paths(
     run: RunConfig, scheduler: str, mounted: Sequence[Mount] | None, user_template: bool
 ) -> None:
     """Checks that there is text, or rows, and a run's folder that outlives its hosts and that all
-    see.
-
-    Args:
-        mounted: all that its container sees; None: it runs in none.
-        user_template: the template is the user's: it may mount folders, or say where a job begins.
-    """
+    see. ``mounted``: all that its container sees; None: it runs in none. ``user_template``: the
+    template is the user's: it may mount folders, or say where a job begins."""
     named = _places(run)
     for key, place in named.items():
         if ".documents." not in key:

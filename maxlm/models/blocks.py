@@ -79,13 +79,9 @@ FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {MlpConfig: Mlp,
 
 
 def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
-    """Makes stacks with such a config have another mixer.
-
-    Args:
-        config: a class with a ``kind`` of its own, for ``model.mixer``.
-        build: called with (config, norm config, d_model, number of layers, standard deviation of
-            initial weights) and the keywords rules, dtype and parallel.
-    """
+    """Makes stacks with such a config have another mixer. ``config``: a class with a ``kind`` of
+    its own, for ``model.mixer``. ``build``: called with (config, norm config, d_model, number of
+    layers, standard deviation of initial weights) and the keywords rules, dtype and parallel."""
     MIXERS[config] = build
 
 

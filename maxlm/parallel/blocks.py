@@ -102,11 +102,8 @@ class _Queries:
 
     def pairs(self, block: KeyValueBlock, number: jax.Array | None) -> Iterator["_Pair"]:
         """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
-        every device. A chunk of queries meets the nearest keys first.
-
-        Args:
-            number: of the device whose keys these are, another than the queries'; None: the same.
-        """
+        every device. A chunk of queries meets the nearest keys first. ``number``: of the device
+        whose keys these are, another than the queries'; None: the same."""
         split, size = self.split, self.arrays[0][0].shape[1]
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)

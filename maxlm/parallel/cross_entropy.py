@@ -153,12 +153,8 @@ def run_head_loss(
     own: HeadArrays, other: HeadArrays | None, rows: tuple[jax.Array, ...], loss: HeadLoss
 ) -> tuple[jax.Array, ...]:
     """Runs a loss on shards, and returns its sums over all tokens; the first is differentiable in
-    ``own``.
-
-    Args:
-        other: of a model that gets no gradient, if any.
-        rows: arrays [..., *], each token's in its place.
-    """
+    ``own``. ``other``: of a model that gets no gradient, if any. ``rows``: arrays [..., *], each
+    token's in its place."""
     return _run_loss(own, other, rows, loss, gradient=False)[0]
 
 

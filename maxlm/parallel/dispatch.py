@@ -193,10 +193,7 @@ def plan_capacity(
 ) -> CapacityDispatch:
     """Give each sequence's assignments their slots: all first choices in the order of tokens, then
     all second choices, and so on, until an expert has its capacity (GShard, algorithm 1).
-
-    Args:
-        expert_ids: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere.
-    """
+    ``expert_ids``: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere."""
     b, s, k = expert_ids.shape
     by_rank = expert_ids.swapaxes(1, 2).reshape(b, k * s)
     order = jnp.argsort(by_rank, axis=1, stable=True)

@@ -176,12 +176,9 @@ class RunPlan:
 def plan_run(
     config: RunConfig, machine: Machine | None = None, *, sizes: Mapping[str, int] | None = None
 ) -> RunPlan:
-    """Plans a run; refuses whatever does not fit together, but not too little memory.
-
-    Args:
-        machine: where; None: bytes alone.
-        sizes: mesh axis → devices; default: the config's mesh on the machine.
-    """
+    """Plans a run; refuses whatever does not fit together, but not too little memory. ``machine``:
+    where; None: bytes alone. ``sizes``: mesh axis → devices; default: the config's mesh on the
+    machine."""
     topology = machine and machine.topology
     platform = topology.platform if topology else "tpu"
     dtype = resolve_compute_dtype(config.compute_dtype, platform)

@@ -86,11 +86,8 @@ class ServingOptions:
 
 
 def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) -> RunWorkload:
-    """Reads the model of a run, but not its task.
-
-    Raises:
-        MaxlmError: it is no decoder, or requests are longer than its context.
-    """
+    """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder, or requests
+    are longer than its context."""
     kind, limit = config.model.architecture, config.model.max_seq_len
     if kind != "decoder":
         what, fix = f"serving is planned for decoders, not an {kind}", "name a decoder's config"

@@ -53,11 +53,8 @@ def count_sequence_bytes(
     length: int,
     count_shards: Callable[[Any], Any] = lambda axes: 1,
 ) -> float:
-    """Counts the bytes that a sequence of ``length`` tokens has on a device.
-
-    Args:
-        count_shards: parts that an array of these logical axes is split into; default: one.
-    """
+    """Counts the bytes that a sequence of ``length`` tokens has on a device. ``count_shards``:
+    parts that an array of these logical axes is split into; default: one."""
     size = 0.0
     for layer, num_layers in caches.items():
         pages = -(-length // layer.page_size)

@@ -51,11 +51,8 @@ class ChatSession:
 
     def answer(self, text: str) -> Iterator[str]:
         """Yields the pieces of the answer to a message as they come; both join the conversation,
-        the answer as far as it came.
-
-        Raises:
-            MaxlmError: the conversation no longer fits the context; it stays as it was.
-        """
+        the answer as far as it came. Raises MaxlmError: the conversation no longer fits the
+        context; it stays as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = encode_chat(self._engine.tokenizer, messages, add_generation_prompt=True)
         context = self._engine.config.max_length

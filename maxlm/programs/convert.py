@@ -95,10 +95,7 @@ class HuggingFaceModel:
 
 def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run ``target``.
-
-    Raises:
-        MaxlmError: files that are missing or damaged, a model that maxlm does not implement.
-    """
+    Raises MaxlmError: files that are missing or damaged, a model that maxlm does not implement."""
     where = source / "config.json"
     values = read_json(where)
     family = find_family(values, str(where))

@@ -65,12 +65,9 @@ def encode_prompts(
     as_documents: bool,
     allow_special: bool = False,
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one.
-
-    Args:
-        as_documents: prompts are documents, as an encoder reads them, rather than openings.
-        allow_special: special tokens in them are read as such.
-    """
+    """Return the ids that a model is given for each prompt, at least one. ``as_documents``: prompts
+    are documents, as an encoder reads them, rather than openings. ``allow_special``: special tokens
+    in them are read as such."""
     end = [tokenizer.eos_id] if as_documents else []
     found = [tokenizer.encode(prompt, allow_special=allow_special) for prompt in prompts]
     encoded = [[*tokenizer.prefix_ids, *own, *end] for own in found]

@@ -81,11 +81,8 @@ def load_model(
     folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
 ) -> LoadedRun:
     """Loads a model to use: a run's, as :func:`load_run` does, or a Hugging Face folder's
-    (config.json, safetensors, tokenizer), of which nothing is written.
-
-    Raises:
-        MaxlmError: a folder that is neither, a tokenizer that is missing, a damaged file.
-    """
+    (config.json, safetensors, tokenizer), of which nothing is written. Raises MaxlmError: a folder
+    that is neither, a tokenizer that is missing, a damaged file."""
     folder = Path(folder)
     if (folder / "config.yaml").exists():
         return load_run(folder, step=step, mesh=mesh)

@@ -28,10 +28,7 @@ from maxlm.train.step import Batch
 def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> None:
     """Computes what a run's reference model says of its rows, in the order of its files, and writes
     it into ``folder``, for ``task.reference_log_probs``; NaN where the task leaves a row out.
-
-    Raises:
-        MaxlmError: a task without a reference, or what is wrong with the run.
-    """
+    Raises MaxlmError: a task without a reference, or what is wrong with the run."""
     if not isinstance(config.task, ReferenceTask):
         what = f"task.kind={config.task.kind} has no reference model"
         raise MaxlmError(what, where="task.kind", fix="leave the computation out")

@@ -68,11 +68,8 @@ def encode_conversation(
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """Returns a conversation's ids, up to where the assistant begins to answer.
-
-    Raises:
-        MaxlmError: the model has no chat template, or it cannot write this conversation.
-    """
+    """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
+    the model has no chat template, or it cannot write this conversation."""
     template, plan = get_chat_template(state.tokenizer), plan or _ToolPlan("hermes")
     written = [message.to_template() for message in messages]
     tools = [each.model_dump(exclude_none=True) for each in plan.offered]

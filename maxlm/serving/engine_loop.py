@@ -79,12 +79,8 @@ class EngineLoop:
         self._executor.shutdown(cancel_futures=True)
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> RequestStream:
-        """Hands requests to the engine, all or none; to be used with ``with``.
-
-        Raises:
-            ApiError: 429, 503, or 500 after a failure.
-            MaxlmError: the engine cannot take a request.
-        """
+        """Hands requests to the engine, all or none; to be used with ``with``. Raises ApiError:
+        429, 503, or 500 after a failure; MaxlmError: the engine cannot take a request."""
         count = sum(request.num_sequences for request in requests)
 
         def release() -> None:
@@ -103,10 +99,7 @@ class EngineLoop:
     @contextmanager
     def admit(self) -> Iterator[None]:
         """Holds a place in the queue for work that goes through :meth:`call`, until it is done.
-
-        Raises:
-            ApiError: as :meth:`submit` does.
-        """
+        Raises ApiError: as :meth:`submit` does."""
         self._take_places(1)
         try:
             yield

@@ -114,11 +114,7 @@ def decode_token(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
 
 async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Returns what ``work`` does, or cancels it when the client hangs up; call it once the body is
-    read.
-
-    Raises:
-        ClientDisconnect: the client hung up.
-    """
+    read. Raises ClientDisconnect: the client hung up."""
     task, hang_up = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, hang_up}, return_when=asyncio.FIRST_COMPLETED)

@@ -16,11 +16,8 @@ from maxlm.serving.server_state import ServerState
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything is loaded; connections wait until the server runs.
-
-    Raises:
-        MaxlmError: the port is in use, or the address is none of this machine's.
-    """
+    """Takes an address, before anything is loaded; connections wait until the server runs. Raises
+    MaxlmError: the port is in use, or the address is none of this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends at once (TCP_NODELAY) where the protocol is named, and waits 40 ms elsewhere.
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -38,10 +35,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 def read_api_key(path: str | Path | None) -> str | None:
     """Returns the key that clients have to send: a file's text, else MAXLM_API_KEY's; None: none.
-
-    Raises:
-        MaxlmError: a key is empty or not plain ASCII.
-    """
+    Raises MaxlmError: a key is empty or not plain ASCII."""
     key, where = os.environ.get("MAXLM_API_KEY"), "MAXLM_API_KEY"
     if path is not None:
         key, where = Path(path).read_text("utf-8", "replace").strip(), str(path)
@@ -52,11 +46,8 @@ def read_api_key(path: str | Path | None) -> str | None:
 
 def run_server(state: ServerState, bound: socket.socket, announce: Callable[[str], None]) -> None:
     """Serves until a signal: the first SIGTERM or Ctrl-C refuses new requests (503) and ends when
-    those that run are answered, the second ends at once.
-
-    Args:
-        announce: called with the URL when requests are taken.
-    """
+    those that run are answered, the second ends at once. ``announce``: called with the URL when
+    requests are taken."""
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:

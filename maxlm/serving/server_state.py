@@ -50,12 +50,8 @@ class ServerState:
         self.metrics = ServerMetrics(lambda: self.engine_loop.stats)
 
     async def read_body(self, request: Request, schema: type[Body]) -> Body:
-        """Reads and checks a JSON body.
-
-        Raises:
-            ApiError: no JSON, too large, a field that is not supported, another model's name.
-            ValidationError: a wrong field.
-        """
+        """Reads and checks a JSON body. Raises ApiError: no JSON, too large, a field that is not
+        supported, another model's name; ValidationError: a wrong field."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page of another site can send anything else without asking the browser first.
         if kind != "application/json":
@@ -77,10 +73,7 @@ class ServerState:
 
     def find_adapter(self, model: str | None) -> str | None:
         """Returns the adapter of the model that a request names, ``base:adapter``; None: the base.
-
-        Raises:
-            ApiError: there is no such model.
-        """
+        Raises ApiError: there is no such model."""
         known = {None: None, self.name: None}
         known |= {f"{self.name}:{adapter}": adapter for adapter in self.list_adapters()}
         if model not in known:

@@ -77,11 +77,8 @@ def _to_json(value: Any) -> str:
 def make_tool_grammar(
     tools: Sequence[Tool], tool_format: ToolFormat, *, parallel: bool
 ) -> GrammarSpec:
-    """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`.
-
-    Raises:
-        ApiError: ``$defs`` that are none, or give one name to different things.
-    """
+    """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`. Raises
+    ApiError: ``$defs`` that are none, or give one name to different things."""
     key = "parameters" if tool_format == "llama3" else "arguments"
     calls, definitions = [], {"$defs": {}, "definitions": {}}
     for tool in tools:

@@ -39,11 +39,8 @@ class MeshConfig(Config):
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1.
-
-    Raises:
-        MaxlmError: malformed text, or an axis that does not exist.
-    """
+    """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1. Raises MaxlmError:
+    malformed text, or an axis that does not exist."""
     sizes = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         axis, _, size = part.partition("=")
@@ -61,11 +58,8 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the size of every axis, in mesh order, for a number of devices.
-
-    Raises:
-        MaxlmError: two axes are -1, a size is below 1, or the product is not ``num_devices``.
-    """
+    """Returns the size of every axis, in mesh order, for a number of devices. Raises MaxlmError:
+    two axes are -1, a size is below 1, or the product is not ``num_devices``."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     described = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
     free = [axis for axis, n in sizes.items() if n == -1]

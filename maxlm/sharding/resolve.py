@@ -84,11 +84,8 @@ def _check_distinct(axes: Sequence[str | None], rules: AxisRules, where: str) ->
 
 def check_activation_rules(rules: AxisRules) -> None:
     """Refuse compute rules that split two dimensions of one activation over the same mesh axis, or
-    the width of the residual stream or of a head.
-
-    Args:
-        rules: on the mesh at hand, so without axes of size 1.
-    """
+    the width of the residual stream or of a head. ``rules``: on the mesh at hand, so without axes
+    of size 1."""
     width = "the residual stream's width, which norms, experts and the loss need"
     head = "a head's width, which attention needs"
     for axis, needed in (("embed", width), ("expert_embed", width), ("head_dim", head)):
@@ -103,12 +100,9 @@ def check_activation_rules(rules: AxisRules) -> None:
 def check_unsharded_share(
     placements: Mapping[str, tuple[int, Placement]], sizes: Mapping[str, int], max_share: float
 ) -> None:
-    """Refuse a plan that leaves too many parameter bytes whole on every device.
-
-    Args:
-        placements: path → (bytes, placement).
-        max_share: the largest share allowed; only meshes that split parameters are held to it.
-    """
+    """Refuse a plan that leaves too many parameter bytes whole on every device. ``placements``:
+    path → (bytes, placement). ``max_share``: the largest share allowed; only meshes that split
+    parameters are held to it."""
     if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
         return
     whole = {

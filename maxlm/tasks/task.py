@@ -124,12 +124,9 @@ class Task(Config):
 
     @abstractmethod
     def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """Computes the loss of a batch, as the sum over what is counted.
-
-        Args:
-            batch: the arrays of :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages.
-            key: of this step and micro-batch.
-        """
+        """Computes the loss of a batch, as the sum over what is counted. ``batch``: the arrays of
+        :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages. ``key``: of this step and
+        micro-batch."""
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
@@ -143,11 +140,8 @@ class Task(Config):
         return 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
-        """Returns the task with the reserved ids that a published tokenizer has.
-
-        Args:
-            ids: of its special tokens, by their text.
-        """
+        """Returns the task with the reserved ids that a published tokenizer has. ``ids``: of its
+        special tokens, by their text."""
         return self
 
     def for_small_model(self) -> Self:

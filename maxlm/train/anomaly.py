@@ -47,10 +47,7 @@ class LossSpikeDetector(Callback):
 
     def update(self, step: int, metrics: Mapping[str, float]) -> RollbackDecision | None:
         """Takes a step's ``loss``, ``skipped`` (1.0: the update was left out) and ``param_norm``.
-
-        Returns:
-            The steps to undo, once too many in a row are bad.
-        """
+        Returns the steps to undo, once too many in a row are bad."""
         if not isfinite(metrics.get("param_norm", 0.0)):
             return RollbackDecision(step, step, "the parameters are not finite")
         self._skipped = self._skipped + 1 if metrics.get("skipped") else 0

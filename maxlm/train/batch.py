@@ -31,11 +31,8 @@ def require_batch_split(
     sizes: Mapping[str, Any],
 ) -> Iterator[Requirement]:
     """Requires that a micro-batch's rows and sequences divide over the devices that split them.
-
-    Args:
-        row_lengths: tokens of the sequences in a row, by the setting that decides them.
-        sizes: devices, by mesh axis.
-    """
+    ``row_lengths``: tokens of the sequences in a row, by the setting that decides them. ``sizes``:
+    devices, by mesh axis."""
 
     def refuse(what: str, rule: str, setting: str, multiple: int) -> MaxlmError:
         axes = getattr(compute, rule)

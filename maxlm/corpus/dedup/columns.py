@@ -17,11 +17,8 @@ def get_shard_path(scratch: Path, kind: str, shard: str) -> Path:
 
 
 def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
-    """Write columns of one length; the file appears when complete.
-
-    Args:
-        columns: Arrow arrays, or numpy arrays [rows] of numbers.
-    """
+    """Write columns of one length; the file appears when complete. `columns`: Arrow arrays, or
+    numpy arrays [rows] of numbers."""
     batch = pa.RecordBatch.from_pydict(dict(columns))
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,11 +50,8 @@ def read_range(
     paths: Sequence[Path], names: Sequence[str], range_starts: np.ndarray, range_index: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Reads the rows of files, sorted by the first of the columns `names`, a uint64, in which that
-    lies from range_starts[range_index] up to the next start.
-
-    Returns:
-        The columns of all files end to end, and the index of each row's file: uint64 [rows].
-    """
+    lies from range_starts[range_index] up to the next start. Returns the columns of all files end
+    to end, and the index of each row's file: uint64 [rows]."""
     bounds = range_starts[range_index : range_index + 2]
     parts, sizes = [], []
     for path in paths:

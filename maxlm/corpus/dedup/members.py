@@ -94,12 +94,8 @@ def write_labels(
     rows: np.ndarray,
     labels: Mapping[str, pa.Array | np.ndarray],
 ) -> None:
-    """Write a shard's labels.
-
-    Args:
-        rows: the members' rows within the shard, rising.
-        labels: for each of the stage's labels its values for the members; others get nulls.
-    """
+    """Write a shard's labels. `rows`: the members' rows within the shard, rising. `labels`: for
+    each of the stage's labels its values for the members; others get nulls."""
     schema = pa.schema(dict(stage.label_types))
     batch = pa.RecordBatch.from_pydict(dict(labels), schema=schema)
     with shard.open_writer(schema) as writer:

@@ -133,12 +133,8 @@ def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
-    """Finds every n-gram of the index in a text.
-
-    Returns:
-        int64 [found, 3]: the first of it in `index.hashes`, its first character and the one after
-        its last.
-    """
+    """Finds every n-gram of the index in a text. Returns int64 [found, 3]: the first of it in
+    `index.hashes`, its first character and the one after its last."""
     words = hash_words(text)
     spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
     found = [np.empty((0, 3), np.int64)]

@@ -113,10 +113,7 @@ def read_word_lists(names: Sequence[str]) -> tuple[str, ...]:
 
 def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple[int, int]:
     """Counts listed phrases from the start, the longest at each place; and the words of a text.
-
-    Args:
-        listed: phrases as tokens in lower case, by their first, the longest first.
-    """
+    `listed`: phrases as tokens in lower case, by their first, the longest first."""
     tokens = split_words_and_symbols(text.lower())
     found = end = 0
     for i, token in enumerate(tokens):

@@ -40,12 +40,9 @@ def import_pyarrow(path: Path) -> Any:
 
 @contextmanager
 def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedReader]:
-    """Opens a buffered stream of the decompressed bytes of `path`.
-
-    Raises:
-        MaxlmError: the file cannot be read (also when that shows only midway), its compressed
-            data are damaged or cut short, or pyarrow is missing.
-    """
+    """Opens a buffered stream of the decompressed bytes of `path`. Raises MaxlmError: the file
+    cannot be read (also when that shows only midway), its compressed data are damaged or cut short,
+    or pyarrow is missing."""
     try:
         with open(path, "rb") as file:
             match compression:
@@ -130,11 +127,8 @@ def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
 
 @contextmanager
 def open_parquet(path: Path):
-    """Opens a pyarrow ParquetFile, closed on leaving.
-
-    Raises:
-        MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
-    """
+    """Opens a pyarrow ParquetFile, closed on leaving. Raises MaxlmError: pyarrow is missing, or the
+    file is not (or is damaged) Parquet."""
     pa = import_pyarrow(path)
     checked = partial(pa.parquet.ParquetFile, page_checksum_verification=True)
     try:

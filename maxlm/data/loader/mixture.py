@@ -104,10 +104,7 @@ class MixtureOrder:
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
         """Returns store numbers [n] and indices [n] within those stores' streams, both int64.
-
-        Raises:
-            IndexError: an index at or past `end`.
-        """
+        Raises IndexError: an index at or past `end`."""
         if self.end < ENDLESS and indices.size and int(indices.max()) >= self.end:
             raise IndexError(f"the mixture ends after {self.end} sequences")
         stores, streams = np.empty_like(indices), np.empty_like(indices)

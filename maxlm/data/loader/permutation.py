@@ -33,10 +33,7 @@ def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
     """Maps each index [m] < n by the permutation of range(n), n up to 2^62, that `keys` chooses.
-
-    Args:
-        keys: one key for all, or an array [m] with one for each index.
-    """
+    `keys`: one key for all, or an array [m] with one for each index."""
     x = _as_uint64(indices)
     keys = np.broadcast_to(_as_uint64(keys), x.shape)
     # At least one bit in each half, or the network could not mix.

@@ -44,11 +44,8 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: Path | str, *, segments: int | None = None) -> TokenStore:
-        """Open the store in folder `path`, or at a `gs://` or `s3://` URL.
-
-        Args:
-            segments: read the store as it was when it had so many; None is all.
-        """
+        """Open the store in folder `path`, or at a `gs://` or `s3://` URL. `segments`: read the
+        store as it was when it had so many; None is all."""
         place = to_place(path)
         manifest = read_manifest(place)
         if segments is not None:
@@ -92,12 +89,8 @@ class TokenStore:
         return self.manifest.offsets_sha256
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start].
-
-        Raises:
-            IndexError: the range does not lie within the store.
-            MaxlmError: the data are missing or damaged.
-        """
+        """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start]. Raises IndexError: the
+        range does not lie within the store; MaxlmError: the data are missing or damaged."""
         return self.read_many([start], [stop])[0]
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:

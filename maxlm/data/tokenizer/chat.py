@@ -249,11 +249,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
     """Returns the Jinja template that a tokenizer carries; ``with_tools``: the one for
-    conversations with tools, where there are several.
-
-    Raises:
-        MaxlmError: it carries none.
-    """
+    conversations with tools, where there are several. Raises MaxlmError: it carries none."""
     carried = tokenizer.extra_files
     if _TEMPLATE_FILE in carried:
         return carried[_TEMPLATE_FILE].decode()

@@ -204,12 +204,9 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
-        """Returns the exact bytes of ids; special tokens as their literals.
-
-        Args:
-            continued: the ids follow others. It matters to imported tokenizers that put a space
-                before a text and take it away again: within a text a space is the text's own.
-        """
+        """Returns the exact bytes of ids; special tokens as their literals. ``continued``: the ids
+        follow others. It matters to imported tokenizers that put a space before a text and take it
+        away again: within a text a space is the text's own."""
         ids = [int(i) for i in ids]
         # A negative index would silently count from the end.
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):

@@ -271,11 +271,8 @@ class TokenDecoder:
         self._byte_of_char = {char: byte for byte, char in enumerate(alphabet)}
 
     def decode(self, token: str, *, first: bool, is_added: bool = False) -> bytes:
-        """Returns a token's bytes, at the beginning of a text or within it.
-
-        Args:
-            is_added: the model does not know the token: it is no piece of its alphabet, but text.
-        """
+        """Returns a token's bytes, at the beginning of a text or within it. ``is_added``: the model
+        does not know the token: it is no piece of its alphabet, but text."""
         if is_added or self._library is None:
             return (f" {token}" if self._spaced and not first else token).encode()
         if self._byte_of_char:

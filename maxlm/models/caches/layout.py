@@ -61,11 +61,8 @@ def choose_feature_multiple(platform: str) -> int:
 
 
 def allocate_cache_array(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
-    """Returns zeros in their compute layout on the current mesh.
-
-    Raises:
-        MaxlmError: dimensions that do not divide over their mesh axes.
-    """
+    """Returns zeros in their compute layout on the current mesh. Raises MaxlmError: dimensions that
+    do not divide over their mesh axes."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     spec = resolve_placement("cache", array.shape, array.axes, rules, sizes).spec
     return jnp.zeros(array.shape, array.dtype or dtype, out_sharding=spec)

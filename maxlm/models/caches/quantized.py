@@ -39,11 +39,7 @@ class QuantizedCache(AttentionCache):
 
     def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
         """See :class:`AttentionCache`. All is written before anything is read: or XLA copies whole
-        pools.
-
-        Raises:
-            MaxlmError: more than a page of tokens of a row that decodes.
-        """
+        pools. Raises MaxlmError: more than a page of tokens of a row that decodes."""
         rows, width = batch.uniform_rows
         split, (num_recent, _, page) = rows * width, self.recent_key.shape[1:4]
         if width > page:

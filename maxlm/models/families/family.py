@@ -100,11 +100,8 @@ class ModelFamily:
         self, hf_config: Mapping[str, Any], source: str, tensor_names: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
         """Reads a config.json, with the names of the tensors beside it: returns a model's settings,
-        and notes for the user.
-
-        Raises:
-            MaxlmError: a value that maxlm does not implement, or one that is missing.
-        """
+        and notes for the user. Raises MaxlmError: a value that maxlm does not implement, or one
+        that is missing."""
         reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         try:
             settings = self._read_settings(reader)

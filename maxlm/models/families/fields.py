@@ -138,12 +138,8 @@ def read_layer_pattern(
     reader: ConfigReader, default_kinds: Sequence[str], kind_settings: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the shortest pattern that gives ``layer_types``, as settings of a decoder; none where
-    all layers are as the model says.
-
-    Args:
-        default_kinds: each layer's kind where there is no such list.
-        kind_settings: of each kind, settings of ``LayerKind``.
-    """
+    all layers are as the model says. ``default_kinds``: each layer's kind where there is no such
+    list. ``kind_settings``: of each kind, settings of ``LayerKind``."""
     kinds = reader.get("layer_types", None) or default_kinds
     if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
         what = f"layer_types does not name the kinds of {len(default_kinds)} layers"

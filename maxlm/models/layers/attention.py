@@ -375,11 +375,8 @@ def attend(
     **options: Any,
 ) -> tuple[jax.Array, Any]:
     """Attends to these tokens and a cache's, if there is one; returns also the cache with these.
-
-    Args:
-        layer: with a ``config``, ``sinks``, ``rules`` and ``parallel``.
-        options: further ones of the cache's ``attend``.
-    """
+    ``layer``: with a ``config``, ``sinks``, ``rules`` and ``parallel``. ``options``: further ones
+    of the cache's ``attend``."""
     options |= {"rules": rules, "window": inputs.window, "scale": inputs.scale}
     options |= {"soft_cap": layer.config.soft_cap, "slopes": inputs.slopes, "biases": inputs.biases}
     options["sinks"] = read_sinks(layer)

@@ -60,11 +60,8 @@ class Linear(nnx.Module):
 
 def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.Array, ...]:
     """Applies several maps to one input [B, S, *inputs], which then crosses the wire once.
-
-    Args:
-        seq_axis: the logical axis of the results' sequence: "seq" within a layer, "residual" for
-            what is added to the residual stream.
-    """
+    ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer, "residual" for
+    what is added to the residual stream."""
     rules, dtype = layers[0].rules, layers[0].dtype
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]

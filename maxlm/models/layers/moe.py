@@ -199,12 +199,8 @@ class Moe(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
         """x [B, S, D] → the same in the compute dtype, and what there is to add to the loss and to
-        log.
-
-        Args:
-            mask: bool [B, S], laid out as x; False for padding, which no routed expert serves
-                and no statistic counts. None: all tokens.
-        """
+        log. ``mask``: bool [B, S], laid out as x; False for padding, which no routed expert serves
+        and no statistic counts. None: all tokens."""
         config = self.config
         x, wide, bias = x.astype(self.dtype), accumulation_dtype(self.dtype), None
         router = materialize(self.router, self.rules, wide)
