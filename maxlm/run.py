@@ -114,8 +114,7 @@ def read_frozen_configs(
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
     found = {name: read(name, folder) for name, folder in sources.items()}
-    models = {name: run.model for name, run in found.items()}
-    config.task.check_frozen_models(config.model, models)
+    config.task.check_frozen_models(config.model, {name: run.model for name, run in found.items()})
     return found
 
 

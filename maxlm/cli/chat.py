@@ -35,6 +35,5 @@ def command(
         name = re.split(r"[.=\[]", setting)[0]
         (engine if name in EngineConfig.model_fields else sampling).append(setting)
     sampling = load_config(SamplingConfig, None, sampling).value
-    loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-    engine = make_engine(loaded, engine)
+    engine = make_engine(load_chat_model(model, step=step, mesh=mesh, template=template), engine)
     run_chat(ChatSession(engine, sampling, system))

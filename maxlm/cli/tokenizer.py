@@ -43,8 +43,7 @@ def train(
     given = {k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields}
     config = TokenizerConfig(**given, extra_special_tokens=tuple(special or ()))
     with show_progress() as progress:
-        texts = _read_texts(text, text_field, progress, sample_bytes)
-        tokenizer = train_tokenizer(config, texts)
+        tokenizer = train_tokenizer(config, _read_texts(text, text_field, progress, sample_bytes))
     tokenizer.save(out)
     print(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
 

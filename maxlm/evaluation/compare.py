@@ -46,8 +46,7 @@ def compare_evaluations(
     if not found or (tasks and skipped):
         what, fix = f"cannot compare {', '.join(skipped)}", f"tasks of both: {', '.join(both)}"
         raise MaxlmError(what, where=f"{first.path} and {second.path}", fix=fix)
-    p_values = compute_holm_p_values([each.p for each in found])
-    pairs = zip(found, p_values, strict=True)
+    pairs = zip(found, compute_holm_p_values([each.p for each in found]), strict=True)
     return [f._replace(p=p, verdict=f.verdict if p <= alpha else "same") for f, p in pairs], skipped
 
 

@@ -26,10 +26,9 @@ def compute_position_losses(
     scores = scorer.score([(document[:1], document[1:]) for document in documents], on_progress)
     losses = -np.array([score.token_logprobs for score in scores]).mean(axis=0)
     ends = [1 << k for k in range((losses.size - 1).bit_length() + 1)]
-    starts = [0, *ends]
     return {
         min(end, losses.size): float(losses[start:end].mean())
-        for start, end in zip(starts, ends, strict=False)
+        for start, end in zip([0, *ends], ends, strict=False)
         if start < losses.size
     }
 

@@ -161,9 +161,8 @@ def run_command(
     with temporary as scratch, tempfile.TemporaryFile() as printed:
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         folder = folder.absolute() if folder else Path(scratch if layer == "limits" else _EMPTY)
-        prefix = _list_prefix(layer, limits, folder, readable)
         process = subprocess.Popen(
-            [*prefix, *command],
+            [*_list_prefix(layer, limits, folder, readable), *command],
             stdin=files[0],
             stdout=printed,
             stderr=subprocess.STDOUT,

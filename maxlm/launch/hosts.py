@@ -90,6 +90,5 @@ def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int |
         )
     if nodes not in (None, found.count):
         what = f"--nodes {nodes}: {machine} is {found.count} hosts of {found.devices}"
-        fix = "leave --nodes out, or name the shape of GPUs, as in h100:16x4"
-        raise MaxlmError(what, fix=fix)
+        raise MaxlmError(what, fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4")
     return found

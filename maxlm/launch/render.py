@@ -74,8 +74,7 @@ def _shell(value: str | tuple[str, ...]) -> str:
 def job_file_path(job: Job, run: RunConfig) -> Path:
     """Returns the path that a submitted job is written to: in the run's folder, or in runs/
     where that folder is on other machines or in a container."""
-    here = job.scheduler == "slurm" and not job.options.image
-    folder = run.folder if here else "runs"
+    folder = run.folder if job.scheduler == "slurm" and not job.options.image else "runs"
     name = TEMPLATES[job.scheduler].rpartition("/")[2].removesuffix(".j2")
     return Path(folder) / run.name / "launch" / name
 

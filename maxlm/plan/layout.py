@@ -187,8 +187,7 @@ def _list_notes(
     if more := rules.residual[len(rules.seq) :]:
         yield f"sequence parallel: residual stream and norms split over {ways(more)} as well"
     if rules.seq:
-        balanced = parallel.balance_sequence
-        order = "an early and a late part each" if balanced else "in its own order"
+        order = "an early and a late part each" if parallel.balance_sequence else "in its own order"
         yield (
             f"context parallel: the sequence over {ways(rules.seq)}, {order}; "
             f"attention by {parallel.context}"

@@ -301,8 +301,7 @@ def _attention(
     length, keys = (work.tokens_per_row.decoder * rate for rate in (stack.token_ratio, seen))
     # A tile of queries with all keys.
     scores = shape.micro_batch_size * sizes.heads * min(max(128, length / 16), length) * keys * FP32
-    fused = shape.fused_attention and not biased
-    scores = 0.0 if fused else 3 * np.minimum(scores, _SCORE_BYTES)
+    scores = 0.0 if shape.fused_attention and not biased else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = shape.micro_batch_tokens * seen * split.num_devices(split.compute.seq)
     narrow = sum(group.latent_width for group in stack.matmul_groups)
     parts = {

@@ -36,8 +36,7 @@ class Machine(Network):
     def from_name(cls, name: str) -> "Machine":
         """Returns the machine of a name that docs/plan.md explains; a CPU is measured."""
         topology = parse_topology(name)
-        is_cpu = topology.platform == "cpu"
-        chip = measure_cpu(topology.devices) if is_cpu else CHIPS[topology.kind]
+        chip = measure_cpu(topology.devices) if topology.platform == "cpu" else CHIPS[topology.kind]
         return cls(topology, chip, name)
 
     @classmethod
@@ -180,8 +179,7 @@ def plan_run(
     where; None: bytes alone. ``sizes``: mesh axis → devices; default: the config's mesh on the
     machine."""
     topology = machine and machine.topology
-    platform = topology.platform if topology else "tpu"
-    dtype = resolve_compute_dtype(config.compute_dtype, platform)
+    dtype = resolve_compute_dtype(config.compute_dtype, topology.platform if topology else "tpu")
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)

@@ -130,8 +130,7 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
         divides = _find_divisible(work, sizes, micro, machine)
         if residual != given:
             # Rules that differ over axes of one device are the same candidate.
-            differing = set(residual) ^ set(given)
-            divides &= np.any([sizes[axis] > 1 for axis in differing], axis=0)
+            divides &= np.any([sizes[axis] > 1 for axis in set(residual) ^ set(given)], axis=0)
         own = {axis: n[divides] for axis, n in sizes.items()}
         for remat in get_args(RematPolicy):
             yield len(pairs), StepShape(work, own, micro[divides], remat, machine.topology)

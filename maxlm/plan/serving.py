@@ -99,8 +99,7 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
     kept = ("name", "compute_dtype", "model", "adapter", "sharding", "parallel")
     data = DataConfig(seq_len=options.prompt, batch_size=1)
     run = RunConfig(**{key: getattr(config, key) for key in kept}, data=data)
-    dtype = resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
-    return RunWorkload(run, dtype)
+    return RunWorkload(run, resolve_compute_dtype(run.compute_dtype, machine.topology.platform))
 
 
 class ServedModel:
@@ -387,8 +386,7 @@ def search_serving(
     splits = [tensor] if tensor else [n for n in range(1, devices + 1) if devices % n == 0]
     for split, cache in product(splits, caches):
         try:
-            served = ServedModel(work, machine, options, split, cache)
-            plans.append(plan_served_model(served))
+            plans.append(plan_served_model(ServedModel(work, machine, options, split, cache)))
         except MaxlmError as error:
             refusal = error
     if refusal and not plans:

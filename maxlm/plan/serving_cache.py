@@ -39,8 +39,7 @@ def count_layer_caches(
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     multiple = choose_feature_multiple(platform)
     page = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
-    layout = CacheLayout(1, 1, 1, page, None, config, multiple, head_ways)
-    specs = model.cache_specs(layout)
+    specs = model.cache_specs(CacheLayout(1, 1, 1, page, None, config, multiple, head_ways))
     return Counter(
         LayerCache(part.name, kind.window, own, model.dtype, page)
         for part in model.config.layer_stacks

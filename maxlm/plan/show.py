@@ -286,8 +286,7 @@ def render_serving_tables(
     if price_per_device_hour is not None:
         price = price_per_device_hour * plan.devices / 3600 / rate
         lines.append(f"{1e6 * price:,.3g} for a million new tokens")
-    verdict = (format_serving_verdict(plan), "bold")
-    head = Text.assemble((plan.name, "bold"), lines[0], verdict)
+    head = Text.assemble((plan.name, "bold"), lines[0], (format_serving_verdict(plan), "bold"))
     memory = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()]
     step = [
         (name, format_seconds(seconds), f"{seconds / point.time['total']:.1%}")

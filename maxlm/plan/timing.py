@@ -337,13 +337,12 @@ def estimate_time(
     parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
     new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
-    idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
         products=parts[0] + (flops.loss + flops.loss_backward + once_flops) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.page_allocation_bandwidth,
         exposed=exposed * (1 - share) + once,
-        idle=idle,
+        idle=sum(parts) / micro * (slots - micro) + exposed * share,
         communication=sum(sent.values()),
         forward=micro * sum(passes["forward"]) + loss[0],
     )

@@ -271,8 +271,7 @@ class StepShape:
         self.layer_groups_per_stage = parallel.layer_groups if circular else 1
         self.layer_recomputes = np.where(self.pipelined, 1, 0) + (remat != "none")
         """Times that the backward pass runs layers as the forward pass did."""
-        scores_again = work.is_attention_recomputed(remat)
-        self.score_recomputes = np.where(self.pipelined, 1, 0) + scores_again
+        self.score_recomputes = np.where(self.pipelined, 1, 0) + work.is_attention_recomputed(remat)
         """Times that the backward pass makes attention's scores as the forward pass did."""
         idle = (self.stages - 1) / self.layer_groups_per_stage
         passes = np.where(self.pipelined, micro_batches + idle, micro_batches)

@@ -61,8 +61,7 @@ class ChatSession:
             what = f"the conversation has {len(prompt)} tokens, the context {context}"
             raise MaxlmError(what, fix="/reset forgets it")
         most, seed = min(self._sampling.max_new_tokens, room), self._sampling.seed + self._count
-        changes = {"max_new_tokens": most, "seed": seed % 2**32}
-        sampling = self._sampling.model_copy(update=changes)
+        sampling = self._sampling.model_copy(update={"max_new_tokens": most, "seed": seed % 2**32})
         self._count, self.is_stopped, self.num_tokens = self._count + 1, False, 0
         name, pieces, done = f"chat-{self._count}", [], False
         self._engine.add_request(GenerationRequest(name, tuple(prompt), sampling))

@@ -153,8 +153,7 @@ class DownstreamEvaluator:
         rows = [each[:length].tolist() for each in found]
         if not rows:
             what = f"no held-out document has {length} tokens (data.seq_len)"
-            where = "train.downstream.position_documents"
-            raise MaxlmError(what, where=where, fix="set it to 0")
+            raise MaxlmError(what, where="train.downstream.position_documents", fix="set it to 0")
         return rows
 
 

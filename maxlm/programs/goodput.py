@@ -101,8 +101,7 @@ def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> Ru
             log, kept, earliest, now_unix_seconds if log is logs[-1] else inf, totals
         )
         if before:
-            part = "finished" if before.end == "done" else "down"
-            totals[part] += attempt.began - before.ended
+            totals["finished" if before.end == "done" else "down"] += attempt.began - before.ended
         attempts.append(attempt)
     return RunHistory(tuple(attempts), totals, counts)
 

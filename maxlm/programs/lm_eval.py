@@ -23,8 +23,7 @@ class LoadedMaxlmModel(MaxlmModel):
     engine. ``--batch_size`` and ``--device`` mean nothing here."""
 
     def __init__(self, run: str, step: int | None = None, mesh: str | None = None, **given: Any):
-        axes = mesh.replace(";", ",") if mesh else None
-        loaded = load_chat_model(str(run), step=step, mesh=axes)
+        loaded = load_chat_model(str(run), step=step, mesh=mesh.replace(";", ",") if mesh else None)
         own = {name: given.pop(name) for name in _OWN if name in given}
         settings = [f"{name}={value}" for name, value in given.items() if name not in _HARNESS]
         make_harness_model(loaded, super().__init__, settings, **own)

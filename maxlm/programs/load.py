@@ -199,8 +199,7 @@ def _open_checkpoints(
     parameters to use have in them."""
     with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
         config = tier.metadata(step)["config"]
-        average = config["train"].get("ema_decay") is not None
-        yield tier, config, "ema" if average else "params"
+        yield tier, config, "ema" if config["train"].get("ema_decay") is not None else "params"
 
 
 def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:

@@ -53,8 +53,7 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         if not getattr(task, name):
             continue
         file = task.open_files(name)
-        every = np.arange(len(file))
-        source = task.make_source(file, every, inputs, shuffle=False, endless=False)
+        source = task.make_source(file, np.arange(len(file)), inputs, shuffle=False, endless=False)
         found = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
         with open_evaluation_batches(setup, source) as batches:
             values = [process_allgather(run(params, own), True) for own in batches]

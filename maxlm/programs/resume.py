@@ -158,8 +158,7 @@ class StateRestorer:
             if any(each.tier.name != "local" for each in skipped):
                 raise_no_readable_checkpoint(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
-            fresh = init_or_warm_start_state(self.setup)
-            return TrainingPosition(fresh, 0, skips, skipped=skipped)
+            return TrainingPosition(init_or_warm_start_state(self.setup), 0, skips, skipped=skipped)
         if source.is_own_run:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]

@@ -96,9 +96,8 @@ class RunSetup:
 
     def init_train_state(self) -> TrainState:
         """A fresh state without frozen models, every array created in its own sharding."""
-        key = jax.random.key(self.config.seed)
         return bind_mesh(self.mesh, jit_sharded(self._init, replace(self.shardings, frozen={})))(
-            key
+            jax.random.key(self.config.seed)
         )
 
     def place_to_generate(self) -> tuple[Model, Params]:
@@ -133,8 +132,7 @@ class RunSetup:
 
     def _init(self, key: jax.Array) -> TrainState:
         params = init_params(self.specs, key)
-        has_average = self.config.train.ema_decay is not None
-        ema = jax.tree.map(jnp.copy, params) if has_average else None
+        ema = jax.tree.map(jnp.copy, params) if self.config.train.ema_decay is not None else None
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
 
     @property

@@ -136,8 +136,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))
     # Other models are as small as the trained one.
-    sources = dict.fromkeys(small.task.frozen_models())
-    setup = set_up_run(small, devices, frozen_sources=sources)
+    setup = set_up_run(small, devices, frozen_sources=dict.fromkeys(small.task.frozen_models()))
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(small.task, RowTask):
             write_counting_rows(rows := Path(folder, "rows.jsonl"))
@@ -148,8 +147,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
 
 def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     state = setup.init_train_state()
-    frozen = load_frozen_models(setup, RunSetup.init_train_state)
-    state = replace(state, frozen=frozen)
+    state = replace(state, frozen=load_frozen_models(setup, RunSetup.init_train_state))
     count = sum(spec.size for spec in flatten_names(setup.specs).values())
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
     yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
@@ -158,8 +156,7 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     began = time.perf_counter()
     state, first = _run(setup, step, state, SAVED_AT)
     saved = jax.tree.map(np.asarray, state)
-    seconds = time.perf_counter() - began
-    detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
+    detail = f"{SAVED_AT} steps in {time.perf_counter() - began:.1f} s, compilation included"
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
     with FolderTier(folder, layer_groups=layer_group_shapes(setup.specs)) as checkpoints:

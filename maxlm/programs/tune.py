@@ -57,8 +57,7 @@ def count_steps(config: RunConfig, epochs: float) -> int:
     if config.task.reads_text or folder is None:
         what, fix = "--epochs counts rows of files, with the base's tokenizer", "set train.steps"
         raise MaxlmError(what, where="--epochs", fix=fix)
-    tokenizer = load_tokenizer(folder)
-    source: Any = config.task.batch_source(make_source_inputs(config, tokenizer))
+    source: Any = config.task.batch_source(make_source_inputs(config, load_tokenizer(folder)))
     return max(1, ceil(source.rows_per_epoch * epochs / config.data.batch_size))
 
 

@@ -122,8 +122,7 @@ async def list_models(state: ServerState, request: Request) -> Response:
 
 async def describe_model(state: ServerState, request: Request) -> Response:
     """Answers /v1/models/NAME."""
-    adapter = state.find_adapter(request.path_params["name"])
-    return JSONResponse(state.describe_model(adapter))
+    return JSONResponse(state.describe_model(state.find_adapter(request.path_params["name"])))
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:

@@ -41,8 +41,7 @@ class _ToolPlan:
     def make_parser(self) -> ToolCallParser:
         """Returns a parser of one answer; without tools all is content."""
         names, most = [tool.function.name for tool in self.offered], None if self.parallel else 1
-        forced = bool(self.required)
-        return ToolCallParser(self.tool_format, names, forced=forced, max_calls=most)
+        return ToolCallParser(self.tool_format, names, forced=bool(self.required), max_calls=most)
 
 
 def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
@@ -116,8 +115,7 @@ class _ChatAnswer(Answer):
             calls = [{"index": number, **call} for number, call in found.calls.items()]
         else:
             name, calls = "message", [*found.calls.values()]
-            content = found.content or (None if calls else "")
-            message = {"role": "assistant", "content": content}
+            message = {"role": "assistant", "content": found.content or (None if calls else "")}
         message |= {"tool_calls": calls} if calls else {}
         logprobs = None
         if self.body.logprobs:
@@ -142,8 +140,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     if taken := _OWN_VARIABLES & body.chat_template_kwargs.keys():
         what = f"{', '.join(sorted(taken))}: not a variable to set"
         raise ApiError(400, what, param="chat_template_kwargs")
-    template = get_chat_template(state.tokenizer, with_tools=bool(body.tools))
-    plan = plan_tools(body, template)
+    plan = plan_tools(body, get_chat_template(state.tokenizer, with_tools=bool(body.tools)))
     given = state, body.messages, plan, body.chat_template_kwargs
     prompt = await asyncio.to_thread(encode_conversation, *given)
     return await _ChatAnswer(state, body, [prompt], plan).respond(request)

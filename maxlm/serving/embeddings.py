@@ -60,8 +60,7 @@ async def create_scores(state: ServerState, request: Request) -> Response:
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
         scores = await _score_tails(state, adapter, request, heads, tails)
     data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
-    name = body.model or state.name
-    return _respond(state, rows, data, id=f"score-{uuid4().hex}", model=name)
+    return _respond(state, rows, data, id=f"score-{uuid4().hex}", model=body.model or state.name)
 
 
 async def _score_tails(

@@ -108,8 +108,7 @@ class EngineLoop:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs a function in the engine's thread, between two steps, and returns its value."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._run, function)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, function)
 
     def _take_places(self, count: int) -> None:
         if self.failure:

@@ -167,5 +167,4 @@ class ServerMetrics(Collector):
         for name, value in stats._asdict().items() if stats else ():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             words = name.removeprefix("num_").replace("_total", " since the start")
-            text = f"Engine: {words.replace('_', ' ')}"
-            yield kind(f"maxlm_{name}", text, value=value)
+            yield kind(f"maxlm_{name}", f"Engine: {words.replace('_', ' ')}", value=value)

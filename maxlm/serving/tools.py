@@ -86,8 +86,7 @@ def make_tool_grammar(
         for place, shared in definitions.items():  # references start at the root
             found = schema.pop(place, {})
             if not isinstance(found, dict):
-                what = f"{place} of a tool's parameters is no object"
-                raise ApiError(400, what, param="tools")
+                raise ApiError(400, f"{place} of a tool's parameters is no object", param="tools")
             for name, value in found.items():
                 if shared.setdefault(name, value) != value:
                     raise ApiError(400, f"two tools differ in {place}/{name}", param="tools")
