@@ -80,8 +80,7 @@ class LoraParam(AdaptedParam):
 
         parts = lax.map(factor, self.base.astype(jnp.float32).reshape(-1, *shape))
         names = "base", "lora_a", "lora_b"
-        pairs = zip(names, parts, strict=True)
-        own = {n: x.reshape(getattr(self, n).shape) for n, x in pairs}
+        own = {n: x.reshape(getattr(self, n).shape) for n, x in zip(names, parts, strict=True)}
         own = replace(self, **own | {"base": own["base"].astype(self.base.dtype)})
         if self.lora_magnitude is None:
             return own

@@ -52,8 +52,7 @@ def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
         known = [*dict.fromkeys([*short, *modules.values()])]
         near = get_close_matches(target, known, n=3, cutoff=0.3) or known[:3]
         what = f"{target!r} is no linear map of this model"
-        fix = f"use a name such as {', '.join(near)}"
-        raise MaxlmError(what, where="adapter.targets", fix=fix)
+        raise MaxlmError(what, where="adapter.targets", fix=f"use a name such as {', '.join(near)}")
     return found
 
 

@@ -190,8 +190,7 @@ def count_lead_axes(
 def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
     where = str(stored.path)
     if stored.shape != tuple(entry.shape):
-        there, here = list(stored.shape), list(entry.shape)
-        what = f"{stored.name} is {there} there, {here} in this model"
+        what = f"{stored.name} is {list(stored.shape)} there, {list(entry.shape)} in this model"
         raise MaxlmError(what, where=where, fix=_OTHER_CONFIG)
     if not is_floating(stored.dtype):
         what = f"{stored.name} is stored as {stored.dtype}, so quantized"

@@ -331,13 +331,12 @@ def _read_settings(
         return Ia3Adapter(targets=name_targets(outputs), input_targets=name_targets(scaled))
     lacking = [m for m, parts in found.items() if not {"lora_a", "lora_b"} <= {*parts}]
     _refuse([f"{module} (one of A and B alone)" for module in lacking], folder)
-    pissa = values.get("init_lora_weights") == "pissa"
     adapter = LoraAdapter(
         rank=max(len(parts["lora_a"]) for parts in found.values()),
         alpha=values["lora_alpha"],
         rank_stabilized=bool(values.get("use_rslora")),
         dora=bool(values.get("use_dora")),
-        init="pissa" if pissa else "default",
+        init="pissa" if values.get("init_lora_weights") == "pissa" else "default",
         targets=name_targets(found),
     )
     for module in found:

@@ -389,7 +389,6 @@ def init_params(specs: Params, key: jax.Array) -> Params:
             return spec.init(own, spec.shape, spec.dtype)
         lead, shape = spec.shape[: spec.num_layer_axes], spec.shape[spec.num_layer_axes :]
         layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(prod(lead)))
-        values = jax.vmap(lambda k: spec.init(k, shape, spec.dtype))(layers)
-        return values.reshape(spec.shape)
+        return jax.vmap(lambda k: spec.init(k, shape, spec.dtype))(layers).reshape(spec.shape)
 
     return jax.tree_util.tree_map_with_path(lambda path, spec: init(join_path(path), spec), specs)

@@ -207,8 +207,7 @@ def require_whole_sequences(
     yield Requirement(whole | (not crosses), partial(refuse, "cross-attention looks at", fix))
     by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
     what, fix = "an expert's capacity is counted in", "use dispatch=dropless, or mesh.context=1"
-    counted = partial(refuse, what, fix, "model.moe.dispatch")
-    yield Requirement(whole | (not by_capacity), counted)
+    yield Requirement(whole | (not by_capacity), partial(refuse, what, fix, "model.moe.dispatch"))
 
 
 def require_experts(

@@ -188,8 +188,7 @@ class _Layout:
         if "heads" not in self.numbered:
             return d_own
         first, _ = self._own(numbers)
-        zeros = jnp.zeros(x.shape, d_own.dtype)
-        d_x = lax.dynamic_update_slice_in_dim(zeros, d_own, first, axis=2)
+        d_x = lax.dynamic_update_slice_in_dim(jnp.zeros(x.shape, d_own.dtype), d_own, first, axis=2)
         return lax.psum(d_x, self.numbered["heads"])
 
     def _own(self, numbers: dict[str, jax.Array]) -> tuple[jax.Array, int]:

@@ -107,8 +107,7 @@ class DroplessDispatch:
 
     def _swap(self, blocks: jax.Array) -> jax.Array:
         """[ways, room, ...]: block i to device i; what came, as [ways · room, ...]."""
-        got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
-        return got.reshape(-1, *blocks.shape[2:])
+        return lax.all_to_all(blocks, self.axes, 0, 0, tiled=True).reshape(-1, *blocks.shape[2:])
 
 
 @jax.tree_util.register_dataclass
@@ -147,8 +146,7 @@ class CapacityDispatch:
     def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
         """Multiplies [R, D] by kernels [experts, D, F] ([experts, F, D] if transposed) → [R, F]."""
         dims = (((2,), (2 if transposed else 1,)), ((0,), (0,)))
-        out = lax.dot_general(self._split(rows), kernels, dims)
-        return out.reshape(len(rows), -1)
+        return lax.dot_general(self._split(rows), kernels, dims).reshape(len(rows), -1)
 
     def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
         """Contracts [R, D] and [R, F] to [experts, D, F]."""

@@ -51,8 +51,7 @@ def resolve_placement(
     matched = []
     for size, axis in zip(shape, axes, strict=True):
         names = rules.mesh_axes(axis)
-        ways = prod(mesh_sizes[name] for name in names)
-        if size % ways:
+        if size % prod(mesh_sizes[name] for name in names):
             split = "·".join(f"{name}={mesh_sizes[name]}" for name in names)
             fix = f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
             fix += "sharding.storage and sharding.compute to keep it whole"

@@ -260,7 +260,6 @@ class TransformerConfig(Config):
         )
         # T5's, without which a narrow model's logits would hardly differ.
         by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
-        logit_scale = d_model**-0.5 if by_width else self.logit_scale
         return self.model_copy(
             update={
                 "vocab_size": min(self.vocab_size, vocab_size),
@@ -273,6 +272,6 @@ class TransformerConfig(Config):
                 "dense_layers": min(self.dense_layers, 1),
                 "pattern": pattern,
                 "positions": turned(self.positions),
-                "logit_scale": logit_scale,
+                "logit_scale": d_model**-0.5 if by_width else self.logit_scale,
             }
         )

@@ -51,8 +51,7 @@ class EvictingCache(AttentionCache):
         attend = partial(_attend_rows, shared=shared, window=window, **options)
 
         def advance(own, tokens, where):
-            kept = jnp.where(where.begins[:, None, None], 0, own.positions)
-            own = replace(own, positions=kept)
+            own = replace(own, positions=jnp.where(where.begins[:, None, None], 0, own.positions))
             if tokens[0].shape[1] == 1:
                 return _replace_one(own, tokens, where, window, attend)
             keep = partial(_keep_best, window=window, attend=attend)

@@ -141,8 +141,7 @@ class RecurrentCache(NamedTuple):
                 )
                 return advance(fresh, x, where.live, *params)
 
-            out = run_rows(advance_fresh, states, x, batch)
-            return jax.tree.map(lambda a: a[None], out)
+            return jax.tree.map(lambda a: a[None], run_rows(advance_fresh, states, x, batch))
 
         features = rules.spec("batch", None, feature_axis)
         states = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)

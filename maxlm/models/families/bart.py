@@ -51,8 +51,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     scaled = reader.flag("scale_embedding", False)
     settings["embedding_scale"] = settings["d_model"] ** 0.5 if scaled else 1.0
     bare = BARE in (reader.get("architectures", None) or ())
-    offsets = "final_logits_bias" in reader.tensors if reader.tensors else not bare
-    settings["head_bias"] = offsets
+    settings["head_bias"] = "final_logits_bias" in reader.tensors if reader.tensors else not bare
 
 
 def _write(config: Any) -> dict[str, Any]:

@@ -62,11 +62,10 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 def _write(config: Any) -> dict[str, Any]:
     attention, moe = config.attention, config.moe
-    limited = moe.groups_per_token < moe.groups
     return {
         "num_key_value_heads": attention.num_heads,
         "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
-        "topk_method": "group_limited_greedy" if limited else "greedy",
+        "topk_method": "group_limited_greedy" if moe.groups_per_token < moe.groups else "greedy",
         "n_group": moe.groups,
         "topk_group": moe.groups_per_token,
         "first_k_dense_replace": config.dense_layers,

@@ -93,9 +93,8 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     both = reader.read_nested("rope_parameters")
     local = both.read_nested(LOCAL)
     whole = both.read_nested(GLOBAL) if both.has(GLOBAL) else reader.read_nested("rope_scaling")
-    head_dim = settings["attention"]["head_dim"]
     settings["positions"] = rope.read_position_settings(
-        reader, head_dim, theta=1_000_000.0, rope_reader=whole
+        reader, settings["attention"]["head_dim"], theta=1_000_000.0, rope_reader=whole
     )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it

@@ -41,8 +41,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     # The published code reads one, the library the other.
     rope.read_implemented("rope_theta", None, theta)
     settings["positions"] = {"kind": "rope", "theta": theta}
-    ffn = reader.read_nested("ffn_config")
-    ffn.read_implemented("hidden_size", None, settings["d_model"])
+    reader.read_nested("ffn_config").read_implemented("hidden_size", None, settings["d_model"])
 
 
 def _write(config: Any) -> dict[str, Any]:

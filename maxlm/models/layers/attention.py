@@ -329,8 +329,7 @@ class LatentAttention(nnx.Module):
     def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
         """A layer's cache of vectors with the shared rotary keys behind them; attention's values
         are the vectors."""
-        size = self.latent.kv_rank + self.latent.rotary_dim
-        return kv_cache_spec(layout, window, 1, size, None)
+        return kv_cache_spec(layout, window, 1, self.latent.kv_rank + self.latent.rotary_dim, None)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""

@@ -229,10 +229,9 @@ class Moe(nnx.Module):
         if bias is not None:
             rule = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
-        named = {"gate": self.gate, "up": self.up, "down": self.down}
         kernels = {
             name: read_weight(param, self.rules, self.dtype)
-            for name, param in named.items()
+            for name, param in {"gate": self.gate, "up": self.up, "down": self.down}.items()
             if param is not None
         }
         y = experts.apply_experts(
