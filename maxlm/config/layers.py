@@ -156,8 +156,7 @@ def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: 
         if not parts[0].isdecimal() or int(parts[0]) >= size:
             count = f"{size} element{'' if size == 1 else 's'}"
             what = f"{join_key(key)} is a list of {count}; there is no {name}"
-            fix = "count from 0, or give the whole list"
-            raise MaxlmError(what, where=where, fix=fix)
+            raise MaxlmError(what, where=where, fix="count from 0, or give the whole list")
         index, items = int(parts[0]), [*node.value]
         items[index] = _set_value(items[index], parts[1:], value, (*key, index))
         return Setting(items, node.origin)

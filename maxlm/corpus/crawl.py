@@ -102,8 +102,7 @@ def _read_records(
     marks = {".gz": _GZIP, ".zst": _ZSTD}
     mark = next((m for m in marks.values() if view[:4].startswith(m)), None)
     if mark is None:
-        is_plain = view[:5] == b"WARC/"
-        mark = _LINE_START if is_plain else marks.get(Path(name).suffix, _LINE_START)
+        mark = _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
     start, false_starts, is_counted = 0, 0, False
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)

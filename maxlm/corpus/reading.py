@@ -86,8 +86,7 @@ def _make_job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) ->
         for each in slices
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    view = StageShardView(folder, f"{source.name}-{digest[:16]}")
-    return ReadJob(view, source, tuple(slices))
+    return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices))
 
 
 def write_document_shard(job: ReadJob) -> None:

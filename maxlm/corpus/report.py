@@ -172,7 +172,6 @@ def _count(
 def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> list[Sample]:
     ids = table.column("id")
     order = {hashlib.sha256(ids[int(r)].as_py().encode()).hexdigest()[:16]: int(r) for r in rows}
-    chosen = heapq.nsmallest(SAMPLES, order)
     return [
         Sample(
             each,
@@ -181,7 +180,7 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
             (table.column("text")[order[each]].as_py() or "")[:_SNIPPET_CHARS],
             {label: table.column(label)[order[each]].as_py() for label in labels},
         )
-        for each in chosen
+        for each in heapq.nsmallest(SAMPLES, order)
     ]
 
 

@@ -125,8 +125,7 @@ def _read_sources(
         left = [job for job in jobs if job.shard.name in names]
         run(write_document_shard, left, num_done=len(jobs) - len(left))
 
-    sources = [source.model_dump(mode="json") for source in recipe.sources]
-    details = {"key": key, "sources": sources}
+    details = {"key": key, "sources": [source.model_dump(mode="json") for source in recipe.sources]}
     shards = [job.shard for job in jobs]
     _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files)
 
@@ -156,8 +155,7 @@ def _run_step(
 
     with convert_write_errors(home):
         _forget_other_labels(home, key)
-    settings = stage.model_dump(mode="json")
-    details = {"key": key, "stage": settings, "version": stage.version}
+    details = {"key": key, "stage": stage.model_dump(mode="json"), "version": stage.version}
     _make_shards(home, views, label, details, stage.list_packages())
     shutil.rmtree(home / "scratch", ignore_errors=True)
 

@@ -82,8 +82,7 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
     try:
         return int(environ[variable])
     except ValueError:
-        what = f"{environ[variable]!r} is no whole number"
-        raise MaxlmError(what, where=variable) from None
+        raise MaxlmError(f"{environ[variable]!r} is no whole number", where=variable) from None
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:

@@ -100,8 +100,7 @@ class Peers:
         self._exit_code: queue.SimpleQueue[int] = queue.SimpleQueue()
         threading.Thread(target=self._enforce_exit, daemon=True).start()
         for process, connection in connections.items():
-            arguments = (process, connection)
-            threading.Thread(target=self._listen, args=arguments, daemon=True).start()
+            threading.Thread(target=self._listen, args=(process, connection), daemon=True).start()
 
     def leave(self) -> None:
         """Says that this process is done, as all processes are; it may then exit with any code, for

@@ -64,8 +64,7 @@ class KtoTask(ReferenceTask):
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)
-        tokens = {_KL + name: own for name, own in arrays.items() if "seq" in own.axes}
-        return arrays | tokens
+        return arrays | {_KL + name: own for name, own in arrays.items() if "seq" in own.axes}
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
         file = super().open_files(which)

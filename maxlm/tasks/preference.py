@@ -145,8 +145,7 @@ class ReferenceTask(PreferenceTask):
         if self.reference_log_probs is None:
             return arrays
         if np.isnan(row[LOG_PROBS]).any():
-            what = "no reference log-probability for this row"
-            raise MaxlmError(what, where=LOG_PROBS, fix=_FIX)
+            raise MaxlmError("no reference log-probability for this row", where=LOG_PROBS, fix=_FIX)
         return arrays | {LOG_PROBS: row[LOG_PROBS]}
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:

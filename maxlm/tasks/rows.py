@@ -104,8 +104,7 @@ class RowTask(Task):
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         file = self.open_files("files")
         training, _ = self._split(len(file), inputs.seed)
-        shuffle = inputs.loader.shuffle
-        return self.make_source(file, training, inputs, shuffle=shuffle, endless=True)
+        return self.make_source(file, training, inputs, shuffle=inputs.loader.shuffle, endless=True)
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
         once = partial(self.make_source, inputs=inputs, shuffle=False, endless=False)

@@ -247,8 +247,7 @@ def scale_by_factored_rms(
             )
             return rows, columns
 
-        moments = split(jax.tree.map(one, specs, params), 2)
-        return FactoredState(jnp.zeros([], jnp.int32), *moments)
+        return FactoredState(jnp.zeros([], jnp.int32), *split(jax.tree.map(one, specs, params), 2))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
         del params
@@ -271,8 +270,7 @@ def scale_by_factored_rms(
             rms = jnp.sqrt(jnp.square(out).mean(layer, keepdims=True))
             return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
 
-        results = jax.tree.map(one, specs, updates, state.rows, state.columns)
-        out, *moments = split(results, 3)
+        out, *moments = split(jax.tree.map(one, specs, updates, state.rows, state.columns), 3)
         return out, FactoredState(count, *moments)
 
     return optax.GradientTransformation(init, update)

@@ -158,8 +158,7 @@ class TensorBoardSink:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
             # Its file names go by the second: a quick restart would overwrite the last one's.
-            suffix = f".{resume_step}.{os.getpid()}"
-            self._file = EventsWriter(str(folder / "events"), suffix)
+            self._file = EventsWriter(str(folder / "events"), f".{resume_step}.{os.getpid()}")
         if resume_step:
             self.rewind(resume_step)
 
@@ -233,8 +232,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    known = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if known else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

@@ -75,8 +75,7 @@ def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> S
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (read_batch(get_shard_path(folder, "members", name)).num_rows for name in names)
-    offsets = tuple(accumulate(sizes, initial=0))
-    return SelectedDocuments(folder, names, offsets)
+    return SelectedDocuments(folder, names, tuple(accumulate(sizes, initial=0)))
 
 
 def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:

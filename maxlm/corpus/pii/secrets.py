@@ -82,6 +82,5 @@ def _is_random(value: str) -> bool:
     mixed = value.lower() != value != value.upper()
     if not digits or digits == len(value) or (digits < 3 and not mixed) or _STAND_IN.search(value):
         return False
-    counts = Counter(value).values()
-    bits = -sum(n / len(value) * math.log2(n / len(value)) for n in counts)
+    bits = -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
     return bits >= _LEAST_BITS

@@ -171,13 +171,12 @@ def _apply_c4(lines: list[str]) -> Measures:
                 kept += 1
                 sentences += _count_sentences(line)
     names = ("punctuated", "short", "long_word", "javascript", "policy")
-    shares = {f"c4_{n}_lines": _ratio(c, len(lines)) for n, c in zip(names, counts, strict=True)}
     return {
         "c4_lines": kept,
         "c4_sentences": sentences,
         "c4_curly_bracket": curly,
         "c4_lorem_ipsum": lorem,
-        **shares,
+        **{f"c4_{n}_lines": _ratio(c, len(lines)) for n, c in zip(names, counts, strict=True)},
     }
 
 

@@ -72,8 +72,7 @@ class LanguageStage(PerDocumentStage):
                 return _UNDETERMINED
             names = [*(name.removeprefix("__label__") for name in found[0]), "und"]
             scores = [*found[1], 0.0]  # A model may know one language alone.
-            values = (names[0], scores[0], names[1], scores[1])
-            return dict(zip(_UNDETERMINED, values, strict=True))
+            return dict(zip(_UNDETERMINED, (names[0], scores[0], names[1], scores[1]), strict=True))
 
         return label
 

@@ -125,8 +125,7 @@ def write_duplicate_spans(
     rows, spans, counts, shares = map(np.concatenate, zip(_NOTHING, *parts, strict=True))
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    labels = {"cuts": cuts, "cut_share": shares}
-    write_labels(shard, SubstringStage, rows, labels)
+    write_labels(shard, SubstringStage, rows, {"cuts": cuts, "cut_share": shares})
 
 
 def _cut_block(

@@ -201,8 +201,7 @@ def make_batches(
     for name, count in tokens.items():
         if count < config.seq_len:
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
-            fix = "give more text, or lower seq_len"
-            raise MaxlmError(what, where=f"store {name!r}", fix=fix)
+            raise MaxlmError(what, where=f"store {name!r}", fix="give more text, or lower seq_len")
     if config.packing == "best_fit":
         pack = partial(open_best_fit, seq_len=config.seq_len, block=config.packing_block)
     else:

@@ -123,10 +123,9 @@ class Manifest(Config):
 
 def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
-    num_binary_files = existing.num_binary_files + new.num_binary_files
     return existing.with_segments(
         existing.segments + new.segments, existing.sources + new.sources
-    ).model_copy(update={"num_binary_files": num_binary_files})
+    ).model_copy(update={"num_binary_files": existing.num_binary_files + new.num_binary_files})
 
 
 def _hash_digests(digests: Sequence[str]) -> str:

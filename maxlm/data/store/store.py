@@ -189,8 +189,7 @@ class TokenStore:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            where = join_place(self.place, name)
-            raise make_array_error(where, error, _REBUILD, what) from error
+            raise make_array_error(join_place(self.place, name), error, _REBUILD, what) from error
 
     def _damaged(self, what: str) -> MaxlmError:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)

@@ -261,8 +261,7 @@ def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
         if found:
             return found
     fix = "set tokenizer.chat, import one that has a template, or give --chat-template FILE"
-    what = "the tokenizer carries no chat template"
-    raise MaxlmError(what, where=_TEMPLATE_FILE, fix=fix)
+    raise MaxlmError("the tokenizer carries no chat template", where=_TEMPLATE_FILE, fix=fix)
 
 
 @lru_cache(maxsize=16)  # These files are long, and every text needs them.

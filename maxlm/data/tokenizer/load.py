@@ -161,8 +161,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
 def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
     if eos is None:
         fix = "name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)"
-        what = "no token is named to close a document with"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        raise MaxlmError("no token is named to close a document with", where=str(path), fix=fix)
     return bos or eos, eos
 
 

@@ -105,10 +105,9 @@ class SentencePieceCodec(Codec):
         bytes_of = self.token_bytes
         if [bytes_of[i] for i in byte_ids] != [bytes([byte]) for byte in range(256)]:
             return False
-        encoded = self.encode_segments(list(_PROBES))
         return all(
             b"".join(bytes_of[i] for i in ids) == text.encode()
-            for text, ids in zip(_PROBES, encoded, strict=True)
+            for text, ids in zip(_PROBES, self.encode_segments(list(_PROBES)), strict=True)
         )
 
 

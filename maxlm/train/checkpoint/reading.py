@@ -304,5 +304,4 @@ def check_same_settings(
     ]
     if different:
         what = f"{what} with another config: {', '.join(different)}"
-        fix = "set them back, or train in another run folder"
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(what, where=where, fix="set them back, or train in another run folder")
