@@ -142,13 +142,11 @@ def to_peft(arrays: Mapping[str, np.ndarray], embedding_scale: float = 1) -> np.
 def from_peft(
     prompt_embeddings: np.ndarray, shapes: Mapping[str, Sequence[int]], embedding_scale: float = 1
 ) -> dict[str, np.ndarray]:
-    """Returns an adapter's arrays by their canonical names; inverts :func:`to_peft`.
+    """Returns an adapter's arrays by their canonical names; inverts :func:`to_peft`. Raises
+    MaxlmError: the model has other layers, heads, width or virtual tokens.
 
     Args:
         shapes: of the arrays to return.
-
-    Raises:
-        MaxlmError: the model has other layers, heads, width or virtual tokens.
     """
     names = [name for name in (_PROMPT, *_PREFIXES) if name in shapes]
     is_prompt = names[0] == _PROMPT

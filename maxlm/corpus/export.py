@@ -44,6 +44,7 @@ def export_corpus(
     They are those that a token store is built from, in the same order, each with `id`, `source`,
     `url`, `meta` (JSON), `language` where a stage tells it, and `text`. Parquet is compressed with
     zstd, JSONL with gzip. `out` appears when complete, with an `export.json` of rules and counts.
+    Raises MaxlmError: `out` exists, and is no export or `force` is not given; a full disk.
 
     Args:
         force: replace an earlier export.
@@ -51,9 +52,6 @@ def export_corpus(
     Returns:
         Numbers of `documents`, `text_bytes` and `files` written, of documents `dropped` by rules
         and of those `empty` after cuts.
-
-    Raises:
-        MaxlmError: `out` exists, and is no export or `force` is not given; a full disk.
     """
     out = out.absolute()
     _check_replaceable(out, force)

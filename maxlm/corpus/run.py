@@ -42,12 +42,9 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     A shard's labels are one file that appears when complete, so a run that was stopped or killed,
     or that met a full disk, goes on from the shards that are missing, and ends with the same files
     as an unbroken one. A stage whose settings, or whose input's settings, have changed is done
-    again, and so are the stages that read its labels; nothing else is.
-
-    Raises:
-        MaxlmError: a wrong recipe (before anything is written), sources that are not there, a
-            missing package or model, or a disk that is full.
-    """
+    again, and so are the stages that read its labels; nothing else is. Raises MaxlmError: a wrong
+    recipe (before anything is written), sources that are not there, a missing package or model, or
+    a disk that is full."""
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
     for step in steps:

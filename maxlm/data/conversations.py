@@ -44,15 +44,12 @@ def encode_conversation(
     tools: Any = None,
 ) -> EncodedSequence:
     """Encodes a conversation by the tokenizer's chat template; see ``encode_chat_turns`` for which
-    tokens of a turn are learnt. A message with ``"train": false`` is not learnt.
+    tokens of a turn are learnt. A message with ``"train": false`` is not learnt. Raises MaxlmError:
+    no turn to learn or an empty one, roles out of order, a template that drops or rewrites turns.
 
     Args:
         turns: which turns of ``roles`` are learnt.
         num_prompt_messages: messages at the beginning that are not learnt.
-
-    Raises:
-        MaxlmError: no turn to learn or an empty one, roles out of order, a template that drops or
-            rewrites turns.
     """
     _check_messages(messages)
     learnt = [

@@ -120,7 +120,8 @@ def load_tasks(
     seed: int | None = None,
     manager: TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Loads tasks, groups of tasks, or all that have a tag.
+    """Loads tasks, groups of tasks, or all that have a tag. Raises MaxlmError: an unknown task,
+    rows that cannot be loaded, or a task that would run generated programs outside the sandbox.
 
     Args:
         data: a folder with files of rows; None: the harness loads them from the Hugging Face hub.
@@ -130,10 +131,6 @@ def load_tasks(
     Returns:
         By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a group that
         ``data`` has no files of, its ``seed`` that of the examples.
-
-    Raises:
-        MaxlmError: an unknown task, rows that cannot be loaded, or a task that would run generated
-            programs outside the sandbox.
     """
     manager, opened = manager or TaskManager(), {}
     check_task_names(manager, names)
@@ -204,15 +201,12 @@ def evaluate_tasks(
 
 
 def load_split(folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool) -> Any:
-    """Loads a split of a task as a ``datasets.Dataset``.
+    """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file; MaxlmError: a
+    file whose rows have no known form.
 
     Args:
         config: the task's definition (``task``, ``dataset_path``, ``dataset_name``).
         is_evaluated: whether a file that names no split holds this one.
-
-    Raises:
-        MissingData: no file.
-        MaxlmError: a file whose rows have no known form.
     """
     from datasets import Dataset
 

@@ -52,14 +52,12 @@ class JobHosts:
 
 
 def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int | None) -> JobHosts:
-    """Returns the hosts of a machine.
+    """Returns the hosts of a machine. Raises MaxlmError: the scheduler has none such, or the hosts
+    do not share the devices evenly.
 
     Args:
         machine: the machine's, for messages.
         nodes: how many hosts a CPU machine has; of others the name tells.
-
-    Raises:
-        MaxlmError: the scheduler has none such, or the hosts do not share the devices evenly.
     """
     platform = topology.platform
     if platform not in _PLATFORMS[scheduler]:

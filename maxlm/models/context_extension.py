@@ -24,11 +24,8 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     before, as in a run's config.yaml, is returned as it is.
 
     All layers' positions are scaled, but those that a pattern gives to layers whose window lies
-    within the original length: they see no longer distances than before.
-
-    Raises:
-        MaxlmError: positions other than RoPE, a length that is no longer, another scaling.
-    """
+    within the original length: they see no longer distances than before. Raises MaxlmError:
+    positions other than RoPE, a length that is no longer, another scaling."""
     length, original, where = tune.extend_to, model.max_seq_len, "tune.extend_to"
     if length is None:
         return model

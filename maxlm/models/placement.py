@@ -78,15 +78,13 @@ def place_model(
     training: TrainingShape | None,
     adapter: Adapter | None = None,
 ) -> PlacedModel:
-    """Lays a model out on a mesh of given sizes, by axis.
+    """Lays a model out on a mesh of given sizes, by axis. Raises MaxlmError: an axis that does not
+    divide, two on one mesh axis, too much unsharded.
 
     Args:
         training: None where the model is to generate: a row's tokens come one at a time through
             all layers, so that neither is split; kv heads that do not divide are whole, while pages
             have copies of them and are split.
-
-    Raises:
-        MaxlmError: an axis that does not divide, two on one mesh axis, too much unsharded.
     """
     gradients = sharding.gradients or sharding.storage
     rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)

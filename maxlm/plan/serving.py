@@ -105,10 +105,7 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
 class ServedModel:
     """A model, as :func:`read_workload` returns it, split into replicas of ``tensor`` devices.
     Bytes, FLOPs and seconds are of one device; rows are the sequences of one replica, a number or
-    an array of them.
-
-    Raises:
-        MaxlmError: it does not divide, or the machine cannot be laid out so.
+    an array of them. Raises MaxlmError: it does not divide, or the machine cannot be laid out so.
     """
 
     def __init__(
@@ -366,7 +363,8 @@ def search_serving(
     tensor: int | None = None,
     caches: Sequence[CacheFormat] = ("auto",),
 ) -> tuple[list[ServingPlan], str | None]:
-    """Plans splits of all devices into replicas, with every cache.
+    """Plans splits of all devices into replicas, with every cache. Raises MaxlmError: the model
+    cannot be served, or cannot be split so at all; but not for too little memory.
 
     Args:
         tensor: devices of a replica; None: each number that divides the machine's.
@@ -375,10 +373,6 @@ def search_serving(
         Plans that fit and are in time first, by tokens a second; then others that fit, by time per
         token; then those that need the fewest bytes. And why the last split that the model cannot
         have was refused.
-
-    Raises:
-        MaxlmError: the model cannot be served, or cannot be split so at all; but not for too little
-            memory.
     """
     work, devices = read_workload(config, machine, options), machine.topology.devices
     plans: list[ServingPlan] = []

@@ -24,16 +24,14 @@ _HELP = """\
 
 
 class ChatSession:
-    """A conversation with a model, message by message.
+    """A conversation with a model, message by message. Raises MaxlmError: the tokenizer has no chat
+    template, or one that cannot write the system text.
 
     Args:
         engine: a ``maxlm.inference.engine.Engine`` with a tokenizer, whose ``max_length`` is the
             most tokens of the conversation and an answer.
         sampling: max_new_tokens is a limit, beside the context's.
         system: text of a message of the system's, before all others.
-
-    Raises:
-        MaxlmError: the tokenizer has no chat template, or one that cannot write the system text.
     """
 
     def __init__(self, engine: Any, sampling: SamplingConfig, system: str | None = None):

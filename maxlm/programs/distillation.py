@@ -49,7 +49,8 @@ def store_teacher_logits(
 ) -> tuple[int, int]:
     """Writes the rows of files with what a teacher says of each token to learn: the
     log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4 bytes a
-    token. The task ``distill`` reads them, without a teacher.
+    token. The task ``distill`` reads them, without a teacher. Raises MaxlmError: a file of another
+    name, a model or a row that cannot be read.
 
     Args:
         model: a run's folder, or a Hugging Face checkpoint's.
@@ -60,9 +61,6 @@ def store_teacher_logits(
 
     Returns:
         Rows written, and rows left out.
-
-    Raises:
-        MaxlmError: a file of another name, a model or a row that cannot be read.
     """
     if out.suffix != ".arrow":
         raise MaxlmError("not the name of an Arrow file", where=str(out), fix="end it with .arrow")

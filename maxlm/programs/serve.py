@@ -42,15 +42,13 @@ def serve(
     template: Path | None = None,
     adapter: Sequence[str] | None = None,
 ) -> None:
-    """Loads a model and serves it until a signal; prints the URL when it is ready.
+    """Loads a model and serves it until a signal; prints the URL when it is ready. Raises
+    MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
 
     Args:
         settings: the engine's, as ``max_sequences=16``.
         max_queue: sequences that may wait beside those that run; more get 429.
         adapter: adapters to load beside it, each NAME=FOLDER.
-
-    Raises:
-        MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
     """
     try:
         from maxlm.serving.engine_loop import EngineLoop
@@ -111,13 +109,11 @@ def _split_adapter(option: str) -> tuple[str, str]:
 
 
 def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Model) -> LoraWeights:
-    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one.
+    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one. Raises MaxlmError:
+    no LoRA adapter here, or PEFT's of another model.
 
     Args:
         base_folder: where the model came from, which says how PEFT names its maps.
-
-    Raises:
-        MaxlmError: no LoRA adapter here, or PEFT's of another model.
     """
     folder = Path(folder)
     if (folder / PEFT_CONFIG).exists():

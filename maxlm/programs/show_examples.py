@@ -42,15 +42,13 @@ def describe_examples(
     kind: str | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
-    """Encodes a file of rows for a task, and describes it and its first rows as plain data.
+    """Encodes a file of rows for a task, and describes it and its first rows as plain data. Raises
+    MaxlmError: a file or tokenizer that cannot be read, a task that reads no rows.
 
     Args:
         model: folder of a run, a Hugging Face checkpoint or a tokenizer.
         settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
         kind: of the task; None infers it from the columns of the first row.
-
-    Raises:
-        MaxlmError: a file or tokenizer that cannot be read, a task that reads no rows.
     """
     columns = open_rows(path)[0]
     kind = kind or infer_task_kind(columns)

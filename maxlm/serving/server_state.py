@@ -110,12 +110,10 @@ class ServerState:
         self, num_prompt_tokens: int, asked: int | None, prompt_field: str
     ) -> int:
         """Returns how many tokens a sequence may have; None asks for all that there is room for.
+        Raises ApiError: they do not fit the context.
 
         Args:
             prompt_field: the request's field that has the prompt, to name in errors.
-
-        Raises:
-            ApiError: they do not fit the context.
         """
         limit = self.max_length
         room = limit - num_prompt_tokens

@@ -16,13 +16,10 @@ BETWEEN_SLICES = ("data", "stage")
 def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Returns devices in the shape of a mesh, ``sizes`` outermost first.
 
-    A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else
-    `stage`; GPUs host by host, so that `tensor`, innermost, stays within one.
-
-    Raises:
-        MaxlmError: slices that neither `data` nor `stage` divides over; `tensor` across GPU hosts;
-            axes that a torus has no room for.
-    """
+    A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else `stage`;
+    GPUs host by host, so that `tensor`, innermost, stays within one. Raises MaxlmError: slices that
+    neither `data` nor `stage` divides over; `tensor` across GPU hosts; axes that a torus has no
+    room for."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))

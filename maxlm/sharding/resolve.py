@@ -38,15 +38,13 @@ def resolve_placement(
     rules: AxisRules,
     mesh_sizes: Mapping[str, int],
 ) -> Placement:
-    """Resolve one array's partition.
+    """Resolve one array's partition. Raises MaxlmError: a dimension that its mesh axes do not
+    divide; two dimensions on one mesh axis.
 
     Args:
         array_name: for errors.
         shape, axes: size and logical axis of each dimension.
         rules: on the mesh at hand, so without axes of size 1.
-
-    Raises:
-        MaxlmError: a dimension that its mesh axes do not divide; two dimensions on one mesh axis.
     """
     matched = []
     for size, axis in zip(shape, axes, strict=True):

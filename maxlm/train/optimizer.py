@@ -77,10 +77,7 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
 
     With peak p, warm-up w and total t: ``p (s + 1) / (w + 1)`` for ``s < w``; ``p`` at ``s = w``;
     ``p · final_fraction`` at ``s = t`` (one past the last step, so that no step is spent at zero).
-
-    Raises:
-        MaxlmError: the warm-up, or the warm-up and the decay, are longer than the run.
-    """
+    Raises MaxlmError: the warm-up, or the warm-up and the decay, are longer than the run."""
     peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
     if warmup > total_steps:
         what = f"warmup_steps={warmup} is longer than the run of {total_steps} steps"

@@ -68,16 +68,13 @@ class FileListing:
 def find_files(config: FilesConfig) -> FileListing:
     """Resolve `config.documents` to files.
 
-    Entries keep their order; within a folder or glob the order is that of the sorted paths. A
-    file reached twice is listed once. Files that come from a folder or glob are left out when
-    hidden, or binary (a NUL in the first 8 KiB); a file named outright never is. Formats that say
-    themselves what is broken are never binary: all but text, and in a crawl also HTML, which may
-    be UTF-16. A folder's links to other folders are not followed (a glob's are).
-
-    Raises:
-        MaxlmError: an entry that does not exist, matches nothing or holds no text file; a file
-            that cannot be read; compressed Parquet.
-    """
+    Entries keep their order; within a folder or glob the order is that of the sorted paths. A file
+    reached twice is listed once. Files that come from a folder or glob are left out when hidden, or
+    binary (a NUL in the first 8 KiB); a file named outright never is. Formats that say themselves
+    what is broken are never binary: all but text, and in a crawl also HTML, which may be UTF-16. A
+    folder's links to other folders are not followed (a glob's are). Raises MaxlmError: an entry
+    that does not exist, matches nothing or holds no text file; a file that cannot be read;
+    compressed Parquet."""
     files: dict[str, SourceFile] = {}
     num_binary_files = 0
     for entry in config.documents:

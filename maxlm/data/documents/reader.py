@@ -47,13 +47,9 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
     """Reads the documents of a source, or of one of its files, in order.
 
     Text that is empty or null is no document. JSONL is read line by line and Parquet batch by
-    batch, so neither is ever in memory as a whole.
-
-    Raises:
-        MaxlmError: see `find_files`; also undecodable bytes (if `on_bad_bytes` is "error"), lines
-            that are not JSON objects with `text_field`, Parquet without that column, missing
-            packages.
-    """
+    batch, so neither is ever in memory as a whole. Raises MaxlmError: see `find_files`; also
+    undecodable bytes (if `on_bad_bytes` is "error"), lines that are not JSON objects with
+    `text_field`, Parquet without that column, missing packages."""
     for each in [file] if file else find_files(source).files:
         found = read_slice(source, make_whole_slice(each))
         yield from (document for document in found if document and document.text)

@@ -179,16 +179,14 @@ def make_batches(
     """Makes the batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
 
     They are endless unless every source that is read has `max_epochs`. A store's order depends on
-    the seed and its name, not on the other stores.
+    the seed and its name, not on the other stores. Raises MaxlmError: no stores, names that differ,
+    a bad weight or phase, a store shorter than one sequence, or a best_fit index that cannot be
+    written.
 
     Args:
         mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
             depend on sizes, epochs and steps.
         config: seq_len, batch_size, packing and shuffle are used.
-
-    Raises:
-        MaxlmError: no stores, names that differ, a bad weight or phase, a store shorter than one
-            sequence, or a best_fit index that cannot be written.
     """
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
