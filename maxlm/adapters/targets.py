@@ -33,7 +33,6 @@ def replace_targets(
 
 
 def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
-    """Names of the parameters that a target names."""
     modules = {n: n.removesuffix(".kernel").removesuffix(".table") for n in candidates}
 
     def is_meant(name: str, spec: ParamSpec) -> bool:

@@ -174,7 +174,6 @@ def _split_union(annotation: Any) -> list[Any]:
 
 
 def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
-    """Returns the models among types."""
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
@@ -195,13 +194,11 @@ def _list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
 
 
 def _list_field_names(kinds: list[Any]) -> list[str]:
-    """Returns the field names allowed at this level."""
     names = [name for model in _select_models(kinds) for name in model.model_fields]
     return list(dict.fromkeys(names))
 
 
 def _list_choices(kinds: list[Any]) -> list[Any]:
-    """Returns the values that Literals allow."""
     literals = [kind for kind in kinds if typing.get_origin(kind) is Literal]
     return [value for kind in literals for value in typing.get_args(kind)]
 

@@ -93,7 +93,6 @@ def _export_shard(
     folder: Path,
     part: tuple[int, StageShardView],
 ) -> Counter[str]:
-    """Write the documents of a shard to a file, if it has some."""
     number, shard = part
     counts: Counter[str] = Counter()
     names = [name if "." not in name else "language" for name in columns]

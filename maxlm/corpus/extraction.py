@@ -141,7 +141,6 @@ def estimate_html_depth(data: bytes) -> int:
 
 
 def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
-    """Reads the title, the date of publication and the declared language."""
     from resiliparse.parse.html import HTMLTree
 
     tree = HTMLTree.parse(head)

@@ -101,7 +101,6 @@ def write_document_shard(job: ReadJob) -> None:
 
 
 def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:
-    """Yields rows of `DOCUMENT_SCHEMA`."""
     for part in job.slices:
         try:
             for document in _read_raw(job.source, part, count):
@@ -115,7 +114,6 @@ def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | 
 
 
 def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iterator[RawDocument]:
-    """Reads a slice of any format."""
     file, longest = part.file, source.max_document_bytes
     if file.format == "warc":
         yield from read_warc(file.path, count, max_record_bytes=longest)

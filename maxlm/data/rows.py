@@ -106,7 +106,6 @@ def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
 
 
 def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
-    """The tokens of a row."""
     return min(a.shape[0] for a in arrays.values() if "seq" in a.axes)
 
 

@@ -100,7 +100,6 @@ class Arena:
         return StreamingResponse(stream(), media_type="text/plain")
 
     async def _vote(self, request: Request) -> Response:
-        """Answers with the names."""
         body = VoteBody.model_validate_json(await request.body())
         models = self._battles.get(body.battle)
         if not models:

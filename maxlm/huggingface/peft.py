@@ -118,7 +118,6 @@ def _convert_modules(
     entries: Iterable[TensorEntry],
     scratch_folder: Path,
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Tensors and settings of an adapter of maps."""
     where = str(checkpoint.folder)
     modules, kernels, arrays = _list_modules(entries), flatten_names(specs), dict[str, Arrays]()
     leaves = flatten_names(adapter.adapt(specs), is_leaf)

@@ -83,7 +83,6 @@ def _group(params: Any, group: jax.Array, groups: int) -> Any:
 
 
 def _add(totals: Any, terms: Any, counts: jax.Array | bool = True) -> Any:
-    """Adds terms, where they count."""
     if counts is True:
         return jax.tree.map(jnp.add, totals, terms)
     return jax.tree.map(lambda s, p: s + jnp.where(counts, p, 0), totals, terms)

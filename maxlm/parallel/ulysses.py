@@ -81,8 +81,7 @@ def _options(split: SequenceSplit, segments: Segments, own_terms: HeadTerms) -> 
     if segments is not None:
         of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
         segments = _in_order(of_queries, split), _in_order(of_keys, split)
-    mask = {"segment_ids": segments, **split.mask_kwargs}
-    return {**mask, **split.score_kwargs(own_terms)}
+    return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(own_terms)}
 
 
 def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:

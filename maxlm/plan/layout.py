@@ -162,7 +162,6 @@ def _list_notes(
     sizes: Mapping[str, int],
     links: Mapping[str, str] | None,
 ) -> Iterator[str]:
-    """Lists notes on how a run is parallel, one line each."""
     rules, parallel, attention = placed.compute, config.parallel, config.model.attention
 
     def ways(axes: tuple[str, ...]) -> str:

@@ -175,7 +175,6 @@ class Stack:
     def _list_matmuls(
         self, trained_names: Set[str], encoder_rate: float
     ) -> tuple[MatmulGroup, ...]:
-        """Joins the groups of matrices with their declarations."""
         groups, specs = [], self.base_specs
         missing = {name for name, spec in specs.items() if spec.role == "matrix"}
         for branch in self.branches:

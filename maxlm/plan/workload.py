@@ -57,8 +57,7 @@ class RunWorkload:
         self.tokens_per_row = rows = TokensPerRow(*config.task.row_lengths(config.data.seq_len))
         self.dtype_bytes = jnp.dtype(dtype).itemsize
         """Bytes per element of the compute dtype."""
-        parts = config.model, config.adapter
-        model = build_adapted_model(*parts, rules=AxisRules(), dtype=dtype)
+        model = build_adapted_model(config.model, config.adapter, rules=AxisRules(), dtype=dtype)
         tree = param_specs(model)
         self.specs = flatten_names(tree)
         self.base_specs = flatten_names(select_base_params(tree))

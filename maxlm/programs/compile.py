@@ -95,10 +95,9 @@ def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> d
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     """Makes a training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
-    lead = (micro, data.batch_size // micro)
     return {
         name: jax.ShapeDtypeStruct(
-            (*lead, *array.shape),
+            (micro, data.batch_size // micro, *array.shape),
             array.dtype,
             sharding=batch_sharding(setup.placed.compute, setup.mesh, array.axes),
         )

@@ -147,8 +147,7 @@ def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
             return [*tokens, tokenizer.eos_id], 0
         return [*tokenizer.prefix_ids, *tokens, tokenizer.eos_id], size
 
-    own = loaded.model, loaded.params, loaded.mesh
-    return MaskedScorer(*own, mask_id=mask_id, wrap=wrap)
+    return MaskedScorer(loaded.model, loaded.params, loaded.mesh, mask_id=mask_id, wrap=wrap)
 
 
 def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:

@@ -109,8 +109,6 @@ def load_model(
 
 
 class _MemoryWriter:
-    """Keeps imported parameters in memory."""
-
     def __init__(self):
         self.arrays: dict[str, np.ndarray] = {}
 

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.show import format_bytes, format_seconds, make_table
-from maxlm.programs.evaluation import HeldOutResults, get_eval_params
+from maxlm.programs.evaluation import get_eval_params
 from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
@@ -31,8 +31,12 @@ def print_training_report(run: TrainingResult) -> None:
     console = Console(highlight=False)
     if any("bits_per_byte" in result for result in run.heldout.values()):
         console.print(_comparison(run))
-    elif run.heldout:
-        console.print(_format_heldout(run.heldout), markup=False)
+    else:
+        for name, result in run.heldout.items():
+            own = (
+                f"{metric} {value:.4g}" for metric, value in result.items() if metric != "tokens"
+            )
+            console.print(f"held out ({name}): {' · '.join(own)}", markup=False)
     if measured := _measured(run):
         console.print(measured)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
@@ -103,14 +107,6 @@ def generate_samples(run: TrainingResult) -> str:
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def _format_heldout(results: HeldOutResults) -> str:
-    lines = []
-    for name, result in results.items():
-        own = (f"{metric} {value:.4g}" for metric, value in result.items() if metric != "tokens")
-        lines.append(f"held out ({name}): {' · '.join(own)}")
-    return "\n".join(lines)
 
 
 def _places(run: TrainingResult) -> str:

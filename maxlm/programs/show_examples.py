@@ -126,7 +126,6 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
 def _list_spans(
     tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
 ) -> Iterator[dict[str, Any]]:
-    """A sequence's runs of tokens that are alike."""
     special, own = {*tokenizer.special_tokens.values()}, encoded["segment_ids"] == segment
     ids = [int(encoded["tokens"][own][0]), *encoded["targets"][own].tolist()]
     marks = zip([False, *(encoded["weights"][own] > 0).tolist()], ids, strict=True)

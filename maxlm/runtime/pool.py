@@ -105,7 +105,6 @@ def tokenizer_thread_count() -> int:
 
 
 def _begin() -> None:
-    """Begins a worker."""
     use_one_tokenizer_thread()
     ignore_signals()
     stop_with_parent()

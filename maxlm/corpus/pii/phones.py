@@ -61,7 +61,6 @@ def find_phones(text: str, regions: Sequence[str]) -> Iterator[PiiMatch]:
 
 
 def _find_in_run(text: str, run: str, offset: int, regions: Sequence[str]) -> Iterator[PiiMatch]:
-    """Finds the numbers in a run of digits, and of what may stand between them."""
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     if run.count("(") != run.count(")"):

@@ -227,7 +227,6 @@ def _make_parts(
 
 
 def _count_by_source(planned: Manifest, parts: Sequence[FinishedPart]) -> tuple[SourceEntry, ...]:
-    """The sources with the parts' counts filled in."""
     counts = [Counter[str]() for _ in planned.sources]
     for part in parts:
         for source, each in part.counts.items():

@@ -141,7 +141,6 @@ class TokenStore:
 
     @property
     def _folders(self) -> list[Place]:
-        """Places of the segments' arrays."""
         later = range(1, len(self.manifest.segments))
         return [self.place, *(join_place(self.place, segment_path(number)) for number in later)]
 

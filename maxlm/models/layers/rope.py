@@ -205,12 +205,7 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
     return jnp.concatenate([*(half.astype(x.dtype) for half in turned), *rest], axis=-1)
 
 
-def _rotate_forward(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, Rotary]:
-    return rotate(x, rotary), rotary
-
-
-def _rotate_backward(rotary: Rotary, d_y: jax.Array) -> tuple[jax.Array, None]:
-    return rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
+rotate.defvjp(
+    lambda x, rotary: (rotate(x, rotary), rotary),
+    lambda rotary, d_y: (rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None),
+)
