@@ -36,13 +36,8 @@ def compute_position_losses(
 def compute_gold_probability(samples: Sequence[Mapping[str, Any]]) -> float | None:
     """Computes the mean probability that a model gives to the right choice among a question's,
     which changes smoothly where accuracy jumps (Schaeffer et al. 2023, arXiv 2304.15004).
-
-    Args:
-        samples: the harness's records of a multiple-choice task.
-
-    Returns:
-        None for another kind of task.
-    """
+    ``samples``: the harness's records of a multiple-choice task. Returns None for another kind of
+    task."""
     found = []
     for sample in samples:
         logprobs = [

@@ -91,11 +91,8 @@ class HeldOutEvaluator:
 class DownstreamEvaluator:
     """Evaluates a run's model on ``train.downstream``'s tasks, on the mesh that it trains on.
     Raises MaxlmError: a task that does not exist, rows that are not there, a model or mesh that
-    cannot continue text; before training begins.
-
-    Args:
-        on_work: called before each task, and with each request that is done.
-    """
+    cannot continue text; before training begins. ``on_work``: called before each task, and with
+    each request that is done."""
 
     def __init__(self, setup: RunSetup, data: PreparedData, on_work: Callable[[], None]):
         self._setup, self._data, self._on_work = setup, data, on_work

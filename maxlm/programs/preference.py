@@ -67,14 +67,8 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 def score_texts(
     folder: str | Path, rows: Sequence[Mapping[str, Any]], *, mesh: MeshConfig | None = None
 ) -> np.ndarray:
-    """Scores answers with a run's reward model.
-
-    Args:
-        rows: prompts and completions, or messages.
-
-    Returns:
-        fp32 [len(rows)]; a higher score is a better answer.
-    """
+    """Scores answers with a run's reward model. ``rows``: prompts and completions, or messages.
+    Returns fp32 [len(rows)]; a higher score is a better answer."""
     run = load_run(folder, mesh=mesh)
     if SCORE not in run.config.model.heads:
         fix = "name a run of task.kind=reward"

@@ -128,11 +128,8 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
 
 class EventStream(StreamingResponse):
     """Server-sent events: each object as ``data: {json}``, at the end ``data: [DONE]``, or an
-    object with an ``error`` if one comes up on the way.
-
-    Args:
-        stream: what the events are made of; released whatever happens.
-    """
+    object with an ``error`` if one comes up on the way. ``stream``: what the events are made of;
+    released whatever happens."""
 
     def __init__(self, stream: RequestStream, events: AsyncIterator[str]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -126,12 +126,9 @@ class ServerState:
 
 
 class ServerMetrics(Collector):
-    """Counters and histograms of one server, in a registry of their own.
-
-    Args:
-        read_stats: returns the engine's ``EngineStats``, or None; each of its fields is a gauge
-            ``maxlm_NAME``, and a counter where the name ends in ``_total``.
-    """
+    """Counters and histograms of one server, in a registry of their own. ``read_stats``: returns
+    the engine's ``EngineStats``, or None; each of its fields is a gauge ``maxlm_NAME``, and a
+    counter where the name ends in ``_total``."""
 
     def __init__(self, read_stats: Callable[[], Any]):
         self.registry, self._read_stats = CollectorRegistry(), read_stats

@@ -17,12 +17,8 @@ _LEAST_DEVIATION = 0.005
 class LossSpikeDetector(Callback):
     """Reports updates that were skipped because they were not finite, and asks for a rollback after
     several of them, or several loss spikes, in a row. Every process decides the same from the same
-    scalars.
-
-    Args:
-        state_dict: of an earlier detector, as it was saved with a checkpoint, so that a resumed run
-            judges as one that never stopped.
-    """
+    scalars. ``state_dict``: of an earlier detector, as it was saved with a checkpoint, so that a
+    resumed run judges as one that never stopped."""
 
     def __init__(self, config: FaultToleranceConfig, state_dict: Mapping[str, Any] | None = None):
         self._config = config

@@ -40,11 +40,8 @@ _FIX = "restore another step"
 
 class LocalTier:
     """The files on the disks of a run's hosts. All processes call every method together.
-
-    Args:
-        folder: on this host's own disk; made if missing.
-        name: of the run, unlike any other's that uses the disk.
-    """
+    ``folder``: on this host's own disk; made if missing. ``name``: of the run, unlike any other's
+    that uses the disk."""
 
     name = "local"
 

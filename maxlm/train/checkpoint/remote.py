@@ -45,12 +45,9 @@ class _Cancelled(BaseException):
 
 class RemoteTier:
     """Copies of a folder's checkpoints. All processes call every method together; process 0 makes
-    the copies, one at a time, in a thread.
-
-    Args:
-        place: ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own.
-        folder: that is copied, and that copies are fetched into; it also names their owner.
-    """
+    the copies, one at a time, in a thread. ``place``: ``gs://bucket/path``, ``s3://bucket/path`` or
+    a folder; the run's own. ``folder``: that is copied, and that copies are fetched into; it also
+    names their owner."""
 
     name = "remote"
 
