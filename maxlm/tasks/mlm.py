@@ -53,8 +53,7 @@ class MlmTask(TextTask):
         return partial(self.mask_row, inputs.vocabulary)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
-        """Masks tokens of a row: ``share`` of those that are neither
-        special nor padding are chosen, rounded and at least one.
+        """Masks ``share`` of a row's tokens but special ones and padding, rounded and at least one.
 
         Words, where they are chosen, are so in random order, while they fit what is left of the
         share: it may stay short of it, by less than the shortest word left. Special tokens and

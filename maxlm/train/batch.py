@@ -42,16 +42,12 @@ def require_batch_split(
         fix = f"use a {name} that is a multiple of {multiple}, or a smaller mesh"
         return MaxlmError(what, where=setting, fix=fix)
 
+    def refuse_rows() -> MaxlmError:
+        what = f"a micro-batch of {batch_size // micro_batches} sequences"
+        return refuse(what, "batch", "data.batch_size", rows)
+
     rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
-    yield Requirement(
-        batch_size % rows == 0,
-        lambda: refuse(
-            f"a micro-batch of {batch_size // micro_batches} sequences",
-            "batch",
-            "data.batch_size",
-            rows,
-        ),
-    )
+    yield Requirement(batch_size % rows == 0, refuse_rows)
     for rule in ("seq", "residual"):
         pieces = prod(sizes[axis] for axis in getattr(compute, rule))
         for setting, length in row_lengths.items():
