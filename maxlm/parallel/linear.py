@@ -90,23 +90,27 @@ def multiply_kernels(
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    own = _Layouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
+    return _multiply(_contract_few_rows, x, kernels, gathered_kernels, kernel_layouts, token_layout)
+
+
+def _multiply(contract, x, kernels, wholes, used, tokens):
+    own = _Layouts(x, kernels, wholes, used, tokens)
 
     def local(x, kernels, wholes):
         x, summed = gather(x, own.x, (*own.inner, *own.x[2:])), _flat(own.x[2:])
         ys = []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
-            y = _contract(x, own.kernel(i, *pair), own.inputs)
+            y = contract(x, own.kernel(i, *pair), own.inputs)
             outputs = own.outputs[i]
-            ys.append(reduce(y, summed, (*own.inner, *outputs), (*token_layout, *outputs)))
+            ys.append(reduce(y, summed, (*own.inner, *outputs), (*tokens, *outputs)))
         return tuple(ys)
 
     specs = make_spec(own.x), own.kernels, own.wholes
-    return map_shards(local, specs, own.results)(x, kernels, gathered_kernels)
+    return map_shards(local, specs, own.results)(x, kernels, wholes)
 
 
 def _forward(x, kernels, wholes, used, tokens):
-    return multiply_kernels(x, kernels, wholes, used, tokens), (x, kernels, wholes)
+    return _multiply(_contract, x, kernels, wholes, used, tokens), (x, kernels, wholes)
 
 
 def _backward(used, tokens, saved, d_ys):
@@ -173,7 +177,7 @@ def multiply_fused_kernel(
     ends = tuple(accumulate(map(prod, local_shapes)))
 
     def local(x, kernel):
-        y = jnp.split(_contract(x, kernel, 1), ends[:-1], axis=-1)
+        y = jnp.split(_contract_few_rows(x, kernel, 1), ends[:-1], axis=-1)
         shapes = zip(y, local_shapes, strict=True)
         return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
 
@@ -186,8 +190,7 @@ def multiply_fused_kernel(
 def multiply_head(
     hidden: jax.Array, head: jax.Array, spec: PartitionSpec, dtype: Any, *, column_major: bool
 ) -> jax.Array:
-    """Returns ``hidden · head`` [B, S, V] in ``dtype`` and laid out as ``spec``; on a CPU without
-    gradient.
+    """Returns ``hidden · head`` [B, S, V] in ``dtype`` and laid out as ``spec``.
 
     Args:
         hidden: [B, S, D].
@@ -197,7 +200,7 @@ def multiply_head(
         return jnp.einsum(
             "bsd,dv->bsv", hidden, head, preferred_element_type=dtype, out_sharding=spec
         )
-    own = partial(_contract, inputs=1, dtype=dtype, column_major=column_major)
+    own = partial(_contract_few_rows, inputs=1, dtype=dtype, column_major=column_major)
     specs = make_spec((*parse_spec(spec, 3)[:2], ())), make_spec(((), parse_spec(spec, 3)[2]))
     return map_shards(own, specs, spec)(reshard(hidden, specs[0]), reshard(head, specs[1]))
 
@@ -222,17 +225,21 @@ def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
     return len(split) == 1 and not any(own[0] for own in parsed)
 
 
-def _contract(x, kernel, inputs, *, dtype=None, column_major=False):
+def _contract(x, kernel, inputs, dtype=None):
+    last = tuple(range(x.ndim - inputs, x.ndim))
+    dims = (last, tuple(range(inputs))), ((), ())
+    return lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+
+
+def _contract_few_rows(x, kernel, inputs, dtype=None, column_major=False):
+    """The same; few rows on a CPU by a kernel that reads at the memory's pace."""
     tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     if get_platform() == "cpu":
         rows = x.reshape(prod(tokens), -1)
         columns = kernel.reshape(rows.shape[1], -1)
         if can_multiply_rows(rows, columns, column_major=column_major):
-            y = skinny_matmul(rows, columns, column_major=column_major)
-            return y.reshape(*tokens, *outputs)
-    last = tuple(range(len(tokens), x.ndim))
-    dims = (last, tuple(range(inputs))), ((), ())
-    return lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+            return skinny_matmul(rows, columns, column_major).reshape(*tokens, *outputs)
+    return _contract(x, kernel, inputs, dtype)
 
 
 def _outer(x, d_y):

@@ -1,6 +1,8 @@
 """Products of few rows on a CPU: decoding multiplies a row a sequence, and its time is that of
 reading the model's kernels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -12,8 +14,9 @@ __all__ = ["can_multiply_rows", "skinny_matmul"]
 _MAX_ROWS, _MAX_COLUMN_MAJOR_ROWS = 64, 16
 
 
-def skinny_matmul(x: jax.Array, kernel: jax.Array, *, column_major: bool = False) -> jax.Array:
-    """Multiplies rows, without gradient; call it where :func:`can_multiply_rows`.
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def skinny_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -> jax.Array:
+    """Multiplies rows where :func:`can_multiply_rows`; its derivatives are XLA's products.
 
     Args:
         x: fp32 [R, inputs].
@@ -31,6 +34,13 @@ def skinny_matmul(x: jax.Array, kernel: jax.Array, *, column_major: bool = False
         vmap_method="sequential",
     )
     return multiply(x, kernel, column_major=column_major)
+
+
+@skinny_matmul.defjvp
+def _differentiate(column_major, primals, tangents):
+    (x, kernel), (d_x, d_kernel) = primals, tangents
+    y = skinny_matmul(x, kernel, column_major)
+    return y, d_x @ kernel + x @ d_kernel
 
 
 def can_multiply_rows(x: jax.Array, kernel: jax.Array, *, column_major: bool = False) -> bool:
