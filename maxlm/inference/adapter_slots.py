@@ -171,8 +171,7 @@ class AdapterSlots:
                 own[tuple(map(slice, array.shape))] = array if is_a else array * scale
             own, start = own.reshape(-1, *own.shape[lead:]), np.int32(slot * self._rank)
             dim = own.ndim - 2 if is_a else 0
-            pairs = zip(layers, own, strict=True)
-            layers[:] = (write_columns(*pair, start, dim) for pair in pairs)
+            layers[:] = (write_columns(*pair, start, dim) for pair in zip(layers, own, strict=True))
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)

@@ -352,8 +352,7 @@ class Engine:
             plan.decode, plan.drafts = [row._replace(num_tokens=1) for row in plan.decode], {}
             return
         # A step more than there are drafts, so that the last of them is in the cache as well.
-        longest = max(row.num_tokens for row in plan.decode)
-        alone = replace(plan, num_steps=longest, drafts={})
+        alone = replace(plan, num_steps=max(row.num_tokens for row in plan.decode), drafts={})
         shape = self._inputs.choose_shape(alone)
         inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {})
         tokens = np.asarray(self._draft.run(shape, inputs).tokens)

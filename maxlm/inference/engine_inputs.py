@@ -168,8 +168,7 @@ class InputBuilder:
             known = sequence.tokens[first : min(start + size + 1, sequence.num_prompt_tokens)]
             begin += first - start - 1
             at = shard, slice(begin, begin + len(known))
-            columns = (np.asarray(x)[at] for x in result.prompt_logprobs)
-            columns = zip(known, *columns, strict=True)
+            columns = zip(known, *(np.asarray(x)[at] for x in result.prompt_logprobs), strict=True)
             yield chunk, [TokenLogprob(t, float(p), _zip(ids, top)) for t, p, ids, top in columns]
 
     def _locate_chunks(

@@ -37,8 +37,7 @@ def find_argmax(logits: jax.Array) -> jax.Array:
     """
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    last = logits.shape[-1] - 1
-    return jnp.min(jnp.where(logits == highest, ids, last), axis=-1)
+    return jnp.min(jnp.where(logits == highest, ids, logits.shape[-1] - 1), axis=-1)
 
 
 def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
@@ -128,8 +127,7 @@ def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
     p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10)."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     probability = jnp.exp(log_p)
-    drawn = probability > 0
-    entropy = -jnp.sum(jnp.where(drawn, log_p * probability, 0), axis=-1, keepdims=True)
+    entropy = -jnp.sum(jnp.where(probability > 0, log_p * probability, 0), axis=-1, keepdims=True)
     return _keep_highest(-jnp.abs(log_p + entropy), probability, p)
 
 

@@ -183,8 +183,7 @@ def encode_row(
     positions = reshard(jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1), batch)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     # Padding at 0, as in training: a row is as long as its last position says (dynamic NTK).
-    inputs = tokens, positions * segments, segments
-    new = bind(model, params).project_cross_keys(inputs), segments
+    new = bind(model, params).project_cross_keys((tokens, positions * segments, segments)), segments
 
     def write(held: jax.Array, new: jax.Array, spec: Any) -> jax.Array:
         room = held.shape[2] - new.shape[1]

@@ -81,8 +81,7 @@ class OutputBuilder:
         """Begins a sequence's output; ``continued``: its first word follows others."""
         text, has_text = None, not (sequence.is_branching or sequence.request.continuations)
         if self.tokenizer is not None and has_text:
-            stops = sequence.request.stop_strings
-            text = TextStream(self.tokenizer, stops, continued=continued)
+            text = TextStream(self.tokenizer, sequence.request.stop_strings, continued=continued)
         if matcher is not None:
             self.matchers[sequence] = matcher.copy()
         self._outputs[sequence] = _Output(text)

@@ -256,10 +256,8 @@ def _apply_penalties(
     def ban(logits):
         early = (lengths - prompt_lengths < settings.min_new_tokens)[..., None]
         early = jnp.broadcast_to(early, settings.stop_ids.shape)
-        marked = jnp.zeros_like(logits, bool)
-        marked = scatter_tokens("max", marked, settings.stop_ids, early)
-        sizes = settings.no_repeat_ngram_size
-        marked |= find_repeated_ngrams(history, lengths, sizes, logits)
+        marked = scatter_tokens("max", jnp.zeros_like(logits, bool), settings.stop_ids, early)
+        marked |= find_repeated_ngrams(history, lengths, settings.no_repeat_ngram_size, logits)
         left = jnp.any(~marked & (logits > -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(marked & left, -jnp.inf, logits)
 
@@ -324,8 +322,7 @@ def sample_tokens(
 
     def draw(row, key):
         # Group g has the tokens g, g + 128, ...: sums over the first dimension are vectorized.
-        groups = jnp.pad(row, (0, -row.size % GROUPS), constant_values=-jnp.inf)
-        groups = groups.reshape(-1, GROUPS)
+        groups = jnp.pad(row, (0, -row.size % GROUPS), constant_values=-jnp.inf).reshape(-1, GROUPS)
         highest = jnp.max(row)
         sums = jnp.sum(jnp.exp(groups - jnp.where(jnp.isfinite(highest), highest, 0)), axis=0)
         group_key, token_key = jax.random.split(key)

@@ -75,8 +75,7 @@ class Scorer:
                 running[name] = own
                 engine.add_request(make_score_request(name, context, [pairs[i][1] for i in own]))
             for output in engine.step():
-                place = output.sequence_index
-                index = running[output.request_id][place]
+                index = running[output.request_id][output.sequence_index]
                 scores[index] = read_score(output, pairs[index][1])
                 if all(i in scores for i in running[output.request_id]):
                     del running[output.request_id]

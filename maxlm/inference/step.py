@@ -283,8 +283,7 @@ def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
     given = *given, inputs.forced_tokens
     flags = inputs.has_grammar, inputs.logprobs_wanted
     specs = PartitionSpec(), *(shards,) * (1 + len(given))
-    result = map_shards(local, specs, shards)(flags, logits, *given)
-    return state, chunks, result
+    return state, chunks, map_shards(local, specs, shards)(flags, logits, *given)
 
 
 def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState):

@@ -66,7 +66,6 @@ def _make_scaling(model: ModelConfig, original_length: int, tune: TuneConfig) ->
     if tune.extend_by == "ntk":
         return NtkScaling(factor=factor)
     # Latent attention has dimensions that do not turn: all of a score is sharpened, as DeepSeek's.
-    latent = model.attention is not None and model.attention.latent is not None
-    m = 1.0 if latent else None
+    m = 1.0 if model.attention is not None and model.attention.latent is not None else None
     own = {"factor": factor, "original_length": original_length}
     return YarnScaling.model_validate(own | {"mscale": m, "mscale_all_dim": m})

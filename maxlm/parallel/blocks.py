@@ -73,8 +73,7 @@ def attend_shard_backward(
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     delta = compute_row_delta(o, d_o)
-    arrays = q, lse, delta, d_o
-    queries = _Queries(split, number, q_segments, *arrays, head_terms=head_terms)
+    queries = _Queries(split, number, q_segments, q, lse, delta, d_o, head_terms=head_terms)
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
     d_terms = head_terms.compute_gradients(lse, delta, *d_biases)
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_terms
@@ -235,8 +234,7 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
     if last == 0:
         return queries.fold(block, None, None)
     coming = _rotate(block, split)
-    partial = queries.fold(block, None, None)
-    partial, block = _steps(step, (partial, coming), last)
+    partial, block = _steps(step, (queries.fold(block, None, None), coming), last)
     return queries.fold(block, queries.number_before(last), partial)
 
 

@@ -159,8 +159,7 @@ def run_head_loss(
 
 
 def _backward(_, gradients, cotangents):
-    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
-    return (*scaled, None), None, None
+    return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients), None), None, None
 
 
 def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):

@@ -193,14 +193,12 @@ def _compute_class_log_probs(
     the share that each of this device's tokens has [c, V / ways], 0 for ids."""
     size = logits.shape[1]
     here = (ids >= 0) & (ids < size)
-    own = jnp.take_along_axis(logits, jnp.clip(ids, 0, size - 1), axis=1)
-    own = jnp.where(here, own, 0.0)
+    own = jnp.where(here, jnp.take_along_axis(logits, jnp.clip(ids, 0, size - 1), axis=1), 0.0)
     own = lax.psum(own, axes) if axes else own
     others = _set_classes(logits, ids, jnp.full(ids.shape, -jnp.inf))
     rest = _logsumexp(others, axes)[:, None]
     shares = jnp.exp(others - jnp.where(jnp.isfinite(rest), rest, 0.0))
-    classes = jnp.concatenate([own, rest], axis=1)
-    return jax.nn.log_softmax(classes, axis=1), shares
+    return jax.nn.log_softmax(jnp.concatenate([own, rest], axis=1), axis=1), shares
 
 
 def _set_classes(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array:

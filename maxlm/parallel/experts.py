@@ -132,8 +132,7 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
             plan = plan_dropless(chosen, num_experts, how.expert_axes, here, ragged=how.ragged)
         else:
             plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
-        flat = x.reshape(-1, x.shape[-1])
-        rows = plan.send_to_experts(_to_slots(flat, plan, chosen.shape[-1]))
+        rows = plan.send_to_experts(_to_slots(x.reshape(-1, x.shape[-1]), plan, chosen.shape[-1]))
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scale = plan.send_to_experts(_to_slots(weights.reshape(-1, 1), plan, 1))
 

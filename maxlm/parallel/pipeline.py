@@ -165,8 +165,7 @@ def _pipeline_forward(stage, params, x, context, micro_batches, groups):
         *_, results, sums = carry
         return results[:-1], lax.psum(sums, STAGE), given[None]
 
-    specs = (layers, split, whole, split), (split, whole, split)
-    mapped = map_shards(run, *specs, axes=(STAGE,))
+    mapped = map_shards(run, (layers, split, whole, split), (split, whole, split), axes=(STAGE,))
     out, sums, given = mapped(params, x, context, axis_indices((STAGE,)))
     return (out, sums), (params, context, given)
 

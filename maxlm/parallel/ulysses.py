@@ -104,5 +104,4 @@ def _in_order(x: jax.Array, split: SequenceSplit, *, of_devices: bool = False) -
     ways = split.num_shards
     order = sequence_order_indices(ways * split.chunks_per_device, ways, balanced=True)
     order = order if of_devices else np.argsort(order)
-    chunks = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])
-    return chunks[:, order].reshape(x.shape)
+    return x.reshape(x.shape[0], len(order), -1, *x.shape[2:])[:, order].reshape(x.shape)

@@ -141,15 +141,13 @@ class _BeamSearch:
             for token, logprob in tokens[beam.index].top
         ]
         extended.sort(key=lambda beam: -beam.logprob)
-        beams = [beam for beam in extended if beam.tokens[-1] not in self.stops]
-        beams = beams[: config.num_beams]
+        beams = [beam for beam in extended if beam.tokens[-1] not in self.stops][: config.num_beams]
         at_end = length == config.max_new_tokens or not self.budget.allows(len(beams))
         for _, ids, logprob in extended[: config.num_beams]:
             stop = ids[-1] if ids[-1] in self.stops else None
             if at_end or stop is not None:
                 reason, score = "length" if stop is None else "stop", self._score(logprob, length)
-                made = Continuation(ids, logprob, "", reason, score, stop)
-                self.finished.append(made)
+                self.finished.append(Continuation(ids, logprob, "", reason, score, stop))
         self.finished = rank_outputs(self.finished)[: config.num_beams]
         return [] if at_end or self._is_done(beams, length) else beams
 

@@ -176,5 +176,4 @@ def _skip_if_empty(keep, cache: EvictingCache, tokens, where: RowTokens):
     given = jax.tree.map(lambda x: x[None], (cache, tokens, where))
     shape = jax.eval_shape(keep, *given)[1]
     nothing = lambda own, *_: (own, jnp.zeros(shape.shape, shape.dtype))  # noqa: E731
-    result = lax.cond(where.live.any(), keep, nothing, *given)
-    return jax.tree.map(lambda x: x[0], result)
+    return jax.tree.map(lambda x: x[0], lax.cond(where.live.any(), keep, nothing, *given))

@@ -171,8 +171,7 @@ def _write_chunks(rings, new, positions, live, batch, bounds):
     pages = [x.reshape(-1, *x.shape[2:]) for x in pages]
     chunk = jnp.searchsorted(starts, jnp.arange(room), side="right") - 1
     chunk = jnp.minimum(chunk, len(ids) - 1)
-    slots = (chunk * count - first[chunk]) * page + positions
-    slots = jnp.where(live, slots, pages[0].size)
+    slots = jnp.where(live, (chunk * count - first[chunk]) * page + positions, pages[0].size)
     pages = [write_pages(x, y, slots) for x, y in zip(pages, new, strict=True)]
     tables = jnp.arange(len(ids) * count).reshape(-1, count)
     # Which page each place of a ring has now.
@@ -188,8 +187,7 @@ def _write_quantized(pools, part: _ExactTokens, page_tables, bounds, sizes):
     features, as many as arrays have of their own."""
     first, last = bounds
     index = first[:, None] + jnp.arange(part.ripe.shape[1])
-    entries = jnp.minimum(index, page_tables.shape[1] - 1)
-    entries = jnp.take_along_axis(page_tables, entries, axis=1)
+    entries = jnp.take_along_axis(page_tables, jnp.minimum(index, page_tables.shape[1] - 1), axis=1)
     entries = jnp.where(index < last[:, None], entries, len(pools[0].scale)).reshape(-1)
     ripe, written = part.ripe.reshape(-1), []
 

@@ -92,8 +92,7 @@ def run_rows(
             used = jnp.where(live.any(axis=1), ids, num_rows)
             states = jax.tree.map(lambda s, a: s.at[used].set(a, mode="drop"), states, after)
         out = jnp.zeros((room, *y.shape[2:]), y.dtype)
-        place = jnp.where(live, index - rows * width, room)
-        outputs.append(out.at[place].set(y, mode="drop"))
+        outputs.append(out.at[jnp.where(live, index - rows * width, room)].set(y, mode="drop"))
     if rows:
         own = jax.tree.map(lambda x: x[: rows * width].reshape(rows, width, *x.shape[1:]), tokens)
         positions = batch.positions[: rows * width].reshape(rows, width)

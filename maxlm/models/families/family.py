@@ -104,8 +104,7 @@ class ModelFamily:
         that is missing."""
         reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         try:
-            settings = self._read_settings(reader)
-            return settings, reader.check_all_read(*self.ignored_keys)
+            return self._read_settings(reader), reader.check_all_read(*self.ignored_keys)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
             what = f"a value cannot be made sense of ({error})"

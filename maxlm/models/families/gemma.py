@@ -99,8 +99,7 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
         reader.read_implemented("_sliding_window_pattern", None, period)
-    layers = range(1, settings["num_layers"] + 1)
-    kinds = [LOCAL if layer % period else GLOBAL for layer in layers]
+    kinds = [LOCAL if layer % period else GLOBAL for layer in range(1, settings["num_layers"] + 1)]
     local.read_implemented("partial_rotary_factor", 1.0, None)
     nearby = {
         "window": reader.size("sliding_window", 4096, nullable=True),

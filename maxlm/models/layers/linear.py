@@ -66,10 +66,9 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
-    ys = _multiply(x.astype(dtype), uses, held)
     ys = [
         y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
-        for layer, y in zip(layers, ys, strict=True)
+        for layer, y in zip(layers, _multiply(x.astype(dtype), uses, held), strict=True)
     ]
     return tuple(
         kernel.finish_output(y, use) if isinstance(kernel, Leaf) else y

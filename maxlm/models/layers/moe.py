@@ -203,11 +203,10 @@ class Moe(nnx.Module):
         and no statistic counts. None: all tokens."""
         config = self.config
         x, wide, bias = x.astype(self.dtype), accumulation_dtype(self.dtype), None
-        router = materialize(self.router, self.rules, wide)
         logits = jnp.einsum(
             "bsd,de->bse",
             x.astype(wide),
-            router,
+            materialize(self.router, self.rules, wide),
             precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
             out_sharding=shards.make_spec((*shards.get_layout(x)[:2], ())),
         )
