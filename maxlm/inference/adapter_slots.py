@@ -81,10 +81,7 @@ def add_adapters(
 
 class AdapterSlots:
     """Slots of one shape for adapters, so that loading one compiles nothing; on the current mesh.
-
-    Args:
-        rank: the largest; lower ones are padded.
-    """
+    ``rank`` is the largest; lower ones are padded."""
 
     def __init__(self, model: Model, num_slots: int, rank: int):
         if num_slots and not isinstance(model, Decoder):

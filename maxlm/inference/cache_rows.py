@@ -138,14 +138,9 @@ class CacheRows:
         return True
 
     def reserve(self, sequence: RunningSequence, num_tokens: int, copies: list[PageCopy]) -> int:
-        """Give a sequence pages of its own for its next tokens, as far as there are.
-
-        Args:
-            copies: gets those that a shared, partly filled page needs.
-
-        Returns:
-            The tokens that it has pages for, ``num_tokens`` at most; 0: nothing has changed.
-        """
+        """Give a sequence pages of its own for its next tokens, as far as there are; ``copies``
+        gets those that a shared, partly filled page needs. Return the tokens that it has pages for,
+        ``num_tokens`` at most; 0: nothing has changed."""
         row, computed, size = sequence.row, sequence.num_computed, self.page_size
         page, offset = divmod(computed, size)
         pools = list(zip(self.pools, self.page_tables, strict=True))

@@ -24,15 +24,9 @@ _ROWS = 8
 
 class Embedder:
     """Embeds token ids with a model, in a few shapes that are compiled once each: widths are powers
-    of two, and rows ``_ROWS`` or as few as the mesh splits.
-
-    Args:
-        params: on ``mesh``, as loaded or as the engine lays them out.
-        max_length: tokens of a text at most.
-
-    Raises:
-        MaxlmError: a model with an encoder and a decoder, or a sequence split over devices.
-    """
+    of two, and rows ``_ROWS`` or as few as the mesh splits. ``params`` lie on ``mesh``, as loaded
+    or as the engine lays them out; a text has ``max_length`` tokens at most. Raises MaxlmError: a
+    model with an encoder and a decoder, or a sequence split over devices."""
 
     def __init__(self, model: Model, params: Params, mesh: Mesh, max_length: int):
         if isinstance(model, EncoderDecoder) or mesh.shape["context"] > 1:

@@ -156,15 +156,9 @@ class Engine:
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
 
     def add_request(self, request: GenerationRequest, *, branching: bool = False) -> None:
-        """Takes a request; its outputs come from :meth:`step`.
-
-        Args:
-            branching: one token a step and no text, for :meth:`branch` to be called between.
-
-        Raises:
-            MaxlmError: it can never run here: too long, a token that the model does not have, a
-                stop string without a tokenizer.
-        """
+        """Takes a request; its outputs come from :meth:`step`. ``branching``: one token a step and
+        no text, for :meth:`branch` to be called between. Raises MaxlmError where it can never run
+        here: too long, a token that the model does not have, a stop string without a tokenizer."""
         where, vocab = f"request {request.request_id}", self.model.config.vocab_size
         tokens = chain(request.prompt_tokens, *request.continuations)
         wrong = next((t for t in tokens if not 0 <= t < vocab), None)
@@ -240,12 +234,9 @@ class Engine:
     def run(
         self, requests: Iterable[GenerationRequest], *, stream: bool = False
     ) -> Iterator[SequenceOutput]:
-        """Yields outputs of some requests as they come, until all have ended.
-
-        Args:
-            stream: keep dispatches to ``dispatch_seconds``, for who reads along; otherwise they are
-                as long as ``decode_steps`` allows, once no request waits for another's end.
-        """
+        """Yields outputs of some requests as they come, until all have ended. ``stream``: keep
+        dispatches to ``dispatch_seconds``, for who reads along; otherwise they are as long as
+        ``decode_steps`` allows, once no request waits for another's end."""
         for request in requests:
             self.add_request(request)
         while self.has_work:
@@ -257,11 +248,8 @@ class Engine:
         return tuple(self._adapters.loaded)
 
     def load_adapter(self, name: str, weights: LoraWeights) -> None:
-        """Loads a LoRA adapter for requests with its name; others go on meanwhile.
-
-        Raises:
-            MaxlmError: no slot is free or fits it, a name that is taken, another base's adapter.
-        """
+        """Loads a LoRA adapter for requests with its name; others go on meanwhile. Raises
+        MaxlmError: no slot is free or fits it, a name that is taken, another base's adapter."""
         with jax.set_mesh(self.mesh):
             self._adapters.load(name, weights)
 

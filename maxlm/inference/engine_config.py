@@ -61,11 +61,8 @@ class EngineConfig(Config):
         return -(-self.max_length // self.page_size)
 
     def count_pages(self, windows: tuple[int | None, ...]) -> tuple[int, ...]:
-        """Return the pages of each group's pool in one shard, page 0 included.
-
-        Args:
-            windows: tokens that a token sees in each group of layers, itself included; None: all.
-        """
+        """Return the pages of each group's pool in one shard, page 0 included. ``windows``: tokens
+        that a token sees in each group of layers, itself included; None: all."""
         full = self.num_pages or self.max_sequences * self.pages_per_sequence + 1
         chunk, size = self.prefill_tokens, self.page_size
         spans = [window and count_spanned_pages(window - 1 + chunk, size) for window in windows]

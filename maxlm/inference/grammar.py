@@ -22,11 +22,8 @@ _JSON_OPTIONS: Any = {"whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
 
 
 class GrammarCompiler:
-    """Compiles forms of output for the tokens of one tokenizer.
-
-    Raises:
-        MaxlmError: llguidance is not installed.
-    """
+    """Compiles forms of output for the tokens of one tokenizer. Raises MaxlmError where llguidance
+    is not installed."""
 
     def __init__(self, tokenizer: Tokenizer):
         try:
@@ -40,12 +37,9 @@ class GrammarCompiler:
         self._prototype = lru_cache(_CACHED)(self._compile)
 
     def compile(self, spec: GrammarSpec) -> "GrammarMatcher":
-        """Return a matcher at the beginning of an output.
-
-        Raises:
-            MaxlmError: the schema, expression or grammar is wrong, asks for what llguidance does
-                not support, or allows no text of this tokenizer.
-        """
+        """Return a matcher at the beginning of an output. Raises MaxlmError: the schema, expression
+        or grammar is wrong, asks for what llguidance does not support, or allows no text of this
+        tokenizer."""
         return self._prototype(spec).copy()
 
     def _compile(self, spec: GrammarSpec) -> "GrammarMatcher":

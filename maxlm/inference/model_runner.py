@@ -92,11 +92,8 @@ def count_compilations() -> int:
 
 
 def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
-    """Returns the engine's arrays before they are allocated.
-
-    Args:
-        input_length: tokens of an encoder's longest input.
-    """
+    """Returns the engine's arrays before they are allocated. ``input_length``: tokens of an
+    encoder's longest input."""
     cross = None
     if model.config.architecture == "encoder_decoder":
         cross = model.cross_cache_specs(layout, input_length)
@@ -105,11 +102,8 @@ def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineSta
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
-    """Returns empty caches, in their compute layout on the current mesh.
-
-    Raises:
-        MaxlmError: dimensions that do not divide over their mesh axes.
-    """
+    """Returns empty caches, in their compute layout on the current mesh. Raises MaxlmError:
+    dimensions that do not divide over their mesh axes."""
     specs = state_specs(model, layout, input_length)
     return jax.tree.map(lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs)
 
@@ -121,12 +115,9 @@ def copy_pages(
     state: EngineState,
     copies: Mapping[str, tuple[jax.Array, jax.Array]],
 ) -> EngineState:
-    """Copies pages within layers of each window.
-
-    Args:
-        copies: for each window, as text, (sources, destinations), int32 [D, 8]; a destination past
-            the last page is none. All are read before any is written.
-    """
+    """Copies pages within layers of each window. ``copies``: for each window, as text, (sources,
+    destinations), int32 [D, 8]; a destination past the last page is none. All are read before any
+    is written."""
 
     batch = model.rules.spec("batch")
     copies = jax.tree.map(lambda x: reshard(x, batch), copies)

@@ -11,14 +11,11 @@ def count_spanned_pages(num_tokens: int, page_size: int) -> int:
 
 
 class PagePool:
-    """Page numbers of one group of layers, with counts of who holds them.
+    """Page numbers of one group of layers, ``num_pages`` with page 0, which is never given out; and
+    counts of who holds them.
 
-    A page in a prefix tree is held once by the tree. When nobody else holds it, it is evictable:
-    in order of when that came to be, the oldest first. Page 0 is never given out.
-
-    Args:
-        num_pages: page 0 included.
-    """
+    A page in a prefix tree is held once by the tree. When nobody else holds it, it is evictable: in
+    order of when that came to be, the oldest first."""
 
     def __init__(self, num_pages: int):
         self.ref_counts = [0] * num_pages
@@ -120,11 +117,8 @@ class PrefixTree:
         self, nodes: list[PrefixNode], key: Hashable = None
     ) -> tuple[PrefixNode, list[list[int]]]:
         """Hold the pages of the nodes that `match` returned, as far as the next token sees them.
-
-        Returns:
-            The last node (the root without any), to extend and at last to `drop`; for each group
-            its pages, from `find_first_page` on.
-        """
+        Return the last node (the root without any), to extend and at last to `drop`; and for each
+        group its pages, from `find_first_page` on."""
         node = nodes[-1] if nodes else self._roots.get(key)
         if node is None:
             node = self._roots[key] = PrefixNode(key, None, 0, [0] * len(self.pools))
@@ -140,11 +134,8 @@ class PrefixTree:
     def extend(self, node: PrefixNode, tokens: tuple[int, ...], pages: list[int]) -> PrefixNode:
         """Insert a page of computed tokens behind a node that the caller holds, and return its
         node, which the caller now holds instead. Where the tree has these tokens, its pages replace
-        the caller's, which are released.
-
-        Args:
-            pages: the caller's, one a group; 0: it has none, where there is a window.
-        """
+        the caller's, which are released. ``pages``: the caller's, one a group; 0: it has none,
+        where there is a window."""
         child = node.children.get(tokens)
         if child is None:
             child = PrefixNode(tokens, node, node.depth + 1, [0] * len(pages))

@@ -93,13 +93,8 @@ def check_samples(
     samples: FinalSamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
 ) -> None:
     """Check that a model continues text, and has positions for prompts and their continuations.
-
-    Args:
-        prompt_tokens: tokens of each prompt; 1 where there is no tokenizer yet.
-
-    Raises:
-        MaxlmError: naming the prompt.
-    """
+    ``prompt_tokens``: tokens of each prompt; 1 where there is no tokenizer yet. Raises MaxlmError,
+    naming the prompt."""
     if samples.prompts and model.architecture == "encoder":
         what = "an encoder names masked tokens, and continues no text"
         raise MaxlmError(what, where="samples.prompts", fix="set it to []")

@@ -70,14 +70,8 @@ class Scheduler:
         return [sequence for shard in self._shards for sequence in shard.running]
 
     def add(self, request: GenerationRequest, cache_key: Hashable = None) -> list[RunningSequence]:
-        """Queue a request and return its sequences.
-
-        Args:
-            cache_key: requests with different ones share no pages (other adapters).
-
-        Raises:
-            MaxlmError: it can never run.
-        """
+        """Queue a request and return its sequences. Requests with different ``cache_key`` share no
+        pages (other adapters). Raises MaxlmError: it can never run."""
         encoder_tokens, tokens = (), request.prompt_tokens
         if self.decoder_start_id is not None:
             encoder_tokens, tokens = tokens, (self.decoder_start_id,)
@@ -162,11 +156,8 @@ class Scheduler:
 
     def fork(self, sequence: RunningSequence, next_token: int | None = None) -> RunningSequence:
         """Add a sequence that goes on from another's tokens (beam search). Without a free row in
-        the same shard it waits.
-
-        Args:
-            next_token: replaces the last token, which is not computed yet.
-        """
+        the same shard it waits. ``next_token`` replaces the last token, which is not computed
+        yet."""
         others = self._requests[sequence.request.request_id]
         tokens = sequence.tokens if next_token is None else [*sequence.tokens[:-1], next_token]
         index, order = 1 + max(other.index for other in others), sequence.order[0]
@@ -182,14 +173,9 @@ class Scheduler:
 
     def branch(self, request_id: str, branches: Iterable[tuple[int, int]]) -> list[RunningSequence]:
         """Replace a request's sequences by branches of them (beam search), between steps.
-
-        Args:
-            branches: index of the sequence that each goes on from, and the token in place of its
-                last one; those that none goes on from end.
-
-        Returns:
-            Each branch's sequence: the first of an index stays in place, others are forks.
-        """
+        ``branches``: index of the sequence that each goes on from, and the token in place of its
+        last one; those that none goes on from end. Return each branch's sequence: the first of an
+        index stays in place, others are forks."""
         branches = list(branches)
         sources = {each.index: each for each in self._requests.get(request_id, ())}
         for index in sources.keys() - {index for index, _ in branches}:
@@ -204,11 +190,8 @@ class Scheduler:
         return found
 
     def schedule(self, max_steps: int | None = None) -> ScheduledStep | None:
-        """Plan the next step; None: nothing is there to do.
-
-        Args:
-            max_steps: limit of ``num_steps`` beside ``decode_steps``.
-        """
+        """Plan the next step; None: nothing is there to do. ``max_steps``: limit of ``num_steps``
+        beside ``decode_steps``."""
         step = ScheduledStep()
         for shard in self._shards:
             shard.start_step()
@@ -226,13 +209,9 @@ class Scheduler:
         return step
 
     def finish_step(self, step: ScheduledStep, tokens: Mapping[RunningSequence, list[int]]) -> None:
-        """Take the new tokens of the last step that `schedule` planned. Sequences that ended
-        meanwhile are passed over.
-
-        Args:
-            tokens: of each decode row, fewer than planned where drafts were rejected or the output
-                is cut; and the one behind each chunk that samples.
-        """
+        """Take the new tokens of the last step that `schedule` planned: of each decode row, fewer
+        than planned where drafts were rejected or the output is cut; and the one behind each chunk
+        that samples. Sequences that ended meanwhile are passed over."""
         for sequence in step.encode:
             sequence.has_encoder_output = sequence.state == "running"
         computed = {row.sequence: len(tokens[row.sequence]) for row in step.decode}

@@ -49,16 +49,10 @@ class Scorer:
         pairs: Sequence[tuple[Tokens, Tokens]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[ContinuationScore]:
-        """Scores pairs of context and continuation, in their order.
-
-        Args:
-            pairs: token ids; no context and no continuation is empty. A context too long loses its
-                first tokens.
-            on_progress: is told how many pairs are done.
-
-        Raises:
-            MaxlmError: a continuation that is longer than the engine's longest sequence.
-        """
+        """Scores pairs of context and continuation in their order; both are token ids, and not
+        empty. A context too long loses its first tokens. ``on_progress`` is told how many pairs are
+        done. Raises MaxlmError: a continuation that is longer than the engine's longest
+        sequence."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, pair in enumerate(pairs):
             groups.setdefault(self._cut_context(*pair), []).append(index)
@@ -145,11 +139,7 @@ class MaskedScorer:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[ContinuationScore]:
         """Scores pairs of context and continuation; see :meth:`Scorer.score`. A context may be
-        empty.
-
-        Raises:
-            MaxlmError: a continuation that is longer than the model's longest row.
-        """
+        empty. Raises MaxlmError: a continuation that is longer than the model's longest row."""
         if not pairs:
             return []
         rows, places, length = [], [], self.model.config.max_seq_len

@@ -66,12 +66,8 @@ def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[in
 
 def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
     """Checks that tokens can be taken back from a model's caches, and that a draft model, if there
-    is one, can guess for it on the same pages.
-
-    Raises:
-        MaxlmError: recurrent states, or caches that evict; a draft model with another vocabulary,
-            or windows of its own.
-    """
+    is one, can guess for it on the same pages. Raises MaxlmError: recurrent states, or caches that
+    evict; a draft model with another vocabulary, or windows of its own."""
     where = "speculation"
     for each in filter(None, (model, draft)):
         if has_row_caches(each.cache_specs(layout)):

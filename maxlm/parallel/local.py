@@ -35,12 +35,9 @@ def map_shards(
     function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Axes = ()
 ) -> Callable[..., Any]:
     """Maps ``function`` over each device's shards, manual over ``axes``; default: every mesh axis
-    that is not so yet.
-
-    Args:
-        in_specs, out_specs: layouts of arguments and results, on these axes. A result that a spec
-            leaves whole over an axis must be equal along it; nothing checks.
-    """
+    that is not so yet. ``in_specs`` and ``out_specs`` are layouts of arguments and results, on
+    these axes. A result that a spec leaves whole over an axis must be equal along it; nothing
+    checks."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(axes) or set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(

@@ -110,11 +110,8 @@ class ServerState:
         self, num_prompt_tokens: int, asked: int | None, prompt_field: str
     ) -> int:
         """Returns how many tokens a sequence may have; None asks for all that there is room for.
-        Raises ApiError: they do not fit the context.
-
-        Args:
-            prompt_field: the request's field that has the prompt, to name in errors.
-        """
+        Raises ApiError: they do not fit the context; ``prompt_field`` is the request's field that
+        has the prompt, to name there."""
         limit = self.max_length
         room = limit - num_prompt_tokens
         if room < 1 or (asked or 0) > room:

@@ -14,13 +14,9 @@ from pallas_kernels.attention.params import accumulation_dtype
 def merge_attention(
     first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges (o, lse) over two blocks of keys into one, fp32 (Milakov & Gimelshein 2018).
-
-    Associative and commutative, but for rounding. A sink belongs to one of the blocks only.
-
-    Args:
-        first, second: o [B, S, N, H] and log-sum-exp [B, S, N], −inf where no key was seen.
-    """
+    """Merges (o, lse) over two blocks of keys into one, fp32 (Milakov & Gimelshein 2018): o [B, S,
+    N, H] and log-sum-exp [B, S, N], −inf where no key was seen. Associative and commutative, but
+    for rounding. A sink belongs to one of the blocks only."""
     (o_1, lse_1), (o_2, lse_2) = first, second
     top = jnp.maximum(lse_1, lse_2)
     top = jnp.where(top == -jnp.inf, 0.0, top)  # −inf − −inf is NaN

@@ -165,11 +165,8 @@ def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> di
 
 
 def has_linear_scores(params: AttentionParams, inputs: Any) -> bool:
-    """Whether scores are q·k times a positive number, so that the exponent scales them.
-
-    Args:
-        inputs: the names of the kernel's, or what has these as keys.
-    """
+    """Whether scores are q·k times a positive number, so that the exponent scales them. ``inputs``:
+    the names of the kernel's, or what has these as keys."""
     return params.soft_cap is None and "slopes" not in inputs and params.scale > 0
 
 
@@ -187,11 +184,7 @@ def scale_scores(
     exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns scores from q·k, of which exp2 is to be taken after :func:`get_exp2_scale`, and their
-    derivative by scale·q·k; None: 1.
-
-    Args:
-        behind: gives queries' positions less keys'.
-    """
+    derivative by scale·q·k; None: 1. ``behind`` gives queries' positions less keys'."""
     derivative = None
     if has_linear_scores(params, refs):
         return products, None
@@ -211,11 +204,7 @@ def compute_weights_and_d_scores(
     scores, slope, lse, d_weights, delta, mask, scale: float, exp2=jnp.exp2
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
-    may hold anything finite: d_weights may then not be.
-
-    Args:
-        scale: :func:`get_exp2_scale`.
-    """
+    may hold anything finite: d_weights may then not be. ``scale`` is :func:`get_exp2_scale`."""
     scores = scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)

@@ -173,11 +173,8 @@ def run_warpgroups(
     s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
 ) -> None:
     """Calls, in a kernel, ``copy(visits, row, head)`` in the warpgroup that copies, and in the
-    others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
-
-    Args:
-        last_first: start with the last tiles of queries, with a causal mask the longest.
-    """
+    others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``. ``last_first``:
+    start with the last tiles of queries, with a causal mask the longest."""
     head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
@@ -279,11 +276,8 @@ def release_slot(s: HopperStatics, free) -> None:
 
 
 def resolve_interpreter(interpret: Any) -> Any:
-    """Returns the interpreter's parameters, where ``interpret`` asks for it.
-
-    Raises:
-        ValueError: this JAX has none for these kernels.
-    """
+    """Returns the interpreter's parameters, where ``interpret`` asks for it. Raises ValueError:
+    this JAX has none for these kernels."""
     if interpret is not True:
         return interpret
     parameters = getattr(plgpu, "InterpretGPUParams", None)

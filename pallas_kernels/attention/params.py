@@ -119,12 +119,8 @@ class AttentionCall(NamedTuple):
 def validate_arguments(
     q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> tuple[AttentionOperands, AttentionParams]:
-    """Checks the arguments of :func:`~pallas_kernels.attention.attention` and returns them in two
-    parts.
-
-    Raises:
-        ValueError: as there.
-    """
+    """Checks the arguments of :func:`~pallas_kernels.attention.attention`, with the errors that it
+    names, and returns them in two parts."""
     if unknown := options.keys() - AttentionOptions.__annotations__.keys():
         raise TypeError(f"unknown options of attention: {', '.join(sorted(unknown))}")
     get, causal, window = options.get, options.get("causal", True), options.get("window")

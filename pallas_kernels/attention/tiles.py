@@ -105,11 +105,8 @@ class ScoreTile(NamedTuple):
 
 
 def list_score_tiles(operands: AttentionOperands, params: AttentionParams) -> list[ScoreTile]:
-    """Lists at most MAX_TILES runs of queries: the program grows with their number.
-
-    Args:
-        operands: with q [B, S, K, G, H].
-    """
+    """Lists at most MAX_TILES runs of queries, of operands with q [B, S, K, G, H]: the program
+    grows with their number."""
     S, T = operands.q.shape[1], operands.k.shape[1]
     size = tile_size(S)
     runs = [slice(start, min(start + size, S)) for start in range(0, S, size)]

@@ -66,10 +66,7 @@ class TpuKernelCall(NamedTuple):
 
     @classmethod
     def of(cls, part: KeyPart, join_tiles: bool) -> "TpuKernelCall":
-        """
-        Args:
-            join_tiles: see :func:`walk.plan_walk`.
-        """
+        """Plans the kernel of a part; ``join_tiles``: see :func:`walk.plan_walk`."""
         T, operands, params, blocks = part.num_keys, part.operands, part.params, part.blocks
         (B, S, N, _), kv_heads = operands.q.shape, operands.k.shape[2]
         walk = plan_walk(S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles)
@@ -145,12 +142,9 @@ class TpuKernelCall(NamedTuple):
         )
 
     def estimate_cost(self, products: int, arrays, results) -> pl.CostEstimate:
-        """Estimates the cost of queries with the keys that they see, segments aside; bytes are of
-        whole arrays, too many where keys go in parts.
-
-        Args:
-            products: multiplications a pair.
-        """
+        """Estimates the cost of queries with the keys that they see, segments aside, at
+        ``products`` multiplications a pair; bytes are of whole arrays, too many where keys go in
+        parts."""
         B, S, N, _ = self.part.operands.q.shape
         pairs = (
             B * N * _count_pairs(S, self.part.num_keys, self.part.params, self.statics.qk_offset)

@@ -125,11 +125,8 @@ def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_key
 def count_keys_in_vmem(
     direction: str, blocks: TpuBlocks, sizes: AttentionSizes, chip: TpuChip
 ) -> int:
-    """Returns the number of keys of a head that VMEM holds, in whole blocks.
-
-    Raises:
-        ValueError: not one block.
-    """
+    """Returns the number of keys of a head that VMEM holds, in whole blocks. Raises ValueError: not
+    one block."""
     keys, room = round_up(sizes.T, blocks.k), int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = round_up(keys // 2, blocks.k)
@@ -143,12 +140,9 @@ def count_keys_in_vmem(
 
 
 def check_blocks(blocks: TpuBlocks) -> None:
-    """Raises:
-    ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks, a
-        negative number of tiles between stages, or of chunks.
-    """
-    sizes = blocks[:4]
-    if any(n <= 0 or n % LANES for n in sizes):
+    """Raises ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks,
+    a negative number of tiles between stages, or of chunks."""
+    if any(n <= 0 or n % LANES for n in blocks[:4]):
         raise ValueError(f"blocks {tuple(blocks)}: sizes are multiples of {LANES}")
     if blocks.q % blocks.tile_q or blocks.k % blocks.tile_k:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")

@@ -155,12 +155,9 @@ class TritonProgram:
 
 class TritonKernelCall:
     """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the batch): q, k
-    and v, what masks read, and what is added. Each program's window is whole sequences of its own
-    row and head, with their last block filled up; kernels mask what lies outside.
-
-    Args:
-        per_query: whether blocks are of queries, which visit blocks of keys; or the reverse.
-    """
+    and v, what masks read, and what is added. Blocks are of queries, which visit blocks of keys
+    (``per_query``), or the reverse. Each program's window is whole sequences of its own row and
+    head, with their last block filled up; kernels mask what lies outside."""
 
     def __init__(
         self,
@@ -198,11 +195,7 @@ class TritonKernelCall:
                 self.specs.append(spec(x))
 
     def __call__(self, kernel, *outputs):
-        """Runs a kernel.
-
-        Args:
-            outputs: (shape, dtype, spec by what has these) of each result.
-        """
+        """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each result."""
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
         names = tuple(self.inputs)
         tiles = self.statics.tiles

@@ -80,8 +80,7 @@ def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBloc
 def check_vmem(
     blocks: GroupedBlocks, operands: GroupedOperands, needed_bytes: int, chip: TpuChip
 ) -> None:
-    """Raises:
-    ValueError: blocks that do not fit the chip's VMEM."""
+    """Raises ValueError: blocks that do not fit the chip's VMEM."""
     if needed_bytes > chip.vmem_bytes:
         raise ValueError(
             f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "

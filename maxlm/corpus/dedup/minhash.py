@@ -87,12 +87,8 @@ def make_shingle_set(text: str, size: int) -> np.ndarray:
 
 
 def compute_band_keys(sets: Sequence[np.ndarray], banding: tuple[int, int]) -> np.ndarray:
-    """Computes a hash for each band of each text's signature, from its set of shingles; see
-    `choose_banding`.
-
-    Returns:
-        uint64 [bands, texts]. Those of a text without shingles mean nothing.
-    """
+    """Computes a hash for each band of each text's signature, from its set of shingles, uint64
+    [bands, texts]; see `choose_banding`. Those of a text without shingles mean nothing."""
     num_bands, num_rows = banding
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)

@@ -141,16 +141,12 @@ def load_classifier(path: Path) -> Classifier:
 def train_classifier(
     positive: Iterable[bytes], negative: Iterable[bytes], settings: ClassifierConfig
 ) -> tuple[Classifier, ClassifierReport]:
-    """Trains, calibrates and measures a classifier.
+    """Trains, calibrates and measures a classifier of texts in UTF-8.
 
     Memory is about three times the text. A text that comes several times counts as often, all on
     the same side of the split; one that is among both kinds is left out. Both kinds weigh the same
     in training, whatever their numbers; calibration undoes it. Raises MaxlmError: too few documents
-    of one kind in one of the three parts; no scikit-learn.
-
-    Args:
-        positive, negative: texts in UTF-8.
-    """
+    of one kind in one of the three parts; no scikit-learn."""
     check_packages(("scikit-learn",), "training a quality classifier")
     rows, kinds, parts, digests = [], [], [], []
     for kind, texts in ((True, iter(positive)), (False, iter(negative))):

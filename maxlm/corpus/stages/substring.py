@@ -164,12 +164,9 @@ def _block_file(folder: Path, name: str, kind: str) -> Path:
 
 def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds the words of documents that lie end to end as code points: runs of visible characters,
-    in which each letter of a script without spaces is a word of its own, with its marks.
-
-    Returns:
-        Each word's first character and the one after its last: int64 [words]. Each document's first
-        word, and the number of words: int64 [documents + 1].
-    """
+    in which each letter of a script without spaces is a word of its own, with its marks. Returns
+    each word's first character and the one after its last, int64 [words]; each document's first
+    word, and the number of words, int64 [documents + 1]."""
     bits = get_code_point_classes()[text]
     opens = np.zeros(len(text) + 1, np.bool_)  # A document begins.
     opens[offsets] = True
@@ -195,14 +192,11 @@ def hash_windows(
     base: int = _BASE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hashes each run of `window_words` words within a document, with the white space between them,
-    from what `find_words` found.
+    from what `find_words` found: uint64 [windows], and the word with which each begins, int64
+    [windows].
 
     The hash is a polynomial of the characters: the difference of two sums up to its ends, times a
-    power that makes up for where it begins.
-
-    Returns:
-        uint64 [windows], and the word with which each begins, int64 [windows].
-    """
+    power that makes up for where it begins."""
     ends = np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
     begins = np.flatnonzero(np.arange(len(starts)) + window_words <= ends)
     powers = _list_powers(base, len(text))

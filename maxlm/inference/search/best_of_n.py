@@ -92,11 +92,8 @@ def rank_by_answer(
     outputs: Sequence[Continuation], answers: Sequence[str | None]
 ) -> tuple[str | None, list[Continuation]]:
     """Returns the answer with the highest sum of scores, and the outputs: those of this answer
-    first, those without an answer last, and within an answer by score.
-
-    Raises:
-        MaxlmError: a score is below 0: more of it would be worse.
-    """
+    first, those without an answer last, and within an answer by score. Raises MaxlmError: a score
+    is below 0: more of it would be worse."""
     sums: dict[str, float] = {}
     for output, answer in zip(outputs, answers, strict=True):
         if output.score < 0:

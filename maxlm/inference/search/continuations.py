@@ -66,11 +66,8 @@ def score_mean_logprob(prompt: Sequence[int], outputs: Sequence[Continuation]) -
 def score_outputs(
     scorer: Scorer, prompt: Sequence[int], outputs: Sequence[Continuation]
 ) -> list[Continuation]:
-    """Returns continuations with their scores.
-
-    Raises:
-        MaxlmError: the scorer returns another number of scores, or no number.
-    """
+    """Returns continuations with their scores. Raises MaxlmError: the scorer returns another number
+    of scores, or no number."""
     scores = [float(score) for score in scorer(prompt, outputs)]
     if len(scores) != len(outputs) or any(map(isnan, scores)):
         what = f"{len(outputs)} continuations got the scores {scores}"
@@ -90,11 +87,8 @@ def with_own_seed(sampling: SamplingConfig, *place: int, max_new_tokens: int) ->
 
 
 def check_samples_differ(sampling: SamplingConfig, num_samples: int) -> None:
-    """Checks that several samples are not all the same.
-
-    Raises:
-        MaxlmError: temperature 0, or fewer samples than one.
-    """
+    """Checks that several samples are not all the same. Raises MaxlmError: temperature 0, or fewer
+    samples than one."""
     if num_samples < 1:
         raise MaxlmError(f"{num_samples} samples", where="search", fix="draw at least one")
     if sampling.temperature == 0 and num_samples > 1:
@@ -103,11 +97,8 @@ def check_samples_differ(sampling: SamplingConfig, num_samples: int) -> None:
 
 
 def require_idle(engine: Engine) -> None:
-    """Checks that a search has the engine for itself, and drops outputs that wait there.
-
-    Raises:
-        MaxlmError: other requests are there.
-    """
+    """Checks that a search has the engine for itself, and drops outputs that wait there. Raises
+    MaxlmError: other requests are there."""
     if engine.scheduler.running or engine.scheduler.waiting:
         what = "the engine has other requests, whose outputs a search would take"
         raise MaxlmError(what, where="search", fix="wait until they end, or use another engine")
@@ -127,15 +118,9 @@ def decode_text(engine: Engine, prompt: Sequence[int], output: Continuation) -> 
 def draw_continuations(
     engine: Engine, requests: Sequence[GenerationRequest], budget: TokenBudget
 ) -> list[Continuation | None]:
-    """Runs requests of one sequence each. One starts when the budget has room for the longest
-    output that it and those that run may have.
-
-    Args:
-        requests: with ``top_logprobs``.
-
-    Returns:
-        Each one's continuation; None: the budget had no room for it.
-    """
+    """Runs requests of one sequence each, with ``top_logprobs``. One starts when the budget has
+    room for the longest output that it and those that run may have. Returns each one's
+    continuation; None: the budget had no room for it."""
     require_idle(engine)
     waiting, found = deque(requests), dict[str, SequenceOutput]()
     reserved: dict[str, int] = {}  # tokens that those which run may still generate

@@ -20,11 +20,8 @@ def kv_cache_spec(
     value_size: int | None,
 ) -> AttentionCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
-    Raises MaxlmError: pages that int4 codes do not fit in.
-
-    Args:
-        value_size: None: all query heads share one head of keys, of which values are a part.
-    """
+    ``value_size`` None: all query heads share one head of keys, of which values are a part. Raises
+    MaxlmError: pages that int4 codes do not fit in."""
     config, shards, rows = layout.cache, layout.num_shards, layout.num_rows
     sizes = [key_size] if value_size is None else [key_size, value_size]
     no_value = [None] * (2 - len(sizes))

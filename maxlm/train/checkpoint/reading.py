@@ -136,11 +136,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
     """Returns the state in a checkpoint's folder, checked against its fingerprints; see
     :meth:`FolderTier.restore`. All processes call it together, and it ends alike on all.
-
-    Args:
-        subtree: name of the part of the state that ``abstract`` describes; empty: all of it, and
-            the checkpoint must hold no other arrays.
-    """
+    ``subtree``: name of the part of the state that ``abstract`` describes; empty: all of it, and
+    the checkpoint must hold no other arrays."""
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         known = read_metadata(path).get("fingerprints", {})
@@ -162,11 +159,8 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
 def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
     """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads;
-    raises as :meth:`FolderTier.restore`.
-
-    Returns:
-        By name: dtypes as they are stored, and ``ShapeDtypeStruct`` as wanted, in shapes on disk.
-    """
+    raises as :meth:`FolderTier.restore`. Returns by name dtypes as they are stored, and
+    ``ShapeDtypeStruct`` as wanted, in shapes on disk."""
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
     prefix = f"{subtree}." if subtree else ""
