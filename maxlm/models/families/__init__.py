@@ -58,8 +58,7 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         what = f"architectures={names!r} is not a list of names"
         raise MaxlmError(what, where=source, fix="take it from the published model")
     for family in FAMILIES.values():
-        own = family.hf_architecture, family.hf_classifier
-        known = {*own, *family.other_hf_architectures}
+        known = {family.hf_architecture, family.hf_classifier, *family.other_hf_architectures}
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
         if kind not in (None, family.model_type):
