@@ -182,14 +182,13 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
 
     if coding in ("", "identity", "none") or not body:
         return body
-    openers = {
+    open_ = {
         "chunked": stream_io.ChunkedReader,
         "gzip": stream_io.GzipReader,
         "deflate": partial(_open_deflate, max_bytes + 1),
         "br": stream_io.BrotliReader,
         "zstd": stream_io.ZstdReader,
-    }
-    open_ = openers.get(coding.removeprefix("x-"))
+    }.get(coding.removeprefix("x-"))
     try:
         decoded = open_(io.BytesIO(body)).read(max_bytes + 1) if open_ else b""
     except (OSError, zlib.error):

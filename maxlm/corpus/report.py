@@ -196,12 +196,6 @@ def write_report(
         "number": "{:,.0f}".format, "share": "{:.1%}".format, "value": _format_value
     }  # fmt: skip
     stages, funnel = corpus.recipe.stages, compute_funnel(rules, summary)
-    contaminated = [
-        item
-        for stage in stages
-        if isinstance(stage, DecontaminateStage)
-        for item in count_contaminated_documents(stage, corpus.shards)[:_MOST_ITEMS]
-    ]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
         sources=[*funnel[0]["by_source"]],
@@ -213,7 +207,12 @@ def write_report(
         kept=summary.kept,
         mixture=_list_mixture(summary),
         cut=", ".join(rules.cut),
-        contaminated=contaminated,
+        contaminated=[
+            item
+            for stage in stages
+            if isinstance(stage, DecontaminateStage)
+            for item in count_contaminated_documents(stage, corpus.shards)[:_MOST_ITEMS]
+        ],
     )
     with replace_file(path) as new:
         new.write_text(page, "utf-8")

@@ -191,17 +191,16 @@ def _make_shards(
     total: Counter[str] = Counter()
     for each in found.values():  # By `update`, as a sum of Counters drops what is 0.
         total.update(each)
-    last_run = {
-        "shards": number,  # Others may be of earlier runs.
-        "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
-        "python": platform.python_version(),
-        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "seconds": round(time.time() - began, 3),
-    }
     manifest = details | {
         "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
         "shards": {name: each["rows"] for name, each in found.items()},
-        "last_run": last_run,
+        "last_run": {
+            "shards": number,  # Others may be of earlier runs.
+            "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
+            "python": platform.python_version(),
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            "seconds": round(time.time() - began, 3),
+        },
     }
     _write_json(home / MANIFEST, manifest)
 

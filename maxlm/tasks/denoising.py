@@ -85,8 +85,7 @@ class Denoiser(NamedTuple):
         if self.mean_span is None:
             return np.arange(n) >= n - rng.integers(1, noise, endpoint=True)
         kept, taken = _draw_composition(n - noise, spans, rng), _draw_composition(noise, spans, rng)
-        runs = np.stack([kept, taken], axis=1).ravel()
-        return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
+        return np.repeat(np.arange(2 * spans) % 2 == 1, np.stack([kept, taken], axis=1).ravel())
 
 
 def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:

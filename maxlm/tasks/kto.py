@@ -71,8 +71,7 @@ class KtoTask(ReferenceTask):
         if len(file) < 2:
             what = "one row, where each is compared with another's completion"
             raise MaxlmError(what, where=str(file.paths[0]), fix="give two or more")
-        own = {**vars(file), "with_mismatched": True}
-        return ExtendedRows(**own)
+        return ExtendedRows(**{**vars(file), "with_mismatched": True})
 
     def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
         own = super().compute_reference_log_probs(model, batch)

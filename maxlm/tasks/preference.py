@@ -93,8 +93,7 @@ class ExtendedRows(RowFiles):
         if self.log_probs is not None:
             row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
         if self.with_mismatched:
-            other = super().__getitem__((index - 1) % len(self))
-            row = row | {MISMATCHED: other.get("completion")}
+            row = row | {MISMATCHED: super().__getitem__((index - 1) % len(self)).get("completion")}
         return row
 
 

@@ -92,8 +92,7 @@ def _read_items(
         ids.append(document.id)
         words.append(count if wanted else 0)
     places = np.repeat(np.array(owners, np.int64), [len(each) for each in grams])
-    gram = np.concatenate([np.empty(0, np.uint64), *grams])
-    return ids, np.array(words, np.int64), gram, places
+    return ids, np.array(words, np.int64), np.concatenate([np.empty(0, np.uint64), *grams]), places
 
 
 def _wanted(

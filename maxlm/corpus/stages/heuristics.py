@@ -139,10 +139,9 @@ def _measure_lines(text: str, num_tokens: int) -> Measures:
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     newlines = text.count("\n")
     ended = sum(_TERMINAL.match(line[-1]) is not None for line in lines)
-    short = sum(len(line) <= _SHORT_LINE for line in lines)
     return {
         "line_punct_ratio": _ratio(ended, len(lines)),
-        "short_line_ratio": _ratio(short, len(lines)),
+        "short_line_ratio": _ratio(sum(len(line) <= _SHORT_LINE for line in lines), len(lines)),
         "char_dup_ratio": _ratio(_count_repeated(lines)[1], len(text) - newlines),
         "list_ratio": _ratio(newlines, num_tokens),
     }

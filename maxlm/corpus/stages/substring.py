@@ -152,8 +152,7 @@ def _cut_block(
     spans = (edges - offsets[document, None]).astype(np.int32)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
-    share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
-    return rows, spans, counts, share
+    return rows, spans, counts, np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
 
 
 def _block_file(folder: Path, name: str, kind: str) -> Path:
@@ -179,8 +178,7 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.nd
     starts = ~space & (opens | np.roll(space, 1) | (begins & (after | alone)))
     edges = np.append(np.flatnonzero(starts | space | opens), len(text))
     starts = np.flatnonzero(starts)
-    stops = edges[np.searchsorted(edges, starts, "right")]
-    return starts, stops, np.searchsorted(starts, offsets)
+    return starts, edges[np.searchsorted(edges, starts, "right")], np.searchsorted(starts, offsets)
 
 
 def hash_windows(

@@ -169,8 +169,7 @@ def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tu
     for name, leaf in wanted.items():
         if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(name):
             wanted[name] = flat
-    names = {*shapes, *wanted}
-    for name in sorted(names, key=lambda name: (not name.startswith("params."), name)):
+    for name in sorted({*shapes, *wanted}, key=lambda name: (not name.startswith("params."), name)):
         there = str(list(shapes[name])) if name in shapes else "absent"
         here = str(list(wanted[name].shape)) if name in wanted else "absent"
         if there != here:
