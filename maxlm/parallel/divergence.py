@@ -60,12 +60,10 @@ def fused_divergence_loss(
         differentiable, in the student's arrays.
     """
     own, how = student.split(z_loss, chunk_tokens)
-    stored: Any = ()
-    other, other_how = None, how
     if isinstance(teacher, StoredTeacher):
-        stored = teacher
+        stored, other, other_how = teacher, None, how
     else:
-        other, other_how = teacher.split(0.0, chunk_tokens)
+        stored, (other, other_how) = (), teacher.split(0.0, chunk_tokens)
     share, vocab = ce_weight, how.used[1]
 
     def local(hidden, head, bias, first, rows, other, gradient):

@@ -183,14 +183,13 @@ def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
         fans = (prod(spec.shape[d] for d in group) for group in get_input_output_dims(spec))
         return update * (config.update_rms * sqrt(max(fans)))
 
-    numbers = jax.tree.map(dims, specs)
     matrices = jax.tree.map(lambda s: s if s.role == "matrix" else optax.MaskedNode(), specs)
     muon = optax.chain(
         scale_by_muon(
             ns_steps=config.ns_steps,
             beta=config.momentum,
             mu_dtype=jnp.float32,
-            weight_dimension_numbers=numbers,
+            weight_dimension_numbers=jax.tree.map(dims, specs),
         ),
         optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, matrices)),
     )

@@ -198,17 +198,16 @@ class Trunk(nnx.Module):
         turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}
         return tuple((*where, turns[kind.positions]) for kind in part.kinds)
 
-    def _attention_inputs(self, kind: LayerKind, context: Any, biases: Any) -> AttentionInputs:
+    def _attention_inputs(
+        self, kind: LayerKind, context: tuple[Any, Any, Any], biases: Any
+    ) -> AttentionInputs:
         slopes, config = None, self.config
         if config.positions.kind == "alibi":
             heads = config.attention.num_heads
             own = kind.positions or config.positions
             slopes = jnp.asarray(compute_alibi_slopes(heads, own.max_bias))
         scale = config.score_scale(kind)
-        positions, segment_ids, turns = context
-        return AttentionInputs(
-            positions, segment_ids, turns, slopes, biases, scale, kind.window, self.causal
-        )
+        return AttentionInputs(*context, slopes, biases, scale, kind.window, self.causal)
 
     def rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
