@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <type_traits>
 
@@ -76,10 +77,16 @@ void ForEachRows(int64_t rows, const F& f) {
   }
 }
 
+// How many threads shall share the reading of so many floats: waking one takes as long as some
+// thousands.
+inline int64_t CountThreads(ffi::ThreadPool& pool, int64_t floats) {
+  return std::clamp<int64_t>(floats / 16384, 1, std::max<int64_t>(1, pool.num_threads()));
+}
+
 // Calls f(part) of each part once, on several threads, and returns when all are done. This thread
 // takes what no other has begun, so that it never waits for a thread that is itself waiting.
 template <typename F>
-void ForEachPart(ffi::ThreadPool& pool, int64_t parts, F f) {
+void ForEachPart(ffi::ThreadPool& pool, int64_t threads, int64_t parts, F f) {
   struct Counters {
     std::atomic<int64_t> begun{0}, done{0};
   };
@@ -87,8 +94,8 @@ void ForEachPart(ffi::ThreadPool& pool, int64_t parts, F f) {
   auto work = [counters, parts, f] {
     for (int64_t part; (part = counters->begun++) < parts; ++counters->done) f(part);
   };
-  int64_t threads = std::min(pool.num_threads(), parts);
-  for (int64_t thread = 1; thread < threads; ++thread) pool.Schedule(decltype(work)(work));
+  for (int64_t thread = 1; thread < std::min(threads, parts); ++thread)
+    pool.Schedule(decltype(work)(work));
   work();
   while (counters->done < parts) std::this_thread::yield();
 }

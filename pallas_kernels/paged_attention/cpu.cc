@@ -153,7 +153,9 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   call.value_dim = o->dimensions()[2], call.pages = tables.dimensions()[1];
   call.bias_reach = call.biases ? biases.dimensions()[1] / 2 : 0, call.window = window;
   call.scale = scale, call.soft_cap = soft_cap;
-  ForEachPart(pool, call.rows * call.kv_heads, [call](int64_t part) {
+  int64_t tokens = std::accumulate(call.lengths, call.lengths + call.rows, int64_t{0});
+  int64_t threads = CountThreads(pool, tokens * call.kv_heads * call.features);
+  ForEachPart(pool, threads, call.rows * call.kv_heads, [call](int64_t part) {
     AttendHead(call, part / call.kv_heads, part % call.kv_heads);
   });
   return ffi::Error::Success();

@@ -116,13 +116,13 @@ void MultiplyDenseRange(const Shape& shape, const float* x, const float* kernel,
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                     bool column_major, ffi::ResultBuffer<ffi::F32> y) {
   Shape shape{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]};
-  int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  // Whole tiles to each thread, of a cache line at least.
+  int64_t threads = CountThreads(pool, shape.inputs * shape.outputs);
+  // Whole tiles to each thread.
   int64_t width = std::max<int64_t>(1, (shape.outputs + threads - 1) / threads);
   width = (width + kTile - 1) / kTile * kTile;
   const float *rows = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
-  ForEachPart(pool, (shape.outputs + width - 1) / width, [=](int64_t part) {
+  ForEachPart(pool, threads, (shape.outputs + width - 1) / width, [=](int64_t part) {
     int64_t start = part * width, end = std::min(start + width, shape.outputs);
     (column_major ? MultiplyDenseRange : MultiplyRange)(shape, rows, weights, out, start, end);
   });

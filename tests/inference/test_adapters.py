@@ -92,7 +92,7 @@ def check(tiny: Tiny, found: list, adapter: str | None, seed: int = 0) -> None:
     assert [token for token, _ in found] == tokens
     logits = merged.logits([*PROMPTS[adapter], *tokens[:-1]])[len(PROMPTS[adapter]) - 1 :]
     want = np.asarray(jax.nn.log_softmax(logits))[np.arange(9), tokens]
-    np.testing.assert_allclose([logprob for _, logprob in found], want, atol=1e-5)
+    np.testing.assert_allclose([logprob for _, logprob in found], want, atol=2e-5)
 
 
 def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
