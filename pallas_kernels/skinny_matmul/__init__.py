@@ -30,10 +30,10 @@ def skinny_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -
     multiply = jax.ffi.ffi_call(
         "pallas_kernels.SkinnyMatmul",
         jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.float32),
-        input_layouts=((0, 1), (1, 0) if column_major else (0, 1)),  # major to minor
         vmap_method="sequential",
     )
-    return multiply(x, kernel, column_major=column_major)
+    # XLA removes two transposes.
+    return multiply(x, kernel.T if column_major else kernel, column_major=column_major)
 
 
 @skinny_matmul.defjvp
