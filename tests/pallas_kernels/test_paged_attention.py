@@ -6,12 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cpu import load_kernels
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 from pallas_kernels.paged_attention.xla import XlaBlockSizes
 from tests.pallas_kernels.paged_cases import DEAD, Case, build, check, run_built
 
-needs_compiler = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler")
 SMALL = {"backend": "xla", "block_sizes": XlaBlockSizes(8, 48)}
 DECODE = [(37, 1), DEAD, (1, 1), (150, 1), (64, 1)]
 CHUNKS = [(50, 13), (9, 9), (130, 1), (33, 0), (60, 37)]
@@ -44,7 +42,7 @@ def test_xla_equals_the_reference(case, call):
     check(CASES[case], tolerance=2e-2 if case == "bf16" else 2e-5, **call)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     "case",
     [
@@ -58,9 +56,11 @@ def test_the_cpu_kernel_equals_the_reference(case):
     check(case, tolerance=2e-6, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("cpu", marks=needs_compiler)])
-def test_other_rows_change_nothing(backend):
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_other_rows_change_nothing(backend, request):
     """Bit for bit: their lengths, tokens and pages, and all pages that are nobody's."""
+    if backend == "cpu":
+        request.getfixturevalue("cpu_kernels")
     check_independence(SMALL if backend == "xla" else {"backend": backend})
     long = Case([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
     check_independence({"backend": backend}, long)

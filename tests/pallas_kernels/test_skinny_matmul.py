@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.cpu import load_kernels
 from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
 
-
-@pytest.fixture(autouse=True)
-def _compiler():
-    if not load_kernels():
-        pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def draw(*shape):
