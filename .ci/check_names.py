@@ -46,7 +46,7 @@ _VALUES = """
 """Last words of functions that are named by the value they return, units included."""
 _TERMS = """
     command main softmax attention flash_attention grouped_matmul logsumexp
-    paged_attention skinny_matmul
+    paged_attention cpu_matmul
     backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
     outer sharded_attention truncated_normal
     beam_search best_of_n self_consistency diverse_verifier_tree_search

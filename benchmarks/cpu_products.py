@@ -4,7 +4,7 @@
 
 The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate and up as
 one), each with weights of its own, so that they come from memory. Printed are medians in ms, of
-XLA's library, of ``pallas_kernels.skinny_matmul`` up to 64 rows, and the time in which a plain sum
+XLA's library, of ``pallas_kernels.cpu_matmul`` up to 64 rows, and the time in which a plain sum
 reads as many bytes: no step with these products is faster.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
+from pallas_kernels.cpu_matmul import can_multiply_rows, cpu_matmul
 
 LAYERS, WIDTH, INNER = 30, 576, 1536
 SHAPES = (WIDTH, 960), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH)
@@ -56,7 +56,7 @@ def main() -> None:
     theirs = [[torch.tensor(x.T.copy()) for x in layer] for layer in arrays]
     layers = {
         name: jax.jit(lambda x, layers, multiply=multiply: run_layers(multiply, x, layers))
-        for name, multiply in (("XLA", jnp.matmul), ("skinny_matmul", skinny_matmul))
+        for name, multiply in (("XLA", jnp.matmul), ("cpu_matmul", cpu_matmul))
     }
     flat = jnp.ones(sum(x.size for layer in arrays for x in layer), jnp.float32)
     total = jax.jit(jnp.sum)

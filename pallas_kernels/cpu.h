@@ -54,14 +54,27 @@ inline Vector MultiplyAdd(const Vector& x, const Vector& y, const Vector& z) {
 #endif
 }
 
+// x − 0 is x for every x, so nothing is subtracted; x + 0 would be, as −0 + 0 is not −0, by the units
+// that multiply.
 inline Vector MultiplyAdd(float x, const Vector& y, const Vector& z) {
-  return MultiplyAdd(Vector{} + x, y, z);
+  return MultiplyAdd(x - Vector{}, y, z);
 }
 
+// The sum of N floats, half to half.
+template <int N = kLanes>
 inline float Sum(const Vector& x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half low, high;
+    std::memcpy(&low, &x, 2 * N);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + 2 * N, 2 * N);
+    low += high;
+    Vector sums{};
+    std::memcpy(&sums, &low, 2 * N);
+    return Sum<N / 2>(sums);
+  }
 }
 
 // Calls f(R, row) of the first of each kRows rows, then of the rest; R, the rows, is a constant of

@@ -21,7 +21,7 @@ import jax
 
 _FOLDER = Path(__file__).parent
 _SOURCES = {
-    "SkinnyMatmul": _FOLDER / "skinny_matmul" / "cpu.cc",
+    "CpuMatmul": _FOLDER / "cpu_matmul" / "cpu.cc",
     "PagedAttention": _FOLDER / "paged_attention" / "cpu.cc",
 }
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"]

@@ -97,12 +97,6 @@ def find_repeated_ngrams(
     return scatter_tokens("max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends)
 
 
-def keep_argmax(logits: jax.Array) -> jax.Array:
-    """Marks the likeliest token, of equal ones the lowest id, in bool [..., V]."""
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return ids == find_argmax(logits)[..., None]
-
-
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Marks each row's k [...] likeliest tokens, with all that are as likely as the last of them
     (Fan et al. 2018)."""

@@ -13,10 +13,18 @@ from jax.sharding import reshard
 from maxlm.inference.adapter_slots import write_columns
 from maxlm.inference.params import prepare_params
 from maxlm.inference.sequences import PageCopy, RunningSequence
-from maxlm.inference.step import EngineState, StepInputs, StepOutputs, StepSizes, run_step
+from maxlm.inference.step import (
+    EngineState,
+    StepInputs,
+    StepOutputs,
+    StepSizes,
+    run_decoding_step,
+    run_step,
+)
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import axis_size, map_shards
+from pallas_kernels.chips import get_platform
 
 MAX_PAGE_COPIES = 8
 """Pages that one call of :func:`copy_pages` copies."""
@@ -48,7 +56,9 @@ class ModelRunner:
         """Runs a step."""
         sizes = shape, self.layout, self.windows, self.vocab_size
         given = self.params, self.state, inputs, self.adapters
-        self.state, outputs = run_step(self.model, *sizes, *given)
+        few = get_platform() == "cpu" and not shape.chunk_tokens
+        program = run_decoding_step if few else run_step
+        self.state, outputs = program(self.model, *sizes, *given)
         return outputs
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
@@ -87,7 +97,7 @@ class ModelRunner:
 
 def count_compilations() -> int:
     """Returns how many programs steps have been compiled to, by all runners of this process."""
-    programs: Any = run_step, copy_pages, copy_rows, encode_row, write_columns
+    programs: Any = run_step, run_decoding_step, copy_pages, copy_rows, encode_row, write_columns
     return sum(program._cache_size() for program in programs)
 
 

@@ -19,7 +19,6 @@ from maxlm.inference.logits_processors import (
     count_tokens,
     find_argmax,
     find_repeated_ngrams,
-    keep_argmax,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -205,8 +204,9 @@ def process_logits(
         has_grammar: whether ``allowed`` is looked at, bool [].
 
     Returns:
-        fp32 [R, V], -inf for tokens that are not drawn: at temperature 0 all but one. If the ban on
-        repeated n-grams and ``min_new_tokens`` would leave a row no token, they leave them all.
+        fp32 [R, V], -inf for tokens that are not drawn; at temperature 0 the likeliest is taken. If
+        the ban on repeated n-grams and ``min_new_tokens`` would leave a row no token, they leave
+        them all.
     """
     logits = logits.astype(jnp.float32)
     vocab = logits.shape[-1]
@@ -222,7 +222,7 @@ def process_logits(
     logits = _apply_penalties(logits, settings, history, prompt_lengths, lengths)
     greedy = settings.temperature == 0
     temperature = jnp.where(greedy, 1, jnp.maximum(settings.temperature, COLDEST))
-    return _apply_filters(logits / temperature[..., None], settings, greedy)
+    return _apply_filters(logits / temperature[..., None], settings, ~greedy)
 
 
 def _apply_penalties(
@@ -266,8 +266,8 @@ def _apply_penalties(
     return apply_needed(logits, changes)
 
 
-def _apply_filters(logits: jax.Array, settings: RowSettings, greedy: jax.Array) -> jax.Array:
-    """Applies what keeps some of the tokens alone."""
+def _apply_filters(logits: jax.Array, settings: RowSettings, drawn: jax.Array) -> jax.Array:
+    """Applies what keeps some of the tokens of ``drawn`` rows alone."""
 
     def drop(keep: Callable[..., jax.Array], rows: jax.Array, *setting: jax.Array) -> Any:
         def change(logits):
@@ -275,13 +275,11 @@ def _apply_filters(logits: jax.Array, settings: RowSettings, greedy: jax.Array) 
 
         return rows, change
 
-    drawn = ~greedy  # the likeliest token may be untypical
     changes = (
         drop(keep_top_k, drawn & (settings.top_k > 0), settings.top_k),
         drop(keep_top_p, drawn & (settings.top_p < 1), settings.top_p),
         drop(keep_min_p, drawn & (settings.min_p > 0), settings.min_p),
         drop(keep_typical, drawn & (settings.typical_p < 1), settings.typical_p),
-        drop(keep_argmax, greedy),
     )
     return apply_needed(logits, changes)
 
@@ -297,10 +295,8 @@ def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
     return make_key(settings.seed, settings.stream, positions)
 
 
-def sample_tokens(
-    logits: jax.Array, keys: jax.Array, all_greedy: jax.Array | bool = False
-) -> jax.Array:
-    """Draw a token from each row's distribution.
+def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
+    """Draw a token from each row's distribution, or take the likeliest, of equal ones the first.
 
     A token is drawn in two steps, first one of 128 groups of tokens by their sums, then one of its
     tokens by the Gumbel trick: a random number for each token of the vocabulary would take most of
@@ -309,7 +305,7 @@ def sample_tokens(
     Args:
         logits: fp32 [..., V], as :func:`process_logits` returns them.
         keys: random keys [...], one a row (:func:`make_keys`).
-        all_greedy: bool []: each row has one token left, and no number is drawn.
+        greedy: rows whose likeliest token is taken, bool [...]; if all are, no number is drawn.
 
     Returns:
         int32 [...].
@@ -327,7 +323,11 @@ def sample_tokens(
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    return lax.cond(all_greedy, lambda x, _: find_argmax(x), draw, logits, keys)
+
+    def draw_some(logits, keys):
+        return jnp.where(greedy, find_argmax(logits), draw(logits, keys))
+
+    return lax.cond(jnp.all(greedy), lambda x, _: find_argmax(x), draw_some, logits, keys)
 
 
 class TokenLogprobs(NamedTuple):

@@ -43,7 +43,7 @@ from maxlm.parallel.local import (
     reduce,
 )
 from pallas_kernels.chips import get_platform
-from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
+from pallas_kernels.cpu_matmul import can_multiply_rows, cpu_matmul
 
 
 class _Layouts:
@@ -90,7 +90,7 @@ def multiply_kernels(
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    return _multiply(_contract_few_rows, x, kernels, gathered_kernels, kernel_layouts, token_layout)
+    return _multiply(_contract_forward, x, kernels, gathered_kernels, kernel_layouts, token_layout)
 
 
 def _multiply(contract, x, kernels, wholes, used, tokens):
@@ -177,7 +177,7 @@ def multiply_fused_kernel(
     ends = tuple(accumulate(map(prod, local_shapes)))
 
     def local(x, kernel):
-        y = jnp.split(_contract_few_rows(x, kernel, 1), ends[:-1], axis=-1)
+        y = jnp.split(_contract_forward(x, kernel, 1), ends[:-1], axis=-1)
         shapes = zip(y, local_shapes, strict=True)
         return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
 
@@ -200,7 +200,7 @@ def multiply_head(
         return jnp.einsum(
             "bsd,dv->bsv", hidden, head, preferred_element_type=dtype, out_sharding=spec
         )
-    own = partial(_contract_few_rows, inputs=1, dtype=dtype, column_major=column_major)
+    own = partial(_contract_forward, inputs=1, dtype=dtype, column_major=column_major)
     specs = make_spec((*parse_spec(spec, 3)[:2], ())), make_spec(((), parse_spec(spec, 3)[2]))
     return map_shards(own, specs, spec)(reshard(hidden, specs[0]), reshard(head, specs[1]))
 
@@ -231,14 +231,14 @@ def _contract(x, kernel, inputs, dtype=None):
     return lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
 
 
-def _contract_few_rows(x, kernel, inputs, dtype=None, column_major=False):
-    """The same; few rows on a CPU by a kernel that reads at the memory's pace."""
+def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
+    """The same where no gradient is asked for: on a CPU by a kernel of our own."""
     tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     if get_platform() == "cpu":
         rows = x.reshape(prod(tokens), -1)
         columns = kernel.reshape(rows.shape[1], -1)
         if can_multiply_rows(rows, columns, column_major=column_major):
-            return skinny_matmul(rows, columns, column_major).reshape(*tokens, *outputs)
+            return cpu_matmul(rows, columns, column_major).reshape(*tokens, *outputs)
     return _contract(x, kernel, inputs, dtype)
 
 

@@ -1,13 +1,19 @@
-// Attention of decoding rows to pages of floats on a CPU: an online softmax over pieces of pages,
-// read where they lie. Each thread takes kv heads of rows, with all their queries.
+// Attention to pages of floats on a CPU: an online softmax over tiles of keys. Each thread takes a kv
+// head of some of a row's tokens, with all their queries. Few queries read the pages where they lie;
+// for many a tile's keys are turned around, so that scores are sums of vectors.
 
 #include "pallas_kernels/cpu.h"
 
+#include <vector>
+
 namespace {
 
-// Keys whose scores are held at once, and queries that a key, once loaded, is multiplied by.
-constexpr int64_t kKeys = 64;
-constexpr int kQueries = 4;
+// Keys of a tile, tokens whose queries take a tile after another, queries that a loaded number is
+// multiplied by, and vectors whose sums of so many queries fit the registers.
+constexpr int64_t kKeys = 64, kTokens = 64;
+constexpr int kQueries = 4, kVectors = kLanes == 8 ? 2 : 4;
+// From so many queries on, keys are turned around.
+constexpr int64_t kManyQueries = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // e^x of numbers of at most 0, within 2e-7 of it: 2^n · e^r, |r| ≤ ln 2 / 2, by Taylor's series.
@@ -27,11 +33,23 @@ inline Vector Exp(Vector x) {
 
 struct Call {
   const float *q, *keys, *values, *slopes, *sinks, *biases;
-  const int32_t *tables, *lengths, *limits;
+  const int32_t *tables, *lengths, *limits, *starts;
   float *o, *lse;
-  int64_t rows, each, heads, kv_heads, pages, page_size, features, value_features, value_dim;
+  int64_t rows, heads, kv_heads, pages, page_size, features, value_features, value_dim;
   int64_t bias_reach, window;
   float scale, soft_cap;
+};
+
+// Tokens [first, end) of a row, counted from its first.
+struct Work {
+  int64_t row, first, end;
+};
+
+// The keys at positions from `start` on, and their values.
+struct Tile {
+  int64_t start, count;
+  const float *keys[kKeys], *values[kKeys];
+  float* columns;  // [features, kKeys] of the keys, or null
 };
 
 struct Query {
@@ -52,59 +70,108 @@ float AdjustScore(const Call& call, const Query& query, float score, int64_t key
   return score;
 }
 
-// Adds a piece of a page, the keys at positions from `start` on, to the queries' results.
+// Scores of Q queries and V vectors of keys, from the tile's t-th on.
+template <int Q, int V>
+void ScoreColumns(const Call& call, const Query* queries, const Tile& tile, int64_t t,
+                  float (*scores)[kKeys]) {
+  Vector sums[Q][V] = {};
+  for (int64_t h = 0; h < call.features; ++h) {
+    Vector keys[V];
+    for (int v = 0; v < V; ++v) keys[v] = At(tile.columns + h * kKeys + t + v * kLanes);
+    for (int i = 0; i < Q; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] = MultiplyAdd(queries[i].q[h], keys[v], sums[i][v]);
+  }
+  for (int i = 0; i < Q; ++i)
+    for (int v = 0; v < V; ++v) At(scores[i] + t + v * kLanes) = sums[i][v] * call.scale;
+}
+
 template <int Q>
-void AddKeys(const Call& call, Query* queries, const float* keys, const float* values,
-             int64_t start, int64_t count) {
-  float weights[Q][kKeys], decays[Q];
-  for (int64_t t = 0; t < count; ++t) {
+void ScoreKeys(const Call& call, const Query* queries, const Tile& tile, float (*scores)[kKeys]) {
+  if (tile.columns) {
+    for (int64_t t = 0; t < tile.count; t += kVectors * kLanes)
+      ScoreColumns<Q, kVectors>(call, queries, tile, t, scores);
+    return;
+  }
+  for (int64_t t = 0; t < tile.count; ++t) {
     Vector sums[Q] = {};
     for (int64_t h = 0; h < call.features; h += kLanes)
       for (int i = 0; i < Q; ++i)
-        sums[i] = MultiplyAdd(At(queries[i].q + h), At(keys + t * call.features + h), sums[i]);
-    for (int i = 0; i < Q; ++i) weights[i][t] = Sum(sums[i]) * call.scale;
-  }
-  bool adjusts = call.soft_cap > 0 || call.slopes || call.biases;
-  for (int i = 0; i < Q; ++i) {
-    Query& query = queries[i];
-    float top = query.top;
-    for (int64_t t = 0; t < (count + kLanes - 1) / kLanes * kLanes; ++t) {
-      int64_t key = start + t;
-      float& score = weights[i][t];
-      if (t >= count || key < query.first || key >= query.end) score = -kInfinity;
-      else if (adjusts) score = AdjustScore(call, query, score, key);
-      top = std::max(top, score);
-    }
-    // No key yet: −inf − −inf is NaN.
-    float base = top == -kInfinity ? 0 : top;
-    decays[i] = std::exp(query.top - base);
-    Vector total = {};
-    for (int64_t t = 0; t < count; t += kLanes) {
-      Vector& own = At(weights[i] + t);
-      own = own == -kInfinity ? Vector{} : Exp(own - base);
-      total += own;
-    }
-    query.top = top;
-    query.total = query.total * decays[i] + Sum(total);
-  }
-  for (int64_t h = 0; h < call.value_dim; h += kLanes) {
-    Vector sums[Q];
-    for (int i = 0; i < Q; ++i) sums[i] = At(queries[i].o + h) * decays[i];
-    for (int64_t t = 0; t < count; ++t)
-      for (int i = 0; i < Q; ++i)
-        sums[i] = MultiplyAdd(weights[i][t], At(values + t * call.value_features + h), sums[i]);
-    for (int i = 0; i < Q; ++i) At(queries[i].o + h) = sums[i];
+        sums[i] = MultiplyAdd(At(queries[i].q + h), At(tile.keys[t] + h), sums[i]);
+    for (int i = 0; i < Q; ++i) scores[i][t] = Sum(sums[i]) * call.scale;
   }
 }
 
-void AttendHead(const Call& call, int64_t row, int64_t kv_head) {
-  int64_t group = call.heads / call.kv_heads, first = call.lengths[row], end = 0;
-  auto queries = std::make_unique<Query[]>(group * call.each);
-  for (int64_t i = 0; i < group * call.each; ++i) {
+// Makes weights of a query's scores; returns what its result so far is to be multiplied by.
+float WeighScores(const Call& call, Query& query, const Tile& tile, float* scores) {
+  int64_t first = std::clamp<int64_t>(query.first - tile.start, 0, tile.count);
+  int64_t end = std::clamp<int64_t>(query.end - tile.start, first, tile.count);
+  if (call.soft_cap > 0 || call.slopes || call.biases)
+    for (int64_t t = first; t < end; ++t)
+      scores[t] = AdjustScore(call, query, scores[t], tile.start + t);
+  std::fill(scores, scores + first, -kInfinity);
+  std::fill(scores + end, scores + kKeys, -kInfinity);
+  Vector highest = query.top - Vector{};
+  for (int64_t t = 0; t < tile.count; t += kLanes) {
+    const Vector& own = At(scores + t);
+    highest = own > highest ? own : highest;
+  }
+  float top = query.top;
+  for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, highest[lane]);
+  // No key yet: −inf − −inf is NaN.
+  float base = top == -kInfinity ? 0 : top, decay = std::exp(query.top - base);
+  Vector total = {};
+  for (int64_t t = 0; t < tile.count; t += kLanes) {
+    Vector& own = At(scores + t);
+    own = own == -kInfinity ? Vector{} : Exp(own - base);
+    total += own;
+  }
+  query.top = top;
+  query.total = query.total * decay + Sum(total);
+  return decay;
+}
+
+// Adds the values' V vectors from the h-th number on.
+template <int Q, int V>
+void AddValues(const Query* queries, const Tile& tile, const float (*weights)[kKeys],
+               const float* decays, int64_t h) {
+  Vector sums[Q][V];
+  for (int i = 0; i < Q; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = At(queries[i].o + h + v * kLanes) * decays[i];
+  for (int64_t t = 0; t < tile.count; ++t)
+    for (int v = 0; v < V; ++v) {
+      const Vector& values = At(tile.values[t] + h + v * kLanes);
+      for (int i = 0; i < Q; ++i) sums[i][v] = MultiplyAdd(weights[i][t], values, sums[i][v]);
+    }
+  for (int i = 0; i < Q; ++i)
+    for (int v = 0; v < V; ++v) At(queries[i].o + h + v * kLanes) = sums[i][v];
+}
+
+// Adds a tile to the queries' results.
+template <int Q>
+void AddKeys(const Call& call, Query* queries, const Tile& tile) {
+  int64_t first = queries[0].first, end = queries[0].end;
+  for (int i = 1; i < Q; ++i)
+    first = std::min(first, queries[i].first), end = std::max(end, queries[i].end);
+  if (end <= tile.start || first >= tile.start + tile.count) return;
+  float weights[Q][kKeys], decays[Q];
+  ScoreKeys<Q>(call, queries, tile, weights);
+  for (int i = 0; i < Q; ++i) decays[i] = WeighScores(call, queries[i], tile, weights[i]);
+  int64_t h = 0;
+  for (; h + kVectors * kLanes <= call.value_dim; h += kVectors * kLanes)
+    AddValues<Q, kVectors>(queries, tile, weights, decays, h);
+  for (; h < call.value_dim; h += kLanes) AddValues<Q, 1>(queries, tile, weights, decays, h);
+}
+
+void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
+  int64_t group = call.heads / call.kv_heads, num_queries = group * (work.end - work.first);
+  int64_t row = work.row, begin = call.lengths[row] - (call.starts[row + 1] - call.starts[row]);
+  int64_t first = call.lengths[row], end = 0;
+  auto queries = std::make_unique<Query[]>(num_queries);
+  for (int64_t i = 0; i < num_queries; ++i) {
     Query& query = queries[i];
-    int64_t token = row * call.each + i / group;
+    int64_t own = work.first + i / group, token = call.starts[row] + own;
     query.head = kv_head * group + i % group;
-    query.position = call.lengths[row] - call.each + i / group;
+    query.position = begin + own;
     query.end = std::min<int64_t>(query.position + 1, call.limits[row]);
     query.first = call.window ? std::max<int64_t>(0, query.position + 1 - call.window) : 0;
     query.q = call.q + (token * call.heads + query.head) * call.features;
@@ -115,17 +182,23 @@ void AttendHead(const Call& call, int64_t row, int64_t kv_head) {
     std::fill_n(query.o, call.value_dim, 0.0f);
     first = std::min(first, query.first), end = std::max(end, query.end);
   }
-  for (int64_t start = first, count; start < end; start += count) {
-    int64_t slot = start % call.page_size;
-    count = std::min({kKeys, call.page_size - slot, end - start});
-    int64_t page = call.tables[row * call.pages + start / call.page_size];
-    int64_t at = (page * call.kv_heads + kv_head) * call.page_size + slot;
-    ForEachRows<kQueries>(group * call.each, [&](auto Q, int64_t i) {
-      AddKeys<Q>(call, &queries[i], call.keys + at * call.features,
-                 call.values + at * call.value_features, start, count);
-    });
+  bool turns = num_queries >= kManyQueries;
+  std::unique_ptr<float[]> columns(turns ? new float[call.features * kKeys] : nullptr);
+  // Where a tile begins does not depend on which queries are taken together.
+  for (int64_t start = first / kKeys * kKeys; start < end; start += kKeys) {
+    Tile tile{start, std::min(kKeys, end - start), {}, {}, columns.get()};
+    for (int64_t t = 0; t < tile.count; ++t) {
+      int64_t key = start + t, page = call.tables[row * call.pages + key / call.page_size];
+      int64_t at = (page * call.kv_heads + kv_head) * call.page_size + key % call.page_size;
+      tile.keys[t] = call.keys + at * call.features;
+      tile.values[t] = call.values + at * call.value_features;
+      if (turns)
+        for (int64_t h = 0; h < call.features; ++h) columns[h * kKeys + t] = tile.keys[t][h];
+    }
+    ForEachRows<kQueries>(num_queries,
+                          [&](auto Q, int64_t i) { AddKeys<Q>(call, &queries[i], tile); });
   }
-  for (int64_t i = 0; i < group * call.each; ++i) {
+  for (int64_t i = 0; i < num_queries; ++i) {
     Query& query = queries[i];
     *query.lse = query.total > 0 ? query.top + std::log(query.total) : -kInfinity;
     float scale = query.total > 0 ? 1 / query.total : 1;
@@ -136,9 +209,9 @@ void AttendHead(const Call& call, int64_t row, int64_t kv_head) {
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> keys,
                   ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> tables,
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> limits,
-                  ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::F32> sinks,
-                  ffi::Buffer<ffi::F32> biases, int64_t each, int64_t window, float scale,
-                  float soft_cap, ffi::ResultBuffer<ffi::F32> o, ffi::ResultBuffer<ffi::F32> lse) {
+                  ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> slopes,
+                  ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::F32> biases, int64_t window,
+                  float scale, float soft_cap, ffi::ResultBuffer<ffi::F32> o, ffi::ResultBuffer<ffi::F32> lse) {
   auto given = [](ffi::Buffer<ffi::F32>& x) -> const float* {
     return x.element_count() ? x.typed_data() : nullptr;
   };
@@ -146,18 +219,30 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   call.q = q.typed_data(), call.keys = keys.typed_data(), call.values = values.typed_data();
   call.slopes = given(slopes), call.sinks = given(sinks), call.biases = given(biases);
   call.tables = tables.typed_data(), call.lengths = lengths.typed_data();
-  call.limits = limits.typed_data(), call.o = o->typed_data(), call.lse = lse->typed_data();
-  call.each = each, call.rows = o->dimensions()[0] / each, call.heads = q.dimensions()[1];
+  call.limits = limits.typed_data(), call.starts = starts.typed_data();
+  call.o = o->typed_data(), call.lse = lse->typed_data();
+  call.rows = lengths.dimensions()[0], call.heads = q.dimensions()[1];
   call.kv_heads = keys.dimensions()[1], call.page_size = keys.dimensions()[2];
   call.features = keys.dimensions()[3], call.value_features = values.dimensions()[3];
   call.value_dim = o->dimensions()[2], call.pages = tables.dimensions()[1];
   call.bias_reach = call.biases ? biases.dimensions()[1] / 2 : 0, call.window = window;
   call.scale = scale, call.soft_cap = soft_cap;
-  int64_t tokens = std::accumulate(call.lengths, call.lengths + call.rows, int64_t{0});
-  int64_t threads = CountThreads(pool, tokens * call.kv_heads * call.features);
-  ForEachPart(pool, threads, call.rows * call.kv_heads, [call](int64_t part) {
-    AttendHead(call, part / call.kv_heads, part % call.kv_heads);
+  std::vector<Work> works;
+  int64_t pairs = 0;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    int64_t count = call.starts[row + 1] - call.starts[row];
+    pairs += call.lengths[row] * std::max<int64_t>(1, count / kQueries);
+    for (int64_t first = 0; first < count; first += kTokens)
+      works.push_back({row, first, std::min(first + kTokens, count)});
+  }
+  int64_t threads = CountThreads(pool, pairs * call.kv_heads * call.features);
+  ForEachPart(pool, threads, works.size() * call.kv_heads, [call, &works](int64_t part) {
+    AttendHead(call, works[part / call.kv_heads], part % call.kv_heads);
   });
+  // Tokens of no row.
+  int64_t used = call.starts[call.rows] * call.heads;
+  std::fill(call.o + used * call.value_dim, call.o + o->element_count(), 0.0f);
+  std::fill(call.lse + used, call.lse + lse->element_count(), -kInfinity);
   return ffi::Error::Success();
 }
 
@@ -172,10 +257,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, Attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("each")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")

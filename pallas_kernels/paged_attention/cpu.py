@@ -1,12 +1,10 @@
-"""Paged attention on a CPU: decoding rows by a kernel in C++, which reads their pages where they
-lie, other rows in XLA."""
+"""Paged attention on a CPU, by a kernel in C++, which reads pages where they lie."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cpu import load_kernels
-from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 
 # Numbers of the widest vector register.
@@ -14,11 +12,10 @@ _LANES = 16
 
 
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
-    """Whether there are decoding rows, of fp32 pages whose features fill vectors."""
+    """Whether pages are fp32 and their features fill vectors."""
     floats = (operands.q, operands.keys, operands.values, jnp.empty((), params.dtype))
     return (
-        params.num_uniform > 0
-        and all(x is None or getattr(x, "dtype", None) == jnp.float32 for x in floats)
+        all(x is None or getattr(x, "dtype", None) == jnp.float32 for x in floats)
         and operands.q.shape[2] % _LANES == params.value_dim % _LANES == 0
         and load_kernels()
     )
@@ -26,24 +23,20 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
 
 def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    own, queries = operands, params.num_uniform_queries
-    heads = own.q.shape[1]
-    shapes = (queries, heads, params.value_dim), (queries, heads)
+    own, (tokens, heads, _) = operands, operands.q.shape
+    shapes = (tokens, heads, params.value_dim), (tokens, heads)
     attend = jax.ffi.ffi_call(
         "pallas_kernels.PagedAttention",
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         vmap_method="sequential",
     )
     values = own.keys if own.values is None else own.values
+    tables = own.page_tables, own.kv_lengths, own.key_limits, own.query_starts
     terms = [jnp.zeros(0) if x is None else x for x in (own.slopes, own.sinks, own.biases)]
     o, lse = attend(
-        *(own.q, own.keys, values, own.page_tables, own.kv_lengths, own.key_limits, *terms),
-        each=np.int64(params.queries_each),
+        *(own.q, own.keys, values, *tables, *terms),
         window=np.int64(params.window or 0),
         scale=np.float32(params.scale),
         soft_cap=np.float32(params.soft_cap or 0),
     )
-    if len(own.q) == queries:
-        return o, lse
-    others, other_lse = xla.attend_ragged_rows(operands, params)
-    return jnp.concatenate([o, others]), jnp.concatenate([lse, other_lse])
+    return o, lse

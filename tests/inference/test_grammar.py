@@ -69,7 +69,7 @@ def step(settings, allowed, position, vocab_size):
     logits = process_logits(
         logits, settings, none[:, None], none, none, vocab_size=vocab_size, allowed=allowed
     )
-    return sample_tokens(logits, make_keys(settings, positions))
+    return sample_tokens(logits, make_keys(settings, positions), settings.temperature == 0)
 
 
 def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:

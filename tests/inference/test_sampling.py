@@ -115,7 +115,16 @@ class Batch:
 @jax.jit
 def step(logits, settings, history, prompts, lengths):
     logits = process_logits(logits, settings, history, prompts, lengths, vocab_size=VOCAB)
-    return logits, sample_tokens(logits, make_keys(settings, lengths))
+    return sample(logits, settings, lengths)
+
+
+@jax.jit
+def sample(logits, settings, lengths):
+    """(logits, of greedy rows only the taken token's; tokens)"""
+    greedy = settings.temperature == 0
+    tokens = sample_tokens(logits, make_keys(settings, lengths), greedy)
+    taken = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    return jnp.where(greedy[..., None] & ~taken, -jnp.inf, logits), tokens
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +193,8 @@ def test_draws_follow_the_probabilities():
         process = partial(process_logits, vocab_size=vocab - 1)
         kept = process(logits[None], settings, zero, zero[0], zero[0])
         keys = jax.vmap(lambda position: make_keys(settings, position)[0])(positions)
-        return kept[0], sample_tokens(jnp.broadcast_to(kept, (len(positions), vocab)), keys)
+        rows = jnp.broadcast_to(kept, (len(positions), vocab))
+        return kept[0], sample_tokens(rows, keys, jnp.zeros(len(positions), bool))
 
     kept, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32))
     counts = np.bincount(tokens, minlength=vocab)
@@ -209,7 +219,7 @@ def test_draws_differ_by_seed_stream_and_position_alone():
     configs = [SamplingConfig(seed=seed) for seed in (1, 1, 2**32 - 1, 1, 1, 1)]
     settings = stack_settings(configs, 6, streams=[0, 1, 0, 0, 2**32 - 1, 0])
     keys = make_keys(settings, jnp.asarray([9, 9, 9, 10, 9, 9], jnp.int32))
-    tokens = np.asarray(sample_tokens(jnp.asarray(logits), keys)).tolist()
+    tokens = np.asarray(sample_tokens(jnp.asarray(logits), keys, np.zeros(6, bool))).tolist()
     assert tokens[0] == tokens[5]
     assert len(set(tokens)) == 5
 
@@ -226,6 +236,7 @@ def kept_ids(logits, history=(), output=0, vocab_size=None, allowed=None, **knob
     size = vocab_size or len(logits)
     bits = None if allowed is None else jnp.asarray([[sum(1 << i for i in allowed)]], jnp.uint32)
     x = keep(x, settings, text, length - output, length, vocab_size=size, allowed=bits)
+    x, _ = sample(x, settings, length)
     return np.flatnonzero(np.asarray(x[0]) > -np.inf).tolist()
 
 
@@ -285,7 +296,7 @@ def test_positions_of_a_draft_are_as_one_after_another(batch):
     process = jax.vmap(partial(process_logits, vocab_size=VOCAB), axes, 1)
     together = jax.jit(process)(several, settings, history, prompts, ends)
     for g in range(drafts):
-        alone, _ = step(several[:, g], settings, history, prompts, ends[:, g])
+        alone = keep(several[:, g], settings, history, prompts, ends[:, g], vocab_size=VOCAB)
         np.testing.assert_allclose(together[:, g], alone, rtol=1e-6)
 
 

@@ -48,7 +48,9 @@ def test_xla_equals_the_reference(case, call):
     [
         *(CASES[name] for name in CASES if "decode" in name or name in ("one row", "latent")),
         WINDOWED,
+        CASES["ragged"],
         CASES["mixed, limits"],
+        Case([(300, 1), (400, 170), (3, 5)], (6, 2, 32, 32), num_uniform=1, padding=2, window=130),
         CASES["mixed, everything"]._replace(heads=(10, 2, 48, 80)),
     ],
 )

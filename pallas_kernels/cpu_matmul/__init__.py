@@ -1,5 +1,5 @@
-"""Products of few rows on a CPU: decoding multiplies a row a sequence, and its time is that of
-reading the model's kernels."""
+"""Products on a CPU: of few rows, as decoding has, in the time of reading the model's kernels, of
+many at the pace of its units that multiply."""
 
 from functools import partial
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.cpu import load_kernels
 
-__all__ = ["can_multiply_rows", "skinny_matmul"]
+__all__ = ["can_multiply_rows", "cpu_matmul"]
 
-# Up to so many rows it is faster than XLA's libraries.
-_MAX_ROWS, _MAX_COLUMN_MAJOR_ROWS = 64, 16
+# Up to so many rows of a transposed kernel it is faster than XLA's libraries.
+_MAX_COLUMN_MAJOR_ROWS = 16
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def skinny_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -> jax.Array:
+def cpu_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -> jax.Array:
     """Multiplies rows where :func:`can_multiply_rows`; its derivatives are XLA's products.
 
     Args:
@@ -28,7 +28,7 @@ def skinny_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -
         fp32 [R, outputs], of which no row depends on another.
     """
     multiply = jax.ffi.ffi_call(
-        "pallas_kernels.SkinnyMatmul",
+        "pallas_kernels.CpuMatmul",
         jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.float32),
         vmap_method="sequential",
     )
@@ -36,14 +36,15 @@ def skinny_matmul(x: jax.Array, kernel: jax.Array, column_major: bool = False) -
     return multiply(x, kernel.T if column_major else kernel, column_major=column_major)
 
 
-@skinny_matmul.defjvp
+@cpu_matmul.defjvp
 def _differentiate(column_major, primals, tangents):
     (x, kernel), (d_x, d_kernel) = primals, tangents
-    y = skinny_matmul(x, kernel, column_major)
+    y = cpu_matmul(x, kernel, column_major)
     return y, d_x @ kernel + x @ d_kernel
 
 
 def can_multiply_rows(x: jax.Array, kernel: jax.Array, *, column_major: bool = False) -> bool:
-    """Whether :func:`skinny_matmul` takes these operands and is the faster way on a CPU."""
-    most = _MAX_COLUMN_MAJOR_ROWS if column_major else _MAX_ROWS
-    return len(x) <= most and x.dtype == kernel.dtype == jnp.float32 and load_kernels()
+    """Whether :func:`cpu_matmul` takes these operands and is the faster way on a CPU."""
+    if column_major and len(x) > _MAX_COLUMN_MAJOR_ROWS:
+        return False
+    return x.dtype == kernel.dtype == jnp.float32 and load_kernels()

@@ -1,4 +1,4 @@
-"""Products of few rows equal float64's, row by row; without a compiler XLA makes them."""
+"""Products on a CPU equal float64's, row by row; without a compiler XLA makes them."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.skinny_matmul import can_multiply_rows, skinny_matmul
+from pallas_kernels.cpu_matmul import can_multiply_rows, cpu_matmul
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -20,25 +20,25 @@ def draw(*shape):
 
 
 def multiply_columns(x, table):
-    return skinny_matmul(x, table.T, column_major=True)
+    return cpu_matmul(x, table.T, column_major=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 64])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (130, 97), (64, 304)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 64, 65, 150])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (1130, 97), (64, 304)])
 def test_products_are_exact(rows, inputs, outputs):
     x, kernel = draw(rows, inputs), draw(inputs, outputs)
     exact = x.astype(np.float64) @ kernel
     bound = 3e-7 * (np.abs(x).astype(np.float64) @ np.abs(kernel) + 1)
-    for y in (skinny_matmul(x, kernel), jax.jit(multiply_columns)(x, kernel.T.copy())):
+    for y in (cpu_matmul(x, kernel), jax.jit(multiply_columns)(x, kernel.T.copy())):
         assert (np.abs(np.asarray(y) - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("multiply", [skinny_matmul, multiply_columns])
+@pytest.mark.parametrize("multiply", [cpu_matmul, multiply_columns])
 def test_a_row_does_not_depend_on_others(multiply):
-    """Bit for bit: neither on how many there are nor on its place."""
-    x, kernel = draw(29, 71), draw(71, 71)
+    """Bit for bit: neither on how many there are nor on its place, in blocks and in panels."""
+    x, kernel = draw(99, 1171), draw(1171, 1171)
     y = np.asarray(multiply(x, kernel))
-    for first, size in ((0, 1), (3, 2), (9, 7), (20, 9)):
+    for first, size in ((0, 1), (3, 2), (9, 7), (20, 70)):
         part = np.asarray(multiply(x[first : first + size], kernel))
         np.testing.assert_array_equal(part, y[first : first + size])
 
@@ -56,7 +56,7 @@ def test_devices_multiply_at_the_same_time():
     kernel = draw(256, 256) / 16
 
     def local(x):
-        return jax.lax.fori_loop(0, 50, lambda _, x: skinny_matmul(x, kernel), x)
+        return jax.lax.fori_loop(0, 50, lambda _, x: cpu_matmul(x, kernel), x)
 
     split = PartitionSpec("x")
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
@@ -64,9 +64,9 @@ def test_devices_multiply_at_the_same_time():
 
 
 def test_which_products_it_takes():
-    x, kernel = jnp.ones((16, 8)), jnp.ones((8, 8))
+    x, kernel = jnp.ones((17, 8)), jnp.ones((8, 8))
     assert can_multiply_rows(x, kernel)
-    assert not can_multiply_rows(jnp.ones((65, 8)), kernel)
+    assert not can_multiply_rows(x, kernel, column_major=True)
     assert not can_multiply_rows(x.astype(jnp.bfloat16), kernel)
 
 
