@@ -23,8 +23,7 @@ from maxlm.inference.step import (
 )
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.params import Params, bind
-from maxlm.parallel.local import axis_size, map_shards
-from pallas_kernels.chips import get_platform
+from maxlm.parallel.local import axis_size, get_platform, map_shards
 
 MAX_PAGE_COPIES = 8
 """Pages that one call of :func:`copy_pages` copies."""
