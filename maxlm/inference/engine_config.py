@@ -9,6 +9,9 @@ from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.speculation import SpeculationConfig
 from maxlm.models.caches.config import QUANTIZED_PAGE_SIZES, CacheConfig, PagedCacheConfig
 
+MIN_CHUNK = 16
+"""Tokens of the smallest size that prompts are computed in, at most."""
+
 
 class EngineConfig(Config):
     """How much the engine holds at once, and does in one step; numbers are for each data shard."""
@@ -59,6 +62,21 @@ class EngineConfig(Config):
     @property
     def pages_per_sequence(self) -> int:
         return -(-self.max_length // self.page_size)
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """Numbers of prompts' tokens that steps are compiled for, the smallest first."""
+        sizes = [self.prefill_tokens]
+        while sizes[0] >= 4 * MIN_CHUNK:
+            sizes.insert(0, -(-sizes[0] // 4))
+        return sizes
+
+    def limit_chunks(self, num_tokens: int) -> int:
+        """Returns how many of so many tokens a step computes: all, but where half or more of the
+        size that holds them would be padding, as many as the next smaller one holds."""
+        sizes = self.chunk_sizes
+        fit = next(i for i, size in enumerate(sizes) if size >= num_tokens)
+        return sizes[fit - 1] if fit and 2 * num_tokens <= sizes[fit] else num_tokens
 
     def count_pages(self, windows: tuple[int | None, ...]) -> tuple[int, ...]:
         """Return the pages of each group's pool in one shard, page 0 included. ``windows``: tokens

@@ -14,9 +14,6 @@ from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
 
-MIN_CHUNK = 16
-"""Tokens of the smallest size that prompts are computed in, at most."""
-
 
 @dataclass(eq=False)
 class InputBuilder:
@@ -52,13 +49,12 @@ class InputBuilder:
         counts = [most if self.all_rows else 1]
         while counts[-1] < most:
             counts.append(min(4 * counts[-1], most))
-        sizes = [self.config.prefill_tokens]
-        while sizes[0] >= 4 * MIN_CHUNK:
-            sizes.insert(0, -(-sizes[0] // 4))
         most_steps = max(self.config.decode_steps, 1 + self.num_drafts)
         steps = {width: most_steps if width == 1 else 1 for width in widths}
         decode = [StepSizes(b, G, 0, 0, steps[G]) for b in counts for G in widths]
-        return decode + [StepSizes(most, G, C, F, 1) for C in sizes for G in widths]
+        return decode + [
+            StepSizes(most, G, C, F, 1) for C in self.config.chunk_sizes for G in widths
+        ]
 
     def choose_shape(self, plan: ScheduledStep) -> StepSizes:
         """Returns the smallest shape that a plan fits in. Where nothing but continuations is read,
