@@ -1,6 +1,7 @@
 """Promise: whatever runs together, in whatever chunks, pages and steps, each sequence's tokens are
 those of whole forward passes of it alone."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,9 @@ from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel, PromptLookupConfig, look_up_prompt
+from maxlm.inference.step import run_step
 from maxlm.models.architectures.encoder import Encoder, EncoderConfig
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.params import bind, flatten_names
@@ -247,6 +250,22 @@ def test_nothing_compiles_after_warm_up(llama):
     (request,) = make_requests([PROMPTS[1]], penal, num_sequences=3)
     list(engine.run([request]))
     assert count_compilations() == before
+
+
+def test_only_those_who_want_log_probabilities_pay_for_them(llama):
+    """The likeliest tokens of a small chunk's logits are found under a condition in the compiled
+    step: a loop's invariant part is computed whether or not the loop is entered."""
+    engine = make_engine(llama)
+    shape = engine._inputs.list_shapes()[-1]
+    with jax.set_mesh(engine.mesh):
+        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {})
+        sizes = engine._runner.layout, engine._windows, engine.vocab_size
+        runner = engine._runner
+        step = run_step.lower(engine.model, shape, *sizes, runner.params, runner.state, given)
+        rest, main = step.compile().as_text().split("\nENTRY ")
+    sorts = re.compile(rf",{runner.model.config.vocab_size}\]\S* sort\(")
+    assert sorts.search(rest)
+    assert not sorts.search(main)
 
 
 def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, build_tiny):
