@@ -1,4 +1,5 @@
-"""What short chunks cost on a CPU: paged attention by sizes of blocks, and RoPE's cosines by layer.
+"""What short chunks cost on a CPU: paged attention in C++ and in XLA by sizes of blocks, and RoPE's
+cosines by layer.
 
     python benchmarks/cpu_attention.py
 
@@ -24,7 +25,11 @@ CASES = {
     "4 of 100, 400 keys": ([100] * 4, 400),
     "28 of 15, 40 keys": ([15] * 28, 40),
 }
-SIZES = [None, *(XlaBlockSizes(q, k) for q, k in ((16, 64), (64, 64), (64, 128), (256, 512)))]
+SIZES = [XlaBlockSizes(q, k) for q, k in ((16, 64), (64, 64), (64, 128), (256, 512))]
+WAYS = {"C++": {"backend": "cpu"}, "XLA": {"backend": "xla"}} | {
+    f"XLA, {own.queries} queries, {own.keys} keys": {"backend": "xla", "block_sizes": own}
+    for own in SIZES
+}
 
 
 def measure(function, *arguments):
@@ -37,7 +42,7 @@ def measure(function, *arguments):
     return 1e3 * min(seconds)
 
 
-def measure_attention(counts, num_keys, sizes):
+def measure_attention(counts, num_keys, way):
     rows, rng = 32, np.random.default_rng(0)
     counts = np.pad(counts, (0, rows - len(counts)))
     lengths, starts = np.where(counts > 0, num_keys, 0), np.cumsum([0, *counts])
@@ -46,7 +51,7 @@ def measure_attention(counts, num_keys, sizes):
 
     @jax.jit
     def attend(q, *rest):
-        layer = lambda _, q: paged_attention(q, *rest, block_sizes=sizes)[0]  # noqa: E731
+        layer = lambda _, q: paged_attention(q, *rest, **way)[0]  # noqa: E731
         return lax.fori_loop(0, LAYERS, layer, q)
 
     q = rng.normal(size=(TOKENS, 9, 64)).astype(np.float32)
@@ -66,10 +71,9 @@ def measure_rope(hold):
 
 
 def main():
-    for sizes in SIZES:
-        name = "as they are" if sizes is None else f"{sizes.queries} queries, {sizes.keys} keys"
-        found = (f"{case} {measure_attention(*own, sizes):.0f}" for case, own in CASES.items())
-        print(f"{name:22} {'; '.join(found)}", flush=True)
+    for name, way in WAYS.items():
+        found = (f"{case} {measure_attention(*own, way):.0f}" for case, own in CASES.items())
+        print(f"{name:26} {'; '.join(found)}", flush=True)
     each, once = measure_rope(lambda rotary: rotary), measure_rope(materialize_rotary)
     print(f"turns and products: cosines in each layer {each:.0f}, once {once:.0f}")
 
