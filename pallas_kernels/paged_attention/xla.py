@@ -3,11 +3,9 @@
 last. No more than a block is ever copied.
 
 Uniform rows go through their blocks together. Other rows' queries go a block of one row after the
-other, large ones and small ones for the rest. All loops end where the batch ends, not where arrays
-do.
+other. All loops end where the batch ends, not where arrays do.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +21,8 @@ from pallas_kernels.paged_attention.params import (
     dequantize,
 )
 
-# Queries of one row in a block, and in a block of what is left of the row.
-_QUERIES, _FEW_QUERIES = 64, 16
-# Keys in a block.
-_KEYS = 64
+# Queries of one row, and keys, in a block.
+_QUERIES, _KEYS = 32, 64
 
 
 class XlaBlockSizes(NamedTuple):
@@ -59,20 +55,18 @@ def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, ja
         o, lse = _attend_rows(own, operands, params)
         parts.append((o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)))
     if len(operands.q) > params.num_uniform_queries:
-        parts.append(attend_ragged_rows(operands, params))
+        parts.append(_attend_ragged(operands, params))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 
-def attend_ragged_rows(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+def _attend_ragged(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
     q = operands.q[params.num_uniform_queries :]
     T, N, _ = q.shape
-    own = params.block_sizes
-    large, small = (own.queries, own.queries) if own else (_QUERIES, _FEW_QUERIES)
-    large, small = min(large, T), min(small, T)
+    size = min(params.block_sizes.queries if params.block_sizes else _QUERIES, T)
     out = (
-        jnp.zeros((T + small, N, params.value_dim), params.dtype),
-        jnp.full((T + small, N), -jnp.inf, accumulation_dtype(q)),
+        jnp.zeros((T + size, N, params.value_dim), params.dtype),
+        jnp.full((T + size, N), -jnp.inf, accumulation_dtype(q)),
     )
     if params.num_uniform < len(operands.kv_lengths):
         lengths, limits, tables = (
@@ -81,36 +75,28 @@ def attend_ragged_rows(operands: PagedOperands, params: PagedParams) -> tuple[ja
         )
         starts = operands.query_starts[params.num_uniform :] - params.num_uniform_queries
         counts = starts[1:] - starts[:-1]
-        num_large = counts // large
-        # A block may begin at the last query.
-        q = jnp.pad(q, ((0, small), (0, 0), (0, 0)))
+        num_blocks = -(-counts // size)
+        ends = jnp.cumsum(num_blocks)
+        q = jnp.pad(q, ((0, size), (0, 0), (0, 0)))
 
-        def attend_queries(size, first, count, ends, i, out):
+        def attend_queries(i, out):
             row = jnp.searchsorted(ends, i, side="right")
-            begin = first[row] + (i - ends[row] + count[row]) * size
-            offsets = jnp.arange(size, dtype=jnp.int32)
-            inside = offsets < counts[row] - begin
+            first = (i - ends[row] + num_blocks[row]) * size
+            begin, offsets = starts[row] + first, jnp.arange(size, dtype=jnp.int32)
+            inside = offsets < counts[row] - first
             own = _Rows(
-                lax.dynamic_slice_in_dim(q, starts[row] + begin, size)[None],
-                jnp.where(inside, lengths[row] - counts[row] + begin + offsets, -1)[None],
+                lax.dynamic_slice_in_dim(q, begin, size)[None],
+                jnp.where(inside, lengths[row] - counts[row] + first + offsets, -1)[None],
                 limits[row][None],
                 tables[row][None],
             )
+            # What it writes behind its row the next row's blocks write over.
             return tuple(
-                lax.dynamic_update_slice_in_dim(x, y[0], starts[row] + begin, 0)
+                lax.dynamic_update_slice_in_dim(x, y[0], begin, 0)
                 for x, y in zip(out, _attend_rows(own, operands, params), strict=True)
             )
 
-        # Small blocks come first: one may be longer than what is left of its row, and the next
-        # one, or a large one, writes over what it wrote behind it.
-        num_small = -(-(counts - num_large * large) // small)
-        for size, first, count in (
-            (small, num_large * large, num_small),
-            (large, jnp.zeros_like(counts), num_large),
-        ):
-            ends = jnp.cumsum(count)
-            body = partial(attend_queries, size, first, count, ends)
-            out = lax.fori_loop(0, ends[-1], body, out)
+        out = lax.fori_loop(0, ends[-1], attend_queries, out)
     return out[0][:T], out[1][:T]
 
 
