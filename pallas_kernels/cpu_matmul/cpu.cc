@@ -79,22 +79,22 @@ void MultiplyColumns(const Shape& shape, const float* x, const float* kernel, in
     }
 }
 
-// Multiplies few rows by the kernel's rows of one block.
-void MultiplyBlock(const Shape& shape, const float* x, const float* kernel, float* y,
-                   int64_t block) {
+// Multiplies few rows by one block of the columns [start, stop).
+void MultiplyBlock(const Shape& shape, const float* x, const float* kernel, float* y, int64_t block,
+                   int64_t start, int64_t stop) {
   int64_t begin = shape.begin(block), end = shape.begin(block + 1);
   // The processor follows some 32 streams of bytes; of more rows sums are loaded less often instead.
   int64_t streams = shape.rows <= kRows ? 32 : 64;
   for (int64_t k = begin; k < end; k += streams)
-    for (int64_t c = 0; c < shape.outputs; c += kTile) {
+    for (int64_t c = start; c < stop; c += kTile) {
       const float* tile = kernel + k * shape.outputs + c;
       const float* next =
-          c + kTile < shape.outputs ? tile + kTile : kernel + (k + streams) * shape.outputs;
+          c + kTile < stop ? tile + kTile : kernel + (k + streams) * shape.outputs + start;
       ForEachRows<kRows>(shape.rows, [&](auto R, int64_t row) {
         MultiplyColumns<R>(shape, x + row * shape.inputs + k, tile, shape.outputs,
                            y + row * shape.outputs + c, std::min(streams, end - k),
                            k == begin ? Sums::kBegin : Sums::kContinue, next,
-                           std::min(kTile, shape.outputs - c));
+                           std::min(kTile, stop - c));
       });
     }
 }
@@ -169,24 +169,29 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   // A product takes at least as long as reading the kernel, and as 8 of its rows do.
   int64_t work = shape.inputs * shape.outputs * (few ? 1 : shape.rows / 8);
   int64_t threads = CountThreads(pool, work);
-  if (few && !column_major) {
+  // Whole tiles of columns to each thread; of few rows only what blocks leave to share.
+  bool in_blocks = few && !column_major;
+  int64_t shares = in_blocks ? (threads + shape.blocks - 1) / shape.blocks : threads;
+  int64_t width = std::max<int64_t>(1, (shape.outputs + shares - 1) / shares);
+  width = (width + kTile - 1) / kTile * kTile;
+  int64_t ranges = (shape.outputs + width - 1) / width;
+  if (in_blocks) {
     int64_t size = shape.rows * shape.outputs;
     std::unique_ptr<float[]> others(new float[(shape.blocks - 1) * size]);
     float* sums = others.get();
     auto sums_of = [=](int64_t block) { return block ? sums + (block - 1) * size : out; };
     int64_t each = (shape.blocks + threads - 1) / threads;
-    ForEachPart(pool, threads, (shape.blocks + each - 1) / each, [=](int64_t part) {
-      for (int64_t block = part * each; block < std::min((part + 1) * each, shape.blocks); ++block)
-        MultiplyBlock(shape, rows, weights, sums_of(block), block);
+    ForEachPart(pool, threads, (shape.blocks + each - 1) / each * ranges, [=](int64_t part) {
+      int64_t first = part / ranges * each, start = part % ranges * width;
+      for (int64_t block = first; block < std::min(first + each, shape.blocks); ++block)
+        MultiplyBlock(shape, rows, weights, sums_of(block), block, start,
+                      std::min(start + width, shape.outputs));
     });
     for (int64_t block = 1; block < shape.blocks; ++block)
       for (int64_t i = 0; i < size; ++i) out[i] += sums_of(block)[i];
     return ffi::Error::Success();
   }
-  // Whole tiles to each thread.
-  int64_t width = std::max<int64_t>(1, (shape.outputs + threads - 1) / threads);
-  width = (width + kTile - 1) / kTile * kTile;
-  ForEachPart(pool, threads, (shape.outputs + width - 1) / width, [=](int64_t part) {
+  ForEachPart(pool, threads, ranges, [=](int64_t part) {
     int64_t start = part * width, end = std::min(start + width, shape.outputs);
     (column_major ? MultiplyDenseRange : MultiplyPanels)(shape, rows, weights, out, start, end);
   });
