@@ -103,8 +103,7 @@ def make_unknown_label_error(
 ) -> MaxlmError:
     """The error for a label that does not exist; names near ones."""
     near = get_close_matches(name, labels, n=3, cutoff=0.5)
-    if not near:
-        near = [label for label in labels if name.rpartition(".")[2] in label][:3]
+    near = near or [label for label in labels if name.rpartition(".")[2] in label][:3]
     listed = ", ".join(near or list(labels)[:8]) or "no stage gives any"
     fix = f"did you mean {listed}?" if near else f"there are: {listed}"
     return MaxlmError(f'there is no label "{name}"', where=error_location, fix=fix)

@@ -151,9 +151,8 @@ def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
     nodes = [node for each in _DATES for node in document.query_selector_all(each)]
     days = [node.getattr("content") or node.getattr("datetime") or "" for node in nodes]
     days += [published[1]] if published else []
-    title = remove_control_characters(" ".join((tree.title or "").split()))
     return (
-        title[:_TITLE_CHARACTERS] or None,
+        remove_control_characters(" ".join((tree.title or "").split()))[:_TITLE_CHARACTERS] or None,
         next(filter(None, map(_parse_day, days)), None),
         language if _LANGUAGE.fullmatch(language) else None,
     )

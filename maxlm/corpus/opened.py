@@ -102,9 +102,8 @@ def read_filtered_documents(
 
     Spans of all the labels in `rules.cut` are cut out of the text.
     """
-    for table in shard.read_row_groups(
-        list(dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut]))
-    ):
+    needed = dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut])
+    for table in shard.read_row_groups(list(needed)):
         keep = mark_kept(table, rules)
         texts = remove_cut_spans(table.filter(pa.array(keep)), rules)
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)

@@ -54,25 +54,18 @@ def plan_shards(
     """
     jobs, num_binary_files = [], 0
     for source in sources:
-        slices, size = [], 0
         listing = find_files(source)
         num_binary_files += listing.num_binary_files
-        for file in listing.files:
-            if file.format == "corpus":
-                fix = "name the files it was made of, or use it in a mixture"
-                raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
-            for each in _cut_file(file, shard_bytes):
-                slices.append(each)
-                size += each.size_bytes
-                if size >= shard_bytes:
-                    jobs.append(_make_job(folder, source, slices))
-                    slices, size = [], 0
-        if slices:
-            jobs.append(_make_job(folder, source, slices))
+        slices = (each for file in listing.files for each in _cut_file(file, shard_bytes))
+        for parts in batch_by_size(slices, lambda each: each.size_bytes, shard_bytes):
+            jobs.append(_make_job(folder, source, parts))
     return jobs, num_binary_files
 
 
 def _cut_file(file: SourceFile, shard_bytes: int) -> Sequence[FileSlice]:
+    if file.format == "corpus":
+        fix = "name the files it was made of, or use it in a mixture"
+        raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
     try:
         return scan_file(file, shard_bytes, digest=False).slices
     except DamagedFile:  # Which the reader will count.

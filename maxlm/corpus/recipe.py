@@ -108,9 +108,7 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         name, place = stage.unique_name, f"stages.{number}"
         labels = get_label_types(recipe.stages[:number])
         texts = get_text_stages(recipe.stages[:number])
-        where = None
-        if stage.where is not None:
-            where = parse(stage.where, labels, f"{place}.where")
+        where = None if stage.where is None else parse(stage.where, labels, f"{place}.where")
         if isinstance(stage, CrossDocumentStage):
             known = (r.text for r in rules.keep.values() if labels.keys() >= set(r.label_names))
             texts_of_rules = [*([where.text] if where else []), *known]

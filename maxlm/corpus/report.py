@@ -147,10 +147,9 @@ def _summarize_shard(
             summary.add_values(label, np.stack([random.random(len(values)), values]))
         table = table.filter(pa.array(keep))
         names = table.column(language).to_pylist() if language else [None] * table.num_rows
-        documents = zip(
+        for source, name, text in zip(
             table.column("source").to_pylist(), names, remove_cut_spans(table, rules), strict=True
-        )
-        for source, name, text in documents:
+        ):
             raw = text.encode()
             figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
             figures[:2] += (1, len(raw))
@@ -221,7 +220,7 @@ def write_report(
 def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
     """Computes what is left after each rule, from all documents down."""
     sources = sorted({source for _, source in summary.documents})
-    rows, before = [], None
+    rows = []
     for rule in ("", "has text", *rules.keep):
         documents = {source: summary.documents[rule, source] for source in sources}
         left = sum(documents.values())
@@ -231,12 +230,11 @@ def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[dict[str,
                 "expression": rules.keep[rule].text if rule in rules.keep else "",
                 "left": left,
                 "bytes": sum(summary.bytes[rule, source] for source in sources),
-                "dropped": 0 if before is None else before - left,
+                "dropped": rows[-1]["left"] - left if rows else 0,
                 "by_source": documents,
                 "of_all": left / max(1, rows[0]["left"]) if rows else 1.0,
             }
         )
-        before = left
     return rows
 
 

@@ -54,12 +54,11 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     _check_outside(folder, jobs)
     names = [job.shard.name for job in jobs]
     documents = hashlib.sha256("".join(names).encode()).hexdigest()
+    keys = {DOCUMENTS: f"{documents} {binary_files}"}
     # Labels may depend on which other documents there are.
-    keys = {}
     for step in steps:
         own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
         keys[step.stage.unique_name] = own
-    keys[DOCUMENTS] = f"{documents} {binary_files}"
     with lock_folder(folder), WorkerPool(recipe.workers) as pool:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
@@ -89,12 +88,11 @@ def _check_place(folder: Path, recipe: RecipeConfig) -> None:
 def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
     """A pattern may match what a run has written, of which the next would make documents."""
     home = folder.resolve()
-    for job in jobs:
-        for part in job.slices:
-            if part.file.path.resolve().is_relative_to(home):
-                what = f"the corpus would be made of its own file {part.file.name}"
-                fix = "choose another out, or sources that leave it out"
-                raise MaxlmError(what, where=str(folder), fix=fix)
+    for file in (part.file for job in jobs for part in job.slices):
+        if file.path.resolve().is_relative_to(home):
+            what = f"the corpus would be made of its own file {file.name}"
+            fix = "choose another out, or sources that leave it out"
+            raise MaxlmError(what, where=str(folder), fix=fix)
 
 
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
@@ -151,22 +149,16 @@ def _run_step(
             stage.label(views, home / "scratch", run)
 
     with convert_write_errors(home):
-        _forget_other_labels(home, key)
+        home.mkdir(exist_ok=True)
+        path = home / "key"
+        if not path.exists() or path.read_text() != key:  # Labels of other inputs
+            shutil.rmtree(home)
+            home.mkdir()
+            with replace_file(path) as new:
+                new.write_text(key)
     details = {"key": key, "stage": stage.model_dump(mode="json"), "version": stage.version}
     _make_shards(home, views, label, details, stage.list_packages())
     shutil.rmtree(home / "scratch", ignore_errors=True)
-
-
-def _forget_other_labels(home: Path, key: str) -> None:
-    """Empty a stage's folder if its labels are of other settings or inputs."""
-    home.mkdir(exist_ok=True)
-    path = home / "key"
-    if path.exists() and path.read_text() == key:
-        return
-    shutil.rmtree(home)
-    home.mkdir()
-    with replace_file(path) as new:
-        new.write_text(key)
 
 
 def _make_shards(
@@ -183,7 +175,6 @@ def _make_shards(
     pending = [shard for shard in shards if not paths[shard.name].exists()]
     if not pending and (home / MANIFEST).exists():
         return
-    number = len(pending)
     make(pending)
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
         path.unlink()  # Also of killed workers.
@@ -195,7 +186,7 @@ def _make_shards(
         "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
         "shards": {name: each["rows"] for name, each in found.items()},
         "last_run": {
-            "shards": number,  # Others may be of earlier runs.
+            "shards": len(pending),  # Others may be of earlier runs.
             "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
             "python": platform.python_version(),
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),

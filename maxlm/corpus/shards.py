@@ -78,9 +78,7 @@ class StageShardView:
         needed = dict.fromkeys([*columns, *(self.where.label_names if self.where else ())])
         first = 0
         for table in self.read_row_groups(list(needed)):
-            keep = np.ones(table.num_rows, np.bool_)
-            if self.where is not None:
-                keep = self.where.evaluate(table)
+            keep = self.where.evaluate(table) if self.where else np.ones(table.num_rows, np.bool_)
             if "text" in columns:
                 keep &= ~table.column("text").is_null().to_numpy(zero_copy_only=False)
             index = np.flatnonzero(keep)
@@ -143,17 +141,14 @@ class ShardWriter:
         """Writes one row group."""
         self.counts["rows"] += batch.num_rows
         self.counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
-        self._count_values(batch)
-        batch = batch.cast(self._parquet.schema)
-        self._parquet.write_batch(batch, row_group_size=batch.num_rows)
-
-    def _count_values(self, batch: pa.RecordBatch) -> None:
         for field, column in zip(batch.schema, batch.columns, strict=True):
             if pa.types.is_boolean(field.type):
                 self.counts[f"{field.name}=true"] += column.sum().as_py() or 0
             elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
                 for each in column.drop_null().value_counts().to_pylist():
                     self.counts[f"{field.name}={each['values']}"] += each["counts"]
+        batch = batch.cast(self._parquet.schema)
+        self._parquet.write_batch(batch, row_group_size=batch.num_rows)
 
 
 @contextmanager

@@ -70,10 +70,8 @@ def encode_conversation(
         raise MaxlmError(what, where="messages", fix="leave the row out")
     given = [{k: v for k, v in message.items() if k != "train"} for message in messages]
     tokens, spans = encode_chat_turns(tokenizer, given, learnt, tools=tools)
-    is_target = [False] * len(tokens)
-    for span in spans:
-        is_target[span.start : span.stop] = [True] * len(span)
-    return EncodedSequence(tokens, is_target)
+    targets = {place for span in spans for place in span}
+    return EncodedSequence(tokens, [place in targets for place in range(len(tokens))])
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any) -> EncodedSequence:
@@ -91,8 +89,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any) -> EncodedSequ
         whole = [*tokenizer.prefix_ids, *tokenizer.encode(prompt + answer)]
         if whole[: len(before)] != before:
             whole = before + tokenizer.encode(answer)
-        num_learnt = len(whole) + 1 - len(before)
-        is_target = [False] * len(before) + [True] * num_learnt
+        is_target = [False] * len(before) + [True] * (len(whole) + 1 - len(before))
         return EncodedSequence([*whole, tokenizer.eos_id], is_target)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []

@@ -16,7 +16,6 @@ from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stre
 
 _FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
 
-
 _OPENED: dict[Path, Any] = {}
 """Rows of the files that this process reads: `_JsonLines`, or an Arrow table."""
 
@@ -78,8 +77,7 @@ class _JsonLines:
                 return row
         except (ValueError, RecursionError) as error:
             fault = f" ({error})"
-        what = f"no JSON object{fault}"
-        fix = "write one object on each line"
+        what, fix = f"no JSON object{fault}", "write one object on each line"
         raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
 
 

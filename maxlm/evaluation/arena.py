@@ -85,8 +85,7 @@ class Arena:
             self._battles.setdefault(body.battle, random.sample(list(self._endpoints), 2))
             while len(self._battles) > MAX_OPEN_BATTLES:
                 del self._battles[next(iter(self._battles))]
-        models = self._battles.get(body.battle)
-        if not models:  # also one from before a restart
+        if not (models := self._battles.get(body.battle)):  # also one from before a restart
             raise ApiError(409, "this battle is over")
         model = models["ab".index(body.side)]
 
@@ -101,8 +100,7 @@ class Arena:
 
     async def _vote(self, request: Request) -> Response:
         body = VoteBody.model_validate_json(await request.body())
-        models = self._battles.get(body.battle)
-        if not models:
+        if not (models := self._battles.get(body.battle)):
             raise ApiError(409, "no battle without a vote")
         talks = (json.dumps(talk) for talk in (body.conversation_a, body.conversation_b))
         values = (*models, body.winner, time.time(), *talks)

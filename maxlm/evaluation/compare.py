@@ -63,8 +63,7 @@ def compare_samples(
     both.
     """
     first, second = ({s.key: s for s in side if metric in s.values} for side in sides)
-    keys = [key for key in first if key in second]
-    if not keys:
+    if not (keys := [key for key in first if key in second]):
         raise MaxlmError(f"no document of {task} is in both evaluations", fix="evaluate one again")
     a = _split_figure(metric, [first[key].values[metric] for key in keys])
     b = _split_figure(metric, [second[key].values[metric] for key in keys])

@@ -40,9 +40,7 @@ def compute_gold_probability(samples: Sequence[Mapping[str, Any]]) -> float | No
     task."""
     found = []
     for sample in samples:
-        logprobs = [
-            answer[0] for answer in sample["filtered_resps"] if isinstance(answer, list | tuple)
-        ]
+        logprobs = [each[0] for each in sample["filtered_resps"] if isinstance(each, list | tuple)]
         gold = sample["target"]
         if len(logprobs) < 2 or not isinstance(gold, int) or not 0 <= gold < len(logprobs):
             return None
@@ -62,16 +60,14 @@ def draw_downstream(
         flops_per_token: of training.
     """
     by_task: dict[str, set[str]] = {}
-    for name in (name for record in records for name in record):
-        if name.startswith("downstream/"):
-            by_task.setdefault(name.split("/")[1], set()).add(name)
+    for name in (n for record in records for n in record if n.startswith("downstream/")):
+        by_task.setdefault(name.split("/")[1], set()).add(name)
     by_position = [
         (record["step"], [(int(n.partition("/")[2]), v) for n, v in record.items() if _is_at(n)])
         for record in records
         if any(map(_is_at, record))
     ]
-    count = len(by_task) + bool(by_position)
-    if not count:
+    if not (count := len(by_task) + bool(by_position)):
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -92,9 +92,8 @@ class MaxlmModel(TemplateLM):
         windows, owners, totals = [], [], [0.0] * len(requests)
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            for window in utils.get_rolling_token_windows(
-                ids, self.prefix_token_id, self.max_length, 1
-            ):
+            own = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in own:
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
         for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -167,9 +166,8 @@ class AnswerLog(dict[str, Any]):
     """Answers by the hash of their request; each is written to a JSONL file at once."""
 
     def __init__(self, path: Path):
-        fields = "request", "answer"
-        found = read_records(path, fields, skip_damaged=True) if path.exists() else []
-        super().__init__((each["request"], each["answer"]) for each in found)
+        old = read_records(path, ("request", "answer"), skip_damaged=True) if path.exists() else []
+        super().__init__((each["request"], each["answer"]) for each in old)
         self._path = path
 
     def __setitem__(self, request: str, answer: Any) -> None:

@@ -69,8 +69,7 @@ def find_evaluations(source: Path) -> list[EvaluationResult]:
     """Reads the evaluations of each folder under a run or folder, each task's newest, by model and
     step; or one results file. Raises MaxlmError where there is none, and for one that is
     damaged."""
-    paths = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
-    if not paths:
+    if not (paths := [source] if source.is_file() else sorted(source.rglob("results_*.json"))):
         fix = "name a run, or a folder that maxlm eval or lm_eval --output_path wrote"
         raise MaxlmError("no evaluation here (results_*.json)", where=str(source), fix=fix)
     merged: dict[Any, EvaluationResult] = {}
@@ -173,8 +172,7 @@ def _parse_sample(task: str, line: Mapping[str, Any]) -> EvalDoc:
             values[name] = (float(pair[0]), float(pair[1]))
     calls = [[*call.values()] for call in line["arguments"].values()]
     prompt = os.path.commonprefix([call[0] for call in calls])  # noqa: RUF071
-    options = [call[1] for call in calls if len(call) > 1 and isinstance(call[1], str)]
-    if options:
+    if options := [call[1] for call in calls if len(call) > 1 and isinstance(call[1], str)]:
         scores = [float(each[0]) for each in line["filtered_resps"]]
         lengths = [len(text.lstrip()) if "acc_norm" in values else 1 for text in options]
         ranks = [score / max(length, 1) for score, length in zip(scores, lengths, strict=False)]

@@ -154,8 +154,7 @@ def run_command(
 ) -> ExecutionResult:
     """Run a command; it passes if its exit code is 0. It works in, and may change, `folder` (root
     changes its owner; by default an empty one), and may read `readable` besides the system's
-    folders and this Python's. `files` are descriptors: its standard input, and others it keeps.
-    """
+    folders and this Python's. `files` are descriptors: its standard input, and others it keeps."""
     limits, layer = limits or SandboxLimits(), layer or detect_isolation()
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as scratch, tempfile.TemporaryFile() as printed:

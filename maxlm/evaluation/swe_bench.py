@@ -128,8 +128,7 @@ def evaluate_predictions(
 
 def _clone(name: str, commit: str, repositories: Path, target: Path) -> None:
     places = [repositories / each for each in (name, name.replace("/", "__"), Path(name).name)]
-    source = next((each for each in places if each.is_dir()), None)
-    if source is None:
+    if (source := next((each for each in places if each.is_dir()), None)) is None:
         what, fix = f"no clone of {name}", f"git clone it to {places[1]}"
         raise MaxlmError(what, where=str(repositories), fix=fix)
     # Linked files would change their owner in the source as well.

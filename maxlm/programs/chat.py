@@ -54,8 +54,7 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = encode_chat(self._engine.tokenizer, messages, add_generation_prompt=True)
         context = self._engine.config.max_length
-        room = context - len(prompt)
-        if room < 1:
+        if (room := context - len(prompt)) < 1:
             what = f"the conversation has {len(prompt)} tokens, the context {context}"
             raise MaxlmError(what, fix="/reset forgets it")
         most, seed = min(self._sampling.max_new_tokens, room), self._sampling.seed + self._count

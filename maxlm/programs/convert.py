@@ -102,8 +102,7 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     tensors = list_stored_tensors(source)
     settings, told = family.read_config(values, str(where), tensors)
     config, notes = _run_config(settings, target, where), [*told]
-    tokenizer = _import_tokenizer(source, config, notes)
-    if tokenizer is not None:
+    if (tokenizer := _import_tokenizer(source, config, notes)) is not None:
         config = _with_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
     specs = flatten_names(_build_specs(config))
@@ -293,13 +292,12 @@ def _build_specs(config: RunConfig) -> Params:
 
 def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
     """A run that goes on from these weights, on text to be named."""
-    seq_len = min(settings["max_seq_len"] * 2 // 3, 512)
     tree = {
         "name": target.name,
         "folder": str(target.parent),
         "model": dict(settings),
         "task": {"kind": list_task_kinds(settings["architecture"])[0]},
-        "data": {"seq_len": max(seq_len, 1)},
+        "data": {"seq_len": max(min(settings["max_seq_len"] * 2 // 3, 512), 1)},
     }
     return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
 
@@ -355,10 +353,8 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
     except (AssertionError, AttributeError):
         return "its kind of layers"
     different = compare_configs(model.model_dump(mode="json"), again.model_dump(mode="json"))
-    for key, ours, _ in different:
-        if not key.startswith(_ASIDE):
-            return f"model.{key}={ours!r}"
-    return None
+    named = (f"model.{key}={ours!r}" for key, ours, _ in different if not key.startswith(_ASIDE))
+    return next(named, None)
 
 
 @contextmanager

@@ -68,9 +68,8 @@ def store_teacher_logits(
     task, file = load_config(SftTask, None, settings).value, open_rows(*files)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     config = loaded.config.model
-    encoder = task.make_encoder(
-        loaded.tokenizer, min(seq_len or config.max_seq_len, config.max_seq_len)
-    )
+    length = min(seq_len or config.max_seq_len, config.max_seq_len)
+    encoder = task.make_encoder(loaded.tokenizer, length)
     own = {"teacher_vocab_size": config.vocab_size, "teacher_temperature": temperature}
     rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
     written, writer = 0, None

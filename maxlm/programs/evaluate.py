@@ -238,8 +238,7 @@ def evaluate_position_losses(
     assert engine.tokenizer is not None
     windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
     with show_progress("windows") as progress:
-        count = len(windows)
-        on_progress = lambda done: progress(model, done, count)  # noqa: E731
+        on_progress = lambda done: progress(model, done, len(windows))  # noqa: E731
         return compute_position_losses(Scorer(engine), windows, on_progress)
 
 

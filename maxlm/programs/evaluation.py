@@ -81,11 +81,8 @@ class HeldOutEvaluator:
         record: dict[str, float] = {"tokens": step * data.batch_size * data.seq_len}
         for name in ("loss", *sorted(other)):
             record[f"eval_{name}"] = sum(each[name] * each["tokens"] for each in own) / counted
-        return record | {
-            f"eval_bits_per_byte/{name}": result["bits_per_byte"]
-            for name, result in results.items()
-            if "bits_per_byte" in result
-        }
+        bits = {n: each["bits_per_byte"] for n, each in results.items() if "bits_per_byte" in each}
+        return record | {f"eval_bits_per_byte/{name}": rate for name, rate in bits.items()}
 
 
 class DownstreamEvaluator:
@@ -145,8 +142,7 @@ class DownstreamEvaluator:
             for index in range(store.num_documents)
         )
         found = islice((each for each in documents if len(each) >= length), wanted)
-        rows = [each[:length].tolist() for each in found]
-        if not rows:
+        if not (rows := [each[:length].tolist() for each in found]):
             what = f"no held-out document has {length} tokens (data.seq_len)"
             raise MaxlmError(what, where="train.downstream.position_documents", fix="set it to 0")
         return rows
@@ -154,11 +150,8 @@ class DownstreamEvaluator:
 
 def format_downstream(metrics: Mapping[str, float]) -> str:
     """Returns the metrics of tasks in a line, and the loss with the longest context."""
-    words = [
-        f"{name.split('/')[1]} {name.split('/')[2]} {value:.3f}"
-        for name, value in metrics.items()
-        if name.startswith("downstream/")
-    ]
+    parts = ((name.split("/"), value) for name, value in metrics.items())
+    words = [f"{own[1]} {own[2]} {value:.3f}" for own, value in parts if own[0] == "downstream"]
     if ends := [int(n.partition("/")[2]) for n in metrics if n.startswith("eval_loss_at/")]:
         words.append(f"loss at {max(ends):,} tokens {metrics[f'eval_loss_at/{max(ends)}']:.3f}")
     return " · ".join(words)
@@ -218,11 +211,9 @@ class MetricsCallback(Callback):
         self._log.log(step, record)
 
     def on_evaluation_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        words = [
-            f"{name.partition('/')[2]} {rate:.3f} bits per byte"
-            for name, rate in metrics.items()
-            if name.startswith("eval_bits_per_byte/")
-        ]
+        parts = ((name.partition("/"), rate) for name, rate in metrics.items())
+        rates = [(own[2], rate) for own, rate in parts if own[0] == "eval_bits_per_byte"]
+        words = [f"{name} {rate:.3f} bits per byte" for name, rate in rates]
         if "eval_loss" in metrics:
             words = [f"held out: loss {metrics['eval_loss']:.4f}", *words]
             if "eval_accuracy" in metrics:

@@ -96,10 +96,8 @@ def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> Ru
     totals = dict.fromkeys(PARTS, 0.0)
     for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
-        earliest = before.ended if before else -inf
-        attempt = _account(
-            log, kept, earliest, now_unix_seconds if log is logs[-1] else inf, totals
-        )
+        now = now_unix_seconds if log is logs[-1] else inf
+        attempt = _account(log, kept, before.ended if before else -inf, now, totals)
         if before:
             totals["finished" if before.end == "done" else "down"] += attempt.began - before.ended
         attempts.append(attempt)

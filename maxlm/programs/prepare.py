@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -94,9 +95,8 @@ def make_source_inputs(
 
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuses models that the task reads and that know other tokens than the run's."""
-    for name, source in config.task.frozen_models().items():
-        if source is None:
-            continue
+    own = {name: each for name, each in config.task.frozen_models().items() if each is not None}
+    for name, source in own.items():
         if load_tokenizer(Path(source, "tokenizer")).fingerprint != tokenizer.fingerprint:
             what = f"the frozen model {name!r} was trained with another tokenizer"
             fix = "name a run with this run's, or name that run's in tokenizer.path"
@@ -159,14 +159,13 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
             if source.store is not None:
                 _named_stores(source, tokenizer)  # Refused before anything is written.
         add_chat_template(tokenizer, config.tokenizer)
-        tokenizer.save(home)
     else:
         try:
-            trained = train_tokenizer(config.tokenizer, _training_text(config))
+            tokenizer = train_tokenizer(config.tokenizer, _training_text(config))
         except MaxlmError as error:
             where = error.where or "data.sources"
             raise MaxlmError(error.what, where=where, fix=error.fix) from None
-        trained.save(home)
+    tokenizer.save(home)
     return home
 
 
@@ -195,24 +194,16 @@ def _stores(
 ) -> tuple[TokenStore, TokenStore | None]:
     if source.store is not None:
         return _named_stores(source, load_tokenizer(tokenizer))
-    fraction = config.data.heldout_fraction
+    fraction, workers = config.data.heldout_fraction, config.data.build_workers
+    build = partial(build_store, source, tokenizer, heldout_fraction=fraction, workers=workers)
     built: dict[str, TokenStore] = {}
     for split in _splits(source, fraction, folder):
         if not (folder / split).exists():
             with show_progress() as progress:
-                build_store(
-                    source,
-                    tokenizer,
-                    folder / split,
-                    split=split,
-                    heldout_fraction=fraction,
-                    workers=config.data.build_workers,
-                    progress=progress,
-                )
+                build(folder / split, split=split, progress=progress)
         built[split] = TokenStore.open(folder / split)
         check_tokenizer(built[split], load_tokenizer(tokenizer))
-    training = built["train"] if "train" in built else built["all"]
-    return training, built.get("heldout")
+    return built["train" if "train" in built else "all"], built.get("heldout")
 
 
 def _named_stores(

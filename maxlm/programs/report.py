@@ -33,9 +33,7 @@ def print_training_report(run: TrainingResult) -> None:
         console.print(_comparison(run))
     else:
         for name, result in run.heldout.items():
-            own = (
-                f"{metric} {value:.4g}" for metric, value in result.items() if metric != "tokens"
-            )
+            own = (f"{key} {value:.4g}" for key, value in result.items() if key != "tokens")
             console.print(f"held out ({name}): {' · '.join(own)}", markup=False)
     if measured := _measured(run):
         console.print(measured)
@@ -62,11 +60,8 @@ def _comparison(run: TrainingResult) -> Group:
 def _measured(run: TrainingResult) -> Group | None:
     """The plan's figures beside medians of what was measured; None: nothing to compare."""
     # The first step of a start compiles; those before it may be another machine's.
-    records = [
-        r
-        for r in read_records(run.folder / "metrics.jsonl")
-        if r.get("seconds") and r["step"] > run.start_step + 1
-    ]
+    found = read_records(run.folder / "metrics.jsonl")
+    records = [r for r in found if r.get("seconds") and r["step"] > run.start_step + 1]
     plan = run.plan
     if plan.step_seconds is None or not records:
         return None

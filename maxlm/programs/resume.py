@@ -140,9 +140,7 @@ class StateRestorer:
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
-        if position:
-            return replace(position, skips=skips)
-        return self.restore(skips, frozen, source)
+        return replace(position, skips=skips) if position else self.restore(skips, frozen, source)
 
     def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
         """Restores the newest state that can be read and was trained on this run's batches.
@@ -207,16 +205,14 @@ def check_same_inputs(
         name, store = source.name, new_metadata["stores"][source.name]
         if store == before.get(name, store):
             continue
-        was, became = (
-            f"{each['documents']:,} documents, {each['tokens']:,} tokens"
-            for each in (before[name], store)
-        )
+        describe = "{documents:,} documents, {tokens:,} tokens".format_map
         fix = "give it the documents that it had, or train in another run folder"
         manifest = read_manifest(data.train_stores[name].place)
         for count in range(1, len(manifest.segments) + 1 if source.store else 1):
             if manifest.take_segments(count).offsets_sha256 == before[name]["offsets_sha256"]:
                 fix = f"set store_segments: {count} for it, or train in another run folder"
-        what = f"the store of source {name!r} is not what it was ({was}; now {became})"
+        what = f"the store of source {name!r} is not what it was "
+        what += f"({describe(before[name])}; now {describe(store)})"
         raise MaxlmError(what, where=place, fix=fix)
 
 

@@ -24,10 +24,8 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
         fix = "name a run's or a Hugging Face folder: --base FOLDER, or train.start_from=FOLDER"
         raise MaxlmError("no model, and none to start from", where=source, fix=fix)
     if isinstance(start, str) and isinstance(given, Mapping) and "d_model" not in given:
-        model = _read_model_settings(Path(start).expanduser())
-        tree = build_tree(
-            path, settings, parse_yaml(dump_yaml({"model": model}), start, track_lines=False)
-        )
+        model = dump_yaml({"model": _read_model_settings(Path(start).expanduser())})
+        tree = build_tree(path, settings, parse_yaml(model, start, track_lines=False))
     return validate_config(RunConfig, tree)
 
 

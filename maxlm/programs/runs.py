@@ -50,8 +50,7 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data: seconds, unix seconds, shares."""
         told = self.history
-        own = {name: value for name, value in vars(self).items() if name != "history"}
-        return own | {
+        return {name: value for name, value in vars(self).items() if name != "history"} | {
             "goodput": told.goodput,
             "wall_seconds": told.wall_seconds,
             "seconds": told.seconds_by_activity,
@@ -154,8 +153,7 @@ def show_run(run: RunSummary, now: float) -> Group:
     if not told.attempts:
         return Group(*parts)
     parts += [_goodput(run), _time(run), _attempts(run)]
-    ends = told.interruptions
-    if ends:
+    if ends := told.interruptions:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))
         parts.append(
             Text(
@@ -201,11 +199,8 @@ def _goodput(run: RunSummary) -> Text:
 
 def _time(run: RunSummary) -> Group:
     seconds, wall = run.history.seconds_by_activity, run.history.wall_seconds
-    rows = [
-        (part, format_duration(seconds[part]), f"{seconds[part] / wall:.1%}")
-        for part in PARTS
-        if seconds[part] > 0
-    ]
+    spent = {part: seconds[part] for part in PARTS if seconds[part] > 0}
+    rows = [(part, format_duration(own), f"{own / wall:.1%}") for part, own in spent.items()]
     sizes = ("time", "share")
     return make_table("Where the time went", ("spent", *sizes), rows, sizes)
 

@@ -61,9 +61,7 @@ def serve(
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         read_adapter = partial(read_lora_adapter, base_folder=model, model=loaded.model)
-        adapters = {
-            name: read_adapter(folder) for name, folder in map(_split_adapter, adapter or ())
-        }
+        adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
         engine, embedder = _make_parts(loaded, settings or (), adapters)
         max_length, num_running = loaded.config.model.max_seq_len, 0
         if engine is not None:

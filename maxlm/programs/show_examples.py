@@ -133,5 +133,4 @@ def _list_spans(
     for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
         start, stop = stop, stop + len([*group])
         text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)
-        about = {"learnt": is_learnt, "special": is_special}
-        yield {"text": text.decode("utf-8", "replace"), **about}
+        yield {"text": text.decode("utf-8", "replace"), "learnt": is_learnt, "special": is_special}

@@ -187,8 +187,7 @@ def _open_run(
     metadata = make_run_metadata(config, data, saved, describe_frozen_models(setup, frozen))
     if source:
         check_same_inputs(config, data, source, metadata)
-    skips = read_skips(folder)
-    if skips is None:
+    if (skips := read_skips(folder)) is None:
         skips = get_skips(source.metadata) if source else ()
     position = states.restore(skips, frozen)
     step = position.step

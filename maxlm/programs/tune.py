@@ -67,15 +67,13 @@ def convert_sources(config: RunConfig) -> RunConfig:
     home = Path(config.folder, config.name)
     start = config.train.start_from
     if start is not None and _is_huggingface(start):
-        path = _convert_once(start, home / "base")
-        train = config.train.model_copy(update={"start_from": path})
-        config = config.model_copy(update={"train": train})
+        train = {"start_from": _convert_once(start, home / "base")}
+        config = config.model_copy(update={"train": config.train.model_copy(update=train)})
     changed = {}
     for name, source in config.task.frozen_models().items():
         if source is not None and _is_huggingface(source):
             path = _convert_once(source, home / name)
-            fields = dict(config.task)
-            changed |= {field: path for field, value in fields.items() if value == source}
+            changed |= {field: path for field, value in config.task if value == source}
     return config.model_copy(update={"task": config.task.model_copy(update=changed)})
 
 

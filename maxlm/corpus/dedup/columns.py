@@ -67,6 +67,4 @@ def read_range(
 
 def mark_run_starts(values: np.ndarray) -> np.ndarray:
     """Marks where sorted values change: bool [len(values)], true at the first of each run."""
-    first = np.ones(len(values), np.bool_)
-    first[1:] = values[1:] != values[:-1]
-    return first
+    return np.append(True, values[1:] != values[:-1])[: len(values)]

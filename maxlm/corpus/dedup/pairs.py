@@ -7,6 +7,7 @@ and a corpus may have 2^32 members.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -167,8 +168,7 @@ def resolve_duplicates(
     shape = (len(first), len(first))
     graph = coo_array((jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape).tocsr()
     graph = graph + graph.T
-    neighbours = graph.indptr, graph.indices, graph.data
-    of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
+    of, likeness = _keep_best(np.lexsort((stands, -rank)), graph)
     copy = (of[node] < 0) & (member != stands[node])
     cluster = connect(ends)  # Numbered as they first appear.
     size = np.bincount(cluster)[cluster]
@@ -178,14 +178,14 @@ def resolve_duplicates(
     return np.rec.fromarrays(columns, formats="i8, i8, f8, i8, i8", names=names)
 
 
-def _keep_best(
-    order: np.ndarray, starts: np.ndarray, neighbours: np.ndarray, similarity: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
     """Chooses what is kept of nodes in `order`, the best first. Returns for each node the kept one
     that it is most like (of equals the better), or -1: it is kept; and how much it is like it.
 
-    Node i is like neighbours[starts[i]:starts[i + 1]], as much as the same of `similarity` says.
+    In `graph`, a sparse matrix by rows, node i is like neighbours[starts[i]:starts[i + 1]], as much
+    as the same of `similarity` says.
     """
+    starts, neighbours, similarity = graph.indptr, graph.indices, graph.data
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))

@@ -51,5 +51,4 @@ def get_preceding_words(text: str, start: int) -> str:
     Those of the same sentence and line (or the line above, if none of its own), after any number
     before: a word such as "phone" speaks of the number that comes next.
     """
-    words = text[max(0, start - _LEAD) : start].rstrip()
-    return _LEAD_START.split(words)[-1].lower()
+    return _LEAD_START.split(text[max(0, start - _LEAD) : start].rstrip())[-1].lower()

@@ -44,8 +44,7 @@ def find_emails(text: str) -> Iterator[PiiMatch]:
 
 def _domain_end(text: str, start: int) -> int | None:
     """Returns the end of the domain that begins at `start`; None: there is none."""
-    found = _DOMAIN.match(text, start)
-    if found is None:
+    if (found := _DOMAIN.match(text, start)) is None:
         return None
     labels = found[0].split(".")
     if text[found.end() : found.end() + 1].isalnum():

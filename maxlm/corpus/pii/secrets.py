@@ -58,8 +58,7 @@ _LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carri
 def find_credentials(text: str) -> Iterator[PiiMatch]:
     """Finds access tokens, private keys, passwords in URLs, random values given to a secret."""
     if any(prefix in text for prefix in _TOKENS):
-        for found in _TOKEN.finditer(text):
-            yield PiiMatch(*found.span(), "key")
+        yield from (PiiMatch(*found.span(), "key") for found in _TOKEN.finditer(text))
     if "PRIVATE KEY" in text:
         for begin in _BEGIN.finditer(text):
             if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):

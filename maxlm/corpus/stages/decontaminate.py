@@ -84,8 +84,7 @@ def _read_items(
         text = hash_words(document.text.decode("utf-8", "replace"))
         found, count = hash_shingles(text, n), len(text)
         content = hashlib.sha256(np.unique(found).tobytes()).digest()
-        wanted = count >= shortest and content not in seen
-        if wanted:
+        if wanted := count >= shortest and content not in seen:
             seen.add(content)
             grams.append(found)
             owners.append(len(ids))
@@ -113,10 +112,7 @@ def _wanted(
     quoted = 2 * count <= np.count_nonzero(words)
 
     place = np.searchsorted(gram[firsts], grams)
-    same = np.empty(len(place), np.bool_)
-    same[:1] = False
-    same[1:] = (whose[place[1:]] == whose[place[:-1]]) & (owners[1:] == owners[:-1])
-    run = np.cumsum(~same) - 1
+    run = np.cumsum(mark_run_starts(whose[place]) | mark_run_starts(owners)) - 1
     long = np.bincount(run)[run] + n - 1 >= 2 * n
     is_passage = np.zeros(len(firsts), np.bool_)
     is_passage[place[long]] = True

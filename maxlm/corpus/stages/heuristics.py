@@ -1,6 +1,7 @@
 """Measures of running text after Gopher, C4 and FineWeb; `HeuristicsStage` documents them."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import accumulate
 from typing import ClassVar, Literal
@@ -71,14 +72,8 @@ def _measure_words(text: str, tokens: list[str], stop_words: Collection[str]) ->
 
 def _count_repeated(pieces: Iterable[str]) -> tuple[int, int]:
     """Counts the pieces that were there before, and their characters."""
-    seen: set[str] = set()
-    number = characters = 0
-    for piece in pieces:
-        if piece in seen:
-            number += 1
-            characters += len(piece)
-        seen.add(piece)
-    return number, characters
+    repeats = {piece: count - 1 for piece, count in Counter(pieces).items()}
+    return sum(repeats.values()), sum(len(piece) * n for piece, n in repeats.items())
 
 
 def _measure_repetition(text: str, tokens: list[str]) -> Measures:
@@ -102,8 +97,7 @@ def _count_ngram_characters(tokens: list[str]) -> list[int]:
     ends = [0, *accumulate(map(len, tokens))]
     grams, repeats, counts = ids, True, []
     for n in range(2, 11):
-        size = len(tokens) - n + 1
-        if size < 1:
+        if (size := len(tokens) - n + 1) < 1:
             counts.append(0)
             continue
         first, often = 0, 1

@@ -167,9 +167,7 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.nd
     each word's first character and the one after its last, int64 [words]; each document's first
     word, and the number of words, int64 [documents + 1]."""
     bits = get_code_point_classes()[text]
-    opens = np.zeros(len(text) + 1, np.bool_)  # A document begins.
-    opens[offsets] = True
-    opens = opens[:-1]
+    opens = np.bincount(offsets, minlength=len(text) + 1)[:-1] > 0  # A document begins.
     space, alone = bits & SPACE > 0, bits & ALONE > 0
     begins = (bits & EXTEND == 0) | opens
     # The last character of the document before this one that is no mark, if there is one.

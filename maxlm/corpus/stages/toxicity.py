@@ -128,7 +128,6 @@ def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple
 def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
     listed: dict[str, list[list[str]]] = {}
     split = (split_words_and_symbols(phrase.lower()) for phrase in phrases)
-    for tokens in sorted(split, key=len, reverse=True):
-        if tokens:
-            listed.setdefault(tokens[0], []).append(tokens)
+    for tokens in sorted(filter(None, split), key=len, reverse=True):
+        listed.setdefault(tokens[0], []).append(tokens)
     return listed

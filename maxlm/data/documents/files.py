@@ -20,7 +20,6 @@ from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
 _SNIFF_BYTES = 8192
 
-
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -107,8 +106,7 @@ def resolve_glob(entry: str) -> list[Path]:
     if not glob.has_magic(entry):
         fix = f"give a file, a folder, a quoted glob or {PYTHON_STDLIB}"
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
-    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not matches:
+    if not (matches := sorted(map(Path, glob.glob(str(path), recursive=True)))):
         fix = "check the pattern (and quote it, so that the shell leaves it alone)"
         raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
     return matches

@@ -126,8 +126,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
         for number in count(part.first_row):
             if part.stop is not None and position >= part.stop:
                 return
-            line = stream.readline(longest)
-            if not line:
+            if not (line := stream.readline(longest)):
                 return
             position += len(line)
             name = f"{file.name}:{number}"
@@ -142,9 +141,8 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
 
 
 def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Record:
-    decoded = _decode(source, line, where)
     try:
-        row = json.loads(decoded)
+        row = json.loads(_decode(source, line, where))
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         fix = "put one JSON object on each line"
@@ -253,8 +251,7 @@ def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> st
 
 def _encode(source: FilesConfig, text: str, where: str) -> bytes:
     r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates in it."""
-    found = _SURROGATE.search(text)
-    if found is None:
+    if (found := _SURROGATE.search(text)) is None:
         return text.encode()
     if source.replaces_bad_bytes:
         return _SURROGATE.sub("\ufffd", text).encode()

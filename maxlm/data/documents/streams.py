@@ -130,9 +130,8 @@ def open_parquet(path: Path):
     """Opens a pyarrow ParquetFile, closed on leaving. Raises MaxlmError: pyarrow is missing, or the
     file is not (or is damaged) Parquet."""
     pa = import_pyarrow(path)
-    checked = partial(pa.parquet.ParquetFile, page_checksum_verification=True)
     try:
-        with checked(path) as parquet:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"

@@ -91,8 +91,7 @@ class Batches:
         """Returns where each global index [n] lies: store numbers [n] (`PADDING` past the end of
         the one pass) and sequences [n] of those stores."""
         if self.mixture is None:
-            size = self.sources[0].num_sequences
-            return np.where(indices < size, 0, PADDING), indices
+            return np.where(indices < self.sources[0].num_sequences, 0, PADDING), indices
         stores, streams = self.mixture.locate(indices)
         sequences = np.empty_like(streams)
         for store in np.unique(stores):
@@ -165,8 +164,7 @@ def _read(
     stream = np.concatenate([*tokens, [0]], dtype=np.int32, casting="same_kind")
     read_lengths = read_stops - read_starts
     shift = np.cumsum(read_lengths) - read_lengths - read_starts
-    reads = np.repeat(np.arange(opens.size), closes - opens + 1)
-    return stream, starts + shift[reads]
+    return stream, starts + np.repeat(shift, closes - opens + 1)
 
 
 def make_batches(

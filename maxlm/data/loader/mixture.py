@@ -88,9 +88,7 @@ class MixtureOrder:
         before, segments = [0] * len(names), list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
             while start < stop:
-                open_ = {
-                    name: of_phase[name] * (before[i] < limits[i]) for i, name in enumerate(names)
-                }
+                open_ = {n: of_phase[n] * (before[i] < limits[i]) for i, n in enumerate(names)}
                 if not any(open_.values()):
                     return cls(names, tuple(segments), start, key)
                 tree = _tree(open_)
@@ -155,11 +153,8 @@ def _check_weights(steps: Mapping[int, Weights]) -> None:
             raise MaxlmError(what, where="weights", fix=fix)
     for step, weights in steps.items():
         if not any(weights.values()):
-            what, fix = (
-                f"from step {step:,} on all weights are 0",
-                "give a source a weight above 0",
-            )
-            raise MaxlmError(what, where="weights", fix=fix)
+            what = f"from step {step:,} on all weights are 0"
+            raise MaxlmError(what, where="weights", fix="give a source a weight above 0")
 
 
 def _tree(weights: Weights) -> _Split | int:

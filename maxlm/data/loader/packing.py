@@ -90,8 +90,7 @@ class ConcatPacking:
         starts = np.where(nth == 0, begins[row], offsets[np.maximum(first[row] + nth - 1, 0)])
         is_last = nth == counts[row] - 1
         stops = np.where(is_last, ends[row], np.append(starts[1:], 0))
-        document_ends = ~is_last | (offsets[last] == ends)[row]
-        return counts, _make_pieces(starts, stops - starts, document_ends)
+        return counts, _make_pieces(starts, stops - starts, ~is_last | (offsets[last] == ends)[row])
 
 
 def _make_pieces(starts: Int64s, lengths: Int64s, document_ends: NDArray[np.bool_]) -> Pieces:
@@ -216,8 +215,7 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
             num_bins += 1
         chosen.append(target)
         if room:
-            stack = waiting.setdefault(room, [])
-            if not stack:
+            if not (stack := waiting.setdefault(room, [])):
                 rooms |= 1 << room
             stack.append(target)
     bins[items] = chosen

@@ -60,8 +60,7 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
 
 def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
     """Opens the TensorStore of an array in pieces in `folders`, with a cache of `cache_bytes`
-    decompressed bytes. Of offsets the first piece's first and every piece's others count.
-    """
+    decompressed bytes. Of offsets the first piece's first and every piece's others count."""
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})

@@ -143,8 +143,7 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
         what = "this exists and is not a token store"
         raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
     try:
-        found = next(describe_differences(read_manifest(out), planned), None)
-        if not found:
+        if not (found := next(describe_differences(read_manifest(out), planned), None)):
             return TokenStore.open(out).manifest
     except MaxlmError:
         if not force:

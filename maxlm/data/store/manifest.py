@@ -160,8 +160,7 @@ def read_manifest(folder: Place) -> Manifest:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        what = f"damaged manifest ({reason})"
-        raise MaxlmError(what, where=str(path), fix=rebuild) from error
+        raise MaxlmError(f"damaged manifest ({reason})", where=str(path), fix=rebuild) from error
     if manifest.format_version != FORMAT_VERSION:
         what = f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
         raise MaxlmError(what, where=str(path), fix=rebuild)

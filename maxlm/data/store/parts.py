@@ -128,10 +128,8 @@ def tokenize_part(
     folder: Path, source: SourceConfig, tokenizer: "Tokenizer", planned: Manifest, job: PartJob
 ) -> FinishedPart | None:
     """Read, split and tokenize a part's documents and write its files into `folder`, unless another
-    builder, maybe on another machine, is making it: then None.
-    """
-    claim = part_path(folder, job.index, "claim")
-    with convert_write_errors(folder), open(claim, "w") as file:
+    builder, maybe on another machine, is making it: then None."""
+    with convert_write_errors(folder), open(part_path(folder, job.index, "claim"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

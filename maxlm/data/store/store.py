@@ -213,12 +213,11 @@ def describe_store(store: TokenStore) -> dict[str, Any]:
     Bytes per token counts bos and eos among the tokens.
     """
     files = store.path.rglob("*") if store.path else ()
-    derived = {
+    return {
         "path": str(store.place),
         "bytes_on_disk": sum(path.stat().st_size for path in files if path.is_file()),
         "bytes_per_token": store.manifest.text_bytes / store.num_tokens,
-    }
-    return derived | store.manifest.model_dump(mode="json")
+    } | store.manifest.model_dump(mode="json")
 
 
 def summary_table(store: TokenStore) -> Table:

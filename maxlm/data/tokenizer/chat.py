@@ -272,8 +272,7 @@ def _read_json(data: bytes) -> Mapping[str, Any]:
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     """bos_token, eos_token and so on: what the tokenizer's files say of them, or its roles."""
     special = tokenizer.special
-    names: dict[str, Any] = {"bos_token": special.bos, "eos_token": special.eos}
-    names["pad_token"] = special.pad
+    names = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         for name, token in _read_json(tokenizer.extra_files.get(file, b"{}")).items():
             if name.endswith("_token") and not isinstance(token, bool):

@@ -199,8 +199,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; special tokens as their literals, bytes that are not UTF-8 as
-        U+FFFD.
-        """
+        U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
@@ -221,8 +220,7 @@ class Tokenizer:
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the tokenizer into ``folder``, made if need be; ``load_tokenizer`` reads it back.
-        A break on the way into an old folder leaves one that fails to load.
-        """
+        A break on the way into an old folder leaves one that fails to load."""
         metadata = files.TokenizerMetadata(
             format=files.FORMAT,
             kind=self.kind,

@@ -67,8 +67,7 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        fault = f"{field}: {first['msg']}" if field else first["msg"]
+        fault = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
         raise make_damaged_file_error(path, fault) from error
     if metadata.format != FORMAT:
         what = f"tokenizer format {metadata.format} is not {FORMAT}"

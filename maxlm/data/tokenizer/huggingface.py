@@ -65,9 +65,7 @@ class HuggingFaceCodec(Codec):
         # Of ids between them that are no tokens the empty one.
         tokens = [self._library.id_to_token(i) or "" for i in range(size)]
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
-        self._tokens = [
-            (token, i in added and vocab.get(token) != i) for i, token in enumerate(tokens)
-        ]
+        self._tokens = [(t, i in added and vocab.get(t) != i) for i, t in enumerate(tokens)]
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
         byte_ids = _byte_ids(spec, vocab)
         self.lossless = byte_ids is not None and _keeps_text(spec)
@@ -78,9 +76,8 @@ class HuggingFaceCodec(Codec):
         names = _FALLBACK if spec["model"].get("byte_fallback") else ()
         fallback = frozenset(vocab[name] for name in names if name in vocab)
         self._pieces_to_avoid = self._special_ids - fallback
-        self._respelled = {
-            i: self._respell(tokens[i]) for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i
-        }
+        pieces = (i for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i)
+        self._respelled = {i: self._respell(tokens[i]) for i in pieces}
         unknown = spec["model"].get("unk_id"), vocab.get(spec["model"].get("unk_token"))
         self.unknown_ids = frozenset(i for i in unknown if i is not None and not byte_ids)
         found = self.unknown_ids.union(fallback, *self._respelled.values())
@@ -165,8 +162,7 @@ def _encode(library: Any, segments: list[str]) -> list[list[int]]:
     # The batch call starts a thread pool, which a later fork would then have to do without.
     if len(segments) == 1:
         return [library.encode(segments[0], add_special_tokens=False).ids]
-    encodings = library.encode_batch_fast(segments, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return [each.ids for each in library.encode_batch_fast(segments, add_special_tokens=False)]
 
 
 def _open(data: bytes, special: Iterable[str]):
@@ -297,9 +293,7 @@ def _check_decoder(spec: dict[str, Any] | None) -> set[str]:
                 fused = True
             case {"type": "Replace", "pattern": {"String": old}} if len(old) == 1 or not fused:
                 pass
-            case {"type": "Strip", "start": 0, "stop": 0}:
-                pass
-            case {"type": "Strip", "start": 1, "stop": 0} if fused:
+            case {"type": "Strip", "start": 0 | 1 as start, "stop": 0} if fused or start == 0:
                 pass
             case {"type": "ByteFallback" | "Metaspace" | "WordPiece"} if not fused:
                 pass

@@ -122,8 +122,7 @@ def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None
     bos, eos = _both(bos, eos, path)
     opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
     # Again, now that the literals of all special tokens are known.
-    literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
-    if literals:
+    if literals := {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}:
         codec = _open_codec(HuggingFaceCodec, file, special=literals)
     return Tokenizer(
         "huggingface",
@@ -193,8 +192,7 @@ class _Settings:
             return given
         for settings in self._by_token:
             token = settings.get(f"{name}_token")
-            if isinstance(token, dict):
-                token = token.get("content")
+            token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token in self._ids:
                 return token
         literals = {i: token for token, i in self._ids.items()}

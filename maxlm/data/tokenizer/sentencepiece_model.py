@@ -25,7 +25,6 @@ _TRAINING_THREADS = 16
 # find already taken if it were learned as a piece.
 _UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
 
-
 # What a model must give back to be lossless: spaces are kept and none is added, nothing is
 # normalised, and rare characters fall back to bytes.
 _PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
@@ -97,9 +96,7 @@ class SentencePieceCodec(Codec):
         if self._model.is_unknown(i):
             # The library insists on this id; with byte fallback it is unused.
             return "\ufffd".encode()
-        if self._model.is_control(i):
-            return piece.encode()
-        return piece.replace(_SPACE, " ").encode()
+        return (piece if self._model.is_control(i) else piece.replace(_SPACE, " ")).encode()
 
     def _is_exact(self, byte_ids: list[int]) -> bool:
         bytes_of = self.token_bytes
