@@ -11,7 +11,8 @@ from benchmarks.compiled.hlo import Computation, HloShape, Instruction
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
-    """Returns 2·M·N·K of a dot, a convolution or a matrix library's call; 0 for others."""
+    """Returns 2·M·N·K of a dot, a convolution, a matrix library's call or our own kernel's; 0 for
+    others."""
     opcode = instruction.opcode
     if opcode not in ("dot", "convolution", "custom-call"):
         return 0
@@ -21,6 +22,8 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _dot(operands[0][0], instruction.shapes[0], contracted)
     if opcode == "convolution":
         return _convolution(instruction, operands[0][0], operands[1][0])
+    if instruction.custom_call_target == "pallas_kernels.CpuMatmul":
+        return _dot(operands[0][0], instruction.shapes[0], (1,))
     found = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
     if "gemm" in instruction.custom_call_target and found:
         contracted = tuple(int(n) for n in re.findall(r"\d+", found[1]))
