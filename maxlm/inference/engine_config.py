@@ -71,7 +71,7 @@ class EngineConfig(Config):
             sizes.insert(0, -(-sizes[0] // 4))
         return sizes
 
-    def limit_chunks(self, num_tokens: int) -> int:
+    def limit_chunk_tokens(self, num_tokens: int) -> int:
         """Returns how many of so many tokens a step computes: all, but where half or more of the
         size that holds them would be padding, as many as the next smaller one holds."""
         sizes = self.chunk_sizes

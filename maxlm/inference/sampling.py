@@ -324,10 +324,10 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
 
-    def draw_some(logits, keys):
+    def draw_or_take(logits, keys):
         return jnp.where(greedy, find_argmax(logits), draw(logits, keys))
 
-    return lax.cond(jnp.all(greedy), lambda x, _: find_argmax(x), draw_some, logits, keys)
+    return lax.cond(jnp.all(greedy), lambda x, _: find_argmax(x), draw_or_take, logits, keys)
 
 
 class TokenLogprobs(NamedTuple):

@@ -250,7 +250,7 @@ class Scheduler:
             others.sort(key=lambda each: each.num_to_compute)
             chosen = [oldest, *others[: max(0, shard.chunks_left - 1)]]
             wanted = sum(each.num_to_compute for each in chosen)
-            shard.tokens_left = self.config.limit_chunks(min(wanted, shard.tokens_left))
+            shard.tokens_left = self.config.limit_chunk_tokens(min(wanted, shard.tokens_left))
             kept = -(-shard.tokens_left // len(chosen))
             for sequence in sorted(chosen, key=lambda each: each.num_to_compute):
                 kept = 0 if sequence is oldest else kept

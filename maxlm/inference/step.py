@@ -360,12 +360,12 @@ def _compute_prompt_logprobs(bound, vocab_size, hidden, inputs) -> TokenLogprobs
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return start + block, jax.tree.map(write, found, logprobs)
 
-    def compute(none):
+    def compute_blocks(none):
         start = jnp.zeros((), jnp.int32)
         return lax.while_loop(lambda carry: carry[0] < most, compute_block, (start, none))[1]
 
     # Of one block nothing changes from turn to turn, and XLA computes it before the loop asks.
-    found = lax.cond(most > 0, compute, lambda none: none, none)
+    found = lax.cond(most > 0, compute_blocks, lambda none: none, none)
     rank = jnp.maximum(jnp.cumsum(wanted, axis=1) - 1, 0)
     pick = lambda x: jnp.take_along_axis(x, rank.reshape(D, C, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
     return jax.tree.map(pick, found)

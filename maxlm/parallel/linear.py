@@ -232,7 +232,7 @@ def _contract(x, kernel, inputs, dtype=None):
 
 
 def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
-    """The same where no gradient is asked for: on a CPU by a kernel of our own."""
+    """Multiplies as :func:`_contract` does where no gradient is asked for; on a CPU by a kernel."""
     tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     if get_platform() == "cpu":
         rows = x.reshape(prod(tokens), -1)
