@@ -28,21 +28,20 @@ _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"]
 
 
 @functools.cache
-def load_kernels() -> bool:
+def load_kernels() -> ctypes.CDLL | None:
     """Registers the kernels with XLA, compiled by $CXX or c++ unless they lie in the user's cache;
-    returns whether there are any: not where there is no compiler, or it fails, which is warned
-    of."""
+    returns their library: None where there is no compiler, or it fails, which is warned of."""
     try:
         library = ctypes.CDLL(str(_compile()))
     except (OSError, subprocess.CalledProcessError) as error:
         if not isinstance(error, FileNotFoundError):
             said = getattr(error, "stderr", "") or error
             warnings.warn(f"XLA does what kernels for CPUs would do faster: {said}", stacklevel=2)
-        return False
+        return None
     for name in _SOURCES:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"pallas_kernels.{name}", handler, platform="cpu")
-    return True
+    return library
 
 
 def _compile() -> Path:
@@ -55,8 +54,7 @@ def _compile() -> Path:
     # A home may be shared by machines with other processors.
     cpu = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     features = re.search(r"^(flags|Features)\b.*", cpu, re.MULTILINE)
-    sources = [_FOLDER / "cpu.h", *_SOURCES.values()]
-    texts = [path.read_bytes() for path in sources]
+    texts = [path.read_bytes() for path in (*sorted(_FOLDER.rglob("*.h")), *_SOURCES.values())]
     made_from = texts, command, features and features[0], jax.__version__
     name = f"{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pallas_kernels"

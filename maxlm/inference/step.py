@@ -216,7 +216,10 @@ def _run_step(
 
 run_step = jax.jit(_run_step, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
 # XLA's library for CPUs takes longer to add up few numbers than a loop does.
-_NO_LIBRARY_SUMS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+_NO_LIBRARY_SUMS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
 run_decoding_step = jax.jit(
     _run_step,
     static_argnums=(0, 1, 2, 3, 4),

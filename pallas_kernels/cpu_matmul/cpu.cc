@@ -4,21 +4,22 @@
 // side by side: each thread takes some of the kernel's rows, whole, 32 or 64 at a time, and goes along
 // them in tiles whose sums stay in registers, while it asks for the next tile's bytes. Panels of
 // columns, as matrix libraries take them, are read in pieces that lie a row apart, of which the caches
-// fetch ends that only another thread needs. Of many rows each thread takes some of the columns, and
-// copies each tile of the kernel to where it lies densely.
+// fetch ends that only another thread needs. The inputs are summed in blocks, and blocks added in
+// their order, whatever the number of rows and of threads, so that a row of y depends on neither.
 //
-// The inputs are summed in blocks, and blocks added in their order, whatever the number of rows and
-// of threads, so that a row of y depends on neither.
+// Many rows take the processor's matrix units (amx.h).
 
-#include "pallas_kernels/cpu.h"
+#include "pallas_kernels/cpu_matmul/amx.h"
 
 namespace {
 
 // Rows and vectors of a tile: its sums, columns and a number of x fit the registers, 32 of AVX-512
 // and NEON, 16 of AVX.
 constexpr int kRows = kLanes == 16 ? 8 : 4, kVectors = kLanes == 4 ? 4 : 3;
-constexpr int64_t kTile = kLanes * kVectors, kFewRows = 64;
-// A copied tile of so many inputs fits the second cache beside rows of x and y.
+constexpr int64_t kTile = kLanes * kVectors;
+// Up to so many rows matrix units are slower.
+constexpr int64_t kFewRows = 48;
+// Inputs of a block at most.
 constexpr int64_t kDepth = 512;
 
 struct Shape {
@@ -31,22 +32,19 @@ struct Shape {
   int64_t begin(int64_t block) const { return block * inputs / blocks; }
 };
 
-// Sums of products that a tile begins with y, and that are added to y.
-enum class Sums { kBegin, kContinue, kAdd };
-
-// Multiplies R rows by V vectors of columns, over `depth` inputs. A row of the kernel's tile is
-// `stride` floats from the last; `next`, if any, is where the next tile begins in the kernel itself.
+// Multiplies R rows by V vectors of columns, over `depth` inputs; the sums begin at y where they
+// `resume`. `next`, if any, is where the next tile begins.
 template <int R, int V>
-void MultiplyTile(const Shape& shape, const float* x, const float* kernel, int64_t stride, float* y,
-                  int64_t depth, Sums how, const float* next) {
+void MultiplyTile(const Shape& shape, const float* x, const float* kernel, float* y, int64_t depth,
+                  bool resume, const float* next) {
   Vector sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
-      sums[r][v] = how == Sums::kContinue ? At(y + r * shape.outputs + v * kLanes) : Vector{};
+      sums[r][v] = resume ? At(y + r * shape.outputs + v * kLanes) : Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] = At(kernel + k * stride + v * kLanes);
+      columns[v] = At(kernel + k * shape.outputs + v * kLanes);
       if (next) __builtin_prefetch(next + k * shape.outputs + v * kLanes);
     }
     for (int r = 0; r < R; ++r)
@@ -54,32 +52,29 @@ void MultiplyTile(const Shape& shape, const float* x, const float* kernel, int64
         sums[r][v] = MultiplyAdd(x[r * shape.inputs + k], columns[v], sums[r][v]);
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      Vector& out = At(y + r * shape.outputs + v * kLanes);
-      out = how == Sums::kAdd ? out + sums[r][v] : sums[r][v];
-    }
+    for (int v = 0; v < V; ++v) At(y + r * shape.outputs + v * kLanes) = sums[r][v];
 }
 
 // The same of up to kTile columns.
 template <int R>
-void MultiplyColumns(const Shape& shape, const float* x, const float* kernel, int64_t stride,
-                     float* y, int64_t depth, Sums how, const float* next, int64_t columns) {
+void MultiplyColumns(const Shape& shape, const float* x, const float* kernel, float* y,
+                     int64_t depth, bool resume, const float* next, int64_t columns) {
   int64_t c = 0;
   if (columns == kTile)
-    return MultiplyTile<R, kVectors>(shape, x, kernel, stride, y, depth, how, next);
+    return MultiplyTile<R, kVectors>(shape, x, kernel, y, depth, resume, next);
   for (; c + kLanes <= columns; c += kLanes)
-    MultiplyTile<R, 1>(shape, x, kernel + c, stride, y + c, depth, how, nullptr);
+    MultiplyTile<R, 1>(shape, x, kernel + c, y + c, depth, resume, nullptr);
   for (; c < columns; ++c)
     for (int r = 0; r < R; ++r) {
       float& out = y[r * shape.outputs + c];
-      float sum = how == Sums::kContinue ? out : 0;
+      float sum = resume ? out : 0;
       for (int64_t k = 0; k < depth; ++k)
-        sum = std::fma(x[r * shape.inputs + k], kernel[k * stride + c], sum);
-      out = how == Sums::kAdd ? out + sum : sum;
+        sum = std::fma(x[r * shape.inputs + k], kernel[k * shape.outputs + c], sum);
+      out = sum;
     }
 }
 
-// Multiplies few rows by one block of the columns [start, stop).
+// Multiplies rows by one block of the columns [start, stop).
 void MultiplyBlock(const Shape& shape, const float* x, const float* kernel, float* y, int64_t block,
                    int64_t start, int64_t stop) {
   int64_t begin = shape.begin(block), end = shape.begin(block + 1);
@@ -91,35 +86,9 @@ void MultiplyBlock(const Shape& shape, const float* x, const float* kernel, floa
       const float* next =
           c + kTile < stop ? tile + kTile : kernel + (k + streams) * shape.outputs + start;
       ForEachRows<kRows>(shape.rows, [&](auto R, int64_t row) {
-        MultiplyColumns<R>(shape, x + row * shape.inputs + k, tile, shape.outputs,
-                           y + row * shape.outputs + c, std::min(streams, end - k),
-                           k == begin ? Sums::kBegin : Sums::kContinue, next,
+        MultiplyColumns<R>(shape, x + row * shape.inputs + k, tile, y + row * shape.outputs + c,
+                           std::min(streams, end - k), k > begin, next,
                            std::min(kTile, stop - c));
-      });
-    }
-}
-
-// Multiplies many rows by the columns [start, end).
-void MultiplyPanels(const Shape& shape, const float* x, const float* kernel, float* y,
-                    int64_t start, int64_t end) {
-  struct alignas(64) Panel {
-    float columns[kDepth][kTile];
-  };
-  auto panel = std::make_unique<Panel>();
-  for (int64_t block = 0; block < shape.blocks; ++block)
-    for (int64_t c = start; c < end; c += kTile) {
-      int64_t k = shape.begin(block), depth = shape.begin(block + 1) - k, stride = shape.outputs;
-      int64_t columns = std::min(kTile, end - c);
-      const float *tile = kernel + k * stride + c, *next = c + kTile < end ? tile + kTile : nullptr;
-      if (columns == kTile) {
-        for (int64_t i = 0; i < depth; ++i)
-          std::memcpy(panel->columns[i], tile + i * stride, sizeof(panel->columns[i]));
-        tile = panel->columns[0], stride = kTile;
-      }
-      ForEachRows<kRows>(shape.rows, [&](auto R, int64_t row) {
-        MultiplyColumns<R>(shape, x + row * shape.inputs + k, tile, stride,
-                           y + row * shape.outputs + c, depth,
-                           block ? Sums::kAdd : Sums::kBegin, row ? nullptr : next, columns);
       });
     }
 }
@@ -160,45 +129,51 @@ void MultiplyDenseRange(const Shape& shape, const float* x, const float* kernel,
     });
 }
 
+void MultiplyBlocks(ffi::ThreadPool& pool, const Shape& shape, const float* x, const float* kernel,
+                    float* y) {
+  int64_t threads = CountThreads(pool, shape.inputs * shape.outputs);
+  // Blocks to each thread; where there are more threads, whole tiles of columns.
+  int64_t each = (shape.blocks + threads - 1) / threads;
+  int64_t shares = (threads + shape.blocks - 1) / shape.blocks;
+  int64_t width = (shape.outputs + shares * kTile - 1) / (shares * kTile) * kTile;
+  int64_t ranges = (shape.outputs + width - 1) / width;
+  int64_t size = shape.rows * shape.outputs;
+  std::unique_ptr<float[]> others(new float[(shape.blocks - 1) * size]);
+  float* sums = others.get();
+  auto sums_of = [=](int64_t block) { return block ? sums + (block - 1) * size : y; };
+  ForEachPart(pool, threads, (shape.blocks + each - 1) / each * ranges, [=](int64_t part) {
+    int64_t first = part / ranges * each, start = part % ranges * width;
+    for (int64_t block = first; block < std::min(first + each, shape.blocks); ++block)
+      MultiplyBlock(shape, x, kernel, sums_of(block), block, start,
+                    std::min(start + width, shape.outputs));
+  });
+  for (int64_t block = 1; block < shape.blocks; ++block)
+    for (int64_t i = 0; i < size; ++i) y[i] += sums_of(block)[i];
+}
+
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                     bool column_major, ffi::ResultBuffer<ffi::F32> y) {
   Shape shape(x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]);
   const float *rows = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
-  bool few = shape.rows <= kFewRows;
-  // A product takes at least as long as reading the kernel, and as 8 of its rows do.
-  int64_t work = shape.inputs * shape.outputs * (few ? 1 : shape.rows / 8);
-  int64_t threads = CountThreads(pool, work);
-  // Whole tiles of columns to each thread; of few rows only what blocks leave to share.
-  bool in_blocks = few && !column_major;
-  int64_t shares = in_blocks ? (threads + shape.blocks - 1) / shape.blocks : threads;
-  int64_t width = std::max<int64_t>(1, (shape.outputs + shares - 1) / shares);
-  width = (width + kTile - 1) / kTile * kTile;
-  int64_t ranges = (shape.outputs + width - 1) / width;
-  if (in_blocks) {
-    int64_t size = shape.rows * shape.outputs;
-    std::unique_ptr<float[]> others(new float[(shape.blocks - 1) * size]);
-    float* sums = others.get();
-    auto sums_of = [=](int64_t block) { return block ? sums + (block - 1) * size : out; };
-    int64_t each = (shape.blocks + threads - 1) / threads;
-    ForEachPart(pool, threads, (shape.blocks + each - 1) / each * ranges, [=](int64_t part) {
-      int64_t first = part / ranges * each, start = part % ranges * width;
-      for (int64_t block = first; block < std::min(first + each, shape.blocks); ++block)
-        MultiplyBlock(shape, rows, weights, sums_of(block), block, start,
-                      std::min(start + width, shape.outputs));
+  if (column_major) {
+    int64_t threads = CountThreads(pool, shape.inputs * shape.outputs);
+    int64_t width = (shape.outputs + threads - 1) / threads;
+    ForEachPart(pool, threads, (shape.outputs + width - 1) / width, [=](int64_t part) {
+      int64_t start = part * width, end = std::min(start + width, shape.outputs);
+      MultiplyDenseRange(shape, rows, weights, out, start, end);
     });
-    for (int64_t block = 1; block < shape.blocks; ++block)
-      for (int64_t i = 0; i < size; ++i) out[i] += sums_of(block)[i];
-    return ffi::Error::Success();
+  } else if (shape.rows > kFewRows && amx::IsAllowed()) {
+    amx::Multiply(pool, rows, weights, out, shape.rows, shape.inputs, shape.outputs);
+  } else {
+    MultiplyBlocks(pool, shape, rows, weights, out);
   }
-  ForEachPart(pool, threads, ranges, [=](int64_t part) {
-    int64_t start = part * width, end = std::min(start + width, shape.outputs);
-    (column_major ? MultiplyDenseRange : MultiplyPanels)(shape, rows, weights, out, start, end);
-  });
   return ffi::Error::Success();
 }
 
 }  // namespace
+
+extern "C" int HasMatrixUnits() { return amx::IsAllowed(); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Multiply,
                               ffi::Ffi::Bind()

@@ -17,7 +17,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
     return (
         all(x is None or getattr(x, "dtype", None) == jnp.float32 for x in floats)
         and operands.q.shape[2] % _LANES == params.value_dim % _LANES == 0
-        and load_kernels()
+        and load_kernels() is not None
     )
 
 

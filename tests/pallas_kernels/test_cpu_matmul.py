@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,21 @@ def test_products_are_exact(rows, inputs, outputs):
         assert (np.abs(np.asarray(y) - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("multiply", [cpu_matmul, multiply_columns])
-def test_a_row_does_not_depend_on_others(multiply):
-    """Bit for bit: neither on how many there are nor on its place, in blocks and in panels."""
-    x, kernel = draw(99, 1171), draw(1171, 1171)
+@pytest.mark.parametrize(
+    ("multiply", "rows", "parts"),
+    [
+        (cpu_matmul, 48, [(0, 1), (3, 2), (9, 7), (20, 28)]),
+        (cpu_matmul, 130, [(0, 49), (20, 70)]),
+        (multiply_columns, 99, [(0, 1), (3, 2), (20, 70)]),
+    ],
+)
+def test_a_row_does_not_depend_on_others(multiply, rows, parts):
+    """Bit for bit: neither on how many there are nor on its place; of many, on matrix units."""
+    x, kernel = draw(rows, 1171), draw(1171, 1171)
+    if not can_multiply_rows(x, kernel):
+        pytest.skip("a processor without matrix units")
     y = np.asarray(multiply(x, kernel))
-    for first, size in ((0, 1), (3, 2), (9, 7), (20, 70)):
+    for first, size in parts:
         part = np.asarray(multiply(x[first : first + size], kernel))
         np.testing.assert_array_equal(part, y[first : first + size])
 
@@ -64,7 +74,11 @@ def test_devices_multiply_at_the_same_time():
 
 
 def test_which_products_it_takes():
+    """Many rows where there are matrix units."""
     x, kernel = jnp.ones((17, 8)), jnp.ones((8, 8))
+    cpu = Path("/proc/cpuinfo")
+    amx = cpu.exists() and "amx_bf16" in cpu.read_text()
+    assert can_multiply_rows(jnp.ones((49, 8)), kernel) == amx
     assert can_multiply_rows(x, kernel)
     assert not can_multiply_rows(x, kernel, column_major=True)
     assert not can_multiply_rows(x.astype(jnp.bfloat16), kernel)
