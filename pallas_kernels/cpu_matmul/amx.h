@@ -188,7 +188,7 @@ inline void MultiplyPanel(const Step* x, int64_t rows, int64_t inputs, const flo
 // y [rows, outputs] = x [rows, inputs] · kernel.
 inline void Multiply(ffi::ThreadPool& pool, const float* x, const float* kernel, float* y,
                      int64_t rows, int64_t inputs, int64_t outputs) {
-  int64_t threads = CountThreads(pool, inputs * outputs);
+  int64_t threads = CountThreads(pool, inputs * outputs * (rows / 8));
   int64_t groups = (rows + kRows - 1) / kRows, steps = CountSteps(inputs);
   std::unique_ptr<Step[]> held(new Step[groups * steps]);
   Step* split = held.get();
