@@ -255,8 +255,7 @@ def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[st
     named = rules.label_names
     for label in sorted(summary.value_samples, key=lambda label: (label not in named, label)):
         values = summary.value_samples[label][1]
-        values = values[np.isfinite(values)]
-        if values.size:
+        if (values := values[np.isfinite(values)]).size:
             charts.append({"label": label, "number": values.size, "svg": _draw_histogram(values)})
     return charts
 

@@ -68,8 +68,7 @@ def write_window_blocks(
     - for each window its hashes, sorted, the character of text where it begins, and its document's
       rank, if ranks differ
     """
-    done = _block_file(folder, shard.name, "windows")
-    if done.exists():
+    if (done := _block_file(folder, shard.name, "windows")).exists():
         return
     windows = []
     documents = _read_code_points(shard, keep_by)

@@ -174,8 +174,7 @@ class TokenStore:
             "offsets": (self._offsets, self.num_documents + 1, "int64"),
         }
         for name, (array, size, dtype) in expected.items():
-            found = (array.shape, array.dtype.name)
-            if found != ((size,), dtype):
+            if (found := (array.shape, array.dtype.name)) != ((size,), dtype):
                 what = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
                 raise self._damaged(what)
 
