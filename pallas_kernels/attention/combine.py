@@ -43,5 +43,4 @@ def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Arr
         lse, delta: fp32 [B, S, N], of the whole, sinks included.
     """
     # A sink of −inf is none, and a query may then have no key: −inf − −inf is NaN.
-    weights = jnp.exp(sinks - jnp.where(lse == -jnp.inf, jnp.inf, lse))
-    return -jnp.sum(weights * delta, axis=(0, 1))
+    return -jnp.sum(jnp.exp(sinks - jnp.where(lse == -jnp.inf, jnp.inf, lse)) * delta, axis=(0, 1))

@@ -90,16 +90,14 @@ def plan_visits(
     whole &= some
     if not per_query:
         return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
-    inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
-    return _runs(some, whole & inside)
+    return _runs(some, whole & ((jnp.arange(whole.shape[2]) + 1) * block_k <= T))
 
 
 def _positions(offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns the least and the greatest position of each block, [1, blocks]."""
     low = jnp.arange(0, length, block, dtype=jnp.int32)[None]
-    high = jnp.minimum(low + block, length) - 1
     offset = 0 if offset is None else offset
-    return low + offset, high + offset
+    return low + offset, jnp.minimum(low + block, length) - 1 + offset
 
 
 def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
@@ -147,8 +145,7 @@ def split_into_blocks(x: jax.Array, size: int) -> jax.Array:
 def _bounds(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns each block's least segment, least that is not padding, and greatest."""
     cut = split_into_blocks(segments, size)
-    real = jnp.where(cut > 0, cut, _FAR)
-    return cut.min(axis=2), real.min(axis=2), cut.max(axis=2)
+    return cut.min(axis=2), jnp.where(cut > 0, cut, _FAR).min(axis=2), cut.max(axis=2)
 
 
 def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> dict[str, jax.Array]:
@@ -195,8 +192,7 @@ def scale_scores(
         tanh = 1 - 2 / (exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1)
         scores, derivative = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
     if "slopes" in refs:
-        distance = jnp.abs(behind()).astype(jnp.float32)
-        scores -= distance * (refs["slopes"][head] * LOG2E)
+        scores -= jnp.abs(behind()).astype(jnp.float32) * (refs["slopes"][head] * LOG2E)
     return scores, derivative
 
 

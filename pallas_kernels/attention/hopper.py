@@ -184,10 +184,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         return o, new_top, total
 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    if "sinks" in refs:
-        top, total = refs["sinks"][head] * LOG2E, 1.0
-    else:
-        top, total = -jnp.inf, 0.0
+    top, total = (refs["sinks"][head] * LOG2E, 1.0) if "sinks" in refs else (-jnp.inf, 0.0)
     top, total = (
         plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS) for x in (top, total)
     )
@@ -197,8 +194,7 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     pl.when(me == 0)(take_turn)
 
     safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
-    shared["lse"].at[me][...] = lse
+    shared["lse"].at[me][...] = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
     o = o * parts.broadcast_rows(1 / safe, H)

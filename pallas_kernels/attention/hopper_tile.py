@@ -235,16 +235,14 @@ def make_buffers(s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any) -> 
     if jnp.dtype(dtype) != inputs["q"].dtype:
         wide = jnp.dtype(dtype).itemsize == 4
         columns, swizzled = (32, SWIZZLED_FP32) if wide else (64, SWIZZLED)
-        shape = WARPGROUPS, ROWS, columns
-        buffers["staged"] = plgpu.SMEM(shape, dtype, transforms=swizzled)
+        buffers["staged"] = plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)
     return buffers
 
 
 def copy_key_value_blocks(
     s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head
 ) -> None:
-    """Copies blocks of keys and values, in the warpgroup that copies; keys past the last are
-    zeros."""
+    """Copies blocks of keys and values, in the copying warpgroup; keys past the last are zeros."""
     kv_head = lax.div(head, s.group)
     _, total, block_of = order_visits(visits, pl.cdiv(s.T, s.block))
 

@@ -48,8 +48,7 @@ class ScoreTile(NamedTuple):
         if operands.biases is not None:
             biases = self._biases(operands.biases)
             scores += biases.reshape(len(biases), *scores.shape[1:])
-        mask = self._mask(behind)
-        if mask is not None:
+        if (mask := self._mask(behind)) is not None:
             scores = jnp.where(mask[:, None, None], scores, MASKED)
         return scores, derivatives
 
@@ -123,8 +122,7 @@ def list_score_tiles(operands: AttentionOperands, params: AttentionParams) -> li
 
 
 def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """Returns whether a causal mask says now, not when the program runs, which keys no query
-    sees."""
+    """Returns whether a causal mask says now, not at run time, which keys no query sees."""
     left_open = operands.q_positions, operands.q_offset, operands.k_offset, operands.prefix
     return params.causal and all(x is None for x in left_open)
 
@@ -136,8 +134,7 @@ def tile_size(S: int) -> int:
 def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:
     """[N, 2R + 1] at distances of any shape: [N, ...]."""
     reach = biases.shape[1] // 2
-    index = jnp.clip(ahead, -reach, reach) + reach
-    return biases.at[:, index].get(mode="promise_in_bounds")
+    return biases.at[:, jnp.clip(ahead, -reach, reach) + reach].get(mode="promise_in_bounds")
 
 
 def reshape_by_head(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -225,8 +225,7 @@ def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array
     parts = _parts(FORWARD, operands, call)
     k, v = (_move_heads_first(x, len(parts) * parts[0].num_rows) for x in operands[1:3])
     out = call.dtype if len(parts) == 1 else F32
-    results = [_forward(k, v, part, out, call.interpret) for part in parts]
-    o, lse = reduce(merge_attention, results)
+    o, lse = reduce(merge_attention, [_forward(k, v, part, out, call.interpret) for part in parts])
     return o.astype(call.dtype), lse
 
 
@@ -348,8 +347,7 @@ def _parts(direction: str, operands: AttentionOperands, call: AttentionCall) -> 
     for index in range(-(-T // held)):
         start, stop = index * held, min((index + 1) * held, T)
         segments = None if operands.k_segments is None else operands.k_segments[:, start:stop]
-        sinks = operands.sinks if index == 0 else None
-        own = operands._replace(k_segments=segments, sinks=sinks)
+        own = operands._replace(k_segments=segments, sinks=operands.sinks if index == 0 else None)
         at = params._replace(k_offset=params.k_offset + start)
         parts.append(KeyPart(index, held, stop - start, own, at, blocks, vmem))
     return parts

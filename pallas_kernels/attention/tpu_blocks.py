@@ -130,8 +130,7 @@ def count_keys_in_vmem(
     keys, room = round_up(sizes.T, blocks.k), int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = round_up(keys // 2, blocks.k)
-    needed = vmem_bytes(direction, blocks, sizes, keys)
-    if needed > room:
+    if (needed := vmem_bytes(direction, blocks, sizes, keys)) > room:
         raise ValueError(
             f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take {needed} bytes "
             f"of VMEM, of which a {chip.name} has {chip.vmem_bytes}"

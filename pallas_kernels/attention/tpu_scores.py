@@ -167,8 +167,7 @@ def apply_slope_and_mask(
     for a in range(0, len(scores), SUBLANES):
         own, distance = scores[a : a + SUBLANES], position.qk_offset - a
         if statics.has_slopes:
-            away = jnp.abs(behind + distance).astype(jnp.float32)
-            own = own - away * (scalars.slope * LOG2_E)
+            own = own - jnp.abs(behind + distance).astype(jnp.float32) * (scalars.slope * LOG2_E)
         seen = []
         if position.k_segments is not None:
             seen.append(position.q_segments == position.k_segments[a : a + SUBLANES])

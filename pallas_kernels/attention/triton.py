@@ -156,10 +156,9 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
         weights = p.exp2(scores * p.exp2_scale - base[:, None])
         decay = p.exp2(top - base)
-        v = p.load_rows("v", j * block_k, block_k, length)
         o = tuple(
             x * decay[:, None] + multiply(weights.astype(y.dtype), y)
-            for x, y in zip(o, v, strict=True)
+            for x, y in zip(o, p.load_rows("v", j * block_k, block_k, length), strict=True)
         )
         return o, new_top, total * decay + jnp.sum(weights, axis=1)
 
@@ -195,9 +194,8 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         scores, slope = p.scores(multiply_transposed(q, k), queries, keys, head)
         v = p.load_rows("v", j * block_k, block_k, length)
         seen = p.compute_mask(queries, keys) if masked else None
-        d_weights = multiply_transposed(d_o, v)
         _, d_scores = compute_weights_and_d_scores(
-            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+            scores, slope, lse, multiply_transposed(d_o, v), delta, seen, p.exp2_scale, p.exp2
         )
         return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
@@ -229,9 +227,8 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         lse = p.load_row_scalars("lse", at, member, other=jnp.inf)[None]
         delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
         seen = p.compute_mask(queries, keys) if masked else None
-        d_weights = multiply_transposed(v, d_o)
         weights, d_scores = compute_weights_and_d_scores(
-            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+            scores, slope, lse, multiply_transposed(v, d_o), delta, seen, p.exp2_scale, p.exp2
         )
         d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
         d_k = tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))

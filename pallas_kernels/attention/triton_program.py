@@ -279,8 +279,7 @@ def store_tile(ref, parts, start, block: int, length: int, H: int) -> None:
     bound = length if length % block else None
     for (begin, width), x in zip(split_head_dim(H), parts, strict=True):
         at = ref.at[pl.ds(start, block), pl.ds(begin, width)]
-        mask = _inside(start, block, bound, begin, width, H)
-        plgpu.store(at, x.astype(ref.dtype), mask=mask)
+        plgpu.store(at, x.astype(ref.dtype), mask=_inside(start, block, bound, begin, width, H))
 
 
 def store_row(ref, x, start, block: int, length: int) -> None:

@@ -34,7 +34,6 @@ class WalkTile(NamedTuple):
     masked: bool
     """Whether positions mask it."""
     compares_segments: bool = False
-    """Whether segments are compared."""
 
 
 class EdgeKeyBlock(NamedTuple):
@@ -216,8 +215,7 @@ def _segment_blocks(
     end = jnp.where(share, index + 1, 0).max(-1)
     one_begin = jnp.where(one, index, walk.nk).min(-1)
     broken = (index >= one_begin[..., None]) & ~one
-    one_end = jnp.where(broken, index, walk.nk).min(-1)
-    return jnp.minimum(begin, end), end, one_begin, one_end
+    return jnp.minimum(begin, end), end, one_begin, jnp.where(broken, index, walk.nk).min(-1)
 
 
 def visit_key_blocks(

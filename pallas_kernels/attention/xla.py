@@ -235,8 +235,7 @@ def _part(q, k) -> BatchPartition | None:
 def _loop_length(S: int, operands: AttentionOperands, params: AttentionParams) -> int:
     """Tiles to loop over; 0: none."""
     size = tile_size(S)
-    same = not is_mask_static(operands, params)
-    return S // size if same and size < S and S % size == 0 else 0
+    return S // size if not is_mask_static(operands, params) and size < S and S % size == 0 else 0
 
 
 def _rows(operands: AttentionOperands, count: int) -> dict[str, Any]:

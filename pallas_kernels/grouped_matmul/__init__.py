@@ -160,8 +160,7 @@ def _backward(name: str, how: _How, saved, d_y):
     d_y, how, transposed = d_y.astype(left.dtype), how._replace(dtype=left.dtype), how.transposed
 
     def multiply(rows, kernels, transposed):
-        own = how._replace(transposed=transposed)
-        return _multiply(rows, kernels, sizes, (), "matmul", own)
+        return _multiply(rows, kernels, sizes, (), "matmul", how._replace(transposed=transposed))
 
     if name == "outer":
         return multiply(right, d_y, True), multiply(left, d_y, False), None, None

@@ -90,8 +90,7 @@ def check_vmem(
 
 
 def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
-    """Returns bytes of VMEM: two of each block, sums of parts of D, and what a product is made
-    in."""
+    """Returns bytes of VMEM: two of each block, sums of parts of D, and room for a product."""
     rows, inner, columns = blocks
     left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)

@@ -116,8 +116,7 @@ def matmul(
         @pl.when(where.padding[visit] == 1)
         def _():
             row = lax.broadcasted_iota(jnp.int32, out_ref.shape, 0)
-            old = out_ref[...].astype(sums)
-            out_ref[...] = jnp.where(row >= begin, 0, old).astype(dtype)
+            out_ref[...] = jnp.where(row >= begin, 0, out_ref[...].astype(sums)).astype(dtype)
 
     kernel_block = (None, columns, inner) if transposed else (None, inner, columns)
     specs = [
@@ -179,8 +178,7 @@ def outer(
         visit = pl.program_id(2)
         where = GroupVisits(*where)
         begin, end = where.begin[visit], where.end[visit]
-        before = where.group[jnp.maximum(visit - 1, 0)]
-        is_first = (visit == 0) | (before != where.group[visit])
+        is_first = (visit == 0) | (where.group[jnp.maximum(visit - 1, 0)] != where.group[visit])
 
         def add_part(inside):
             def add(here, at, start, there):
@@ -364,9 +362,8 @@ def plan_group_visits(
     out_tile = jnp.clip(out_tile, 0, num_tiles - 1)  # an empty last group begins behind them
     own = jnp.clip(number, 0, jnp.maximum(done[-2] - 1, 0))
     own_group = _find_group(own, done, num_groups - 1)
-    own_tile = jnp.clip(_look_up(first - done + counts, own_group) + own, 0, num_tiles - 1)
     found = GroupVisits(
-        tile=own_tile,
+        tile=jnp.clip(_look_up(first - done + counts, own_group) + own, 0, num_tiles - 1),
         out_tile=out_tile,
         group=own_group,
         begin=jnp.clip(_look_up(starts, group) - out_tile * tile, 0, tile),
@@ -383,5 +380,4 @@ def _find_group(number: jax.Array, done: jax.Array, most: int) -> jax.Array:
 
 def _look_up(values: jax.Array, group: jax.Array) -> jax.Array:
     """``values[group]``, by comparing too."""
-    mine = group[:, None] == jnp.arange(len(values))
-    return jnp.where(mine, values, 0).sum(1, dtype=jnp.int32)
+    return jnp.where(group[:, None] == jnp.arange(len(values)), values, 0).sum(1, dtype=jnp.int32)

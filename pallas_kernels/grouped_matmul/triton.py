@@ -35,8 +35,7 @@ def matmul(
     rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(group_sizes)
-    depth = _choose_depth(rows, kernels)
-    tile, inner, columns = blocks or GroupedBlocks(128, depth, 128)
+    tile, inner, columns = blocks or GroupedBlocks(128, _choose_depth(rows, kernels), 128)
     lengths = jnp.append(group_sizes, R - group_sizes.sum(dtype=group_sizes.dtype))
     group, start, count = plan_group_tiles(lengths, R, tile)
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
@@ -107,13 +106,10 @@ def outer(
             at = start + i * depth
             own = at + jnp.arange(depth) < end
             left = _load(row_ref.at[pl.ds(at, depth), inside], own, in_d)
-            right = _load(other_ref.at[pl.ds(at, depth), there], own, in_f)
-            return total + _product(left.T, right)
+            return total + _product(left.T, _load(other_ref.at[pl.ds(at, depth), there], own, in_f))
 
-        zeros = jnp.zeros((inner, columns), sums)
-        y = lax.fori_loop(0, pl.cdiv(end - start, depth), add, zeros)
-        mask = in_d[:, None] & in_f
-        plgpu.store(out_ref.at[g, inside, there], y.astype(dtype), mask=mask)
+        y = lax.fori_loop(0, pl.cdiv(end - start, depth), add, jnp.zeros((inner, columns), sums))
+        plgpu.store(out_ref.at[g, inside, there], y.astype(dtype), mask=in_d[:, None] & in_f)
 
     return pl.pallas_call(
         kernel,

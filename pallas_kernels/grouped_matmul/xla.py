@@ -73,9 +73,8 @@ def plan_group_tiles(
     index = jnp.arange(num_rows // block + len(group_sizes))
     group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(group_sizes) - 1)
     done = (index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]) * block
-    count = jnp.clip(group_sizes[group] - done, 0, block)
     start = (jnp.cumsum(group_sizes) - group_sizes)[group] + jnp.minimum(done, group_sizes[group])
-    return group, start, count
+    return group, start, jnp.clip(group_sizes[group] - done, 0, block)
 
 
 def accumulation_dtype(left: Any, right: Any) -> Any:
