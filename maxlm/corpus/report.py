@@ -243,9 +243,8 @@ def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
     for (source, language), (documents, size, tried, tokens) in sorted(
         summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
     ):
-        estimate = size * tokens / tried if tried else None
         row = {"source": source, "language": language, "documents": documents, "bytes": size}
-        rows.append(row | {"tokens": estimate})
+        rows.append(row | {"tokens": size * tokens / tried if tried else None})
     return rows
 
 

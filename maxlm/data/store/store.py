@@ -69,8 +69,7 @@ class TokenStore:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the store; out of an object store a copy, for as long as this
-        object lives."""
+        """The tokenizer that made the store; of an object store a copy, while this object lives."""
         return self.path / "tokenizer" if self.path else Path(self._tokenizer_copy.name)
 
     @cached_property

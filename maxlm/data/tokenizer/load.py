@@ -31,9 +31,8 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     if (metadata := files.read_metadata(folder)).kind.startswith("sentencepiece"):
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
     else:
-        path = folder / HuggingFaceCodec.file_name
         settings = {"special": metadata.special_tokens, "splits_by_pattern": metadata.kind == "bpe"}
-        codec = _open_codec(HuggingFaceCodec, path, **settings)
+        codec = _open_codec(HuggingFaceCodec, folder / HuggingFaceCodec.file_name, **settings)
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
