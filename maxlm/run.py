@@ -103,8 +103,7 @@ class RunConfig(Config):
 def read_frozen_configs(
     config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> dict[str, RunConfig]:
-    """Return the runs whose models a run's task only reads, by name; ``sources``: default, those of
-    the task."""
+    """Return the runs whose models a task only reads, by name; ``sources``: default, the task's."""
     sources = config.task.frozen_models() if sources is None else sources
     bases = list_base_models(config, sources)
 

@@ -49,9 +49,8 @@ class Ia3Param(AdaptedParam):
         return reader.read(self.ia3, self._axes(reader)).move()
 
     def _expand(self, factors: jax.Array, kernel: jax.Array) -> jax.Array:
-        missing = kernel.ndim - factors.ndim
         at = factors.ndim if self.of_inputs else factors.ndim - self.num_scaled_dims
-        return jnp.expand_dims(factors, tuple(range(at, at + missing)))
+        return jnp.expand_dims(factors, tuple(range(at, at + kernel.ndim - factors.ndim)))
 
 
 @register_adapter

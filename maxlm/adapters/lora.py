@@ -75,8 +75,7 @@ class LoraParam(AdaptedParam):
             u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
             root = jnp.sqrt(s[:rank] / self.scale)
             a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
-            product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-            return kernel - self.scale * product, a, b
+            return kernel - self.scale * jnp.matmul(a, b, precision=lax.Precision.HIGHEST), a, b
 
         parts = lax.map(factor, self.base.astype(jnp.float32).reshape(-1, *shape))
         names = "base", "lora_a", "lora_b"
@@ -164,8 +163,7 @@ class LoraParam(AdaptedParam):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraTable(LoraParam):
-    """A table of which a row is ``base[id] + scale · A[id] · B``. A head that is tied to it reads
-    the base."""
+    """A table of rows ``base[id] + scale · A[id] · B``; a head tied to it reads the base."""
 
     tied: bool = field(metadata={"static": True})
 

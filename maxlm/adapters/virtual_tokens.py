@@ -160,5 +160,4 @@ def from_peft(
     heads, depths = shapes[names[0]][2:], [shapes[name][0] for name in names[::2]]
     joined = prompt_embeddings.reshape(num_virtual, -1, 2, *heads).transpose(1, 2, 0, 3, 4)
     parts = np.split(joined, np.cumsum(depths)[:-1])
-    found = [part[:, kind] for part in parts for kind in range(2)]
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, [part[:, kind] for part in parts for kind in range(2)], strict=True))

@@ -73,8 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def open_console(file: TextIO | None = None) -> Console:
-    """Return a console at least 80 columns wide, by default on stdout; narrower tables would break
-    words."""
+    """Return a console of 80 columns or more, by default on stdout; narrower tables break words."""
     console = Console(file=file, highlight=False)
     console.width = max(80, console.width)
     return console

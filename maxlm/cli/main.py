@@ -173,8 +173,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
     else:
         from maxlm.config.errors import find_user_error
 
-        known = find_user_error(error)
-        if known is None:
+        if (known := find_user_error(error)) is None:
             return None
         line = str(known)
     return f"error: {' '.join(line.split())}"

@@ -63,9 +63,8 @@ def command(
     own += [f"task.files={json.dumps([str(path) for path in data])}"] if data else []
     run = load_run_config(recipe, [*own, *(settings or ())])
     if run.train.start_from is None:
-        fix = "name a run's folder, or a Hugging Face one"
         what = "a recipe tunes a model that is there, and none is named"
-        raise MaxlmError(what, where="--base", fix=fix)
+        raise MaxlmError(what, where="--base", fix="name a run's folder, or a Hugging Face one")
     tuning = {"epochs": epochs, "precompute_reference": precompute_reference}
     run_training(run, resume, profile, tuning)
 

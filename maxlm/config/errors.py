@@ -54,8 +54,7 @@ class ProcessLost(MaxlmError):
 
 
 def find_user_error(error: BaseException) -> MaxlmError | None:
-    """Returns an error that a user can put right, of ours or, as ours, the operating system's; None
-    for any other."""
+    """Returns an error that a user can put right, ours or, as ours, the system's; or None."""
     if isinstance(error, MaxlmError):
         return error
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:

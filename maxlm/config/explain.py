@@ -69,8 +69,7 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     siblings: list[Any] = []
     for part in item["loc"]:
         inner = _list_child_types(kinds, part)
-        written = isinstance(data, dict) and part in data
-        if inner or written or isinstance(part, int):
+        if inner or (isinstance(data, dict) and part in data) or isinstance(part, int):
             key, siblings, kinds = (*key, part), kinds, inner
             data = get_descendant(data, (part,))
         elif part != "[key]":
@@ -165,8 +164,7 @@ def _join_names(names: list[str], limit: int = 12) -> str:
 
 def _split_union(annotation: Any) -> list[Any]:
     """Returns the members of a union, however nested or annotated; else the type itself."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
+    if (origin := typing.get_origin(annotation)) is Annotated:
         return _split_union(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [kind for member in typing.get_args(annotation) for kind in _split_union(member)]

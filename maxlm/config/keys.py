@@ -35,8 +35,7 @@ def join_key(key: Iterable[str | int]) -> str:
 
 
 def split_key(text: str) -> tuple[str, ...] | None:
-    """Returns the parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; None if
-    malformed."""
+    """Returns the parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; else None."""
     if not _OVERRIDE_KEY.fullmatch(text):
         return None
     return tuple(re.split(r"[.\[]", text.replace("]", "")))

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -31,10 +32,8 @@ def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
         if data.startswith(bom):
             return data[len(bom) :].decode(name, "replace").replace("\0", ""), name
     if b"\x1b" not in data:  # ISO-2022-JP is all ASCII, but for escapes.
-        try:
+        with suppress(UnicodeDecodeError):
             return (data.replace(b"\0", b"") if b"\0" in data else data).decode(), "utf-8"
-        except UnicodeDecodeError:
-            pass
     text, name, least = "", "", 2.0
     for candidate in _candidates(data, charset):
         tried = data.decode(candidate, "replace")

@@ -59,8 +59,7 @@ class Expression:
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
-        value = _evaluate(self._tree, table)
-        if isinstance(value, pa.Scalar):
+        if isinstance(value := _evaluate(self._tree, table), pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))
         return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from multiprocessing.connection import Connection
@@ -183,8 +184,7 @@ class HtmlExtractorProcess:
         one way is tried in the next."""
         page = ExtractedPage("broken")
         for way in self._ways:
-            page = self._ask(data, charset, *way)
-            if page.status not in ("timeout", "broken"):
+            if (page := self._ask(data, charset, *way)).status not in ("timeout", "broken"):
                 break
         return page
 
@@ -241,7 +241,7 @@ def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
     connection = Connection(fd)
     extract_page(b"<p>", None, use_trafilatura, False)  # Else imports are on the first page's time.
     connection.send("ready")
-    try:
+    with suppress(EOFError, ConnectionError):
         while True:
             question = connection.recv()
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
@@ -251,5 +251,3 @@ def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
                 page = ExtractedPage("broken")
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send(page)
-    except (EOFError, ConnectionError):
-        pass

@@ -97,8 +97,7 @@ def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | 
     for part in job.slices:
         try:
             for document in _read_raw(job.source, part, count):
-                row = _make_row(job.source, document)
-                if isinstance(row, str):
+                if isinstance(row := _make_row(job.source, document), str):
                     count(row)
                 else:
                     yield row

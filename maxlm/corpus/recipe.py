@@ -111,8 +111,7 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         where = None if stage.where is None else parse(stage.where, labels, f"{place}.where")
         if isinstance(stage, CrossDocumentStage):
             known = (r.text for r in rules.keep.values() if labels.keys() >= set(r.label_names))
-            texts_of_rules = [*([where.text] if where else []), *known]
-            if texts_of_rules:
+            if texts_of_rules := [*([where.text] if where else []), *known]:
                 where = Expression(" and ".join(f"(\n{text}\n)" for text in texts_of_rules))
         read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
@@ -173,8 +172,7 @@ def resolve_rules(
         if label not in spans:
             what = f'"{label}" is no label that holds spans to cut'
             raise MaxlmError(what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}")
-        stage = label.rpartition(".")[0]
-        if titles.index(stage) <= titles.index(newest):
+        if titles.index(stage := label.rpartition(".")[0]) <= titles.index(newest):
             what = f"{label} are places in the text as it was before {newest} changed it"
             raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
     return FilterRules(parsed, tuple(cut))

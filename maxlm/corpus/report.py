@@ -243,9 +243,8 @@ def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
     for (source, language), (documents, size, tried, tokens) in sorted(
         summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
     ):
-        estimate = size * tokens / tried if tried else None
         row = {"source": source, "language": language, "documents": documents, "bytes": size}
-        rows.append(row | {"tokens": estimate})
+        rows.append(row | {"tokens": size * tokens / tried if tried else None})
     return rows
 
 
@@ -255,8 +254,7 @@ def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[st
     named = rules.label_names
     for label in sorted(summary.value_samples, key=lambda label: (label not in named, label)):
         values = summary.value_samples[label][1]
-        values = values[np.isfinite(values)]
-        if values.size:
+        if (values := values[np.isfinite(values)]).size:
             charts.append({"label": label, "number": values.size, "svg": _draw_histogram(values)})
     return charts
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,10 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
 
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = home / MANIFEST
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     with convert_write_errors(path):
         path.unlink(missing_ok=True)
 

@@ -43,8 +43,7 @@ class JobRunner:
         step: str | None = None,
         num_done: int = 0,
     ) -> list[Result]:
-        """Runs a function over jobs, `num_done` more being done before; returns its results in
-        order of completion."""
+        """Runs a function over jobs, `num_done` being done before; returns results as they come."""
         title = self._title if step is None else f"{self._title}: {step}"
         results, total = [], len(jobs) + num_done
         self._progress(title, num_done, total)
@@ -99,8 +98,7 @@ class Stage(Config):
         return pa.schema(dict(self.label_types))
 
     def list_packages(self) -> tuple[str, ...]:
-        """Lists the packages that it imports with its settings; their versions go into the
-        manifest."""
+        """Lists packages that its settings import; their versions go into the manifest."""
         return self.packages
 
     def list_input_files(self) -> Iterable[Path]:
@@ -122,8 +120,7 @@ class Stage(Config):
 
 
 class PerDocumentStage(Stage):
-    """A stage that labels each document by itself. Models are loaded when it is opened, once in
-    each process."""
+    """A stage that labels each document by itself; opening it, once a process, loads models."""
 
     @abstractmethod
     def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:

@@ -117,8 +117,7 @@ def encode_pair(tokenizer: Tokenizer, row: Row) -> tuple[EncodedSequence, Encode
 
 
 def get_column(row: Row, name: str) -> Any:
-    """Returns a value of a row; raises MaxlmError if it is null, or naming the columns that there
-    are."""
+    """Returns a row's value; raises MaxlmError if it is null, or naming the columns there are."""
     if row.get(name) is None:
         if name in row:
             raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")

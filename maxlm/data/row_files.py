@@ -72,8 +72,7 @@ class _JsonLines:
     def __getitem__(self, index: int) -> dict[str, Any]:
         fault = ""
         try:
-            row = json.loads(self._data[slice(*self._spans[index])])
-            if isinstance(row, dict):
+            if isinstance(row := json.loads(self._data[slice(*self._spans[index])]), dict):
                 return row
         except (ValueError, RecursionError) as error:
             fault = f" ({error})"

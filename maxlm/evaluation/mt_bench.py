@@ -156,8 +156,7 @@ def _judge(
         shown = [answers[names[n]][number,]["choices"][0]["turns"] for n in order]
         question, reference = data.questions[number], data.references.get(number, ())
         name, talk = format_judge_prompt(data.templates, question, shown, turn, reference)
-        prompt = talk[1]["content"]
-        if record.get(f"{prefix}user_prompt") == prompt:
+        if record.get(f"{prefix}user_prompt") == (prompt := talk[1]["content"]):
             continue
         text, error = _ask(judge, talk, 0.0, max_tokens)
         record |= {f"{prefix}user_prompt": prompt, f"{prefix}judgment": text, **error}

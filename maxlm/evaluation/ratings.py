@@ -51,8 +51,7 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
 
 
 def compute_online_elo(battles: Sequence[Battle]) -> dict[str, float]:
-    """Returns Elo ratings (k = 4, initial 1000), updated by one battle after another: they depend
-    on the order."""
+    """Returns Elo ratings (k = 4, initial 1000), updated battle by battle: their order matters."""
     ratings: dict[str, float] = {}
     for battle in battles:
         a, b = (ratings.setdefault(battle[side], 1000.0) for side in ("model_a", "model_b"))
@@ -124,8 +123,7 @@ def _maximize_likelihood(
     for _ in range(25):
         chance = 1 / (1 + np.exp(-np.clip(params @ design.T, -500, 500)))
         slope = (weights * (outcome - chance)) @ design
-        spread = (weights * chance * (1 - chance))[:, None]
-        curvature = (design.T * spread) @ design + centre
+        curvature = (design.T * (weights * chance * (1 - chance))[:, None]) @ design + centre
         step = np.linalg.solve(curvature, slope[..., None])[..., 0]
         step /= np.maximum(1, np.abs(step).max(axis=1, keepdims=True) / 2)
         params += step

@@ -69,5 +69,4 @@ def _choose_samples(
         shown |= {"target": target, "options": options, "answers": answers}
         patterns.setdefault(rights, []).append(shown)
     order = sorted(patterns, key=lambda rights: len({*rights}) == 1)
-    turns = chain(*zip_longest(*(patterns[rights] for rights in order)))
-    return [*filter(None, turns)][:count]
+    return [*filter(None, chain(*zip_longest(*(patterns[rights] for rights in order))))][:count]

@@ -68,8 +68,7 @@ def evaluate_prediction(
         run = partial(run_command, limits=limits, folder=clone, readable=readable)
         files = re.findall(r"^diff --git a/.* b/(.*)$", test_patch, re.MULTILINE)
         script = _APPLY.format(files=shlex.join(files), commit=shlex.quote(commit))
-        applied = run(["/bin/sh", "-c", script])
-        if applied.exit_code == 99:
+        if (applied := run(["/bin/sh", "-c", script])).exit_code == 99:
             raise MaxlmError("its test patch does not apply", where=instance["instance_id"])
         if not applied.passed:
             return report, applied.output

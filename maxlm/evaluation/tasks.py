@@ -54,8 +54,7 @@ class LocalTaskFactory(TaskFactory):
         self.missing: list[str] = []
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-        config = self._load_full_config(entry, overrides)
-        if "dataset_path" not in config:
+        if "dataset_path" not in (config := self._load_full_config(entry, overrides)):
             raise MissingData("this task takes no local files", where=entry.name)
         own = config.get("num_fewshot")
         shots = own if own == 0 or self._shots is None else self._shots

@@ -148,8 +148,7 @@ class MergedCheckpointReader:
                 return stack.enter_context(opened)
 
             owner = name if name in self._leaves else kernel if name.endswith(".bias") else ""
-            leaf = self._leaves.get(owner)
-            if leaf is None:
+            if (leaf := self._leaves.get(owner)) is None:
                 yield open_slices(name)
                 return
             slices = {

@@ -213,8 +213,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
         """Writes one tensor, cast to the format it was announced with."""
-        stored = self._places[name]
-        if values.shape != stored.shape:
+        if values.shape != (stored := self._places[name]).shape:
             what = f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
             raise MaxlmError(what, where=name, fix="use the config it was trained with")
         with stored.path.open("r+b") as file:

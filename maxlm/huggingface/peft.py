@@ -171,8 +171,7 @@ def _read_virtual_tokens(
 ) -> tuple[Adapter, Arrays]:
     stored = list_file_tensors(folder / TENSORS)
     _refuse([*stored] if [*stored] != [_PROMPT] else [], folder)
-    kind = _VIRTUAL_KINDS[values["peft_type"]]
-    adapter = kind(num_virtual_tokens=values["num_virtual_tokens"])
+    adapter = _VIRTUAL_KINDS[values["peft_type"]](num_virtual_tokens=values["num_virtual_tokens"])
     leaves = flatten_names(adapter.adapt(specs)).items()
     shapes = {name: spec.shape for name, spec in leaves if name.endswith(_VIRTUAL)}
     vectors = read_tensor(stored[_PROMPT], np.dtype(np.float32), lossy=True)

@@ -59,8 +59,7 @@ def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int |
         machine: the machine's, for messages.
         nodes: how many hosts a CPU machine has; of others the name tells.
     """
-    platform = topology.platform
-    if platform not in _PLATFORMS[scheduler]:
+    if (platform := topology.platform) not in _PLATFORMS[scheduler]:
         able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
         what = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
         raise MaxlmError(what, fix=f"use {' or '.join(able)}")

@@ -113,8 +113,7 @@ def make_job(
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
     label = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
     node_selector = split_pairs("--node-selector", options.node_selector, "KEY=VALUE", label)
-    plan = plan_run(run, machine)
-    if not plan.fits and not force:
+    if not (plan := plan_run(run, machine)).fits and not force:
         fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
         raise MaxlmError(
             f"does not fit on {on}: {format_prediction(plan)}", where=run.name, fix=fix
@@ -185,8 +184,7 @@ def _check_paths(
         if ".documents." not in key:
             check_url(place, key)
     sources, tokenizer = run.data.sources, run.tokenizer.path or run.train.start_from
-    reads_text = run.task.reads_text
-    if reads_text and not sources:
+    if (reads_text := run.task.reads_text) and not sources:
         fix = "name documents or a store there"
         raise MaxlmError("no text to train on", where="data.sources", fix=fix)
     if not reads_text and not any(".files." in key for key in named):

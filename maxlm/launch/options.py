@@ -34,7 +34,6 @@ class JobOptions:
     spot: bool = _only("jobset", "skypilot", default=False)
     time: str | None = _only("slurm")
     retries: int = _only("slurm", "jobset", "ray", "tpu-vm", default=100)
-    """Restarts."""
     grace: int = _only("slurm", "jobset", "ray", default=120)
     """Seconds from the notice of a preemption to its end."""
     env: tuple[str, ...] = ()

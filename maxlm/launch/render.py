@@ -53,8 +53,7 @@ def render_job(job: Job, template: Path | None = None) -> str:
 
 
 def _yaml(value: str) -> str:
-    """One line of YAML that is this text, to YAML 1.1 and 1.2 alike: quoted unless it is obviously
-    a word."""
+    """This text as a line of YAML 1.1 and 1.2 alike: quoted unless it is obviously a word."""
     if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS:
         return value
     line = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True)
@@ -85,8 +84,7 @@ def submit_job(job: Job, path: Path) -> int:
         if shutil.which(command[0]) is None:
             what = f"{command[0]} is not on the PATH here; the job is kept in this file"
             raise MaxlmError(what, where=str(path), fix=f"where it is, run: {' '.join(command)}")
-        code = subprocess.run(command).returncode
-        if code:
+        if code := subprocess.run(command).returncode:
             return code
     return 0
 

@@ -37,8 +37,7 @@ class Adapter(Config):
 
     @property
     def changes_base(self) -> bool:
-        """Whether :meth:`init_from_base` changes the base: without the adapter it is another
-        model."""
+        """Whether :meth:`init_from_base` changes the base: alone it is another model."""
         return False
 
     def init_from_base(self, params: Params) -> Params:
@@ -100,8 +99,7 @@ def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
     ``params`` one by one, so that little is held twice."""
     merged_specs, merged = dict(specs), dict[str, Any]()
     for name in sorted(params):  # a bias before its kernel
-        held = params.pop(name)
-        if isinstance(held, dict):
+        if isinstance(held := params.pop(name), dict):
             merged_specs[name], merged[name] = merge_adapter(specs[name], held)
             continue
         merged[name] = held

@@ -33,8 +33,7 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
         what, fix = f"positions.kind={kind} have no RoPE to scale", "set model.max_seq_len alone"
         raise MaxlmError(what, where=where, fix=fix)
     if found := model.positions.scaling:
-        made = _make_scaling(model, round(length / found.factor), tune)
-        if original == length and found == made:
+        if original == length and found == _make_scaling(model, round(length / found.factor), tune):
             return model
         what = f"the model has a scaling already: kind={found.kind}, factor={found.factor:g}, "
         what += f"max_seq_len={original:,}"

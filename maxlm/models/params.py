@@ -284,10 +284,8 @@ def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
 def replace_virtual(
     param: nnx.Param, y: jax.Array, positions: jax.Array, rules: AxisRules
 ) -> jax.Array:
-    """Returns a parameter's result y in the compute dtype with :meth:`Leaf.replace_virtual` done to
-    it."""
-    held = param.get_value()
-    if not isinstance(held, Leaf):
+    """Returns a parameter's result y in the compute dtype after :meth:`Leaf.replace_virtual`."""
+    if not isinstance(held := param.get_value(), Leaf):
         return y
     return held.replace_virtual(y, positions, ParamReader(get_spec(param), rules, y.dtype))
 

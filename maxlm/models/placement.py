@@ -123,8 +123,7 @@ def place_model(
 
 def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
     """Refuses compute rules that split the narrow vectors of latent attention."""
-    latent = model.attention is not None and model.attention.latent is not None
-    if latent and compute.latent:
+    if model.attention is not None and model.attention.latent is not None and compute.latent:
         what = "latent attention needs its narrow vectors whole"
         fix = "set it to null (sharding.storage.latent splits weights at rest)"
         raise MaxlmError(what, where="sharding.compute.latent", fix=fix)
@@ -191,8 +190,7 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
 def require_whole_sequences(
     model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
 ) -> Iterator[Requirement]:
-    """Requires whole sequences for a decoder's look at an encoder's output, and for experts with a
-    capacity."""
+    """Requires whole sequences for cross-attention, and for experts with a capacity."""
     whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
 
     def refuse(what: str, fix: str, where: str = "mesh.{}") -> MaxlmError:

@@ -101,10 +101,9 @@ def _forward(q, k, v, head_terms, segments, rules, split):
         return attention_forward(q, k, v, **_whole(split, head_terms, segments))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
-    attend = map_shards(
+    o, lse = map_shards(
         local, in_specs=at.operands(head_terms, segments), out_specs=(at.queries, at.lse)
-    )
-    o, lse = attend(q, k, v, head_terms, segments, numbers)
+    )(q, k, v, head_terms, segments, numbers)
     # Named here and not outside: the backward pass wants both, or attention is computed again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (q, k, v, head_terms, segments, o, lse)

@@ -227,11 +227,9 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
 
     def step(carry, t):
         partial, block = carry
-        coming = _rotate(block, split)
-        return queries.fold(block, queries.number_before(t), partial), coming
+        return queries.fold(block, queries.number_before(t), partial), _rotate(block, split)
 
-    last = split.last_ring_step(block.k.shape[1])
-    if last == 0:
+    if (last := split.last_ring_step(block.k.shape[1])) == 0:
         return queries.fold(block, None, None)
     coming = _rotate(block, split)
     partial, block = _steps(step, (queries.fold(block, None, None), coming), last)
@@ -250,8 +248,7 @@ def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
         own, terms = queries.pull(block, queries.number_before(t), own)
         return own, coming, _add(arriving, terms)
 
-    last = split.last_ring_step(block.k.shape[1])
-    if last == 0:
+    if (last := split.last_ring_step(block.k.shape[1])) == 0:
         return queries.pull(block, None, None)
     coming = _rotate(block, split)
     own, sums = queries.pull(block, None, None)

@@ -189,8 +189,7 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
         if gradients is None:
             return sums, None
         d_head = reduce(gradients.head, token_axes, how.used, stored)
-        d_bias = gradients.bias
-        if d_bias is not None and bias_stored is not None:
+        if (d_bias := gradients.bias) is not None and bias_stored is not None:
             d_bias = reduce(d_bias, token_axes, (vocab,), bias_stored)
         d_hidden = gradients.hidden.reshape(hidden.shape)
         # Or the whole head's gradient waits, in fp32, for the layers' backward pass to end.

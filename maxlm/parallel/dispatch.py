@@ -125,7 +125,6 @@ class CapacityDispatch:
     """int32 [T, k]: the slot of each assignment; E·b·C for one that is dropped."""
     axes: Axes = field(metadata={"static": True})
     experts_per_device: int = field(metadata={"static": True})
-    """Experts a device."""
 
     def send_to_experts(self, slots: jax.Array) -> jax.Array:
         """Sends [E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""

@@ -225,8 +225,7 @@ def _over_parts(
     width = kernels["up"].shape[2]
     size = num_rows * width * kernels["up"].dtype.itemsize
     fitting = (n for n in range(1, width) if width % n == 0 and size // n <= HIDDEN_BYTES)
-    parts = next(fitting, width)
-    if parts == 1:
+    if (parts := next(fitting, width)) == 1:
         return body(carry, kernels)
     dims = {name: 1 if name == "down" else 2 for name in kernels}
 

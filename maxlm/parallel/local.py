@@ -77,8 +77,7 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
     """Gathers shards from layout ``have`` to layout ``want``, whose axes begin ``have``'s in every
     dimension, over the other axes."""
     for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
-        extra = _beyond(own, kept)
-        if extra:
+        if extra := _beyond(own, kept):
             x = _gather(x, extra, dim)
     return x
 
@@ -101,8 +100,7 @@ def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axe
     """
     left = list(partial)
     for dim, (own, wanted) in enumerate(zip(have, want, strict=True)):
-        extra = _beyond(wanted, own)
-        if extra:
+        if extra := _beyond(wanted, own):
             equal = axis_size([axis for axis in extra if axis not in left])
             x = x / equal if equal > 1 else x
             x = _scatter(x, extra, dim)
@@ -113,8 +111,7 @@ def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axe
 def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Gathers all shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
     collect = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
-    groups = _two_steps(axes)
-    if groups is None:
+    if (groups := _two_steps(axes)) is None:
         return collect(x)
     outer, inner = groups
     return collect(collect(x, axis_index_groups=inner), axis_index_groups=outer)
@@ -122,8 +119,7 @@ def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
 def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The sum over ``axes``, split along ``dim``; see :func:`_two_steps`."""
-    groups = _two_steps(axes)
-    if groups is None:
+    if (groups := _two_steps(axes)) is None:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     outer, inner = groups
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)

@@ -278,9 +278,8 @@ def run_1f1b_pipeline(
             x = jnp.where(own == 0, x, state["x"])
             y, part = stage(params, x, context)
             works = (turn >= 0) & (turn < micro_batches)
-            parts = _add(state["parts"], part, works)
             inputs = lax.dynamic_update_index_in_dim(state["inputs"], x, turn % kept, 0)
-            return y, state | {"inputs": inputs, "parts": parts}
+            return y, state | {"inputs": inputs, "parts": _add(state["parts"], part, works)}
 
         def backward(t, y, state):
             """One backward pass; on the last stage, of the micro-batch just seen."""

@@ -162,8 +162,7 @@ def _list_attention_collectives(
         return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
 
     both, gradients = "keys and values", "their gradients"
-    method = work.config.parallel.context
-    if method == "all_gather":
+    if (method := work.config.parallel.context) == "all_gather":
         whole = either * read * ways
         yield from send(both, "all-gather", whole * itemsize, 2 * forward, 2 * backward)
         yield from send(gradients, "reduce-scatter", whole * FP32, 0, 2 * backward)

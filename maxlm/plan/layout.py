@@ -119,7 +119,6 @@ def compute_run_layout(
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
     rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
     parameter_bytes = sum(row.bytes_per_device for row in rows)
-    gradients = split.local_bytes(split.gradients, work.select_trained(work.specs))
     flops = count_training_flops_per_token(work)
     a_token = work.tokens_per_row.decoder / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
@@ -131,7 +130,7 @@ def compute_run_layout(
         active_parameters=round(count_active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
-        gradient_bytes=round(gradients),
+        gradient_bytes=round(split.local_bytes(split.gradients, work.select_trained(work.specs))),
         optimizer_bytes=round(split.local_bytes(split.optimizer, work.optimizer)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
@@ -167,8 +166,7 @@ def _list_notes(
     def ways(axes: tuple[str, ...]) -> str:
         return " · ".join(f"{axis}={sizes[axis]}" for axis in axes)
 
-    used = [axis for axis in MESH_AXES if sizes[axis] > 1]
-    if used:
+    if used := [axis for axis in MESH_AXES if sizes[axis] > 1]:
         named = (f"{ways((a,))} ({links[a]})" if links else ways((a,)) for a in used)
         yield f"devices, from the slowest links to the fastest: {' → '.join(named)}"
     # Parameters, gradients and optimizer state are split that the maths wants whole.

@@ -102,8 +102,7 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
     added = np.greater(shape.micro_batches, 1) | shape.pipelined
-    held = split.local_bytes(split.gradients, work.select_trained(work.specs))
-    sums = np.where(added, held, 0.0)
+    sums = np.where(added, split.local_bytes(split.gradients, work.select_trained(work.specs)), 0.0)
     saved = (_saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks)
     kept = list(accumulate(saved))
     own = [_gradients(shape, stack) for stack in stacks]
@@ -355,7 +354,6 @@ def list_update_working_set(shape: StepShape) -> Parts:
     work, split, whole = shape.work, shape.split, []
     for spec in work.select_trained(work.specs):
         held = split.local_bytes(split.storage, [spec])
-        finer = split.local_bytes(split.optimizer, [spec]) < held
-        whole.append(np.where(finer, held, 0.0))
+        whole.append(np.where(split.local_bytes(split.optimizer, [spec]) < held, held, 0.0))
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}

@@ -79,8 +79,7 @@ class Network:
         if self.topology.platform == "cpu":
             return "memory"
         near, far = ("ICI", "DCN") if self.topology.platform == "tpu" else ("NVLink", "network")
-        used = [near] if inner > 1 else []
-        return " + ".join(used + ([far] if ways > inner else []))
+        return " + ".join(([near] if inner > 1 else []) + ([far] if ways > inner else []))
 
     def _inner(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
         """Devices of a group within one slice, or within one host."""

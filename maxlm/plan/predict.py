@@ -44,9 +44,7 @@ class Machine(Network):
         """Returns the machine that these devices are; None: a kind whose figures are not known."""
         # Of another process's devices the memory cannot be asked for.
         own = (d for d in devices if getattr(d, "process_index", 0) == jax.process_index())
-        first = next(own, devices[0])
-        chip = find_chip(first)
-        if chip is None:
+        if (chip := find_chip(first := next(own, devices[0]))) is None:
             return None
         with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
             limit = (first.memory_stats() or {}).get("bytes_limit")

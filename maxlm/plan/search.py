@@ -107,8 +107,7 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
             refusal = str(error)
         if len(best) == top or place - len(best) == _REFUSALS:
             break
-    counts = num_tried, num_divisible, len(order)
-    return SearchResult(tuple(best), *counts, least, spent, refusal)
+    return SearchResult(tuple(best), num_tried, num_divisible, len(order), least, spent, refusal)
 
 
 def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, StepShape]]:
@@ -152,8 +151,7 @@ def _find_divisible(
     """Marks candidates that meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshPartitioning(work.config, sizes)
     requirements = require_run_trainable(config, sizes, micro)
-    masks = np.broadcast_arrays(*(each.is_met for each in requirements))
-    good = np.all(np.stack(masks), axis=0)
+    good = np.all(np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0)
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):

@@ -249,8 +249,7 @@ class ServedModel:
                 if layer.specs.value is None:  # it is a part of the key
                     vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
                     width = 2 * vector - own.shared_key_dim
-                tokens = min(context, layer.window or context)
-                one = 2 * num_layers * own.num_heads * width * tokens
+                one = 2 * num_layers * own.num_heads * width * min(context, layer.window or context)
                 flops += one / float(self._count_shards(("heads",)))
         return flops
 

@@ -120,8 +120,7 @@ def make_table(
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table whose columns align right and wrap by name, under a title, which may be
-    wider."""
+    """Makes a table under a title, which may be wider; columns align right and wrap by name."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if name in right else "left"
@@ -301,14 +300,13 @@ def render_serving_tables(
         )
         for own in plan.curve
     ]
-    title = f"A step of {_count_sequences(point.batch)}"
     sizes, times = ("bytes", ""), ("time", "share")
     rates = ("step", "a token", "tokens/s", "a device")
     return Group(
         head,
         Text("\n".join(lines[1:])),
         make_table("Memory of each device", ("what", *sizes), memory, sizes),
-        make_table(title, ("what", *times), step, times),
+        make_table(f"A step of {_count_sequences(point.batch)}", ("what", *times), step, times),
         make_table("By sequences at once", ("sequences", *rates), curve, rates),
     )
 

@@ -46,9 +46,8 @@ def make_kernel(
 ) -> Kernel:
     """Makes a layer's own part of a stack of matrices."""
     shape, axes = spec.shape[spec.num_layer_axes :], spec.axes[spec.num_layer_axes :]
-    own = strip_stack_name(name).removesuffix(".kernel")
     how = len(spec.contracting_dims), needs_raw_output, name in trained_names
-    return Kernel(own, shape, axes, *how)
+    return Kernel(strip_stack_name(name).removesuffix(".kernel"), shape, axes, *how)
 
 
 @dataclass(frozen=True)

@@ -199,11 +199,10 @@ def computed_score_ratio(attention: AttentionShape) -> float:
     if not attention.causal:
         return 1.0
     length = attention.query_len
-    window = min(attention.window or length, length)
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
-    keys = stops - np.maximum(starts - window + 1, 0)
+    keys = stops - np.maximum(starts - min(attention.window or length, length) + 1, 0)
     return float(np.sum(keys * (stops - starts)) / length**2)
 
 

@@ -187,8 +187,7 @@ def parse_topology(text: str) -> Topology:
 
 
 def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape as given, or the one that the vendor gives out for a count: sides as equal
-    as they can be."""
+    """Returns a shape as given, or the vendor's for a count: sides as equal as they can be."""
     cores, dimensions, most, *_ = TPUS[kind]
     chips = prod(shape) if shape else count // cores
     listed = _FLAT if dimensions == 2 else _SMALL

@@ -147,8 +147,7 @@ class RunWorkload:
         return placement in ("sandwich", "post") or (placement == "pre" and group.branch != "ffn")
 
     def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
-        """Whether a group's branch is added to the stream together with attention's: what it adds
-        has the same gradient."""
+        """Whether a group's branch joins the stream with attention's, and has the same gradient."""
         beside = self.config.model.placement in ("parallel", "parallel_shared")
         return beside and group.branch == "ffn"
 
@@ -168,8 +167,7 @@ class LocalAttentionWidths(NamedTuple):
 
 
 class MeshPartitioning:
-    """Ways that a mesh, or each of many, splits what axis rules name; ``sizes``: mesh axis →
-    devices."""
+    """Ways a mesh, or each of many, splits what axis rules name; ``sizes``: mesh axis → devices."""
 
     def __init__(self, config: RunConfig, sizes: Mapping[str, Number]):
         rules, self.sizes = config.sharding, sizes

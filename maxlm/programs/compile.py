@@ -112,8 +112,7 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     which TPU this is, and not to insist on being the only process that loads it.
     """
     if topology.platform == "cpu":
-        here = jax.devices("cpu")
-        if len(here) < topology.devices:
+        if len(here := jax.devices("cpu")) < topology.devices:
             what = f"{topology.devices} CPU devices, {len(here)} here"
             raise MaxlmError(what, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
         return here[: topology.devices]

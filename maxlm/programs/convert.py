@@ -79,8 +79,7 @@ class HuggingFaceModel:
     def import_tensors(
         self, writer: ParamWriter, progress: Progress = ignore_progress
     ) -> TensorDtypes:
-        """Writes all parameters as fp32, one tensor in memory at a time; returns the formats that
-        they had."""
+        """Writes all parameters as fp32, one in memory at a time; returns the formats they had."""
         shapes = {name: spec.shape for name, spec in self.specs.items()}
         dtypes = import_tensors(
             *(self.folder, self.entries, shapes, writer, progress),
@@ -217,8 +216,7 @@ def _export_run(
     adapter: bool,
     progress: Progress,
 ) -> ConversionResult:
-    """Writes a run's checkpoint as a folder that transformers loads, or its adapter alone as one
-    that PEFT loads."""
+    """Writes a run's checkpoint as a folder for transformers, or its adapter alone for PEFT."""
     config, reader = open_run_checkpoint(source, step)
     chosen, published = find_run_family(config, reader, family)
     specs, entries = _build_specs(config), chosen.list_entries(config.model)

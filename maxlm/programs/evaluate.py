@@ -186,14 +186,12 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
 
 
 def resume_answers(client: Any, log: Path) -> Any:
-    """Wraps a client in one that keeps answers in a file, and begins with those of a run that was
-    cut off."""
+    """Wraps a client to keep answers in a file, and begin with those of a run that was cut off."""
     from maxlm.evaluation.lm_eval_model import ResumableModel
 
     with convert_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    resumed = ResumableModel(client, log)
-    if resumed.dbdict:
+    if (resumed := ResumableModel(client, log)).dbdict:
         what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
         print(f"{what}; delete it to ask for all", file=sys.stderr)
     return resumed
@@ -208,14 +206,12 @@ def _convert_server_errors(url: str) -> Iterator[None]:
     except (OSError, ClientError) as error:  # requests' errors are OSErrors, and name no file
         if getattr(error, "filename", None):
             raise
-        what = f"the server does not answer ({error})"
         fix = "start it, and evaluate again: answers so far are kept"
-        raise MaxlmError(what, where=url, fix=fix) from error
+        raise MaxlmError(f"the server does not answer ({error})", where=url, fix=fix) from error
 
 
 def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:
-    """Writes results as ``lm_eval --output_path --log_samples`` does; takes ``samples`` out of
-    them."""
+    """Writes results as ``lm_eval --output_path --log_samples``; takes ``samples`` out of them."""
     from lm_eval.loggers import EvaluationTracker
 
     samples, tracker = results.pop("samples"), EvaluationTracker(output_path=str(folder))

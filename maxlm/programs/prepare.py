@@ -34,7 +34,6 @@ class PreparedData:
     train_stores: dict[str, TokenStore]
     heldout_stores: dict[str, TokenStore]
     train_batch_source: BatchSource
-    """The batches to train on."""
     eval_batch_sources: Mapping[str, BatchSource]
     """The batches to evaluate on, by name."""
 
@@ -44,8 +43,7 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
 
     With several processes call it on one of them first: the others then only open.
     """
-    sources = config.data.sources
-    if not sources and config.task.reads_text:
+    if not (sources := config.data.sources) and config.task.reads_text:
         what = "no text to train on"
         raise MaxlmError(what, where="data.sources", fix="name documents or a store there")
     home = prepare_tokenizer(config, folder)
@@ -133,8 +131,7 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
 
 def check_prepared_data(config: RunConfig, folder: Path) -> None:
     """Raises MaxlmError if the text in the folder was prepared with another config."""
-    path = folder / "config.yaml"
-    if path.exists():
+    if (path := folder / "config.yaml").exists():
         before = load_config(RunConfig, path).value
         sides = before.model_dump(mode="json"), config.model_dump(mode="json")
         what = "the text here was prepared"
@@ -150,8 +147,7 @@ def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
 
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
     """Prepares the run's own tokenizer: a copy of the one named, or one trained on its text."""
-    home = folder / "tokenizer"
-    if home.exists():
+    if (home := folder / "tokenizer").exists():
         return home
     if (path := _named_tokenizer(config)) is not None:
         tokenizer = load_tokenizer(path)

@@ -52,7 +52,6 @@ class TrainingPosition:
     state: TrainState
     step: int
     skips: Skips
-    """Batches that are skipped."""
     checkpoint_place: str = ""
     """Place of the checkpoint; empty: the run starts."""
     detector_state: Mapping[str, Any] | None = None

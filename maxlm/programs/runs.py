@@ -75,8 +75,7 @@ class RunSummary:
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     """Reads a run from its folder; nothing in it is changed. An attempt heard of just before
     ``now`` (unix seconds; default: the clock's) may still run."""
-    folder = Path(folder)
-    if not _is_run(folder):
+    if not _is_run(folder := Path(folder)):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
     damaged: list[bytes] = []
@@ -186,13 +185,12 @@ def _headline(run: RunSummary, now: float) -> Text:
 
 
 def _goodput(run: RunSummary) -> Text:
-    share = _or_dash(run.history.goodput, "{:.1%}".format)
     planned = run.planned["goodput"]
     beside = "" if planned is None else f" (planned: {planned:.1%})"
     rate = _or_dash(run.steps_per_second, "{:.3g} steps/s".format)
     return Text.assemble(
         "goodput ",
-        (share, "bold"),
+        (_or_dash(run.history.goodput, "{:.1%}".format), "bold"),
         f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of it",
     )
 

@@ -171,8 +171,7 @@ def make_engine(
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
         other = load_model(config.speculation.folder, mesh=mesh)
-        codecs = (each.tokenizer.codec.fingerprint_input() for each in (other, loaded))
-        if len(set(codecs)) > 1:
+        if len({each.tokenizer.codec.fingerprint_input() for each in (other, loaded)}) > 1:
             what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
             raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
         draft = DraftModel(other.model, other.params)

@@ -40,8 +40,7 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     variables of a TPU pod on Kubernetes; the metadata of a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
-    slurm = _slurm(environ)
-    if slurm and set(explicit) == {_COORDINATOR}:
+    if (slurm := _slurm(environ)) and set(explicit) == {_COORDINATOR}:
         found = replace(slurm, coordinator=explicit[_COORDINATOR])
     elif explicit:
         found = _read_settings(explicit, slurm)
@@ -51,8 +50,7 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _read_settings(explicit: Mapping[str, str], slurm: Cluster | None) -> Cluster:
-    missing = [name for name in _SETTINGS if name not in explicit]
-    if missing:
+    if missing := [name for name in _SETTINGS if name not in explicit]:
         given = ", ".join(f"{name} is {value}" for name, value in explicit.items())
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
         fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
@@ -90,8 +88,7 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     names = ("JOB_ID", "PROCID", "STEP_ID", "STEP_NODELIST", "STEP_NUM_TASKS")
     if any(f"SLURM_{name}" not in environ for name in names):
         return None
-    count = _number(environ, "SLURM_STEP_NUM_TASKS")
-    if count == 1:
+    if (count := _number(environ, "SLURM_STEP_NUM_TASKS")) == 1:
         return None
     # Steps of a job may run side by side.
     job, step = (_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))

@@ -51,8 +51,7 @@ def distributed_session(
         join_timeout_seconds: how long to wait for the other processes to start.
         peer_timeout_seconds: how long a process may stay silent before it counts as lost.
     """
-    cluster = find_cluster(os.environ)
-    if cluster is None:
+    if (cluster := find_cluster(os.environ)) is None:
         yield
         return
     facts = {join_key(key): value for key, value in flatten(settings)}

@@ -6,7 +6,7 @@ workers ignore it, and end when that process has saved.
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntFlag
 from multiprocessing import resource_tracker
 from types import FrameType
@@ -109,11 +109,9 @@ def handle_signals(folder: str) -> Iterator[SignalHandler]:
     Preempted, which names the run's folder, for a scheduler's signal that no loop deferred."""
     handler = SignalHandler()
     before = {}
-    try:
+    with suppress(ValueError):  # Not the main thread.
         for number in STOP_SIGNALS:
             before[number] = signal.signal(number, handler._handle)
-    except ValueError:  # Not the main thread.
-        pass
     try:
         yield handler
     except _SignalReceived as received:

@@ -23,8 +23,7 @@ _FEW_RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "4s"}
 def to_place(path: Path | str) -> Place:
     """Returns the place of a path or URL; raises MaxlmError for a URL of another kind."""
     # Also from a Path, which has made one slash of two.
-    match = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
-    if match is None:
+    if (match := re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))) is None:
         return Path(path)
     if match[1] not in _DRIVERS:
         fix = "give a folder, or a URL that begins with gs:// or s3://"

@@ -149,8 +149,7 @@ async def detokenize(state: ServerState, request: Request) -> Response:
 async def load_lora_adapter(state: ServerState, request: Request) -> Response:
     """Answers /v1/load_lora_adapter: loads a folder's adapter beside the model."""
     body = await state.read_body(request, LoadAdapterBody)
-    engine = state.engine_loop.engine
-    if engine is None or state.read_adapter is None:
+    if (engine := state.engine_loop.engine) is None or state.read_adapter is None:
         raise ApiError(400, "no adapters are loaded beside this model", code="unsupported")
     with state.engine_loop.admit():
         found = await asyncio.to_thread(state.read_adapter, body.lora_path)

@@ -59,8 +59,7 @@ class _Completions(Answer):
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/completions."""
     body = await state.read_body(request, CompletionBody)
-    given = list_prompts(body.prompt)
-    if len(given) * body.n > MAX_PROMPTS:
+    if len(given := list_prompts(body.prompt)) * body.n > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
     prompts = await state.encode_prompts(given, allow_special=body.parse_special)
     decode = state.tokenizer.decode
@@ -71,8 +70,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
 def describe_logprobs(
     tokenizer: Tokenizer, logprobs: list[TokenLogprob], offset: int
 ) -> dict[str, Any]:
-    """Returns log-probabilities as /v1/completions has them; the first token of a prompt has none
-    (NaN)."""
+    """Returns log-probabilities as /v1/completions does; a prompt's first token has none (NaN)."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     rows: list[tuple[Any, ...]] = []
     for token_id, logprob, top in logprobs:

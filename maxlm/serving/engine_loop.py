@@ -25,8 +25,7 @@ _PAUSE_SHARE = 0.04
 
 
 class RequestStream(AbstractContextManager["RequestStream"]):
-    """The outputs of some requests as they come; used as a context that aborts what is unfinished
-    when it is left."""
+    """Outputs of some requests as they come; a context that aborts what is unfinished when left."""
 
     def __init__(self, requests: Sequence[GenerationRequest], release: Callable[[], None]):
         self.request_ids = [request.request_id for request in requests]
@@ -41,8 +40,7 @@ class RequestStream(AbstractContextManager["RequestStream"]):
 
     async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         while self.num_open:
-            output = await self.outputs.get()
-            if isinstance(output, Exception):
+            if isinstance(output := await self.outputs.get(), Exception):
                 raise output
             self.num_open -= output.finish_reason is not None
             yield output

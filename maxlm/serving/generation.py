@@ -50,8 +50,7 @@ class Answer(ABC):
 
     @abstractmethod
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
-        """Returns a choice of an answer, or of an event: what an output adds to sequence ``index``,
-        in the API's form."""
+        """Returns a choice, of an answer or event: what an output adds to sequence ``index``."""
 
     async def respond(self, request: Request) -> Response:
         """Returns the answer to a client that has sent its body."""

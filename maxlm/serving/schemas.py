@@ -54,8 +54,7 @@ class ApiBody(ApiModel):
     model: str | None = None
 
     def list_ignored_fields(self) -> list[str]:
-        """Returns names of fields that nothing here reads. Raises ApiError: one asks for what is
-        not supported."""
+        """Returns names of fields that nothing reads. Raises ApiError: one is not supported."""
         extra = self.model_extra or {}
         for name in _UNSUPPORTED:
             if extra.get(name):

@@ -41,7 +41,6 @@ class ServerState:
     api_key: str | None = None
     max_body_bytes: int = 16 << 20
     read_adapter: Callable[[str], LoraWeights] | None = None
-    """Reads the adapter of a folder."""
     allowed_hosts: Collection[str] | None = None
     """Names that requests may call the server by; None: any."""
     created: int = field(default_factory=lambda: int(time.time()))

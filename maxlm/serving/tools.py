@@ -84,8 +84,7 @@ def make_tool_grammar(
     for tool in tools:
         schema = dict(tool.function.parameters or {"type": "object", "properties": {}})
         for place, shared in definitions.items():  # references start at the root
-            found = schema.pop(place, {})
-            if not isinstance(found, dict):
+            if not isinstance(found := schema.pop(place, {}), dict):
                 raise ApiError(400, f"{place} of a tool's parameters is no object", param="tools")
             for name, value in found.items():
                 if shared.setdefault(name, value) != value:
@@ -123,7 +122,6 @@ class ToolCallParser:
 
     tool_format: ToolFormat
     names: Collection[str]
-    """The tools' names."""
     forced: bool = False
     """Whether the prompt opened a call already."""
     max_calls: int | None = None

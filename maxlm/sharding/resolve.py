@@ -107,8 +107,7 @@ def check_unsharded_share(
     }
     share = sum(whole.values()) / sum(size for size, _ in placements.values())
     if share > max_share:
-        largest = max(whole, key=whole.__getitem__)
         what = f"{share:.0%} of parameter bytes would be whole on every device "
-        what += f"(limit {max_share:.0%}), the largest {largest}"
+        what += f"(limit {max_share:.0%}), the largest {max(whole, key=whole.__getitem__)}"
         fix = "give one of its axes a mesh axis, or raise sharding.max_unsharded"
         raise MaxlmError(what, where="sharding.storage", fix=fix)

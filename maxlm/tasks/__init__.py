@@ -62,8 +62,7 @@ def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens:
     if missing := {n: w for n, w in task.required_heads.items() if model.heads.get(n) != w}:
         what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
         raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
-    longest = max(task.row_lengths(seq_len))
-    if longest > model.max_seq_len:
+    if (longest := max(task.row_lengths(seq_len))) > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
         what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
         raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")

@@ -67,8 +67,7 @@ class KtoTask(ReferenceTask):
         return arrays | {_KL + name: own for name, own in arrays.items() if "seq" in own.axes}
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
-        file = super().open_files(which)
-        if len(file) < 2:
+        if len(file := super().open_files(which)) < 2:
             what = "one row, where each is compared with another's completion"
             raise MaxlmError(what, where=str(file.paths[0]), fix="give two or more")
         return ExtendedRows(**{**vars(file), "with_mismatched": True})
@@ -110,5 +109,4 @@ class KtoTask(ReferenceTask):
             "margin": chosen - rejected,
             "chosen_log_prob": average(own.means[..., 0], is_good),
         }
-        total = losses.sum() + scale_layers_loss(own.aux, batch, examples)
-        return total, sums | own.aux.sums
+        return losses.sum() + scale_layers_loss(own.aux, batch, examples), sums | own.aux.sums

@@ -98,8 +98,7 @@ def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> NDA
     _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
     chosen = np.zeros(sizes.size, bool)
     for word in rng.permutation(sizes.size):
-        size = int(sizes[word])
-        if size <= budget:
+        if (size := int(sizes[word])) <= budget:
             chosen[word], budget = True, budget - size
         if budget == 0:
             break

@@ -248,13 +248,11 @@ class ReferenceFreePairTask(LogProbPairTask):
         weights = arrays["weights"]
         if self.learns_prompts:  # from the first token on, which the last virtual one predicts
             weights = arrays["positions"] >= encoder.num_virtual_tokens - 1
-        is_chosen = arrays["segment_ids"] == 1
-        return arrays | {"nll_weights": (is_chosen * weights).astype(np.float32)}
+        return arrays | {"nll_weights": ((arrays["segment_ids"] == 1) * weights).astype(np.float32)}
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
         weights = batch["nll_weights"]
-        begins = (batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)
-        pairs = begins.sum(dtype=jnp.float32)
+        pairs = ((batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)).sum(dtype=jnp.float32)
         return batch | {"nll_weights": weights * (pairs / jnp.maximum(weights.sum(), 1))}
 
     def compute_nll(self, own: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:

@@ -43,8 +43,7 @@ class RewardTask(PairTask):
         ]
 
     def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
-        margin = row.get("margin")
-        if not isinstance(margin, Real | None):
+        if not isinstance(margin := row.get("margin"), Real | None):
             what = f"margin is {margin!r}"
             raise MaxlmError(what, where="margin", fix="write a number, or leave it out")
         return arrays | {"margins": float(margin or 0)}

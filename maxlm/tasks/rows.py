@@ -95,8 +95,7 @@ class RowTask(Task):
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
         """Opens the files to train or evaluate on."""
-        paths = getattr(self, which)
-        if not paths:
+        if not (paths := getattr(self, which)):
             what = f"task.kind={self.kind} trains on rows of files, and none is named"
             raise MaxlmError(what, where=f"task.{which}", fix="name a .jsonl or .parquet file")
         return open_rows(*paths)
@@ -137,8 +136,7 @@ class RowTask(Task):
         encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
         scan = scan_examples(encoder, file, examples, inputs.build_workers)
         notes = self.describe_scan(scan, encoder.max_length)
-        kept = np.flatnonzero(scan.lengths)
-        if not kept.size:
+        if not (kept := np.flatnonzero(scan.lengths)).size:
             fix = "raise data.seq_len, or set task.too_long"
             raise MaxlmError(notes[-1], where=str(file.paths[0]), fix=fix)
         return make_row_source(

@@ -130,8 +130,7 @@ class Task(Config):
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
-        """Settings that name ids of the model's table which stand for no text; None: a free one
-        is taken."""
+        """Settings that name ids of the table which stand for no text; None: takes a free one."""
         return {}
 
     @property

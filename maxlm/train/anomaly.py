@@ -54,9 +54,7 @@ class LossSpikeDetector(Callback):
                 return None
             reason = f"{self._skipped} updates in a row were not finite"
             return RollbackDecision(step - self._skipped + 1, step, reason)
-        loss = metrics["loss"]
-        limit = self._spike_limit()
-        if loss <= limit:
+        if (loss := metrics["loss"]) <= (limit := self._spike_limit()):
             self._spikes = 0
             self._losses = [*self._losses, loss][-self._config.spike_window :]
             return None

@@ -19,8 +19,7 @@ from maxlm.train.trainer import Callback, Trainer
 
 @dataclass
 class EvaluationCallback(Callback):
-    """Evaluates every so many steps, but not after the last one: the program ends with a longer
-    evaluation."""
+    """Evaluates every so many steps but the last: the program ends with a longer evaluation."""
 
     evaluate: Callable[[TrainState], Mapping[str, float]]
     every_steps: int

@@ -91,8 +91,7 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     elif config.kind == "linear":
         shape = optax.linear_schedule(peak, peak * final, max(rest, 1))
     else:
-        decay = max(round(config.decay_fraction * total_steps), 1)
-        if decay > max(rest, 1):
+        if (decay := max(round(config.decay_fraction * total_steps), 1)) > max(rest, 1):
             raise MaxlmError(
                 f"warmup_steps={warmup} and a decay of {decay} steps are longer than the run of "
                 f"{total_steps} steps",

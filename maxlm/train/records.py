@@ -236,8 +236,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record behind the others, whole or not at all; it is with the operating system on
-    return."""
+    """Writes a record behind the others, whole or not at all; on return the system has it."""
     with convert_write_errors(path):
         check_file_exists(path)
         size = path.stat().st_size

@@ -7,6 +7,7 @@ that a run which is resumed, on any machine, takes the same batches.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,16 @@ def get_skips(metadata: Mapping[str, Any]) -> Skips:
 
 
 def read_skips(folder: Path) -> Skips | None:
-    """Returns the batches recorded in a run's folder; None without a record. Raises MaxlmError if
-    the record is damaged."""
+    """Returns the batches recorded in a run's folder, or None. Raises MaxlmError if damaged."""
     path = folder / _FILE
 
     def read() -> list[BatchRange] | None:
         if not path.exists():
             return None
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             ranges: Any = [tuple(each["batches"]) for each in json.loads(path.read_text())]
             if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
                 return ranges
-        except (ValueError, TypeError, KeyError):
-            pass
         fix = 'rewrite it from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
         raise MaxlmError("is no list of ranges of batches", where=str(path), fix=fix)
 

@@ -115,8 +115,7 @@ class Callback:
         """The step's scalars are on the host, mostly one step after it was dispatched."""
 
     def needs_state(self, trainer: "Trainer", step: int) -> bool:
-        """Whether :meth:`on_state` is to be called after ``step``. True costs the overlap of this
-        step with the next."""
+        """Whether to call :meth:`on_state` after ``step``, which the next then does not overlap."""
         return False
 
     def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:

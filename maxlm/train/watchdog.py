@@ -98,8 +98,7 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while True:
             awaited = self.awaited
-            seconds = time.monotonic() - awaited.start_seconds
-            if seconds >= awaited.timeout_seconds:
+            if (seconds := time.monotonic() - awaited.start_seconds) >= awaited.timeout_seconds:
                 if self._handle_hang(awaited, seconds):
                     return
             elif self._done.wait(min(awaited.timeout_seconds - seconds, 1.0)):

@@ -32,8 +32,7 @@ def write_copies(
         hashed: files with the columns hash (sorted) and check, uint64, and place, uint32;
         has_ranks: and rank, of which the highest is the best. Else, and among equals, the first.
     """
-    path = _range_file(folder, num_ranges, range_index)
-    if path.exists():
+    if (path := _range_file(folder, num_ranges, range_index)).exists():
         return
     names = ("hash", "check", "place", *(["rank"] if has_ranks else []))
     columns, files = read_range(hashed, names, make_equal_range_starts(num_ranges), range_index)

@@ -53,8 +53,7 @@ def build_ngram_index(
     grams, owners, items, lengths = [], [], [], set[int]()
     for name, source in sets.items():
         ids, words, gram, owner = _read_items(source, n, min_words)
-        wanted = _wanted(words, gram, owner, n, max_items_per_ngram)
-        if not wanted.any():
+        if not (wanted := _wanted(words, gram, owner, n, max_items_per_ngram)).any():
             what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
             if words.any():
                 what = f'all text of evaluation set "{name}" is common to more than '
@@ -187,8 +186,7 @@ class DecontaminateStage(PerDocumentStage):
         index = build_ngram_index(self.sets, self.ngram, shortest, self.max_items)
 
         def label(text: str | None) -> dict[str, Any]:
-            found = find_ngrams(index, text or "")
-            if not len(found):
+            if not len(found := find_ngrams(index, text or "")):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
             grams = np.unique(found[:, 0])
             stops = np.searchsorted(index.hashes, index.hashes[grams], "right")

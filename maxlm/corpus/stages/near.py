@@ -167,8 +167,7 @@ def _write_pairs(
 ) -> None:
     """Write the candidates of a band and range in files of bounded size, each sorted."""
     band, which = part
-    done = folder / f"{band}-{which}.done"
-    if done.exists():
+    if (done := folder / f"{band}-{which}.done").exists():
         return
     found = find_candidate_pairs(members, band, number, which, stage.max_group)
     for i, pieces in enumerate(batch_by_size(found, len, stage.memory // _PAIR_BYTES)):

@@ -205,11 +205,9 @@ def choose_threshold(
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     reaches, other = (precision, recall) if target == "precision" else (recall, precision)
     reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
-    reached = reaches >= target_value
-    if not reached.any():
+    if not (reached := reaches >= target_value).any():
         return float(thresholds[np.argmax(reaches)]), False
-    best = np.lexsort((reaches, np.where(reached, other, -1)))[-1]
-    return float(thresholds[best]), True
+    return float(thresholds[np.lexsort((reaches, np.where(reached, other, -1)))[-1]]), True
 
 
 def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:

@@ -68,8 +68,7 @@ def write_window_blocks(
     - for each window its hashes, sorted, the character of text where it begins, and its document's
       rank, if ranks differ
     """
-    done = _block_file(folder, shard.name, "windows")
-    if done.exists():
+    if (done := _block_file(folder, shard.name, "windows")).exists():
         return
     windows = []
     documents = _read_code_points(shard, keep_by)
@@ -195,9 +194,8 @@ def hash_windows(
     power that makes up for where it begins."""
     ends = np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
     begins = np.flatnonzero(np.arange(len(starts)) + window_words <= ends)
-    powers = _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
-    np.cumsum((text.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
+    np.cumsum((text.astype(np.uint64) + np.uint64(1)) * _list_powers(base, len(text)), out=sums[1:])
     inverse = _list_powers(pow(base, -1, 2**64), len(text))
     start, stop = starts[begins], stops[begins + window_words - 1]
     return mix_bits((sums[stop] - sums[start]) * inverse[start]), begins

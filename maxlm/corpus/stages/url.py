@@ -131,8 +131,7 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _ascii(host: str) -> str:
-    host = host.strip(".").lower()
-    if host.isascii():
+    if (host := host.strip(".").lower()).isascii():
         return host
     try:
         return host.encode("idna").decode()

@@ -100,8 +100,7 @@ def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> I
     position = 0
     with open_stream(file.path, file.compression) as stream:
         for index in count():
-            piece = stream.read(size)
-            if not piece and index:
+            if not (piece := stream.read(size)) and index:
                 return
             is_whole = index == 0 and not (piece_bytes and stream.peek(1))
             if piece_bytes and not piece.endswith(b"\n"):
@@ -225,8 +224,7 @@ def _read_cell(column: Any, row: int) -> tuple[Any, int]:
     import pyarrow as pa
 
     try:
-        scalar = column[row]
-        if isinstance(scalar, pa.DictionaryScalar):
+        if isinstance(scalar := column[row], pa.DictionaryScalar):
             scalar = scalar.value
         if isinstance(scalar, pa.BinaryScalar):
             buffer = scalar.as_buffer()

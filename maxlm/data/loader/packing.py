@@ -173,8 +173,7 @@ def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingI
 
 
 def _blocks(offsets: Int64s | Offsets, seq_len: int, block: int) -> Iterator[tuple[Pieces, Int64s]]:
-    """Yields each block's pieces, in order of their sequences, and how many each of its sequences
-    has."""
+    """Yields each block's pieces, in order of sequences, and how many each of its sequences has."""
     for first in range(0, offsets.size - 1, block):
         bounds = np.asarray(offsets[first : first + block + 1])
         counts = -(-np.diff(bounds) // seq_len)

@@ -29,9 +29,8 @@ def create_array(folder: Path, name: str, size: int, dtype: str):
     compressor = {"cname": _CODECS[name], "clevel": 5, "shuffle": "shuffle"}
     to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
-    chunk = CHUNK_TOKENS if name == "tokens" else min(CHUNK_OFFSETS, CHUNK_TOKENS)
     sharding = {
-        "chunk_shape": [chunk],
+        "chunk_shape": [CHUNK_TOKENS if name == "tokens" else min(CHUNK_OFFSETS, CHUNK_TOKENS)],
         "codecs": [to_bytes, {"name": "blosc", "configuration": compressor}, checksum],
         "index_codecs": [to_bytes, checksum],
     }

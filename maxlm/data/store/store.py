@@ -69,8 +69,7 @@ class TokenStore:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the store; out of an object store a copy, for as long as this
-        object lives."""
+        """The tokenizer that made the store; of an object store a copy, while this object lives."""
         return self.path / "tokenizer" if self.path else Path(self._tokenizer_copy.name)
 
     @cached_property
@@ -174,8 +173,7 @@ class TokenStore:
             "offsets": (self._offsets, self.num_documents + 1, "int64"),
         }
         for name, (array, size, dtype) in expected.items():
-            found = (array.shape, array.dtype.name)
-            if found != ((size,), dtype):
+            if (found := (array.shape, array.dtype.name)) != ((size,), dtype):
                 what = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
                 raise self._damaged(what)
 

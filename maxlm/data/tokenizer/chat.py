@@ -140,8 +140,7 @@ def _encode_pieces(
     text, before = "", list[int]()
     for piece in pieces:
         text += piece
-        ids = tokenizer.encode_with_escapes(text, escape)
-        if ids[: len(before)] != before:
+        if (ids := tokenizer.encode_with_escapes(text, escape))[: len(before)] != before:
             raise _make_template_error("lets a token cross the beginning or end of a turn")
         yield ids[len(before) :]
         before = ids

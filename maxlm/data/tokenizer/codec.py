@@ -198,8 +198,7 @@ class Tokenizer:
         return self._encode(texts, self.codec.encode_segments)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids; special tokens as their literals, bytes that are not UTF-8 as
-        U+FFFD."""
+        """Returns ids' text; special tokens as literals, bytes that are not UTF-8 as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:

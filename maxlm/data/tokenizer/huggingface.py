@@ -103,8 +103,7 @@ class HuggingFaceCodec(Codec):
         encoding = self._marked.encode(segment, add_special_tokens=False)
         ids: list[int] = []
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            span = segment[start:stop]
-            if span != mark:
+            if (span := segment[start:stop]) != mark:
                 ids += self._without_special([i]) if mark in span else [i]
         return ids
 
@@ -195,8 +194,7 @@ def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any]
     if not special or not lost:
         return data, spec, ()
     spec["added_tokens"] = [token for token in added if token["content"] not in lost]
-    vocab = spec["model"].get("vocab")
-    if isinstance(vocab, dict):
+    if isinstance(vocab := spec["model"].get("vocab"), dict):
         spec["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in lost}
     return json.dumps(spec).encode(), spec, tuple(sorted(lost))
 

@@ -24,18 +24,15 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # A token in base64, it
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     """Load the tokenizer saved in ``folder``."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not (folder := Path(folder)).is_dir():
         what = "no such folder" if not folder.exists() else "not a folder"
         fix = "name a folder that `maxlm tokenizer train` wrote"
         raise MaxlmError(what, where=str(folder), fix=fix)
-    metadata = files.read_metadata(folder)
-    if metadata.kind.startswith("sentencepiece"):
+    if (metadata := files.read_metadata(folder)).kind.startswith("sentencepiece"):
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
     else:
-        path = folder / HuggingFaceCodec.file_name
         settings = {"special": metadata.special_tokens, "splits_by_pattern": metadata.kind == "bpe"}
-        codec = _open_codec(HuggingFaceCodec, path, **settings)
+        codec = _open_codec(HuggingFaceCodec, folder / HuggingFaceCodec.file_name, **settings)
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
@@ -70,8 +67,7 @@ def import_tokenizer(
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
-    path = Path(source)
-    if path.is_file():
+    if (path := Path(source)).is_file():
         is_json = read_file(path).lstrip()[:1] == b"{"
     elif not path.exists():
         fix = "name a Hugging Face checkpoint's folder or a tokenizer's file"
@@ -92,8 +88,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
 
 
 def _open_codec(codec_type: type[CodecType], path: Path, **settings: Any) -> CodecType:
-    data = read_file(path)
-    if _TIKTOKEN_LINE.match(data):
+    if _TIKTOKEN_LINE.match(data := read_file(path)):
         fix = (
             "convert it: transformers.convert_slow_tokenizer.TikTokenConverter(file, pattern)"
             ".converted().save('tokenizer.json')"

@@ -29,8 +29,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     """
     literals = config.special_literals
     num_unknown = 0 if config.kind == "bpe" else 1
-    smallest = 256 + len(literals) + num_unknown
-    if config.vocab_size < smallest:
+    if config.vocab_size < (smallest := 256 + len(literals) + num_unknown):
         parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if num_unknown else "")
         what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
         raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")

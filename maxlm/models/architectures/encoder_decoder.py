@@ -92,8 +92,7 @@ class EncoderDecoder(Transformer):
         return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
     def project_cross_keys(self, inputs: Tokens) -> dict[str, tuple[KeysValues, ...]]:
-        """Makes, for inference, the keys and values that each layer looks up of the input, by
-        stack."""
+        """Makes, for inference, the keys and values of the input for each layer, by stack."""
         encoded, _ = self.encode(inputs)
 
         def project(stack: Any) -> tuple[KeysValues, ...]:

@@ -53,8 +53,7 @@ class Transformer(Trunk):
         D, std, vocab = config.d_model, config.init_std, config.vocab_size
         self.embedding = Embedding("vocab", vocab, D, std, **kw)
         own = {"bias": False, "std": std, "role": "table", **kw}
-        tied = config.tie_embeddings
-        self.head = None if tied else Linear({"embed": D}, {"vocab": vocab}, **own)
+        self.head = None if config.tie_embeddings else Linear({"embed": D}, {"vocab": vocab}, **own)
         zeros = jax.nn.initializers.zeros
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
@@ -96,8 +95,7 @@ class Transformer(Trunk):
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
         """Computes hidden states of inputs [..., S, D] that a frontend has embedded."""
-        run = self.layers_fn or self.run_layers
-        x, aux = run(x, (positions, segment_ids))
+        x, aux = (self.layers_fn or self.run_layers)(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

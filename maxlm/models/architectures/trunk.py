@@ -203,9 +203,8 @@ class Trunk(nnx.Module):
     ) -> AttentionInputs:
         slopes, config = None, self.config
         if config.positions.kind == "alibi":
-            heads = config.attention.num_heads
             own = kind.positions or config.positions
-            slopes = jnp.asarray(compute_alibi_slopes(heads, own.max_bias))
+            slopes = jnp.asarray(compute_alibi_slopes(config.attention.num_heads, own.max_bias))
         scale = config.score_scale(kind)
         return AttentionInputs(*context, slopes, biases, scale, kind.window, self.causal)
 

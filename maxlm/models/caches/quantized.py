@@ -75,8 +75,7 @@ class QuantizedCache(AttentionCache):
             calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
         limits = {"uniform_rows": (rows, width), "key_limits": first * page}
         old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
-        recent = [call() for call in calls]
-        if len(recent) > 1:
+        if len(recent := [call() for call in calls]) > 1:
             recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
         y, _ = merge_attention(old, recent[0])
         y = y if value is None else y[..., : value.shape[-1]]

@@ -106,8 +106,7 @@ def run_rows(
 
 
 class RecurrentCache(NamedTuple):
-    """A state that passes from token to token, for every row [D, R, ...]; zeros before the
-    first."""
+    """A state passed from token to token, for every row [D, R, ...]; zeros before the first."""
 
     state: Any
 

@@ -68,8 +68,7 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 def _write_local(config: Any) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
-    scale = config.attention.scale or config.attention.head_dim**-0.5
-    divisor = round(scale**-2, 6)
+    divisor = round((config.attention.scale or config.attention.head_dim**-0.5) ** -2, 6)
     return {
         **_write(config),
         "query_pre_attn_scalar": int(divisor) if divisor.is_integer() else divisor,

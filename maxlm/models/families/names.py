@@ -242,9 +242,8 @@ def _entry(
         return []
     pieces = tuple(_piece(specs[own], len(at)) for own in ours)
     form = rule.make_conversion(pieces)
-    places = tuple(ParamSlice(own, at) for own in ours)
     how = (form.split, form.join, rule.aliases, rule, pieces)
-    return [TensorEntry(name, form.shape, places, *how)]
+    return [TensorEntry(name, form.shape, tuple(ParamSlice(own, at) for own in ours), *how)]
 
 
 def _piece(spec: ParamSpec, leading: int) -> ParamShape:

@@ -89,8 +89,7 @@ class ConfigReader:
         """Reads a value that must be one of those implemented, or absent (the first); a null means
         what false and 0 do."""
         self._seen.add(key)
-        value = self.values.get(key, allowed[0])
-        if value is None and not allowed[0]:
+        if (value := self.values.get(key, allowed[0])) is None and not allowed[0]:
             return allowed[0]
         for one in allowed:
             if value == one and isinstance(value, bool) == isinstance(one, bool):
@@ -109,10 +108,8 @@ class ConfigReader:
     def number(
         self, key: str, default: Any = REQUIRED, *, least: int | None = None, **kwargs: Any
     ) -> Any:
-        """Reads a finite number of at least ``least``, or above 0, as a float; ``kwargs`` as of
-        :meth:`get`."""
-        value = self.get(key, default, **kwargs)
-        if value is None:
+        """Reads a finite float of at least ``least``, or above 0; ``kwargs`` as of :meth:`get`."""
+        if (value := self.get(key, default, **kwargs)) is None:
             return None
         finite = type(value) in (int, float) and math.isfinite(value)
         if not finite or (value <= 0 if least is None else value < least):
@@ -131,8 +128,7 @@ class ConfigReader:
     def read_nested(self, key: str) -> "ConfigReader":
         """Returns a reader of a nested mapping, to be checked with this one."""
         self._seen.add(key)
-        value = self.values.get(key)
-        if not isinstance(value, Mapping | None):
+        if not isinstance(value := self.values.get(key), Mapping | None):
             raise self._wrong(key, value, "a mapping")
         if key not in self._inside:
             self._inside[key] = ConfigReader(value or {}, f"{self.where}: {key}")
@@ -142,8 +138,7 @@ class ConfigReader:
         return MaxlmError(f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT)
 
     def check_all_read(self, *ignored: str) -> list[str]:
-        """Checks that every value was read, but for null and ``ignored`` names, and returns notes
-        for the user."""
+        """Checks that all but nulls and ``ignored`` names were read; returns notes for the user."""
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
         for key in sorted(key for key in left if self.values[key] is not None):
             fix = "convert a model without it; dropping it silently could change the model"

@@ -50,8 +50,7 @@ def read_position_settings(
 def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, Any] | None:
     """Returns settings of a scaling, None where there is none; ``max_positions`` stand for the
     original length where none is named."""
-    kind = reader.get("rope_type", "default", alias="type")
-    if kind not in ("default", *_SCALINGS):
+    if (kind := reader.get("rope_type", "default", alias="type")) not in ("default", *_SCALINGS):
         fix = "linear, dynamic, yarn, llama3 and default can be converted"
         raise MaxlmError(f"rope_type={kind!r} is not implemented", where=reader.where, fix=fix)
     if kind == "default":

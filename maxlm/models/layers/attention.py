@@ -90,10 +90,9 @@ class AttentionConfig(Config):
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
         """Attention of the same kind with small heads: the ratio of query to kv heads stays, up to
         8, and windows are a quarter of a sequence."""
-        group = min(self.num_heads // self.num_kv_heads, 8)
         kv_heads = 1 if self.num_kv_heads == 1 else 2
         changes: dict[str, Any] = {
-            "num_heads": group * kv_heads,
+            "num_heads": min(self.num_heads // self.num_kv_heads, 8) * kv_heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
             "window": self.window and max(2, seq_len // 4),

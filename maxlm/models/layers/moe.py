@@ -260,8 +260,7 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the bias, fp32
     [E], is added to the scores that experts and groups are chosen by. Differentiable in the logits
     through scores and weights; not in the bias."""
-    normalise = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
-    scores = normalise(logits)
+    scores = (jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid)(logits)
     ranked = lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups_per_token < config.groups:
         size = config.num_experts // config.groups

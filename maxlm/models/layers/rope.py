@@ -124,8 +124,7 @@ def _yarn(plain: np.ndarray, theta: float, size: int, scaling: YarnScaling) -> n
     if scaling.truncate:
         low, high = floor(low), ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    width = high - low or 0.001
-    stretched = np.clip((np.arange(size // 2) - low) / width, 0, 1)
+    stretched = np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
     return plain * (1 - stretched) + plain / scaling.factor * stretched
 
 
@@ -193,8 +192,7 @@ def materialize_rotary(rotary: Rotary) -> Rotary:
 
 @jax.custom_vjp
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns the first R dimensions of x [B, S, N, H], i with i + R/2; the others stay.
-    Differentiable in x."""
+    """Turns the first R dimensions of x [B, S, N, H], i with i + R/2. Differentiable in x."""
     # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
     x = lax.optimization_barrier(x)
     size = 2 * rotary.cos.shape[-1]

@@ -212,8 +212,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self.close()
 
     def _find_step(self, step: int | None) -> int:
-        steps = self.steps()
-        if not steps:
+        if not (steps := self.steps()):
             raise MaxlmError("no checkpoint here", where=self.place, fix="train for longer")
         if step is not None and step not in steps:
             fix = f"use one of {', '.join(map(str, steps))}"

@@ -72,8 +72,7 @@ class LocalTier:
         arrays: dict[str, np.ndarray] = {}
         for name, leaf in leaves.items():
             for shard in leaf.addressable_shards:
-                key = f"{name}@{_shard_key(shard.index, leaf.shape)}"
-                if key not in arrays:
+                if (key := f"{name}@{_shard_key(shard.index, leaf.shape)}") not in arrays:
                     # A copy: on CPU the array's memory would be the next step's.
                     arrays[key] = np.array(shard.data)
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
@@ -109,8 +108,7 @@ class LocalTier:
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state; raises UnreadableCheckpoint where a process has
         no file, or a damaged one, or files are of different saves."""
-        has_file = all_gather_json(self.path(step).exists())
-        if not all(has_file):
+        if not all(has_file := all_gather_json(self.path(step).exists())):
             what = f"process {has_file.index(False)} has none"
             raise UnreadableCheckpoint(what, where=self.place, fix=_FIX)
         metadata = raise_on_all_hosts(lambda: self._read_metadata(step))
@@ -128,8 +126,7 @@ class LocalTier:
         return with_retries(self.path(step), read)
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """Returns the state, each device's part from its process's file; raises
-        UnreadableCheckpoint."""
+        """Returns the state, each part from its process's file; raises UnreadableCheckpoint."""
         path, wanted = self.path(step), flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
@@ -166,8 +163,7 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
         keys, shards = set(file.keys()), {}
 
         def read_shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
-            key = f"{name}@{_shard_key(index, shape)}"
-            if key not in keys:
+            if (key := f"{name}@{_shard_key(index, shape)}") not in keys:
                 what = "unreadable (it was written on another mesh or by other processes)"
                 raise UnreadableCheckpoint(what, where=str(path), fix=_FIX)
             if key not in shards:

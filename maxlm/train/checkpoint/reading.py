@@ -113,8 +113,7 @@ def add_integrity_fields(
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
     """Returns what :func:`add_integrity_fields` returned, without its checksum; raises ValueError
     if it is damaged."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
+    if not isinstance(value := json.loads(text), dict):
         raise ValueError("its metadata is no JSON object")
     checksum = value.pop(_CHECKSUM, None)
     # Older versions wrote neither: damage to one of the names does not make it one of theirs.
