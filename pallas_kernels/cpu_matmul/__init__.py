@@ -10,7 +10,7 @@ from pallas_kernels.cpu import load_kernels
 
 __all__ = ["can_multiply_rows", "cpu_matmul"]
 
-# Up to so many rows it is faster than XLA's libraries, of a transposed kernel and without matrix units.
+# Up to so many rows it is faster than XLA: of a transposed kernel, and without matrix units.
 _MAX_COLUMN_MAJOR_ROWS, _MAX_ROWS = 16, 48
 
 
