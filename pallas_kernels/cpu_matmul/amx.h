@@ -1,7 +1,7 @@
 // Products of many rows on AMX, the matrix units of Intel's processors, which multiply bfloat16.
 //
 // A float32 is the sum of three bfloat16, and a product of two that of nine products, of which the six
-// largest are summed in float32, as XLA's BF16_BF16_F32_X6 does: those left out are some 2⁻²⁵ of the
+// largest are summed in float32, as XLA's BF16_BF16_F32_X6 does: those left out are at most 2⁻²³ of the
 // product (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
 
 #ifndef PALLAS_KERNELS_CPU_MATMUL_AMX_H_

@@ -17,7 +17,7 @@ namespace {
 // and NEON, 16 of AVX.
 constexpr int kRows = kLanes == 16 ? 8 : 4, kVectors = kLanes == 4 ? 4 : 3;
 constexpr int64_t kTile = kLanes * kVectors;
-// Up to so many rows matrix units are slower.
+// Up to so many rows matrix units are slower; XLA, without such, is not (__init__.py).
 constexpr int64_t kFewRows = 48;
 // Inputs of a block at most.
 constexpr int64_t kDepth = 512;
