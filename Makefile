@@ -44,9 +44,11 @@ train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small
 	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
-# The tests' programs run for an instant: what makes them fast would cost more than it gives. Later
-# jax, which Python 3.11 has not, lacks the last of these.
-quick = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
+# The tests' programs run for an instant: what makes them fast would cost more than it gives. On a
+# busy machine eight devices wait for one another longer than the 40 s after which XLA ends a process.
+# Later jax, which Python 3.11 has not, lacks the last of these.
+quick = --xla_cpu_collective_call_terminate_timeout_seconds=600 \
+	--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	$(if $(wildcard $(venv)/lib/python3.11),--xla_cpu_use_fusion_emitters=false)
 pytest = XLA_FLAGS="$(quick) $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 --dist loadfile \
 	--no-loadscope-reorder

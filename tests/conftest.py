@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,22 @@ gc.set_threshold(200_000)
 # The same examples in every run, on every machine, however slow.
 settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("maxlm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the longest files first: no worker ends with one of them while others rest."""
+    items.sort(key=lambda item: item.path.parent.name not in ("programs", "tasks"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go() -> Iterator[None]:
+    """Programs hold memory, and memory maps, of which Linux gives a process 65,530: thousands of
+    programs stay no longer than some modules use them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 10_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
