@@ -54,6 +54,18 @@ inline Vector MultiplyAdd(const Vector& x, const Vector& y, const Vector& z) {
 #endif
 }
 
+// x in a register: a compiler may load it anew for each of the products that it is in.
+inline Vector Keep(Vector x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__FMA__)
+  asm("" : "+x"(x));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // x − 0 is x for every x, so nothing is subtracted; x + 0 would be, as −0 + 0 is not −0, by the units
 // that multiply.
 inline Vector MultiplyAdd(float x, const Vector& y, const Vector& z) {

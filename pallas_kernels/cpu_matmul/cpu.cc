@@ -96,7 +96,9 @@ void MultiplyBlock(const Shape& shape, const float* x, const float* kernel, floa
 // Multiplies R rows by V columns of a column-major kernel, which lie one behind the other.
 template <int R, int V>
 void MultiplyDense(const Shape& shape, const float* x, const float* kernel, float* y) {
-  Vector sums[R][V] = {};
+  Vector sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = Vector{};
   int64_t whole = shape.inputs / kLanes * kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
     Vector columns[V];
@@ -104,9 +106,10 @@ void MultiplyDense(const Shape& shape, const float* x, const float* kernel, floa
       columns[v] = At(kernel + v * shape.inputs + k);
       __builtin_prefetch(kernel + (V + v) * shape.inputs + k);
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        sums[r][v] = MultiplyAdd(At(x + r * shape.inputs + k), columns[v], sums[r][v]);
+    for (int r = 0; r < R; ++r) {
+      Vector row = Keep(At(x + r * shape.inputs + k));
+      for (int v = 0; v < V; ++v) sums[r][v] = MultiplyAdd(row, columns[v], sums[r][v]);
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
