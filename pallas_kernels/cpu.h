@@ -56,10 +56,8 @@ inline Vector MultiplyAdd(const Vector& x, const Vector& y, const Vector& z) {
 
 // x in a register: a compiler may load it anew for each of the products that it is in.
 inline Vector Keep(Vector x) {
-#if defined(__AVX512F__)
+#if defined(__FMA__)
   asm("" : "+v"(x));
-#elif defined(__FMA__)
-  asm("" : "+x"(x));
 #elif defined(__ARM_NEON)
   asm("" : "+w"(x));
 #endif

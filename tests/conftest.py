@@ -39,7 +39,7 @@ def _compiled_programs_are_let_go() -> Iterator[None]:
     programs stay no longer than some modules use them."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 10_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
         gc.collect()
 

@@ -18,7 +18,7 @@ FAILING = {
     "exits with 0": "import os\nos._exit(0)",
     "hides its error": "import sys\nsys.excepthook = lambda *a: None\nraise SystemExit(0)",
     "replaces a builtin": "import builtins\nbuiltins.abs = lambda x: 7\nassert abs(-3) == 7",
-    "closes every descriptor": "import os\nos.closerange(0, 100)",
+    "closes every descriptor": "import os\nos.closerange(0, 10_000)",
     "connects": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
     "deletes a folder": "import os, shutil\nshutil.rmtree(os.path.dirname('{victim}'))",
     "changes a file": "open('{victim}', 'w').write('gone')",
