@@ -54,8 +54,8 @@ inline Vector MultiplyAdd(const Vector& x, const Vector& y, const Vector& z) {
 #endif
 }
 
-// x in a register: a compiler may load it anew for each of the products that it is in.
-inline Vector Keep(Vector x) {
+// Holds x in a register: a compiler may load it anew for each of the products that it is in.
+inline Vector KeepInRegister(Vector x) {
 #if defined(__FMA__)
   asm("" : "+v"(x));
 #elif defined(__ARM_NEON)

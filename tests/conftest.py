@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_let_go() -> Iterator[None]:
-    """Programs hold memory, and memory maps, of which Linux gives a process 65,530: thousands of
-    programs stay no longer than some modules use them."""
+    """Drops compiled programs when they hold many memory maps, of which Linux gives a process
+    65,530; memory comes free with them."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:

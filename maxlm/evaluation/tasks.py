@@ -112,7 +112,7 @@ def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
         raise MaxlmError(f"no task {name!r}", where="--tasks", fix=fix)
 
 
-# Reads 13,000 files, which takes ten seconds.
+# Once a process: it reads 13,000 files, which takes ten seconds.
 _index_tasks = cache(TaskManager)
 
 

@@ -107,7 +107,7 @@ void MultiplyDense(const Shape& shape, const float* x, const float* kernel, floa
       __builtin_prefetch(kernel + (V + v) * shape.inputs + k);
     }
     for (int r = 0; r < R; ++r) {
-      Vector row = Keep(At(x + r * shape.inputs + k));
+      Vector row = KeepInRegister(At(x + r * shape.inputs + k));
       for (int v = 0; v < V; ++v) sums[r][v] = MultiplyAdd(row, columns[v], sums[r][v]);
     }
   }
