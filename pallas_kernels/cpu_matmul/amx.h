@@ -1,38 +1,41 @@
-// Products of many rows on AMX, the matrix units of Intel's processors, which multiply bfloat16.
+// Products of many rows on AMX, the matrix units of Intel's processors, which multiply 8-bit integers.
 //
-// A float32 is the sum of three bfloat16, and a product of two that of nine products, of which the six
-// largest are summed in float32, as XLA's BF16_BF16_F32_X6 does: those left out are at most 2⁻²³ of the
-// product (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
+// A row of x, or a column of the kernel, is a unit times numbers of three digits in base 256, each in
+// [−128, 127], the first at most 127: 24 bits, as float32 has, beside the row's largest. Of the nine
+// products of digits eight are summed as integers, so without rounding; the last is at most 2⁻³² of
+// the largest product (Ootomo, Ozaki and Yokota 2024, arXiv 2306.11975, who do so for float64).
 
 #ifndef PALLAS_KERNELS_CPU_MATMUL_AMX_H_
 #define PALLAS_KERNELS_CPU_MATMUL_AMX_H_
 
 #include "pallas_kernels/cpu.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
 namespace amx {
 
 typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t HalfWords __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-// 16 rows of 32 bfloat16: inputs of 16 rows of x, or of 16 columns of the kernel, two inputs a word.
+constexpr int kDigits = 3;
+// Rows and columns of a tile, and inputs that it holds of each, four in a word.
+constexpr int64_t kRows = 16, kInputs = 64;
+// A panel of so many inputs and columns fits the second cache beside 16 rows of x.
+constexpr int64_t kDepth = 1536, kWidth = 256;
+// Rows of the kernel that are asked for before they are read.
+constexpr int64_t kAhead = 16;
+
 struct alignas(64) Tile {
   uint32_t words[16][16];
 };
 
-// Of 32 rows of x, or 32 columns of the kernel, 32 inputs in three parts, the largest first.
+// 64 inputs of 16 rows of x, or of 16 columns of the kernel: the first digits, the second, the third.
 struct Step {
-  Tile parts[3][2];
+  Tile digits[kDigits];
 };
-
-constexpr int64_t kInputs = 32, kRows = 32, kColumns = 32;
-// A panel of so many inputs and columns fits the second cache beside 32 rows of x.
-constexpr int64_t kDepth = 1024, kWidth = 128;
-// Rows of the kernel that are asked for before they are read.
-constexpr int64_t kAhead = 16;
 
 inline int64_t CountSteps(int64_t inputs) { return (inputs + kInputs - 1) / kInputs; }
 
@@ -43,13 +46,6 @@ inline bool IsAllowed() {
   return allowed;
 }
 
-// Takes the next of the three bfloat16 whose sum floats are: the upper halves of words.
-inline Words TakePart(Vector& x) {
-  Words part = ((Words)x + 0x8000u) & 0xFFFF0000u;
-  x -= (Vector)part;
-  return part;
-}
-
 // Up to 16 floats; zeros behind them.
 inline Vector Load(const float* from, int64_t count) {
   if (count >= kLanes) return At(from);
@@ -58,101 +54,123 @@ inline Vector Load(const float* from, int64_t count) {
   return floats;
 }
 
-// Splits up to 32 rows of x, `stride` floats apart, into steps.
-inline void SplitRows(const float* x, int64_t rows, int64_t inputs, Step* steps) {
-  for (int64_t step = 0; step < CountSteps(inputs); ++step)
-    for (int64_t row = 0; row < kRows; ++row)
-      for (int half = 0; half < 2; ++half) {
-        int64_t k = step * kInputs + half * kLanes;
-        Vector floats = Load(x + row * inputs + k, row < rows ? inputs - k : 0);
-        for (auto& part : steps[step].parts) {
-          HalfWords halves = __builtin_convertvector(TakePart(floats) >> 16, HalfWords);
-          std::memcpy(&part[row / 16].words[row % 16][half * 8], &halves, sizeof(halves));
-        }
-      }
+// The larger of two magnitudes' bits, of which those of infinities and NaNs are the largest.
+inline Words TakeLarger(Words largest, const Vector& x) {
+  Words bits = (Words)x & 0x7FFFFFFFu;
+  return bits > largest ? bits : largest;
 }
 
-// Splits up to 128 columns of `depth` rows of a kernel, `stride` floats apart; each 32 columns' steps
-// follow the last's.
+// What the first digits count, where the others count 256th and 65536th parts of it, and how many third
+// digits' units a float is. A float that is not finite has a unit that makes its whole row NaN.
+struct Scale {
+  Vector unit, count;
+
+  explicit Scale(Words largest)
+      : unit((Vector)largest / 127.0f), count(largest ? 65536.0f / unit : Vector{}) {}
+};
+
+// The digits of floats, in each word's lowest bytes, the last first.
+inline Words TakeDigits(const Vector& x, const Vector& count) {
+  // With 128 more each are bytes, which overflow into none.
+  return ((Words)_mm512_cvtps_epi32(x * count) + 0x808080u) ^ 0x808080u;
+}
+
+// Splits up to 16 rows of x, which may be of any length; writes each row's unit.
+inline void SplitRows(const float* x, int64_t rows, int64_t inputs, Step* steps, float* units) {
+  for (int64_t row = 0; row < kRows; ++row) {
+    const float* floats = x + row * inputs;
+    int64_t count = row < rows ? inputs : 0;
+    Words largest{};
+    for (int64_t k = 0; k < count; k += kLanes)
+      largest = TakeLarger(largest, Load(floats + k, count - k));
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, largest[lane]);
+    Scale scale(bits + Words{});
+    units[row] = scale.unit[0];
+    for (int64_t k = 0; k < CountSteps(inputs) * kInputs; k += kLanes) {
+      Words words = TakeDigits(Load(floats + k, count - k), scale.count);
+      for (int digit = 0; digit < kDigits; ++digit) {
+        Bytes bytes = __builtin_convertvector(words >> 8 * (kDigits - 1 - digit), Bytes);
+        Tile& tile = steps[k / kInputs].digits[digit];
+        std::memcpy(&tile.words[row][k % kInputs / 4], &bytes, sizeof(bytes));
+      }
+    }
+  }
+}
+
+// Splits up to kWidth columns of `depth` rows of a kernel, `stride` floats apart; each 16 columns' steps
+// follow the last's. Writes each column's unit.
 inline void SplitColumns(const float* kernel, int64_t stride, int64_t depth, int64_t columns,
-                         Step* panel) {
+                         Step* panel, float* units) {
   int64_t steps = CountSteps(depth);
-  for (int64_t k = 0; k < steps * kInputs; k += 2) {
-    const float* row = kernel + k * stride;
-    auto split = [&](int64_t c, Vector even, Vector odd) {
-      for (auto& part : panel[c / kColumns * steps + k / kInputs].parts) {
-        Words words = (TakePart(even) >> 16) | TakePart(odd);
-        std::memcpy(part[c / kLanes % 2].words[k % kInputs / 2], &words, sizeof(words));
-      }
-    };
-    int64_t c = 0;
-    if (k + 1 < depth)
-      for (; c + kLanes <= columns; c += kLanes) {
-        __builtin_prefetch(row + kAhead * stride + c);
-        __builtin_prefetch(row + (kAhead + 1) * stride + c);
-        split(c, At(row + c), At(row + stride + c));
-      }
-    for (; c < (columns + kColumns - 1) / kColumns * kColumns; c += kLanes)
-      split(c, Load(row + c, k < depth ? columns - c : 0),
-            Load(row + stride + c, k + 1 < depth ? columns - c : 0));
+  Words largest[kWidth / kLanes] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const float* row = kernel + k * stride + c;
+      __builtin_prefetch(row + kAhead * stride);
+      largest[c / kLanes] = TakeLarger(largest[c / kLanes], Load(row, columns - c));
+    }
+  Vector counts[kWidth / kLanes];
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    Scale scale(largest[c / kLanes]);
+    At(units + c) = scale.unit;
+    counts[c / kLanes] = scale.count;
   }
+  for (int64_t k = 0; k < steps * kInputs; k += 4)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Words words[4];
+      for (int i = 0; i < 4; ++i)
+        words[i] = TakeDigits(Load(kernel + (k + i) * stride + c, k + i < depth ? columns - c : 0),
+                              counts[c / kLanes]);
+      for (int digit = 0; digit < kDigits; ++digit) {
+        int shift = 8 * (kDigits - 1 - digit);
+        Words four{};
+        for (int i = 0; i < 4; ++i) four |= (words[i] >> shift & 0xFFu) << 8 * i;
+        Tile& tile = panel[c / kLanes * steps + k / kInputs].digits[digit];
+        std::memcpy(tile.words[k % kInputs / 4], &four, sizeof(four));
+      }
+    }
 }
 
-// Multiplies 32 rows by 32 columns over so many steps; the sums begin at y, whose rows are `stride`
-// floats apart, where they `resume`.
-inline void MultiplySteps(const Step* x, const Step* kernel, int64_t steps, float* y, int64_t stride,
-                          bool resume) {
-// Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns; macros, as numbers must be literal.
-#define LOAD(first, second, pair)          \
-  _tile_loadd(first, (pair)[0].words, 64); \
-  _tile_loadd(second, (pair)[1].words, 64)
-#define MULTIPLY           \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
-  // To the compiler loading a tile reads no memory: what was written is written before.
+// Multiplies 16 rows by 16 columns over so many steps. Sums are of those products whose unit is the
+// first digits', its 256th part, and so on.
+inline void MultiplySteps(const Step* x, const Step* kernel, int64_t steps, Tile (&sums)[4]) {
+  // To the compiler loading a tile reads no memory: what was written is written before. Registers 0 to
+  // 3 hold sums, 4 and 5 rows, 6 and 7 columns.
   std::atomic_signal_fence(std::memory_order_seq_cst);
-  float* below = y + 16 * stride;
-  if (resume) {
-    _tile_loadd(0, y, 4 * stride);
-    _tile_loadd(1, y + 16, 4 * stride);
-    _tile_loadd(2, below, 4 * stride);
-    _tile_loadd(3, below + 16, 4 * stride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t step = 0; step < steps; ++step) {
-    auto& [high, middle, low] = x[step].parts;
-    auto& [kernel_high, kernel_middle, kernel_low] = kernel[step].parts;
-    LOAD(4, 5, high);
-    LOAD(6, 7, kernel_low);
-    MULTIPLY;
-    LOAD(6, 7, kernel_high);
-    MULTIPLY;
-    LOAD(6, 7, kernel_middle);
-    MULTIPLY;
-    LOAD(4, 5, middle);
-    MULTIPLY;
-    LOAD(6, 7, kernel_high);
-    MULTIPLY;
-    LOAD(4, 5, low);
-    MULTIPLY;
+    auto& [first, second, third] = x[step].digits;
+    auto& [kernel_first, kernel_second, kernel_third] = kernel[step].digits;
+    _tile_loadd(4, first.words, 64);
+    _tile_loadd(6, kernel_first.words, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, kernel_second.words, 64);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, second.words, 64);
+    _tile_dpbssd(2, 5, 7);
+    _tile_dpbssd(1, 5, 6);
+    _tile_loadd(7, kernel_third.words, 64);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 5, 7);
+    _tile_loadd(4, third.words, 64);
+    _tile_dpbssd(2, 4, 6);
+    _tile_loadd(7, kernel_second.words, 64);
+    _tile_dpbssd(3, 4, 7);
   }
-  _tile_stored(0, y, 4 * stride);
-  _tile_stored(1, y + 16, 4 * stride);
-  _tile_stored(2, below, 4 * stride);
-  _tile_stored(3, below + 16, 4 * stride);
-#undef LOAD
-#undef MULTIPLY
+  _tile_stored(0, sums[0].words, 64);
+  _tile_stored(1, sums[1].words, 64);
+  _tile_stored(2, sums[2].words, 64);
+  _tile_stored(3, sums[3].words, 64);
 }
 
 // Multiplies rows, split, by the columns [start, end).
-inline void MultiplyPanel(const Step* x, int64_t rows, int64_t inputs, const float* kernel, float* y,
-                          int64_t outputs, int64_t start, int64_t end) {
+inline void MultiplyPanel(const Step* x, const float* row_units, int64_t rows, int64_t inputs,
+                          const float* kernel, float* y, int64_t outputs, int64_t start,
+                          int64_t end) {
   struct alignas(64) {
     uint8_t palette = 1, first_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -160,26 +178,31 @@ inline void MultiplyPanel(const Step* x, int64_t rows, int64_t inputs, const flo
   } config;
   _tile_loadconfig(&config);
   int64_t steps = CountSteps(inputs), depth = std::min(steps, kDepth / kInputs);
-  int64_t groups = (end - start + kColumns - 1) / kColumns;
-  std::unique_ptr<Step[]> panel(new Step[groups * depth]);
+  std::unique_ptr<Step[]> panel(new Step[kWidth / kLanes * depth]);
+  float column_units[kWidth];
   for (int64_t first = 0; first < steps; first += depth) {
     int64_t k = first * kInputs, count = std::min(depth, steps - first);
     SplitColumns(kernel + k * outputs + start, outputs, std::min(depth * kInputs, inputs - k),
-                 end - start, panel.get());
+                 end - start, panel.get(), column_units);
     for (int64_t row = 0; row < rows; row += kRows)
-      for (int64_t c = start; c < end; c += kColumns) {
-        const Step* own = x + row / kRows * steps + first;
-        const Step* columns = &panel[(c - start) / kColumns * count];
+      for (int64_t c = start; c < end; c += kLanes) {
         float* out = y + row * outputs + c;
-        if (row + kRows <= rows && c + kColumns <= end) {
-          MultiplySteps(own, columns, count, out, outputs, first);
-          continue;
+        int64_t height = std::min(kRows, rows - row);
+        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(out + r * outputs, 1);
+        Tile sums[4];
+        MultiplySteps(x + row / kRows * steps + first, &panel[(c - start) / kLanes * count], count,
+                      sums);
+        for (int64_t r = 0; r < height; ++r, out += outputs) {
+          Vector sum{};
+          for (int i = 3; i >= 0; --i) {
+            auto& integers = reinterpret_cast<const Integers&>(sums[i].words[r]);
+            sum = MultiplyAdd(1 / 256.0f, sum, __builtin_convertvector(integers, Vector));
+          }
+          sum *= row_units[row + r] * At(column_units + c - start);
+          if (first) sum += Load(out, end - c);
+          if (c + kLanes <= end) At(out) = sum;
+          else std::memcpy(out, &sum, 4 * (end - c));
         }
-        alignas(64) float sums[kRows][kColumns];
-        int64_t height = std::min(kRows, rows - row), bytes = 4 * std::min(kColumns, end - c);
-        for (int64_t r = 0; first && r < height; ++r) std::memcpy(sums[r], out + r * outputs, bytes);
-        MultiplySteps(own, columns, count, sums[0], kColumns, first);
-        for (int64_t r = 0; r < height; ++r) std::memcpy(out + r * outputs, sums[r], bytes);
       }
   }
   _tile_release();
@@ -191,17 +214,21 @@ inline void Multiply(ffi::ThreadPool& pool, const float* x, const float* kernel,
   int64_t threads = CountThreads(pool, inputs * outputs * (rows / 8));
   int64_t groups = (rows + kRows - 1) / kRows, steps = CountSteps(inputs);
   std::unique_ptr<Step[]> held(new Step[groups * steps]);
+  std::unique_ptr<float[]> held_units(new float[groups * kRows]);
   Step* split = held.get();
+  float* units = held_units.get();
   ForEachPart(pool, threads, groups, [=](int64_t group) {
     int64_t row = group * kRows;
-    SplitRows(x + row * inputs, std::min(kRows, rows - row), inputs, split + group * steps);
+    SplitRows(x + row * inputs, std::min(kRows, rows - row), inputs, split + group * steps,
+              units + row);
   });
   // As many panels to each thread as to another.
   int64_t parts = threads * ((outputs + threads * kWidth - 1) / (threads * kWidth));
-  int64_t width = ((outputs + parts - 1) / parts + kColumns - 1) / kColumns * kColumns;
+  int64_t width = ((outputs + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
   ForEachPart(pool, threads, (outputs + width - 1) / width, [=](int64_t part) {
     int64_t start = part * width;
-    MultiplyPanel(split, rows, inputs, kernel, y, outputs, start, std::min(start + width, outputs));
+    MultiplyPanel(split, units, rows, inputs, kernel, y, outputs, start,
+                  std::min(start + width, outputs));
   });
 }
 
