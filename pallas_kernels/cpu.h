@@ -33,10 +33,15 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
-inline Vector& At(float* p) { return *reinterpret_cast<Vector*>(p); }
-inline const Vector& At(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+// A vector in memory begins at any float.
+inline Vector Load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+inline void Store(float* to, const Vector& x) { std::memcpy(to, &x, sizeof(x)); }
 
 // x · y + z, rounded once: a compiler may fuse one loop's products and sums and not another's, and
 // a row's results would depend on how many rows there are.

@@ -10,14 +10,15 @@
 
 #include "pallas_kernels/cpu.h"
 
-#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
+// Clang 14 writes the macro in one word.
+#if (defined(__AMX_INT8__) || defined(__AMXINT8__)) && defined(__AVX512BW__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
 namespace amx {
 
 typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 constexpr int kDigits = 3;
@@ -47,8 +48,8 @@ inline bool IsAllowed() {
 }
 
 // Up to 16 floats; zeros behind them.
-inline Vector Load(const float* from, int64_t count) {
-  if (count >= kLanes) return At(from);
+inline Vector LoadFirst(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
   Vector floats{};
   if (count > 0) std::memcpy(&floats, from, 4 * count);
   return floats;
@@ -82,13 +83,13 @@ inline void SplitRows(const float* x, int64_t rows, int64_t inputs, Step* steps,
     int64_t count = row < rows ? inputs : 0;
     Words largest{};
     for (int64_t k = 0; k < count; k += kLanes)
-      largest = TakeLarger(largest, Load(floats + k, count - k));
+      largest = TakeLarger(largest, LoadFirst(floats + k, count - k));
     uint32_t bits = 0;
     for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, largest[lane]);
     Scale scale(bits + Words{});
     units[row] = scale.unit[0];
     for (int64_t k = 0; k < CountSteps(inputs) * kInputs; k += kLanes) {
-      Words words = TakeDigits(Load(floats + k, count - k), scale.count);
+      Words words = TakeDigits(LoadFirst(floats + k, count - k), scale.count);
       for (int digit = 0; digit < kDigits; ++digit) {
         Bytes bytes = __builtin_convertvector(words >> 8 * (kDigits - 1 - digit), Bytes);
         Tile& tile = steps[k / kInputs].digits[digit];
@@ -98,8 +99,8 @@ inline void SplitRows(const float* x, int64_t rows, int64_t inputs, Step* steps,
   }
 }
 
-// Splits up to kWidth columns of `depth` rows of a kernel, `stride` floats apart; each 16 columns' steps
-// follow the last's. Writes each column's unit.
+// Splits up to kWidth columns of `depth` rows of a kernel, `stride` floats apart; each 16 columns'
+// steps follow the last's. Writes each column's unit.
 inline void SplitColumns(const float* kernel, int64_t stride, int64_t depth, int64_t columns,
                          Step* panel, float* units) {
   int64_t steps = CountSteps(depth);
@@ -108,20 +109,21 @@ inline void SplitColumns(const float* kernel, int64_t stride, int64_t depth, int
     for (int64_t c = 0; c < columns; c += kLanes) {
       const float* row = kernel + k * stride + c;
       __builtin_prefetch(row + kAhead * stride);
-      largest[c / kLanes] = TakeLarger(largest[c / kLanes], Load(row, columns - c));
+      largest[c / kLanes] = TakeLarger(largest[c / kLanes], LoadFirst(row, columns - c));
     }
   Vector counts[kWidth / kLanes];
   for (int64_t c = 0; c < columns; c += kLanes) {
     Scale scale(largest[c / kLanes]);
-    At(units + c) = scale.unit;
+    Store(units + c, scale.unit);
     counts[c / kLanes] = scale.count;
   }
   for (int64_t k = 0; k < steps * kInputs; k += 4)
     for (int64_t c = 0; c < columns; c += kLanes) {
       Words words[4];
       for (int i = 0; i < 4; ++i)
-        words[i] = TakeDigits(Load(kernel + (k + i) * stride + c, k + i < depth ? columns - c : 0),
-                              counts[c / kLanes]);
+        words[i] = TakeDigits(
+            LoadFirst(kernel + (k + i) * stride + c, k + i < depth ? columns - c : 0),
+            counts[c / kLanes]);
       for (int digit = 0; digit < kDigits; ++digit) {
         int shift = 8 * (kDigits - 1 - digit);
         Words four{};
@@ -198,9 +200,9 @@ inline void MultiplyPanel(const Step* x, const float* row_units, int64_t rows, i
             auto& integers = reinterpret_cast<const Integers&>(sums[i].words[r]);
             sum = MultiplyAdd(1 / 256.0f, sum, __builtin_convertvector(integers, Vector));
           }
-          sum *= row_units[row + r] * At(column_units + c - start);
-          if (first) sum += Load(out, end - c);
-          if (c + kLanes <= end) At(out) = sum;
+          sum *= row_units[row + r] * Load(column_units + c - start);
+          if (first) sum += LoadFirst(out, end - c);
+          if (c + kLanes <= end) Store(out, sum);
           else std::memcpy(out, &sum, 4 * (end - c));
         }
       }

@@ -40,11 +40,11 @@ void MultiplyTile(const Shape& shape, const float* x, const float* kernel, float
   Vector sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
-      sums[r][v] = resume ? At(y + r * shape.outputs + v * kLanes) : Vector{};
+      sums[r][v] = resume ? Load(y + r * shape.outputs + v * kLanes) : Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] = At(kernel + k * shape.outputs + v * kLanes);
+      columns[v] = Load(kernel + k * shape.outputs + v * kLanes);
       if (next) __builtin_prefetch(next + k * shape.outputs + v * kLanes);
     }
     for (int r = 0; r < R; ++r)
@@ -52,7 +52,7 @@ void MultiplyTile(const Shape& shape, const float* x, const float* kernel, float
         sums[r][v] = MultiplyAdd(x[r * shape.inputs + k], columns[v], sums[r][v]);
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) At(y + r * shape.outputs + v * kLanes) = sums[r][v];
+    for (int v = 0; v < V; ++v) Store(y + r * shape.outputs + v * kLanes, sums[r][v]);
 }
 
 // The same of up to kTile columns.
@@ -103,11 +103,11 @@ void MultiplyDense(const Shape& shape, const float* x, const float* kernel, floa
   for (int64_t k = 0; k < whole; k += kLanes) {
     Vector columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] = At(kernel + v * shape.inputs + k);
+      columns[v] = Load(kernel + v * shape.inputs + k);
       __builtin_prefetch(kernel + (V + v) * shape.inputs + k);
     }
     for (int r = 0; r < R; ++r) {
-      Vector row = KeepInRegister(At(x + r * shape.inputs + k));
+      Vector row = KeepInRegister(Load(x + r * shape.inputs + k));
       for (int v = 0; v < V; ++v) sums[r][v] = MultiplyAdd(row, columns[v], sums[r][v]);
     }
   }

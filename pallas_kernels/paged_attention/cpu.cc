@@ -77,12 +77,12 @@ void ScoreColumns(const Call& call, const Query* queries, const Tile& tile, int6
   Vector sums[Q][V] = {};
   for (int64_t h = 0; h < call.features; ++h) {
     Vector keys[V];
-    for (int v = 0; v < V; ++v) keys[v] = At(tile.columns + h * kKeys + t + v * kLanes);
+    for (int v = 0; v < V; ++v) keys[v] = Load(tile.columns + h * kKeys + t + v * kLanes);
     for (int i = 0; i < Q; ++i)
       for (int v = 0; v < V; ++v) sums[i][v] = MultiplyAdd(queries[i].q[h], keys[v], sums[i][v]);
   }
   for (int i = 0; i < Q; ++i)
-    for (int v = 0; v < V; ++v) At(scores[i] + t + v * kLanes) = sums[i][v] * call.scale;
+    for (int v = 0; v < V; ++v) Store(scores[i] + t + v * kLanes, sums[i][v] * call.scale);
 }
 
 template <int Q>
@@ -96,7 +96,7 @@ void ScoreKeys(const Call& call, const Query* queries, const Tile& tile, float (
     Vector sums[Q] = {};
     for (int64_t h = 0; h < call.features; h += kLanes)
       for (int i = 0; i < Q; ++i)
-        sums[i] = MultiplyAdd(At(queries[i].q + h), At(tile.keys[t] + h), sums[i]);
+        sums[i] = MultiplyAdd(Load(queries[i].q + h), Load(tile.keys[t] + h), sums[i]);
     for (int i = 0; i < Q; ++i) scores[i][t] = Sum(sums[i]) * call.scale;
   }
 }
@@ -112,7 +112,7 @@ float WeighScores(const Call& call, Query& query, const Tile& tile, float* score
   std::fill(scores + end, scores + kKeys, -kInfinity);
   Vector highest = query.top - Vector{};
   for (int64_t t = 0; t < tile.count; t += kLanes) {
-    const Vector& own = At(scores + t);
+    Vector own = Load(scores + t);
     highest = own > highest ? own : highest;
   }
   float top = query.top;
@@ -121,8 +121,9 @@ float WeighScores(const Call& call, Query& query, const Tile& tile, float* score
   float base = top == -kInfinity ? 0 : top, decay = std::exp(query.top - base);
   Vector total = {};
   for (int64_t t = 0; t < tile.count; t += kLanes) {
-    Vector& own = At(scores + t);
+    Vector own = Load(scores + t);
     own = own == -kInfinity ? Vector{} : Exp(own - base);
+    Store(scores + t, own);
     total += own;
   }
   query.top = top;
@@ -136,14 +137,14 @@ void AddValues(const Query* queries, const Tile& tile, const float (*weights)[kK
                const float* decays, int64_t h) {
   Vector sums[Q][V];
   for (int i = 0; i < Q; ++i)
-    for (int v = 0; v < V; ++v) sums[i][v] = At(queries[i].o + h + v * kLanes) * decays[i];
+    for (int v = 0; v < V; ++v) sums[i][v] = Load(queries[i].o + h + v * kLanes) * decays[i];
   for (int64_t t = 0; t < tile.count; ++t)
     for (int v = 0; v < V; ++v) {
-      const Vector& values = At(tile.values[t] + h + v * kLanes);
+      Vector values = Load(tile.values[t] + h + v * kLanes);
       for (int i = 0; i < Q; ++i) sums[i][v] = MultiplyAdd(weights[i][t], values, sums[i][v]);
     }
   for (int i = 0; i < Q; ++i)
-    for (int v = 0; v < V; ++v) At(queries[i].o + h + v * kLanes) = sums[i][v];
+    for (int v = 0; v < V; ++v) Store(queries[i].o + h + v * kLanes, sums[i][v]);
 }
 
 // Adds a tile to the queries' results.
