@@ -24,6 +24,10 @@
 
 namespace ffi = xla::ffi;
 
+using FloatBuffer = ffi::Buffer<ffi::F32>;
+using IntegerBuffer = ffi::Buffer<ffi::S32>;
+using FloatResult = ffi::ResultBuffer<ffi::F32>;
+
 // Floats in a vector register.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -92,17 +96,12 @@ inline float Sum(const Vector& x) {
   }
 }
 
-// Calls f(R, row) of the first of each kRows rows, then of the rest; R, the rows, is a constant of
-// its type.
-template <int kRows, int R = kRows, typename F>
-void ForEachRows(int64_t rows, const F& f) {
-  if constexpr (R == kRows)
-    for (int64_t row = 0; row + kRows <= rows; row += kRows)
-      f(std::integral_constant<int, kRows>{}, row);
-  if constexpr (R > 1) {
-    if (rows % kRows == R - 1) f(std::integral_constant<int, R - 1>{}, rows - (R - 1));
-    else ForEachRows<kRows, R - 1>(rows, f);
-  }
+// Calls f(R, row) of the first of each kRows rows from `row` on, then of the rest; R, the rows, is a
+// constant of its type.
+template <int kRows, typename F>
+void ForEachRows(int64_t rows, const F& f, int64_t row = 0) {
+  for (; row + kRows <= rows; row += kRows) f(std::integral_constant<int, kRows>{}, row);
+  if constexpr (kRows > 1) ForEachRows<kRows - 1>(rows, f, row);
 }
 
 // How many threads shall share the reading of so many floats: waking one takes as long as some

@@ -29,12 +29,9 @@ constexpr int64_t kDepth = 1536, kWidth = 256;
 // Rows of the kernel that are asked for before they are read.
 constexpr int64_t kAhead = 16;
 
-struct alignas(64) Tile {
-  uint32_t words[16][16];
-};
-
-// 64 inputs of 16 rows of x, or of 16 columns of the kernel: the first digits, the second, the third.
-struct Step {
+// 64 inputs of 16 rows of x, or of 16 columns of the kernel: the third digits, the second, the first.
+typedef uint32_t Tile[16][16];
+struct alignas(64) Step {
   Tile digits[kDigits];
 };
 
@@ -91,9 +88,8 @@ inline void SplitRows(const float* x, int64_t rows, int64_t inputs, Step* steps,
     for (int64_t k = 0; k < CountSteps(inputs) * kInputs; k += kLanes) {
       Words words = TakeDigits(LoadFirst(floats + k, count - k), scale.count);
       for (int digit = 0; digit < kDigits; ++digit) {
-        Bytes bytes = __builtin_convertvector(words >> 8 * (kDigits - 1 - digit), Bytes);
-        Tile& tile = steps[k / kInputs].digits[digit];
-        std::memcpy(&tile.words[row][k % kInputs / 4], &bytes, sizeof(bytes));
+        Bytes bytes = __builtin_convertvector(words >> 8 * digit, Bytes);
+        std::memcpy(&steps[k / kInputs].digits[digit][row][k % kInputs / 4], &bytes, sizeof(bytes));
       }
     }
   }
@@ -125,48 +121,34 @@ inline void SplitColumns(const float* kernel, int64_t stride, int64_t depth, int
             LoadFirst(kernel + (k + i) * stride + c, k + i < depth ? columns - c : 0),
             counts[c / kLanes]);
       for (int digit = 0; digit < kDigits; ++digit) {
-        int shift = 8 * (kDigits - 1 - digit);
         Words four{};
-        for (int i = 0; i < 4; ++i) four |= (words[i] >> shift & 0xFFu) << 8 * i;
-        Tile& tile = panel[c / kLanes * steps + k / kInputs].digits[digit];
-        std::memcpy(tile.words[k % kInputs / 4], &four, sizeof(four));
+        for (int i = 0; i < 4; ++i) four |= (words[i] >> 8 * digit & 0xFFu) << 8 * i;
+        Step& step = panel[c / kLanes * steps + k / kInputs];
+        std::memcpy(step.digits[digit][k % kInputs / 4], &four, sizeof(four));
       }
     }
 }
 
 // Multiplies 16 rows by 16 columns over so many steps. Sums are of those products whose unit is the
 // first digits', its 256th part, and so on.
-inline void MultiplySteps(const Step* x, const Step* kernel, int64_t steps, Tile (&sums)[4]) {
+inline void MultiplySteps(const Step* x, const Step* kernel, int64_t steps, Tile* sums) {
   // To the compiler loading a tile reads no memory: what was written is written before. Registers 0 to
   // 3 hold sums, 4 and 5 rows, 6 and 7 columns.
   std::atomic_signal_fence(std::memory_order_seq_cst);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (int64_t step = 0; step < steps; ++step) {
-    auto& [first, second, third] = x[step].digits;
-    auto& [kernel_first, kernel_second, kernel_third] = kernel[step].digits;
-    _tile_loadd(4, first.words, 64);
-    _tile_loadd(6, kernel_first.words, 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, kernel_second.words, 64);
-    _tile_dpbssd(1, 4, 7);
-    _tile_loadd(5, second.words, 64);
-    _tile_dpbssd(2, 5, 7);
-    _tile_dpbssd(1, 5, 6);
-    _tile_loadd(7, kernel_third.words, 64);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 5, 7);
-    _tile_loadd(4, third.words, 64);
-    _tile_dpbssd(2, 4, 6);
-    _tile_loadd(7, kernel_second.words, 64);
-    _tile_dpbssd(3, 4, 7);
+    auto& [third, second, first] = x[step].digits;
+    auto& [kernel_third, kernel_second, kernel_first] = kernel[step].digits;
+    _tile_loadd(4, first, 64);
+    _tile_loadd(6, kernel_first, 64);  _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, kernel_second, 64); _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, second, 64);        _tile_dpbssd(2, 5, 7); _tile_dpbssd(1, 5, 6);
+    _tile_loadd(7, kernel_third, 64);  _tile_dpbssd(2, 4, 7); _tile_dpbssd(3, 5, 7);
+    _tile_loadd(4, third, 64);         _tile_dpbssd(2, 4, 6);
+    _tile_loadd(7, kernel_second, 64); _tile_dpbssd(3, 4, 7);
   }
-  _tile_stored(0, sums[0].words, 64);
-  _tile_stored(1, sums[1].words, 64);
-  _tile_stored(2, sums[2].words, 64);
-  _tile_stored(3, sums[3].words, 64);
+  _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
 }
 
 // Multiplies rows, split, by the columns [start, end).
@@ -191,13 +173,14 @@ inline void MultiplyPanel(const Step* x, const float* row_units, int64_t rows, i
         float* out = y + row * outputs + c;
         int64_t height = std::min(kRows, rows - row);
         for (int64_t r = 0; r < height; ++r) __builtin_prefetch(out + r * outputs, 1);
-        Tile sums[4];
+        alignas(64) Tile sums[4];
         MultiplySteps(x + row / kRows * steps + first, &panel[(c - start) / kLanes * count], count,
                       sums);
         for (int64_t r = 0; r < height; ++r, out += outputs) {
           Vector sum{};
           for (int i = 3; i >= 0; --i) {
-            auto& integers = reinterpret_cast<const Integers&>(sums[i].words[r]);
+            Integers integers;
+            std::memcpy(&integers, sums[i][r], sizeof(integers));
             sum = MultiplyAdd(1 / 256.0f, sum, __builtin_convertvector(integers, Vector));
           }
           sum *= row_units[row + r] * Load(column_units + c - start);
@@ -240,8 +223,7 @@ inline void Multiply(ffi::ThreadPool& pool, const float* x, const float* kernel,
 
 namespace amx {
 inline bool IsAllowed() { return false; }
-inline void Multiply(ffi::ThreadPool&, const float*, const float*, float*, int64_t, int64_t,
-                     int64_t) {}
+template <typename... T> void Multiply(T&&...) {}
 }  // namespace amx
 
 #endif

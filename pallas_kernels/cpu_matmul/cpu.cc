@@ -154,8 +154,8 @@ void MultiplyBlocks(ffi::ThreadPool& pool, const Shape& shape, const float* x, c
     for (int64_t i = 0; i < size; ++i) y[i] += sums_of(block)[i];
 }
 
-ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
-                    bool column_major, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error Multiply(ffi::ThreadPool pool, FloatBuffer x, FloatBuffer kernel, bool column_major,
+                    FloatResult y) {
   Shape shape(x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]);
   const float *rows = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
@@ -178,10 +178,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
 
 extern "C" int HasMatrixUnits() { return amx::IsAllowed(); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Multiply,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("column_major")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    CpuMatmul, Multiply,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<FloatBuffer>().Arg<FloatBuffer>()
+        .Attr<bool>("column_major")
+        .Ret<FloatBuffer>());

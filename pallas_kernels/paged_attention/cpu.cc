@@ -207,15 +207,11 @@ void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
   }
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> keys,
-                  ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> tables,
-                  ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> limits,
-                  ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> slopes,
-                  ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::F32> biases, int64_t window,
-                  float scale, float soft_cap, ffi::ResultBuffer<ffi::F32> o, ffi::ResultBuffer<ffi::F32> lse) {
-  auto given = [](ffi::Buffer<ffi::F32>& x) -> const float* {
-    return x.element_count() ? x.typed_data() : nullptr;
-  };
+ffi::Error Attend(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer keys, FloatBuffer values,
+                  IntegerBuffer tables, IntegerBuffer lengths, IntegerBuffer limits,
+                  IntegerBuffer starts, FloatBuffer slopes, FloatBuffer sinks, FloatBuffer biases,
+                  int64_t window, float scale, float soft_cap, FloatResult o, FloatResult lse) {
+  auto given = [](FloatBuffer& x) { return x.element_count() ? x.typed_data() : nullptr; };
   Call call{};
   call.q = q.typed_data(), call.keys = keys.typed_data(), call.values = values.typed_data();
   call.slopes = given(slopes), call.sinks = given(sinks), call.biases = given(biases);
@@ -249,21 +245,11 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, Attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("window")
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PagedAttention, Attend,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<FloatBuffer>().Arg<FloatBuffer>().Arg<FloatBuffer>()
+        .Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>()
+        .Arg<FloatBuffer>().Arg<FloatBuffer>().Arg<FloatBuffer>()
+        .Attr<int64_t>("window").Attr<float>("scale").Attr<float>("soft_cap")
+        .Ret<FloatBuffer>().Ret<FloatBuffer>());
