@@ -40,13 +40,14 @@ def test_products_are_exact(rows, inputs, outputs):
 def test_a_large_input_costs_its_own_row_digits():
     """In proportion to how large it is beside the row's others."""
     x, kernel = draw(150, 1171), draw(1171, 304)
+    if not can_multiply_rows(x, kernel):
+        pytest.skip("a processor without matrix units")
     x[::2, 3] *= 40
     exact = x.astype(np.float64) @ kernel
     error = np.linalg.norm(np.asarray(cpu_matmul(x, kernel)) - exact, axis=1)
     largest = np.abs(x).max(1) / np.sqrt(np.mean(x**2, 1))
     bound = 1.3 * np.hypot(3.4e-8 * largest, 3.4e-8 * 4)
-    if can_multiply_rows(x, kernel):
-        assert (error <= bound * np.linalg.norm(exact, axis=1)).all()
+    assert (error <= bound * np.linalg.norm(exact, axis=1)).all()
 
 
 @pytest.mark.parametrize(
