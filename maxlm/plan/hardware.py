@@ -43,6 +43,8 @@ class Chip:
     """GPUs that NVLink joins; 0: a TPU's torus does, or nothing."""
     page_allocation_bandwidth: float = inf
     """B/s at which a step gets the memory that it gives back; a pool's costs nothing."""
+    read_bandwidth: float | None = None
+    """B/s in reading alone; None: as in reading and writing."""
 
 
 _TPU, _NVIDIA = 1e-6, 2e-5
@@ -123,42 +125,41 @@ def find_chip(device: Any) -> Chip | None:
 @cache
 def measure_cpu(devices: int) -> Chip:
     """Measures this machine's CPU, shared by a number of virtual devices: what large fp32 matrix
-    products and SiLU reach now, how fast new memory is, and how much there is. Takes 1.5 s."""
+    products, SiLU and a sum reach now, how fast new memory is, and how much there is. Takes 2 s."""
     device = jax.local_devices(backend="cpu")[0]
-    square, large, mapped = (
-        jax.device_put(jnp.ones((size, size), jnp.float32), device) for size in (1024, 4096, 4096)
-    )
-    matmul, add = jax.jit(jnp.matmul), jax.jit(jnp.add)
+    shapes = (1024, 1024), (4096, 4096), (4096, 4096), (2**26,)  # the last is more than caches hold
+    arrays = (jax.device_put(jnp.ones(shape, jnp.float32), device) for shape in shapes)
+    square, large, mapped, read = arrays
+    matmul, add, total = jax.jit(jnp.matmul), jax.jit(jnp.add), jax.jit(jnp.sum)
     silu = jax.jit(jax.nn.silu, donate_argnums=0)
 
     # An element-wise map as programs have them, which here computes rather than waits for memory.
     # In place: fresh pages cost several times more, and are counted apart.
-    def element_wise() -> None:
+    def element_wise() -> jax.Array:
         nonlocal mapped
-        mapped = silu(mapped).block_until_ready()
+        return (mapped := silu(mapped))
 
     runs = (
-        lambda: matmul(square, square).block_until_ready(),
+        lambda: matmul(square, square),
         element_wise,
-        # The C library hands an array of this size back to the system at once.
-        lambda: add(large, large).block_until_ready(),
+        lambda: add(large, large),  # which the C library hands back to the system at once
+        lambda: total(read),
     )
-    for run in runs:  # compile
-        run()
-    # In turns, and for longer than another program's busy moment (0.3 s were seen), which would
-    # halve one figure and leave the rest.
-    quickest, end = [inf] * len(runs), time.perf_counter() + 1.5
+    # In turns (the first compiles), and for longer than another program's busy moment (0.3 s were
+    # seen), which would halve one figure and leave the rest.
+    quickest, end = [inf] * len(runs), time.perf_counter() + 1.8
     while time.perf_counter() < end:
         for i, run in enumerate(runs):
             began = time.perf_counter()
-            run()
+            run().block_until_ready()
             quickest[i] = min(quickest[i], time.perf_counter() - began)
-    work = (2 * 1024**3, 2 * large.nbytes, large.nbytes)
-    peak, bandwidth, pages = (w / q / devices for w, q in zip(work, quickest, strict=True))
+    work = (2 * 1024**3, 2 * large.nbytes, large.nbytes, read.nbytes)
+    peak, bandwidth, pages, reading = (w / q / devices for w, q in zip(work, quickest, strict=True))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Chip(
         *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, memory / devices),
         *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
         "measured on this machine",
         page_allocation_bandwidth=pages,
+        read_bandwidth=reading,
     )

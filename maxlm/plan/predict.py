@@ -82,6 +82,7 @@ class Machine(Network):
             "slices": topology.slices,
             "memory": chip.memory_bytes,
             "bandwidth": chip.memory_bandwidth,
+            "read_bandwidth": chip.read_bandwidth or chip.memory_bandwidth,
             "sources": chip.sources,
             "peak": chip.peak_flops["bf16"],
             "efficiency": asdict(EFFICIENCY[chip.family]),

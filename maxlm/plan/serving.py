@@ -136,7 +136,8 @@ class ServedModel:
         self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
         usual = select_matmul_dtype(chip, work.dtype_bytes)
         self.matmul_dtype = options.weights if options.weights in chip.peak_flops else usual
-        self.read_bandwidth = chip.memory_bandwidth * DECODE_EFFICIENCY[chip.family].reading
+        reached = chip.read_bandwidth or chip.memory_bandwidth
+        self.read_bandwidth = reached * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
 
     @cached_property

@@ -77,7 +77,7 @@ class DecodeEfficiency(NamedTuple):
 DECODE_EFFICIENCY = {
     "tpu": DecodeEfficiency(0.62, 2e-3),
     "nvidia": DecodeEfficiency(0.85, 1e-3),
-    "cpu": DecodeEfficiency(0.7, 1e-3),
+    "cpu": DecodeEfficiency(0.85, 1e-3),
 }
 
 

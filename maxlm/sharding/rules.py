@@ -28,9 +28,7 @@ from maxlm.sharding.mesh import MeshAxis
 
 
 def _as_tuple(value: object) -> object:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) else () if value is None else value
 
 
 MeshAxes = Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_tuple)]

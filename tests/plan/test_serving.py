@@ -1,7 +1,7 @@
 """What serving costs: sums by hand, rooflines by hand, and the search against every candidate."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil, inf
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -12,6 +12,7 @@ import pytest
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.hardware import CHIPS
 from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
     ServedModel,
@@ -161,6 +162,18 @@ def test_a_step_is_its_roofline():
     flops = 2 * 4000 * (8_030_261_248 - norms - 128256 * 4096)
     assert time["weights"][1] == pytest.approx(flops / (989.4e12 * 0.53))
     assert np.all(time["communication"] == 0)
+
+
+def test_a_cpu_reads_weights_at_the_rate_measured_in_reading(monkeypatch):
+    """SiLU, which reads and writes, computes rather than waits for memory there."""
+    cpu = replace(CHIPS["h100"], family="cpu", memory_bandwidth=5e9, read_bandwidth=20e9)
+    monkeypatch.setattr("maxlm.plan.predict.measure_cpu", lambda _: cpu)
+    served = place("smollm2_135m", "cpux1", 32, 64)
+    weights = served.estimate_decode_seconds(np.array([1.0]))["weights"]
+    # With its table, which is the head too (huggingface.co/HuggingFaceTB/SmolLM2-135M: 135M).
+    read = 4 * 134_515_008
+    assert weights == pytest.approx(read / (20e9 * DECODE_EFFICIENCY["cpu"].reading))
+    assert served.machine.to_json()["read_bandwidth"] == 20e9
 
 
 def test_tensor_parallelism_sums_up_twice_a_layer():

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     patch = pytest.MonkeyPatch()
     tiny.spoil_batches(patch, change)
     patch.setattr(compiler, "_cache_write", write_to_cache)
-    # Measuring would keep all cores busy for 1.5 s in every process.
+    # Measuring would keep all cores busy for 2 s in every process.
     patch.setattr(hardware, "measure_cpu", lambda _: replace(hardware.CHIPS["h100"], name="cpu"))
     sys.argv[1:] = arguments
     sys.exit(main())
