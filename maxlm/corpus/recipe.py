@@ -179,6 +179,5 @@ def resolve_rules(
 
 
 def _holds_spans(type_: pa.DataType) -> bool:
-    if not types.is_list(type_) or not types.is_struct(type_.value_type):
-        return False
-    return {"start", "end"} <= {field.name for field in type_.value_type}
+    has_fields = types.is_list(type_) and types.is_struct(type_.value_type)
+    return has_fields and {"start", "end"} <= {field.name for field in type_.value_type}

@@ -37,8 +37,7 @@ def render_job(job: Job, template: Path | None = None) -> str:
     )
     # JSON's strings and objects of them are Python's too.
     python = partial(json.dumps, ensure_ascii=False)
-    environment.filters |= {"shell": _shell, "yaml": _yaml, "python": python}
-    environment.filters["kubernetes"] = _kubernetes
+    environment.filters.update(shell=_shell, yaml=_yaml, python=python, kubernetes=_kubernetes)
     values = {**vars(job.options), **vars(job), "command": job.command, "script": job.script}
     try:
         return environment.from_string(path.read_text()).render(values)

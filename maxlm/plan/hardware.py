@@ -128,26 +128,27 @@ def measure_cpu(devices: int) -> Chip:
     products, SiLU and a sum reach now, how fast new memory is, and how much there is. Takes 2 s."""
     device = jax.local_devices(backend="cpu")[0]
     shapes = (1024, 1024), (4096, 4096), (4096, 4096), (2**26,)  # the last is more than caches hold
-    arrays = (jax.device_put(jnp.ones(shape, jnp.float32), device) for shape in shapes)
-    square, large, mapped, read = arrays
+    square, large, mapped, read = (jax.device_put(jnp.ones(s, jnp.float32), device) for s in shapes)
     matmul, add, total = jax.jit(jnp.matmul), jax.jit(jnp.add), jax.jit(jnp.sum)
     silu = jax.jit(jax.nn.silu, donate_argnums=0)
 
     # An element-wise map as programs have them, which here computes rather than waits for memory.
     # In place: fresh pages cost several times more, and are counted apart.
-    def element_wise() -> jax.Array:
+    def apply_silu() -> jax.Array:
         nonlocal mapped
         return (mapped := silu(mapped))
 
     runs = (
         lambda: matmul(square, square),
-        element_wise,
+        apply_silu,
         lambda: add(large, large),  # which the C library hands back to the system at once
         lambda: total(read),
     )
-    # In turns (the first compiles), and for longer than another program's busy moment (0.3 s were
-    # seen), which would halve one figure and leave the rest.
-    quickest, end = [inf] * len(runs), time.perf_counter() + 1.8
+    for run in runs:  # compile
+        run().block_until_ready()
+    # In turns, and for longer than another program's busy moment (0.3 s were seen), which would
+    # halve one figure and leave the rest.
+    quickest, end = [inf] * len(runs), time.perf_counter() + 1.5
     while time.perf_counter() < end:
         for i, run in enumerate(runs):
             began = time.perf_counter()

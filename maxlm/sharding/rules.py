@@ -28,7 +28,9 @@ from maxlm.sharding.mesh import MeshAxis
 
 
 def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else () if value is None else value
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 MeshAxes = Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_tuple)]

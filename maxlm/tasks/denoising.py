@@ -184,8 +184,7 @@ def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
     any out of."""
 
     def is_too_long(m: int) -> bool:
-        inputs, targets = denoiser.max_lengths(m)
-        return inputs > free[0] or targets > free[1]
+        return any(own > room for own, room in zip(denoiser.max_lengths(m), free, strict=True))
 
     fits = bisect_left(range(2, n + 1), True, key=is_too_long)
     return fits + 1 if fits else 0
