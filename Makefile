@@ -42,7 +42,7 @@ $(ready): $(base)
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small language model here, in minutes, and show how good it is
 	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
-		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
+		data.heldout_fraction=0.05)
 
 # The tests' programs run for an instant: what makes them fast would cost more than it gives. On a
 # busy machine eight devices wait for one another longer than the 40 s after which XLA ends a process.

@@ -20,7 +20,10 @@ SettingsArgument = Annotated[
 ]
 TextArgument = Annotated[
     list[str],
-    Argument(metavar="TEXT...", help="Corpora, files, folders, quoted globs, or python-stdlib."),
+    Argument(
+        metavar="TEXT...",
+        help="Corpora, files, folders, quoted globs, python-stdlib, python-package:NAME.",
+    ),
 ]
 TextFieldOption = Annotated[str, Option(help="JSON key or Parquet column.")]
 WorkersOption = Annotated[int | None, Option(min=1, help="Processes; by default one a core.")]

@@ -12,8 +12,8 @@ class MixtureSource(SourceConfig):
     """One source of a mixture: documents to tokenize, or a store that is already built."""
 
     documents: tuple[LocalPath, ...] = ()
-    """Files, folders, globs or `python-stdlib`, as in `maxlm corpus build`; tokenized once, into
-    the run's folder."""
+    """Files, folders, globs, `python-stdlib` or `python-package:NAME`, as in `maxlm corpus build`;
+    tokenized once, into the run's folder."""
     name: FileName = "text"
     """A short name, also of the source's folder; its order of reading depends on it."""
     weight: float = Field(default=1.0, ge=0)

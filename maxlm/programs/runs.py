@@ -86,6 +86,8 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     for record in read_records(folder / "metrics.jsonl", damaged):
         step = max(step, record["step"])
         latest |= {name: record[name] for name in latest if name in record}
+        if "final_eval_loss" in record:  # of all held-out text, not of the curve's part
+            latest["eval_loss"] = record["final_eval_loss"]
         if record.get("seconds") and record["step"] not in first:
             seconds.append(record["seconds"])
     plan = _read_mapping(folder / "plan.json")

@@ -267,7 +267,9 @@ def _finish(
     step = int(state.step)
     run.watchdog.start_timer(step, "evaluation")
     began = time.monotonic()
-    results, on_tasks = evaluator.evaluate(state), downstream.evaluate(state)
+    evaluation = evaluator.evaluate(state)
+    results = evaluation.whole
+    on_tasks = downstream.evaluate(state)
     if results or on_tasks:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
@@ -281,7 +283,7 @@ def _finish(
         # A finished run may be started once more.
         records = read_records(run.folder / "metrics.jsonl")
         if results and not any(r["step"] == step and "eval_loss" in r for r in records):
-            run.log.log(step, evaluator.make_metrics_record(step, results))
+            run.log.log(step, evaluator.make_final_record(step, evaluation))
         if on_tasks:
             run.log.log(step, on_tasks)
             run.say(f"step {step} · {format_downstream(on_tasks)}")

@@ -45,8 +45,10 @@ class TrainConfig(Config):
     and evaluate with it; null: none. It has all parameters, also those that are not trained."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out text; 0: only at the end."""
-    eval_batches: int = Field(default=16, gt=0)
-    """Batches of one such evaluation; the one at the end reads all held-out text."""
+    eval_batches: int | None = Field(default=16, gt=0)
+    """Batches of each source that one such evaluation reads, the first ones every time, so that the
+    points of a curve can be compared; null: all. The end adds a figure of all held-out text
+    (`final_eval_loss`), which is no point of that curve."""
     downstream: DownstreamConfig = DownstreamConfig()
 
 

@@ -105,8 +105,10 @@ class ConsoleDisplay:
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
     """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG, and
     beside them ``accuracy`` where a task has one. What training measures is drawn twice, faintly
-    each step and boldly their means over 1% of the steps. The x axis of losses is logarithmic, so
-    that the early fall and the late crawl can both be read. Raises MaxlmError without any loss."""
+    each step and boldly their means over 1% of the steps. Points of a held-out curve are all of the
+    same rows; what the end measures on all held-out text, where that is more, is a mark beside it.
+    The x axis of losses is logarithmic, so that the early fall and the late crawl can both be read.
+    Raises MaxlmError without any loss."""
     records = list(read_records(Path(metrics)))
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
 
@@ -139,6 +141,11 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
             last = x_eval[-1], eval_values[-1]
             text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
             axes.annotate(f"{last[1]:.3f}", last, **text)
+        final = select_points(f"final_eval_{name}")[:, -1:]
+        if final.size and not np.array_equal(final, np.stack([x_eval, eval_values])[:, -1:]):
+            mark: Any = {"marker": "*", "markersize": 9, "linestyle": "none"}
+            label = f"all held-out text: {final[1, 0]:.3f}"
+            axes.plot(*final, color="#72231F", label=label, **mark)
         axes.set_xscale("log" if name == "loss" else "linear")
         axes.set_xlabel("tokens seen")
         axes.set_ylabel(names[name])

@@ -186,13 +186,13 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(runs, mo
         at_batch(patch, 0, lambda: signal.raise_signal(signal.SIGINT))
         stops(2, f"interrupted at step 2 of {STEPS}, which is saved; {RESUME}")
     with monkeypatch.context() as patch:
-        evaluate = HeldOutEvaluator.evaluate
+        evaluate = HeldOutEvaluator.evaluate_metrics
 
         def told(*arguments):
             signal.raise_signal(signal.SIGUSR1)
             return evaluate(*arguments)
 
-        patch.setattr(HeldOutEvaluator, "evaluate", told)
+        patch.setattr(HeldOutEvaluator, "evaluate_metrics", told)
         stops(75, f"preempted at step 10 of {STEPS}, which is saved; {RESUME}")
     with monkeypatch.context() as patch:  # In the last step, which the loop ends with.
         at_batch(patch, STEPS - 1, lambda: signal.raise_signal(signal.SIGTERM))

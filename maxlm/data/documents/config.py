@@ -7,22 +7,31 @@ from pydantic import Field
 from maxlm.config import Config, LocalPath
 
 PYTHON_STDLIB = "python-stdlib"
+PYTHON_PACKAGE = "python-package:"
+"""Begins an entry that names an installed package: ``python-package:numpy``."""
 
 BadBytes = Literal["error", "replace"]
+
+
+def names_installed_text(entry: str) -> bool:
+    """Tells an entry that means text installed with Python from a path or a glob."""
+    return entry == PYTHON_STDLIB or entry.startswith(PYTHON_PACKAGE)
 
 
 class FilesConfig(Config):
     """Files of documents."""
 
     documents: tuple[LocalPath, ...] = Field(min_length=1)
-    """Files, folders, globs, or `python-stdlib`.
+    """Files, folders, globs, `python-stdlib` or `python-package:NAME`.
 
     The folder of a corpus (`maxlm corpus run`) means the documents that its rules keep; any other
     folder every text file below it, in sorted order; hidden and binary files (by a NUL byte;
     never JSONL, nor HTML in a recipe) are left out. `.jsonl`/`.ndjson` hold one document a line,
     `.parquet` one a row, any other file is one document. Text and JSONL may be compressed (`.gz`,
-    `.zst`). `python-stdlib` is the source of the running Python's standard library: tens of MB of
-    real text that need no download, but which differ between Python versions."""
+    `.zst`). `python-stdlib` is the source of the running Python's standard library, without tests
+    and the parts that distributions package apart: 10 MB of real text that need no download.
+    `python-package:NAME` is the source of an installed package, its tests included: the same text
+    wherever the same version is installed."""
 
     text_field: str = "text"
     """The JSON key or Parquet column that holds a document's text."""

@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig
+from maxlm.data.documents.config import (
+    PYTHON_PACKAGE,
+    PYTHON_STDLIB,
+    FilesConfig,
+    names_installed_text,
+)
 from maxlm.data.documents.document import SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
 _SNIFF_BYTES = 8192
+# Distributions install Python without its tests (two thirds of its text), and IDLE, Tk and what
+# later versions removed as packages of their own, or not at all. Without them the standard library
+# is nearly the same text wherever it was installed from.
+_OPTIONAL_STDLIB = ("test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo")
+_OPTIONAL_STDLIB += ("distutils", "lib2to3", "ensurepip", "site-packages", "dist-packages")
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -101,10 +111,10 @@ def find_files(config: FilesConfig) -> FileListing:
 def resolve_glob(entry: str) -> list[Path]:
     """Finds the files and folders that an entry stands for."""
     path = Path(entry).expanduser()
-    if entry == PYTHON_STDLIB or path.exists():
+    if names_installed_text(entry) or path.exists():
         return [path]
     if not glob.has_magic(entry):
-        fix = f"give a file, a folder, a quoted glob or {PYTHON_STDLIB}"
+        fix = f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or {PYTHON_PACKAGE}NAME"
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
     if not (matches := sorted(map(Path, glob.glob(str(path), recursive=True)))):
         fix = "check the pattern (and quote it, so that the shell leaves it alone)"
@@ -116,15 +126,37 @@ def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
     """Yield (path, name, known to be text) for each file of a root; `named`: outright."""
     if str(root) == PYTHON_STDLIB:
         stdlib = Path(sysconfig.get_path("stdlib"))
-        for path in _walk(stdlib, skip=("site-packages", "dist-packages")):
-            # A handful of test fixtures are written in other encodings on purpose.
-            if path.suffix == ".py" and _is_utf8(path):
-                yield path, path.relative_to(stdlib).as_posix(), True
+        yield from _list_modules(stdlib, stdlib, skip=_OPTIONAL_STDLIB)
+    elif str(root).startswith(PYTHON_PACKAGE):
+        for folder in _find_package_folders(str(root)):
+            yield from _list_modules(folder, folder.parent, skip=())
     elif root.is_dir():
         for path in _walk(root):
             yield path, path.as_posix(), False
     elif named or root.is_file():
         yield root, root.as_posix(), named
+
+
+def _list_modules(
+    root: Path, named_from: Path, skip: tuple[str, ...]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Yields Python modules below a folder as :func:`_expand` does, named from another."""
+    for path in _walk(root, skip):
+        # A handful of test fixtures are written in other encodings on purpose.
+        if path.suffix == ".py" and _is_utf8(path):
+            yield path, path.relative_to(named_from).as_posix(), True
+
+
+def _find_package_folders(entry: str) -> list[Path]:
+    """Finds an installed package's folders (several: a namespace), without importing it."""
+    name = entry.removeprefix(PYTHON_PACKAGE)
+    # Of a dotted name find_spec would import the parent.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        what = f"no package {name!r} is installed in this Python's environment"
+        fix = f"install it, or name another that is imported so, such as {PYTHON_PACKAGE}numpy"
+        raise MaxlmError(what, where=entry, fix=fix)
+    return sorted({Path(folder) for folder in spec.submodule_search_locations})
 
 
 def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
