@@ -1,6 +1,7 @@
 """Joins layers into blocks, and blocks into a scanned stack."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
@@ -33,6 +34,7 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding import AxisRules
+from maxlm.sharding.supported import ReshapingAxis
 
 Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
@@ -74,15 +76,38 @@ def build_attention(
     return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kwargs)
 
 
-MIXERS: dict[type[Config], Callable[..., Mixer]] = {AttentionConfig: build_attention}
+@dataclass(frozen=True)
+class RegisteredMixer:
+    """A mixer that configs of its kind stand for."""
+
+    build: Callable[..., Mixer]
+    mesh_axes: frozenset[ReshapingAxis] = frozenset()
+    """The mesh axes, of those that reshape a batch, that it supports in training."""
+
+
+MIXERS: dict[type[Config], RegisteredMixer] = {
+    AttentionConfig: RegisteredMixer(build_attention, frozenset({"context", "stage"}))
+}
 FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {MlpConfig: Mlp, MoeConfig: Moe}
 
 
-def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
-    """Makes stacks with such a config have another mixer. ``config``: a class with a ``kind`` of
-    its own, for ``model.mixer``. ``build``: called with (config, norm config, d_model, number of
-    layers, standard deviation of initial weights) and the keywords rules, dtype and parallel."""
-    MIXERS[config] = build
+def register_mixer(
+    config: type[Config],
+    build: Callable[..., Mixer],
+    *,
+    mesh_axes: Iterable[ReshapingAxis] = (),
+) -> None:
+    """Makes stacks with such a config have another mixer.
+
+    Args:
+        config: a class with a ``kind`` of its own, for ``model.mixer``.
+        build: called with (config, norm config, d_model, number of layers, standard deviation of
+            initial weights) and the keywords rules, dtype and parallel.
+        mesh_axes: the axes on which it may be trained, of those that reshape what it sees: with
+            ``context`` x [B, S, D] is split along S, its tokens in another order; with ``stage`` it
+            runs in a program on pipeline stages. Runs that need others are refused.
+    """
+    MIXERS[config] = RegisteredMixer(build, frozenset(mesh_axes))
 
 
 def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> None:
@@ -156,7 +181,8 @@ class Block(nnx.Module):
         sandwich = placement == "sandwich"
         outer = (norm_config, *sizes)
         self.attention_norm = norm()
-        mixer = MIXERS[type(mixer_config)](mixer_config, *outer, parallel=parallel, **kw)
+        registered = MIXERS[type(mixer_config)]
+        mixer = registered.build(mixer_config, *outer, parallel=parallel, **kw)
         self.mixer_name = mixer.name
         setattr(self, mixer.name, mixer)
         self.attention_post_norm = norm() if sandwich else None

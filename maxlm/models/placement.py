@@ -12,11 +12,13 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
+from maxlm.models.blocks import MIXERS
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import require_context, require_keys_beside_queries
 from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placement
 from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
+from maxlm.sharding.supported import require_declared_axes
 
 _GIVE = "set it to 1 and give its devices to data, fsdp or tensor"
 
@@ -57,6 +59,12 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
+    if model.mixer is not None:
+        kind = getattr(model.mixer, "kind", type(model.mixer).__name__)
+        declare = "give register_mixer mesh_axes with '{}' where it is registered"
+        mixer_axes = MIXERS[type(model.mixer)].mesh_axes
+        subject = f"model.mixer.kind={kind}"
+        yield from require_declared_axes(mixer_axes, compute, sizes, subject, declare)
     if model.attention is not None:
         yield from require_context(
             shape.seq_len,

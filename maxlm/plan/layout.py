@@ -35,8 +35,9 @@ def _require_batch(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
     data, compute = config.data, config.sharding.compute
+    yield from config.task.require_mesh(compute, sizes)
     lengths = config.task.name_row_lengths(data.seq_len)
-    return require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
+    yield from require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
 
 
 def place_run(

@@ -17,6 +17,7 @@ from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.parallel.divergence import StoredTeacher, fused_divergence_loss
 from maxlm.parallel.local import get_layout, make_spec
+from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow
 from maxlm.tasks.sft import AnswerTask
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, TaskModels
@@ -28,6 +29,8 @@ BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 class TeacherTask(TokenPredictionTask):
     """A student that learns from a teacher's logits: (1 − c)·T²·divergence + c·cross-entropy, of
     every token with a weight, T being ``temperature`` and c ``ce_weight``."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     teacher: LocalPath | None = None
     """The teacher's run, such as `maxlm convert` makes, with the student's tokenizer; null: its

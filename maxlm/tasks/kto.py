@@ -1,6 +1,6 @@
 """Kahneman-Tversky optimization: learns from answers that are good or bad, without pairs."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.conversations import EncodedSequence, encode_answer, get_column, get_label
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.preference import (
     LOG_PROBS,
     MISMATCHED,
@@ -32,6 +33,8 @@ class KtoTask(ReferenceTask):
     them in the file: one number for the whole batch, its micro-batches together, no less than 0
     and without a gradient.
     """
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     kind: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0)

@@ -24,6 +24,7 @@ from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
+from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, RowTask, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
 
@@ -109,6 +110,8 @@ def _open_array(path: Path) -> NDArray[np.float32]:
 class ReferenceTask(PreferenceTask):
     """A preference task that measures against a frozen model."""
 
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
+
     prepares_batch_alone: ClassVar[bool] = True
     num_reference_columns: ClassVar[int] = 2
     """Log-probabilities of the reference that an example needs."""
@@ -171,6 +174,8 @@ class PairTask(PreferenceTask):
 
 class LogProbPairTask(PairTask):
     """A task on the log-probabilities of both answers."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     @abstractmethod
     def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
@@ -236,6 +241,8 @@ class DpoTask(ReferenceTask, MarginPairTask):
 class ReferenceFreePairTask(LogProbPairTask):
     """Pairs without a reference: the cross-entropy of the chosen answers, a mean over the tokens of
     the whole batch, keeps the model near them."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     learns_prompts: ClassVar[bool] = False
     """Whether the cross-entropy is over prompts too."""

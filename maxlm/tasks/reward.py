@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from pydantic import Field
 from maxlm.config import MaxlmError
 from maxlm.data.conversations import EncodedSequence
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.preference import PairTask, sum_pairs
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
@@ -23,6 +24,8 @@ class RewardTask(PairTask):
     """Bradley-Terry: the chosen answer's score is to be above the rejected one's. A score is read
     at the last token, the one that ends the answer; a row's ``margin``, if it has one, is the
     least difference that is wanted."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     kind: Literal["reward"] = "reward"
     center_rewards: float = Field(default=0.0, ge=0)

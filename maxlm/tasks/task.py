@@ -1,7 +1,7 @@
 """The frame of a task: what a model is trained for."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -11,9 +11,12 @@ from jax import lax
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.errors import Requirement
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.loader import LoaderConfig, Mixing, TokenSource
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.sharding import AxisRules
+from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
 
 DeviceBatch = dict[str, jax.Array]
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
@@ -77,6 +80,15 @@ class Task(Config):
     """Whether :meth:`prepare_batch` alone reads frozen models, and the loss none."""
     predicts_every_token: ClassVar[bool] = False
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
+    """The mesh axes, of those that reshape a batch, that its loss supports. A subclass with a
+    ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none otherwise."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
+        if reads_batches and "mesh_axes" not in cls.__dict__:
+            cls.mesh_axes = frozenset()
 
     kind: Any
     chunk_tokens: int = Field(default=1024, gt=0)
@@ -155,6 +167,13 @@ class Task(Config):
                 what = f"{reserved} is no row of the model's table, model.vocab_size={vocab_size}"
                 fix = "name one of the tokenizer's ids, or null"
                 raise MaxlmError(what, where=f"task.{name}", fix=fix)
+
+    def require_mesh(self, compute: AxisRules, sizes: Mapping[str, Any]) -> Iterator[Requirement]:
+        """Yields what a mesh must meet for this task. ``compute``: rules of arrays in use;
+        ``sizes``: devices by mesh axis, or arrays of them."""
+        declare = f"declare mesh_axes with '{{}}' in {type(self).__name__} (docs/tasks.md)"
+        subject = f"task.kind={self.kind}"
+        yield from require_declared_axes(self.mesh_axes, compute, sizes, subject, declare)
 
     def name_row_lengths(self, seq_len: int) -> dict[str, int]:
         """Returns the lengths of :meth:`row_lengths` by the settings that decide them."""

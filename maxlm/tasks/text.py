@@ -12,6 +12,7 @@ from pydantic import Field
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import make_batches, make_one_pass_batches
 from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
+from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
 
 Row = dict[str, np.ndarray]
@@ -46,6 +47,8 @@ class TransformedSource:
 
 class TokenPredictionTask(Task):
     """A model that predicts tokens, each with a weight."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain

@@ -1,5 +1,6 @@
 """A diagonal state-space mixer with a recurrent cache, as an external package writes it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,12 @@ from flax import nnx
 from jax import lax
 
 from benchmarks.compiled.compare import count_step_flops
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.blocks import register_mixer
+from maxlm.models.blocks import MIXERS, register_mixer
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
@@ -28,6 +29,7 @@ from maxlm.models.params import (
     materialize,
     param_specs,
 )
+from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.timing import count_extra_forward_flops
@@ -47,8 +49,35 @@ class DiagonalSsmConfig(Config):
     width: int = WIDTH
 
 
+def find_starts(segment_ids):
+    """Bool [B, S]: the first token of each document of a packed row; None of a row that is one."""
+    if segment_ids is None:
+        return None
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return segment_ids != before
+
+
+def advance(state, values, live, decay, starts=None):
+    """Runs the recurrence over T tokens: state [n, F], values [n, T, F], live and starts bool
+    [n, T]. A token that is not live leaves the state as it is; a start sets it to zero first, so
+    that nothing of the document before it is left."""
+    if starts is None:
+        starts = jnp.zeros_like(live)
+
+    def step(state, token):
+        value, live, start = token
+        before = jnp.where(start[:, None], 0.0, state)
+        after = decay * before + (1 - decay) * value.astype(jnp.float32)
+        state = jnp.where(live[:, None], after, state)
+        return state, state
+
+    state, states = lax.scan(step, state, (values.swapaxes(0, 1), live.T, starts.T))
+    return state, states.swapaxes(0, 1).astype(values.dtype)
+
+
 class DiagonalSsm(nnx.Module):
-    """``h[t] = a · h[t-1] + (1 - a) · up(x[t])``, ``y = out(h · silu(gate(x)))``."""
+    """``h[t] = a · h[t-1] + (1 - a) · up(x[t])``, ``y = out(h · silu(gate(x)))``; h is zero where
+    a document begins."""
 
     name = "ssm"
 
@@ -65,24 +94,12 @@ class DiagonalSsm(nnx.Module):
         up, gate = project(x, self.up, self.gate)
         decay = jax.nn.sigmoid(materialize(self.decay, self.rules, jnp.float32))
 
-        def advance(state, values, live, decay):
-            """State [n, F], values [n, T, F], live [n, T]."""
-
-            def step(state, token):
-                value, live = token
-                new = decay * state + (1 - decay) * value.astype(jnp.float32)
-                state = jnp.where(live[:, None], new, state)
-                return state, state
-
-            state, states = lax.scan(step, state, (values.swapaxes(0, 1), live.T))
-            return state, states.swapaxes(0, 1).astype(values.dtype)
-
         if cache is None:
-            start = jnp.zeros_like(up[:, 0], jnp.float32)
-            _, y = advance(start, up, jnp.ones(up.shape[:2], bool), decay)
+            state = jnp.zeros_like(up[:, 0], jnp.float32)
+            live = jnp.ones(up.shape[:2], bool)
+            _, y = advance(state, up, live, decay, find_starts(inputs.segment_ids))
         else:
-            how = inputs.batch, self.rules, "mlp", decay
-            y, cache = cache.run(advance, up, *how)
+            y, cache = cache.run(advance, up, inputs.batch, self.rules, "mlp", decay)
         return self.out(y * jax.nn.silu(gate), seq_axis="residual"), cache
 
     def cache_spec(self, layout, window):
@@ -112,6 +129,33 @@ def test_its_config_reads_back_and_its_parameters_are_declared(model):
     assert isinstance(CONFIG.mixer, DiagonalSsmConfig)
     names = [n for n in flatten_names(param_specs(model)) if n.startswith("layers.ssm.")]
     assert names == [f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")]
+
+
+def test_a_packed_row_is_its_documents_apart(model):
+    """Documents of 9, 1 and 14 tokens in a row of 32 with padding, and each in a row of its own."""
+    params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, 31, length) for length in (9, 1, 14)]
+
+    def pack(documents):
+        row = np.zeros((3, 1, 32), np.int32)
+        end = 0
+        for number, document in enumerate(documents, 1):
+            span = np.s_[end : end + len(document)]
+            end += len(document)
+            row[0, 0, span] = document
+            row[1, 0, span] = np.arange(len(document))
+            row[2, 0, span] = number
+        return row
+
+    @jax.jit
+    def read(params, row):
+        tokens, positions, segment_ids = row
+        return bind(model, params)(tokens, positions, segment_ids)[0][0]
+
+    together = np.asarray(read(params, pack(documents)))[:24]
+    apart = [read(params, pack([document]))[: len(document)] for document in documents]
+    np.testing.assert_allclose(together, np.concatenate(apart), rtol=0, atol=1e-6)
 
 
 def test_generation_equals_the_full_forward_pass(model):
@@ -198,6 +242,34 @@ def test_it_trains_and_resumes_as_any_model_does(tmp_path):
     assert (again.start_step, int(again.state.step)) == (2, 4)
     saved = (again.folder / "config.yaml").read_text()
     assert "diagonal_ssm" in saved
+
+
+@pytest.mark.parametrize("axis", ["context", "stage"])
+def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path, monkeypatch):
+    config = make_run(tmp_path, mesh={axis: 2}, train={"steps": 1, "micro_batches": 2})
+    sizes = dict.fromkeys(("data", "fsdp", "expert", "tensor", "context", "stage"), 1) | {axis: 2}
+    with pytest.raises(MaxlmError) as caught:
+        train_model(config, say=lambda _: None)
+    meaning = {
+        "context": "splits rows and reorders their tokens",
+        "stage": "runs all micro-batches [M, B, ...] together through a pipeline",
+    }[axis]
+    assert str(caught.value) == (
+        f"mesh.{axis}: {axis}=2 {meaning}, and model.mixer.kind=diagonal_ssm does not say that it "
+        "supports this; set it to 1, or if it does, give register_mixer mesh_axes with "
+        f"'{axis}' where it is registered"
+    )
+    assert not list(require_unmet(config, sizes | {axis: 1}))
+    assert len(list(require_unmet(config, sizes))) == 1
+    registered = replace(MIXERS[DiagonalSsmConfig], mesh_axes=frozenset({axis}))
+    monkeypatch.setitem(MIXERS, DiagonalSsmConfig, registered)
+    assert not list(require_unmet(config, sizes))
+
+
+def require_unmet(config, sizes):
+    """The requirements that a mesh does not meet."""
+    requirements = require_run_trainable(config, sizes, config.train.micro_batches)
+    return (requirement for requirement in requirements if not requirement.is_met)
 
 
 def test_its_run_shrinks_to_a_small_one_for_a_smoke_test(tmp_path):

@@ -21,9 +21,10 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.plan.predict import plan_run
 from maxlm.programs.load import load_frozen_models
+from maxlm.programs.setup import set_up_run
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
-from maxlm.tasks import SourceInputs, Task, TaskModels, register_task
+from maxlm.tasks import ClmTask, SourceInputs, Task, TaskModels, register_task
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
 
@@ -148,6 +149,41 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(m
     shutil.rmtree(whole.folder / "checkpoints" / "4")  # the model that is left is another
     with pytest.raises(MaxlmError, match=r"the frozen model 'reference' from .*whole is not"):
         train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})}))
+
+
+@pytest.mark.parametrize("axis", ["context", "stage"])
+def test_a_mesh_that_it_does_not_declare_is_refused(axis, make_config, monkeypatch):
+    train_settings = {"steps": 1, "micro_batches": 2}
+    pipeline = {"schedule": "circular"}
+    mesh = {axis: 2, "fsdp": -1}
+    config = make_config("a", mesh=mesh, train=train_settings, parallel=pipeline)
+    with pytest.raises(MaxlmError) as caught:
+        train(config)
+    meaning = {
+        "context": "splits rows and reorders their tokens",
+        "stage": "runs all micro-batches [M, B, ...] together through a pipeline",
+    }[axis]
+    assert str(caught.value) == (
+        f"mesh.{axis}: {axis}=2 {meaning}, and task.kind=test_dpo does not say that it supports "
+        f"this; set it to 1, or if it does, declare mesh_axes with '{axis}' in DpoTask "
+        "(docs/tasks.md)"
+    )
+    monkeypatch.setattr(DpoTask, "mesh_axes", frozenset({axis}))
+    assert set_up_run(config).mesh.shape[axis] == 2
+
+
+def test_a_loss_of_its_own_does_not_inherit_what_another_supports():
+    """A subclass of a task that supports every mesh declares anew what its own loss supports."""
+
+    class SameLoss(ClmTask):
+        pass
+
+    class OtherLoss(ClmTask):
+        def loss(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
+            return super().loss(models, batch, key)
+
+    assert SameLoss.mesh_axes == ClmTask.mesh_axes == {"context", "stage"}
+    assert OtherLoss.mesh_axes == frozenset()
 
 
 def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(make_config):

@@ -94,6 +94,34 @@ class LoraAdapter(Adapter):
         return Lora(spec, a, b, self.scale)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8(Leaf):
+    """A matrix of integers, as another run's base may be read into it."""
+
+    base_field: ClassVar[str] = "values"
+
+    values: Any
+
+    def materialize(self, use: ParamReader) -> ShardedWeight:
+        return use.read(self.values)
+
+
+@register_adapter
+class Int8Adapter(Adapter):
+    """Makes every hidden matrix one of integers, and says nothing of how they come from floats."""
+
+    kind: Literal["test_int8"] = "test_int8"
+
+    def adapt(self, specs: Params) -> Params:
+        return jax.tree.map(self._adapt_one, specs)
+
+    def _adapt_one(self, spec: ParamSpec) -> Any:
+        if spec.role != "matrix":
+            return spec
+        return Int8(replace(spec, dtype=jnp.int8, init=jax.nn.initializers.zeros))
+
+
 CONFIG = LLAMA_GQA.model_copy(
     update={
         "attention": LLAMA_GQA.attention.model_copy(update={"bias": True}),
@@ -230,6 +258,20 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     again = {"steps": 1, "start_from": str(whole.folder)}
     setup = set_up_run(make_config("again", mesh, again, adapter=adapter))
     assert are_equal(init_or_warm_start_state(setup).params, whole.state.params)
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_float_base_is_not_cast_into_a_leaf_of_integers(make_config):
+    base = train(make_config("base", {"fsdp": -1}, {"steps": 1}))
+    start = {"steps": 1, "start_from": str(base.folder), "trainable": ["*norm*"]}
+    with pytest.raises(MaxlmError) as caught:
+        train(make_config("whole", {"fsdp": -1}, start, adapter={"kind": "test_int8"}))
+    assert str(caught.value) == (
+        f"{base.folder}/checkpoints/1: params.layers.attention.key.kernel is float32 in it, int8 "
+        "in this run, and a cast would lose its values; use a checkpoint that holds it so (of a "
+        "run with the same leaf), or the config without it"
+    )
+    assert not base.folder.with_name("whole").exists()
 
 
 def test_the_plan_counts_no_gradients_and_no_optimizer_for_the_base(make_config):

@@ -176,7 +176,25 @@ def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tu
             what = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
             fix = "use the config it was trained with, or another run folder"
             raise MaxlmError(what, where=str(path), fix=fix)
-    return {name: stored[name].dtype for name in wanted}, wanted
+    dtypes = {name: stored[name].dtype for name in wanted}
+    for name, leaf in wanted.items():
+        _check_castable(name, dtypes[name], leaf.dtype, path)
+    return dtypes, wanted
+
+
+def _check_castable(name: str, stored: Any, wanted: Any, path: Path) -> None:
+    """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or -1."""
+    stored_dtype = jnp.dtype(stored)
+    wanted_dtype = jnp.dtype(wanted)
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if any(jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k) for k in kinds):
+        return
+    what = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
+    what += ", and a cast would lose its values"
+    fix = (
+        "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
+    )
+    raise MaxlmError(what, where=str(path), fix=fix)
 
 
 def check_fingerprints(
