@@ -166,6 +166,8 @@ def _open_run(
     # What does not fit is refused before anything is written or read.
     setup = set_up_run(config)
     config.reporting.check_packages()
+    if is_lead:
+        config.reporting.check_port()
     use_compilation_cache(config)
     config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
     signals = stack.enter_context(handle_signals(str(folder)))

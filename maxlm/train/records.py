@@ -1,4 +1,4 @@
-"""A run's records, in its own files and elsewhere: TensorBoard, Weights & Biases.
+"""A run's records, in its own files and elsewhere: TensorBoard, Weights & Biases, Prometheus.
 
 Its own are JSON lines, each with an integer ``step``, the number of updates made so far. A last
 line that a kill cut short is removed before the next one is written. A sink is made for one attempt
@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
+
+from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.runtime.files import check_file_exists, convert_write_errors, replace_file
+from maxlm.train.prometheus import PrometheusSink
 
 Numbers = Mapping[str, float]
 
@@ -38,14 +41,51 @@ class ReportingConfig(Config):
     """Write TensorBoard events to FOLDER/NAME/tensorboard; false: do not."""
     wandb: WandbConfig | None = None
     """Report to Weights & Biases too; null: do not."""
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
+    prometheus_address: str = Field(default="127.0.0.1", min_length=1)
+    """Address or host name to answer at. The default answers the host itself alone; 0.0.0.0 (or ::
+    for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
     def check_packages(self) -> None:
-        """Checks that the package for it is here; raises MaxlmError if it is missing."""
-        wanted = self.wandb is not None and self.wandb.mode != "disabled"
-        # A folder of that name, such as wandb makes beside a script, has no origin.
-        if wanted and getattr(find_spec("wandb"), "origin", None) is None:
-            what, fix = "the package wandb is not installed", "pip install 'maxlm[reporting]'"
-            raise MaxlmError(what, where="reporting.wandb", fix=f"{fix}, or leave the setting out")
+        """Checks that the packages for it are here; raises MaxlmError if one is missing."""
+        if self.wandb is not None and self.wandb.mode != "disabled":
+            _check_package("wandb", "reporting.wandb")
+        if self.prometheus_port is not None:
+            _check_package("prometheus_client", "reporting.prometheus_port")
+
+    def check_port(self) -> None:
+        """Checks, for process 0, that Prometheus's port can be had; raises MaxlmError if not."""
+        if self.prometheus_port is not None:
+            PrometheusSink(self.prometheus_address, self.prometheus_port).close()
+
+
+def _check_package(package: str, setting: str) -> None:
+    # A folder of that name, such as wandb makes beside a script, has no origin.
+    if getattr(find_spec(package), "origin", None) is None:
+        what = f"the package {package} is not installed"
+        fix = "pip install 'maxlm[reporting]', or leave the setting out"
+        raise MaxlmError(what, where=setting, fix=fix)
+
+
+class Sink(Protocol):
+    """Shows a run's numbers outside its own files."""
+
+    def log(self, step: int, values: Numbers) -> None:
+        """Takes the numbers of a record."""
+        ...
+
+    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+        """Takes an event of ``events.jsonl``."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Withdraws what was logged of later steps, where it can."""
+        ...
+
+    def close(self) -> None:
+        """Writes everything out."""
+        ...
 
 
 def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
@@ -89,7 +129,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Number of lines of ``metrics.jsonl`` that hold no record."""
         folder = Path(folder)
         self._metrics, self._events = folder / "metrics.jsonl", folder / "events.jsonl"
-        self._write, self._sinks = write, list[TensorBoardSink | WandbSink]()
+        self._write, self._sinks = write, list[Sink]()
         with ExitStack() as stack:
             if write:
                 for path in (self._metrics, self._events):
@@ -99,6 +139,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
                 # A run that begins anew has no step 0 in its records.
                 self.rewind(resume_step if resume_step else -1)
+                if reporting.prometheus_port is not None:
+                    sink = PrometheusSink(reporting.prometheus_address, reporting.prometheus_port)
+                    self._sinks.append(stack.enter_context(closing(sink)))
                 if reporting.tensorboard:
                     sink = TensorBoardSink(folder / "tensorboard", resume_step)
                     self._sinks.append(stack.enter_context(closing(sink)))
@@ -122,6 +165,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.stopped = kind == "stop"
         if self._write:
             _append(self._events, {"event": kind, "step": step, "time": time.time(), **details})
+        for sink in self._sinks:
+            sink.event(kind, details)
 
     def rewind(self, step: int) -> None:
         """Drops every metrics record whose ``step`` is later, with damaged lines behind the first
@@ -165,6 +210,9 @@ class TensorBoardSink:
     def log(self, step: int, values: Numbers) -> None:
         scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         self._write(step=step, summary={"value": scalars})
+
+    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+        """Does nothing."""
 
     def rewind(self, step: int) -> None:
         # TensorBoard purges what it has from the step of a session's start on.
@@ -219,6 +267,9 @@ class WandbSink:
 
     def log(self, step: int, values: Numbers) -> None:
         self._run.log({"step": step, **values})
+
+    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+        """Does nothing."""
 
     def rewind(self, step: int) -> None:
         """Does nothing."""
