@@ -42,10 +42,33 @@ TemplateOption = Annotated[
 ]
 StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
+CoordinatorOption = Annotated[
+    str | None, Option(help="host:port of process 0; default: $MAXLM_COORDINATOR.")
+]
+NumProcessesOption = Annotated[
+    int | None, Option(help="How many processes there are; default: $MAXLM_NUM_PROCESSES.")
+]
+ProcessIdOption = Annotated[
+    int | None, Option(help="Which one this is, from 0; default: $MAXLM_PROCESS_ID.")
+]
+
+
+def make_cluster_variables(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, str]:
+    """Return the options that say a process's place as the variables that mean the same."""
+    from maxlm.runtime.cluster import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+
+    options = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
+    return {name: str(value) for name, value in options.items() if value is not None}
 
 
 def run_training(
-    run: "RunConfig", resume: str | None, profile: str | None, tuning: dict[str, Any] | None = None
+    run: "RunConfig",
+    resume: str | None,
+    profile: str | None,
+    cluster_variables: dict[str, str],
+    tuning: dict[str, Any] | None = None,
 ) -> None:
     """Train a run, or tune it with these options of ``tune_model``, and print its report; all of
     its processes join, and each takes as much of a GPU's memory as plans say."""
@@ -61,6 +84,7 @@ def run_training(
         run.model_dump(mode="json"),
         join_timeout_seconds=run.faults.join_seconds,
         peer_timeout_seconds=run.faults.peer_seconds,
+        cluster_variables=cluster_variables,
     ):
         from maxlm.programs.report import print_training_report
         from maxlm.programs.train import train_model as train

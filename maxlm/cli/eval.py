@@ -11,13 +11,17 @@ import typer
 from typer import Argument, BadParameter, Option
 
 from maxlm.cli.common import (
+    CoordinatorOption,
     JsonOption,
     MeshOption,
     ModelArgument,
+    NumProcessesOption,
+    ProcessIdOption,
     SettingsArgument,
     StepOption,
     TemplateOption,
     WorkersOption,
+    make_cluster_variables,
     print_json,
     print_table,
 )
@@ -46,6 +50,9 @@ def command(
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
+    coordinator: CoordinatorOption = None,
+    num_processes: NumProcessesOption = None,
+    process_id: ProcessIdOption = None,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness: mmlu, mmlu_pro, gsm8k, minerva_math,
     arc_challenge, hellaswag, winogrande, truthfulqa_mc2, gpqa_main_zeroshot, and others.
@@ -58,11 +65,14 @@ def command(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {**context.params, "tasks": names, "settings": settings or ()}
+    for name in ("coordinator", "num_processes", "process_id"):
+        del options[name]
     faults = FaultToleranceConfig()
     with distributed_session(
         {"eval": [model, *names, *options["settings"]]},
         join_timeout_seconds=faults.join_seconds,
         peer_timeout_seconds=faults.peer_seconds,
+        cluster_variables=make_cluster_variables(coordinator, num_processes, process_id),
     ):
         import jax
 

@@ -1,10 +1,11 @@
 """``maxlm runs``: how far runs are, and where their time went."""
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument
+from typer import Argument, Option
 
 from maxlm.cli.common import JsonOption, open_console, print_json
 
@@ -28,13 +29,20 @@ def list_runs(
 
 @app.command()
 def show(
-    run: Annotated[str, Argument(help="A run's folder.")], as_json: JsonOption = False
+    run: Annotated[str, Argument(help="A run's folder.")],
+    image: Annotated[
+        Path | None, Option(help="File to draw it in over time: .png, .svg or .pdf.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a run's goodput, what else its time went to, its interruptions, how long steps take."""
+    from maxlm.programs.history_image import draw_history
     from maxlm.programs.runs import read_run, show_run
 
     now = time.time()
     found = read_run(run, now)
+    if image is not None:
+        draw_history(found.history, image, title=found.name)
     if as_json:
         print_json(found.to_json())
     else:

@@ -7,11 +7,15 @@ from typing import Annotated
 from typer import Argument, Option
 
 from maxlm.cli.common import (
+    CoordinatorOption,
     JsonOption,
     MeshOption,
     ModelArgument,
+    NumProcessesOption,
+    ProcessIdOption,
     SettingsArgument,
     StepOption,
+    make_cluster_variables,
     open_console,
     print_json,
     run_training,
@@ -47,6 +51,9 @@ def command(
     ] = False,
     resume: Annotated[str | None, Option(help="Go on from this run, in a new folder.")] = None,
     profile: Annotated[str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")] = None,
+    coordinator: CoordinatorOption = None,
+    num_processes: NumProcessesOption = None,
+    process_id: ProcessIdOption = None,
 ) -> None:
     """Tune a pretrained model: to answer (sft), to prefer (dpo, kto, orpo, cpo), to score answers
     (reward), to imitate another model (distill). Called again, it resumes.
@@ -66,7 +73,8 @@ def command(
         what = "a recipe tunes a model that is there, and none is named"
         raise MaxlmError(what, where="--base", fix="name a run's folder, or a Hugging Face one")
     tuning = {"epochs": epochs, "precompute_reference": precompute_reference}
-    run_training(run, resume, profile, tuning)
+    cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
+    run_training(run, resume, profile, cluster_variables, tuning)
 
 
 def show(

@@ -12,6 +12,7 @@ the steps between two ``progress`` events.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import inf
 from typing import Any
@@ -44,6 +45,19 @@ class Attempt:
     """A reason of the ``stop`` event, ``hang`` after one, ``killed`` without either, or
     ``running``."""
     devices: int | None
+    points: tuple[tuple[float, int], ...]
+    """(unix seconds, step reached), as far as events tell; a rollback goes back."""
+
+
+@dataclass(frozen=True)
+class TimeSlice:
+    """An interval of a run's life, in which nothing is known of the order of its parts."""
+
+    begin: float
+    end: float
+    """Unix seconds."""
+    seconds_by_activity: Mapping[str, float]
+    """Seconds of those of `PARTS` that it has; they sum to its length."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +65,19 @@ class RunHistory:
     """A run's attempts and what its time was spent on."""
 
     attempts: tuple[Attempt, ...]
-    seconds_by_activity: Mapping[str, float]
-    """Seconds of each of `PARTS`."""
+    slices: tuple[TimeSlice, ...]
+    """All time from the first attempt's beginning on, without a gap."""
     event_counts: Mapping[str, int]
     """Events by kind."""
+
+    @cached_property
+    def seconds_by_activity(self) -> dict[str, float]:
+        """Seconds of each of `PARTS`."""
+        totals = dict.fromkeys(PARTS, 0.0)
+        for piece in self.slices:
+            for part, seconds in piece.seconds_by_activity.items():
+                totals[part] += seconds
+        return totals
 
     @property
     def wall_seconds(self) -> float:
@@ -93,15 +116,17 @@ def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> Ru
         if logs:
             logs[-1].append(event)
     attempts: list[Attempt] = []
-    totals = dict.fromkeys(PARTS, 0.0)
+    slices: list[TimeSlice] = []
     for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
         now = now_unix_seconds if log is logs[-1] else inf
-        attempt = _account(log, kept, before.ended if before else -inf, now, totals)
+        attempt, pieces = _account(log, kept, before.ended if before else -inf, now)
         if before:
-            totals["finished" if before.end == "done" else "down"] += attempt.began - before.ended
+            part = "finished" if before.end == "done" else "down"
+            slices.append(_fill(before.ended, attempt.began, {part: inf}))
+        slices += pieces
         attempts.append(attempt)
-    return RunHistory(tuple(attempts), totals, counts)
+    return RunHistory(tuple(attempts), tuple(slices), counts)
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
@@ -123,9 +148,8 @@ def _account(
     kept: Sequence[float],
     earliest: float,
     now: float,
-    totals: dict[str, float],
-) -> Attempt:
-    """Reads an attempt, which begins at ``earliest`` or later; adds its seconds to ``totals``: from
+) -> tuple[Attempt, list[TimeSlice]]:
+    """Reads an attempt, which begins at ``earliest`` or later, and what its time was spent on: from
     its start event on cut at every ``progress``, whose seconds since the one before fill what lies
     between."""
     start = log[0]
@@ -137,7 +161,8 @@ def _account(
     end = stops[-1] if stops else "hang" if hung else "killed"
     if end == "killed" and now - ended < SILENCE:
         end, ended = "running", max(ended, now)
-    totals["starting"] += times[0] - began
+    slices = [_fill(began, times[0], {"starting": inf})]
+    points: list[tuple[float, int]] = []
     limits = iter(kept)
     begin, done, last, limit = times[0], start["step"], 0, next(limits)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
@@ -145,6 +170,9 @@ def _account(
     for time, event in zip(times, log, strict=True):
         kind, step, seconds = event["event"], event["step"], event.get("seconds", 0.0)
         last = max(last, step)  # Steps only grow, but at a rollback: a late event may name less.
+        if kind == "rollback":
+            points.append((time, max(last, event.get("from_step", 0))))
+        points.append((time, step if kind == "rollback" else last))
         if kind == "compiled":
             once["compiling"] += seconds
             done = max(done, step)
@@ -165,17 +193,24 @@ def _account(
             done = max(done, step)
             stepping = spent.pop("stepping")
             spent |= {"productive": stepping * share, "lost": stepping * (1 - share), **once}
-            _fill(time - begin, spent, totals)
+            slices.append(_fill(begin, time, spent))
             begin, once = time, dict.fromkeys(once, 0.0)
-    _fill(ended - begin, once | {"evaluating": final}, totals)
-    return Attempt(began, ended, start["step"], last, end, start.get("devices"))
+    slices.append(_fill(begin, ended, once | {"evaluating": final}))
+    devices = start.get("devices")
+    attempt = Attempt(began, ended, start["step"], last, end, devices, tuple(points))
+    return attempt, slices
 
 
-def _fill(seconds: float, parts: Mapping[str, float], totals: dict[str, float]) -> None:
-    """Adds to ``totals`` as much of each part as there is room for, in the order of `PARTS`
+def _fill(begin: float, end: float, parts: Mapping[str, float]) -> TimeSlice:
+    """Makes a slice with as much of each part as there is room for, in the order of `PARTS`
     reversed; what is over is ``other``."""
+    left = end - begin
+    seconds: dict[str, float] = {}
     for part in reversed(PARTS):
-        taken = min(seconds, parts.get(part, 0.0))
-        totals[part] += taken
-        seconds -= taken
-    totals["other"] += seconds
+        taken = min(left, parts.get(part, 0.0))
+        if taken:
+            seconds[part] = taken
+        left -= taken
+    if left:
+        seconds["other"] = seconds.get("other", 0.0) + left
+    return TimeSlice(begin, end, seconds)

@@ -50,6 +50,9 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data: seconds, unix seconds, shares."""
         told = self.history
+        attempts = [asdict(attempt) for attempt in told.attempts]
+        for attempt in attempts:
+            del attempt["points"]
         return {name: value for name, value in vars(self).items() if name != "history"} | {
             "goodput": told.goodput,
             "wall_seconds": told.wall_seconds,
@@ -58,7 +61,7 @@ class RunSummary:
             "mean_time_to_interruption": told.mean_time_to_interruption,
             "steps_per_second": self.steps_per_second,
             "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
-            "attempts": [asdict(attempt) for attempt in told.attempts],
+            "attempts": attempts,
             "events": dict(told.event_counts),
         }
 

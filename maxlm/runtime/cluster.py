@@ -12,8 +12,10 @@ from maxlm.config.errors import ProcessLost
 # What JAX takes itself: above the ports that Linux gives to outgoing connections.
 _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
-_COORDINATOR = "MAXLM_COORDINATOR"
-_SETTINGS = (_COORDINATOR, "MAXLM_NUM_PROCESSES", "MAXLM_PROCESS_ID")
+COORDINATOR = "MAXLM_COORDINATOR"
+NUM_PROCESSES = "MAXLM_NUM_PROCESSES"
+PROCESS_ID = "MAXLM_PROCESS_ID"
+_SETTINGS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
 _DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
 
@@ -40,8 +42,8 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     variables of a TPU pod on Kubernetes; the metadata of a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
-    if (slurm := _slurm(environ)) and set(explicit) == {_COORDINATOR}:
-        found = replace(slurm, coordinator=explicit[_COORDINATOR])
+    if (slurm := _slurm(environ)) and set(explicit) == {COORDINATOR}:
+        found = replace(slurm, coordinator=explicit[COORDINATOR])
     elif explicit:
         found = _read_settings(explicit, slurm)
     else:
@@ -50,13 +52,20 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _read_settings(explicit: Mapping[str, str], slurm: Cluster | None) -> Cluster:
-    if missing := [name for name in _SETTINGS if name not in explicit]:
-        given = ", ".join(f"{name} is {value}" for name, value in explicit.items())
+    if missing := [_name_option(name) for name in _SETTINGS if name not in explicit]:
+        given = ", ".join(f"{_name_option(name)} is {value}" for name, value in explicit.items())
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
         fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
         raise MaxlmError(f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix)
-    count, process = (_number(explicit, name) for name in _SETTINGS[1:])
-    return Cluster("settings", explicit[_COORDINATOR], count, process)
+    count = _number(explicit, NUM_PROCESSES)
+    process = _number(explicit, PROCESS_ID)
+    return Cluster("settings", explicit[COORDINATOR], count, process)
+
+
+def _name_option(variable: str) -> str:
+    """Returns the option of `maxlm train` that says the same, and the variable."""
+    option = variable.removeprefix("MAXLM").lower().replace("_", "-")
+    return f"-{option} ({variable})"
 
 
 def _checked(cluster: Cluster) -> Cluster | None:

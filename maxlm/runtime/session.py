@@ -38,7 +38,11 @@ FAILED, _INTERRUPTED = 1, 130
 
 @contextmanager
 def distributed_session(
-    settings: Mapping[str, Any], *, join_timeout_seconds: float, peer_timeout_seconds: float
+    settings: Mapping[str, Any],
+    *,
+    join_timeout_seconds: float,
+    peer_timeout_seconds: float,
+    cluster_variables: Mapping[str, str] = {},
 ) -> Iterator[None]:
     """Joins the cluster that this process was started in, if it is one of several, for the block.
 
@@ -50,8 +54,9 @@ def distributed_session(
         settings: the run's settings as nested JSON values; all processes must have the same.
         join_timeout_seconds: how long to wait for the other processes to start.
         peer_timeout_seconds: how long a process may stay silent before it counts as lost.
+        cluster_variables: values in place of the environment's, for ``find_cluster``.
     """
-    if (cluster := find_cluster(os.environ)) is None:
+    if (cluster := find_cluster({**os.environ, **cluster_variables})) is None:
         yield
         return
     facts = {join_key(key): value for key, value in flatten(settings)}

@@ -81,6 +81,12 @@ data.sources.0.documents=[bad.txt]
 name=untrained tokenizer.vocab_size=290
     .../untrained: the text here was prepared with another config: tokenizer.vocab_size=300
     became 290; set them back, or train in another run folder
+--num-processes 3
+    --num-processes (MAXLM_NUM_PROCESSES) is 3, but --coordinator (MAXLM_COORDINATOR) and
+    --process-id (MAXLM_PROCESS_ID) not set; set all three, or none
+data.sources.0.documents=[python-package:nupmy]
+    python-package:nupmy: no package 'nupmy' is installed in this Python's environment; install
+    it, or name another that is imported so, such as python-package:numpy
 folder=tiny.yaml/runs
     tiny.yaml/runs/tiny: cannot write the run folder (Not a directory); set folder=PATH to a
     place you may write to

@@ -27,7 +27,9 @@ def test_show(run, tmp_path, monkeypatch):
     folder = write_run(tmp_path / "seven")
     shown = json.loads(run("runs", "show", folder, "--json").out)
     assert shown["interruptions"] == {"killed": 1, "preempted": 1}
-    out = run("runs", "show", folder).out
+    image = tmp_path / "history.svg"
+    out = run("runs", "show", folder, "--image", image).out
+    assert "<svg" in image.read_text()
     for words in (
         "seven · preempted · step 102 · loss 0.0490 · held out 1.5000 · 8 devices",
         "goodput 56.0% of 5:30, 0.309 steps/s over all of it",
@@ -51,8 +53,13 @@ def test_a_run_that_went_silent(run, tmp_path):
         (["show", "nowhere"], "nowhere: no such folder..."),
         (["show", "."], "...is no run's folder..."),
         (["list", "nowhere"], "nowhere: no such folder..."),
+        (
+            ["show", "seven", "--image", "history.gif"],
+            "history.gif: no image format has the suffix '.gif'; use .png, .svg, .pdf",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, check_refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "seven")
     check_refused(tmp_path, ["runs", *arguments], message)

@@ -1,6 +1,7 @@
 """Where a run's time went: against a run that is played out here step by step."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,10 @@ def test_parts_sum_to_the_whole_whatever_was_written(events, now):
     assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
     for attempt in told.attempts:
         assert attempt.ended >= attempt.began
+        times = [time for time, _ in attempt.points]
+        assert times == sorted(times)
+    for piece, following in pairwise(told.slices):
+        assert piece.end == following.begin
 
 
 class Play:

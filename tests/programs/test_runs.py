@@ -1,12 +1,15 @@
 """What a run's folder tells of it: beside the plan, the config and the records it was made of."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
+from maxlm.programs.goodput import summarize_run_events
+from maxlm.programs.history_image import NUM_COLUMNS, draw_history
 from maxlm.programs.runs import list_runs, read_run
 from maxlm.run import RunConfig
 
@@ -98,6 +101,42 @@ def test_runs_of_a_folder_by_name(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "file").write_text("")
     assert [run.name for run in list_runs(tmp_path)] == ["a", "b"]
+
+
+def test_an_image_shows_all_of_the_time_and_every_attempt(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, areas, plot, stairs = [], {}, Axes.plot, Axes.stairs
+
+    def record_line(self, x, y, **options):
+        lines.append((np.atleast_1d(x), np.atleast_1d(y)))
+        return plot(self, x, y, **options)
+
+    def record_area(self, top, edges, **options):
+        areas[options["label"].split()[0]] = top - options["baseline"]
+        return stairs(self, top, edges, **options)
+
+    monkeypatch.setattr(Axes, "plot", record_line)
+    monkeypatch.setattr(Axes, "stairs", record_area)
+    history = summarize_run_events(EVENTS, now_unix_seconds=BEGAN + 1e6)
+    image = tmp_path / "plots" / "history.png"
+    draw_history(history, image, title="seven")
+    assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
+    assert [path.name for path in image.parent.iterdir()] == ["history.png"]
+    assert sum(areas.values()) == pytest.approx(np.ones(NUM_COLUMNS))
+    seconds = {part: x for part, x in history.seconds_by_activity.items() if x}
+    column_seconds = 330 / NUM_COLUMNS
+    assert {part: heights.sum() * column_seconds for part, heights in areas.items()} == (
+        pytest.approx(seconds)
+    )
+    # The run was down from 150 to 200 s.
+    is_down = areas["down"] > 0.5
+    assert np.flatnonzero(is_down)[[0, -1]] * column_seconds == pytest.approx([150, 200], abs=2)
+    # Both attempts, each with a mark at its end; in minutes.
+    assert [(y[0], y[-1]) for _, y in lines] == [(0, 60), (60, 60), (51, 102), (102, 102)]
+    assert lines[0][0][-1] == lines[1][0][0] == pytest.approx(150 / 60)
+    with pytest.raises(MaxlmError, match="no time to draw"):
+        draw_history(summarize_run_events([], 0.0), image, title="new")
 
 
 def test_no_run_is_an_error(tmp_path):

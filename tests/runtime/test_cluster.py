@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 
+from maxlm.cli.common import make_cluster_variables
 from maxlm.config import MaxlmError
 from maxlm.config.errors import ProcessLost
 from maxlm.runtime import cluster
@@ -59,6 +60,8 @@ def test_the_most_explicit_place_wins():
     assert found({}) is None
     everything = STEP | POD | EXPLICIT
     assert found(everything) == Cluster("settings", "a:1", 4, 3)
+    options = make_cluster_variables("b:2", None, 0)
+    assert found(everything | options) == Cluster("settings", "b:2", 4, 0)
     assert found(STEP | POD) == Cluster("SLURM", f"gpu007:{61440 + 4242 % 4096}", 4, 3, (1,))
     # A network of its own for the coordinator.
     named = found(STEP | {"MAXLM_COORDINATOR": "gpu007-ib:900"})
@@ -112,8 +115,9 @@ def test_gpus_of_a_task(more, devices):
     [
         (
             {"MAXLM_NUM_PROCESSES": "3"} | STEP,
-            "MAXLM_NUM_PROCESSES is 3, but MAXLM_COORDINATOR and MAXLM_PROCESS_ID not set; SLURM's "
-            "step has 4 tasks; set all three, or none (SLURM's are used then)",
+            "--num-processes (MAXLM_NUM_PROCESSES) is 3, but --coordinator (MAXLM_COORDINATOR) and "
+            "--process-id (MAXLM_PROCESS_ID) not set; SLURM's step has 4 tasks; set all three, or "
+            "none (SLURM's are used then)",
         ),
         (
             EXPLICIT | {"MAXLM_COORDINATOR": "node1"},
