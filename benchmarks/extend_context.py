@@ -2,7 +2,7 @@
 
     python benchmarks/extend_context.py [FOLDER] [--steps 1500] [--tune-steps 150] [--seed 0]
 
-Trains a model like the demo's on the Python standard library in rows of 128 tokens; measures it at
+Trains a model like the demo's, on its text, in rows of 128 tokens; measures it at
 512 as it is and with ``tune.extend_to=512`` by yarn, ntk and linear; goes on training with each of
 them, and without scaling, on as many tokens a step; and measures again. Runs that are in
 FOLDER/seedN already (FOLDER: runs/extend_context) are taken as they are.

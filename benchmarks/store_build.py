@@ -2,8 +2,7 @@
 
     python benchmarks/store_build.py [--megabytes 20] [--rounds 5] [--workers N]
 
-Both get the same documents of the Python standard library and the same byte-level BPE, on the
-same cores, in alternation. The library's time is `encode_batch` alone, on texts already in memory,
+Both get the same documents of the demo's text and the same byte-level BPE, on the same cores, in alternation. The library's time is `encode_batch` alone, on texts already in memory,
 by a tokenizer whose word cache is empty. Ours is the whole of `build_store`: starting processes,
 hashing, reading, encoding, compressing and writing. `encode_batch_fast` is the same without
 character offsets, which the builder uses. On a machine that others use too, the ratio of CPU time
@@ -20,17 +19,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from maxlm.config import load_config
 from maxlm.data.documents import SourceConfig, find_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.run import RunConfig
 from maxlm.runtime.pool import count_usable_cores
 
 LIBRARY = ("encode_batch", "encode_batch_fast")
 
 
-def sample_stdlib(folder: Path, size: int) -> list[str]:
-    """Copy about `size` bytes of standard library files, spread evenly, and return their texts."""
-    source = SourceConfig(documents=("python-stdlib",))
+def sample_demo_text(folder: Path, size: int) -> list[str]:
+    """Copy about `size` bytes of the demo's files, spread evenly, and return their texts."""
+    documents = load_config(RunConfig, "demo").value.data.sources[0].documents
+    source = SourceConfig(documents=documents)
     files = find_files(source).files
     step = max(sum(file.size for file in files) / size, 1.0)
     texts: list[str] = []
@@ -84,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        texts = sample_stdlib(root / "texts", int(arguments.megabytes * 1e6))
+        texts = sample_demo_text(root / "texts", int(arguments.megabytes * 1e6))
         config = TokenizerConfig(vocab_size=8192, sample_bytes=5_000_000)
         train_tokenizer(config, texts).save(root / "tokenizer")
         costs = measure(texts, root, arguments.workers, arguments.rounds)

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from maxlm.config import LocalPath, MaxlmError, to_yaml
 from maxlm.config.assets import find_shipped_config
-from maxlm.data.documents.config import names_installed_text
+from maxlm.data.documents.config import is_installed_text
 from maxlm.launch.hosts import JobHosts, resolve_hosts
 from maxlm.launch.options import (
     JobOptions,
@@ -209,7 +209,7 @@ def _places(run: RunConfig) -> dict[str, str]:
     found: dict[str, str | None] = {"folder": run.folder}
     for i, source in enumerate(run.data.sources):
         for j, each in enumerate(source.documents):
-            place = None if names_installed_text(each) else each
+            place = None if is_installed_text(each) else each
             found[f"data.sources.{i}.documents.{j}"] = place
         found[f"data.sources.{i}.store"] = source.store
         found[f"data.sources.{i}.heldout_store"] = source.heldout_store

@@ -5,7 +5,7 @@ their documents; `is_heldout` splits documents by a hash of their text. A file i
 that are read apart (`streams`).
 """
 
-from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig, names_installed_text
+from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig, is_installed_text
 from maxlm.data.documents.document import Document, SourceFile, is_heldout
 from maxlm.data.documents.files import find_files
 from maxlm.data.documents.reader import read_documents
@@ -17,6 +17,6 @@ __all__ = [
     "SourceFile",
     "find_files",
     "is_heldout",
-    "names_installed_text",
+    "is_installed_text",
     "read_documents",
 ]

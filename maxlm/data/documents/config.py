@@ -13,8 +13,8 @@ PYTHON_PACKAGE = "python-package:"
 BadBytes = Literal["error", "replace"]
 
 
-def names_installed_text(entry: str) -> bool:
-    """Tells an entry that means text installed with Python from a path or a glob."""
+def is_installed_text(entry: str) -> bool:
+    """Tells an entry that means text installed with Python from paths and globs."""
     return entry == PYTHON_STDLIB or entry.startswith(PYTHON_PACKAGE)
 
 

@@ -18,7 +18,7 @@ from maxlm.data.documents.config import (
     PYTHON_PACKAGE,
     PYTHON_STDLIB,
     FilesConfig,
-    names_installed_text,
+    is_installed_text,
 )
 from maxlm.data.documents.document import SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
@@ -111,7 +111,7 @@ def find_files(config: FilesConfig) -> FileListing:
 def resolve_glob(entry: str) -> list[Path]:
     """Finds the files and folders that an entry stands for."""
     path = Path(entry).expanduser()
-    if names_installed_text(entry) or path.exists():
+    if is_installed_text(entry) or path.exists():
         return [path]
     if not glob.has_magic(entry):
         fix = f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or {PYTHON_PACKAGE}NAME"
