@@ -2,11 +2,12 @@
 
     python benchmarks/store_build.py [--megabytes 20] [--rounds 5] [--workers N]
 
-Both get the same documents of the demo's text and the same byte-level BPE, on the same cores, in alternation. The library's time is `encode_batch` alone, on texts already in memory,
-by a tokenizer whose word cache is empty. Ours is the whole of `build_store`: starting processes,
-hashing, reading, encoding, compressing and writing. `encode_batch_fast` is the same without
-character offsets, which the builder uses. On a machine that others use too, the ratio of CPU time
-(all threads and processes) says more than that of wall time.
+Both get the same documents of the demo's text and the same byte-level BPE, on the same cores, in
+alternation. The library's time is `encode_batch` alone, on texts already in memory, by a tokenizer
+whose word cache is empty. Ours is the whole of `build_store`: starting processes, hashing, reading,
+encoding, compressing and writing. `encode_batch_fast` is the same without character offsets, which
+the builder uses. On a machine that others use too, the ratio of CPU time (all threads and
+processes) says more than that of wall time.
 """
 
 import argparse
