@@ -84,8 +84,8 @@ def _draw_steps(axes: Any, history: RunHistory, seconds_per_unit: float) -> None
             # Right of the line and below it; at the right edge left of it and above.
             is_late = attempt.ended - zero > 0.85 * history.wall_seconds
             offset, side = ((-6, 4), "right") if is_late else ((2, -14), "left")
-            how = {"textcoords": "offset points", "ha": side, "fontsize": 8}
-            axes.annotate(attempt.end, place, offset, **how)
+            style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+            axes.annotate(attempt.end, place, offset, **style)
     axes.margins(y=0.1)
     axes.set_ylabel("step reached")
     axes.grid(axis="y", alpha=0.25)
