@@ -117,14 +117,18 @@ class HeldOutEvaluator:
     def _make_metrics_record(self, step: int, results: HeldOutResults) -> dict[str, float]:
         """Returns a metrics record: ``eval_loss`` and what else the task measures are over the
         tokens of all sources, rates are each source's own."""
-        data, own = self._setup.config.data, [*results.values()]
-        counted = sum(result["tokens"] for result in own)
-        other = {name for name in own[0] if name not in _RATES and not name.startswith("expert_")}
+        data = self._setup.config.data
+        by_source = [*results.values()]
+        counted = sum(result["tokens"] for result in by_source)
+        names = {name for name in by_source[0] if not name.startswith("expert_")}
         record: dict[str, float] = {"tokens": step * data.batch_size * data.seq_len}
-        for name in ("loss", *sorted(other)):
-            record[f"eval_{name}"] = sum(each[name] * each["tokens"] for each in own) / counted
-        bits = {n: each["bits_per_byte"] for n, each in results.items() if "bits_per_byte" in each}
-        return record | {f"eval_bits_per_byte/{name}": rate for name, rate in bits.items()}
+        for name in ("loss", *sorted(names - {*_RATES})):
+            total = sum(result[name] * result["tokens"] for result in by_source)
+            record[f"eval_{name}"] = total / counted
+        for source, result in results.items():
+            if "bits_per_byte" in result:
+                record[f"eval_bits_per_byte/{source}"] = result["bits_per_byte"]
+        return record
 
 
 class DownstreamEvaluator:
