@@ -87,13 +87,33 @@ def append(
 
 
 @app.command()
-def verify(store: StoreArgument) -> None:
-    """Read a whole store: counts, offsets and every token, by the checksums of chunks."""
-    from maxlm.data.store import TokenStore
+def verify(
+    folder: Annotated[str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")],
+) -> None:
+    """Read all of a store or a corpus, and say whether each file is the one that was written.
 
-    opened = TokenStore.open(store)
-    opened.verify()
-    print(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
+    Every file is compared with its SHA-256; of a store also every token, offset and packing index.
+    """
+    if is_corpus(Path(folder)):
+        corpus = _open_corpus(Path(folder))
+        unchecked = corpus.verify()
+        counted = f"{len(corpus.shards):,} shards of {len(corpus.list_stages()):,} stages"
+    else:
+        from maxlm.data.loader.packing import (
+            describe_missing_checksums,
+            list_indices,
+            verify_index,
+        )
+        from maxlm.data.store import TokenStore
+
+        store = TokenStore.open(folder, verify=True)
+        for index in list_indices(store):
+            verify_index(index)
+        unchecked = describe_missing_checksums(store)
+        counted = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
+    for line in unchecked:
+        print(line, file=sys.stderr)
+    print(f"{counted}: all is well")
 
 
 @app.command("info")

@@ -195,6 +195,8 @@ def _open_run(
         check_no_lost_checkpoint(checkpointer, resume)
     for each in position.skipped:
         say(str(each))
+    for line in data.unchecked:
+        say(line)
     for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
         for note in getattr(rows, "notes", ()):
             say(f"{name}: {note}")

@@ -100,23 +100,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
 
 def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path):
     """The other has other texts of the same lengths."""
-    for name, letter in (("old", "a"), ("new", "b")):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
-    tokenizer.save(tmp_path / "tokenizer")
-    texts = {n: SourceConfig(documents=(str(tmp_path / f"{n}.jsonl"),)) for n in ("old", "new")}
-    for name, source in texts.items():
-        build_store(source, tmp_path / "tokenizer", tmp_path / name)
-    store = shutil.copytree(tmp_path / "old", tmp_path / "store")
-    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
-    path = tiny.write_config(
-        tmp_path,
-        "unused",
-        train={"steps": 1},
-        tokenizer={"path": str(tmp_path / "tokenizer")},
-        data=data | {"workers": 0},
-        reporting={"tensorboard": False},
-    )
+    path, store, texts = build_alike(tmp_path)
     train(path)
     shutil.rmtree(store)
     shutil.copytree(tmp_path / "new", store)
@@ -136,6 +120,44 @@ def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path
     # Both were read: the newest checkpoint is again one of the first segment.
     with pytest.raises(MaxlmError, match="set store_segments: 1"):
         train(path, "train.steps=3", "data.sources.0.store_segments=2")
+
+
+def build_alike(folder):
+    """Two stores of other texts of the same lengths; returns a run's config that reads the old."""
+    for name, letter in (("old", "a"), ("new", "b")):
+        (folder / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
+    tokenizer.save(folder / "tokenizer")
+    texts = {n: SourceConfig(documents=(str(folder / f"{n}.jsonl"),)) for n in ("old", "new")}
+    for name, source in texts.items():
+        build_store(source, folder / "tokenizer", folder / name, workers=1)
+    store = shutil.copytree(folder / "old", folder / "store")
+    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
+    path = tiny.write_config(
+        folder,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(folder / "tokenizer")},
+        data=data | {"workers": 0},
+        reporting={"tensorboard": False},
+    )
+    return path, store, texts
+
+
+def test_a_run_told_to_verify_refuses_another_stores_tokens(tmp_path):
+    """Which the store reads as its own without; a store of before is told of once."""
+    path, store, _ = build_alike(tmp_path)
+    shutil.copyfile(tmp_path / "new/tokens/c/0", store / "tokens/c/0")
+    found = r"store/tokens/c/0: this file has changed since it was written; put the store back"
+    with pytest.raises(MaxlmError, match=found):
+        train(path, "data.verify=true")
+    train(path)
+    shutil.copyfile(tmp_path / "old/tokens/c/0", store / "tokens/c/0")
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["segments"][0]["checksums_sha256"], manifest["sha256"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    _, said = train(path, "data.verify=true")
+    assert len([line for line in said if "segment 0 without checksums of files" in line]) == 1
 
 
 def test_prepared_text_is_for_its_config_alone(tmp_path):

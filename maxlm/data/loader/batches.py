@@ -61,6 +61,11 @@ class LoaderConfig(Config):
     start, but they share its interpreter."""
     prefetch: int = Field(default=4, ge=1)
     """Batches made ahead, by each worker."""
+    verify: bool = False
+    """true reads every token store and packing index when a run starts, on each process, and
+    refuses one of which a file is not what was written (as `maxlm corpus verify` does): some
+    seconds a GB. false checks manifests and sizes then, and each chunk of tokens when it is read,
+    which finds damage but not a whole file that stands where another belongs."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def make_batches(
     Args:
         mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
             depend on sizes, epochs and steps.
-        config: seq_len, batch_size, packing and shuffle are used.
+        config: seq_len, batch_size, packing, shuffle and (for packing indices) verify are used.
     """
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
@@ -199,7 +204,8 @@ def make_batches(
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
             raise MaxlmError(what, where=f"store {name!r}", fix="give more text, or lower seq_len")
     if config.packing == "best_fit":
-        pack = partial(open_best_fit, seq_len=config.seq_len, block=config.packing_block)
+        sizes = {"seq_len": config.seq_len, "block": config.packing_block}
+        pack = partial(open_best_fit, **sizes, verify=config.verify)
     else:
         pack = partial(ConcatPacking, seq_len=config.seq_len)
     sources = tuple(map(pack, stores.values()))
