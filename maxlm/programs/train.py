@@ -128,7 +128,11 @@ def train_model(
             saver, timer = run.state_restorer.checkpointer, StepTimer(log.event, position.step)
             with (
                 open_training_batches(
-                    setup, data.train_batch_source, position.step, position.skips
+                    setup,
+                    data.train_batch_source,
+                    position.step,
+                    position.skips,
+                    lambda: run.signals.request.stops,
                 ) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=run.is_lead) as display,
                 run.signals.defer_signals(),

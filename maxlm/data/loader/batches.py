@@ -4,7 +4,7 @@ Order and packing are decided by global index, before any host picks its rows, s
 every batch can be made by anyone, at any time, in any number of processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -234,6 +234,7 @@ def load_batches(
     num_steps: int | None = None,
     workers: int = 0,
     prefetch: int = 4,
+    is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> "Prefetcher":
     """Iterates over rows of a source's batches from `start_step` on, made ahead.
 
@@ -243,6 +244,7 @@ def load_batches(
         rows: the global rows to take, in this order, which are this process's.
         num_steps: how many batches; None is all there are.
         workers, prefetch: see `LoaderConfig`.
+        is_stop_requested: see `Prefetcher`.
     """
     from maxlm.data.loader.prefetch import Prefetcher
 
@@ -250,7 +252,14 @@ def load_batches(
     if stop is not None:
         check_num_steps(source, stop)
     make = partial(_make_rows, source, rows)
-    return Prefetcher(make, start_step, stop, workers=workers, prefetch=prefetch)
+    return Prefetcher(
+        make,
+        start_step,
+        stop,
+        workers=workers,
+        prefetch=prefetch,
+        is_stop_requested=is_stop_requested,
+    )
 
 
 def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:
