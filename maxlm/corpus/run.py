@@ -19,7 +19,7 @@ from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
 from maxlm.corpus.shards import (
     DOCUMENTS,
     StageShardView,
-    identify_files,
+    read_file_identities,
     read_counts,
     write_shard_checksums,
 )
@@ -182,7 +182,7 @@ def _make_shards(
     # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one now.
     if not pending and all((home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)):
         return
-    before = identify_files(paths.values())
+    before = read_file_identities(paths.values())
     if pending:
         make(pending)
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:

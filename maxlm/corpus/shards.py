@@ -183,8 +183,8 @@ FileIdentity = tuple[int, int, int]
 replaced."""
 
 
-def identify_files(paths: Iterable[Path]) -> dict[Path, FileIdentity]:
-    """Identifies those of the files that exist."""
+def read_file_identities(paths: Iterable[Path]) -> dict[Path, FileIdentity]:
+    """Reads the identity of each of the files that exist."""
     identities = {}
     for path in paths:
         with suppress(FileNotFoundError):
@@ -205,7 +205,7 @@ def write_shard_checksums(
         text = ""
         with suppress(FileNotFoundError):
             text = (folder / CHECKSUMS_NAME).read_text("utf-8", "replace")
-        now = identify_files(paths)
+        now = read_file_identities(paths)
         unchanged = {path.name for path in paths if before.get(path) == now[path]}
         listed = parse_checksums(text).items()
         known = {name: digest for name, digest in listed if name in unchanged}

@@ -1,4 +1,4 @@
-"""What a run's mixture reads of each source: what `maxlm corpus mix` does."""
+"""The part of each source that a run's mixture reads: what `maxlm corpus mix` shows."""
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ from maxlm.data.loader.mixture import Phase
 
 @dataclass(frozen=True)
 class SourceUsage:
-    """What some steps read of one source."""
+    """The part of one source that some steps read."""
 
     source: str
     first_step: int

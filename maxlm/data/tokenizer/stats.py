@@ -16,7 +16,7 @@ _BATCH_TEXTS = 256
 
 @dataclass
 class _Counts:
-    """What was counted of some texts by one tokenizer."""
+    """Counts of some texts by one tokenizer."""
 
     sums: Counter[str] = field(default_factory=Counter)
     used_ids: set[int] = field(default_factory=set)

@@ -46,7 +46,7 @@ def train_wordpiece(
         words = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(segment))
         counts.update(word for word, _ in words if len(word) <= _MAX_WORD_CHARS)
     literals = list(dict.fromkeys((*config.special_literals, UNKNOWN)))
-    pieces = learn_pieces(counts, config.vocab_size - len(literals))
+    pieces = _learn_pieces(counts, config.vocab_size - len(literals))
     vocab_size = len(literals) + len(pieces)
     if vocab_size > config.vocab_size:
         message = f"vocab_size={config.vocab_size} is too small for the characters of the text"
@@ -71,7 +71,7 @@ def train_wordpiece(
     return tokenizer.to_str().encode(), literals
 
 
-def learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
+def _learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
     """Learns up to so many pieces of words, given how often each word occurs, in order of their
     ids: characters first, then merges. All characters are pieces, also if they are more."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
