@@ -19,8 +19,8 @@ from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
 from maxlm.corpus.shards import (
     DOCUMENTS,
     StageShardView,
-    read_file_identities,
     read_counts,
+    read_file_identities,
     write_shard_checksums,
 )
 from maxlm.corpus.stage import (

@@ -126,8 +126,8 @@ def _from_rank_file(
     literals = [literal for literal in roles.values() if literal]
     if not literals and not special_tokens:
         literals = [END_OF_TEXT]
-    given = dict.fromkeys(literals) | dict(special_tokens)
-    converted, special = convert_rank_file(data, str(path), pattern, given)
+    id_by_literal = dict.fromkeys(literals) | dict(special_tokens)
+    converted, special = convert_rank_file(data, str(path), pattern, id_by_literal)
     eos = roles["eos"] or (END_OF_TEXT if END_OF_TEXT in special else next(iter(special)))
     return _from_json(path, roles | {"eos": eos}, data=converted)
 

@@ -92,11 +92,11 @@ def convert_rank_file(
     alphabet = build_byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
-    given: dict[str, int | None] = dict(_PUBLISHED_SPECIAL_TOKENS.get(published or "", {}))
+    id_by_literal: dict[str, int | None] = dict(_PUBLISHED_SPECIAL_TOKENS.get(published or "", {}))
     for literal, number in (special_tokens or {}).items():
-        if number is not None or literal not in given:
-            given[literal] = number
-    special = _number_special_tokens(given, vocab, error_location)
+        if number is not None or literal not in id_by_literal:
+            id_by_literal[literal] = number
+    special = _number_special_tokens(id_by_literal, vocab, error_location)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _split_by_ranks(token, ranks, rank)
@@ -173,13 +173,13 @@ def _parse_ranks(data: bytes, error_location: str) -> dict[bytes, int]:
 
 
 def _number_special_tokens(
-    given: Mapping[str, int | None], vocab: Mapping[str, int], error_location: str
+    id_by_literal: Mapping[str, int | None], vocab: Mapping[str, int], error_location: str
 ) -> dict[str, int]:
     """Gives an id to the special tokens that have none, after those that are taken."""
     special: dict[str, int] = {}
     taken = {i: literal for literal, i in vocab.items()}
     # Those with an id first, so that no other gets it.
-    for literal, number in sorted(given.items(), key=lambda item: item[1] is None):
+    for literal, number in sorted(id_by_literal.items(), key=lambda item: item[1] is None):
         if literal in vocab:
             message = f"{literal!r} is an ordinary token of this file"
             fix = "name another literal (--special, --eos, --bos, --pad of `tokenizer import`)"

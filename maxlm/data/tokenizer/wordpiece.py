@@ -90,8 +90,8 @@ def _learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
                 continue
             first = chr(_START_LETTERS + place_by_char[word[0]])
             rest = "".join(chr(_WITHIN_LETTERS + place_by_char[char]) for char in word[1:])
-            for given in range(0, count, _REPEATED_WORDS):
-                yield f"{first}{rest} " * min(_REPEATED_WORDS, count - given)
+            for num_spelled in range(0, count, _REPEATED_WORDS):
+                yield f"{first}{rest} " * min(_REPEATED_WORDS, count - num_spelled)
 
     def read_piece(spelled: str) -> str:
         is_within = ord(spelled[0]) < _START_LETTERS
