@@ -27,7 +27,7 @@ from maxlm.train.records import ReportingConfig
 # shapes, the batches, or the meaning of the optimizer's state.
 IDENTITY = ("seed", "model", "adapter", "tokenizer", "data", "task", "optimizer", "train.ema_decay")
 # ... but for these, which change how fast batches come and not which.
-INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
+INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.verify", "data.build_workers")
 INCIDENTAL += ("data.sources.*.store_segments",)  # what a store then holds is compared
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")

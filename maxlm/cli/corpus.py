@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import (
+    ConfigArgument,
     JsonOption,
     KeepOption,
     SetOption,
@@ -87,13 +89,66 @@ def append(
 
 
 @app.command()
-def verify(store: StoreArgument) -> None:
-    """Read a whole store: counts, offsets and every token, by the checksums of chunks."""
-    from maxlm.data.store import TokenStore
+def verify(
+    folder: Annotated[str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")],
+) -> None:
+    """Read all of a store or a corpus, and say whether each file is the one that was written.
 
-    opened = TokenStore.open(store)
-    opened.verify()
-    print(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
+    Every file is compared with its SHA-256; of a store also every token, offset and packing index.
+    """
+    if is_corpus(Path(folder)):
+        corpus = _open_corpus(Path(folder))
+        unchecked = corpus.verify()
+        counted = f"{len(corpus.shards):,} shards of {len(corpus.list_stages()):,} stages"
+    else:
+        from maxlm.data.loader.packing import (
+            describe_missing_checksums,
+            list_indices,
+            verify_index,
+        )
+        from maxlm.data.store import TokenStore
+
+        store = TokenStore.open(folder, verify=True)
+        for index in list_indices(store):
+            verify_index(index)
+        unchecked = describe_missing_checksums(store)
+        counted = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
+    for line in unchecked:
+        print(line, file=sys.stderr)
+    print(f"{counted}: all is well")
+
+
+@app.command()
+def mix(
+    config: ConfigArgument, settings: SettingsArgument = None, as_json: JsonOption = False
+) -> None:
+    """Show what a run reads of each source, by phase and in all, before it is trained.
+
+    Prepares the run's text in the run's folder, as training would. Weights, phases and steps may
+    then be tried, as KEY=VALUE; other text needs another folder.
+    """
+    from maxlm.programs.mixture import prepare_mixture
+    from maxlm.run import RunConfig
+
+    run = load_config(RunConfig, config, settings or ()).value
+    usages = prepare_mixture(run)
+    if as_json:
+        print_json([asdict(usage) for usage in usages])
+        return
+    rows = []
+    for usage in usages:
+        is_total = (usage.first_step, usage.stop_step) == (0, run.train.steps)
+        steps = "all steps" if is_total else f"{usage.first_step:,} to {usage.stop_step - 1:,}"
+        figures = (
+            f"{usage.sequences:,}",
+            f"{usage.share:.2%}",
+            f"{usage.tokens:,}",
+            f"{usage.epochs:.2f}",
+            f"{usage.epochs_so_far:.2f}",
+        )
+        rows.append((steps, usage.source, *figures))
+    columns = ("source", "sequences", "share", "tokens", "epochs", "epochs so far")
+    print_table("steps", columns, rows)
 
 
 @app.command("info")

@@ -1,6 +1,6 @@
 """`maxlm tokenizer`: train or import tokenizers, try them, measure them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +10,10 @@ from typer import Argument, Option
 from maxlm.cli.common import JsonOption, TextArgument, TextFieldOption, print_json, print_table
 from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig, find_files, read_documents
+from maxlm.data.documents.files import check_corpus_packages
 from maxlm.runtime.progress import show_progress
 
-app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
+app = typer.Typer(no_args_is_help=True, help="Train, import, compare and try tokenizers.")
 
 TokenizerArgument = Annotated[Path, Argument(help="A tokenizer's folder.")]
 
@@ -23,8 +24,8 @@ def train(
     text: TextArgument,
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     kind: Annotated[
-        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"],
-        Option(help="Byte-level BPE, or a SentencePiece model."),
+        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece"],
+        Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
     ] = "bpe",
     vocab_size: Annotated[int, Option(min=1, help="Ids, special tokens included.")] = 8192,
     special: Annotated[list[str] | None, Option(help="A special token; repeatable.")] = None,
@@ -32,6 +33,9 @@ def train(
     eos: Annotated[str, Option(help="Closes a document.")] = "<|endoftext|>",
     pad: Annotated[str | None, Option(help="Pads.")] = None,
     chat: Annotated[Literal["chatml", "llama3"] | None, Option(help="The format of chats.")] = None,
+    lowercase: Annotated[
+        bool, Option("--lowercase", help="wordpiece: no case, no accents.")
+    ] = False,
     sample_bytes: Annotated[int, Option(min=1, help="Learn from the first so many.")] = 100_000_000,
     text_field: TextFieldOption = "text",
     force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
@@ -51,22 +55,53 @@ def train(
 @app.command("import")
 def import_(
     source: Annotated[
-        str, Argument(help="A Hugging Face folder; a tokenizer.json or SentencePiece file.")
+        str,
+        Argument(help="A Hugging Face folder; a tokenizer.json, SentencePiece or .tiktoken file."),
     ],
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     bos: Annotated[str | None, Option(help="The token that opens a document.")] = None,
     eos: Annotated[str | None, Option(help="The token that closes a document.")] = None,
     pad: Annotated[str | None, Option(help="The token that pads.")] = None,
+    pattern: Annotated[
+        str | None,
+        Option(
+            help="How a .tiktoken file splits text: gpt2, cl100k_base (Llama 3), o200k_base "
+            "(gpt-oss), qwen2, tekken, or a regex."
+        ),
+    ] = None,
+    special: Annotated[
+        list[str] | None,
+        Option(help="LITERAL or LITERAL=ID: a special token of a .tiktoken file; repeatable."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Take in someone else's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
 
     _require_free(out, force)
-    tokenizer = import_tokenizer(source, bos=bos, eos=eos, pad=pad)
+    tokenizer = import_tokenizer(
+        source,
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        pattern=pattern,
+        special_tokens=dict(map(_parse_special_token, special or ())),
+    )
     tokenizer.save(out)
     exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
     print(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
+
+
+@app.command()
+def export(
+    tokenizer: TokenizerArgument,
+    out: Annotated[Path, Option(help="Where to write; other files there stay.")],
+) -> None:
+    """Write a tokenizer's files for other tools, an imported one's as they came."""
+    from maxlm.data.tokenizer import export_tokenizer, load_tokenizer
+
+    export_tokenizer(load_tokenizer(tokenizer), out)
+    print(f"{out}: the files of {tokenizer}")
 
 
 @app.command()
@@ -119,17 +154,90 @@ def measure(
     if as_json:
         print_json(found)
         return
-    measures = {
-        "documents": f"{found['documents']:,}",
-        "bytes": f"{found['bytes']:,}",
-        "tokens": f"{found['tokens']:,}",
-        "bytes per token": f"{found['bytes_per_token']:.3f}",
-        "tokens per word": f"{found['fertility']:.3f}",
-        "unknown": f"{found['unknown_share']:.2%}",
-        "vocabulary used": f"{found['vocabulary_use']:.1%} of {found['vocab_size']:,}",
-        "speed": f"{found['megabytes_per_second']:.2f} MB/s",
+    print_table("measure", [str(tokenizer)], _format_measures([found]))
+
+
+@app.command()
+def compare(
+    first: Annotated[str, Argument(help="A tokenizer's folder, or what `import` takes.")],
+    second: Annotated[str, Argument(help="Another.")],
+    text: TextArgument,
+    by_language: Annotated[bool, Option("--by-language", help="Group by language.")] = False,
+    text_field: TextFieldOption = "text",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure two tokenizers on the same text: bytes per token of each TEXT, tokens per word,
+    unknown tokens, vocabulary use and speed."""
+    from maxlm.data.tokenizer import compare_tokenizers, import_tokenizer, load_tokenizer
+    from maxlm.data.tokenizer.files import METADATA
+
+    tokenizers = {}
+    for name in (first, second):
+        is_saved = (Path(name) / METADATA).exists()
+        tokenizers[name] = load_tokenizer(name) if is_saved else import_tokenizer(name)
+    with show_progress() as progress:
+        texts = (
+            (argument, document)
+            for argument in text
+            for document in _read_texts([argument], text_field, progress)
+        )
+        measures_by_group = compare_tokenizers(
+            tokenizers, _group_by_language(texts) if by_language else texts
+        )
+    if as_json:
+        print_json(measures_by_group)
+        return
+    rows = []
+    for group, measures_by_name in measures_by_group.items():
+        cells = [
+            f"{measures['bytes_per_token']:.3f} ({measures['fertility']:.2f})"
+            for measures in measures_by_name.values()
+        ]
+        megabytes = measures_by_name[first]["bytes"] / 1e6
+        rows.append((group, f"{megabytes:,.2f}", *cells))
+    title = "bytes per token (tokens per word)"
+    print_table("group", ["MB", *tokenizers], rows, title=title)
+    *_, total = measures_by_group.values()
+    print_table("all texts", list(tokenizers), _format_measures(list(total.values())))
+
+
+def _format_measures(measured: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Makes a row for each measure, with a column for each tokenizer that was measured."""
+    forms = {
+        "documents": "{documents:,}",
+        "bytes": "{bytes:,}",
+        "tokens": "{tokens:,}",
+        "bytes per token": "{bytes_per_token:.3f}",
+        "tokens per word": "{fertility:.3f}",
+        "unknown": "{unknown_share:.2%}",
+        "vocabulary used": "{vocabulary_use:.1%} of {vocab_size:,}",
+        "speed": "{megabytes_per_second:.2f} MB/s",
     }
-    print_table("measure", [str(tokenizer)], measures.items())
+    return [
+        (name, *(form.format_map(measures) for measures in measured))
+        for name, form in forms.items()
+    ]
+
+
+def _group_by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Yields each text after its detected language."""
+    check_corpus_packages("--by-language")
+    import pyarrow as pa
+
+    from maxlm.corpus.stages.language import LanguageStage
+
+    label_batch = LanguageStage().make_batch_label_fn()
+    for _, text in texts:
+        rows = pa.record_batch({"text": [text.decode("utf-8", "replace")]})
+        yield label_batch(rows).column("name")[0].as_py(), text
+
+
+def _parse_special_token(option: str) -> tuple[str, int | None]:
+    """Parses LITERAL or LITERAL=ID; a literal may hold "=" itself."""
+    literal, equals, number = option.rpartition("=")
+    if equals and literal and number.isascii() and number.isdigit():
+        return literal, int(number)
+    return option, None
 
 
 def _require_free(out: Path, force: bool) -> None:

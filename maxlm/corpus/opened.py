@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,13 @@ from maxlm.corpus.recipe import (
     get_text_stages,
     resolve_rules,
 )
-from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.shards import (
+    DOCUMENTS,
+    StageShardView,
+    check_shard,
+    read_shard_checksums,
+    verify_shards,
+)
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
@@ -53,9 +59,38 @@ class OpenCorpus:
             what = "this corpus was made by another version of maxlm, or is damaged"
             raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
         corpus = cls(folder, recipe)
-        for title in (DOCUMENTS, *(stage.unique_name for stage in recipe.stages)):
+        for title in corpus.list_stages():
             corpus.read_manifest(title)
         return corpus
+
+    def list_stages(self) -> list[str]:
+        """Lists the names of the corpus's stages, that of the documents first."""
+        return [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
+
+    def verify(self) -> list[str]:
+        """Reads every shard, and raises MaxlmError if one is not as it was written.
+
+        Returns a line for each stage whose shards have no checksums of whole files.
+        """
+        unchecked = []
+        for stage in self.list_stages():
+            folder = self.folder / stage
+            list_sha256 = self.read_manifest(stage).get("checksums_sha256")
+            verify_shards(folder, [shard.path(stage) for shard in self.shards], list_sha256)
+            if list_sha256 is None:
+                unchecked.append(
+                    f"{folder}: an earlier maxlm wrote these shards without checksums of whole "
+                    "files: those of their pages are checked; the recipe, run again, adds them"
+                )
+        return unchecked
+
+    def read_checksums(self) -> dict[Path, str]:
+        """Reads the SHA-256 of every file of the corpus's shards, but of stages without any."""
+        digests: dict[Path, str] = {}
+        for stage in self.list_stages():
+            list_sha256 = self.read_manifest(stage).get("checksums_sha256")
+            digests |= read_shard_checksums(self.folder / stage, list_sha256)
+        return digests
 
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
@@ -84,6 +119,15 @@ class OpenCorpus:
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
+
+
+class FilteredShard(NamedTuple):
+    """A shard as a file of documents: what its `SourceFile.details` are."""
+
+    shard: StageShardView
+    rules: FilterRules
+    sha256_by_path: dict[Path, str | None]
+    """SHA-256 of each of the files that are read; None: its stage has no checksums."""
 
 
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
@@ -125,9 +169,11 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
     chosen = source if isinstance(source, SourceConfig) else None
     rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
     labels, files = ["text", *rules.label_names, *rules.cut], []
+    digests = corpus.read_checksums()
     for shard in corpus.shards:
         stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
         path = shard.path(DOCUMENTS)
+        extra_paths = tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS}))
         state = path.stat()
         files.append(
             SourceFile(
@@ -137,8 +183,10 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
                 compression="none",
                 size=state.st_size,
                 mtime_ns=state.st_mtime_ns,
-                extra_paths=tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS})),
-                details=(shard, rules),
+                extra_paths=extra_paths,
+                details=FilteredShard(
+                    shard, rules, {path: digests.get(path) for path in (path, *extra_paths)}
+                ),
             )
         )
     return files
@@ -146,13 +194,16 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
 
 def read_corpus_slice(part: FileSlice) -> Iterator[Document | None]:
     """Reads the documents of a shard; None for each that the rules drop."""
-    for (document_id,), text in read_filtered_documents(*part.file.details):
+    filtered: FilteredShard = part.file.details
+    for path, digest in filtered.sha256_by_path.items():
+        check_shard(path, digest)
+    for (document_id,), text in read_filtered_documents(filtered.shard, filtered.rules):
         yield None if text is None else Document(document_id, text.encode())
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str:
     """Describes the rules that decide what is taken from corpora, as JSON."""
-    rules = {shard.folder: rules for shard, rules in (file.details for file in files)}
+    rules = {file.details.shard.folder: file.details.rules for file in files}
     return json.dumps([each.describe() for each in rules.values()])
 
 

@@ -16,7 +16,13 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
 from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
-from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
+from maxlm.corpus.shards import (
+    DOCUMENTS,
+    StageShardView,
+    read_counts,
+    read_file_identities,
+    write_shard_checksums,
+)
 from maxlm.corpus.stage import (
     CrossDocumentStage,
     JobRunner,
@@ -24,6 +30,7 @@ from maxlm.corpus.stage import (
     ShardLabeller,
     check_packages,
 )
+from maxlm.runtime.checksums import CHECKSUMS_NAME
 from maxlm.runtime.files import (
     convert_write_errors,
     lock_folder,
@@ -172,9 +179,12 @@ def _make_shards(
     that are no longer sources."""
     began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
     pending = [shard for shard in shards if not paths[shard.name].exists()]
-    if not pending and (home / MANIFEST).exists():
+    # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one now.
+    if not pending and all((home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)):
         return
-    make(pending)
+    before = read_file_identities(paths.values())
+    if pending:
+        make(pending)
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
         path.unlink()  # Also of killed workers.
     found = {name: read_counts(path) for name, path in paths.items()}
@@ -184,6 +194,7 @@ def _make_shards(
     manifest = details | {
         "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
         "shards": {name: each["rows"] for name, each in found.items()},
+        "checksums_sha256": write_shard_checksums(home, list(paths.values()), before),
         "last_run": {
             "shards": len(pending),  # Others may be of earlier runs.
             "packages": {name: version(name) for name in (*_PACKAGES, *packages)},

@@ -8,8 +8,8 @@ group at a time, which bounds memory whatever the size of a shard.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,9 +21,17 @@ import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
-from maxlm.data.documents.streams import open_parquet
-from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.data.documents.streams import open_parquet, open_stream
+from maxlm.runtime.checksums import (
+    CHECKSUMS_NAME,
+    check_files,
+    parse_checksums,
+    read_checksums,
+    write_checksums,
+)
+from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
+_REPAIR = "delete each such file and run the corpus's recipe again, which makes them anew"
 DOCUMENTS = "documents"
 """The name of the stage that reads sources."""
 DOCUMENT_SCHEMA = pa.schema(
@@ -168,3 +176,71 @@ def read_counts(path: Path) -> Counter[str]:
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))
+
+
+FileIdentity = tuple[int, int, int]
+"""Inode, size in bytes and time of the last change in nanoseconds: equal only while a file is not
+replaced."""
+
+
+def read_file_identities(paths: Iterable[Path]) -> dict[Path, FileIdentity]:
+    """Reads the identity of each of the files that exist."""
+    identities = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            state = path.stat()
+            identities[path] = (state.st_ino, state.st_size, state.st_mtime_ns)
+    return identities
+
+
+def write_shard_checksums(
+    folder: Path, paths: Sequence[Path], before: Mapping[Path, FileIdentity]
+) -> str:
+    """Writes the list of the SHA-256s of a stage's shards into its folder; returns the list's own.
+
+    A shard that the last list has and that is the file it was `before` keeps its SHA-256: damage
+    since then must not become what is checked against.
+    """
+    with convert_write_errors(folder):
+        text = ""
+        with suppress(FileNotFoundError):
+            text = (folder / CHECKSUMS_NAME).read_text("utf-8", "replace")
+        now = read_file_identities(paths)
+        unchanged = {path.name for path in paths if before.get(path) == now[path]}
+        listed = parse_checksums(text).items()
+        known = {name: digest for name, digest in listed if name in unchanged}
+        return write_checksums(folder, [path.name for path in paths], known)
+
+
+def verify_shards(folder: Path, paths: Sequence[Path], list_sha256: str | None) -> None:
+    """Reads the shards of a stage, and raises MaxlmError if one is not as it was written.
+
+    `list_sha256`: of the list of checksums in `folder`; None: the stage has none, and the checksums
+    of the pages are checked alone.
+    """
+    if list_sha256 is not None:
+        check_files(folder, list_sha256, _REPAIR)
+        return
+    for path in paths:
+        with open_parquet(path) as parquet:
+            for group in range(parquet.num_row_groups):
+                parquet.read_row_group(group)
+
+
+def read_shard_checksums(folder: Path, list_sha256: str | None) -> dict[Path, str]:
+    """Reads the SHA-256 of each of a stage's shards; none if the stage has no list of them."""
+    if list_sha256 is None:
+        return {}
+    digest_by_name = read_checksums(folder, list_sha256, _REPAIR)
+    return {folder / name: digest for name, digest in digest_by_name.items()}
+
+
+def check_shard(path: Path, digest: str | None) -> None:
+    """Raises MaxlmError if a shard is not the one with this SHA-256; None: it is not known."""
+    if digest is None:
+        return
+    with open_stream(path, "none"):  # Says what keeps a file from being read.
+        is_same = hash_file(path) == digest
+    if not is_same:
+        message = "this file has changed since maxlm corpus run wrote it"
+        raise MaxlmError(message, where=str(path), fix=_REPAIR)

@@ -15,6 +15,7 @@ from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
 from maxlm.data.documents import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import TokenSource, check_num_steps
+from maxlm.data.loader.packing import describe_missing_checksums
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, add_chat_template, load_tokenizer, train_tokenizer
@@ -36,6 +37,8 @@ class PreparedData:
     train_batch_source: BatchSource
     eval_batch_sources: Mapping[str, BatchSource]
     """The batches to evaluate on, by name."""
+    unchecked: tuple[str, ...] = ()
+    """Lines that say which files `data.verify` could not check."""
 
 
 def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
@@ -66,7 +69,11 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     batches = config.task.batch_source(inputs)
     check_num_steps(batches, config.train.steps)
     evaluation = config.task.evaluation_sources(inputs)
-    return PreparedData(tokenizer, all_training, all_heldout, batches, evaluation)
+    unchecked: list[str] = []
+    if config.data.verify:
+        for store in [*all_training.values(), *all_heldout.values()]:
+            unchecked += describe_missing_checksums(store)
+    return PreparedData(tokenizer, all_training, all_heldout, batches, evaluation, tuple(unchecked))
 
 
 def make_source_inputs(
@@ -189,7 +196,7 @@ def _stores(
     config: RunConfig, source: MixtureSource, tokenizer: Path, folder: Path
 ) -> tuple[TokenStore, TokenStore | None]:
     if source.store is not None:
-        return _named_stores(source, load_tokenizer(tokenizer))
+        return _named_stores(source, load_tokenizer(tokenizer), verify=config.data.verify)
     fraction, workers = config.data.heldout_fraction, config.data.build_workers
     build = partial(build_store, source, tokenizer, heldout_fraction=fraction, workers=workers)
     built: dict[str, TokenStore] = {}
@@ -197,17 +204,21 @@ def _stores(
         if not (folder / split).exists():
             with show_progress() as progress:
                 build(folder / split, split=split, progress=progress)
-        built[split] = TokenStore.open(folder / split)
+        built[split] = TokenStore.open(folder / split, verify=config.data.verify)
         check_tokenizer(built[split], load_tokenizer(tokenizer))
     return built["train" if "train" in built else "all"], built.get("heldout")
 
 
 def _named_stores(
-    source: MixtureSource, tokenizer: Tokenizer
+    source: MixtureSource, tokenizer: Tokenizer, *, verify: bool = False
 ) -> tuple[TokenStore, TokenStore | None]:
     """Stores built before, if this tokenizer made them."""
     named = ((source.store, source.store_segments), (source.heldout_store, None))
-    stores = [TokenStore.open(path, segments=count) for path, count in named if path is not None]
+    stores = [
+        TokenStore.open(path, segments=count, verify=verify)
+        for path, count in named
+        if path is not None
+    ]
     for store in stores:
         check_tokenizer(store, tokenizer)
     return stores[0], stores[1] if len(stores) > 1 else None

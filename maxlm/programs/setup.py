@@ -176,16 +176,27 @@ def set_up_run(
 
 
 def open_training_batches(
-    setup: RunSetup, source: BatchSource, start: int, skips: Skips = ()
+    setup: RunSetup,
+    source: BatchSource,
+    start: int,
+    skips: Skips = (),
+    is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> closing[Generator[Batch]]:
-    """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``."""
+    """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``.
+    ``is_stop_requested``: see `Prefetcher`."""
     data = setup.config.data
 
     def batches() -> Generator[Batch]:
         for first, count in contiguous_ranges(start, setup.config.train.steps, skips):
-            steps = {"start_step": first, "num_steps": count}
-            pace = {"workers": data.workers, "prefetch": data.prefetch}
-            yield from _put_batches(setup, source, **steps, **pace)
+            yield from _put_batches(
+                setup,
+                source,
+                start_step=first,
+                num_steps=count,
+                workers=data.workers,
+                prefetch=data.prefetch,
+                is_stop_requested=is_stop_requested,
+            )
 
     return closing(batches())
 
@@ -198,12 +209,29 @@ def open_evaluation_batches(
     return closing(_put_batches(setup, source, num_steps=steps))
 
 
-def _put_batches(setup: RunSetup, source: BatchSource, **how: int) -> Generator[Batch]:
+def _put_batches(
+    setup: RunSetup,
+    source: BatchSource,
+    *,
+    start_step: int = 0,
+    num_steps: int,
+    workers: int = 0,
+    prefetch: int = 4,
+    is_stop_requested: Callable[[], bool] = lambda: False,
+) -> Generator[Batch]:
     config, mesh = setup.config, setup.mesh
     lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
     rows = get_local_row_indices(batch_sharding(setup.placed.compute, mesh, ()), lead)
     where = setup.placed.compute, mesh, lead, setup.token_order
-    with load_batches(source, rows, **how) as loader:
+    with load_batches(
+        source,
+        rows,
+        start_step=start_step,
+        num_steps=num_steps,
+        workers=workers,
+        prefetch=prefetch,
+        is_stop_requested=is_stop_requested,
+    ) as loader:
         for batch in loader:
             yield make_global_batch(batch, arrays, rows, *where)

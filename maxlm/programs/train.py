@@ -128,7 +128,11 @@ def train_model(
             saver, timer = run.state_restorer.checkpointer, StepTimer(log.event, position.step)
             with (
                 open_training_batches(
-                    setup, data.train_batch_source, position.step, position.skips
+                    setup,
+                    data.train_batch_source,
+                    position.step,
+                    position.skips,
+                    lambda: run.signals.request.stops,
                 ) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=run.is_lead) as display,
                 run.signals.defer_signals(),
@@ -197,6 +201,8 @@ def _open_run(
         check_no_lost_checkpoint(checkpointer, resume)
     for each in position.skipped:
         say(str(each))
+    for line in data.unchecked:
+        say(line)
     for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
         for note in getattr(rows, "notes", ()):
             say(f"{name}: {note}")

@@ -4,11 +4,13 @@ A scheduler may signal every process of a job. The process that trains acts on t
 workers ignore it, and end when that process has saved.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntFlag
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 
 from maxlm.config.errors import Preempted
@@ -42,6 +44,35 @@ def ignore_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def kill_starting_workers() -> None:
+    """Kills the worker processes of this process that have not started yet, at its end.
+
+    A worker that is still importing hears no signal but SIGKILL (they are blocked until
+    `ignore_signals`) and holds nothing; multiprocessing would wait for it. Workers that have
+    started are left to whoever uses them. Does nothing where there is no /proc.
+    """
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # The thread has just ended.
+            for child in children.read_text().split():
+                if _is_starting_worker(Path("/proc", child)):
+                    with suppress(ProcessLookupError):
+                        os.kill(int(child), signal.SIGKILL)
+
+
+def _is_starting_worker(process: Path) -> bool:
+    """Tells whether a process, by its folder in /proc, was spawned by multiprocessing to work and
+    still blocks the stop signals."""
+    try:
+        command = (process / "cmdline").read_bytes()
+        status = (process / "status").read_text()
+    except OSError:  # It has just ended.
+        return False
+    is_worker = b"--multiprocessing-fork" in command.split(b"\0")
+    masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")]
+    blocked = int(masks[0], 16)
+    return is_worker and bool(blocked >> (signal.SIGTERM - 1) & 1)
 
 
 class StopRequest(IntFlag):

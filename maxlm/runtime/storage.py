@@ -4,6 +4,7 @@ Object stores are read by TensorStore's own drivers. Credentials come from where
 for them (`AWS_ACCESS_KEY_ID`, `~/.aws`, Google's application default credentials, ...).
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.runtime.files import hash_file
 
 Place = Path | str
 """A folder's path, or an object store's URL without a slash at its end."""
@@ -75,6 +77,13 @@ def read_file(place: Place, name: str) -> bytes:
     if found.state != "value":
         raise FileNotFoundError(f"there is no {name} in {place}")
     return found.value
+
+
+def hash_stored_file(place: Place, name: str) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex; raises OSError if it cannot be read."""
+    if isinstance(place, Path):
+        return hash_file(place / name)
+    return hashlib.sha256(read_file(place, name)).hexdigest()
 
 
 def download_folder(place: Place, name: str, to: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_bug_shows_itself_and_a_mistake_where_it_is_asked_for(verb, monkeypatc
         "corpus train-quality --positive a.txt --negative s3://b/x --out o",
         "convert a s3://b/x",
         "train demo folder=s3://b/x",
+        "corpus mix demo data.sources.0.documents=[s3://b/x]",
     ],
 )
 def test_an_object_store_is_refused_and_no_folder_is_made(

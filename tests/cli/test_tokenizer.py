@@ -68,6 +68,10 @@ MISTAKES = {
     "and special token; set it to 257 (256 bytes, 1 special) or more",
     "train empty.txt --out nothing": "no text to train a tokenizer on; give text that is not empty",
     "encode nothing x": "nothing: no such folder; name a folder that `maxlm tokenizer train` wrote",
+    "train text.txt --out nothing --lowercase": "a tokenizer of kind bpe keeps case; leave "
+    "lowercase out, or set kind to wordpiece",
+    "export nothing --out nothing": "nothing: no such folder; name a folder that "
+    "`maxlm tokenizer train` wrote",
     "decode t 12 x1": "'x1' is not a token id; give whole numbers from 0 on",
     "decode t 300": "token id 300 is outside [0, 300); decode with the tokenizer that made the ids",
     "stats t empty.txt": "no text to measure; give files that are not empty",
@@ -83,7 +87,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
         assert not (tmp_path / "nothing").exists()
 
 
-def test_import_of_a_checkpoints_tokenizer(tmp_path, run):
+def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
     checkpoint, kept = write_checkpoint(tmp_path / "checkpoint", "llama2"), tmp_path / "kept"
     take = ["tokenizer", "import", checkpoint, "--out", kept]
     assert "not every text comes back" in run(*take).out
@@ -91,6 +95,13 @@ def test_import_of_a_checkpoints_tokenizer(tmp_path, run):
     assert run(*take, "--force").code == 0
     ids = run("tokenizer", "encode", kept, "the fox").out.split()
     assert run("tokenizer", "decode", kept, *ids).out == "the fox"
+    out = tmp_path / "exported"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"stays")
+    assert run("tokenizer", "export", kept, "--out", out).code == 0
     (checkpoint / "config.json").unlink()
     for path in checkpoint.iterdir():
         assert (kept / path.name).read_bytes() == path.read_bytes()
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    exported = {path.name for path in out.iterdir()}
+    assert exported == {path.name for path in checkpoint.iterdir()} | {"model.safetensors"}

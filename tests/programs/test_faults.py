@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
+from maxlm.programs import setup
 from maxlm.programs.evaluation import HeldOutEvaluator
 from maxlm.programs.run_folder import lock_run_folder
 from maxlm.programs.runs import read_run
@@ -102,6 +103,19 @@ def at_batch(monkeypatch, wanted: int, do) -> None:
     tiny.spoil_batches(monkeypatch, change)
 
 
+def record_stop_requests(monkeypatch) -> list:
+    """How each loader of a run is told of a stop, by which it waits for no worker that starts."""
+    requests = []
+    load = setup.load_batches
+
+    def load_batches(*arguments, is_stop_requested, **options):
+        requests.append(is_stop_requested)
+        return load(*arguments, is_stop_requested=is_stop_requested, **options)
+
+    monkeypatch.setattr(setup, "load_batches", load_batches)
+    return requests
+
+
 def largest(folder: Path) -> Path:
     files = (path for path in folder.rglob("*") if path.is_file())
     return max(files, key=lambda path: path.stat().st_size)
@@ -183,8 +197,10 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(runs, mo
     # Before the first step is compiled, and in the evaluation at step 8. What is wanted at a step
     # is known to all processes when the next is under way, with which it ends.
     with monkeypatch.context() as patch:
+        requests = record_stop_requests(patch)
         at_batch(patch, 0, lambda: signal.raise_signal(signal.SIGINT))
         stops(2, f"interrupted at step 2 of {STEPS}, which is saved; {RESUME}")
+        assert [is_stop_requested() for is_stop_requested in requests] == [True]
     with monkeypatch.context() as patch:
         evaluate = HeldOutEvaluator.evaluate_metrics
 

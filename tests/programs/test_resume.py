@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.cli.main import main
+from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig
-from maxlm.data.store import append_store, build_store
+from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.programs.prepare import prepare_data
-from maxlm.programs.run_folder import create_run_folder
-from maxlm.run import RunConfig
 from tests.programs import tiny
 from tests.programs.tiny import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
+NEW = ("temperature", "phases", "verify"), ("max_epochs", "store_segments", "keep", "cut")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
     for part, names in (
         (data, NEW[0]),
         (data["sources"][0], NEW[1]),
-        (tokenizer, ("chat",)),
+        (tokenizer, ("chat", "lowercase")),
         (metadata, ("stores", "sha256")),
         (metadata["versions"], ("maxlm",)),
     ):
@@ -100,23 +98,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
 
 def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path):
     """The other has other texts of the same lengths."""
-    for name, letter in (("old", "a"), ("new", "b")):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
-    tokenizer.save(tmp_path / "tokenizer")
-    texts = {n: SourceConfig(documents=(str(tmp_path / f"{n}.jsonl"),)) for n in ("old", "new")}
-    for name, source in texts.items():
-        build_store(source, tmp_path / "tokenizer", tmp_path / name)
-    store = shutil.copytree(tmp_path / "old", tmp_path / "store")
-    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
-    path = tiny.write_config(
-        tmp_path,
-        "unused",
-        train={"steps": 1},
-        tokenizer={"path": str(tmp_path / "tokenizer")},
-        data=data | {"workers": 0},
-        reporting={"tensorboard": False},
-    )
+    path, store, texts = build_alike(tmp_path)
     train(path)
     shutil.rmtree(store)
     shutil.copytree(tmp_path / "new", store)
@@ -138,15 +120,64 @@ def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path
         train(path, "train.steps=3", "data.sources.0.store_segments=2")
 
 
-def test_prepared_text_is_for_its_config_alone(tmp_path):
-    """Weights may be changed; other text is refused."""
+def build_alike(folder):
+    """Two stores of other texts of the same lengths; returns a run's config that reads the old."""
+    for name, letter in (("old", "a"), ("new", "b")):
+        (folder / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
+    tokenizer.save(folder / "tokenizer")
+    texts = {n: SourceConfig(documents=(str(folder / f"{n}.jsonl"),)) for n in ("old", "new")}
+    for name, source in texts.items():
+        build_store(source, folder / "tokenizer", folder / name, workers=1)
+    store = shutil.copytree(folder / "old", folder / "store")
+    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
+    path = tiny.write_config(
+        folder,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(folder / "tokenizer")},
+        data=data | {"workers": 0},
+        reporting={"tensorboard": False},
+    )
+    return path, store, texts
+
+
+def test_a_run_told_to_verify_refuses_another_stores_tokens(tmp_path):
+    """Which the store reads as its own without; a store of before is told of once."""
+    path, store, _ = build_alike(tmp_path)
+    shutil.copyfile(tmp_path / "new/tokens/c/0", store / "tokens/c/0")
+    found = r"store/tokens/c/0: this file has changed since it was written; put the store back"
+    with pytest.raises(MaxlmError, match=found):
+        train(path, "data.verify=true")
+    train(path)
+    shutil.copyfile(tmp_path / "old/tokens/c/0", store / "tokens/c/0")
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["segments"][0]["checksums_sha256"], manifest["sha256"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    _, said = train(path, "data.verify=true")
+    assert len([line for line in said if "segment 0 without checksums of files" in line]) == 1
+
+
+def test_what_mix_prepared_is_for_its_config_alone(tmp_path, capfd):
+    """Weights and phases may be tried, and then trained; other text is refused."""
     texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
     path = tiny.write_config(tmp_path, texts[0])
-    run = load_config(RunConfig, path).value
-    with create_run_folder(run, Path(run.folder, run.name)):
-        prepare_data(run, Path(run.folder, run.name))
+    assert main(["corpus", "mix", path, "--json"]) == 0
+    (usage,) = json.loads(capfd.readouterr().out)
+    store = TokenStore.open(tmp_path / "tiny" / "data" / "text" / "train")
+    assert (usage["source"], usage["sequences"], usage["share"]) == ("text", 20 * 8, 1)
+    epochs = usage["sequences"] / -(-store.num_tokens // 32)
+    assert (usage["epochs"], usage["tokens"]) == (epochs, round(epochs * store.num_tokens))
+    phases = "data.phases=[{from_step: 5, ramp_steps: 5, weights: {text: 2}}]"
+    tried = ["corpus", "mix", path, "data.sources.0.max_epochs=500", phases]
+    assert main(tried) == 0
+    table = capfd.readouterr().out
+    assert [steps in table for steps in ("0 to 4", "5 to 9", "10 to 19", "all steps")] == [True] * 4
+    other = f"data.sources.0.documents=[{texts[1]}]"
+    assert main(["corpus", "mix", path, other]) == 2
+    assert "the text here was prepared with another config: data.sources" in capfd.readouterr().err
     with pytest.raises(MaxlmError, match=r"prepared with another config: data\.sources"):
-        train(path, f"data.sources.0.documents=[{texts[1]}]")
+        train(path, other)
     train(path, "data.sources.0.weight=2", "data.sources.0.max_epochs=500", "train.steps=1")
 
 
@@ -154,4 +185,5 @@ def test_a_run_leaves_nothing_of_text_that_it_refuses(tmp_path):
     path = tiny.write_config(tmp_path, str(tmp_path / "nowhere"))
     with pytest.raises(MaxlmError):
         train(path)
+    assert main(["corpus", "mix", path]) == 2
     assert [each.name for each in tmp_path.iterdir()] == ["tiny.yaml"]

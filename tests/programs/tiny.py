@@ -114,8 +114,8 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     original = train.open_training_batches
 
     @contextmanager
-    def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
-        with original(setup, source, start, skips) as batches:
+    def spoiled(setup: Any, source: Any, start: int, skips: Any = (), *stop: Any):
+        with original(setup, source, start, skips, *stop) as batches:
             numbered = enumerate(batches, start)
             yield (change(get_batch_index(step, skips), batch) for step, batch in numbered)
 

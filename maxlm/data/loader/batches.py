@@ -4,7 +4,7 @@ Order and packing are decided by global index, before any host picks its rows, s
 every batch can be made by anyone, at any time, in any number of processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -61,6 +61,11 @@ class LoaderConfig(Config):
     start, but they share its interpreter."""
     prefetch: int = Field(default=4, ge=1)
     """Batches made ahead, by each worker."""
+    verify: bool = False
+    """true reads every token store and packing index when a run starts, on each process, and
+    refuses one of which a file is not what was written (as `maxlm corpus verify` does): some
+    seconds a GB. false checks manifests and sizes then, and each chunk of tokens when it is read,
+    which finds damage but not a whole file that stands where another belongs."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def make_batches(
     Args:
         mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
             depend on sizes, epochs and steps.
-        config: seq_len, batch_size, packing and shuffle are used.
+        config: seq_len, batch_size, packing, shuffle and (for packing indices) verify are used.
     """
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
@@ -199,7 +204,8 @@ def make_batches(
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
             raise MaxlmError(what, where=f"store {name!r}", fix="give more text, or lower seq_len")
     if config.packing == "best_fit":
-        pack = partial(open_best_fit, seq_len=config.seq_len, block=config.packing_block)
+        sizes = {"seq_len": config.seq_len, "block": config.packing_block}
+        pack = partial(open_best_fit, **sizes, verify=config.verify)
     else:
         pack = partial(ConcatPacking, seq_len=config.seq_len)
     sources = tuple(map(pack, stores.values()))
@@ -228,6 +234,7 @@ def load_batches(
     num_steps: int | None = None,
     workers: int = 0,
     prefetch: int = 4,
+    is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> "Prefetcher":
     """Iterates over rows of a source's batches from `start_step` on, made ahead.
 
@@ -237,6 +244,7 @@ def load_batches(
         rows: the global rows to take, in this order, which are this process's.
         num_steps: how many batches; None is all there are.
         workers, prefetch: see `LoaderConfig`.
+        is_stop_requested: see `Prefetcher`.
     """
     from maxlm.data.loader.prefetch import Prefetcher
 
@@ -244,7 +252,14 @@ def load_batches(
     if stop is not None:
         check_num_steps(source, stop)
     make = partial(_make_rows, source, rows)
-    return Prefetcher(make, start_step, stop, workers=workers, prefetch=prefetch)
+    return Prefetcher(
+        make,
+        start_step,
+        stop,
+        workers=workers,
+        prefetch=prefetch,
+        is_stop_requested=is_stop_requested,
+    )
 
 
 def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:

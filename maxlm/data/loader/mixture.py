@@ -32,6 +32,9 @@ BLOCK = 256
 # Past any index: what `permute`, the arithmetic of the tree and Grain's counts can take.
 ENDLESS = 1 << 62
 _SHARE_BITS = 31
+# A ramp is a stair of at most so many steps, each of at least BLOCK sequences: in each, counts are
+# rounded anew, and each costs a look-up one segment more.
+RAMP_STAIRS = 64
 
 Weights = Mapping[str, float]
 
@@ -118,9 +121,27 @@ class MixtureOrder:
 
     def shares(self, index: int) -> dict[str, float]:
         """Returns each store's share of the sequences around a global index, by name; sum 1."""
-        number = bisect_right(self.segments, index, key=lambda segment: segment.start)
-        weights = self.segments[number - 1].weights
+        weights = self._find_segment(index).weights
         return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
+
+    def count_sequences_before(self, index: int) -> dict[str, int]:
+        """Counts each store's sequences among the first `index` of the mixture, or among all if it
+        ends before, by name. O(1) in `index`."""
+        index = min(index, self.end)
+        segment = self._find_segment(index)
+        counts = list(segment.sequences_before)
+        # Whole blocks are counted by the tree; within the last the order is shuffled.
+        whole_blocks = (index - segment.start) // BLOCK * BLOCK
+        for store, count in _counts(segment.tree, whole_blocks).items():
+            counts[store] += count
+        stores, _ = self.locate(np.arange(segment.start + whole_blocks, index))
+        for store in stores.tolist():
+            counts[store] += 1
+        return dict(zip(self.names, counts, strict=True))
+
+    def _find_segment(self, index: int) -> MixtureSegment:
+        number = bisect_right(self.segments, index, key=lambda segment: segment.start)
+        return self.segments[number - 1]
 
     def _shuffled(self, indices: Int64s, number: int) -> Int64s:
         """Indices within segment `number`, each moved within its block."""
@@ -219,6 +240,10 @@ class Phase(Config):
     weights: dict[str, float] = Field(min_length=1)
     """Weights by source, at least 0, which reads nothing of it. A source that is not named here has
     its own weight."""
+    ramp_steps: int = Field(default=0, ge=0)
+    """Steps, from `from_step` on, over which shares move along a straight line (in up to 64 stairs)
+    from those before to these; these hold from step `from_step` + `ramp_steps` on. 0 changes them
+    at once."""
 
 
 @dataclass(frozen=True)
@@ -243,14 +268,17 @@ class Mixing:
         check_phases(self.phases, tuple(self.weights))
         exponent, largest = 1 / (self.temperature or math.inf), max([*tokens.values(), 1])
         sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
-        # A phase that begins at step 0 takes the place of the sources' own weights.
+        # A phase that begins at step 0 without a ramp takes the place of the sources' own weights.
         steps = {0: self.weights}
         steps |= {phase.from_step: {**self.weights, **phase.weights} for phase in self.phases}
         _check_weights(steps)
-        scaled = {
-            step: {name: weights[name] * size for name, size in sizes.items()}
-            for step, weights in steps.items()
-        }
+        before = {name: self.weights[name] * size for name, size in sizes.items()}
+        scaled: dict[int, Weights] = {0: before}
+        for phase in self.phases:
+            weights = {**self.weights, **phase.weights}
+            after = {name: weights[name] * size for name, size in sizes.items()}
+            scaled |= _make_ramp(phase, before, after, batch_size)
+            before = after
         _check_weights(scaled)  # a low temperature may leave nothing of a small store's
         phases = [(step * batch_size, weights) for step, weights in scaled.items()]
         # 0 would be a source that nobody meant to leave out.
@@ -259,8 +287,9 @@ class Mixing:
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
-    """Refuses phases of sources that are not there, and phases out of order."""
-    previous_step = -1
+    """Refuses phases of sources that are not there, and one that begins before the phase ahead of
+    it is reached."""
+    reached_step = -1
     for number, phase in enumerate(phases):
         where = f"phases.{number}"
         for name in phase.weights:
@@ -268,8 +297,34 @@ def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
                 near = get_close_matches(name, names, n=1)
                 fix = f"did you mean {near[0]!r}?" if near else f"sources are: {', '.join(names)}"
                 raise MaxlmError(f"there is no source {name!r}", where=f"{where}.weights", fix=fix)
-        if phase.from_step <= previous_step:
-            what = f"from_step={phase.from_step} is not past the phase before"
-            fix = f"begin at step {previous_step + 1} or later, in rising order"
+        if phase.from_step <= reached_step:
+            ramp = " and its ramp" if phases[number - 1].ramp_steps else ""
+            what = f"from_step={phase.from_step} is not past the phase before{ramp}"
+            fix = f"begin at step {reached_step + 1} or later, in rising order"
             raise MaxlmError(what, where=where, fix=fix)
-        previous_step = phase.from_step
+        reached_step = phase.from_step + max(0, phase.ramp_steps - 1)
+
+
+def _make_ramp(
+    phase: Phase, before: Weights, after: Weights, batch_size: int
+) -> dict[int, Weights]:
+    """Returns the weights of each stair of a phase's ramp and of what follows, by first step.
+
+    Shares are interpolated, not weights, which may be of another scale. A stair has the shares of
+    the line at its middle.
+    """
+    num_sequences = phase.ramp_steps * batch_size
+    stairs = min(RAMP_STAIRS, phase.ramp_steps, max(1, num_sequences // BLOCK))
+    total_before = sum(before.values())
+    total_after = sum(after.values())
+    if total_before == 0 or total_after == 0:
+        stairs = 0  # `make_order` refuses such weights by their own step.
+    weights_by_step: dict[int, Weights] = {}
+    for stair in range(stairs):
+        part = (stair + 0.5) / stairs
+        weights_by_step[phase.from_step + stair * phase.ramp_steps // stairs] = {
+            name: (1 - part) * before[name] / total_before + part * after[name] / total_after
+            for name in before
+        }
+    weights_by_step[phase.from_step + phase.ramp_steps] = after
+    return weights_by_step

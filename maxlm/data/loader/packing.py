@@ -12,7 +12,8 @@ Best fit first cuts documents longer than seq_len into seq_len pieces and a rema
 block of documents, remainders and short documents go, longest first, each into the fullest sequence
 that still has room (best-fit decreasing: Johnson 1973). The block bounds the memory of the build
 and keeps each sequence's documents near one another in the store. The index lies in
-STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
+STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files, beside a list of their
+checksums and an `index.json` that says which index it is and holds the list's own.
 """
 
 import shutil
@@ -21,14 +22,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.data.store.arrays import Int64s, Offsets
+from maxlm.runtime.checksums import CHECKSUMS_NAME, check_files, write_checksums
+from maxlm.runtime.files import verify_and_strip_json_digest, write_json_with_digest
 
+if TYPE_CHECKING:
+    from maxlm.data.store import TokenStore
+
+_MANIFEST = "index.json"
+_MAKE_AGAIN = "delete this folder, which will be made again"
 PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
 """A piece: the index in the store of its first token, how many tokens it has (at least 1), and
 whether it reaches the end of its document."""
@@ -106,6 +114,17 @@ class PackingIndex(NamedTuple):
     sequence_offsets: Int64s
 
 
+class _IndexManifest(Config):
+    """The content of an index's `index.json`."""
+
+    seq_len: int
+    packing_block: int
+    offsets_sha256: str
+    """Hash of the offsets that it was made of."""
+    checksums_sha256: str
+    """SHA-256 of the list of its files' checksums."""
+
+
 @dataclass(frozen=True)
 class BestFitPacking:
     """Looks sequences up in an index: in a folder (mapped on first use), or held in memory."""
@@ -121,9 +140,8 @@ class BestFitPacking:
         try:
             return PackingIndex(*(np.asarray(np.load(file, mmap_mode="r")) for file in files))
         except (OSError, ValueError) as error:
-            fix = "delete this folder, which will be made again"
             what = f"damaged packing index: {error}"
-            raise MaxlmError(what, where=str(self.source), fix=fix) from error
+            raise MaxlmError(what, where=str(self.source), fix=_MAKE_AGAIN) from error
 
     def __reduce__(self):  # A worker process maps the files itself.
         return BestFitPacking, (self.store, self.source)
@@ -145,25 +163,83 @@ Packing = ConcatPacking | BestFitPacking
 """A store's sequences, looked up by number."""
 
 
-def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:
+def open_best_fit(
+    store: TokenSource, seq_len: int, block: int, *, verify: bool = False
+) -> BestFitPacking:
     """Opens the store's best-fit packing, from the index beside it, which is built if missing.
 
     Safe when several processes or hosts build it at once: each builds its own copy (they are
-    equal) and the first to finish wins.
+    equal) and the first to finish wins. `verify`: reads the index and refuses it if a file is not
+    as it was written; False checks the sizes of its files alone.
     """
     if store.path is None:
         return BestFitPacking(store, build_index(store.offsets, seq_len, block))
-    # The offsets alone decide the index, so their hash in its name leaves nothing to go stale.
-    digest = store.offsets_sha256[:12]
-    folder = Path(store.path) / "packing" / f"best_fit-{seq_len}-{block}-{digest}"
+    name = _name_index(store.offsets_sha256, seq_len, block)
+    folder = Path(store.path) / "packing" / name
     if not folder.is_dir():
         try:
-            _write(folder, store.offsets, seq_len, block)
+            _write(folder, store, seq_len, block)
         except OSError as error:
             what = f"cannot write the packing index ({error.strerror})"
             fix = "make the store's folder writable once, or use packing=concat"
             raise MaxlmError(what, where=str(folder), fix=fix) from error
+    elif verify:
+        verify_index(folder)
     return BestFitPacking(store, folder)
+
+
+def list_indices(store: TokenSource) -> list[Path]:
+    """Lists the folders of all packing indices beside a store's arrays."""
+    return [] if store.path is None else sorted(Path(store.path).glob("packing/best_fit-*"))
+
+
+def describe_missing_checksums(store: "TokenStore") -> list[str]:
+    """Describes what of a store and its packing indices was written without checksums of whole
+    files, a line each; no lines: nothing was."""
+    lines = []
+    numbers = store.segments_without_checksums
+    if numbers:
+        listed = ", ".join(map(str, numbers))
+        lines.append(
+            f"{store.place}: an earlier maxlm wrote segment {listed} without checksums of files: "
+            "tokens and offsets are compared with the manifest, other files are not checked"
+        )
+    for folder in list_indices(store):
+        if not _has_checksums(folder):
+            lines.append(
+                f"{folder}: an earlier maxlm wrote this packing index without checksums; "
+                "delete the folder, and it is made again with them"
+            )
+    return lines
+
+
+def _has_checksums(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (_MANIFEST, CHECKSUMS_NAME))
+
+
+def verify_index(folder: Path) -> None:
+    """Reads every file of an index, and raises MaxlmError if one is not as it was written or the
+    index is another's. An index that was written without checksums passes."""
+    if not _has_checksums(folder):
+        return
+    path = folder / _MANIFEST
+    try:
+        text = verify_and_strip_json_digest(path.read_text("utf-8"))
+        manifest = _IndexManifest.model_validate_json(text)
+    except (OSError, ValueError) as error:
+        message = "damaged packing index: its manifest has changed since it was written"
+        raise MaxlmError(message, where=str(path), fix=_MAKE_AGAIN) from error
+    name = _name_index(manifest.offsets_sha256, manifest.seq_len, manifest.packing_block)
+    if name != folder.name:
+        message = f"this folder holds the packing index {name}"
+        raise MaxlmError(message, where=str(folder), fix=_MAKE_AGAIN)
+    check_files(folder, manifest.checksums_sha256, "delete its folder, which will be made again")
+
+
+def _name_index(offsets_sha256: str, seq_len: int, block: int) -> str:
+    """Names an index's folder. The offsets alone decide the index, so their hash in its name leaves
+    nothing to go stale."""
+    return f"best_fit-{seq_len}-{block}-{offsets_sha256[:12]}"
 
 
 def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingIndex:
@@ -221,8 +297,9 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     return bins
 
 
-def _write(folder: Path, offsets: Int64s | Offsets, seq_len: int, block: int) -> None:
+def _write(folder: Path, store: TokenSource, seq_len: int, block: int) -> None:
     """Write the pieces block by block, so that memory grows with the number of sequences only."""
+    offsets = store.offsets
     folder.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     blocks = (offsets[i : i + block + 1] for i in range(0, offsets.size - 1, block))
@@ -236,6 +313,13 @@ def _write(folder: Path, offsets: Int64s | Offsets, seq_len: int, block: int) ->
                 counts.append(of_block)
                 file.write(pieces.data)
         np.save(temporary / "sequence_offsets.npy", np.cumsum(np.concatenate(counts)))
+        manifest = _IndexManifest(
+            seq_len=seq_len,
+            packing_block=block,
+            offsets_sha256=store.offsets_sha256,
+            checksums_sha256=write_checksums(temporary),
+        )
+        write_json_with_digest(temporary / _MANIFEST, manifest.model_dump_json(indent=1))
         temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
         try:
             temporary.rename(folder)

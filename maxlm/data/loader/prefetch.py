@@ -4,16 +4,20 @@ The only module that imports Grain. Order is exact whatever the number of worker
 steps to the workers in turn and collects them in turn.
 """
 
+import atexit
 import gc
 import re
 import signal
 import sys
+import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
-from typing import Self
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any, Self, cast
 
+import cloudpickle
 import grain
 import numpy as np
 from absl import flags
@@ -21,16 +25,24 @@ from absl import flags
 from maxlm.config.errors import MaxlmError, ProcessLost
 from maxlm.data.loader.batches import Batch
 from maxlm.data.loader.mixture import ENDLESS
+from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.pool import stop_with_parent
-from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
+from maxlm.runtime.signals import (
+    STOP_SIGNALS,
+    ignore_signals,
+    kill_starting_workers,
+    start_resource_tracker,
+)
 
 MakeBatch = Callable[[int], Batch]
 """Returns the batch of a step."""
-_Pipeline = tuple[grain.DatasetIterator, list[Future]]  # with its next batch
 
 # Steps that threads make while worker processes start, which takes seconds.
 THREAD_STEPS = 32
+# For workers that have started to end a batch that they are making.
 _CLOSE_SECONDS = 30.0
+# Between looks at whether a stop was asked for, while workers start.
+_POLL_SECONDS = 0.1
 _THREADS = 2
 # Grain says in words alone that a worker died; a negative code is the signal that killed it.
 _KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
@@ -51,25 +63,37 @@ class Prefetcher(Iterator[Batch]):
         stop: None: there is no end.
         workers: processes, which take over after `THREAD_STEPS` steps; 0: threads make all.
         prefetch: batches made ahead, by each worker.
+        is_stop_requested: tells whether the run was asked to stop. From then on nothing waits for
+            workers that have not started yet: this process makes the batches.
     """
 
     def __init__(
-        self, make: MakeBatch, start: int, stop: int | None, *, workers: int, prefetch: int
+        self,
+        make: MakeBatch,
+        start: int,
+        stop: int | None,
+        *,
+        workers: int,
+        prefetch: int,
+        is_stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.step = start
         """The step of the next batch."""
+        self._make = make
+        self._is_stop_requested = is_stop_requested
         self._stop = ENDLESS if stop is None else stop
         turn = min(start + THREAD_STEPS, self._stop) if workers else self._stop
-        pipelines = [_open_pipeline(make, start, turn, 0, prefetch)]
-        if has_workers := turn < self._stop:
-            pipelines.append(_open_pipeline(make, turn, self._stop, workers, prefetch))
-        # Grain starts its workers in one of these threads, and they inherit its signal mask.
-        block_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
-        threads = ThreadPoolExecutor(len(pipelines), "next-batch", initializer=block_signals)
-        self._threads = threads
-        self._pipelines = [(each, [threads.submit(_fetch, each)]) for each in pipelines]
+        self._pipelines = [_Pipeline(_open_pipeline(make, start, turn, 0, prefetch), 0)]
+        if turn < self._stop:
+            spilled = _SpilledFunction(make)
+            iterator = _open_pipeline(spilled, turn, self._stop, workers, prefetch)
+            self._pipelines.append(_Pipeline(iterator, workers))
+            # Before all that waits for processes when the interpreter exits; once.
+            atexit.unregister(kill_starting_workers)
+            atexit.register(kill_starting_workers)
+        self._makes_here = False
         # Also closes when the prefetcher is dropped, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._pipelines, threads, has_workers)
+        self._finalizer = weakref.finalize(self, _close, self._pipelines)
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
@@ -77,9 +101,14 @@ class Prefetcher(Iterator[Batch]):
         if self.step >= self._stop:
             self.close()
             raise StopIteration
-        iterator, next_batch = self._pipelines[0]
+        pipeline = self._pipelines[0]
+        if self._makes_here or not self._wait_for_start(pipeline):
+            self._makes_here = True  # Also from now on: the workers' next batch is an earlier one.
+            batch = self._make(self.step)
+            self.step += 1
+            return batch
         try:
-            batch = next_batch[0].result()
+            batch = pipeline.take()
         except MaxlmError as error:
             # The thread's frames hold the iterator, whose shared memory Python would call leaked.
             raise error.with_traceback(None) from None
@@ -90,12 +119,26 @@ class Prefetcher(Iterator[Batch]):
         if batch is None:  # Threads have made their last; workers go on.
             self._pipelines.pop(0)
             return next(self)
-        next_batch[0] = self._threads.submit(_fetch, iterator)
         self.step += 1
         return batch
 
+    def _wait_for_start(self, pipeline: "_Pipeline") -> bool:
+        """Waits until workers have begun to make batches. Returns False if a stop was requested
+        before, and they still start."""
+        while not pipeline.has_started:
+            done, _ = wait([pipeline.next_batch], timeout=_POLL_SECONDS)
+            if done:
+                return True
+            if self._is_stop_requested():
+                return False
+        return True
+
     def close(self) -> None:
-        """Ends threads and workers. Calling it again does nothing."""
+        """Ends threads and workers. Calling it again does nothing.
+
+        Workers that still start are not waited for: each ends when it has started, or when this
+        process ends.
+        """
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -105,15 +148,108 @@ class Prefetcher(Iterator[Batch]):
         self.close()
 
 
-def _close(pipelines: list[_Pipeline], threads: ThreadPoolExecutor, has_workers: bool) -> None:
+class _SpilledFunction:
+    """A function in a file, which a worker reads when it first calls it.
+
+    What a process is started with goes through a pipe, and more than the pipe holds (64 KiB; a
+    store's manifest names each source file) keeps its parent until the worker has imported all it
+    imports. The file goes with this object, or with the process.
+    """
+
+    def __init__(self, function: MakeBatch):
+        folder = Path(tempfile.gettempdir())
+        with convert_write_errors(folder):
+            descriptor, name = tempfile.mkstemp(prefix="maxlm-loader-", dir=folder)
+            self._path = Path(name)
+            weakref.finalize(self, self._path.unlink, missing_ok=True)
+            with open(descriptor, "wb") as file:
+                cloudpickle.dump(function, file)
+        self._function: MakeBatch | None = function
+
+    def __call__(self, step: int) -> Batch:
+        if self._function is None:
+            self._function = cast(MakeBatch, cloudpickle.loads(self._path.read_bytes()))
+        return self._function(step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_function": None}
+
+
+class _Pipeline:
+    """A Grain iterator whose next batch is fetched in a thread.
+
+    In a daemon thread, not an executor's: those are joined when the interpreter exits, and a
+    fetch from a worker that still starts would keep it.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, workers: int):
+        self.iterator = iterator
+        self.workers = workers
+        self._num_fetched = 0
+        self.next_batch: Future[Batch | None] = Future()
+        self._start_fetch()
+
+    @property
+    def has_started(self) -> bool:
+        """Whether batches are being made: Grain deals steps to the workers in turn, so each has
+        started once as many batches were fetched. Threads have from the first."""
+        return self._num_fetched >= self.workers
+
+    def take(self) -> Batch | None:
+        """Returns the next batch, in this process's own memory, or None at the end."""
+        batch = self.next_batch.result()
+        if batch is not None:
+            self.next_batch = Future()
+            self._start_fetch()
+        return batch
+
+    def fetch_until_started(self) -> None:
+        """Waits until every worker has made a batch, or one of them has failed."""
+        while self.next_batch.exception() is None and not self.has_started:
+            if self.take() is None:
+                return
+
+    def _start_fetch(self) -> None:
+        threading.Thread(target=self._fetch, name="next-batch", daemon=True).start()
+
+    def _fetch(self) -> None:
+        # Grain starts its workers in this thread or one of its own, which inherit the mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            batch = _fetch_batch(self.iterator)
+        except BaseException as error:
+            self.next_batch.set_exception(error)
+        else:
+            self._num_fetched += 1
+            self.next_batch.set_result(batch)
+
+
+def _close(pipelines: list[_Pipeline]) -> None:
+    """Ends the threads and workers of pipelines, and empties the list.
+
+    A thread of its own closes: Grain waits for what a worker is making, and for ever for one that
+    does not come to it. Only workers that have started, and so end soon, are waited for.
+    """
+    have_started = all(pipeline.has_started for pipeline in pipelines)
+    closing = threading.Thread(
+        target=_close_pipelines, args=(pipelines[:],), name="close-batches", daemon=True
+    )
+    pipelines.clear()
+    closing.start()
+    if have_started:
+        closing.join(_CLOSE_SECONDS)
+
+
+def _close_pipelines(pipelines: list[_Pipeline]) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    has_workers = any(pipeline.workers for pipeline in pipelines)
     while pipelines:
-        iterator, next_batch = pipelines.pop()
-        # Grain loses workers that it is still starting when closed: let the fetch end first.
-        wait(next_batch, timeout=_CLOSE_SECONDS)
-        next_batch.clear()
-        iterator.close()
-    del iterator
-    threads.shutdown()
+        pipeline = pipelines.pop()
+        # Grain loses workers that it is still starting when closed, and closing takes a batch
+        # away from a fetch that waits for it: let them all start and the fetch end first.
+        pipeline.fetch_until_started()
+        pipeline.iterator.close()
+        del pipeline
     # Grain's iterators over workers are caught in cycles that hold semaphores and the last batch's
     # shared memory; left to the interpreter's end, they would fail loudly there.
     if has_workers:
@@ -130,8 +266,8 @@ def _describe_death(signal_number: int) -> ProcessLost:
     )
 
 
-def _fetch(iterator: grain.DatasetIterator) -> Batch | None:
-    """Returns the next batch in this process's own memory, or None at the end.
+def _fetch_batch(iterator: grain.DatasetIterator) -> Batch | None:
+    """Returns an iterator's next batch in this process's own memory, or None at the end.
 
     Grain's arrays from a worker are views of shared memory: a file that outlives a process which
     still holds one when it ends, and that JAX on a CPU may alias.

@@ -35,6 +35,7 @@ from maxlm.data.store.parts import (
     tokenize_part,
 )
 from maxlm.data.store.store import TokenStore
+from maxlm.runtime.checksums import write_checksums
 from maxlm.runtime.files import convert_write_errors, lock_folder
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -192,6 +193,8 @@ def _write_segment(
         write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
     if base is None:
         plan.tokenizer.save(store / "tokenizer")
+    with convert_write_errors(building):
+        checksums_sha256 = write_checksums(store)
     tokens = "".join(digests[start] for start in sorted(digests))
     segment = StoreSegment(
         num_tokens=num_tokens,
@@ -200,6 +203,7 @@ def _write_segment(
         selection=plan.manifest.selection,
         offsets_sha256=hashlib.sha256(offsets.data).hexdigest(),
         tokens_sha256=hashlib.sha256(tokens.encode()).hexdigest(),
+        checksums_sha256=checksums_sha256,
     )
     return plan.manifest.with_segments((segment,), sources)
 

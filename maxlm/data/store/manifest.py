@@ -50,6 +50,8 @@ class StoreSegment(Config):
     tokens_sha256: str
     """SHA-256 of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as
     little-endian numbers of their dtype."""
+    checksums_sha256: str | None = None
+    """SHA-256 of the list of the SHA-256s of its files; null: it was written without one."""
     selection: str | None = None
     """The rules by which its documents were taken from corpora."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import Offsets, make_array_error, open_for_reading
-from maxlm.data.store.manifest import Manifest, read_manifest, segment_path
+from maxlm.data.store.arrays import SHARD_TOKENS, Offsets, make_array_error, open_for_reading
+from maxlm.data.store.manifest import Manifest, StoreSegment, read_manifest, segment_path
+from maxlm.runtime.checksums import check_files
 from maxlm.runtime.storage import Place, download_folder, get_read_failure_fix, join_place, to_place
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ _OFFSETS_CACHE_BYTES, _MANY_OFFSETS_CACHE_BYTES = 8 << 20, 40 << 20
 _VERIFY_TOKENS = 4 << 20
 _VERIFY_DOCUMENTS = 1 << 20
 _REBUILD = "build the store again with maxlm corpus build"
+_RESTORE = "put the store back from a copy, or build it again with maxlm corpus build"
 
 
 class TokenStore:
@@ -43,15 +46,27 @@ class TokenStore:
         self.place, self.manifest = place, manifest
 
     @classmethod
-    def open(cls, path: Path | str, *, segments: int | None = None) -> TokenStore:
-        """Open the store in folder `path`, or at a `gs://` or `s3://` URL. `segments`: read the
-        store as it was when it had so many; None is all."""
+    def open(
+        cls, path: Path | str, *, segments: int | None = None, verify: bool = False
+    ) -> TokenStore:
+        """Opens the store in folder `path`, or at a `gs://` or `s3://` URL.
+
+        Args:
+            segments: reads the store as it was when it had so many; None is all.
+            verify: reads all of it first, and refuses it if anything is not as it was written (see
+                `verify`). False checks the manifest and the sizes of the arrays alone; each chunk
+                is checked against its own checksum when it is read, in either case.
+        """
         place = to_place(path)
         manifest = read_manifest(place)
         if segments is not None:
             manifest = manifest.take_segments(segments)
         store = cls(place, manifest)
+        if verify:
+            store._verify_files()  # First: their errors name a file.
         store._check_shapes()
+        if verify:
+            store._verify_values()
         return store
 
     @property
@@ -114,24 +129,75 @@ class TokenStore:
         """Reads the tokens of one document's text, without its bos and eos."""
         return self.document(index)[self._opening : -1]
 
-    def verify(self) -> None:
-        """Read every chunk, which carries a checksum; check that offsets rise and tokens are ids.
+    @property
+    def segments_without_checksums(self) -> list[int]:
+        """Numbers, from 0, of the segments that were written without checksums of their files."""
+        segments = enumerate(self.manifest.segments)
+        return [number for number, segment in segments if segment.checksums_sha256 is None]
 
-        The manifest was checked when the store was opened.
+    def verify(self) -> None:
+        """Reads every file and every value, and raises MaxlmError if one is not as it was written.
+
+        Each file is compared with its SHA-256, tokens and offsets of each segment with theirs in
+        the manifest; offsets must rise and tokens be ids of the vocabulary. The manifest itself was
+        checked when the store was opened. Of a segment without checksums of its files
+        (`segments_without_checksums`) all but the first is checked.
         """
-        last = 0
-        for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
-            stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
-            offsets = self._read_offsets(slice(first, stop))
-            if offsets[0] != last or np.any(np.diff(offsets) < 1 + self._opening):
+        self._verify_files()
+        self._verify_values()
+
+    def _verify_files(self) -> None:
+        for folder, segment in zip(self._folders, self.manifest.segments, strict=True):
+            if segment.checksums_sha256 is not None:
+                check_files(folder, segment.checksums_sha256, _RESTORE)
+
+    def _verify_values(self) -> None:
+        first_document = 0
+        first_token = 0
+        for number, segment in enumerate(self.manifest.segments):
+            self._verify_offsets(number, segment, first_document, first_token)
+            self._verify_tokens(number, segment, first_token)
+            first_document += segment.num_documents
+            first_token += segment.num_tokens
+
+    def _verify_offsets(
+        self, number: int, segment: StoreSegment, first_document: int, first_token: int
+    ) -> None:
+        """Checks the offsets of a segment, whose documents and tokens begin at these numbers."""
+        stop_document = first_document + segment.num_documents
+        stop_token = first_token + segment.num_tokens
+        shortest_document = 1 + self._opening
+        hasher = hashlib.sha256()
+        last = first_token
+        for first in range(first_document, stop_document, _VERIFY_DOCUMENTS):
+            stop = min(first + _VERIFY_DOCUMENTS, stop_document)
+            offsets = self._read_offsets(slice(first, stop + 1))
+            if offsets[0] != last or np.any(np.diff(offsets) < shortest_document):
                 raise self._damaged("offsets do not rise from 0 by the tokens of a document")
-            last = offsets[-1]
-        if last != self.num_tokens:
-            raise self._damaged(f"offsets end at {last}, not at {self.num_tokens}")
-        for start in range(0, self.num_tokens, _VERIFY_TOKENS):
-            tokens = self.read(start, min(start + _VERIFY_TOKENS, self.num_tokens))
-            if tokens.max() >= self.manifest.vocab_size:
-                raise self._damaged(f"token {tokens.max()} lies outside the vocabulary")
+            # The last of these is the first of the next: hash it once.
+            hashed = offsets if stop == stop_document else offsets[:-1]
+            hasher.update(np.ascontiguousarray(hashed).data)
+            last = int(offsets[-1])
+        if last != stop_token:
+            raise self._damaged(f"offsets end at {last}, not at {stop_token}")
+        if hasher.hexdigest() != segment.offsets_sha256:
+            raise self._exchanged("offsets", number)
+
+    def _verify_tokens(self, number: int, segment: StoreSegment, first_token: int) -> None:
+        """Checks the tokens of a segment, which begin at this one of the store."""
+        stop_token = first_token + segment.num_tokens
+        digests: list[str] = []
+        for shard_start in range(first_token, stop_token, SHARD_TOKENS):
+            shard_stop = min(shard_start + SHARD_TOKENS, stop_token)
+            hasher = hashlib.sha256()
+            for start in range(shard_start, shard_stop, _VERIFY_TOKENS):
+                tokens = self.read(start, min(start + _VERIFY_TOKENS, shard_stop))
+                if tokens.max() >= self.manifest.vocab_size:
+                    raise self._damaged(f"token {tokens.max()} lies outside the vocabulary")
+                hasher.update(np.ascontiguousarray(tokens).data)
+            digests.append(hasher.hexdigest())
+        if hashlib.sha256("".join(digests).encode()).hexdigest() != segment.tokens_sha256:
+            raise self._exchanged("tokens", number)
 
     @property
     def _opening(self) -> int:
@@ -187,6 +253,12 @@ class TokenStore:
             return future.result()
         except (ValueError, OSError) as error:
             raise make_array_error(join_place(self.place, name), error, _REBUILD, what) from error
+
+    def _exchanged(self, name: str, number: int) -> MaxlmError:
+        """Makes the error for an array of a segment whose values are others than were written."""
+        place = join_place(self._folders[number], name)
+        message = f"the {name} of segment {number} are not those that were written"
+        return MaxlmError(message, where=str(place), fix=_RESTORE)
 
     def _damaged(self, what: str) -> MaxlmError:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)

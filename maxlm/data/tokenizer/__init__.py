@@ -1,11 +1,12 @@
-"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, and imported tokenizers."""
+"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
+tokenizers."""
 
 from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.data.tokenizer.stats import measure_tokenizer
+from maxlm.data.tokenizer.stats import compare_tokenizers, measure_tokenizer
 from maxlm.data.tokenizer.train import train_tokenizer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "add_chat_template",
+    "compare_tokenizers",
     "encode_chat",
     "encode_chat_turns",
     "export_tokenizer",

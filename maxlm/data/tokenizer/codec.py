@@ -93,7 +93,7 @@ class Tokenizer:
     """Text <-> ids. Picklable; workers rebuild the library's model.
 
     For every text ``decode_bytes(encode(text))`` is the text if the tokenizer is ``lossless``:
-    every one that maxlm trained is, an imported one if its own rules are (see
+    every one that maxlm trained but WordPiece is, an imported one if its own rules are (see
     ``HuggingFaceCodec``). No id in ``special_tokens`` is among ``encode(text)`` unless
     ``allow_special`` is set.
 
@@ -345,6 +345,7 @@ def _hash_tokenizer(kind: Kind, codec: Codec, special: SpecialTokens, opens: boo
         roles.append("no opening")
     digest = hashlib.sha256(json.dumps(roles, sort_keys=True).encode())
     content = codec.fingerprint_input()
-    # Fingerprints of imported tokenizers have always been over a hash.
-    digest.update(hashlib.sha256(content).digest() if kind == "huggingface" else content)
+    # Fingerprints of these kinds have always been over a hash.
+    is_nested = kind in ("huggingface", "wordpiece")
+    digest.update(hashlib.sha256(content).digest() if is_nested else content)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from maxlm.config import Config, LocalPath, MaxlmError
 
-Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "huggingface"]
+Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece", "huggingface"]
 
 # Printable ASCII without spaces, two or more characters: such a literal is spelled alike in text,
 # in byte-level symbols and in SentencePiece pieces, and is never one of the 256 byte tokens.
@@ -28,7 +28,8 @@ class TokenizerConfig(Config):
     """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
     words, numbers and punctuation apart. ``sentencepiece_bpe`` (the Llama-2 kind) and
     ``sentencepiece_unigram`` (the T5 kind) learn from characters and fall back to bytes for rare
-    ones; their training holds 20 to 25 times the text's size in memory.
+    ones; their training holds 20 to 25 times the text's size in memory. ``wordpiece`` (the BERT
+    kind) is for encoders: rare words become [UNK], and text does not come back as it was.
     ``huggingface`` is someone else's, imported and never trained: ``path`` names it."""
 
     vocab_size: int = Field(default=8192, gt=0)
@@ -50,6 +51,10 @@ class TokenizerConfig(Config):
     extra_special_tokens: tuple[str, ...] = ()
     """Further literals with an id of their own, such as chat roles. Text in which they occur never
     produces those ids; only ``encode(..., allow_special=True)`` does."""
+
+    lowercase: bool = False
+    """true takes case and accents from text first (BERT uncased), for ``wordpiece`` alone; false
+    keeps both."""
 
     chat: Literal["chatml", "llama3"] | None = None
     """Form of a conversation: adds the special tokens of its roles, and a template for
@@ -80,6 +85,9 @@ class TokenizerConfig(Config):
         if self.kind == "huggingface" and self.path is None:
             what = "a tokenizer of kind huggingface is imported, not trained"
             raise MaxlmError(what, fix="set path to the folder that `maxlm tokenizer import` wrote")
+        if self.lowercase and self.kind != "wordpiece":
+            fix = "leave lowercase out, or set kind to wordpiece"
+            raise MaxlmError(f"a tokenizer of kind {self.kind} keeps case", fix=fix)
         return self
 
     @property

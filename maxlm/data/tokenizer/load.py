@@ -1,8 +1,7 @@
 """Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single files."""
 
 import json
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer
 from maxlm.data.tokenizer.files import read_file
 from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
+from maxlm.data.tokenizer.rank_files import END_OF_TEXT, convert_rank_file, is_rank_file
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
 
 CodecType = TypeVar("CodecType", HuggingFaceCodec, SentencePieceCodec)
@@ -19,7 +19,6 @@ _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder)"
 )
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # A token in base64, its rank.
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
@@ -55,27 +54,43 @@ def import_tokenizer(
     bos: str | None = None,
     eos: str | None = None,
     pad: str | None = None,
+    pattern: str | None = None,
+    special_tokens: Mapping[str, int | None] | None = None,
 ) -> Tokenizer:
     """Imports someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
 
     Args:
-        source: the folder of a Hugging Face checkpoint; or a tokenizer.json or a SentencePiece
-            model, whatever its name. Of a single file only that file is looked at.
+        source: the folder of a Hugging Face checkpoint; or a tokenizer.json, a SentencePiece model
+            or a tiktoken rank file, whatever its name. Of a single file only that file is looked
+            at.
         num_embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
             unknown to the tokenizer, in tokenizer.json alone; its files stay as they are. Some
             models were published with such, for images (Gemma 3) or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
+        pattern, special_tokens: of a rank file, which does not say them; see `convert_rank_file`.
+            Literals that have a role are special tokens, too; without any, ``<|endoftext|>`` is the
+            eos.
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
-    if (path := Path(source)).is_file():
-        is_json = read_file(path).lstrip()[:1] == b"{"
-    elif not path.exists():
+    path = Path(source)
+    if not path.exists():
         fix = "name a Hugging Face checkpoint's folder or a tokenizer's file"
         raise MaxlmError("no such folder", where=str(path), fix=fix)
+    if path.is_file():
+        file = path
+        is_json = read_file(path).lstrip()[:1] == b"{"
     else:
         is_json = (path / files.JSON_FILE).exists()
-        if not is_json and not (path / files.SENTENCEPIECE_FILE).exists():
+        file = path / (files.JSON_FILE if is_json else files.SENTENCEPIECE_FILE)
+        if not file.exists():
             raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
+    if not is_json:
+        data = read_file(file)
+        if is_rank_file(data):
+            return _from_rank_file(file, data, roles, pattern, special_tokens or {})
+    if pattern is not None or special_tokens:
+        message = "this is no rank file, and says itself how text is split and what is special"
+        raise MaxlmError(message, where=str(file), fix="leave the pattern and special tokens out")
     if is_json:
         return _from_json(path, roles, num_embedding_rows)
     return _from_sentencepiece(path, roles)
@@ -87,13 +102,11 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
     files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
-def _open_codec(codec_type: type[CodecType], path: Path, **settings: Any) -> CodecType:
-    if _TIKTOKEN_LINE.match(data := read_file(path)):
-        fix = (
-            "convert it: transformers.convert_slow_tokenizer.TikTokenConverter(file, pattern)"
-            ".converted().save('tokenizer.json')"
-        )
-        raise MaxlmError("this is a tiktoken file", where=str(path), fix=fix)
+def _open_codec(
+    codec_type: type[CodecType], path: Path, *, data: bytes | None = None, **settings: Any
+) -> CodecType:
+    """Opens a file; ``data``: its content, if it was read, or made of it."""
+    data = read_file(path) if data is None else data
     try:
         return codec_type(data, **settings)
     except MaxlmError as error:
@@ -103,9 +116,32 @@ def _open_codec(codec_type: type[CodecType], path: Path, **settings: Any) -> Cod
         raise files.make_damaged_file_error(path, fault) from error
 
 
-def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None) -> Tokenizer:
+def _from_rank_file(
+    path: Path,
+    data: bytes,
+    roles: dict[str, str | None],
+    pattern: str | None,
+    special_tokens: Mapping[str, int | None],
+) -> Tokenizer:
+    literals = [literal for literal in roles.values() if literal]
+    if not literals and not special_tokens:
+        literals = [END_OF_TEXT]
+    id_by_literal = dict.fromkeys(literals) | dict(special_tokens)
+    converted, special = convert_rank_file(data, str(path), pattern, id_by_literal)
+    eos = roles["eos"] or (END_OF_TEXT if END_OF_TEXT in special else next(iter(special)))
+    return _from_json(path, roles | {"eos": eos}, data=converted)
+
+
+def _from_json(
+    path: Path,
+    roles: dict[str, str | None],
+    rows: int | None = None,
+    *,
+    data: bytes | None = None,
+) -> Tokenizer:
+    """Makes a tokenizer of a tokenizer.json; ``data``: what it would hold, made of another file."""
     file = path / HuggingFaceCodec.file_name if path.is_dir() else path
-    codec = _open_codec(HuggingFaceCodec, file)
+    codec = _open_codec(HuggingFaceCodec, file, data=data)
     ids = codec.get_vocab()
     within = {token for token, i in ids.items() if rows is None or i < rows}
     settings = _Settings(path, ids, roles)
@@ -118,7 +154,7 @@ def _from_json(path: Path, roles: dict[str, str | None], rows: int | None = None
     opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
     # Again, now that the literals of all special tokens are known.
     if literals := {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}:
-        codec = _open_codec(HuggingFaceCodec, file, special=literals)
+        codec = _open_codec(HuggingFaceCodec, file, data=data, special=literals)
     return Tokenizer(
         "huggingface",
         codec,

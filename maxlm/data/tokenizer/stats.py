@@ -1,14 +1,53 @@
-"""Measures how well a tokenizer suits a text, and how fast it is."""
+"""Measures how well tokenizers suit a text, and how fast they are."""
 
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
 
+ALL_TEXTS = "all"
+"""The name of all groups of texts together."""
 _BATCH_TEXTS = 256
+
+
+@dataclass
+class _Counts:
+    """Counts of some texts by one tokenizer."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    used_ids: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+
+    def add(self, tokenizer: Tokenizer, texts: Sequence[bytes]) -> None:
+        """Encodes texts and counts."""
+        start = time.perf_counter()
+        encoded = tokenizer.encode_batch(texts)
+        self.seconds += time.perf_counter() - start
+        unknown_ids = tokenizer.codec.unknown_ids
+        self.sums["documents"] += len(texts)
+        self.sums["bytes"] += sum(map(len, texts))
+        self.sums["words"] += sum(len(text.split()) for text in texts)
+        self.sums["tokens"] += sum(map(len, encoded))
+        self.sums["unknown"] += sum(ids.count(i) for ids in encoded for i in unknown_ids)
+        self.used_ids.update(*encoded)
+
+    def measure(self, vocab_size: int) -> dict[str, float]:
+        """Returns the counts and what follows of them; see `measure_tokenizer`."""
+        return {
+            **self.sums,
+            "vocab_size": vocab_size,
+            "seconds": self.seconds,
+            "used_ids": len(self.used_ids),
+            "bytes_per_token": self.sums["bytes"] / self.sums["tokens"],
+            "fertility": self.sums["tokens"] / max(self.sums["words"], 1),
+            "unknown_share": self.sums["unknown"] / self.sums["tokens"],
+            "vocabulary_use": len(self.used_ids) / vocab_size,
+            "megabytes_per_second": self.sums["bytes"] / 1e6 / self.seconds,
+        }
 
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> dict[str, float]:
@@ -21,33 +60,68 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> dict[str,
         ``bytes_per_token``; ``fertility``: tokens a word, meaningless for scripts without spaces;
         ``unknown_share`` of tokens; ``vocabulary_use``: the share of ids that occurred;
         ``megabytes_per_second``: 10^6 bytes encoded a second, by all threads together.
+
+    Raises:
+        MaxlmError: no text.
     """
-    counts: Counter[str] = Counter()
-    used: set[int] = set()
-    seconds, texts = 0.0, iter(texts)
-    while batch := list(itertools.islice(texts, _BATCH_TEXTS)):
-        if not counts:  # What is built at first use takes no part.
-            tokenizer.encode_batch(batch)
-        start = time.perf_counter()
-        encoded = tokenizer.encode_batch(batch)
-        seconds += time.perf_counter() - start
-        unknown = tokenizer.codec.unknown_ids
-        counts["documents"] += len(batch)
-        counts["bytes"] += sum(map(len, batch))
-        counts["words"] += sum(len(text.split()) for text in batch)
-        counts["tokens"] += sum(map(len, encoded))
-        counts["unknown"] += sum(ids.count(i) for ids in encoded for i in unknown)
-        used.update(*encoded)
-    if not counts["tokens"]:
+    name = ""
+    grouped = ((ALL_TEXTS, text) for text in texts)
+    return compare_tokenizers({name: tokenizer}, grouped)[ALL_TEXTS][name]
+
+
+def compare_tokenizers(
+    tokenizers: Mapping[str, Tokenizer], texts: Iterable[tuple[str, bytes]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Encodes every text by every tokenizer and counts.
+
+    Args:
+        texts: each after the name of its group, such as a language.
+
+    Returns:
+        What `measure_tokenizer` does, by group, then by tokenizer. The group `ALL_TEXTS` comes
+        last; a group without a token is left out.
+    """
+    counts: dict[str, dict[str, _Counts]] = {}
+    remaining = iter(texts)
+    while batch := list(itertools.islice(remaining, _BATCH_TEXTS)):
+        texts_by_group: dict[str, list[bytes]] = {}
+        for group, text in batch:
+            texts_by_group.setdefault(group, []).append(text)
+        is_first = not counts
+        for name, tokenizer in tokenizers.items():
+            if is_first:  # What is built at first use takes no part.
+                tokenizer.encode_batch([text for _, text in batch])
+            for group, members in texts_by_group.items():
+                of_group = counts.setdefault(group, {})
+                of_group.setdefault(name, _Counts()).add(tokenizer, members)
+    groups = [
+        group
+        for group in sorted(counts)
+        if all(each.sums["tokens"] for each in counts[group].values())
+    ]
+    if not groups:
         raise MaxlmError("no text to measure", fix="give files that are not empty")
-    return {
-        **counts,
-        "vocab_size": tokenizer.vocab_size,
-        "seconds": seconds,
-        "used_ids": len(used),
-        "bytes_per_token": counts["bytes"] / counts["tokens"],
-        "fertility": counts["tokens"] / max(counts["words"], 1),
-        "unknown_share": counts["unknown"] / counts["tokens"],
-        "vocabulary_use": len(used) / tokenizer.vocab_size,
-        "megabytes_per_second": counts["bytes"] / 1e6 / seconds,
+    measured = {
+        group: {
+            name: counts[group][name].measure(tokenizer.vocab_size)
+            for name, tokenizer in tokenizers.items()
+        }
+        for group in groups
+        if group != ALL_TEXTS
     }
+    measured[ALL_TEXTS] = {
+        name: _add_counts(by_name[name] for by_name in counts.values()).measure(
+            tokenizer.vocab_size
+        )
+        for name, tokenizer in tokenizers.items()
+    }
+    return measured
+
+
+def _add_counts(parts: Iterable[_Counts]) -> _Counts:
+    total = _Counts()
+    for part in parts:
+        total.sums.update(part.sums)
+        total.used_ids |= part.used_ids
+        total.seconds += part.seconds
+    return total

@@ -19,6 +19,7 @@ from maxlm.data.tokenizer.sentencepiece_model import (
     make_small_text_error,
     train_sentencepiece,
 )
+from maxlm.data.tokenizer.wordpiece import train_wordpiece
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
@@ -29,7 +30,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     """
     literals = config.special_literals
     num_unknown = 0 if config.kind == "bpe" else 1
-    if config.vocab_size < (smallest := 256 + len(literals) + num_unknown):
+    smallest = 256 + len(literals) + num_unknown
+    if config.kind != "wordpiece" and config.vocab_size < smallest:
         parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if num_unknown else "")
         what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
         raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
@@ -40,6 +42,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     if config.kind.startswith("sentencepiece"):
         data, ids = train_sentencepiece(config, segments)
         codec = SentencePieceCodec(data)
+    elif config.kind == "wordpiece":
+        codec = HuggingFaceCodec(*train_wordpiece(config, segments))
+        ids = codec.special_tokens
     else:
         codec = HuggingFaceCodec(*train_bpe(config, segments), splits_by_pattern=True)
         ids = codec.special_tokens

@@ -1,5 +1,5 @@
 """Weights are kept, every stream is read in full, any index is answered alone; caps on epochs,
-temperature, phases."""
+temperature, phases and ramps."""
 
 import hashlib
 
@@ -11,7 +11,14 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.data.loader import Mixing, Phase, load_batches, make_batches
+from maxlm.data.loader import (
+    Mixing,
+    Phase,
+    list_phase_steps,
+    load_batches,
+    make_batches,
+    summarize_source_usage,
+)
 from maxlm.data.loader.mixture import BLOCK, ENDLESS, MixtureOrder
 from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
@@ -72,6 +79,14 @@ def test_any_index_alone(first, later, most, key, data):
     some = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=5))
     alone = [made.locate(np.array([i])) for i in some]
     assert [(a[0], b[0]) for a, b in alone] == [(stores[i], streams[i]) for i in some]
+
+
+@given(first=some_weights, later=changes, most=caps, key=keys, index=st.integers(0, 6000))
+def test_counts_before_an_index_are_those_of_what_is_located(first, later, most, key, index):
+    made, _, _ = mixture(first, later, most, key)
+    stores, _ = made.locate(np.arange(min(index, made.end)))
+    counts = np.bincount(stores, minlength=len(made.names)).tolist()
+    assert made.count_sequences_before(index) == dict(zip(made.names, counts, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +164,78 @@ def test_phases_begin_with_their_step():
     assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
 
 
+RAMP = Phase(from_step=1000, ramp_steps=3200, weights={"a": 8, "b": 1, "c": 1})
+
+
+def test_a_ramp_moves_shares_along_a_line():
+    """The stair's middle is on the line, so its ends are half a stair away from it."""
+    mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(RAMP,))
+    for step in range(0, 6000, 100):
+        expected = 0.5 + 0.3 * min(max((step - 1000) / 3200, 0), 1)
+        assert abs(shares_of(mixing, step)["a"] - expected) <= 0.3 / 64 / 2 + 1e-9
+    assert shares_of(mixing, 999)["a"] == 0.5
+    assert shares_of(mixing, 4200)["a"] == 0.8
+    for steps in (1, 3, 40):  # Shorter than the stairs are many: each has sequences to round.
+        short = Mixing(mixing.weights, phases=(RAMP.model_copy(update={"ramp_steps": steps}),))
+        assert shares_of(short, 999)["a"] == 0.5
+        assert 0.5 < shares_of(short, 1000)["a"] < 0.8
+        assert shares_of(short, 1000 + steps)["a"] == 0.8
+
+
+def test_what_a_ramp_reads_is_the_lines_integral():
+    """In float64, over any of its steps; and each source's stream goes on through it."""
+    stores = {name: MemoryStore([16000]) for name in "abc"}
+    mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(RAMP,))
+    order = make_batches(stores, mixing, config(), seed=0).mixture
+    start, stop = 1000 * 8, 4200 * 8
+    owners, streams = order.locate(np.arange(stop + 4000))
+    line = 0.5 + 0.3 * np.clip((np.arange(stop + 4000) + 0.5 - start) / (stop - start), 0, 1)
+    for first, last in ((start, stop), (start, start + 5000), (20_000, stop + 4000)):
+        expected = line[first:last].sum()
+        # Two for each stair that is rounded, and one block that is cut at either end.
+        bound = 2 * 64 + 2 * BLOCK
+        assert abs((owners[first:last] == 0).sum() - expected) <= bound
+    for store in range(3):
+        mine = np.sort(streams[owners == store])
+        assert np.diff(mine).max() <= BLOCK
+        assert np.unique(mine).size == mine.size
+
+
+def test_a_run_resumes_within_a_ramp_and_a_cap_with_the_batches_it_would_have_had():
+    stores = {name: MemoryStore([500] * 9) for name in "abc"}
+    phases = (
+        Phase(from_step=10, ramp_steps=90, weights={"a": 8}),
+        Phase(from_step=100, ramp_steps=30, weights={"a": 0.1, "c": 4}),
+    )
+    mixing = Mixing({"a": 1, "b": 1, "c": 0}, max_epochs={"b": 1.5}, phases=phases)
+    unbroken = make_batches(stores, mixing, config(), seed=4)
+    rows = [unbroken.rows(step)["tokens"] for step in range(140)]
+    for start in (10, 37, 99, 100, 125):
+        resumed = make_batches(stores, mixing, config(), seed=4)
+        with load_batches(resumed, range(8), start_step=start, num_steps=4) as loader:
+            for step, batch in enumerate(loader, start):
+                assert np.array_equal(batch["tokens"], rows[step])
+
+
+def test_the_usage_of_sources_counts_what_batches_hold():
+    stores = {"web": MemoryStore([300, 20] * 20), "code": MemoryStore([100] * 3)}
+    phases = (Phase(from_step=20, ramp_steps=10, weights={"code": 9}),)
+    mixing = Mixing({"web": 3, "code": 1}, max_epochs={"code": 4}, phases=phases)
+    made = make_batches(stores, mixing, config(), seed=0)
+    owners, _ = made.locate(np.arange(200 * 8))
+    assert list_phase_steps(phases, 200) == [(0, 20), (20, 30), (30, 200)]
+    assert list_phase_steps(phases, 25) == [(0, 20), (20, 25)]
+    for first, stop in [(5, 200), *list_phase_steps(phases, 200)]:
+        web, code = summarize_source_usage(made, first, stop)
+        counts = np.bincount(owners[first * 8 : stop * 8], minlength=2).tolist()
+        assert [web.sequences, code.sequences] == counts
+        assert web.share + code.share == pytest.approx(1)
+        assert code.epochs == counts[1] / 19
+        assert code.tokens == round(300 * code.epochs)
+        assert code.epochs_so_far == (owners[: stop * 8] == 1).sum() / 19
+    assert summarize_source_usage(made, 0, 10**6)[1].epochs == 4
+
+
 def test_refusals():
     def refused(**settings):
         sources = [{"name": n, "documents": ["x"], "weight": w} for n, w in (("web", 1), ("q", 0))]
@@ -165,6 +252,9 @@ def test_refusals():
     phase = {"from_step": 5, "weights": {"q": 1}}
     found = refused(phases=[phase, phase])
     assert "phases.1: from_step=5 is not past the phase before; begin at step 6 or later" in found
+    ramp = {"from_step": 5, "ramp_steps": 10, "weights": {"q": 1}}
+    found = refused(phases=[ramp, {"from_step": 14, "weights": {"q": 2}}])
+    assert "phases.1: from_step=14 is not past the phase before and its ramp; begin at st" in found
     stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, expected in (
         (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),

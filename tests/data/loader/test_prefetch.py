@@ -163,3 +163,62 @@ def test_notices_spare_the_workers_and_the_exit_is_clean(trainer):
     out, errors = process.communicate(timeout=300)
     assert (errors, out, process.returncode) == ("", f"went on {worker}\n", 0)
     wait_until(lambda: not alive(worker))
+
+
+SLOW_START = """
+    import sys, time
+    from pathlib import Path
+    from maxlm.data.loader.prefetch import THREAD_STEPS, Prefetcher
+    from tests.data.loader.memory import name_maker
+
+    if __name__ != "__main__":  # In a worker, which imports this file before it can work.
+        Path(sys.argv[1], str(time.monotonic_ns())).touch()
+        time.sleep(3600)
+
+    def make_large(step, _=bytes(int(sys.argv[2]))):
+        return name_maker(step)
+
+    if __name__ == "__main__":
+        stopped = []
+        options = {"prefetch": 2, "is_stop_requested": lambda: bool(stopped)}
+        loader = Prefetcher(make_large, 0, None, workers=2, **options)
+        for _ in range(THREAD_STEPS):
+            next(loader)
+        while len(list(Path(sys.argv[1]).iterdir())) < 2:
+            time.sleep(0.05)
+        if sys.argv[3] == "stop":
+            stopped.append(True)
+            print([int(next(loader)["step"]) - THREAD_STEPS for _ in range(3)], flush=True)
+            loader.close()
+        print("ends", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "num_bytes"), [("stop", 1 << 20), ("exit", 0)])
+def test_workers_that_still_start_are_not_waited_for(tmp_path, how, num_bytes):
+    """Where a stop is asked for and the loader closed, and at the end of the process. What pickles
+    to more than a pipe holds would keep its sender until the worker reads it."""
+    (tmp_path / "trainer.py").write_text(textwrap.dedent(SLOW_START))
+    (tmp_path / "started").mkdir()
+    script = [sys.executable, "trainer.py", "started", str(num_bytes), how]
+    process = subprocess.Popen(
+        script,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: len(worker_pids(process.pid)) == 2 or process.poll() is not None)
+    workers = worker_pids(process.pid)
+    try:
+        out, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        survivors = {pid for pid in workers if alive(pid)}
+        for pid in survivors:
+            os.kill(pid, signal.SIGKILL)
+    made = "[0, 1, 2]\n" if how == "stop" else ""
+    assert (errors, out, process.returncode) == ("", f"{made}ends\n", 0)
+    assert survivors == set()

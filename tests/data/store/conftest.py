@@ -84,7 +84,8 @@ def set_part_bytes(monkeypatch):
 def small_shards(monkeypatch):
     """Shards of 512 tokens, in chunks of 64."""
     monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
-    monkeypatch.setattr("maxlm.data.store.build.SHARD_TOKENS", 512)
+    for module in ("build", "store"):
+        monkeypatch.setattr(f"maxlm.data.store.{module}.SHARD_TOKENS", 512)
     monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
 
 

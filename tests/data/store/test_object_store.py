@@ -77,9 +77,11 @@ def test_what_is_wrong_is_said(s3, url):
         TokenStore.open("https://corpora/none")
     store, key = TokenStore.open(url), "web/a/segments/000001/tokens/c/0"
     s3.put_object(Bucket="corpora", Key=key, Body=b"damage")
-    with pytest.raises(MaxlmError, match=r"cannot read tokens .*segments/000001/tokens/c/0"):
+    with pytest.raises(MaxlmError, match=f"s3://corpora/{key}: this file has changed since it was"):
         store.verify()
     s3.delete_object(Bucket="corpora", Key=key)
+    with pytest.raises(MaxlmError, match=f"s3://corpora/{key}: this file is missing"):
+        store.verify()
     with pytest.raises(MaxlmError, match=r"cannot read tokens .*segments/000001/tokens/c/0"):
         TokenStore.open(url).document(50)
 

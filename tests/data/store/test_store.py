@@ -118,9 +118,12 @@ def overwrite(store, name, index, value):
     return TokenStore.open(store.path).verify
 
 
-def test_verify_finds_wrong_values(store):
+def test_verify_finds_wrong_values(store, monkeypatch):
+    monkeypatch.setattr("maxlm.data.store.store.check_files", lambda *_: None)
     assert "token 300 lies outside the vocabulary" in fails(overwrite(store, "tokens", 7, 300))
-    overwrite(store, "tokens", 7, 5)()
+    found = fails(overwrite(store, "tokens", 7, 5))
+    assert "the tokens of segment 0 are not those that were written" in found
+    overwrite(store, "tokens", 7, int(FLAT[7]))()
     for index, value in ((3, 0), (0, 1)):
         before = int(store.offsets[index])
         assert "offsets do not rise from 0" in fails(overwrite(store, "offsets", index, value))

@@ -10,15 +10,6 @@ from tests.errors import message
 TEXT = "".join(TEXTS)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "any.tiktoken"])
-def test_a_tiktoken_file_names_its_converter(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(b"IQ== 0\nIg== 1\n")
-    source = tmp_path if name == "tokenizer.model" else path  # So a folder of Llama 3 has it.
-    found = message(import_tokenizer, source)
-    assert found.startswith(f"{path}: this is a tiktoken file; convert it: transformers.")
-
-
 @pytest.mark.parametrize("name", ["bert", "t5", "smollm2", "llama2"])
 def test_a_tokenizer_json_alone(name, tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint", name)

@@ -23,7 +23,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 configs, texts = json.load(sys.stdin)
 print(*(train_tokenizer(TokenizerConfig(**config), texts).fingerprint for config in configs))
 """
-    configs = [make_config(kind) for kind in KINDS]
+    configs = [make_config(kind) for kind in (*KINDS, "wordpiece")]
     here = [train_tokenizer(config, iter(texts)).fingerprint for config in configs]
     done = subprocess.run(
         [sys.executable, "-c", code],
