@@ -62,6 +62,7 @@ def command(
     from maxlm.launch.job import SPOT_GRACE, make_job
     from maxlm.launch.options import JobOptions
     from maxlm.launch.render import job_file_path, render_job, submit_job
+    from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.show import format_prediction
     from maxlm.programs.run_config import load_run_config
 
@@ -84,6 +85,8 @@ def command(
             path.write_text(text)
     print(text, end="")
     print(f"planned: {format_prediction(plan)}", file=sys.stderr)
+    if plan.known_time_errors:
+        print(f"note: {format_known_time_errors(plan.known_time_errors)}", file=sys.stderr)
     if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
         words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"
         print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)

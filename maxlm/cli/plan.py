@@ -123,7 +123,7 @@ def _plan_serving(
 ) -> tuple[dict[str, Any], list[Any], bool]:
     """Plan serving, on the best split where no mesh is given: as plain data and as what is shown,
     and whether it fits and is in time."""
-    from maxlm.plan.serving import ServingOptions, search_serving
+    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, ServingOptions, search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show import render_serving_search, render_serving_tables
     from maxlm.run import RunConfig
@@ -131,6 +131,10 @@ def _plan_serving(
 
     if on is None:
         raise MaxlmError("--serve needs a machine", fix="name it: --on h100x8")
+    weights = requests.get("weights", "auto")
+    if weights not in ENGINE_WEIGHT_FORMATS:
+        message = f"--weights {weights}: maxlm serves no quantized weights yet"
+        raise MaxlmError(message, fix="leave it out: weights are in the compute dtype")
     _refuse({"--search or --top": top and mesh}, "chooses the mesh", "leave one of the two out")
     folder = Path(config) / "config.yaml"
     run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings or ()).value
@@ -181,6 +185,7 @@ def _search(
 ) -> tuple[Any, dict[str, Any]]:
     """Print the quickest candidates; return the first as a run, and all of them as plain data.
     Raises typer.Exit: nothing fits."""
+    from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
 
@@ -205,6 +210,13 @@ def _search(
             print_json({"fits": False, "search": {**counts, "best": []}})
         raise typer.Exit(1)
     console.print(render_candidates_table(found, machine.chip.memory_bytes))
+    errors = {
+        error: None
+        for candidate in found.best
+        for error in candidate.known_time_errors(run, machine.topology)
+    }
+    if errors:
+        console.print(f"among these, {format_known_time_errors([*errors])}", markup=False)
     winner = found.best[0].apply(run)
     text = format_run_yaml(winner, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)

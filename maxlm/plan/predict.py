@@ -12,6 +12,7 @@ from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
+from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
@@ -137,6 +138,19 @@ class RunPlan:
         return self.tokens_per_second * flops / self.total_peak_flops_per_second
 
     @property
+    def known_time_errors(self) -> tuple[KnownTimeError, ...]:
+        """Known errors of the predicted times; none without a machine, which has no times."""
+        if self.machine is None:
+            return ()
+        work = self.shape.work
+        return find_known_time_errors(
+            self.machine.topology,
+            self.layout.mesh,
+            work.config.data.seq_len,
+            has_experts=work.experts is not None,
+        )
+
+    @property
     def run_hours(self) -> float | None:
         """Hours of the whole run, failures included, with checkpoints at the best interval."""
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
@@ -167,6 +181,10 @@ class RunPlan:
                 "run_hours": hours,
                 "device_hours": None if hours is None else hours * self.layout.devices,
             },
+            "known_time_errors": [
+                {"kind": error.kind, "plans": error.plans, "deviation": error.deviation}
+                for error in self.known_time_errors
+            ],
             "goodput": self.goodput and asdict(self.goodput),
         }
 

@@ -17,8 +17,10 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
+from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -43,6 +45,13 @@ class Candidate:
     """A step, predicted."""
     memory: float
     """Bytes at the peak, predicted."""
+
+    def known_time_errors(
+        self, config: RunConfig, topology: Topology
+    ) -> tuple[KnownTimeError, ...]:
+        """Returns the known errors of ``seconds``, for a run with this layout."""
+        has_experts = config.model.moe is not None
+        return find_known_time_errors(topology, self.sizes, config.data.seq_len, has_experts)
 
     def apply(self, config: RunConfig) -> RunConfig:
         """Returns the run with this layout."""

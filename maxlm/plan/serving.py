@@ -57,6 +57,9 @@ from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
 """Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that anyway."""
+ENGINE_WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("auto",)
+"""Formats that maxlm's own engine has. The others are planned to compare with what other engines
+publish."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
 # Rows of a replica beyond which no plan looks.

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.models.architectures.config import strip_stack_name
+from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import FILL, RunPlan
 from maxlm.plan.search import SearchResult
@@ -58,6 +59,8 @@ def render_plan_tables(plan: RunPlan, *, price_per_device_hour: float | None = N
         parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
         parts.append(Text(format_run_estimate(plan, price_per_device_hour)))
+        if plan.known_time_errors:
+            parts.append(Text(format_known_time_errors(plan.known_time_errors), style="bold"))
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
         tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
@@ -326,7 +329,7 @@ def format_serving_verdict(plan: ServingPlan) -> str:
             what = f"not one sequence a replica: {need}"
         return (
             f"does not fit: {what}; split over more devices (tensor in --mesh), or choose a "
-            "smaller --cache, --weights, --batch or --prompt"
+            "smaller --cache, --batch or --prompt"
         )
     words, missed = f"fits: {need}, {_count_sequences(plan.max_batch)} at most", []
     for name, most, value in (

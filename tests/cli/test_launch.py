@@ -210,6 +210,13 @@ def test_a_spot_node_has_no_such_grace(run):
         assert "".join(re.findall("note: .*\n", run(*job, *more).err)) == said
 
 
+def test_known_errors_of_the_plan_are_noted(run):
+    long = ["llama3_8b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
+    note = "note: speeds known to be wrong (held against 116 published runs): H100 at ≥ 8,192"
+    assert run("launch", "slurm", *long).err.count(note) == 1
+    assert "note: " not in run("launch", "slurm", *GPU).err
+
+
 def documented():
     files = ("docs/launch.md", "README.md", "launch/README.md")
     texts = [*((ROOT / file).read_text() for file in files), command.__doc__]

@@ -49,6 +49,10 @@ def test_exit_codes(run):
         (["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"], "'auto', 'int8', 'int4'"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--compile"], "--compile is of training"),
         (["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"], "stage does not split"),
+        (
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp8"],
+            "--weights fp8: maxlm serves no quantized weights yet",
+        ),
         ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
     ],
 )
@@ -97,6 +101,16 @@ def test_a_search_prints_what_train_takes(run, tmp_path):
     assert (found.data.batch_size, found.train.steps) == (256, 20000)
     assert out.count("fits: ") == 1
     assert run("plan", file, "--on", "v5p-64").code == 0
+
+
+def test_known_errors_stand_below_the_speeds_and_below_a_search(run):
+    mixture = ["plan", "mixtral_8x7b", "--on", "v5p-256"]
+    line = "speeds known to be wrong (held against 116 published runs): mixtures of experts 34–98%"
+    words = " ".join(run(*mixture).out.split())
+    assert words.count(line) == 1
+    words = " ".join(run(*mixture, "--search", "--top", "2").out.split())
+    assert words.count(f"among these, {line}") == 1
+    assert "known to be wrong" not in run(*FITS).out
 
 
 def test_a_search_in_vain(run):
