@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import isqrt
 from typing import Any, get_args
 
 import numpy as np
@@ -126,7 +127,7 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
     meshes = list(_list_factorisations(machine.topology.devices, len(axes)))
-    pairs = list(product(meshes, (n for n in range(1, batch + 1) if batch % n == 0)))
+    pairs = list(product(meshes, list_divisors(batch)))
     micro = np.array([n for _, n in pairs], float)
     sizes = {a: np.ones(len(pairs)) for a in MESH_AXES}
     sizes |= dict(zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True))
@@ -144,12 +145,18 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
             yield len(pairs), StepShape(work, own, micro[divides], remat, machine.topology)
 
 
+def list_divisors(n: int) -> list[int]:
+    """Lists the divisors of a positive number in ascending order."""
+    small = [divisor for divisor in range(1, isqrt(n) + 1) if n % divisor == 0]
+    return sorted({*small, *(n // divisor for divisor in small)})
+
+
 def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every way to write n as an ordered product."""
     if parts == 1:
         yield (n,)
         return
-    for first in (d for d in range(1, n + 1) if n % d == 0):
+    for first in list_divisors(n):
         for rest in _list_factorisations(n // first, parts - 1):
             yield (first, *rest)
 
