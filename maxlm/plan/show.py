@@ -1,6 +1,7 @@
 """Plans as tables for a terminal."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
+from math import inf
 from typing import Any
 
 from rich.console import Group
@@ -243,31 +244,40 @@ def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = Non
     return "\n".join(lines)
 
 
-def render_plan_vs_compiler_table(figures: Mapping[str, Mapping[str, float | None]]) -> Group:
-    """Renders parts of a device's memory, bytes, as planned and as compiled."""
-    cells = []
-    for what, sizes in figures.items():
-        ours, theirs = sizes["plan"], sizes["compiler"] or 0
-        planned = "" if ours is None else format_bytes(ours)
-        deviation = f"{ours / theirs - 1:+.1%}" if ours and theirs else ""
-        cells.append((what, planned, format_bytes(theirs), deviation))
-    right = ("plan", "compiler", "deviation")
-    title = "Memory of each device, as planned and as compiled"
-    return make_table(title, ("what", *right), cells, right)
+def render_candidates_table(
+    result: SearchResult, memory_limit_bytes: float, compiled_peak_bytes: Sequence[float] = ()
+) -> Group:
+    """Renders a search's best layouts.
 
-
-def render_candidates_table(result: SearchResult, memory_limit_bytes: float) -> Group:
-    """Renders a search's best layouts."""
+    Args:
+        compiled_peak_bytes: peaks of the first candidates by the compiler's account; infinite where
+            it finds no room.
+    """
     rows = []
-    for own in result.best:
-        mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
-        residual = ", ".join(own.residual) or "whole"
-        share = f"{own.memory / memory_limit_bytes:.0%}"
-        figures = (format_seconds(own.seconds), format_bytes(own.memory), share)
-        rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
+    for place, candidate in enumerate(result.best):
+        sizes = [f"{axis}={size}" for axis, size in candidate.sizes.items() if size > 1]
+        row = [
+            " ".join(sizes) or "one device",
+            str(candidate.micro_batches),
+            candidate.remat,
+            ", ".join(candidate.residual) or "whole",
+            format_seconds(candidate.seconds),
+            format_bytes(candidate.memory),
+            f"{candidate.memory / memory_limit_bytes:.0%}",
+        ]
+        if compiled_peak_bytes:
+            is_compiled = place < len(compiled_peak_bytes)
+            row.append(_format_peak(compiled_peak_bytes[place]) if is_compiled else "")
+        rows.append(row)
     right = ("step", "memory", "of\nlimit")
+    if compiled_peak_bytes:
+        right = (*right, "by the\ncompiler")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
     return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
+
+
+def _format_peak(peak_bytes: float) -> str:
+    return format_bytes(peak_bytes) if peak_bytes < inf else "no room"
 
 
 def render_serving_tables(
