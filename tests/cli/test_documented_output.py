@@ -31,7 +31,8 @@ def test_figures_are_written_anew_and_the_selection_stays(tmp_path):
     # Lines that are no longer left out need no elision.
     block = "<!-- run: maxlm x -->\n```text\n{}\n```\n"
     whole = block.format("\n".join(TABLE))
-    assert rewrite(tmp_path, block.format("...\n".join(["", *TABLE]).strip())) == whole
+    elided = "name    seconds\n...\n\none       1.5 s\n...\ntwo        12 s\nthree     2 min"
+    assert rewrite(tmp_path, block.format(elided)) == whole
     assert rewrite(tmp_path, whole) == whole
 
 
