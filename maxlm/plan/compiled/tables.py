@@ -20,7 +20,7 @@ def render_compiler_tables(verdict: CompilerVerdict) -> Group:
         (name, *_format_pair(figure, format_bytes)) for name, figure in verdict.figures.items()
     ]
     products = [
-        (name, *_format_pair(figure, lambda flops: f"{format_count(flops)}FLOP"))
+        (name, *_format_pair(figure, _format_flops))
         for name, figure in verdict.products.items()
         if figure.plan or figure.compiler
     ]
@@ -65,9 +65,16 @@ def _render_compared_collectives(collectives: Sequence[CollectiveComparison]) ->
         )
         for row in large
     ]
-    right = ("runs:\nplan", "\ncompiler", "sent:\nplan", "\n compiler", "\ndeviation")
+    right = ("runs,\nplanned", "runs,\ncompiled", "sent,\nplanned", "sent,\ncompiled", "deviation")
     title = "Communication of each device, in a step, with every loop's trips"
     return make_table(title, ("kind", "over", *right), rows, right=right, wrap=("over",))
+
+
+def _format_flops(flops: float) -> str:
+    """Formats ``1.23 GFLOP``: SI's G where counts have B."""
+    count = format_count(flops)
+    number = count.rstrip("TBMK")
+    return f"{number} {count.removeprefix(number).replace('B', 'G')}FLOP"
 
 
 def _format_pair(
