@@ -159,13 +159,13 @@ def _select(block: OutputBlock, shown: Sequence[str], printed: Sequence[str]) ->
 def _find_line(line: str, printed: Sequence[str], start: int) -> int | None:
     """Find the first printed line from an index on that differs from a line in numbers alone, else
     the one most like it."""
-    wanted = _strip_figures(line)
+    skeleton = _strip_figures(line)
     skeletons = [_strip_figures(text) for text in printed]
     for index in range(start, len(printed)):
-        if skeletons[index] == wanted:
+        if skeletons[index] == skeleton:
             return index
     likeness = {
-        index: SequenceMatcher(None, wanted, skeletons[index], autojunk=False).ratio()
+        index: SequenceMatcher(None, skeleton, skeletons[index], autojunk=False).ratio()
         for index in range(start, len(printed))
         if printed[index].strip()
     }

@@ -62,12 +62,12 @@ def command(
     """
     import jax
 
-    from maxlm.launch.job import SPOT_GRACE, make_job, runs_in_container
+    from maxlm.launch.job import SPOT_GRACE, is_containerized, make_job
     from maxlm.launch.options import JobOptions
     from maxlm.launch.places import (
+        can_see_submitting_machine,
         find_placeholder_settings,
         make_placeholder_settings,
-        sees_submitting_machine,
     )
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.plan.known_errors import format_known_time_errors
@@ -84,8 +84,8 @@ def command(
     run = load_run_config(config, all_settings)
     placeholders = []
     if not submitting:
-        in_container = runs_in_container(scheduler, options)
-        sees_files = sees_submitting_machine(scheduler, in_container, template is not None)
+        in_container = is_containerized(scheduler, options)
+        sees_files = can_see_submitting_machine(scheduler, in_container, template is not None)
         placeholders = make_placeholder_settings(run, sees_files=sees_files)
     if placeholders:
         all_settings += placeholders

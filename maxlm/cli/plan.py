@@ -222,14 +222,14 @@ def _plan_training(
         sizes = mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
     else:
         machine = _make_machine(on)
-    found = None
+    searched = None
     if machine is not None and search is not None:
-        run, found = _search(run, machine, config, search)
+        run, searched = _search(run, machine, config, search)
     plan = plan_run(run, machine, sizes=sizes, reliability=Reliability(**reliability))
     data = plan.to_json()
     tables: list[RenderableType] = [render_plan_tables(plan, price_per_device_hour=price)]
-    if found is not None:
-        data["search"] = found
+    if searched is not None:
+        data["search"] = searched
     if price is not None and plan.run_hours is not None:
         data["price"] = price * plan.run_hours * plan.layout.devices
     if machine is None or not compiled:

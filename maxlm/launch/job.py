@@ -97,7 +97,7 @@ def make_job(
     machine = Machine.from_name(on)
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
     mounted = parse_mounts(options.mount, scheduler)
-    in_container = runs_in_container(scheduler, options)
+    in_container = is_containerized(scheduler, options)
     check_paths(run, scheduler, mounted if in_container else None, user_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
@@ -142,7 +142,7 @@ def make_job(
     return job, plan
 
 
-def runs_in_container(scheduler: str, options: JobOptions) -> bool:
+def is_containerized(scheduler: str, options: JobOptions) -> bool:
     """Returns whether a job's processes see only what is mounted into their container."""
     return scheduler in ("jobset", "skypilot") or bool(options.image)
 

@@ -17,7 +17,7 @@ data. It is nobody's folder."""
 _URLS = ("store", "remote_folder")
 
 
-def sees_submitting_machine(scheduler: str, in_container: bool, user_template: bool) -> bool:
+def can_see_submitting_machine(scheduler: str, in_container: bool, user_template: bool) -> bool:
     """Returns whether a job's hosts see the files of the machine that it is submitted from, or
     whether the user's own template is trusted to say where they are."""
     return user_template or (scheduler == "slurm" and not in_container)
@@ -28,7 +28,7 @@ def make_placeholder_settings(run: RunConfig, *, sees_files: bool) -> list[str]:
     and of what that data is read with; none where the run names data.
 
     Args:
-        sees_files: see :func:`sees_submitting_machine`; without, a relative folder needs another.
+        sees_files: see :func:`can_see_submitting_machine`; if not, a relative folder is replaced.
     """
     if run.task.reads_text:
         if run.data.sources:
@@ -68,7 +68,7 @@ def check_paths(
         if ".documents." not in key:
             check_url(path, key)
     _check_data(run)
-    if sees_submitting_machine(scheduler, mounts is not None, user_template):
+    if can_see_submitting_machine(scheduler, mounts is not None, user_template):
         return
     for key, path in places.items():
         is_url = "://" in path and key.endswith(_URLS)

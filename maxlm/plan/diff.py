@@ -42,7 +42,7 @@ class StoredCollective(BaseModel):
 
 
 class StoredPlan(BaseModel):
-    """What is compared of a plan as ``RunPlan.to_json`` writes it."""
+    """The compared parts of a plan as ``RunPlan.to_json`` writes it."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -15,7 +15,7 @@ _DIMENSIONS = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class _PlacedDevice:
-    """What JAX asks of a TPU device to lay a mesh along a torus, for one that is not here."""
+    """A TPU device that is not here, with all that JAX asks of one to lay a mesh along a torus."""
 
     id: int
     coords: tuple[int, int, int]

@@ -34,8 +34,8 @@ _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")
 def compute_peak_bytes(memory: Any) -> int:
     """Returns the main memory of each device that a program needs; ``memory``: JAX's account of it,
     ``compiled.memory_analysis()``, whose aliases are outputs that take an argument's place."""
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return held + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
-        words = found.group() if found else str(error).splitlines()[0]
+        match = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
+        words = match.group() if match else str(error).splitlines()[0]
         raise DoesNotFit(f"the compiler finds no room: {words}") from None
     return CompiledStep(setup, compiled, perf_counter() - began)
 
@@ -169,14 +169,15 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     which TPU this is, and not to insist on being the only process that loads it.
     """
     if topology.platform == "cpu":
-        if len(here := jax.devices("cpu")) < topology.devices:
-            what = f"{topology.devices} CPU devices, {len(here)} here"
-            raise MaxlmError(what, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
+        here = jax.devices("cpu")
+        if len(here) < topology.devices:
+            message = f"{topology.devices} CPU devices, {len(here)} here"
+            raise MaxlmError(message, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
         return here[: topology.devices]
     if not has_compiler(topology.platform):
-        what = f"no compiler for {topology.platform.upper()}s is installed"
+        message = f"no compiler for {topology.platform.upper()}s is installed"
         extra = _PACKAGES[topology.platform][1]
-        raise MaxlmError(what, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
+        raise MaxlmError(message, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -189,8 +190,9 @@ def get_topology_devices(topology: Topology) -> list[Any]:
             platform="cuda", topology=topology.compiler_name, target_config=target
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        what = f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})"
-        raise MaxlmError(what, fix="name a shape that exists, such as v5p:4x4x2") from error
+        reason = str(error).splitlines()[0]
+        message = f"the compiler knows no {topology.compiler_name} ({reason})"
+        raise MaxlmError(message, fix="name a shape that exists, such as v5p:4x4x2") from error
 
 
 def has_compiler(platform: str) -> bool:

@@ -48,7 +48,7 @@ class CollectiveComparison:
 
 @dataclass(frozen=True)
 class CompilerVerdict:
-    """What a machine's compiler says of a run's step, beside its plan."""
+    """The compiler's account of a run's step on a machine, beside its plan."""
 
     fits: bool
     words: str
