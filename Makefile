@@ -133,7 +133,7 @@ format: $(ready) ## format the code
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
-docs: $(ready) ## write the pages of docs/ that are made from the code
+docs: $(ready) ## write the pages of docs/ that are made from the code, and what commands print in others
 	$(bin)/python docs/generate.py
 
 clean: ## remove environments and caches; keeps runs/

@@ -30,7 +30,6 @@ import numpy as np
 from cases import add_cases, chosen, in_child
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.compiled.cost import read_compiled_cost, read_step_cost
 from benchmarks.kernel_cycles.contests.blocks import tried
 from benchmarks.kernel_cycles.static import CHIPS as STATIC
 from benchmarks.kernel_cycles.static import Spec, measure
@@ -39,6 +38,7 @@ from benchmarks.kernel_cycles.static.problems import Mask
 from benchmarks.program_traffic import read_program_traffic
 from maxlm.config import load_config
 from maxlm.parallel.local import map_shards
+from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import CompiledStep, compile_step, get_topology_devices, has_compiler
@@ -206,7 +206,7 @@ def row(case: str) -> tuple[list[str], str]:
 
 def times_run(case: str, step: CompiledStep, passes: Sequence[Pass], layers: int) -> list[int]:
     """Forward and backward passes in the compiled step, which has no other attention."""
-    cost, traffic = read_step_cost(step), read_program_traffic(step.compiled.as_text())
+    cost, traffic = step.read_cost(), read_program_traffic(step.compiled.as_text())
     found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
     runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
     assert sum(runs) == sum(c.count for c in found), found

@@ -7,7 +7,7 @@ Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, f
 compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
 (jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
 memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
-(benchmarks/compiled/cost.py), beside the peer's and beside what `maxlm plan` says. The peer's
+(maxlm/plan/compiled/cost.py), beside the peer's and beside what `maxlm plan` says. The peer's
 attention is in kernels whose products are not counted, so ours stands apart. One case takes a
 minute or three. With --depths: seconds to trace and to compile the same step with as many layers,
 alternately, and their ratio to the first depth's.
@@ -23,10 +23,10 @@ from typing import Any
 
 from cases import add_cases, chosen
 from program_traffic import read_program_traffic
+from rich.console import Console
 
-from benchmarks.compiled.compare import compare_plan_to_compiled
-from benchmarks.compiled.cost import read_step_cost
 from maxlm.config import MaxlmError, load_config
+from maxlm.plan.compiled.tables import render_compiler_tables
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
@@ -142,7 +142,11 @@ CASES = {
 
 def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     """Compile one case and print it."""
-    from maxlm.programs.compile import compile_step, compute_peak_bytes
+    from maxlm.programs.compile import (
+        compare_with_compiled_step,
+        compile_step,
+        compute_peak_bytes,
+    )
 
     config = load_config(RunConfig, case.run, [*case.overrides(), *extra]).value
     mesh = " × ".join(f"{axis} {size}" for axis, size in case.mesh.items())
@@ -153,7 +157,7 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     print(f"  traced and compiled in {step.seconds:.1f} s")
     hlo_text, cost, memory = (
         step.compiled.as_text(),
-        read_step_cost(step),
+        step.read_cost(),
         step.compiled.memory_analysis(),
     )
     if dump is not None:
@@ -183,11 +187,10 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
             cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
         print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost, traffic)
-    plan = plan_run(config, Machine.from_name(case.topology))
-    print(f"  {'':<36}{'plan':>9}{'compiler':>9}{'ratio':>7}")
-    for what, (planned, compiled) in compare_plan_to_compiled(plan, step).items():
-        ratio = planned / compiled if compiled else None
-        print(f"  {what:<36}{planned:>9.3f}{compiled:>9.3f}{_figure(ratio):>7}")
+    machine = Machine.from_name(case.topology)
+    plan = plan_run(config, machine)
+    verdict = compare_with_compiled_step(plan, step, machine.chip.memory_bytes)
+    Console(width=120).print(render_compiler_tables(verdict))
 
 
 def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], rounds: int) -> None:

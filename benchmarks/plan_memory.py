@@ -56,7 +56,6 @@ CASES = {
 
 def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
-    from benchmarks.compiled.cost import read_step_cost
     from maxlm.config import load_config
     from maxlm.plan.predict import Machine, plan_run
     from maxlm.programs.compile import compile_step, compute_peak_bytes
@@ -70,7 +69,7 @@ def measure(name: str) -> None:
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.collectives)
     peaks = float(plan.memory.total), compute_peak_bytes(step.compiled.memory_analysis())
-    print(json.dumps([*peaks, sent, read_step_cost(step).wire_bytes()]))
+    print(json.dumps([*peaks, sent, step.read_cost().wire_bytes()]))
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from benchmarks.compiled.cost import CALLS
-from benchmarks.compiled.flops import matmul_flops
-from benchmarks.compiled.hlo import Computation, HloModule, HloShape, Instruction, parse_hlo
-from benchmarks.compiled.loops import count_trips
+from maxlm.plan.compiled.cost import CALLS
+from maxlm.plan.compiled.flops import matmul_flops
+from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction, parse_hlo
+from maxlm.plan.compiled.loops import count_trips
 
 _FREE = (
     # Names for what is already there, and what runs other computations.

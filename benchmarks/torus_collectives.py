@@ -25,8 +25,8 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     from jax import lax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from benchmarks.compiled.cost import read_compiled_cost
     from maxlm.parallel import local
+    from maxlm.plan.compiled.cost import read_compiled_cost
 
     axes, rows = ("fsdp",), PartitionSpec("fsdp")
     split, whole = (axes, ()), ((), ())

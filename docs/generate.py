@@ -1,7 +1,8 @@
 """Write the pages of docs/ that are made from the code: `make docs`.
 
 settings.md and recipe.md come from the configs' JSON Schemas, as `maxlm config schema` does; api.md
-keeps its text, and gets signatures and first paragraphs of docstrings between its markers.
+keeps its text, and gets signatures and first paragraphs of docstrings between its markers. In
+README.md and the other pages the output of commands is written anew (outputs.py).
 """
 
 import ast
@@ -172,5 +173,9 @@ def pages() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    from outputs import list_pages, rewrite_page, run_command
+
     for name, text in pages().items():
         (DOCS / name).write_text(text)
+    for page in list_pages():
+        page.write_text(rewrite_page(page, run_command), "utf-8")

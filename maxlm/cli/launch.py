@@ -1,5 +1,6 @@
 """maxlm launch"""
 
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
+from maxlm.config import MaxlmError
 from maxlm.runtime.files import convert_write_errors
 
 
@@ -54,14 +56,21 @@ def command(
     maxlm launch tpu-vm my.yaml --on v5p-64 --name my-tpu --zone us-east5-a --submit
 
     my.yaml names text (data.sources; rows to tune on: task.files) and a folder that all hosts see.
+    Without data the job is printed with placeholders to replace, and cannot be submitted.
 
     Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
     """
     import jax
 
-    from maxlm.launch.job import SPOT_GRACE, make_job
+    from maxlm.launch.job import SPOT_GRACE, is_containerized, make_job
     from maxlm.launch.options import JobOptions
+    from maxlm.launch.places import (
+        can_see_submitting_machine,
+        find_placeholder_settings,
+        make_placeholder_settings,
+    )
     from maxlm.launch.render import job_file_path, render_job, submit_job
+    from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.show import format_prediction
     from maxlm.programs.run_config import load_run_config
 
@@ -71,10 +80,30 @@ def command(
         if (value := context.params[field.name]) is not None:
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
-    run = load_run_config(config, settings or ())
-    more: dict[str, Any] = {"force": force, "user_template": template is not None}
-    more |= {"scheduler": scheduler, "on": on, "options": options}
-    job, plan = make_job(run, config, settings or (), **more)
+    all_settings = [*(settings or ())]
+    run = load_run_config(config, all_settings)
+    placeholders = []
+    if not submitting:
+        in_container = is_containerized(scheduler, options)
+        sees_files = can_see_submitting_machine(scheduler, in_container, template is not None)
+        placeholders = make_placeholder_settings(run, sees_files=sees_files)
+    if placeholders:
+        all_settings += placeholders
+        run = load_run_config(config, all_settings)
+    named_placeholders = find_placeholder_settings(run)
+    if submitting and named_placeholders:
+        message = f"{named_placeholders[0]} is a placeholder"
+        raise MaxlmError(message, fix="name a path of your own")
+    job, plan = make_job(
+        run,
+        config,
+        all_settings,
+        scheduler=scheduler,
+        on=on,
+        options=options,
+        force=force,
+        user_template=template is not None,
+    )
     text = render_job(job, template)
     kept = job_file_path(job, run)
     written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
@@ -83,7 +112,13 @@ def command(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(text, end="")
+    if named_placeholders:
+        to_set = shlex.join(placeholders) or ", ".join(named_placeholders)
+        words = f"the job has placeholders; set paths of your own: {to_set}"
+        print(f"warning: {words}", file=sys.stderr)
     print(f"planned: {format_prediction(plan)}", file=sys.stderr)
+    if plan.known_time_errors:
+        print(f"note: {format_known_time_errors(plan.known_time_errors)}", file=sys.stderr)
     if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
         words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"
         print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)

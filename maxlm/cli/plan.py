@@ -1,18 +1,49 @@
 """maxlm plan"""
 
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from maxlm.cli.common import ConfigArgument, JsonOption, SettingsArgument, open_console, print_json
 from maxlm.config import MaxlmError, load_config
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from maxlm.plan.predict import Machine
+    from maxlm.plan.search import SearchResult
+    from maxlm.run import RunConfig
+
+_DEFAULT_TOP = 10
+
+
+@dataclass(frozen=True)
+class _PlanOutput:
+    """A plan as it is printed."""
+
+    data: dict[str, Any]
+    """Plain data, for --json and for a page."""
+    tables: "list[RenderableType]"
+    fits: bool | None
+    """None: no machine was named."""
+
+
+@dataclass(frozen=True)
+class _SearchOptions:
+    """How a search goes on."""
+
+    top: int
+    """Candidates to show."""
+    compile_top: int
+    """Candidates to compile, the quickest first."""
+    to_stderr: bool
+    """Whether stdout is kept for JSON."""
 
 
 def _amount(description: str, least: float = 0) -> Any:
@@ -23,17 +54,37 @@ def command(
     config: ConfigArgument,
     settings: SettingsArgument = None,
     on: Annotated[
-        str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
+        str | None,
+        Option(help="The machine: v5p-256, 2xv5p-512, v5p:4x4x8, v5e-256, h100x64, cpux8, ..."),
     ] = None,
     mesh: Annotated[str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")] = None,
-    compiled: Annotated[bool, Option("--compile", help="Ask its compiler too (a minute).")] = False,
+    devices: Annotated[int | None, Option(min=1, help="Without --on: how many devices.")] = None,
+    compiled: Annotated[
+        bool,
+        Option(
+            "--compile",
+            help="Ask its compiler too (a minute): memory, products, collectives beside the plan.",
+        ),
+    ] = False,
     searching: Annotated[
         bool, Option("--search", help="Find the quickest mesh and remat.")
     ] = False,
     top: Annotated[int | None, Option(min=1, help="How many a search shows: 10.")] = None,
+    compile_top: Annotated[
+        int, Option(min=0, help="Search, and compile this many of the quickest.")
+    ] = 0,
     html: Annotated[Path | None, Option(help="Write a page to look at, all in one file.")] = None,
     as_json: JsonOption = False,
     price: Annotated[float | None, _amount("A device's price an hour: shows the run's.")] = None,
+    device_mtbf: Annotated[
+        float | None, _amount("Hours between a device's failures: 50,700.", 1)
+    ] = None,
+    restart: Annotated[
+        float | None, _amount("Seconds from a failure to the next step: 600.")
+    ] = None,
+    checkpoint: Annotated[
+        float | None, _amount("Seconds that a checkpoint holds the run up: by its bytes.")
+    ] = None,
     serve: Annotated[bool, Option("--serve", help="Plan serving the model instead.")] = False,
     prompt: Annotated[int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")] = None,
     new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
@@ -47,83 +98,190 @@ def command(
     for.
 
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
+    `maxlm plan diff A B` compares two plans.
     """
+    requests = {
+        "prompt": prompt,
+        "new": new,
+        "batch": batch,
+        "cache": cache,
+        "weights": weights,
+        "ttft_ms": ttft_ms,
+        "tpot_ms": tpot_ms,
+    }
+    requests = {name: value for name, value in requests.items() if value is not None}
+    reliability = {
+        "device_mtbf_hours": device_mtbf,
+        "restart_seconds": restart,
+        "checkpoint_seconds": checkpoint,
+    }
+    reliability = {name: value for name, value in reliability.items() if value is not None}
+    training_options = {
+        "--compile": compiled,
+        "--compile-top": compile_top > 0,
+        "--devices": devices is not None,
+        "--device-mtbf, --restart or --checkpoint": bool(reliability),
+    }
+    if serve:
+        _refuse_options(training_options, "is of training", "leave it out, or --serve")
+        shown = top or (_DEFAULT_TOP if searching else 0)
+        output = _plan_serving(config, settings or [], on, mesh, requests, shown, price)
+        return _print_output(output, html, as_json)
+
+    serving_options = {f"--{name.replace('_', '-')}": True for name in requests}
+    _refuse_options(serving_options, "is of serving", "add --serve")
+    searching = searching or compile_top > 0
+    if on is None:
+        machine_options = training_options | {
+            "--devices": False,
+            "--search": searching,
+            "--price": price is not None,
+        }
+        _refuse_options(machine_options, "needs a machine", "name it: --on v5p-128")
+    else:
+        by_count = {"--devices": devices is not None}
+        _refuse_options(by_count, "goes without --on", "leave one of the two out")
+    if searching:
+        by_hand = {"--mesh": mesh is not None}
+        _refuse_options(by_hand, "is what --search chooses", "leave one of the two out")
+    else:
+        _refuse_options({"--top": top is not None}, "is how many a search shows", "add --search")
+    search = None
+    if searching:
+        search = _SearchOptions(max(top or _DEFAULT_TOP, compile_top), compile_top, as_json)
+    output = _plan_training(
+        config,
+        settings or [],
+        on=on,
+        mesh=mesh,
+        devices=devices,
+        search=search,
+        compiled=compiled,
+        price=price,
+        reliability=reliability,
+    )
+    _print_output(output, html, as_json)
+
+
+def compare(
+    first: Annotated[
+        str,
+        Argument(help="A run's folder, a plan's JSON, or a config: 'llama3_8b model.remat=mlp'."),
+    ],
+    second: Annotated[str, Argument(help="Another.")],
+    on: Annotated[str | None, Option(help="The machine to plan configs on: v5p-256.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show two plans side by side where they differ: layout, memory, traffic and time.
+
+    \b
+    maxlm plan diff runs/a runs/b
+    maxlm plan diff llama3_8b 'llama3_8b model.remat=mlp mesh.tensor=2' --on v5p-64
+
+    Exit code: 0 compared, 2 a mistake in what was given.
+    """
+    from maxlm.plan.diff import compare_plans, render_plan_diff
+    from maxlm.programs.plan_source import load_plan
+
+    machine = None if on is None else _make_machine(on)
+    diff = compare_plans(load_plan(first, machine), load_plan(second, machine))
+    if as_json:
+        print_json(diff)
+    else:
+        open_console().print(render_plan_diff(diff, (first, second)), markup=False)
+
+
+subcommands = {"diff": compare}
+
+
+def _plan_training(
+    config: str,
+    settings: list[str],
+    *,
+    on: str | None,
+    mesh: str | None,
+    devices: int | None,
+    search: _SearchOptions | None,
+    compiled: bool,
+    price: float | None,
+    reliability: Mapping[str, float],
+) -> _PlanOutput:
+    """Plan a run, or the best layout of it that a search finds."""
+    from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import plan_run
-    from maxlm.plan.show import format_seconds, render_plan_tables, render_plan_vs_compiler_table
+    from maxlm.plan.show import format_seconds, render_plan_tables
     from maxlm.programs.run_config import load_run_config
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
-    requests = {"prompt": prompt, "new": new, "batch": batch, "cache": cache, "weights": weights}
-    requests |= {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
-    requests = {name: value for name, value in requests.items() if value is not None}
-    if serve:
-        _refuse({"--compile": compiled}, "is of training", "leave it out, or --serve")
-        top = top or 10 * searching
-        out, shown, fits = _plan_serving(config, settings, on, mesh, requests, top, price)
-        return _show(out, shown, fits, html, as_json)
-    asked = {f"--{name.replace('_', '-')}": True for name in requests}
-    _refuse(asked, "is of serving", "add --serve")
-    on_machines = {"--compile": compiled, "--search": searching, "--price": price is not None}
-    _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
-    _refuse({"--top": top and not searching}, "is how many a search shows", "add --search")
-    _refuse({"--mesh": mesh and searching}, "is what --search chooses", "leave one of the two out")
-    run = load_run_config(config, settings or ())
-    if mesh:
+    run = load_run_config(config, settings)
+    if mesh is not None:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
-    sizes = None if on else mesh_sizes(run.mesh, count_min_devices(run.mesh))
-    machine, found = _find_machine(on) if on else None, None
-    if machine and searching:
-        run, found = _search(run, machine, config, top or 10, as_json)
-    result = plan_run(run, machine, sizes=sizes)
-    out, fits = result.to_json(), result.fits
-    shown: list[Any] = [render_plan_tables(result, price_per_device_hour=price)]
-    if found:
-        out["search"] = found
-    if price is not None and result.run_hours is not None:
-        out["price"] = price * result.run_hours * result.layout.devices
-    if machine and compiled:
-        from maxlm.programs.compile import check_fit_by_compiling
+    machine = None
+    sizes = None
+    if on is None:
+        sizes = mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
+    else:
+        machine = _make_machine(on)
+    searched = None
+    if machine is not None and search is not None:
+        run, searched = _search(run, machine, config, search)
+    plan = plan_run(run, machine, sizes=sizes, reliability=Reliability(**reliability))
+    data = plan.to_json()
+    tables: list[RenderableType] = [render_plan_tables(plan, price_per_device_hour=price)]
+    if searched is not None:
+        data["search"] = searched
+    if price is not None and plan.run_hours is not None:
+        data["price"] = price * plan.run_hours * plan.layout.devices
+    if machine is None or not compiled:
+        return _PlanOutput(data, tables, plan.fits)
 
-        out["compiled"] = verdict = check_fit_by_compiling(run, machine, result)
-        fits, words = verdict["fits"], verdict["words"]
-        if verdict["seconds"] is not None:
-            shown.append(render_plan_vs_compiler_table(verdict["figures"]))
-            words += f"; compiled in {format_seconds(verdict['seconds'])}"
-        shown.append(f"\n{words}")
-    _show(out, shown, fits, html, as_json)
+    from maxlm.plan.compiled.tables import render_compiler_tables
+    from maxlm.programs.compile import check_fit_by_compiling
+
+    verdict = check_fit_by_compiling(run, machine, plan)
+    data["compiled"] = asdict(verdict)
+    words = verdict.words
+    if verdict.seconds is not None:
+        tables.append(render_compiler_tables(verdict))
+        words += f"; compiled in {format_seconds(verdict.seconds)}"
+    tables.append(f"\n{words}")
+    return _PlanOutput(data, tables, verdict.fits)
 
 
-def _show(
-    out: dict[str, Any], shown: list[Any], fits: bool | None, html: Path | None, as_json: bool
-) -> None:
-    """Write a plan's page, print its JSON or what is shown of it; fail if it does not fit."""
-    if html:
+def _print_output(output: _PlanOutput, html: Path | None, as_json: bool) -> None:
+    """Write a plan's page, and print its JSON or its tables. Raises typer.Exit: it does not fit."""
+    tables = output.tables
+    if html is not None:
         from maxlm.runtime.report_page import write_report_page
 
-        write_report_page(html, "maxlm.plan", out["name"], out)
-        shown = [*shown, f"written: {html}"]
+        write_report_page(html, "maxlm.plan", output.data["name"], output.data)
+        tables = [*tables, f"written: {html}"]
     if as_json:
-        print_json(out)
+        print_json(output.data)
     else:
         console = open_console()
-        for part in shown:
-            console.print(part, markup=False)
-    if fits is False:
+        for table in tables:
+            console.print(table, markup=False)
+    if output.fits is False:
         raise typer.Exit(1)
 
 
 def _plan_serving(
     config: str,
-    settings: list[str] | None,
+    settings: list[str],
     on: str | None,
     mesh: str | None,
-    requests: dict[str, Any],
+    requests: Mapping[str, Any],
     top: int,
     price: float | None,
-) -> tuple[dict[str, Any], list[Any], bool]:
-    """Plan serving, on the best split where no mesh is given: as plain data and as what is shown,
-    and whether it fits and is in time."""
-    from maxlm.plan.serving import ServingOptions, search_serving
+) -> _PlanOutput:
+    """Plan serving, on the best split where no mesh is given.
+
+    Args:
+        requests: fields of ``ServingOptions``, and the ``cache``.
+        top: splits of a search to show; 0: no search.
+    """
+    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, ServingOptions, search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show import render_serving_search, render_serving_tables
     from maxlm.run import RunConfig
@@ -131,82 +289,125 @@ def _plan_serving(
 
     if on is None:
         raise MaxlmError("--serve needs a machine", fix="name it: --on h100x8")
-    _refuse({"--search or --top": top and mesh}, "chooses the mesh", "leave one of the two out")
+    weights = requests.get("weights", "auto")
+    if weights not in ENGINE_WEIGHT_FORMATS:
+        message = f"--weights {weights}: maxlm serves no quantized weights yet"
+        raise MaxlmError(message, fix="leave it out: weights are in the compute dtype")
+    searching = {"--search or --top": mesh is not None and top > 0}
+    _refuse_options(searching, "chooses the mesh", "leave one of the two out")
     folder = Path(config) / "config.yaml"
-    run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings or ()).value
+    run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings).value
     if run.name == RunConfig.model_fields["name"].default:
         run = run.model_copy(update={"name": Path(config).stem})
-    machine, cache, tensor = _find_machine(on), requests.pop("cache", None), None
-    if mesh:
+    machine = _make_machine(on)
+    tensor = None
+    if mesh is not None:
         sizes = mesh_sizes(parse_mesh(mesh), machine.topology.devices)
         others = {f"--mesh {axis}": sizes[axis] > 1 for axis in ("stage", "expert", "context")}
-        _refuse(others, "does not split what is served", "use data and tensor")
+        _refuse_options(others, "does not split what is served", "use data and tensor")
         tensor = sizes["tensor"]  # devices of a replica: `data` and `fsdp` count replicas
-    caches = (cache,) if cache else get_args(CacheFormat) if top else ("auto",)
-    options = ServingOptions(**requests)
-    plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=caches)
-    plan, out = plans[0], asdict(plans[0])
-    shown: list[Any] = [render_serving_tables(plan, price_per_device_hour=price)]
+    cache_formats = get_args(CacheFormat) if top else ("auto",)
+    if "cache" in requests:
+        cache_formats = (requests["cache"],)
+    options = ServingOptions(**{key: n for key, n in requests.items() if key != "cache"})
+    plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=cache_formats)
+    plan = plans[0]
+    data = asdict(plan)
+    tables: list[RenderableType] = [render_serving_tables(plan, price_per_device_hour=price)]
     if top:
-        out["search"] = [asdict(own) for own in plans[:top] if own.is_feasible]
-        shown.insert(0, render_serving_search(plans, top))
+        data["search"] = [asdict(other) for other in plans[:top] if other.is_feasible]
+        tables.insert(0, render_serving_search(plans, top))
     if refusal and not plan.fits:
-        shown.append(f"\nnot tried: {refusal}")
-    return out, shown, plan.is_feasible
+        tables.append(f"\nnot tried: {refusal}")
+    return _PlanOutput(data, tables, plan.is_feasible)
 
 
-def _find_machine(on: str) -> "Machine":
+def _make_machine(name: str) -> "Machine":
     """Return a machine, with JAX kept on this machine's CPU: N virtual devices for `cpuxN`."""
     import jax
 
     from maxlm.plan.predict import Machine
     from maxlm.plan.topology import parse_topology
 
-    topology = parse_topology(on)
+    topology = parse_topology(name)
     jax.config.update("jax_platforms", "cpu")
     if topology.platform == "cpu" and jax.config.values["jax_num_cpu_devices"] != topology.devices:
         jax.config.update("jax_num_cpu_devices", topology.devices)
-    return Machine.from_name(on)
+    return Machine.from_name(name)
 
 
-def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
-    """Refuse options that have no effect here."""
-    for option, given in options.items():
-        if given:
-            raise MaxlmError(f"{option} {what}", fix=fix)
+def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None:
+    """Refuse options that are given but have no effect here."""
+    for option, is_given in options.items():
+        if is_given:
+            raise MaxlmError(f"{option} {message}", fix=fix)
 
 
 def _search(
-    run: Any, machine: Any, source: str, top: int, quiet: bool
-) -> tuple[Any, dict[str, Any]]:
-    """Print the quickest candidates; return the first as a run, and all of them as plain data.
-    Raises typer.Exit: nothing fits."""
+    run: "RunConfig", machine: "Machine", source: str, options: _SearchOptions
+) -> tuple["RunConfig", dict[str, Any]]:
+    """Print the quickest candidates; return the first that fits, by the compiler's account too
+    where it is asked, as a run, and all of them as plain data. Raises typer.Exit: nothing fits."""
+    from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.search import format_run_yaml, search_layouts
-    from maxlm.plan.show import format_bytes, render_candidates_table
+    from maxlm.plan.show import render_candidates_table
 
-    found = search_layouts(run, machine, top=top)
-    counts: dict[str, Any] = {"tried": found.num_tried, "possible": found.num_divisible}
-    counts |= {"fitting": found.num_fitting, "taken": found.search_seconds}
-    console = open_console(sys.stderr if quiet else sys.stdout)
+    result = search_layouts(run, machine, top=options.top)
+    data: dict[str, Any] = {
+        "tried": result.num_tried,
+        "possible": result.num_divisible,
+        "fitting": result.num_fitting,
+        "taken": result.search_seconds,
+    }
+    console = open_console(sys.stderr if options.to_stderr else sys.stdout)
     console.print(
-        f"{found.num_tried:,} candidates in {found.search_seconds:.2f} s "
-        f"({found.num_tried / max(found.search_seconds, 1e-9):,.0f} a second): "
-        f"{found.num_divisible:,} divide, {found.num_fitting:,} fit"
+        f"{result.num_tried:,} candidates in {result.search_seconds:.2f} s "
+        f"({result.num_tried / max(result.search_seconds, 1e-9):,.0f} a second): "
+        f"{result.num_divisible:,} divide, {result.num_fitting:,} fit"
     )
-    if not found.best:
-        words = "none divides: batch, sequence, heads and layers must divide over the devices"
-        if found.num_divisible:
-            least = format_bytes(found.min_peak_bytes)
-            words = f"none fits; the least that any needs is {least} a device"
-        if found.num_fitting:
-            words = f"none that fits can be: {found.last_refusal}"
-        console.print(words, markup=False)
-        if quiet:
-            print_json({"fits": False, "search": {**counts, "best": []}})
+    if not result.best:
+        console.print(_explain_empty_search(result), markup=False)
+        if options.to_stderr:
+            print_json({"fits": False, "search": {**data, "best": []}})
         raise typer.Exit(1)
-    console.print(render_candidates_table(found, machine.chip.memory_bytes))
-    winner = found.best[0].apply(run)
-    text = format_run_yaml(winner, source)
+    limit = machine.chip.memory_bytes
+    peaks: list[float] = []
+    if options.compile_top:
+        from maxlm.programs.compile import compile_candidate_peaks
+
+        peaks = compile_candidate_peaks(run, machine, result.best[: options.compile_top])
+    console.print(render_candidates_table(result, limit, peaks))
+    errors = {
+        error: None
+        for candidate in result.best
+        for error in candidate.known_time_errors(run, machine.topology)
+    }
+    if errors:
+        console.print(f"among these, {format_known_time_errors([*errors])}", markup=False)
+    best = [asdict(candidate) for candidate in result.best]
+    for candidate, peak in zip(best, peaks, strict=False):
+        # JSON has no infinity: where the compiler finds no room there is no peak.
+        candidate["compiled"] = {"fits": peak <= limit, "peak": peak if peak < inf else None}
+    data["best"] = best
+    fitting = [place for place, peak in enumerate(peaks) if peak <= limit]
+    if peaks and not fitting:
+        console.print("none of those compiled fits by the compiler's account")
+        if options.to_stderr:
+            print_json({"fits": False, "search": data})
+        raise typer.Exit(1)
+    winner = result.best[fitting[0] if fitting else 0].apply(run)
+    data["config"] = format_run_yaml(winner, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
-    console.print(text, markup=False)
-    return winner, {**counts, "best": [asdict(own) for own in found.best], "config": text}
+    console.print(data["config"], markup=False)
+    return winner, data
+
+
+def _explain_empty_search(result: "SearchResult") -> str:
+    from maxlm.plan.show import format_bytes
+
+    if result.num_fitting:
+        return f"none that fits can be: {result.last_refusal}"
+    if result.num_divisible:
+        least = format_bytes(result.min_peak_bytes)
+        return f"none fits; the least that any needs is {least} a device"
+    return "none divides: batch, sequence, heads and layers must divide over the devices"

@@ -5,19 +5,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
-from pathlib import Path, PurePosixPath
-from posixpath import normpath
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
 
-from maxlm.config import LocalPath, MaxlmError, to_yaml
+from maxlm.config import MaxlmError, to_yaml
 from maxlm.config.assets import find_shipped_config
-from maxlm.data.documents.config import is_installed_text
 from maxlm.launch.hosts import JobHosts, resolve_hosts
 from maxlm.launch.options import (
     JobOptions,
     Mount,
     check_options,
-    check_url,
     parse_env,
     parse_mounts,
     parse_secrets,
@@ -25,6 +21,7 @@ from maxlm.launch.options import (
     split_pairs,
     supports_option,
 )
+from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.run import RunConfig
@@ -35,8 +32,6 @@ SPOT_GRACE = 15
 START_UP = 300
 # A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters in all.
 _LONGEST_NAME = 40
-# Settings that may name a bucket.
-_URLS = ("store", "remote_folder")
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,8 @@ def make_job(
     machine = Machine.from_name(on)
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
     mounted = parse_mounts(options.mount, scheduler)
-    in_container = scheduler in ("jobset", "skypilot") or bool(options.image)
-    _check_paths(run, scheduler, mounted if in_container else None, user_template)
+    in_container = is_containerized(scheduler, options)
+    check_paths(run, scheduler, mounted if in_container else None, user_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
@@ -124,10 +119,14 @@ def make_job(
         config = str(path.resolve())
         if in_container or scheduler != "slurm":  # the job does not see this machine's files
             config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
+    title = f"{run.name} on {on}: {machine.topology.description}"
+    placeholders = find_placeholder_settings(run)
+    if placeholders:
+        title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(
         scheduler=scheduler,
         name=name,
-        title=f"{run.name} on {on}: {machine.topology.description}",
+        title=title,
         hosts=hosts,
         program="train" if run.task.reads_text else "tune",
         config=config,
@@ -141,6 +140,11 @@ def make_job(
         options=options,
     )
     return job, plan
+
+
+def is_containerized(scheduler: str, options: JobOptions) -> bool:
+    """Returns whether a job's processes see only what is mounted into their container."""
+    return scheduler in ("jobset", "skypilot") or bool(options.image)
 
 
 def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
@@ -171,77 +175,3 @@ def _clock(total: int) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{days}-" * (days > 0) + f"{hour:02}:{minute:02}:{second:02}"
-
-
-def _check_paths(
-    run: RunConfig, scheduler: str, mounted: Sequence[Mount] | None, user_template: bool
-) -> None:
-    """Checks that there is text, or rows, and a run's folder that outlives its hosts and that all
-    see. ``mounted``: all that its container sees; None: it runs in none. ``user_template``: the
-    template is the user's: it may mount folders, or say where a job begins."""
-    named = _places(run)
-    for key, place in named.items():
-        if ".documents." not in key:
-            check_url(place, key)
-    sources, tokenizer = run.data.sources, run.tokenizer.path or run.train.start_from
-    if (reads_text := run.task.reads_text) and not sources:
-        fix = "name documents or a store there"
-        raise MaxlmError("no text to train on", where="data.sources", fix=fix)
-    if not reads_text and not any(".files." in key for key in named):
-        fix = "name a .jsonl or .parquet file there"
-        raise MaxlmError("no rows to train on", where="task.files", fix=fix)
-    if not (tokenizer or any(source.documents for source in sources)):
-        what = "a store was made with a tokenizer, and none is named"
-        fix = "name the folder of the tokenizer the stores were built with"
-        if not reads_text:
-            what = "rows are read with a tokenizer, and none is named"
-            fix = "name its folder, or a model to start from (train.start_from)"
-        raise MaxlmError(what, where="tokenizer.path", fix=fix)
-    if user_template or (scheduler == "slurm" and mounted is None):
-        return
-    for key, place in named.items():
-        if "://" not in place or not key.endswith(_URLS):
-            _check_place(key, place, scheduler, mounted)
-
-
-def _places(run: RunConfig) -> dict[str, str]:
-    """Setting → what it names: folders, files, globs, URLs."""
-    found: dict[str, str | None] = {"folder": run.folder}
-    for i, source in enumerate(run.data.sources):
-        for j, each in enumerate(source.documents):
-            place = None if is_installed_text(each) else each
-            found[f"data.sources.{i}.documents.{j}"] = place
-        found[f"data.sources.{i}.store"] = source.store
-        found[f"data.sources.{i}.heldout_store"] = source.heldout_store
-    for name, hint in get_type_hints(type(run.task), include_extras=True).items():
-        value = getattr(run.task, name) if _has_path(hint) else None
-        if isinstance(value, tuple):
-            found |= {f"task.{name}.{i}": each for i, each in enumerate(value)}
-        else:
-            found[f"task.{name}"] = value
-    found["tokenizer.path"] = run.tokenizer.path
-    found["train.start_from"] = run.train.start_from
-    found["checkpoint.remote_folder"] = run.checkpoint.remote_folder
-    return {key: place for key, place in found.items() if place}
-
-
-def _has_path(hint: Any) -> bool:
-    """Returns whether a field's type is, or holds, a local path."""
-    return hint == LocalPath or any(map(_has_path, get_args(hint)))
-
-
-def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:
-    """Checks a place on hosts that lack this machine's files; `mounted` None: all is there."""
-    if not place.startswith("/"):
-        shown = "runs" if key == "folder" else place.lstrip("./~")
-        what = f"{key}={place} is another one on each host"
-        raise MaxlmError(what, fix=f"name one that all see: {key}=/data/{shown}")
-    path = PurePosixPath(normpath(place))
-    if mounted is None or any(path.is_relative_to(mount.path) for mount in mounted):
-        return
-    top = PurePosixPath(*path.parts[:2])
-    mount = f"--mount {top if scheduler == 'slurm' else 'gs://bucket'}:{top}"
-    if key == "folder":
-        what = f"{key}={place} would be lost with its hosts"
-        raise MaxlmError(what, fix=f"mount what is to keep it: {mount}")
-    raise MaxlmError(f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}")

@@ -18,6 +18,18 @@ STORAGE_RATE = 1e9
 
 
 @dataclass(frozen=True)
+class Reliability:
+    """How often a machine fails, and what a failure and a checkpoint cost."""
+
+    device_mtbf_hours: float = DEVICE_MTBF_HOURS
+    """Mean time between failures of one device that stop the run."""
+    restart_seconds: float = RESTART_SECONDS
+    """Seconds from a failure to the next step."""
+    checkpoint_seconds: float | None = None
+    """Seconds that a checkpoint holds up the run; None: as long as its bytes take to storage."""
+
+
+@dataclass(frozen=True)
 class Goodput:
     """Shares of time that are progress."""
 
@@ -33,12 +45,19 @@ class Goodput:
 
 
 def estimate_goodput(
-    devices: int, state_bytes: float, step_seconds: float, checkpoint_every: int
+    devices: int,
+    state_bytes: float,
+    step_seconds: float,
+    checkpoint_every: int,
+    reliability: Reliability = Reliability(),
 ) -> Goodput:
     """Estimates the share of a run's time that is progress, with a checkpoint of ``state_bytes`` a
     device after ``checkpoint_every`` steps; 0: none."""
-    mean, restart = DEVICE_MTBF_HOURS * 3600 / devices, RESTART_SECONDS
-    write = state_bytes / STORAGE_RATE
+    mean = reliability.device_mtbf_hours * 3600 / devices
+    restart = reliability.restart_seconds
+    write = reliability.checkpoint_seconds
+    if write is None:
+        write = state_bytes / STORAGE_RATE
     best = max(best_interval_seconds(mean, write), step_seconds)
     return Goodput(
         mtbf_hours=mean / 3600,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -10,13 +11,15 @@ import numpy as np
 
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.goodput import Goodput, estimate_goodput
+from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
+from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
+from maxlm.plan.torus import find_torus_dimensions
 from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
@@ -137,6 +140,19 @@ class RunPlan:
         return self.tokens_per_second * flops / self.total_peak_flops_per_second
 
     @property
+    def known_time_errors(self) -> tuple[KnownTimeError, ...]:
+        """Known errors of the predicted times; none without a machine, which has no times."""
+        if self.machine is None:
+            return ()
+        work = self.shape.work
+        return find_known_time_errors(
+            self.machine.topology,
+            self.layout.mesh,
+            work.config.data.seq_len,
+            has_experts=work.experts is not None,
+        )
+
+    @property
     def run_hours(self) -> float | None:
         """Hours of the whole run, failures included, with checkpoints at the best interval."""
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
@@ -167,25 +183,35 @@ class RunPlan:
                 "run_hours": hours,
                 "device_hours": None if hours is None else hours * self.layout.devices,
             },
+            "known_time_errors": [
+                {"kind": error.kind, "plans": error.plans, "deviation": error.deviation}
+                for error in self.known_time_errors
+            ],
             "goodput": self.goodput and asdict(self.goodput),
         }
 
 
 def plan_run(
-    config: RunConfig, machine: Machine | None = None, *, sizes: Mapping[str, int] | None = None
+    config: RunConfig,
+    machine: Machine | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    reliability: Reliability = Reliability(),
 ) -> RunPlan:
-    """Plans a run; refuses whatever does not fit together, but not too little memory. ``machine``:
-    where; None: bytes alone. ``sizes``: mesh axis → devices; default: the config's mesh on the
-    machine."""
+    """Plans a run; refuses whatever does not fit together, but not too little memory.
+
+    Args:
+        machine: where; None: bytes alone.
+        sizes: mesh axis → devices; default: the config's mesh on the machine.
+        reliability: of the machine, for goodput.
+    """
     topology = machine and machine.topology
     dtype = resolve_compute_dtype(config.compute_dtype, topology.platform if topology else "tpu")
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
-    links, split = None, MeshPartitioning(config, sizes)
-    if machine:
-        links = {a: machine.link((a,), split) for a in MESH_AXES if sizes[a] > 1}
+    links = None if machine is None else _describe_links(machine, config, sizes)
     layout = compute_run_layout(config, sizes, links)
     work, micro = RunWorkload(config, dtype), config.train.micro_batches
     shape = StepShape(work, sizes, micro, config.model.remat, topology)
@@ -193,11 +219,29 @@ def plan_run(
     good = None
     if time:
         state = float(held.parameters + held.optimizer + held.average)
-        own = state, float(time.total), config.checkpoint.every_steps
-        good = estimate_goodput(layout.devices, *own)
+        good = estimate_goodput(
+            layout.devices, state, float(time.total), config.checkpoint.every_steps, reliability
+        )
     costs = (_cost(c, shape.split, machine) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
     return RunPlan(layout, machine, shape, held, sent, time, good)
+
+
+def _describe_links(
+    machine: Machine, config: RunConfig, sizes: Mapping[str, int]
+) -> dict[str, str]:
+    """Describes the links of each mesh axis of several devices: on a TPU, with the dimensions of
+    the torus that it lies along."""
+    topology = machine.topology
+    split = MeshPartitioning(config, sizes)
+    links = {axis: machine.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1}
+    # Devices that are here need not be all of a slice, whose shape their coordinates tell.
+    if topology.platform != "tpu" or topology.devices != prod(sizes.values()):
+        return links
+    for axis, dimensions in find_torus_dimensions(topology, sizes).items():
+        if dimensions:
+            links[axis] += f" along {dimensions}"
+    return links
 
 
 def estimate_costs(

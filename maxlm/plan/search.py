@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import isqrt
 from typing import Any, get_args
 
 import numpy as np
@@ -17,8 +18,10 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
+from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -43,6 +46,13 @@ class Candidate:
     """A step, predicted."""
     memory: float
     """Bytes at the peak, predicted."""
+
+    def known_time_errors(
+        self, config: RunConfig, topology: Topology
+    ) -> tuple[KnownTimeError, ...]:
+        """Returns the known errors of ``seconds``, for a run with this layout."""
+        has_experts = config.model.moe is not None
+        return find_known_time_errors(topology, self.sizes, config.data.seq_len, has_experts)
 
     def apply(self, config: RunConfig) -> RunConfig:
         """Returns the run with this layout."""
@@ -117,7 +127,7 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
     meshes = list(_list_factorisations(machine.topology.devices, len(axes)))
-    pairs = list(product(meshes, (n for n in range(1, batch + 1) if batch % n == 0)))
+    pairs = list(product(meshes, list_divisors(batch)))
     micro = np.array([n for _, n in pairs], float)
     sizes = {a: np.ones(len(pairs)) for a in MESH_AXES}
     sizes |= dict(zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True))
@@ -135,12 +145,18 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
             yield len(pairs), StepShape(work, own, micro[divides], remat, machine.topology)
 
 
+def list_divisors(n: int) -> list[int]:
+    """Lists the divisors of a positive number in ascending order."""
+    small = [divisor for divisor in range(1, isqrt(n) + 1) if n % divisor == 0]
+    return sorted({*small, *(n // divisor for divisor in small)})
+
+
 def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every way to write n as an ordered product."""
     if parts == 1:
         yield (n,)
         return
-    for first in (d for d in range(1, n + 1) if n % d == 0):
+    for first in list_divisors(n):
         for rest in _list_factorisations(n // first, parts - 1):
             yield (first, *rest)
 

@@ -36,6 +36,7 @@ from maxlm.plan.communication import list_collectives
 from maxlm.plan.layout import place_run
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
+from maxlm.plan.search import list_divisors
 from maxlm.plan.serving_cache import (
     CacheFormat,
     count_layer_caches,
@@ -57,6 +58,9 @@ from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
 """Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that anyway."""
+ENGINE_WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("auto",)
+"""Formats that maxlm's own engine has. The others are planned to compare with what other engines
+publish."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
 # Rows of a replica beyond which no plan looks.
@@ -377,7 +381,7 @@ def search_serving(
     work, devices = read_workload(config, machine, options), machine.topology.devices
     plans: list[ServingPlan] = []
     refusal: MaxlmError | None = None
-    splits = [tensor] if tensor else [n for n in range(1, devices + 1) if devices % n == 0]
+    splits = [tensor] if tensor else list_divisors(devices)
     for split, cache in product(splits, caches):
         try:
             plans.append(plan_served_model(ServedModel(work, machine, options, split, cache)))

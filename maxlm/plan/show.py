@@ -1,6 +1,7 @@
 """Plans as tables for a terminal."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
+from math import inf
 from typing import Any
 
 from rich.console import Group
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.models.architectures.config import strip_stack_name
+from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import FILL, RunPlan
 from maxlm.plan.search import SearchResult
@@ -58,6 +60,8 @@ def render_plan_tables(plan: RunPlan, *, price_per_device_hour: float | None = N
         parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
         parts.append(Text(format_run_estimate(plan, price_per_device_hour)))
+        if plan.known_time_errors:
+            parts.append(Text(format_known_time_errors(plan.known_time_errors), style="bold"))
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
         tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
@@ -240,31 +244,40 @@ def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = Non
     return "\n".join(lines)
 
 
-def render_plan_vs_compiler_table(figures: Mapping[str, Mapping[str, float | None]]) -> Group:
-    """Renders parts of a device's memory, bytes, as planned and as compiled."""
-    cells = []
-    for what, sizes in figures.items():
-        ours, theirs = sizes["plan"], sizes["compiler"] or 0
-        planned = "" if ours is None else format_bytes(ours)
-        deviation = f"{ours / theirs - 1:+.1%}" if ours and theirs else ""
-        cells.append((what, planned, format_bytes(theirs), deviation))
-    right = ("plan", "compiler", "deviation")
-    title = "Memory of each device, as planned and as compiled"
-    return make_table(title, ("what", *right), cells, right)
+def render_candidates_table(
+    result: SearchResult, memory_limit_bytes: float, compiled_peak_bytes: Sequence[float] = ()
+) -> Group:
+    """Renders a search's best layouts.
 
-
-def render_candidates_table(result: SearchResult, memory_limit_bytes: float) -> Group:
-    """Renders a search's best layouts."""
+    Args:
+        compiled_peak_bytes: peaks of the first candidates by the compiler's account; infinite where
+            it finds no room.
+    """
     rows = []
-    for own in result.best:
-        mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
-        residual = ", ".join(own.residual) or "whole"
-        share = f"{own.memory / memory_limit_bytes:.0%}"
-        figures = (format_seconds(own.seconds), format_bytes(own.memory), share)
-        rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
+    for place, candidate in enumerate(result.best):
+        sizes = [f"{axis}={size}" for axis, size in candidate.sizes.items() if size > 1]
+        row = [
+            " ".join(sizes) or "one device",
+            str(candidate.micro_batches),
+            candidate.remat,
+            ", ".join(candidate.residual) or "whole",
+            format_seconds(candidate.seconds),
+            format_bytes(candidate.memory),
+            f"{candidate.memory / memory_limit_bytes:.0%}",
+        ]
+        if compiled_peak_bytes:
+            is_compiled = place < len(compiled_peak_bytes)
+            row.append(_format_peak(compiled_peak_bytes[place]) if is_compiled else "")
+        rows.append(row)
     right = ("step", "memory", "of\nlimit")
+    if compiled_peak_bytes:
+        right = (*right, "by the\ncompiler")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
     return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
+
+
+def _format_peak(peak_bytes: float) -> str:
+    return format_bytes(peak_bytes) if peak_bytes < inf else "no room"
 
 
 def render_serving_tables(
@@ -326,7 +339,7 @@ def format_serving_verdict(plan: ServingPlan) -> str:
             what = f"not one sequence a replica: {need}"
         return (
             f"does not fit: {what}; split over more devices (tensor in --mesh), or choose a "
-            "smaller --cache, --weights, --batch or --prompt"
+            "smaller --cache, --batch or --prompt"
         )
     words, missed = f"fits: {need}, {_count_sequences(plan.max_batch)} at most", []
     for name, most, value in (

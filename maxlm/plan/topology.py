@@ -85,6 +85,10 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "NVIDIA {gpu.name}"
 """
 _GPUS_PER_HOST = 8
+# Bounds on what a name may ask for. No machine has a million devices, and a search walks over the
+# divisors of their number; each virtual CPU device has threads and memory of its own.
+_MAX_DEVICES = 2**20
+_MAX_CPU_DEVICES = 1024
 _FIX = "use v5p-64, v5e-256, v6e-64, 2xv5p-512, v5p:4x4x8, h100x64, cpux8 or the like"
 
 
@@ -160,7 +164,16 @@ def _join(shape: tuple[int, ...], by: str = "x") -> str:
 def parse_topology(text: str) -> Topology:
     """Parses a machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips), ``2xv5p-512``
     (slices), ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form, ``v5p:4x4x2``,
-    ``h100:8x8``."""
+    ``h100:8x8``. Raises MaxlmError: no such machine, or more devices than any has."""
+    topology = _parse_topology(text)
+    most = _MAX_CPU_DEVICES if topology.platform == "cpu" else _MAX_DEVICES
+    if topology.devices > most:
+        message = f"'{text}' has {topology.devices:,} devices, more than {most:,}"
+        raise MaxlmError(message, fix="name a smaller machine")
+    return topology
+
+
+def _parse_topology(text: str) -> Topology:
     found = re.fullmatch(
         r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))", text.lower()
     )

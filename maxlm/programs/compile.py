@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +13,15 @@ import jax
 from jax.experimental.topologies import get_topology_desc
 
 from maxlm.config import MaxlmError
+from maxlm.plan.compiled.compare import (
+    CompilerVerdict,
+    PlannedAndCompiled,
+    compare_collectives,
+    compare_products,
+)
+from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
 from maxlm.plan.predict import Machine, RunPlan
+from maxlm.plan.search import Candidate
 from maxlm.plan.show import format_bytes
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
 from maxlm.programs.setup import RunSetup, set_up_run
@@ -24,8 +34,8 @@ _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")
 def compute_peak_bytes(memory: Any) -> int:
     """Returns the main memory of each device that a program needs; ``memory``: JAX's account of it,
     ``compiled.memory_analysis()``, whose aliases are outputs that take an argument's place."""
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return held + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,15 @@ class CompiledStep:
     """``jax.stages.Compiled``."""
     seconds: float
     """Seconds to trace and to compile it."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of main memory that each device needs."""
+        return compute_peak_bytes(self.compiled.memory_analysis())
+
+    def read_cost(self) -> CompiledCost:
+        """Reads a device's products and collectives out of the program's text."""
+        return read_compiled_cost(self.compiled.as_text(), dict(self.setup.mesh.shape))
 
 
 class DoesNotFit(MaxlmError):
@@ -50,7 +69,8 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device. Raises
     DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
     """
-    machine, began = parse_topology(topology), perf_counter()
+    machine = parse_topology(topology)
+    began = perf_counter()
     setup = set_up_run(config, get_topology_devices(machine))
     # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
     arguments = setup.abstract_state, make_abstract_batch(setup)
@@ -62,34 +82,71 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
-        words = found.group() if found else str(error).splitlines()[0]
+        match = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
+        words = match.group() if match else str(error).splitlines()[0]
         raise DoesNotFit(f"the compiler finds no room: {words}") from None
     return CompiledStep(setup, compiled, perf_counter() - began)
 
 
-def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> dict[str, Any]:
-    """Compiles a run for a machine; returns whether it fits by its compiler's account, in words
-    too, seconds to compile (None: no room) and the parts of a device's memory in bytes, beside the
-    plan's (None: not planned on its own)."""
+def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> CompilerVerdict:
+    """Compiles a run for a machine; returns whether it fits by its compiler's account, and what the
+    compiled step holds, multiplies and sends beside the plan's figures."""
     try:
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
-        words = f"does not fit: {error.what}"
-        return {"fits": False, "words": words, "seconds": None, "figures": {}}
-    memory, limit, held = step.compiled.memory_analysis(), machine.chip.memory_bytes, plan.memory
-    total, transient, peak = held.total, held.transient_bytes, compute_peak_bytes(memory)
-    figures = {
-        "arguments: state and batch": (float(total - transient), memory.argument_size_in_bytes),
-        "outputs": (None, memory.output_size_in_bytes),
-        "outputs in arguments' place": (None, memory.alias_size_in_bytes),
-        "temporaries": (float(transient), memory.temp_size_in_bytes),
-        "peak": (float(total), peak),
+        return CompilerVerdict(fits=False, words=f"does not fit: {error.what}")
+    return compare_with_compiled_step(plan, step, machine.chip.memory_bytes)
+
+
+def compare_with_compiled_step(
+    plan: RunPlan, step: CompiledStep, memory_limit_bytes: float
+) -> CompilerVerdict:
+    """Compares a run's plan with its compiled step, as :func:`check_fit_by_compiling` does."""
+    peak = step.peak_bytes
+    cost = step.read_cost()
+    fits = peak <= memory_limit_bytes
+    verdict = "fits" if fits else "does not fit"
+    sizes = f"{format_bytes(peak)} of {format_bytes(memory_limit_bytes)} a device"
+    return CompilerVerdict(
+        fits=fits,
+        words=f"{verdict} by the compiler's account: {sizes}",
+        seconds=step.seconds,
+        figures=_compare_memory(plan, step),
+        products=compare_products(plan, cost),
+        collectives=compare_collectives(plan.collectives, cost),
+        unknown_loops=cost.unknown_loops,
+    )
+
+
+def _compare_memory(plan: RunPlan, step: CompiledStep) -> dict[str, PlannedAndCompiled]:
+    """Compares parts of a device's memory, in bytes."""
+    compiled = step.compiled.memory_analysis()
+    total = float(plan.memory.total)
+    transient = float(plan.memory.transient_bytes)
+    return {
+        "arguments: state and batch": PlannedAndCompiled(
+            total - transient, compiled.argument_size_in_bytes
+        ),
+        "outputs": PlannedAndCompiled(None, compiled.output_size_in_bytes),
+        "outputs in arguments' place": PlannedAndCompiled(None, compiled.alias_size_in_bytes),
+        "temporaries": PlannedAndCompiled(transient, compiled.temp_size_in_bytes),
+        "peak": PlannedAndCompiled(total, step.peak_bytes),
     }
-    words = f"{'fits' if peak <= limit else 'does not fit'} by the compiler's account: "
-    words += f"{format_bytes(peak)} of {format_bytes(limit)} a device"
-    sizes = {name: {"plan": ours, "compiler": own} for name, (ours, own) in figures.items()}
-    return {"fits": peak <= limit, "words": words, "seconds": step.seconds, "figures": sizes}
+
+
+def compile_candidate_peaks(
+    run: RunConfig, machine: Machine, candidates: Sequence[Candidate]
+) -> list[float]:
+    """Compiles candidates of a search one by one; returns the bytes that each needs on a device by
+    the compiler's account, infinite where it finds no room."""
+    peaks = []
+    for candidate in candidates:
+        try:
+            peak = float(compile_step(candidate.apply(run), machine.name).peak_bytes)
+        except DoesNotFit:
+            peak = inf
+        peaks.append(peak)
+    return peaks
 
 
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
@@ -112,14 +169,15 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     which TPU this is, and not to insist on being the only process that loads it.
     """
     if topology.platform == "cpu":
-        if len(here := jax.devices("cpu")) < topology.devices:
-            what = f"{topology.devices} CPU devices, {len(here)} here"
-            raise MaxlmError(what, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
+        here = jax.devices("cpu")
+        if len(here) < topology.devices:
+            message = f"{topology.devices} CPU devices, {len(here)} here"
+            raise MaxlmError(message, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
         return here[: topology.devices]
     if not has_compiler(topology.platform):
-        what = f"no compiler for {topology.platform.upper()}s is installed"
+        message = f"no compiler for {topology.platform.upper()}s is installed"
         extra = _PACKAGES[topology.platform][1]
-        raise MaxlmError(what, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
+        raise MaxlmError(message, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -132,8 +190,9 @@ def get_topology_devices(topology: Topology) -> list[Any]:
             platform="cuda", topology=topology.compiler_name, target_config=target
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        what = f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})"
-        raise MaxlmError(what, fix="name a shape that exists, such as v5p:4x4x2") from error
+        reason = str(error).splitlines()[0]
+        message = f"the compiler knows no {topology.compiler_name} ({reason})"
+        raise MaxlmError(message, fix="name a shape that exists, such as v5p:4x4x2") from error
 
 
 def has_compiler(platform: str) -> bool:

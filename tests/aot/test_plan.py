@@ -1,13 +1,18 @@
 """The plan beside each machine's own compiler, for a small model; real ones are in
 benchmarks/plan_memory.py."""
 
+from itertools import product
+
 import pytest
 
-from benchmarks.compiled.compare import compare_plan_to_compiled
-from benchmarks.compiled.cost import read_step_cost
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import compile_step, get_topology_devices, has_compiler
+from maxlm.programs.compile import (
+    compare_with_compiled_step,
+    compile_step,
+    get_topology_devices,
+    has_compiler,
+)
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)
@@ -20,23 +25,23 @@ def test_what_is_planned_is_compiled(machine):
     config = small_run(devices=devices, mesh={"fsdp": devices})
     found = Machine.from_name(machine)
     step = compile_step(config, machine)
-    cost = read_step_cost(step)
+    cost = step.read_cost()
     assert len(cost.unknown_loops) == 1  # the update, left out where numbers are bad
     large = [c for c in cost.collectives if c.payload_bytes >= MATRIX_BYTES]
     assert not any(c.kind == "all-reduce" for c in large)
     # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has all of
     # a layer's at once, with their gradients (docs/performance.md).
     least = 0.3 if found.topology.platform == "gpu" else 0.5
-    rows = compare_plan_to_compiled(plan_run(config, found), step)
-    for what, off in (
-        ("resting: state and batch, GB", 0.02),
-        ("matrix products, TFLOP", 1e-3),
-        ("sent, GB", 0.05),
-    ):
-        planned, theirs = rows[what]
-        assert planned == pytest.approx(theirs, rel=off), what
-    planned, theirs = rows["peak, GB"]
-    assert least * theirs < planned < 1.5 * theirs
+    plan = plan_run(config, found)
+    verdict = compare_with_compiled_step(plan, step, found.chip.memory_bytes)
+    state = verdict.figures["arguments: state and batch"]
+    assert state.plan == pytest.approx(state.compiler, rel=0.02)
+    products = verdict.products["matrix products but attention's"]
+    assert products.plan == pytest.approx(products.compiler, rel=1e-3)
+    sent = sum(collective.sent_bytes for collective in plan.collectives)
+    assert sent == pytest.approx(cost.wire_bytes(), rel=0.05)
+    peak = verdict.figures["peak"]
+    assert least * peak.compiler < peak.plan < 1.5 * peak.compiler
 
 
 def test_devices_that_a_compiler_describes_are_the_machine(machine):
@@ -47,6 +52,9 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
     found = Machine.from_devices(devices)
     assert found is not None
     assert found.topology == topology
+    # Places that the plan makes up are those of the compiler's devices.
+    sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
+    assert {tuple(d.coords) for d in devices} == set(product(*map(range, sides)))
 
 
 def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():

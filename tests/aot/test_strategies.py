@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compiled.cost import read_step_cost
 from benchmarks.program_traffic import read_program_traffic
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import CompiledStep, compile_step
@@ -129,7 +128,7 @@ def test_a_strategy_sends_over_its_own_axes(machine, name):
     # Smaller ones are sums of norms and metrics; integers are tokens.
     large = {
         (c.kind, c.axes)
-        for c in read_step_cost(step).collectives
+        for c in step.read_cost().collectives
         if c.payload_bytes >= matrix // 32 and not c.shape.startswith("s32")
     }
     must = {(portable(kind, machine), axes) for kind, axes in strategy.must}
@@ -146,7 +145,7 @@ def test_a_strategy_sends_over_its_own_axes(machine, name):
 @pytest.mark.parametrize("name", ["pp gpipe", "pp circular", "pp 1f1b"])
 def test_no_layer_crosses_stages(machine, name):
     """What is all-reduced over stages is at most the embedding and the head, once a step."""
-    cost, width = read_step_cost(compile_strategy(machine, name)), WIDTHS[machine]
+    cost, width = compile_strategy(machine, name).read_cost(), WIDTHS[machine]
     sums = [c for c in cost.collectives if c.kind == "all-reduce" and "stage" in c.axes]
     assert sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * width * 2 * width
     moved = cost.wire_bytes(kind="collective-permute", axes="stage")

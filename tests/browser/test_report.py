@@ -67,6 +67,10 @@ def test_the_headline_has_the_plans_figures(open_report, plan):
         assert f"{100 * plan['time'][mfu]:.1f}%" in head
     for note in plan["notes"]:
         assert note in head
+    for error in plan["known_time_errors"]:
+        assert f"{error['plans']} {error['deviation']}" in report.text("#known-time-errors")
+    warnings = report.page.locator("#known-time-errors").count()
+    assert warnings == (1 if plan["known_time_errors"] else 0)
     assert f"The peak is at {plan['memory']['peak_at']}." in report.text("#memory")
 
 

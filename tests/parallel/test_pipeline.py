@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.compiled.cost import COLLECTIVES
-from benchmarks.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.parallel.pipeline import _backward_turn, _circular, bubble_ratio
+from maxlm.plan.compiled.cost import COLLECTIVES
+from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.programs.setup import set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh

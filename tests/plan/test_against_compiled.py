@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiled.compare import count_step_flops
-from benchmarks.compiled.cost import read_compiled_cost
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.compiled.compare import count_step_products
+from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.timing import count_frozen_forward_flops
 from maxlm.plan.topology import parse_topology
@@ -84,7 +84,7 @@ def test_frozen_base(layout, kind):
     assert float(estimate_memory(shape).total) == pytest.approx(compute_peak_bytes(held), rel=0.25)
     # The reference's attention counts at half, whatever tiles are skipped.
     products, exact = cost.matmul_flops + cost.attention_flops, {"sft": 1e-6, "dpo": 0.04}[kind]
-    own = sum(count_step_flops(shape)) + count_frozen_forward_flops(shape)
+    own = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
     assert own == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
         assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.01)
@@ -152,7 +152,7 @@ def test_bytes_sent_and_products(layout, model, off):
     # an encoder makes biases of a table.
     again = shape.work.is_attention_recomputed(shape.remat)
     exact = 1e-3 if model == "encoder_decoder" else 0.05 if again else 1e-6
-    assert sum(count_step_flops(shape)) == pytest.approx(products, rel=exact)
+    assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
 
 
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
@@ -162,7 +162,7 @@ def test_every_remat_policy(remat):
     shape, cost, held = compiled(run("fsdp", "gqa_window", remat=remat))
     products = cost.matmul_flops + cost.attention_flops
     exact = 0.05 if shape.work.is_attention_recomputed(remat) else 1e-6  # as above
-    assert sum(count_step_flops(shape)) == pytest.approx(products, rel=exact)
+    assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
     assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.02)
     if remat == "none":
         assert float(estimate_memory(shape).total) == pytest.approx(

@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compiled.cost import CompiledCost, read_compiled_cost
 from benchmarks.program_traffic import read_program_traffic
+from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
 from pallas_kernels.attention import attention
 
 ONE = {"data": 1}

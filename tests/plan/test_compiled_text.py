@@ -3,10 +3,10 @@ of writing products and collectives, and every form of replica groups."""
 
 import pytest
 
-from benchmarks.compiled.cost import read_compiled_cost
-from benchmarks.compiled.groups import parse_replica_groups
-from benchmarks.compiled.hlo import parse_hlo
 from benchmarks.program_traffic import CustomCall, read_program_traffic
+from maxlm.plan.compiled.cost import read_compiled_cost
+from maxlm.plan.compiled.groups import parse_replica_groups
+from maxlm.plan.compiled.hlo import parse_hlo
 
 ONE = {"data": 1}
 

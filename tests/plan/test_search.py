@@ -10,7 +10,7 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.search import format_run_yaml, search_layouts
+from maxlm.plan.search import format_run_yaml, list_divisors, search_layouts
 from maxlm.run import RunConfig
 
 
@@ -40,6 +40,12 @@ def brute_force(config: RunConfig, machine: Machine) -> float:
             if plan.fits and not plan.barely_fits:
                 best = min(best, plan.step_seconds or inf)
     return best
+
+
+def test_divisors_of_a_large_number_are_those_of_a_count():
+    for n in (1, 2, 36, 97, 1024):
+        assert list_divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+    assert len(list_divisors(10**9)) == 100  # (9 + 1)², of 2⁹ · 5⁹
 
 
 def test_nothing_better_is_missed():

@@ -29,7 +29,11 @@ COLUMNS = {
 }
 DEVICES = 64
 # Each block of YAML, and what a plan is to say of it.
-EXAMPLES = re.findall(r"```yaml\n(.*?)```\n(?:```text\n(.*?)```\n)?", PAGE.read_text(), re.DOTALL)
+EXAMPLES = re.findall(
+    r"```yaml\n(.*?)```\n(?:<!-- not run: .*? -->\n```text\n(.*?)```\n)?",
+    PAGE.read_text(),
+    re.DOTALL,
+)
 
 
 def table() -> str:

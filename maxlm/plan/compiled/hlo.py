@@ -63,8 +63,8 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        found = re.search(r'\bop_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'\bop_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     @cached_property
     def custom_call_target(self) -> str:
@@ -72,8 +72,10 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """Returns the text of ``name=...``: a word, or what stands within its braces."""
-        found = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
-        return None if found is None else found[1] if found[1] is not None else found[2]
+        match = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
+        if match is None:
+            return None
+        return match[1] if match[1] is not None else match[2]
 
     def integers(self, name: str) -> tuple[int, ...]:
         """An attribute that lists numbers: ``dimensions={0,1}``; absent: none."""
@@ -111,8 +113,8 @@ class Computation:
 
     @cached_property
     def parameters(self) -> tuple[Instruction, ...]:
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return tuple(sorted(found, key=lambda i: int(i.literal)))
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return tuple(sorted(parameters, key=lambda i: int(i.literal)))
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ class HloModule:
 
     def source_files(self, instruction: Instruction) -> tuple[str, ...]:
         """The source files an instruction was traced through, innermost first; may be empty."""
-        found = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes)
-        if found:
-            return self.files.get(int(found[1]), ())
-        found = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
-        return (found[1],) if found else ()
+        frame = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes)
+        if frame:
+            return self.files.get(int(frame[1]), ())
+        file = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
+        return (file[1],) if file else ()
 
 
 def parse_hlo(text: str) -> HloModule:
@@ -136,11 +138,13 @@ def parse_hlo(text: str) -> HloModule:
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     for is_entry, name, body in _COMPUTATION.findall(_CONTINUED.sub(" ", text)):
-        found, root = {}, ""
-        for is_root, own, rest in _INSTRUCTION.findall(body):
-            found[own] = _parse_instruction(own, rest)
-            root = own if is_root else root
-        computations[name] = Computation(name, found, root)
+        instructions: dict[str, Instruction] = {}
+        root = ""
+        for is_root, instruction_name, rest in _INSTRUCTION.findall(body):
+            instructions[instruction_name] = _parse_instruction(instruction_name, rest)
+            if is_root:
+                root = instruction_name
+        computations[name] = Computation(name, instructions, root)
         if is_entry and entry is None:
             entry = computations[name]
     if entry is None:
@@ -174,10 +178,10 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 def _balanced(text: str, start: int) -> int:
     """The place after the parenthesis that closes the one at ``start``."""
     depth = 0
-    for found in _BRACKET.finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for bracket in _BRACKET.finditer(text, start):
+        depth += 1 if bracket[0] == "(" else -1
         if depth == 0:
-            return found.end()
+            return bracket.end()
     return len(text)
 
 
@@ -189,14 +193,15 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
     row = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
     rows = re.findall(row, _table(text, "StackFrames"), re.MULTILINE)
     # Parents come before their children; some versions print them one too high.
-    shift = any(own == parent for own, _, parent in rows)
+    shift = any(frame == parent for frame, _, parent in rows)
     frames: dict[int, tuple[str, ...]] = {}
-    for own, location, parent in rows:
+    for frame, location, parent in rows:
         above = frames.get(int(parent or 0) - shift, ())
-        frames[int(own)] = (names.get(locations.get(location, ""), ""), *above)
+        file = names.get(locations.get(location, ""), "")
+        frames[int(frame)] = (file, *above)
     return frames
 
 
 def _table(text: str, title: str) -> str:
-    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else ""
+    table = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
+    return table[1] if table else ""

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from benchmarks.compiled.hlo import Computation, HloShape, Instruction
+from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
@@ -24,9 +24,9 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _convolution(instruction, operands[0][0], operands[1][0])
     if instruction.custom_call_target == "pallas_kernels.CpuMatmul":
         return _dot(operands[0][0], instruction.shapes[0], (1,))
-    found = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
-    if "gemm" in instruction.custom_call_target and found:
-        contracted = tuple(int(n) for n in re.findall(r"\d+", found[1]))
+    dims = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
+    if "gemm" in instruction.custom_call_target and dims:
+        contracted = tuple(int(n) for n in re.findall(r"\d+", dims[1]))
         return _dot(operands[0][0], instruction.shapes[0], contracted)
     return 0
 
@@ -69,7 +69,8 @@ def _count_positions(
     inputs: int, kernel: int, outputs: int, stride: int, lhs_dilate: int, rhs_dilate: int, low: int
 ) -> int:
     """Pairs of output and kernel positions that meet an input element along one dimension."""
-    starts, count = np.arange(outputs) * stride - low, 0
+    starts = np.arange(outputs) * stride - low
+    count = 0
     for offset in range(0, kernel * rhs_dilate, rhs_dilate):
         place = starts + offset
         met = (place >= 0) & (place <= (inputs - 1) * lhs_dilate) & (place % lhs_dilate == 0)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from benchmarks.compiled.hlo import Computation, HloModule, Instruction
+from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
 # What only moves or renames a value.
@@ -23,8 +23,10 @@ def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> in
     if compare.instruction.opcode != "compare":
         return None
     counter, end = (_origin(place, module) for place in compare.operands())
-    direction, stop = compare.instruction.attribute("direction"), _integer(end.instruction)
-    if (direction, counter.instruction.opcode) != ("LT", "get-tuple-element") or stop is None:
+    stop = _integer(end.instruction)
+    if stop is None or compare.instruction.attribute("direction") != "LT":
+        return None
+    if counter.instruction.opcode != "get-tuple-element":
         return None
     index = counter.instruction.integers("index")[0]
     start = _element(_Place(caller, loop.operands[0]), index, module)
@@ -55,16 +57,16 @@ class _Place:
 def _origin(place: _Place, module: HloModule) -> _Place:
     """Finds where a value comes from: past moves, into fusions and out of their parameters."""
     while True:
-        found = place.instruction
-        if found.opcode in _MOVES:
+        instruction = place.instruction
+        if instruction.opcode in _MOVES:
             place = place.operands()[0]
-        elif found.opcode == "fusion":
-            body = module.computations[found.called_computations("calls")[0]]
+        elif instruction.opcode == "fusion":
+            body = module.computations[instruction.called_computations("calls")[0]]
             place = _Place(body, body.root, place)
-        elif found.opcode == "parameter" and place.outer is not None:
-            place = place.outer.operands()[int(found.literal)]
-        elif found.opcode == "get-tuple-element":
-            index = found.integers("index")[0]
+        elif instruction.opcode == "parameter" and place.outer is not None:
+            place = place.outer.operands()[int(instruction.literal)]
+        elif instruction.opcode == "get-tuple-element":
+            index = instruction.integers("index")[0]
             element = _element(place.operands()[0], index, module)
             if element is None:
                 return place
@@ -75,9 +77,10 @@ def _origin(place: _Place, module: HloModule) -> _Place:
 
 def _element(whole: _Place, index: int, module: HloModule) -> _Place | None:
     """Finds where an element of a tuple comes from; None: the tuple is made elsewhere."""
-    made = _origin(whole, module)
-    is_tuple = made.instruction.opcode == "tuple"
-    return _origin(made.operands()[index], module) if is_tuple else None
+    origin = _origin(whole, module)
+    if origin.instruction.opcode != "tuple":
+        return None
+    return _origin(origin.operands()[index], module)
 
 
 def _step(body: Computation, index: int, module: HloModule) -> int | None:

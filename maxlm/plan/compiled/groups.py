@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from benchmarks.compiled.hlo import Instruction
+from maxlm.plan.compiled.hlo import Instruction
 
 _EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
 _ASSIGNED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -69,22 +69,28 @@ def _iota(shape: Sequence[int], base: str, order: str | None) -> np.ndarray:
 
 def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[int]]:
     sizes = {name: int(n) for name, n in re.findall(r"([^',=\s]+)'?=(\d+)", axes)}
-    wanted = [
+    parts = [
         (name, int(before or 1), int(size or sizes[name]))
         for name, before, size in _AXIS.findall(spanned)
     ]
-    # Every axis cut where one of the wanted parts begins or ends.
-    dims, place = [], {}
+    # Every axis is cut where one of the parts that a group spans begins or ends.
+    dims: list[int] = []
+    dim_of_part: dict[tuple[str, int], int] = {}
     for name, size in sizes.items():
-        own = [(b, n) for axis, b, n in wanted if axis == name]
-        cuts = sorted({1, size, *(b for b, _ in own), *(b * n for b, n in own)})
-        for low, high in pairwise(cuts):
-            place[name, low] = len(dims)
+        axis_parts = [(before, n) for axis, before, n in parts if axis == name]
+        starts = {before for before, _ in axis_parts}
+        ends = {before * n for before, n in axis_parts}
+        for low, high in pairwise(sorted({1, size} | starts | ends)):
+            dim_of_part[name, low] = len(dims)
             dims.append(high // low)
     last = []
-    for name, before, size in wanted:
-        inner = [k for k in place if k[0] == name and before <= k[1] < before * size]
-        last += [place[k] for k in sorted(inner)]
+    for name, before, size in parts:
+        inner = [
+            (axis, low)
+            for axis, low in dim_of_part
+            if axis == name and before <= low < before * size
+        ]
+        last += [dim_of_part[part] for part in sorted(inner)]
     ids = np.arange(np.prod(dims)).reshape(dims)
     if counted := _COUNTED.fullmatch(device_ids or ""):
         ids = _iota(dims, counted[1], counted[2])

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.compiled.flops import matmul_flops
-from benchmarks.compiled.groups import find_device_group
-from benchmarks.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
-from benchmarks.compiled.loops import count_trips
+from maxlm.plan.compiled.flops import matmul_flops
+from maxlm.plan.compiled.groups import find_device_group
+from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
+from maxlm.plan.compiled.loops import count_trips
 from maxlm.plan.network import sent_bytes
-from maxlm.programs.compile import CompiledStep
 
 COLLECTIVES = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
@@ -71,13 +70,9 @@ class CompiledCost:
     def wire_by_kind_and_axes(self) -> dict[tuple[str, str], int]:
         """(kind, axes) → bytes that a device sends, largest first."""
         total: Counter[tuple[str, str]] = Counter()
-        for c in self.collectives:
-            total[c.kind, c.axes] += c.wire_bytes
+        for collective in self.collectives:
+            total[collective.kind, collective.axes] += collective.wire_bytes
         return dict(total.most_common())
-
-
-def read_step_cost(step: CompiledStep) -> CompiledCost:
-    return read_compiled_cost(step.compiled.as_text(), dict(step.setup.mesh.shape))
 
 
 def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
@@ -99,8 +94,12 @@ def _sum_flops(tally: _Tally) -> tuple[int, int]:
 
 
 def _list_collectives(tally: _Tally) -> tuple[CompiledCollective, ...]:
-    found = (replace(own, count=n) for (kind, own), n in tally.items() if kind == "collective")
-    return tuple(sorted(found, key=lambda c: -c.wire_bytes))
+    collectives = [
+        replace(collective, count=runs)
+        for (kind, collective), runs in tally.items()
+        if kind == "collective"
+    ]
+    return tuple(sorted(collectives, key=lambda collective: -collective.wire_bytes))
 
 
 def _weigh(tally: _Tally) -> tuple[int, int]:
@@ -133,12 +132,13 @@ class _Reader:
         if opcode == "while":
             trips = count_trips(instruction, computation, self.module)
             if trips is None:
-                trips, total["loop", instruction.op_name or instruction.name] = 1, 1
+                trips = 1
+                total["loop", instruction.op_name or instruction.name] = 1
             for body in self._called(instruction, "body"):
                 total.update({key: trips * n for key, n in self.cost(body).items()})
         elif opcode == "conditional":
-            names = "branch_computations", "true_computation", "false_computation"
-            branches = [self.cost(branch) for branch in self._called(instruction, *names)]
+            attributes = "branch_computations", "true_computation", "false_computation"
+            branches = [self.cost(branch) for branch in self._called(instruction, *attributes)]
             total.update(max(branches, key=_weigh))
         elif opcode == "fusion":
             self._add_fusion(total, *self._called(instruction, "calls"))

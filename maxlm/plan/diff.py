@@ -1,0 +1,172 @@
+"""Two plans of runs side by side: what differs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group
+from rich.text import Text
+
+from maxlm.plan.show import format_bytes, format_seconds, make_table
+
+
+class StoredParameter(BaseModel):
+    """One parameter's layout, of a plan as ``RunPlan.to_json`` writes it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    path: str
+    shape: tuple[int, ...]
+    spec: tuple[tuple[str, ...], ...]
+    """Mesh axes that split each dimension."""
+    bytes_per_device: int
+
+    @property
+    def layout(self) -> str:
+        """The dimensions with the mesh axes that split them, and a device's bytes, in words."""
+        sizes = [
+            f"{size}→{'+'.join(axes)}" if axes else str(size)
+            for size, axes in zip(self.shape, self.spec, strict=True)
+        ]
+        return f"{' × '.join(sizes)}: {format_bytes(self.bytes_per_device)}"
+
+
+class StoredCollective(BaseModel):
+    """One collective, likewise."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: str
+    axes: tuple[str, ...]
+    sent_bytes: float
+
+
+class StoredPlan(BaseModel):
+    """The compared parts of a plan as ``RunPlan.to_json`` writes it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    devices: int
+    mesh: dict[str, int]
+    parameters: int
+    active_parameters: int
+    tokens_per_step: int
+    tokens_total: int
+    remat: str
+    micro_batches: int
+    fits: bool | None
+    machine: dict[str, Any] | None
+    memory: dict[str, Any]
+    """Bytes of a device, by part."""
+    time: dict[str, float | None] | None
+    goodput: dict[str, float] | None
+    collectives: tuple[StoredCollective, ...]
+    rows: tuple[StoredParameter, ...]
+
+
+PlanDiff = dict[str, dict[str, tuple[Any, Any]]]
+"""Part of a plan → what differs in it → its first and its second value; None where one has none."""
+
+
+def compare_plans(first: StoredPlan, second: StoredPlan) -> PlanDiff:
+    """Compares two plans; returns the differing facts, mesh axes, memory (bytes of a device), time
+    (seconds), bytes that a device sends, and layouts of parameters."""
+    first_parts = _list_parts(first)
+    second_parts = _list_parts(second)
+    return {part: _compare(values, second_parts[part]) for part, values in first_parts.items()}
+
+
+def _compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    keys = dict.fromkeys([*first, *second])
+    pairs = {key: (first.get(key), second.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _list_parts(plan: StoredPlan) -> dict[str, dict[str, Any]]:
+    facts = {
+        "machine": plan.machine and plan.machine.get("name"),
+        "devices": plan.devices,
+        "parameters": plan.parameters,
+        "active parameters": plan.active_parameters,
+        "tokens a step": plan.tokens_per_step,
+        "tokens of the run": plan.tokens_total,
+        "remat": plan.remat,
+        "micro-batches": plan.micro_batches,
+        "fits": plan.fits,
+        "goodput": plan.goodput and round(plan.goodput["best"], 4),
+    }
+    sent: dict[str, float] = {}
+    for collective in plan.collectives:
+        key = f"{collective.kind} over {'+'.join(collective.axes)}"
+        sent[key] = sent.get(key, 0.0) + collective.sent_bytes
+    # The parts of the working set are named differently at each phase: only the sum compares.
+    memory = {part: size for part, size in plan.memory.items() if part != "working_sets"}
+    return {
+        "facts": facts,
+        "mesh": plan.mesh,
+        "memory": memory,
+        "time": plan.time or {},
+        "communication": sent,
+        "parameters": {row.path: row.layout for row in plan.rows},
+    }
+
+
+_TITLES = {
+    "facts": "Run and machine",
+    "mesh": "Mesh",
+    "memory": "Memory of each device, at the peak of a step",
+    "time": "Time of a step, and of the run",
+    "communication": "Sent by each device, in a step",
+    "parameters": "Layout of parameters, and bytes of each device",
+}
+
+
+def render_plan_diff(diff: PlanDiff, names: tuple[str, str]) -> Group:
+    """Renders a comparison of two plans of these names."""
+    tables: list[Any] = [Text(f"first: {names[0]}\nsecond: {names[1]}")]
+    for part, pairs in diff.items():
+        if not pairs:
+            continue
+        columns = ("", "first", "second", "change")
+        rows = [
+            [
+                key.replace("_", " ") if part == "time" else key,
+                _format(part, key, first),
+                _format(part, key, second),
+                _format_change(first, second),
+            ]
+            for key, (first, second) in pairs.items()
+        ]
+        right = columns[1:]
+        if not any(row[-1] for row in rows):
+            # Words alone: nothing to compare in per cent.
+            columns = columns[:-1]
+            rows = [row[:-1] for row in rows]
+            right = ()
+        tables.append(make_table(_TITLES[part], columns, rows, right=right, wrap=columns))
+    if len(tables) == 1:
+        return Group(Text("no difference"))
+    return Group(*tables)
+
+
+def _format(part: str, key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and part in ("memory", "communication"):
+        return format_bytes(value)
+    if isinstance(value, float) and part == "time":
+        if key.startswith("mfu"):
+            return f"{value:.1%}"
+        if key.endswith("hours") or key == "tokens_per_second":
+            return f"{value:,.0f}"
+        return format_seconds(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _format_change(first: Any, second: Any) -> str:
+    for value in (first, second):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ""
+    return f"{second / first - 1:+.1%}" if first > 0 and second >= 0 else ""
