@@ -35,6 +35,7 @@ from maxlm.programs.run_folder import (
     get_process_start_unix_seconds,
     lock_run_folder,
     record_stop_on_error,
+    write_refused_rows,
     write_run_description,
 )
 from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
@@ -195,7 +196,8 @@ def _open_run(
         check_no_lost_checkpoint(checkpointer, resume)
     for each in position.skipped:
         say(str(each))
-    for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
+    batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
+    for name, rows in batch_sources.items():
         for note in getattr(rows, "notes", ()):
             say(f"{name}: {note}")
     if position.checkpoint_place:
@@ -210,6 +212,8 @@ def _open_run(
     plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
     say(f"planned: {format_prediction(plan)}")
     write_run_description(folder, config, plan, is_lead=is_lead)
+    if is_lead:
+        write_refused_rows(folder, batch_sources)
     log = stack.enter_context(MetricsLog(folder, step, write=is_lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")

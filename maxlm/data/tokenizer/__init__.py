@@ -1,6 +1,12 @@
 """Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, and imported tokenizers."""
 
-from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
+from maxlm.data.tokenizer.chat import (
+    add_chat_template,
+    check_tools_are_written,
+    encode_chat,
+    encode_chat_turns,
+    render_chat,
+)
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
@@ -13,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "add_chat_template",
+    "check_tools_are_written",
     "encode_chat",
     "encode_chat_turns",
     "export_tokenizer",
