@@ -89,6 +89,10 @@ folder=tiny.yaml/runs
 REFUSED_ELSEWHERE = parse_table("""
 plan tiny.yaml --mesh fdsp=3
     --mesh: unknown mesh axis 'fdsp'; use stage, data, fsdp, expert, context, tensor
+plan tiny.yaml model.num_layers=1000000000
+    command line: model.num_layers must be less than or equal to 10000, not 1000000000
+config show t5_small model.encoder_layers=10001
+    command line: model.encoder_layers must be less than or equal to 10000, not 10001
 generate nowhere x
     nowhere: no such folder; name a run's folder, such as runs/demo, or a Hugging Face checkpoint's
 """)

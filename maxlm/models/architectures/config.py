@@ -22,6 +22,13 @@ else:
     OptionalAttention = AttentionConfig | None
 
 
+MAX_LAYERS = 10_000
+"""Most layers that a model may have. Code that prices, names or compiles layers walks over them, so
+a mistyped number must end here. The deepest published transformer has 1,000 (DeepNet,
+arXiv:2203.00555); ten times as many is past any use."""
+
+LayerCount = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+
 HeadName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -76,7 +83,8 @@ class TransformerConfig(Config):
     """Layers between an embedding and an output head."""
 
     vocab_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    num_layers: LayerCount
+    """Layers of the model, or of the decoder where there is an encoder too."""
     d_model: int = Field(gt=0)
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
@@ -88,7 +96,7 @@ class TransformerConfig(Config):
     """A mixture of experts in place of ``mlp``."""
     ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
     """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is registered with."""
-    dense_layers: int = Field(default=0, ge=0)
+    dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Number of first layers that have ``mlp`` all the same (DeepSeek-V2 has one)."""
     pattern: tuple[LayerKind, ...] = ()
     """Kinds of layers by turns, such as five with a window and one without (Gemma 3); none: all

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig, TrunkSpec
+from maxlm.models.architectures.config import LayerCount, TransformerConfig, TrunkSpec
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
@@ -24,7 +24,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Two trunks alike but for their depth; ``num_layers`` is the decoder's."""
 
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
-    encoder_layers: int = Field(gt=0)
+    encoder_layers: LayerCount
     """Layers of the encoder."""
     start_id: int = Field(default=0, ge=0)
     """The token that the decoder reads first; T5's is its padding."""
