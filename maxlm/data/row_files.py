@@ -15,6 +15,7 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stream
 from maxlm.data.row_forms import check_columns_exist, convert_row
+from maxlm.runtime.json_files import read_json_object
 
 _FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
 
@@ -161,15 +162,26 @@ def _read_file(path: Path) -> Any:
 
 def _list_arrow_files(folder: Path) -> list[Path]:
     """The files of a dataset that ``save_to_disk`` wrote."""
-    try:
-        if (splits := folder / "dataset_dict.json").exists():
-            names = ", ".join(json.loads(splits.read_text("utf-8"))["splits"])
-            what, fix = f"a dataset with the splits {names}", "name one of their folders"
-            raise MaxlmError(what, where=str(folder), fix=fix)
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX) from None
+    splits = folder / "dataset_dict.json"
+    state = folder / "state.json"
+    if splits.exists():
+        names = read_json_object(splits, _FIX).get("splits")
+        listed = ", ".join(map(str, names)) if isinstance(names, list) else "unknown"
+        what = f"a dataset with the splits {listed}"
+        raise MaxlmError(what, where=str(folder), fix="name one of their folders")
+    if not state.exists():
+        raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX)
+    files = read_json_object(state, _FIX).get("_data_files")
+    names = [file.get("filename") for file in files] if _is_list_of_objects(files) else []
+    # The folder is the whole of a dataset: a name elsewhere is refused, as of a checkpoint's.
+    if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        what = "no saved dataset in this folder: its _data_files name no files here"
+        raise MaxlmError(what, where=str(state), fix=_FIX)
+    return [folder / name for name in names]
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _read_arrow(paths: Sequence[Path]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.models.families import find_family
+from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.rope import write_position_settings
 from maxlm.models.layers.positions import PositionsConfig
 from tests.models.published import PUBLISHED
@@ -134,6 +134,30 @@ def test_what_does_not_agree_is_refused_by_name(values, message):
 @pytest.mark.parametrize(("name", "key", "value", "message"), WRONG)
 def test_a_value_that_would_not_compute_the_same(name, key, value, message):
     assert refusal(change(name, **{key: value})) == f"config.json: {key}={value!r} {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, "num_hidden_layers") for name in ("llama_7b", "gemma2_2b", "gemma3_1b")),
+        *(("bart_base", key) for key in ("encoder_layers", "decoder_layers")),
+        *(("t5_v1_1_small", key) for key in ("num_layers", "num_decoder_layers")),
+    ],
+)
+def test_layers_without_end_are_refused_before_any_is_named(name, key):
+    """A list of a billion kinds of layers would take gigabytes, and minutes."""
+    values = change(name, **{key: 10**9})
+    if name == "bart_base" and key == "encoder_layers":
+        values.pop("num_hidden_layers", None)  # another name of it
+    wanted = f"is not a whole number up to 10,000; {FIX}"
+    assert refusal(values) == f"config.json: {key}=1000000000 {wanted}"
+
+
+def test_experts_without_end_are_refused_before_any_is_named():
+    model, _ = settings(change("mixtral_8x7b", num_local_experts=10**9))
+    fault = r"1,000,000,000 experts in each of 32 layers, where the files hold 2 tensors"
+    with pytest.raises(MaxlmError, match=fault):
+        FAMILIES["mixtral"].list_entries(model, ["lm_head.weight", "model.norm.weight"])
 
 
 def refusal(values: dict[str, Any]) -> str | None:

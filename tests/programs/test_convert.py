@@ -145,6 +145,21 @@ def test_an_untied_classifier_without_a_language_head_is_read(llama, tmp_path):
     )
 
 
+def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
+    """Both hold as many numbers: read as it says, one would be written as the other's transpose."""
+    run = shutil.copytree(llama, tmp_path / "run")
+    (state,) = run.glob("checkpoints/*/state")
+    up, down = (state / f"params.layers.mlp.{name}.kernel" for name in ("up", "down"))
+    first = up / "zarr.json"
+    other = down / "zarr.json"
+    text = first.read_bytes()
+    first.write_bytes(other.read_bytes())
+    other.write_bytes(text)
+    text = message(convert, run, tmp_path / "out")
+    assert "layers.mlp.down.kernel is [2, 32, 64] there, [2, 64, 32] in the run's model" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
     done = convert(llama, tmp_path / "published", family="mistral")
     assert done.family == "mistral"

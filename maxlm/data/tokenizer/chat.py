@@ -16,6 +16,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import CHAT_TOKENS, TokenizerConfig
+from maxlm.runtime.json_files import parse_json
 
 Message = Mapping[str, Any]
 """A message, with at least {"role": ..., "content": ...}."""
@@ -334,7 +335,8 @@ def _find_chat_template(tokenizer: Tokenizer, with_tools: bool) -> tuple[str, st
 
 @lru_cache(maxsize=16)  # These files are long, and every text needs them.
 def _read_json(data: bytes) -> Mapping[str, Any]:
-    return json.loads(data)
+    values = parse_json(data, "the tokenizer's settings", "import the tokenizer again")
+    return values if isinstance(values, dict) else {}
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:

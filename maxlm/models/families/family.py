@@ -15,6 +15,20 @@ _HEAD = "lm_head.weight"
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
+def _check_expert_count(config: Any, table: NameTable, num_tensors: int) -> None:
+    """Checks that files can hold the tensors of a model's experts, before they are listed one by
+    one: a number in a config.json costs its author nothing."""
+    moe = config.moe
+    if moe is None or not any("{expert}" in name for name in table):
+        return
+    layers = config.num_layers - config.dense_layers
+    if layers * moe.num_experts > num_tensors:
+        what = f"{moe.num_experts:,} experts in each of {layers:,} layers, where the files hold "
+        what += f"{num_tensors:,} tensors"
+        fix = "take config.json and all files from the published model"
+        raise MaxlmError(what, where="config.json", fix=fix)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """A family of published models, and how they map to ours. Pure; nothing is allocated."""
@@ -65,7 +79,10 @@ class ModelFamily:
         """Lists every tensor of a model, and where it lies in ours; variants are followed of names
         in files at hand, ``published_names``."""
         table = self.name_table(config) if callable(self.name_table) else self.name_table
-        there, found = frozenset(published_names), list_entries(config, {**table, **_SCORE_HEAD})
+        there = frozenset(published_names)
+        if there:
+            _check_expert_count(config, table, len(there))
+        found = list_entries(config, {**table, **_SCORE_HEAD})
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)

@@ -99,6 +99,20 @@ def test_roles_are_looked_for_in_turn(llama):
     assert settings(llama, eos_token="</s>").eos_id == 2
 
 
+@pytest.mark.parametrize("value", ['"2"', "2.0", "true", '["</s>"]', '{"a": 2}'])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_id_is_refused(llama, name, value):
+    (llama / name).write_text(f'{{"eos_token_id": {value}}}')
+    text = message(settings, llama, eos_token="</s>")
+    assert text.startswith(f"{llama / name}: eos_token_id=")
+    assert " is no id of a token; write a whole number, or a list" in text
+
+
+def test_deep_settings_are_refused(llama):
+    (llama / "generation_config.json").write_text("[" * 5000 + "]" * 5000)
+    assert "generation_config.json: cannot be read (nested deeper" in message(settings, llama)
+
+
 def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
     found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
     assert found.prefix_ids == (1,)
