@@ -38,9 +38,10 @@ def convert_row(row: Row, columns: Mapping[str, str]) -> Row:
             that the row lacks are passed over.
     """
     row = rename_columns(row, columns)
-    if "messages" not in row and isinstance(row.get("conversations"), list):
+    # Parquet has null where a row lacks a column that another has.
+    if row.get("messages") is None and isinstance(row.get("conversations"), list):
         row = _convert_sharegpt(row)
-    elif row.get("instruction") is not None and not {"messages", "prompt"} & {*row}:
+    elif row.get("messages") is None and row.get("prompt") is None and "instruction" in row:
         row = _convert_alpaca(row)
     for name in ("messages", "prompt", *_ANSWER_COLUMNS):
         if _has_speakers(row.get(name)):
@@ -70,16 +71,28 @@ def _convert_sharegpt(row: Row) -> Row:
 
 def _convert_alpaca(row: Row) -> Row:
     messages = _make_system_messages(row)
-    for question, answer in row.get("history") or ():
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(map(_is_exchange, history)):
+        what = "history is no list of pairs of texts"
+        fix = 'write [["question", "answer"], ...]'
+        raise MaxlmError(what, where="history", fix=fix)
+    for question, answer in history:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    parts = [row["instruction"], row.get("input")]
-    question = "\n".join(part for part in parts if part)
-    messages.append({"role": "user", "content": question})
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        what = "instruction and input are no text" if parts else "the instruction is empty"
+        raise MaxlmError(what, where="instruction", fix="write text there, or leave the row out")
+    messages.append({"role": "user", "content": "\n".join(parts)})
     converted = row | {"prompt": messages}
-    if "output" in row and "completion" not in row:
+    if "output" in row and row.get("completion") is None:
         converted["completion"] = row["output"]
     return converted
+
+
+def _is_exchange(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(text, str) for text in value)
 
 
 def _make_system_messages(row: Row) -> list[dict[str, Any]]:

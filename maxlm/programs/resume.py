@@ -243,7 +243,7 @@ def raise_no_readable_checkpoint(
 
 @dataclass(frozen=True)
 class RecordedProgress:
-    """What a run's own records say of its attempts so far."""
+    """Progress of a run's attempts so far, as its own records tell of it."""
 
     newest_saved_step: int | None = None
     """Step of the newest checkpoint that was saved, and that no rollback discarded."""

@@ -202,10 +202,23 @@ def test_columns_are_renamed_by_the_config(tmp_path):
         task.open_files("files")
 
 
-def test_a_fault_of_a_foreign_row_names_its_place(tmp_path):
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "a turn from function_cal",
+        ),
+        ({"instruction": 3, "output": "x"}, "instruction and input are no text"),
+        ({"instruction": "", "output": "x"}, "the instruction is empty"),
+        (ALPACA | {"history": ["a"]}, "history is no list of pairs of texts"),
+        (ALPACA | {"history": 3}, "history is no list of pairs of texts"),
+    ],
+)
+def test_a_fault_of_a_foreign_row_names_its_place(tmp_path, row, fault):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"conversations": [{"from": "function_call", "value": "f()"}]}))
-    with pytest.raises(MaxlmError, match=r"rows\.jsonl: row 0: a turn from function_call holds 'f"):
+    path.write_text(json.dumps(row))
+    with pytest.raises(MaxlmError, match=rf"rows\.jsonl: row 0: {fault}"):
         open_rows(path)[0]
 
 
