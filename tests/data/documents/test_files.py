@@ -1,6 +1,7 @@
 """Which files a corpus is made of, and in which order."""
 
 import gzip
+import os
 import sysconfig
 from pathlib import Path
 
@@ -98,3 +99,13 @@ def test_entries_that_are_refused(tmp_path, name, data, fault):
     with pytest.raises(MaxlmError) as caught:
         find_files(SourceConfig(documents=(f"{tmp_path}/{name}".rstrip("/"),)))
     assert str(caught.value).startswith(f"{tmp_path}/{name}".rstrip("/") + f": {fault}")
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(MaxlmError, match=r"a\.txt: neither a file nor a folder, but a pipe"):
+        find_files(SourceConfig(documents=(str(tmp_path / "a.txt"),)))
+    # In a folder it is passed over.
+    (file,) = find_files(SourceConfig(documents=(str(tmp_path),))).files
+    assert Path(file.path).name == "b.txt"

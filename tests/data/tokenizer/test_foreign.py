@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 
@@ -113,6 +114,12 @@ def test_deep_settings_are_refused(llama):
     assert "generation_config.json: cannot be read (nested deeper" in message(settings, llama)
 
 
+def test_a_named_pipe_is_not_waited_for(llama):
+    (llama / "tokenizer.json").unlink()
+    os.mkfifo(llama / "tokenizer.json")
+    assert "tokenizer.json: neither a file nor" in message(import_tokenizer, llama)
+
+
 def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
     found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
     assert found.prefix_ids == (1,)
@@ -133,7 +140,7 @@ def test_what_cannot_be_loaded_imported_or_trained(llama, tmp_path):
     assert "damaged tokenizer file" in message(import_tokenizer, tmp_path / "vocab.json")
     for content in ("{", "[]"):
         (llama / "tokenizer_config.json").write_text(content)
-        assert "tokenizer_config.json: not a JSON object" in message(import_tokenizer, llama)
+        assert "tokenizer_config.json: cannot be read (" in message(import_tokenizer, llama)
     (llama / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: damaged tokenizer file (" in message(import_tokenizer, llama)
     assert "is imported, not trained" in message(TokenizerConfig, kind="huggingface")
