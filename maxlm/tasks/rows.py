@@ -206,18 +206,24 @@ def scan_examples(
     cannot be read raises its MaxlmError, or, with ``keep_errors``, is left out."""
     is_long = len(examples) >= _MANY_ROWS
     parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
-    counts, errors, done = [np.zeros((3, 0), np.int64)] * len(parts), list[MaxlmError](), 0
+    counts = [np.zeros((3, 0), np.int64)] * len(parts)
+    errors = [list[MaxlmError]()] * len(parts)
+    done = 0
     is_shown = is_long and jax.process_index() == 0
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
         pool = stack.enter_context(WorkerPool(workers if is_long else 1))
         scan = partial(_scan, encoder, file)
-        for number, counts[number], faults in pool.map_unordered(scan, [*enumerate(parts)]):
+        for number, part_counts, faults in pool.map_unordered(scan, [*enumerate(parts)]):
             if faults and not keep_errors:
                 raise faults[0]
-            errors, done = errors + faults, done + len(parts[number])
+            counts[number] = part_counts
+            errors[number] = faults
+            done += len(parts[number])
             progress("encoding rows", done, len(examples))
-    return ExampleScan(*np.concatenate(counts, axis=1), errors=errors)
+    # In the order of the files, in whichever order the parts were done.
+    in_order = [error for faults in errors for error in faults]
+    return ExampleScan(*np.concatenate(counts, axis=1), errors=in_order)
 
 
 def _scan(
