@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.models.families import FAMILIES, find_family
+from maxlm.models.families import find_family
 from maxlm.models.families.rope import write_position_settings
 from maxlm.models.layers.positions import PositionsConfig
 from tests.models.published import PUBLISHED
@@ -153,11 +153,22 @@ def test_layers_without_end_are_refused_before_any_is_named(name, key):
     assert refusal(values) == f"config.json: {key}=1000000000 {wanted}"
 
 
-def test_experts_without_end_are_refused_before_any_is_named():
-    model, _ = settings(change("mixtral_8x7b", num_local_experts=10**9))
-    fault = r"1,000,000,000 experts in each of 32 layers, where the files hold 2 tensors"
-    with pytest.raises(MaxlmError, match=fault):
-        FAMILIES["mixtral"].list_entries(model, ["lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    ("name", "values", "described"),
+    [
+        (
+            "mixtral_8x7b",
+            {"num_local_experts": 10**9},
+            "1,000,000,000 experts in each of 32 layers",
+        ),
+        ("llama_7b", {"num_hidden_layers": 10_000}, "10,000 layers"),
+    ],
+)
+def test_more_than_files_can_hold_is_refused_before_any_is_named(name, values, described):
+    model, _ = settings(change(name, **values))
+    family = find_family(PUBLISHED[name], "config.json")
+    with pytest.raises(MaxlmError, match=f"{described}, where the files hold 2 tensors"):
+        family.list_entries(model, ["lm_head.weight", "model.norm.weight"])
 
 
 def refusal(values: dict[str, Any]) -> str | None:

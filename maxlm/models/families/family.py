@@ -15,16 +15,19 @@ _HEAD = "lm_head.weight"
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
-def _check_expert_count(config: Any, table: NameTable, num_tensors: int) -> None:
-    """Checks that files can hold the tensors of a model's experts, before they are listed one by
-    one: a number in a config.json costs its author nothing."""
+def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
+    """Checks that files can hold the tensors of a model's layers and experts, before they are
+    listed one by one: a number in a config.json costs its author nothing."""
     moe = config.moe
-    if moe is None or not any("{expert}" in name for name in table):
-        return
-    layers = config.num_layers - config.dense_layers
-    if layers * moe.num_experts > num_tensors:
-        what = f"{moe.num_experts:,} experts in each of {layers:,} layers, where the files hold "
-        what += f"{num_tensors:,} tensors"
+    layers = config.num_layers
+    described = f"{layers:,} layers"
+    fewest = layers
+    if moe is not None and any("{expert}" in name for name in table):
+        layers -= config.dense_layers
+        described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
+        fewest = layers * moe.num_experts
+    if fewest > num_tensors:
+        what = f"{described}, where the files hold {num_tensors:,} tensors"
         fix = "take config.json and all files from the published model"
         raise MaxlmError(what, where="config.json", fix=fix)
 
@@ -81,7 +84,7 @@ class ModelFamily:
         table = self.name_table(config) if callable(self.name_table) else self.name_table
         there = frozenset(published_names)
         if there:
-            _check_expert_count(config, table, len(there))
+            _check_tensor_count(config, table, len(there))
         found = list_entries(config, {**table, **_SCORE_HEAD})
         if not there:
             return found
