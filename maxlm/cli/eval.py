@@ -27,6 +27,7 @@ from maxlm.cli.common import (
 )
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.progress import show_progress
 
 FolderOption = Option(exists=True, file_okay=False, help="Local files of the tasks' rows.")
@@ -279,10 +280,11 @@ def evaluate_mt_bench(
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
 
     loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
-    try:
-        judging = replace(judging, extra_body=dict(json.loads(judge_body)))
-    except ValueError as error:
-        raise MaxlmError(f"no JSON object ({error})", where="--judge-body") from None
+    fix = 'give a JSON object, such as {"regex": "..."}'
+    body = parse_json(judge_body, "--judge-body", fix)
+    if not isinstance(body, dict):
+        raise MaxlmError("no JSON object", where="--judge-body", fix=fix)
+    judging = replace(judging, extra_body=body)
     endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
     limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
     limits |= {"pairwise": pairwise, "concurrency": concurrency}

@@ -1,7 +1,14 @@
 """Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
 
 from maxlm.config.assets import find_asset, list_shipped_configs
-from maxlm.config.base import Config, FileName, LocalPath, add_default_tag, check_local_path
+from maxlm.config.base import (
+    Config,
+    FileName,
+    LocalPath,
+    add_default_tag,
+    check_local_path,
+    check_path_is_text,
+)
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import SettingOrigin
 from maxlm.config.load import load_config
@@ -17,6 +24,7 @@ __all__ = [
     "add_default_tag",
     "build_json_schema",
     "check_local_path",
+    "check_path_is_text",
     "compare_configs",
     "find_asset",
     "list_shipped_configs",

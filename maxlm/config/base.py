@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from maxlm.config.errors import MaxlmError
 
 _Path = TypeVar("_Path", bound=str | Path)
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
 _SCALARS: dict[str, Any] = {
     "int": "Input should be an integer",
@@ -155,5 +156,22 @@ def check_local_path(path: _Path) -> _Path:
     return path
 
 
-LocalPath = Annotated[str, AfterValidator(check_local_path), WrapValidator(_locate_error)]
+def check_path_is_text(path: _Path) -> _Path:
+    """Return a path as it is; refuse one that holds a NUL or a lone surrogate.
+
+    Python keeps a byte of the command line that is no UTF-8 as the latter. Files under such names
+    can be read, but libraries write none, and no config can say the name again.
+    """
+    if _NO_TEXT.search(str(path)):
+        what = f"the path {str(path)[:60]!r} is no text in UTF-8"
+        raise MaxlmError(what, fix="name another")
+    return path
+
+
+LocalPath = Annotated[
+    str,
+    AfterValidator(check_path_is_text),
+    AfterValidator(check_local_path),
+    WrapValidator(_locate_error),
+]
 """A path in a config, which must lie on a disk."""

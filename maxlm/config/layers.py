@@ -5,8 +5,9 @@ to is printed into jobs and kept with runs.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from maxlm.config.keys import (
     split_key,
 )
 from maxlm.config.yaml_text import MAX_DEPTH, Setting, parse_yaml
+
+MAX_FILES = 100
+"""Files that a config may be made of, all includes together; each takes milliseconds to read."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,23 @@ def build_tree(
 ) -> SettingsTree:
     """Lays `base`, a mapping, `path`, its includes and the overrides over one another."""
     root = base or Setting({}, COMMAND_LINE)
-    for layer in _read_layers(path, ()) if path is not None else ():
+    for layer in _read_layers(path, (), count(1)) if path is not None else ():
         root = _merge(root, layer, ())
     for override in overrides:
         root = _override(root, override)
     return SettingsTree(root.to_plain(), dict(root.list_origins()))
 
 
-def _read_layers(path: Path, trail: tuple[Path, ...]) -> list[Setting]:
+def _read_layers(path: Path, trail: tuple[Path, ...], numbers: Iterator[int]) -> list[Setting]:
     """Returns what makes up a file, lowest first: its includes in order, then itself.
 
     ``include:`` at the top is a path or a list of paths, each relative to the file, or the name of
-    a shipped config.
+    a shipped config. ``numbers`` counts the files of all levels.
     """
+    if next(numbers) > MAX_FILES:
+        what = f"the config is made of more than {MAX_FILES} files"
+        fix = "include fewer: files that include others again and again count each time"
+        raise MaxlmError(what, where=format_path(trail[0]), fix=fix)
     document = _read_file(path)
     include = document.value.pop("include", Setting([], document.origin))
     trail = (*trail, path)
@@ -83,7 +91,7 @@ def _read_layers(path: Path, trail: tuple[Path, ...]) -> list[Setting]:
             ring = " -> ".join(format_path(step) for step in (*trail, target))
             fix = "remove one of these includes"
             raise MaxlmError(f"include cycle: {ring}", where=str(item.origin), fix=fix)
-        layers += _read_layers(target, trail)
+        layers += _read_layers(target, trail, numbers)
     return [*layers, document]
 
 

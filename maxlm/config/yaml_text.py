@@ -15,6 +15,9 @@ _MAX_COPIES = 20_000
 _ENDLESS = "nested too deep, perhaps without end"
 _STR, _SEQ = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
 _MERGE = "tag:yaml.org,2002:merge"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# A reference as OmegaConf, Hydra and shells write it, behind any number of dollars.
+_REFERENCE = re.compile(r"\$+\{[^{}]*\}")
 
 # YAML 1.2's plain scalars. PyYAML follows 1.1, which reads 1e-3 as text, `no` as a boolean,
 # 1:30 as the number 90 and 010 as 8. A field typed bool still takes yes/no/on/off as text.
@@ -90,7 +93,10 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.SequenceNode):
             items = [self.build(item, self.locate(item.start_mark), depth) for item in node.value]
             return Setting(items, origin)
-        return Setting(self.construct_object(node), origin)
+        value = self.construct_object(node)
+        if isinstance(value, str):
+            value = _unescape_references(_join_surrogates(value, origin), origin)
+        return Setting(value, origin)
 
     def _count(self, node: yaml.Node, origin: SettingOrigin) -> None:
         self.num_copies += id(node) in self.seen
@@ -106,6 +112,7 @@ class _Loader(yaml.SafeLoader):
             where = self.locate(name.start_mark)
             if not isinstance(name, yaml.ScalarNode):
                 raise MaxlmError("a key must be a plain name", where=str(where))
+            name.value = _join_surrogates(name.value, where)
             if name.tag == _MERGE:
                 for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if not isinstance(each, yaml.MappingNode):
@@ -121,6 +128,35 @@ class _Loader(yaml.SafeLoader):
         return merged | own
 
 
+def _join_surrogates(text: str, origin: SettingOrigin) -> str:
+    """Text in which the two halves of a character beyond the first 65,536, as JSON escapes it, are
+    that character; raises MaxlmError for one half, which nothing that writes UTF-8 takes."""
+    if not _SURROGATE.search(text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        what = f"{format_value(text)} holds half of a character (a lone surrogate)"
+        fix = 'write the character itself, or both halves: "\\ud83d\\ude42" is 🙂'
+        raise MaxlmError(what, where=str(origin), fix=fix) from None
+
+
+def _unescape_references(text: str, origin: SettingOrigin) -> str:
+    """Text in which ``$${name}`` is ``${name}``; raises MaxlmError for ``${name}`` itself, which
+    other tools fill in and which would here be taken as it stands."""
+
+    def unescape(match: re.Match[str]) -> str:
+        if not match[0].startswith("$$"):
+            what = f"{match[0]} is not filled in: configs have no references and no environment"
+            fix = (
+                f"write the value, pass it on the command line, or write ${match[0]} for this text"
+            )
+            raise MaxlmError(what, where=str(origin), fix=fix)
+        return match[0][1:]
+
+    return _REFERENCE.sub(unescape, text)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or `_Loader` would read as something other than the text it is."""
 
@@ -128,6 +164,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
+        text = _REFERENCE.sub(lambda match: f"${match[0]}", text)
         return self.represent_scalar(_STR, text, style=None if text.isprintable() else '"')
 
     def represent_list(self, items: list[Any]) -> yaml.SequenceNode:

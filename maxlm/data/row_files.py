@@ -4,8 +4,9 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stream
+from maxlm.data.row_forms import check_columns_exist, convert_row
+from maxlm.runtime.json_files import read_json_object
 
 _FIX = "name a .jsonl (.gz, .zst) or .parquet file, or a dataset's folder"
 
 _OPENED: dict[Path, Any] = {}
-"""Rows of the files that this process reads: `_JsonLines`, or an Arrow table."""
+"""Rows of the files that this process reads: `_JsonLines`, or `_ArrowRows`."""
+
+# Rows of each file in which a column that is renamed is looked for.
+_ROWS_WITH_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The rows of some files by number, one file after the other; small to pickle."""
+    """The rows of some files by number, one file after the other, in the forms that tasks read
+    (:mod:`maxlm.data.row_forms`); small to pickle."""
 
     paths: tuple[Path, ...]
     starts: tuple[int, ...]
     """Number of each file's first row, and of all rows."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Names of columns in the files by the names that tasks read."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -35,8 +44,11 @@ class RowFiles:
         file, row = self._find(index)
         if (path := self.paths[file]) not in _OPENED:
             _OPENED[path] = _read_file(path)
-        rows = _OPENED[path]
-        return rows[row] if isinstance(rows, _JsonLines) else rows.slice(row, 1).to_pylist()[0]
+        content = _OPENED[path][row]
+        try:
+            return convert_row(content, self.columns)
+        except MaxlmError as error:
+            raise MaxlmError(error.what, where=self.locate(index), fix=error.fix) from error
 
     def locate(self, index: int) -> str:
         """Returns the file and the place in it of a row, counted from 0, for messages."""
@@ -48,14 +60,27 @@ class RowFiles:
         return file, index - self.starts[file]
 
 
-def open_rows(*paths: str | Path) -> RowFiles:
+def open_rows(*paths: str | Path, columns: Mapping[str, str] | None = None) -> RowFiles:
     """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``),
     ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's ``datasets`` saved. Raises
-    MaxlmError: a file that is missing, empty or none of these."""
+    MaxlmError: a file that is missing, empty or none of these, or one without a column that
+    ``columns`` (names in the files by the names that tasks read) names."""
+    columns = columns or {}
     opened = [Path(path) for path in paths]
     _OPENED.update((path, _read_file(path)) for path in opened)  # they may be written anew
     sizes = [len(_OPENED[path]) for path in opened]
-    return RowFiles(tuple(opened), tuple(np.cumsum([0, *sizes]).tolist()))
+    for path in opened if columns else ():
+        check_columns_exist(_list_first_rows(_OPENED[path]), columns, str(path))
+    return RowFiles(tuple(opened), tuple(np.cumsum([0, *sizes]).tolist()), columns)
+
+
+def _list_first_rows(rows: Any) -> list[dict[str, Any]]:
+    """The first rows that can be read; what is wrong with others is said when they are read."""
+    readable = []
+    for index in range(min(len(rows), _ROWS_WITH_COLUMNS)):
+        with suppress(MaxlmError):
+            readable.append(rows[index])
+    return readable
 
 
 class _JsonLines:
@@ -78,6 +103,36 @@ class _JsonLines:
             fault = f" ({error})"
         what, fix = f"no JSON object{fault}", "write one object on each line"
         raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
+
+
+class _ArrowRows:
+    """Rows of an Arrow table, without the nulls within their structs: a struct has every field
+    that any row's has, so that null there means that the row says nothing."""
+
+    def __init__(self, table: Any):
+        self._table = table
+        fields = table.schema
+        self._nested = [f.name for f in fields if _has_struct(f.type)]
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._table.slice(index, 1).to_pylist()[0]
+        return row | {name: _drop_nested_nulls(row[name]) for name in self._nested}
+
+
+def _has_struct(kind: Any) -> bool:
+    children = [kind.field(i).type for i in range(kind.num_fields)]
+    return str(kind).startswith("struct") or any(_has_struct(child) for child in children)
+
+
+def _drop_nested_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_nested_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _drop_nested_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def _read_file(path: Path) -> Any:
@@ -107,15 +162,26 @@ def _read_file(path: Path) -> Any:
 
 def _list_arrow_files(folder: Path) -> list[Path]:
     """The files of a dataset that ``save_to_disk`` wrote."""
-    try:
-        if (splits := folder / "dataset_dict.json").exists():
-            names = ", ".join(json.loads(splits.read_text("utf-8"))["splits"])
-            what, fix = f"a dataset with the splits {names}", "name one of their folders"
-            raise MaxlmError(what, where=str(folder), fix=fix)
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX) from None
+    splits = folder / "dataset_dict.json"
+    state = folder / "state.json"
+    if splits.exists():
+        names = read_json_object(splits, _FIX).get("splits")
+        listed = ", ".join(map(str, names)) if isinstance(names, list) else "unknown"
+        what = f"a dataset with the splits {listed}"
+        raise MaxlmError(what, where=str(folder), fix="name one of their folders")
+    if not state.exists():
+        raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX)
+    files = read_json_object(state, _FIX).get("_data_files")
+    names = [file.get("filename") for file in files] if _is_list_of_objects(files) else []
+    # The folder is the whole of a dataset: a name elsewhere is refused, as of a checkpoint's.
+    if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        what = "no saved dataset in this folder: its _data_files name no files here"
+        raise MaxlmError(what, where=str(state), fix=_FIX)
+    return [folder / name for name in names]
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _read_arrow(paths: Sequence[Path]) -> Any:
@@ -130,4 +196,4 @@ def _read_arrow(paths: Sequence[Path]) -> Any:
         except (OSError, pa.ArrowInvalid) as error:
             what, fix = f"cannot be read: {error}", "write the file again"
             raise MaxlmError(what, where=str(path), fix=fix) from error
-    return pa.concat_tables(tables)
+    return _ArrowRows(pa.concat_tables(tables))

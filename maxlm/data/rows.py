@@ -46,6 +46,8 @@ class RowSource:
     """False reads the file once; rows past its end are padding."""
     notes: tuple[str, ...] = ()
     """Notes for the user, such as examples that are left out."""
+    refused: tuple[MaxlmError, ...] = ()
+    """Faults of the rows that are left out because they cannot be read or learnt."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -122,6 +124,7 @@ def make_row_source(
     shuffle: bool = True,
     endless: bool = True,
     notes: Sequence[str] = (),
+    refused: Sequence[MaxlmError] = (),
 ) -> RowSource:
     """Makes a batch source of a file's rows, each example exactly once an epoch.
 
@@ -147,8 +150,18 @@ def make_row_source(
             order = permute(np.arange(len(examples)), len(examples), derive_key(seed, "packing"))
             examples, lengths = examples[order], lengths[order]
         examples, offsets = _pack(examples, lengths, _room(arrays), examples_per_row)
-    shared = batch_size, key, examples, offsets, endless
-    return RowSource(file, encode, arrays, *shared, tuple(notes))
+    return RowSource(
+        file=file,
+        encode=encode,
+        arrays=arrays,
+        batch_size=batch_size,
+        shuffle_key=key,
+        example_indices=examples,
+        row_offsets=offsets,
+        endless=endless,
+        notes=tuple(notes),
+        refused=tuple(refused),
+    )
 
 
 def _pack(

@@ -22,7 +22,7 @@ def read_records(path: Path, fields: Sequence[str], skip_damaged: bool = False) 
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = json.loads(data) if path.suffix == ".json" else data.split(b"\n")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise MaxlmError(what, where=str(path)) from None
     records = []
@@ -33,7 +33,7 @@ def read_records(path: Path, fields: Sequence[str], skip_damaged: bool = False) 
             record = json.loads(row) if isinstance(row, bytes) else row
             _ = [record[field] for field in fields]
             records.append(record)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"not a record with {', '.join(fields)}: {error!r}"
             if not skip_damaged:
                 raise MaxlmError(what, where=f"{path}:{number}") from None

@@ -1,7 +1,6 @@
 """Reads evaluations in lm-evaluation-harness's form: ``results_TIME.json``, and for each task
 ``samples_TASK_TIME.jsonl``."""
 
-import json
 import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maxlm.config import MaxlmError
+from maxlm.runtime.json_files import check_regular_file, parse_json
 
 
 class MetricResult(NamedTuple):
@@ -105,13 +105,16 @@ def list_metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float, flo
 def _parse_file(path: Path, parse: Callable[[Any], Any]) -> list[Any]:
     """Parses a JSON file, or each line of a JSON Lines file."""
     found = []
+    fix = "evaluate again (lm_eval: with --log_samples)"
+    check_regular_file(path, fix)
     try:
         data = path.read_bytes()
         for text in data.splitlines() if path.suffix == ".jsonl" else [data]:
-            found.append(parse(json.loads(text)))
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        what = f"missing, damaged, or not an evaluation's ({type(error).__name__}: {error})"
-        fix = "evaluate again (lm_eval: with --log_samples)"
+            found.append(parse(parse_json(text, f"{path}:{len(found) + 1}", fix)))
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, MaxlmError) as error:
+        is_ours = isinstance(error, MaxlmError)
+        fault = error.what if is_ours else f"{type(error).__name__}: {error}"
+        what = f"missing, damaged, or not an evaluation's ({fault})"
         raise MaxlmError(what, where=f"{path}:{len(found) + 1}", fix=fix) from error
     return found
 

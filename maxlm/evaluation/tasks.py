@@ -7,7 +7,6 @@ dataset's own, or in one of the forms of ``_convert_row``.
 """
 
 import csv
-import json
 import os
 import random
 import re
@@ -28,9 +27,11 @@ from lm_eval.tasks._index import Kind
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.code import replace_code_eval
+from maxlm.runtime.json_files import parse_json, read_json_file
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")
+_COPY_AGAIN = "copy the benchmark's file again"
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _CODE_TASKS = ("humaneval", "mbpp")
 
@@ -267,9 +268,11 @@ def _read_rows(path: Path) -> Iterator[Row]:
         head = ["question", *"ABCD", "answer"] if is_mmlu else lines.pop(0)
         yield from (dict(zip(head, line, strict=True)) for line in lines)
     elif path.suffix == ".json":
-        yield from json.loads(path.read_text("utf-8"))
+        yield from read_json_file(path, _COPY_AGAIN)
     else:
-        yield from map(json.loads, filter(str.strip, path.read_text("utf-8").split("\n")))
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+            if line.strip():
+                yield parse_json(line, f"{path}:{number}", _COPY_AGAIN)
 
 
 def _convert_row(row: Row, dataset: str) -> Row:

@@ -24,10 +24,12 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape, ZarrArray, create_array, open_array, split_into_boxes
 from maxlm.models.adapters import Adapter
 from maxlm.models.params import Params, flatten_names, is_leaf
+from maxlm.runtime.json_files import read_json_object
 
 ReadSlice = Callable[[Shape], np.ndarray]
 """Leading indices → the slice there."""
 
+_OTHER = "use another checkpoint"
 _HANDLERS = {
     "state": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
     "metadata": "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
@@ -92,7 +94,7 @@ class RunCheckpointReader:
         self.step = steps[-1] if step is None else step
         self.folder = folder / str(self.step)
         self._prefix = f"{name}."
-        tree = _read_json(self.folder / "state" / "_METADATA", "tree_metadata")
+        tree = _read_tree(self.folder / "state" / "_METADATA")
         keys = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree.values()]
         names = [key.removeprefix(self._prefix) for key in keys if key.startswith(self._prefix)]
         if not names:
@@ -193,9 +195,10 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values), "utf-8")
 
 
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"damaged checkpoint ({error})"
-        raise MaxlmError(what, where=str(path), fix="use another") from error
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Orbax's description of the arrays in a checkpoint."""
+    tree = read_json_object(path, _OTHER).get("tree_metadata")
+    if not isinstance(tree, dict):
+        what = "damaged checkpoint (there is no tree_metadata)"
+        raise MaxlmError(what, where=str(path), fix=_OTHER)
+    return tree

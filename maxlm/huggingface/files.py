@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.runtime.json_files import check_regular_file, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,15 +106,27 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     if single.exists():
         files = [SINGLE]
     elif index.exists():
-        try:
-            files = sorted({str(f) for f in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = "no index of safetensors files (a JSON object with a weight_map)"
-            raise MaxlmError(what, where=str(index), fix=_AGAIN) from error
+        files = _list_indexed_files(index)
     else:
         raise _describe_lack(folder)
     found = [list_file_tensors(folder / file) for file in files]
     return {name: stored for own in found for name, stored in own.items()}
+
+
+def _list_indexed_files(index: Path) -> list[str]:
+    """The files beside an index that it names; one elsewhere is refused: a checkpoint's folder is
+    the whole of it, and what lies outside is not its author's to have read."""
+    files = read_json_object(index, _AGAIN).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        what = "no index of safetensors files (a JSON object with a weight_map)"
+        raise MaxlmError(what, where=str(index), fix=_AGAIN)
+    names = sorted(set(files.values()))
+    for name in names:
+        if name != Path(name).name or name in ("", ".", ".."):
+            what = f"the index names {name!r}, which is no file in its own folder"
+            fix = "download the checkpoint again, and put all its files into one folder"
+            raise MaxlmError(what, where=str(index), fix=fix)
+    return names
 
 
 def read_tensor(
@@ -149,6 +162,7 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
     """Returns all tensors of one file; raises as :func:`list_stored_tensors`."""
     from safetensors import SafetensorError, safe_open
 
+    check_regular_file(path, _AGAIN)
     try:
         with safe_open(path, "np") as file:
             names = file.offset_keys()

@@ -25,6 +25,7 @@ from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families.names import TensorEntry
 from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+from maxlm.runtime.json_files import read_json_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -286,13 +287,12 @@ def _to_matrix(values: np.ndarray, spec: ParamSpec, num_lead_axes: int) -> np.nd
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-        kind = values["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"no settings of a PEFT adapter ({error})"
-        fix = "write it again with save_pretrained"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+    fix = "write it again with save_pretrained"
+    values = read_json_object(path, fix)
+    kind = values.get("peft_type")
+    if kind is None:
+        what = "no settings of a PEFT adapter: there is no peft_type"
+        raise MaxlmError(what, where=str(path), fix=fix)
     fix = "merge it with PEFT (merge_and_unload) and convert the model"
     if kind not in ("LORA", "IA3", *_VIRTUAL_KINDS):
         raise MaxlmError(f"peft_type {kind} is not implemented", where=str(path), fix=fix)

@@ -11,6 +11,7 @@ from maxlm.config import MaxlmError
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 # Of names that go into a job's header: nothing that could end a line or begin a comment.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@+#=-]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -91,7 +92,11 @@ def parse_env(pairs: Sequence[str]) -> dict[str, str]:
 def split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> dict[str, str]:
     """Parses pairs of an option, ``NAME=VALUE`` each, written in this ``form``."""
     for pair in pairs:
-        name, equals, _ = pair.partition("=")
+        name, equals, value = pair.partition("=")
+        # Python keeps bytes of the command line that are no UTF-8 as halves of characters.
+        if _SURROGATE.search(value):
+            what = f"{option} {name}=... holds a byte that is no UTF-8, which a job's file cannot"
+            raise MaxlmError(what, fix="write the value in UTF-8")
         if not equals or not (_NAME if option == "--env" else _PLAIN).fullmatch(name):
             raise MaxlmError(f"{option} {pair} is not {form}", fix=f"write {option} {example}")
     return dict(pair.split("=", 1) for pair in pairs)

@@ -33,6 +33,7 @@ from maxlm.models.families.names import TensorEntry
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_files import read_json_object
 from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -96,7 +97,7 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run ``target``.
     Raises MaxlmError: files that are missing or damaged, a model that maxlm does not implement."""
     where = source / "config.json"
-    values = read_json(where)
+    values = read_json_object(where, "download it again")
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
     settings, told = family.read_config(values, str(where), tensors)
@@ -220,6 +221,7 @@ def _export_run(
     config, reader = open_run_checkpoint(source, step)
     chosen, published = find_run_family(config, reader, family)
     specs, entries = _build_specs(config), chosen.list_entries(config.model)
+    _check_stored_shapes(reader, config, specs)
     if adapter:
         if config.adapter is None:
             what, fix = "this run has no adapter", "leave out --adapter"
@@ -251,6 +253,18 @@ def _export_run(
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     parameters = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
+
+
+def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig, specs: Params) -> None:
+    """Checks that a checkpoint's arrays have the shapes of the run's model: one whose zarr.json is
+    another's would be read as what it is not."""
+    declared = specs if config.adapter is None else config.adapter.adapt(specs)
+    for name, spec in flatten_names(declared).items():
+        stored = reader.shapes.get(name)
+        if stored is not None and stored != spec.shape:
+            what = f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
+            fix = "use another checkpoint: this one is damaged, or of another run"
+            raise MaxlmError(what, where=str(reader.folder), fix=fix)
 
 
 def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
@@ -370,13 +384,3 @@ def _make_folder(target: Path) -> Iterator[Path]:
         with suppress(OSError):  # the first that is not empty
             for parent in made:
                 parent.rmdir()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if isinstance(values := json.loads(path.read_text()), dict):
-            return values
-        raise ValueError("not a mapping")
-    except (OSError, ValueError) as error:
-        what, fix = f"cannot be read ({error})", "download it again"
-        raise MaxlmError(what, where=str(path), fix=fix) from error

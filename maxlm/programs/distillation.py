@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.data.conversations import get_column
+from maxlm.data.conversations import get_column, read_template_variables
 from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
-from maxlm.data.tokenizer import encode_chat
+from maxlm.data.tokenizer import check_tools_are_written, encode_chat
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
@@ -126,7 +126,8 @@ def generate_answers(
     file, how = open_rows(*files), SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     engine = make_engine(loaded, settings, warm_up=False)
-    prompts = [_read_prompt(file[i], file.locate(i)) for i in range(len(file))]
+    rows = [file[i] for i in range(len(file))]
+    prompts = [_read_prompt(row, file.locate(i)) for i, row in enumerate(rows)]
     texts, ended, num_done = {}, set(), 0
 
     def requests() -> Iterator[GenerationRequest]:
@@ -134,7 +135,10 @@ def generate_answers(
             if isinstance(prompt, str):
                 (tokens,) = encode_prompts(loaded.tokenizer, [prompt], as_documents=False)
             else:
-                tokens = encode_chat(loaded.tokenizer, prompt, add_generation_prompt=True)
+                variables = read_template_variables(rows[i])
+                check_tools_are_written(loaded.tokenizer, prompt, **variables)
+                variables["add_generation_prompt"] = True
+                tokens = encode_chat(loaded.tokenizer, prompt, **variables)
             if len(tokens) < engine.config.max_length:
                 yield GenerationRequest(str(i), tuple(tokens), how, num_answers)
 
@@ -150,6 +154,9 @@ def generate_answers(
         with path.open("w", encoding="utf-8") as lines:
             for answer in kept:
                 row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
+                for name in ("tools", "chat_template_kwargs"):  # they belong to the prompt
+                    if rows[answer[0]].get(name):
+                        row[name] = rows[answer[0]][name]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return len(kept), len(prompts) * num_answers - len(kept)
 

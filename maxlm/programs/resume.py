@@ -3,14 +3,14 @@ its config and text are the same, and that no checkpoint was lost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError
+from maxlm.config import MaxlmError, load_config
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
 from maxlm.models.params import Params
@@ -22,7 +22,7 @@ from maxlm.runtime.collectives import run_on_process_0
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint.checkpointer import Checkpointer, FoundCheckpoint, SkippedCheckpoint
 from maxlm.train.checkpoint.reading import check_same_settings
-from maxlm.train.records import read_records
+from maxlm.train.records import read_events, read_records
 from maxlm.train.skips import Skips, get_batch_index, record_skip
 from maxlm.train.state import TrainState
 
@@ -241,29 +241,109 @@ def raise_no_readable_checkpoint(
     raise _restart_error(checkpointer, what, "repair one")
 
 
+@dataclass(frozen=True)
+class RecordedProgress:
+    """Progress of a run's attempts so far, as its own records tell of it."""
+
+    newest_saved_step: int | None = None
+    """Step of the newest checkpoint that was saved, and that no rollback discarded."""
+    other_run: str | None = None
+    """Folder of the run that the last attempt went on from."""
+    has_attempts: bool = False
+    """Whether the events tell of any attempt."""
+    base_step: int = 0
+    """Step that training last began, resumed or rolled back at."""
+    last_begun_step: int = 0
+    """Step of the newest checkpoint that was begun."""
+    last_step: int = 0
+    """Step of the newest record in metrics.jsonl."""
+
+
+def read_recorded_progress(folder: Path) -> RecordedProgress:
+    """Reads a run's events.jsonl and metrics.jsonl; lines that hold no record are passed over."""
+    saved = set[int]()
+    other_run = None
+    has_attempts = False
+    base_step = 0
+    begun = [0]
+    for event in read_events(folder / "events.jsonl"):
+        kind = event["event"]
+        step = event["step"]
+        if kind == "checkpoint":
+            begun.append(step)
+        elif kind == "saved":
+            saved.add(step)
+        elif kind in ("start", "resume", "rollback", "discard"):
+            saved = {each for each in saved if each <= step}
+            base_step = step
+        if kind in ("start", "resume"):
+            other_run = event.get("run")
+            has_attempts = True
+    last_step = max(
+        (record["step"] for record in read_records(folder / "metrics.jsonl")), default=0
+    )
+    return RecordedProgress(
+        newest_saved_step=max(saved, default=None),
+        other_run=other_run,
+        has_attempts=has_attempts,
+        base_step=base_step,
+        last_begun_step=max(begun),
+        last_step=last_step,
+    )
+
+
+def _read_progress_on_process_0(folder: Path) -> RecordedProgress:
+    return RecordedProgress(**run_on_process_0(lambda: asdict(read_recorded_progress(folder))))
+
+
 def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | None) -> None:
-    """Checks, for a run without a checkpoint, that its events report none to resume from, its own
-    or another run's."""
-
-    def read_events() -> tuple[int | None, str | None]:
-        saved, other = set[int](), None
-        for event in read_records(checkpointer.folder.parent / "events.jsonl"):
-            kind, step = event["event"], event["step"]
-            if kind == "saved":
-                saved.add(step)
-            elif kind in ("start", "resume", "rollback", "discard"):
-                saved = {each for each in saved if each <= step}
-            if kind in ("start", "resume"):
-                other = event.get("run")
-        return max(saved, default=None), other
-
-    newest, other = run_on_process_0(read_events)
+    """Checks, for a run without a checkpoint, that there was none to resume from, its own or
+    another run's: a run that started afresh would drop all records of the training so far."""
+    folder = checkpointer.folder.parent
+    progress = _read_progress_on_process_0(folder)
+    newest = progress.newest_saved_step
     if newest is not None:
         what = f"no checkpoint is left, but one of step {newest} was saved"
         raise _restart_error(checkpointer, what, "put it back")
-    if other is not None and resume is None:
-        what = f"no checkpoint is here, and the run resumes from {other}"
-        raise _restart_error(checkpointer, what, f"give --resume {other} again")
+    if progress.other_run is not None and resume is None:
+        what = f"no checkpoint is here, and the run resumes from {progress.other_run}"
+        raise _restart_error(checkpointer, what, f"give --resume {progress.other_run} again")
+    # Without events there is no telling whether a checkpoint was saved.
+    was_begun = run_on_process_0(lambda: _must_have_begun_checkpoint(folder, progress))
+    if progress.last_step and (was_begun or not progress.has_attempts):
+        what = "no checkpoint is left, events.jsonl is lost or cut short, and metrics.jsonl has "
+        what += f"records up to step {progress.last_step}"
+        raise _restart_error(checkpointer, what, "put both back")
+
+
+def _must_have_begun_checkpoint(folder: Path, progress: RecordedProgress) -> bool:
+    """Whether the last attempt must have begun a checkpoint that its events do not tell of: an
+    update after one that was due has a record only behind that one's event."""
+    try:
+        # What the last attempt was told: this one has not written its config yet.
+        config = load_config(RunConfig, folder / "config.yaml").value
+    except MaxlmError:
+        return False
+    every = config.checkpoint.every_steps
+    if not every:
+        return False
+    due = (progress.base_step // every + 1) * every
+    return progress.last_begun_step < due < progress.last_step
+
+
+def describe_lost_checkpoint(
+    checkpointer: Checkpointer, step: int, skipped: Sequence[SkippedCheckpoint]
+) -> str | None:
+    """Returns a line for the user if a newer checkpoint than that of ``step``, which a run resumes
+    from, was saved and is gone; None: none is, or ``skipped`` tells of it."""
+    folder = checkpointer.folder.parent
+    newest = _read_progress_on_process_0(folder).newest_saved_step
+    if newest is None or newest <= step or newest in [each.step for each in skipped]:
+        return None
+    return (
+        f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none of the run's "
+        f"places has it; the {newest - step:,} steps since step {step} are trained again"
+    )
 
 
 def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:

@@ -6,7 +6,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,8 @@ import jax
 
 import maxlm
 from maxlm.config import MaxlmError, to_yaml
+from maxlm.data.batch_source import BatchSource
+from maxlm.data.rows import RowSource
 from maxlm.plan.predict import RunPlan
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import all_gather_json
@@ -103,6 +105,20 @@ def write_run_description(folder: Path, config: RunConfig, plan: RunPlan, *, is_
     for name, text in texts.items() if is_lead else ():
         with replace_file(folder / name) as temporary:
             temporary.write_text(text)
+
+
+def write_refused_rows(folder: Path, sources: Mapping[str, BatchSource]) -> None:
+    """Writes ``refused_rows.jsonl``: place, fault and remedy of each row that a run's batch
+    sources leave out because it cannot be read or learnt. No such row: no file."""
+    lines = []
+    for name, source in sources.items():
+        errors = source.refused if isinstance(source, RowSource) else ()
+        for error in errors:
+            record = {"rows": name, "where": error.where, "fault": error.what, "fix": error.fix}
+            lines.append(f"{json.dumps(record)}\n")
+    if lines:
+        with replace_file(folder / "refused_rows.jsonl") as temporary:
+            temporary.write_text("".join(lines), "utf-8")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from maxlm.config.keys import get_descendant
 from maxlm.plan.show import format_seconds, make_table
 from maxlm.programs.goodput import PARTS, RunHistory, summarize_run_events
 from maxlm.train.display import format_duration
-from maxlm.train.records import read_records
+from maxlm.train.records import read_events, read_records
 
 PERCENTILES = (50, 90, 99, 100)
 # An attempt's row each, at most so many: the first ones of a long history are left out.
@@ -82,7 +82,7 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         what = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
     damaged: list[bytes] = []
-    events = read_records(folder / "events.jsonl", damaged)
+    events = read_events(folder / "events.jsonl", damaged)
     told = summarize_run_events(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
     step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
@@ -125,7 +125,7 @@ def _read_mapping(path: Path) -> Any:
     try:
         text = path.read_text()
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
 

@@ -17,10 +17,11 @@ from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import param_specs, select_base_params
-from maxlm.programs.convert import find_run_family, open_run_checkpoint, read_json
+from maxlm.programs.convert import find_run_family, open_run_checkpoint
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
+from maxlm.runtime.json_files import read_json_object
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
 
@@ -135,7 +136,7 @@ def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Mod
 
 def _find_base_family(base_folder: Path) -> ModelFamily:
     if (path := base_folder / "config.json").exists():
-        return find_family(read_json(path), str(path))
+        return find_family(read_json_object(path, "download it again"), str(path))
     return find_run_family(*open_run_checkpoint(base_folder, None))[0]
 
 

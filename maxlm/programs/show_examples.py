@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 from rich.text import Text
 
 from maxlm.config import Config, MaxlmError, load_config
@@ -34,6 +35,16 @@ class ExampleSettings(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
+class ColumnSettings(Config):
+    """The setting that is needed before the kind of the task is known."""
+
+    columns: Mapping[str, str] = Field(default_factory=dict)
+
+
+def _is_column_setting(setting: str) -> bool:
+    return setting.startswith(("task.columns=", "task.columns."))
+
+
 def describe_examples(
     path: str | Path,
     model: str | Path,
@@ -50,7 +61,9 @@ def describe_examples(
         settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
         kind: of the task; None infers it from the columns of the first row.
     """
-    columns = open_rows(path)[0]
+    renamed = [each.removeprefix("task.") for each in settings if _is_column_setting(each)]
+    names = load_config(ColumnSettings, None, renamed).value.columns
+    columns = open_rows(path, columns=names)[0]
     kind = kind or infer_task_kind(columns)
     known = find_task(kind)
     if known is None or not issubclass(known, RowTask):
@@ -76,7 +89,7 @@ def describe_examples(
         "rows": len(file),
         "rows_used": int(kept.size),
         "rows_unreadable": len(scan.errors),
-        "errors": [str(error) for error in scan.errors[:3]],
+        "errors": [str(error) for error in scan.errors],
         "notes": task.describe_scan(scan, encoder.max_length),
         "tokens": [int(np.quantile(lengths, q)) if kept.size else 0 for q in (0, 0.5, 1)],
         "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
@@ -119,7 +132,10 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
         f"learnt: {report['share_learnt']:.1%} of them",
     ]
     if report["rows_unreadable"]:
-        lines += [f"{report['rows_unreadable']:,} rows are refused, such as:", *report["errors"]]
+        lines += [
+            f"{report['rows_unreadable']:,} rows are refused, such as:",
+            *report["errors"][:3],
+        ]
     return text.append("\n".join(lines))
 
 

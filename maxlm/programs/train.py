@@ -27,6 +27,7 @@ from maxlm.programs.resume import (
     TrainingPosition,
     check_no_lost_checkpoint,
     check_same_inputs,
+    describe_lost_checkpoint,
     find_resume_source,
     make_run_metadata,
 )
@@ -35,6 +36,7 @@ from maxlm.programs.run_folder import (
     get_process_start_unix_seconds,
     lock_run_folder,
     record_stop_on_error,
+    write_refused_rows,
     write_run_description,
 )
 from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
@@ -47,7 +49,7 @@ from maxlm.train.checkpoint.checkpointer import Checkpointer
 from maxlm.train.checkpoint.reading import layer_group_shapes
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.profile import Profiler
-from maxlm.train.records import MetricsLog, read_records
+from maxlm.train.records import MetricsLog, read_events, read_records
 from maxlm.train.skips import get_skips, read_skips
 from maxlm.train.state import TrainState
 from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
@@ -203,10 +205,14 @@ def _open_run(
         say(str(each))
     for line in data.unchecked:
         say(line)
-    for name, rows in {"training": data.train_batch_source, **data.eval_batch_sources}.items():
+    batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
+    for name, rows in batch_sources.items():
         for note in getattr(rows, "notes", ()):
             say(f"{name}: {note}")
     if position.checkpoint_place:
+        is_own_run = source is not None and source.is_own_run
+        if is_own_run and (lost := describe_lost_checkpoint(checkpointer, step, position.skipped)):
+            say(lost)
         say(f"resuming from step {step} in {position.checkpoint_place}")
     elif start := config.train.start_from:
         say(f"starting from the parameters in {start}")
@@ -218,6 +224,8 @@ def _open_run(
     plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
     say(f"planned: {format_prediction(plan)}")
     write_run_description(folder, config, plan, is_lead=is_lead)
+    if is_lead:
+        write_refused_rows(folder, batch_sources)
     log = stack.enter_context(MetricsLog(folder, step, write=is_lead, reporting=config.reporting))
     if count := log.damaged_lines:
         say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
@@ -244,7 +252,7 @@ def _roll_back(
 ) -> TrainingPosition:
     run.signals.raise_if_signaled()
     faults, events = run.setup.config.faults, run.folder / "events.jsonl"
-    count = run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_records(events)))
+    count = run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_events(events)))
     if count >= faults.max_rollbacks:
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(

@@ -6,6 +6,7 @@ workers ignore it, and end when that process has saved.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntFlag
@@ -31,12 +32,20 @@ def block_signals() -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Starts multiprocessing's resource tracker with the stop signals blocked.
+    """Starts multiprocessing's resource tracker with the stop signals blocked, and silent.
 
-    Started by multiprocessing itself it would die of them, and the next worker would warn.
+    Started by multiprocessing itself it would die of them, and the next worker would warn. It
+    outlives this process, and would list what a process that is ended at once leaves behind: lines
+    after the one that says why the run ended.
     """
-    with block_signals():
-        resource_tracker.ensure_running()
+    # It is a Python process, and gets this one's -W options.
+    silence = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(silence)
+    try:
+        with block_signals():
+            resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(silence)
 
 
 def ignore_signals() -> None:

@@ -1,5 +1,6 @@
 """Kahneman-Tversky optimization: learns from answers that are good or bad, without pairs."""
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -8,7 +9,13 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.conversations import EncodedSequence, encode_answer, get_column, get_label
+from maxlm.data.conversations import (
+    EncodedSequence,
+    encode_answer,
+    get_column,
+    get_label,
+    read_template_variables,
+)
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.sharding.supported import ReshapingAxis
@@ -46,16 +53,19 @@ class KtoTask(ReferenceTask):
 
     def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
         prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
-        return [encode_answer(tokenizer, prompt, completion)]
+        return [encode_answer(tokenizer, prompt, completion, read_template_variables(row))]
 
     def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
         """Adds the label, and the prompt with another row's completion, cut to what a row has room
         for."""
-        prompt, length = row["prompt"], encoder.max_length
+        prompt = row["prompt"]
+        length = encoder.max_length
+        variables = read_template_variables(row)
+        encode = partial(encode_answer, encoder.tokenizer, prompt, variables=variables)
         try:
-            tokens, is_target = encode_answer(encoder.tokenizer, prompt, row[MISMATCHED])
+            tokens, is_target = encode(row[MISMATCHED])
         except MaxlmError:  # it is told of that row when its own turn comes
-            tokens, is_target = encode_answer(encoder.tokenizer, prompt, row["completion"])
+            tokens, is_target = encode(row["completion"])
         other = EncodedSequence(tokens[:length], is_target[:length])
         joined = join_sequences([other], encoder.num_virtual_tokens)
         own = {"labels": 1.0 if get_label(row) else -1.0}

@@ -94,8 +94,15 @@ class ExtendedRows(RowFiles):
         if self.log_probs is not None:
             row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
         if self.with_mismatched:
-            row = row | {MISMATCHED: super().__getitem__((index - 1) % len(self)).get("completion")}
+            row = row | {MISMATCHED: self._read_completion((index - 1) % len(self))}
         return row
+
+    def _read_completion(self, index: int) -> Any:
+        """A row's completion; None where it has none, or cannot be read: its own turn says so."""
+        try:
+            return super().__getitem__(index).get("completion")
+        except MaxlmError:
+            return None
 
 
 @lru_cache(maxsize=8)
@@ -160,7 +167,7 @@ class ReferenceTask(PreferenceTask):
         if (shape := _open_array(path).shape) != wanted:
             what = f"an array {[*shape]}, where the files and the task need {[*wanted]}"
             raise MaxlmError(what, where=str(path), fix=_FIX)
-        return ExtendedRows(file.paths, file.starts, path)
+        return ExtendedRows(**vars(file), log_probs=path)
 
 
 class PairTask(PreferenceTask):

@@ -26,6 +26,8 @@ from maxlm.tasks.task import SourceInputs, Task
 
 # So many rows take longer than processes to start: seconds.
 _MANY_ROWS, _PART_ROWS = 16384, 1024
+# Refused rows whose faults a run says at its start; a file in its folder lists all.
+_REFUSED_ROWS_SHOWN = 3
 TooLong = Literal["drop", "cut_end", "cut_start"]
 FileRow = Mapping[str, Any]
 """A row of a file, by column."""
@@ -48,6 +50,9 @@ class RowTask(Task):
     """Files to train on: .jsonl (also .gz, .zst), .parquet, folders that `datasets` saved."""
     validation_files: tuple[LocalPath, ...] = ()
     """Files to evaluate on."""
+    columns: Mapping[str, str] = Field(default_factory=dict)
+    """Names of columns in the files, by the names that tasks read: {prompt: question, completion:
+    answer}. ShareGPT's and Alpaca's columns are known without."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the rows of ``files`` to evaluate on instead, drawn by the run's seed."""
     max_length: int | None = Field(default=None, gt=1)
@@ -98,7 +103,7 @@ class RowTask(Task):
         if not (paths := getattr(self, which)):
             what = f"task.kind={self.kind} trains on rows of files, and none is named"
             raise MaxlmError(what, where=f"task.{which}", fix="name a .jsonl or .parquet file")
-        return open_rows(*paths)
+        return open_rows(*paths, columns=self.columns)
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         file = self.open_files("files")
@@ -134,8 +139,11 @@ class RowTask(Task):
         assert inputs.tokenizer is not None
         loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
         encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
-        scan = scan_examples(encoder, file, examples, inputs.build_workers)
+        skips = loader.on_bad_rows == "skip"
+        scan = scan_examples(encoder, file, examples, inputs.build_workers, keep_errors=skips)
         notes = self.describe_scan(scan, encoder.max_length)
+        if scan.errors:
+            notes.append(describe_refused_rows(scan))
         if not (kept := np.flatnonzero(scan.lengths)).size:
             fix = "raise data.seq_len, or set task.too_long"
             raise MaxlmError(notes[-1], where=str(file.paths[0]), fix=fix)
@@ -146,6 +154,7 @@ class RowTask(Task):
             lengths=scan.lengths[kept],
             examples_per_row=self.examples_per_row,
             notes=notes,
+            refused=scan.errors,
             **options,
         )
 
@@ -161,6 +170,15 @@ class RowTask(Task):
                 why = f"no token to learn among the {max_length:,} that are kept"
             notes.append(f"{lost:,} {total} are left out: {why} ({rule})")
         return notes
+
+
+def describe_refused_rows(scan: "ExampleScan") -> str:
+    """Says how many rows are refused, and what is wrong with the first of them."""
+    count = f"{len(scan.errors):,} of {len(scan.lengths):,} rows"
+    first = [str(error) for error in scan.errors[:_REFUSED_ROWS_SHOWN]]
+    more = "; ..." if len(first) < len(scan.errors) else ""
+    rule = "data.on_bad_rows=skip"
+    return f"{count} are refused and left out ({rule}): {'; '.join(first)}{more}"
 
 
 class ExampleScan(NamedTuple):
@@ -188,18 +206,24 @@ def scan_examples(
     cannot be read raises its MaxlmError, or, with ``keep_errors``, is left out."""
     is_long = len(examples) >= _MANY_ROWS
     parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
-    counts, errors, done = [np.zeros((3, 0), np.int64)] * len(parts), list[MaxlmError](), 0
+    counts = [np.zeros((3, 0), np.int64)] * len(parts)
+    errors = [list[MaxlmError]()] * len(parts)
+    done = 0
     is_shown = is_long and jax.process_index() == 0
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
         pool = stack.enter_context(WorkerPool(workers if is_long else 1))
         scan = partial(_scan, encoder, file)
-        for number, counts[number], faults in pool.map_unordered(scan, [*enumerate(parts)]):
+        for number, part_counts, faults in pool.map_unordered(scan, [*enumerate(parts)]):
             if faults and not keep_errors:
                 raise faults[0]
-            errors, done = errors + faults, done + len(parts[number])
+            counts[number] = part_counts
+            errors[number] = faults
+            done += len(parts[number])
             progress("encoding rows", done, len(examples))
-    return ExampleScan(*np.concatenate(counts, axis=1), errors=errors)
+    # In the order of the files, in whichever order the parts were done.
+    in_order = [error for faults in errors for error in faults]
+    return ExampleScan(*np.concatenate(counts, axis=1), errors=in_order)
 
 
 def _scan(

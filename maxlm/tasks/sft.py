@@ -10,6 +10,7 @@ from maxlm.data.conversations import (
     encode_answer,
     encode_conversation,
     get_column,
+    read_template_variables,
 )
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.tasks.rows import FileRow, RowTask
@@ -28,12 +29,18 @@ class AnswerTask(RowTask):
     """Learn every token, of prompts and other roles too."""
 
     def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
+        variables = read_template_variables(row)
         if "messages" in row:
-            own = {"turns": self.turns, "roles": self.roles, "tools": row.get("tools")}
-            encoded = encode_conversation(tokenizer, row["messages"], **own)
+            encoded = encode_conversation(
+                tokenizer,
+                row["messages"],
+                turns=self.turns,
+                roles=self.roles,
+                variables=variables,
+            )
         else:
             prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
-            encoded = encode_answer(tokenizer, prompt, completion)
+            encoded = encode_answer(tokenizer, prompt, completion, variables)
         if self.learn_prompt:
             encoded = encoded._replace(is_target=[True] * len(encoded.tokens))
         return [encoded]

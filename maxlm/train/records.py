@@ -100,6 +100,17 @@ def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterat
                     damaged_lines.append(line)
 
 
+def read_events(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the records of an events.jsonl, each with a kind, ``event``, and a ``time``, as
+    :func:`read_records` does; those without are damaged lines too."""
+    for record in read_records(path, damaged_lines):
+        is_event = isinstance(record.get("event"), str)
+        if is_event and isinstance(record.get("time"), int | float):
+            yield record
+        elif damaged_lines is not None:
+            damaged_lines.append(json.dumps(record).encode())
+
+
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them elsewhere.
 
@@ -281,7 +292,7 @@ class WandbSink:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

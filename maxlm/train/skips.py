@@ -57,7 +57,7 @@ def read_skips(folder: Path) -> Skips | None:
     def read() -> list[BatchRange] | None:
         if not path.exists():
             return None
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             ranges: Any = [tuple(each["batches"]) for each in json.loads(path.read_text())]
             if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
                 return ranges

@@ -73,6 +73,8 @@ jobset $GPU $IN_CLUSTER 'data.sources=[{store: /tokens/*.gz}]'
     gs://bucket:/tokens
 slurm $GPU --grace 1
     --grace 1 is shorter than a step (7.78 s)
+slurm $GPU --env A=b\udcff
+    --env A=... holds a byte that is no UTF-8, which a job's file cannot; write the value in UTF-8
 slurm $GPU --env A=1 --secret A
     A is named by --env and by --secret; leave one out
 slurm $GPU --template nowhere.j2
@@ -90,7 +92,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     for short, long in SHORT.items():
         given = given.replace(short, shlex.join(long))
-    arguments = [word.replace("\\n", "\n") for word in shlex.split(given)]
+    arguments = [
+        word.replace("\\n", "\n").replace("\\udcff", "\udcff") for word in shlex.split(given)
+    ]
     whole = ["launch", *arguments, "--out", "job", "--submit"]
     check_refused(tmp_path, whole, f"...{' '.join(message.split())}...")
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import Config, load_config
+from maxlm.config import Config, MaxlmError, load_config, to_yaml
 from maxlm.config.keys import COMMAND_LINE, DEFAULT, flatten, get_descendant, join_key, split_key
+from maxlm.config.layers import MAX_FILES
 from maxlm.run import RunConfig
 from tests.config.example import Data, Lion, Mesh, Model, Run, Source
 
@@ -83,9 +84,43 @@ def test_an_include_may_name_a_shipped_config(write):
 def test_nothing_is_filled_in(write, monkeypatch):
     """Not the environment, whose secrets would be printed into jobs."""
     monkeypatch.setenv("SECRET", "s")
-    texts = ["${oc.env:SECRET}", "${name}", "$SECRET"]
-    path = write("run.yaml", f"name: x\nlabels: {texts}")
-    assert load_config(Run, path).value.labels == texts
+    path = write("run.yaml", "name: x\nlabels: [$SECRET, '$', '${', '{name}']")
+    assert load_config(Run, path).value.labels == ["$SECRET", "$", "${", "{name}"]
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "${name}", "${}", "a ${b.c} d"])
+def test_references_are_refused_and_their_text_is_written_with_two_dollars(write, text):
+    reference = text[text.index("$") : text.index("}") + 1]
+    path = write("run.yaml", f"name: x\nlabels: ['{text}']")
+    for source, overrides in ((path, []), (None, ["name=x", f"labels=['{text}']"])):
+        with pytest.raises(MaxlmError) as caught:
+            load_config(Run, source, overrides)
+        assert f": {reference} is not filled in" in str(caught.value)
+        assert str(caught.value).endswith(f"or write ${reference} for this text")
+    for dollars in ("$", "$$", "$$$"):
+        escaped = text.replace("$", f"${dollars}")
+        loaded = load_config(Run, write("run.yaml", f"labels: ['{escaped}']")).value
+        assert loaded.labels == [text.replace("$", dollars)]
+        assert load_config(Run, write("again.yaml", to_yaml(loaded))).value == loaded
+
+
+def test_a_config_is_made_of_a_bounded_number_of_files(write):
+    """A list of many, and files that each include the last twice: two to the power of 20."""
+    write("leaf.yaml", "name: x\n")
+    for count, is_read in ((MAX_FILES - 1, True), (MAX_FILES, False)):
+        path = write("run.yaml", f"include: [{', '.join(['leaf.yaml'] * count)}]\n")
+        if is_read:
+            assert load_config(Run, path).value.name == "x"
+            continue
+        with pytest.raises(
+            MaxlmError, match=r"run\.yaml: the config is made of more than 100 files"
+        ):
+            load_config(Run, path)
+    for level in range(20):
+        below = f"level{level - 1}.yaml" if level else "leaf.yaml"
+        path = write(f"level{level}.yaml", f"include: [{below}, {below}]\n")
+    with pytest.raises(MaxlmError, match=r"level19\.yaml: the config is made of more than 100"):
+        load_config(Run, path)
 
 
 def test_a_replaced_value_forgets_what_it_replaced(write):

@@ -1,9 +1,12 @@
 """Promise: YAML says what it looks like, and what is dumped reads back the same."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maxlm.config import MaxlmError
 from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
 
@@ -28,6 +31,14 @@ def test_scalars(text, value):
     got = parse_yaml(f"k: {text}", "f").to_plain()["k"]
     assert got == value
     assert type(got) is type(value)
+
+
+def test_two_halves_of_a_character_are_it_and_one_is_refused():
+    text = r'{"\ud83d\ude42": "a \ud83d\ude42 b\uD800\uDC00"}'
+    assert parse_yaml(text, "f").to_plain() == json.loads(text) == {"🙂": "a 🙂 b𐀀"}
+    for half in (r'"\ud83d"', r'"\ude42\ud83d"', r'{"\ud83d": 1}'):
+        with pytest.raises(MaxlmError, match=r"f:2: .* holds half of a character"):
+            parse_yaml(f"\n{half}", "f")
 
 
 def test_keys_are_text_and_lines_count_from_one():

@@ -75,7 +75,12 @@ def test_groups_hold_their_tasks_at_any_depth(tmp_path):
     assert {s.key[0] for s in own.tasks["top"].read_samples()} == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("text", ["", '{"results": ', "[]", "{}", '{"results": {"t": 3}}', "\xff"])
+DEEP = '{"results": ' + "[" * 5000 + "]" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"results": ', "[]", "{}", '{"results": {"t": 3}}', "\xff", DEEP]
+)
 def test_a_damaged_results_file_is_named(tmp_path, text):
     path = tmp_path / "results_x.json"
     path.write_bytes(text.encode("latin1"))
@@ -85,7 +90,7 @@ def test_a_damaged_results_file_is_named(tmp_path, text):
         find_evaluations(tmp_path / "nowhere")
 
 
-DAMAGED = ['{"doc_id": 1', "", "3", '{"metrics": []}', '{"metrics": ["x"]}']
+DAMAGED = ['{"doc_id": 1', "", DEEP, "3", '{"metrics": []}', '{"metrics": ["x"]}']
 
 
 @pytest.mark.parametrize("line", [*DAMAGED, json.dumps(make_sample(3, {}, filtered_resps=[[]]))])

@@ -153,6 +153,6 @@ def test_damage_is_an_error(tmp_path):
             path.write_bytes(b"broken")
     assert "params.layers.up: array error" in message(reader.open("layers.up").read, (1,))
     (state / "_METADATA").write_text(json.dumps({}))
-    assert "_METADATA: damaged checkpoint ('tree_metadata')" in message(
+    assert "_METADATA: damaged checkpoint (there is no tree_metadata)" in message(
         RunCheckpointReader, tmp_path
     )

@@ -2,6 +2,7 @@
 bad."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -176,16 +177,33 @@ def test_a_format_that_numpy_lacks_is_an_error(tmp_path):
     assert "a is stored as F4; use a version stored as one of F64, F32" in got
 
 
+INDEX = "model.safetensors.index.json"
+
+
 @pytest.mark.parametrize(
     ("weight_map", "reason"),
     [
         ({"x": "lost.safetensors"}, "lost.safetensors: no complete safetensors file (No such file"),
         (3, "model.safetensors.index.json: no index of safetensors files"),
+        ({"x": 3}, "model.safetensors.index.json: no index of safetensors files"),
+        ({"x": "../other/one.safetensors"}, f"{INDEX}: the index names '../other/one.safet"),
+        ({"x": "/etc/passwd"}, f"{INDEX}: the index names '/etc/passwd', which is no file in its"),
+        ({"x": ".."}, f"{INDEX}: the index names '..', which is no file in its own folder"),
     ],
 )
 def test_an_index_that_does_not_agree_is_an_error(tmp_path, weight_map, reason):
     write_shards(tmp_path, weight_map, one="x")
     assert message(list_stored_tensors, tmp_path).startswith(f"{tmp_path}/{reason}")
+
+
+def test_deep_indices_and_named_pipes_are_errors(tmp_path):
+    index = tmp_path / INDEX
+    index.write_text('{"weight_map": ' + "[" * 5000 + "]" * 5000 + "}")
+    assert "nested deeper than 100 levels" in message(list_stored_tensors, tmp_path)
+    index.write_text('{"weight_map": {"x": "one.safetensors"}}')
+    os.mkfifo(tmp_path / "one.safetensors")
+    # Opened, it would wait for a writer until the test's own limit of time.
+    assert "one.safetensors: neither a file nor" in message(list_stored_tensors, tmp_path)
 
 
 def test_folders_without_safetensors_are_errors_and_pickles_are_not_read(tmp_path):

@@ -136,6 +136,41 @@ def test_a_value_that_would_not_compute_the_same(name, key, value, message):
     assert refusal(change(name, **{key: value})) == f"config.json: {key}={value!r} {message}"
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, "num_hidden_layers") for name in ("llama_7b", "gemma2_2b", "gemma3_1b")),
+        *(("bart_base", key) for key in ("encoder_layers", "decoder_layers")),
+        *(("t5_v1_1_small", key) for key in ("num_layers", "num_decoder_layers")),
+    ],
+)
+def test_layers_without_end_are_refused_before_any_is_named(name, key):
+    """A list of a billion kinds of layers would take gigabytes, and minutes."""
+    values = change(name, **{key: 10**9})
+    if name == "bart_base" and key == "encoder_layers":
+        values.pop("num_hidden_layers", None)  # another name of it
+    wanted = f"is not a whole number up to 10,000; {FIX}"
+    assert refusal(values) == f"config.json: {key}=1000000000 {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "described"),
+    [
+        (
+            "mixtral_8x7b",
+            {"num_local_experts": 10**9},
+            "1,000,000,000 experts in each of 32 layers",
+        ),
+        ("llama_7b", {"num_hidden_layers": 10_000}, "10,000 layers"),
+    ],
+)
+def test_more_than_files_can_hold_is_refused_before_any_is_named(name, values, described):
+    model, _ = settings(change(name, **values))
+    family = find_family(PUBLISHED[name], "config.json")
+    with pytest.raises(MaxlmError, match=f"{described}, where the files hold 2 tensors"):
+        family.list_entries(model, ["lm_head.weight", "model.norm.weight"])
+
+
 def refusal(values: dict[str, Any]) -> str | None:
     try:
         find_family(values, "config.json").read_config(values, "config.json")

@@ -1,16 +1,20 @@
-"""A reward model that is converted gives transformers' classifier the scores that it gives."""
+"""A reward model that is converted gives transformers' classifier the scores that it gives, and
+one that transformers saved gives its scores here."""
 
 import json
 
 import numpy as np
 import pytest
 
+from maxlm.data.tokenizer import import_tokenizer
+from maxlm.inference.embedding import Embedder
 from maxlm.models.params import flatten_names
 from maxlm.programs.convert import convert
-from maxlm.programs.load import load_run
+from maxlm.programs.load import load_model, load_run
 from maxlm.programs.preference import score_texts
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
+from tests.data.tokenizer.foreign import write_checkpoint
 from tests.programs import tiny
 
 torch = pytest.importorskip("torch")
@@ -60,3 +64,27 @@ def test_scores_in_transformers(tied, tmp_path):
     assert want.keys() == back.keys()
     for name in want:
         np.testing.assert_array_equal(back[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("name", "labels"), [("Llama", 1), ("Qwen3", 2)])
+def test_untied_classifiers_of_transformers(name, labels, tmp_path):
+    write_checkpoint(tmp_path / "published", "smollm2")  # a run has a tokenizer
+    vocab_size = max(import_tokenizer(tmp_path / "published").vocab_size, 97)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    head = {"num_labels": labels, "pad_token_id": 0, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=vocab_size, initializer_range=0.3, **sizes, **heads, **head
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    theirs.save_pretrained(tmp_path / "published")
+    convert(tmp_path / "published", tmp_path / "run")
+    random = np.random.default_rng(0)
+    tokens = [random.integers(1, 97, size).tolist() for size in (3, 9, 5)]
+    with torch.no_grad():
+        expected = [theirs(torch.tensor([row])).logits[0].numpy() for row in tokens]
+    run = load_model(tmp_path / "run")
+    scores = Embedder(run.model, run.params, run.mesh, 16).apply_head(tokens, "score")
+    assert scores.shape == (3, labels)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)

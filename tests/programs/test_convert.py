@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
@@ -115,6 +116,48 @@ def test_a_run_there_and_back(llama, name, tmp_path):
     text = "the sun rises over a  quiet sea\n\tändert 42 <|bos|>"
     assert there.encode(text) == tokenizer.encode(text)
     assert there.decode(there.encode(text)) == text
+
+
+def test_an_untied_classifier_without_a_language_head_is_read(llama, tmp_path):
+    """As transformers saves one; tests/parity/test_reward.py compares the scores."""
+    run = alike(llama, LLAMA | {"heads": {"score": 1}})
+    convert(run, tmp_path / "published")
+    (file,) = (tmp_path / "published").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    done = convert(tmp_path / "published", tmp_path / "read")
+    assert any(note.startswith("no lm_head.weight") for note in done.notes)
+    want, got = parameters(run), parameters(tmp_path / "read")
+    assert want.keys() - got.keys() == {"head.kernel"}
+    for key, value in got.items():
+        np.testing.assert_array_equal(value, want[key], err_msg=key)
+    convert(tmp_path / "read", tmp_path / "again")
+    again = load_file(tmp_path / "again" / file.name)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    # Without a score there is nothing that it could be.
+    del tensors["score.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    assert "lack lm_head.weight, score.weight" in message(
+        convert, tmp_path / "published", tmp_path / "none"
+    )
+
+
+def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
+    """Both hold as many numbers: read as it says, one would be written as the other's transpose."""
+    run = shutil.copytree(llama, tmp_path / "run")
+    (state,) = run.glob("checkpoints/*/state")
+    up, down = (state / f"params.layers.mlp.{name}.kernel" for name in ("up", "down"))
+    first = up / "zarr.json"
+    other = down / "zarr.json"
+    text = first.read_bytes()
+    first.write_bytes(other.read_bytes())
+    other.write_bytes(text)
+    text = message(convert, run, tmp_path / "out")
+    assert "layers.mlp.down.kernel is [2, 32, 64] there, [2, 64, 32] in the run's model" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):

@@ -161,6 +161,53 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+LOST_EVENTS = {
+    "lost": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes().splitlines(keepends=True)[0]),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "garbled": lambda path: path.write_bytes(bytes(99) + b'\n{"step": 3}\n' + b"[" * 5000 + b"\n"),
+}
+
+
+def test_a_run_whose_events_are_lost_goes_on_from_its_checkpoints(runs):
+    for kind in ("lost", "garbled"):
+        run = shutil.copytree(runs.folder / "one", runs.folder / f"events_{kind}")
+        LOST_EVENTS[kind](run / "events.jsonl")
+        shutil.rmtree(run / "checkpoints/18")
+        said = runs.trained(run.name)
+        assert said[0] == f"resuming from step 12 in {run}/checkpoints"
+        runs.check_same(run.name)
+
+
+@pytest.mark.parametrize("kind", LOST_EVENTS)
+def test_a_run_whose_events_and_checkpoints_are_lost_is_not_begun_anew(runs, kind):
+    run = shutil.copytree(runs.folder / "one", runs.folder / f"all_{kind}")
+    LOST_EVENTS[kind](run / "events.jsonl")
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.glob("*.jsonl")}
+    code, _, err = runs.train(run.name)
+    assert code == 2
+    assert err[-1] == (
+        f"error: {run}/checkpoints: no checkpoint is left, events.jsonl is lost or cut short, and "
+        "metrics.jsonl has records up to step 18; put both back; to start afresh, move "
+        f"{run} away, or set another name=..."
+    )
+    assert {path: path.read_bytes() for path in run.glob("*.jsonl")} == before
+
+
+def test_a_newest_checkpoint_that_is_gone_is_told_of(runs):
+    run = shutil.copytree(runs.folder / "one", runs.folder / "newest_gone")
+    shutil.rmtree(run / "checkpoints/18")
+    said = runs.trained(run.name)
+    assert said[:2] == [
+        "checkpoint 18 is gone: events.jsonl says that it was saved, and none of the run's places "
+        "has it; the 6 steps since step 12 are trained again",
+        f"resuming from step 12 in {run}/checkpoints",
+    ]
+    runs.check_same(run.name)
+
+
 def test_where_hosts_disks_alone_have_checkpoints_of_another_mesh_a_run_begins_anew(
     runs, tmp_path, monkeypatch
 ):

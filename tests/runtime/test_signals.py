@@ -1,6 +1,8 @@
 """Signals end what is going on, or wait for the loop to act on them."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,22 @@ def test_one_that_the_loop_did_not_act_on_is_heeded_after_it():
 def test_ctrl_c_outside_the_loop_is_python_s_own():
     with pytest.raises(KeyboardInterrupt), handle_signals("runs/x"):
         signal.raise_signal(signal.SIGINT)
+
+
+LEAVES_A_SEMAPHORE = """
+import os, sys
+from multiprocessing import resource_tracker
+from maxlm.runtime.signals import start_resource_tracker
+start_resource_tracker()
+resource_tracker.register("/of-a-worker", "semaphore")
+print("error: the reason", file=sys.stderr, flush=True)
+os._exit(76)
+"""
+
+
+def test_the_reason_stays_the_last_line_when_workers_leave_something_behind():
+    # The tracker holds this pipe too, so that what it says at its end is read.
+    command = [sys.executable, "-c", LEAVES_A_SEMAPHORE]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 76
+    assert done.stderr.splitlines() == ["error: the reason"]

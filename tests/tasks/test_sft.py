@@ -154,6 +154,28 @@ def test_a_fault_names_the_file_and_the_row(home, tmp_path):
         make_source(home, tmp_path, [(1, 1), (2, 0)])
 
 
+def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
+    lines = [*map(json.dumps, make_rows(24)), '{"messages": [', '{"messages": []}']
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(lines))
+    task = {"files": [str(path)]}
+    data = {"seq_len": SEQ, "batch_size": 16, "workers": 0}
+    parts = {"train": {"steps": 1}, "data": data}
+    with pytest.raises(MaxlmError, match=r"own\.jsonl: row 24: no JSON object"):
+        train_model(make_config(home, tmp_path, "stops", task, **parts), say=lambda _: None)
+    data["on_bad_rows"] = "skip"
+    said = []
+    folder = train_model(
+        make_config(home, tmp_path, "skips", task, **parts), say=said.append
+    ).folder
+    (note,) = [line for line in said if "refused" in line]
+    counted = "training: 2 of 26 rows are refused and left out (data.on_bad_rows=skip): "
+    assert note.startswith(f"{counted}{path}: row 24: no JSON object")
+    records = [json.loads(line) for line in (folder / "refused_rows.jsonl").open()]
+    assert [record["where"] for record in records] == [f"{path}: row {i}" for i in (24, 25)]
+    assert records[1]["fault"] == "no list of messages"
+
+
 def test_many_rows_are_encoded_in_processes_alike(home, tmp_path, monkeypatch, capfd):
     config = make_config(home, tmp_path)
     inputs = make_inputs(config)

@@ -22,6 +22,7 @@ from maxlm.data.documents.config import (
 )
 from maxlm.data.documents.document import SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
+from maxlm.runtime.json_files import check_regular_file
 
 _SNIFF_BYTES = 8192
 # Distributions install Python without its tests (two thirds of its text), and IDLE, Tk and what
@@ -134,6 +135,7 @@ def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
         for path in _walk(root):
             yield path, path.as_posix(), False
     elif named or root.is_file():
+        check_regular_file(root, "write what it holds into a file, and name that")
         yield root, root.as_posix(), named
 
 

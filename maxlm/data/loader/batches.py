@@ -56,6 +56,10 @@ class LoaderConfig(Config):
     shuffle: bool = True
     """True reads each epoch in a new random order; False reads each in store order and interleaves
     stores evenly."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of a row of `task.files` that cannot be read or learnt: error ends the run with
+    its file and number; skip leaves it out, says how many there are, and lists them in the run's
+    folder (refused_rows.jsonl)."""
     workers: int = Field(default=1, ge=0)
     """Processes that make batches ahead. 0 makes them in threads of the training process: quick to
     start, but they share its interpreter."""

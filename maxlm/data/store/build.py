@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.config import MaxlmError, check_local_path
+from maxlm.config import MaxlmError, check_local_path, check_path_is_text
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
 from maxlm.data.store.manifest import (
@@ -75,7 +75,7 @@ def build_store(
             inputs (names the difference) or something that is no store; a disk that is full or
             cannot be written; a build of the same store by another process, without `join`.
     """
-    out, tokenizer_folder = Path(check_local_path(out)), Path(tokenizer_folder)
+    out, tokenizer_folder = Path(check_path_is_text(check_local_path(out))), Path(tokenizer_folder)
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers)
     building = out.with_name(f".{out.name}.building")
     if existing := _check_replaceable(out, plan.manifest, force):
@@ -116,7 +116,7 @@ def append_store(
     the end: readers that opened the store before go on with what it was. A killed append goes on
     when it is called again; one that is done is not done twice. Arguments are `build_store`'s.
     """
-    out = Path(check_local_path(out))
+    out = Path(check_path_is_text(check_local_path(out)))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction
     plan = plan_build(source, out / "tokenizer", *split, workers)

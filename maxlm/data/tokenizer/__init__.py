@@ -1,7 +1,13 @@
 """Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
 tokenizers."""
 
-from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
+from maxlm.data.tokenizer.chat import (
+    add_chat_template,
+    check_tools_are_written,
+    encode_chat,
+    encode_chat_turns,
+    render_chat,
+)
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer_files
@@ -14,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "add_chat_template",
+    "check_tools_are_written",
     "compare_tokenizers",
     "encode_chat",
     "encode_chat_turns",

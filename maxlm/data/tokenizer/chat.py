@@ -16,6 +16,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import CHAT_TOKENS, TokenizerConfig
+from maxlm.runtime.json_files import parse_json
 
 Message = Mapping[str, Any]
 """A message, with at least {"role": ..., "content": ...}."""
@@ -128,6 +129,65 @@ def encode_chat_turns(
             spans.append(range(len(ids), len(ids) + (len(own) if marked else last or len(own))))
         ids += own
     return ids, spans
+
+
+def check_tools_are_written(
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any
+) -> None:
+    """Checks that the chat template writes every tool, call and result of a conversation: many
+    templates know none and pass them over. Raises MaxlmError, which names the template.
+
+    Names of functions and texts of results are replaced by words that occur nowhere else, and
+    looked for in what the template then writes: a name alone might stand elsewhere too.
+    """
+    if not variables.get("tools") and not any(
+        message.get("tool_calls") or message.get("role") == "tool" for message in messages
+    ):
+        return
+    probe = _make_template_variables(messages, **variables)
+    text = _as_json(probe)
+    stem = "probe"
+    while stem in text:
+        stem += "e"
+    labels = dict[str, str]()
+
+    def make_word(label: str) -> str:
+        word = f"{stem}x{len(labels)}x"
+        labels[word] = label
+        return word
+
+    for tool in probe["tools"] or ():
+        function = _get_function(tool)
+        if function is not None:
+            function["name"] = make_word(f"the tool {function['name']!r}")
+    for number, message in enumerate(probe["messages"]):
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = _get_function(call)
+            if function is not None:
+                label = f"the call of {function['name']!r} in message {number}"
+                function["name"] = make_word(label)
+        content = message.get("content")
+        if message.get("role") == "tool" and isinstance(content, str) and content.strip():
+            message["content"] = make_word(f"the result of a tool in message {number}")
+    try:
+        written = _render(tokenizer, probe)
+    except MaxlmError:
+        # A template may refuse names that are none of its own, and then knows of calls; what is
+        # wrong with the conversation itself is said when it is encoded.
+        return
+    lost = [label for word, label in labels.items() if word not in written]
+    if lost:
+        name, _ = _find_chat_template(tokenizer, probe["tools"] is not None)
+        fix = "use a tokenizer whose template knows tools, or leave the row out"
+        raise MaxlmError(f"the chat template {name} does not write {lost[0]}", where=name, fix=fix)
+
+
+def _get_function(entry: Any) -> dict[str, Any] | None:
+    """The part of a tool or a call that has the function's name; None: it has none."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    return function if is_named else None
 
 
 def _encode_pieces(
@@ -249,23 +309,34 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
     """Returns the Jinja template that a tokenizer carries; ``with_tools``: the one for
     conversations with tools, where there are several. Raises MaxlmError: it carries none."""
+    return _find_chat_template(tokenizer, with_tools)[1]
+
+
+def _find_chat_template(tokenizer: Tokenizer, with_tools: bool) -> tuple[str, str]:
+    """The name and the source of the template that a tokenizer carries."""
     carried = tokenizer.extra_files
     if _TEMPLATE_FILE in carried:
-        return carried[_TEMPLATE_FILE].decode()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = _read_json(carried.get(name, b"{}")).get("chat_template")
+        source = carried[_TEMPLATE_FILE].decode()
+        # One of ours is known by the name that `tokenizer.chat` has for it.
+        names = [name for name, template in _TEMPLATES.items() if template == source]
+        return (names[0] if names else _TEMPLATE_FILE), source
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        found = _read_json(carried.get(file, b"{}")).get("chat_template")
         if isinstance(found, list):
             named = {each["name"]: each["template"] for each in found}
-            found = (with_tools and named.get("tool_use")) or named.get("default")
-        if found:
-            return found
+            for name in ("tool_use", "default") if with_tools else ("default",):
+                if named.get(name):
+                    return f"{name} of {file}", named[name]
+        elif found:
+            return file, found
     fix = "set tokenizer.chat, import one that has a template, or give --chat-template FILE"
     raise MaxlmError("the tokenizer carries no chat template", where=_TEMPLATE_FILE, fix=fix)
 
 
 @lru_cache(maxsize=16)  # These files are long, and every text needs them.
 def _read_json(data: bytes) -> Mapping[str, Any]:
-    return json.loads(data)
+    values = parse_json(data, "the tokenizer's settings", "import the tokenizer again")
+    return values if isinstance(values, dict) else {}
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from maxlm.config import Config, MaxlmError
 from maxlm.data.tokenizer.config import Kind
 from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.json_files import check_regular_file
 
 FORMAT = 1
 METADATA = "maxlm_tokenizer.json"
@@ -91,6 +92,7 @@ def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] =
 
 def read_file(path: Path) -> bytes:
     """Returns a file's bytes."""
+    check_regular_file(path, "copy the tokenizer's file again")
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -1,6 +1,5 @@
 """Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single files."""
 
-import json
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,6 +12,7 @@ from maxlm.data.tokenizer.files import read_file
 from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 from maxlm.data.tokenizer.rank_files import END_OF_TEXT, convert_rank_file, is_rank_file
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
+from maxlm.runtime.json_files import read_json_object
 
 CodecType = TypeVar("CodecType", HuggingFaceCodec, SentencePieceCodec)
 _CONVERT = (
@@ -214,7 +214,7 @@ class _Settings:
         self._tokenizer = _json(folder / "tokenizer_config.json")
         self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))
         names = ("generation_config.json", "config.json")
-        self._by_id = tuple(_json(folder / name) for name in names)
+        self._by_id = tuple((folder / name, _json(folder / name)) for name in names)
         self.adds_tokens = bool(_json(folder / "added_tokens.json"))
 
     def role(self, name: str) -> str | None:
@@ -227,9 +227,9 @@ class _Settings:
             if isinstance(token, str) and token in self._ids:
                 return token
         literals = {i: token for token, i in self._ids.items()}
-        for settings in self._by_id:
+        for path, settings in self._by_id:
             # Several may end generation; the first is the document's.
-            for i in _as_list(settings.get(f"{name}_token_id"))[:1]:
+            for i in _read_ids(path, settings, f"{name}_token_id")[:1]:
                 if i in literals:
                     return literals[i]
         return None
@@ -238,28 +238,33 @@ class _Settings:
         """The ids, of tokens ``within``, that generation stops at: generation_config.json's, else
         config.json's."""
         known = {i for token, i in self._ids.items() if token in within}
-        named = (settings.get("eos_token_id") for settings in self._by_id)
-        first = next((ids for ids in named if ids is not None), None)
-        return [i for i in _as_list(first) if i in known]
+        for path, settings in self._by_id:
+            if settings.get("eos_token_id") is not None:
+                return [i for i in _read_ids(path, settings, "eos_token_id") if i in known]
+        return []
 
     def adds_bos(self, *, default: bool) -> bool:
         value = self._tokenizer.get("add_bos_token")
         return self.role("bos") is not None and (default if value is None else bool(value))
 
 
-def _as_list(value: Any) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
+    """The ids of one token or of several; none where there is no such key. Raises MaxlmError for
+    what is no whole number: a model that does not know its end would never stop."""
+    value = settings.get(key)
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if type(token_id) is not int:
+            what = f"{key}={value!r} is no id of a token"
+            fix = "write a whole number, or a list of them, as the published model has it"
+            raise MaxlmError(what, where=str(path), fix=fix)
+    return ids
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(read_file(path))
-    except ValueError as error:
-        value = error
-    if not isinstance(value, dict):
-        fix = "copy the checkpoint's file again"
-        raise MaxlmError(f"not a JSON object ({value})", where=str(path), fix=fix)
-    return value
+    return read_json_object(path, "copy the checkpoint's file again")

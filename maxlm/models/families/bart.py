@@ -69,8 +69,8 @@ BART = ModelFamily(
     "BartForConditionalGeneration",
     {
         "vocab_size": fields.map_size("vocab_size"),
-        "decoder_layers": fields.map_size("num_layers"),
-        "encoder_layers": fields.map_size("encoder_layers", alias="num_hidden_layers"),
+        "decoder_layers": fields.map_layer_count("num_layers"),
+        "encoder_layers": fields.map_layer_count("encoder_layers", alias="num_hidden_layers"),
         "d_model": fields.map_size("d_model"),
         "max_position_embeddings": fields.map_size("max_seq_len"),
         "decoder_attention_heads": fields.map_size("attention.num_heads"),

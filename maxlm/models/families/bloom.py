@@ -79,7 +79,7 @@ BLOOM = ModelFamily(
     "BloomForCausalLM",
     {
         "vocab_size": fields.map_size("vocab_size"),
-        "n_layer": fields.map_size("num_layers", alias="num_hidden_layers"),
+        "n_layer": fields.map_layer_count("num_layers", alias="num_hidden_layers"),
         "hidden_size": fields.map_size("d_model", alias="n_embed"),
         "seq_length": fields.map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
         "n_head": fields.map_size("attention.num_heads", alias="num_attention_heads"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -10,7 +11,25 @@ from maxlm.models.families.names import NameTable, TensorEntry, linear, list_ent
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_position_settings, write_position_settings
 
+_HEAD = "lm_head.weight"
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
+
+
+def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
+    """Checks that files can hold the tensors of a model's layers and experts, before they are
+    listed one by one: a number in a config.json costs its author nothing."""
+    moe = config.moe
+    layers = config.num_layers
+    described = f"{layers:,} layers"
+    fewest = layers
+    if moe is not None and any("{expert}" in name for name in table):
+        layers -= config.dense_layers
+        described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
+        fewest = layers * moe.num_experts
+    if fewest > num_tensors:
+        what = f"{described}, where the files hold {num_tensors:,} tensors"
+        fix = "take config.json and all files from the published model"
+        raise MaxlmError(what, where="config.json", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,10 @@ class ModelFamily:
         """Lists every tensor of a model, and where it lies in ours; variants are followed of names
         in files at hand, ``published_names``."""
         table = self.name_table(config) if callable(self.name_table) else self.name_table
-        there, found = frozenset(published_names), list_entries(config, {**table, **_SCORE_HEAD})
+        there = frozenset(published_names)
+        if there:
+            _check_tensor_count(config, table, len(there))
+        found = list_entries(config, {**table, **_SCORE_HEAD})
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
@@ -104,12 +126,25 @@ class ModelFamily:
         that is missing."""
         reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         try:
-            return self._read_settings(reader), reader.check_all_read(*self.ignored_keys)
+            settings = self._read_settings(reader)
+            notes = reader.check_all_read(*self.ignored_keys)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
             what = f"a value cannot be made sense of ({error})"
             fix = "compare it with the published model's"
             raise MaxlmError(what, where=source, fix=fix) from error
+        if "heads" in settings and self._lacks_language_head(reader.tensors):
+            notes.append(f"no {_HEAD}, as in a classifier of transformers: read as a tied model")
+        return settings, notes
+
+    def _lacks_language_head(self, tensor_names: frozenset[str]) -> bool:
+        """Whether files with these tensors are a classifier's as transformers saves it: its class
+        drops the language head, whatever ``tie_word_embeddings`` still says of the base. The model
+        is then read as a tied one, which has no head of its own either. Families whose config
+        cannot say that it is tied could not be written again, and are left alone."""
+        field = self.fields.get("tie_word_embeddings")
+        can_be_tied = field is not None and isinstance(field.write, attrgetter)
+        return can_be_tied and "score.weight" in tensor_names and _HEAD not in tensor_names
 
     def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
         settings: dict[str, Any] = {"architecture": self.architecture}
@@ -119,6 +154,8 @@ class ModelFamily:
         if self.hf_classifier in (reader.values.get("architectures") or ()):
             labels = reader.values.get("id2label") or {"0": "", "1": ""}  # transformers' default
             settings["heads"] = {"score": len(labels)}
+            if self._lacks_language_head(reader.tensors):
+                settings["tie_embeddings"] = True
         width, attention = settings["d_model"], settings["attention"]
         heads = attention["num_heads"]
         attention = {"num_kv_heads": heads, "head_dim": width // heads, **attention}

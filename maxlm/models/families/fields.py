@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.models.architectures.config import MAX_LAYERS
 from maxlm.models.families.reader import REQUIRED, ConfigReader
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -40,6 +41,12 @@ ConfigFields = Mapping[str, ConfigField]
 def map_size(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
     """Declares a number of things or dimensions; ``kwargs``: see :meth:`ConfigReader.size`."""
     return ConfigField(lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours))
+
+
+def map_layer_count(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a number of layers. What reads and names them walks over all: the limit of a model's
+    config holds before that."""
+    return map_size(ours, default, most=MAX_LAYERS, **kwargs)
 
 
 def map_number(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
@@ -80,7 +87,7 @@ def map_sizes(num_layers: str, d_model: str, max_seq_len: str, num_heads: str) -
     """Declares the sizes that every model has, by their keys."""
     return {
         "vocab_size": map_size("vocab_size"),
-        num_layers: map_size("num_layers"),
+        num_layers: map_layer_count("num_layers"),
         d_model: map_size("d_model"),
         max_seq_len: map_size("max_seq_len"),
         num_heads: map_size("attention.num_heads"),

@@ -98,11 +98,24 @@ class ConfigReader:
         what, fix = f"{key}={value!r} is not implemented", f"only {which} can be converted"
         raise MaxlmError(what, where=self.where, fix=fix)
 
-    def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **kwargs: Any) -> Any:
-        """Reads a number of things or dimensions, at least ``least``; else see :meth:`get`."""
+    def size(
+        self,
+        key: str,
+        default: Any = REQUIRED,
+        *,
+        least: int = 1,
+        most: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Reads a number of things or dimensions, at least ``least`` and at most ``most``; else see
+        :meth:`get`."""
         value = self.get(key, default, **kwargs)
-        if value is not None and (type(value) is not int or value < least):
+        if value is None:
+            return None
+        if type(value) is not int or value < least:
             raise self._wrong(key, value, f"a whole number above {least - 1}")
+        if most is not None and value > most:
+            raise self._wrong(key, value, f"a whole number up to {most:,}")
         return value
 
     def number(

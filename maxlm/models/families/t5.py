@@ -74,8 +74,8 @@ T5 = ModelFamily(
     "T5ForConditionalGeneration",
     {
         "vocab_size": fields.map_size("vocab_size"),
-        "num_decoder_layers": fields.map_size("num_layers", None),
-        "num_layers": fields.map_size("encoder_layers"),
+        "num_decoder_layers": fields.map_layer_count("num_layers", None),
+        "num_layers": fields.map_layer_count("encoder_layers"),
         "d_model": fields.map_size("d_model"),
         "n_positions": fields.map_size("max_seq_len", 512),  # of pretraining; nothing depends on it
         "num_heads": fields.map_size("attention.num_heads"),

@@ -113,7 +113,11 @@ def add_integrity_fields(
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
     """Returns what :func:`add_integrity_fields` returned, without its checksum; raises ValueError
     if it is damaged."""
-    if not isinstance(value := json.loads(text), dict):
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("its metadata is nested without end") from None
+    if not isinstance(value, dict):
         raise ValueError("its metadata is no JSON object")
     checksum = value.pop(_CHECKSUM, None)
     # Older versions wrote neither: damage to one of the names does not make it one of theirs.

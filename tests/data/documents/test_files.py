@@ -1,6 +1,7 @@
 """Which files a corpus is made of, and in which order."""
 
 import gzip
+import os
 import sysconfig
 from pathlib import Path
 
@@ -120,3 +121,13 @@ def test_a_package_that_is_not_installed_is_refused(name):
         f"python-package:{name}: no package {name!r} is installed in this Python's environment; "
         "install it, or name another that is imported so, such as python-package:numpy"
     )
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(MaxlmError, match=r"a\.txt: neither a file nor a folder, but a pipe"):
+        find_files(SourceConfig(documents=(str(tmp_path / "a.txt"),)))
+    # In a folder it is passed over.
+    (file,) = find_files(SourceConfig(documents=(str(tmp_path),))).files
+    assert Path(file.path).name == "b.txt"

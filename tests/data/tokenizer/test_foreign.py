@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 
@@ -99,6 +100,26 @@ def test_roles_are_looked_for_in_turn(llama):
     assert settings(llama, eos_token="</s>").eos_id == 2
 
 
+@pytest.mark.parametrize("value", ['"2"', "2.0", "true", '["</s>"]', '{"a": 2}'])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_id_is_refused(llama, name, value):
+    (llama / name).write_text(f'{{"eos_token_id": {value}}}')
+    text = message(settings, llama, eos_token="</s>")
+    assert text.startswith(f"{llama / name}: eos_token_id=")
+    assert " is no id of a token; write a whole number, or a list" in text
+
+
+def test_deep_settings_are_refused(llama):
+    (llama / "generation_config.json").write_text("[" * 5000 + "]" * 5000)
+    assert "generation_config.json: cannot be read (nested deeper" in message(settings, llama)
+
+
+def test_a_named_pipe_is_not_waited_for(llama):
+    (llama / "tokenizer.json").unlink()
+    os.mkfifo(llama / "tokenizer.json")
+    assert "tokenizer.json: neither a file nor" in message(import_tokenizer, llama)
+
+
 def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
     found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
     assert found.prefix_ids == (1,)
@@ -119,7 +140,7 @@ def test_what_cannot_be_loaded_imported_or_trained(llama, tmp_path):
     assert "damaged tokenizer file" in message(import_tokenizer, tmp_path / "vocab.json")
     for content in ("{", "[]"):
         (llama / "tokenizer_config.json").write_text(content)
-        assert "tokenizer_config.json: not a JSON object" in message(import_tokenizer, llama)
+        assert "tokenizer_config.json: cannot be read (" in message(import_tokenizer, llama)
     (llama / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: damaged tokenizer file (" in message(import_tokenizer, llama)
     assert "is imported, not trained" in message(TokenizerConfig, kind="huggingface")

@@ -1,0 +1,151 @@
+"""Rows of files in the forms of other tools, brought into the forms that tasks read.
+
+Tasks read the columns ``messages``, ``prompt``, ``completion``, ``chosen``, ``rejected`` and
+``label`` (:mod:`maxlm.data.conversations`). Two other forms are common:
+
+- ShareGPT: a list ``conversations`` of {"from": ..., "value": ...}, with speakers ``human``,
+  ``gpt``, ``function_call`` and ``observation``, and perhaps a column ``system``.
+- Alpaca: ``instruction``, ``input`` and ``output``, and perhaps ``system`` and ``history``.
+
+A conversion adds columns and removes none, so that a task of one's own still finds what it reads.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maxlm.config import MaxlmError
+
+Row = dict[str, Any]
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_ANSWER_COLUMNS = ("chosen", "rejected", "completion")
+
+
+def convert_row(row: Row, columns: Mapping[str, str]) -> Row:
+    """Returns a row with the columns that tasks read, those of its own among them.
+
+    Args:
+        columns: names in the file by the names that tasks read: {"prompt": "question"}. Columns
+            that the row lacks are passed over.
+    """
+    row = rename_columns(row, columns)
+    # Parquet has null where a row lacks a column that another has.
+    if row.get("messages") is None and isinstance(row.get("conversations"), list):
+        row = _convert_sharegpt(row)
+    elif row.get("messages") is None and row.get("prompt") is None and "instruction" in row:
+        row = _convert_alpaca(row)
+    for name in ("messages", "prompt", *_ANSWER_COLUMNS):
+        if _has_speakers(row.get(name)):
+            row = row | {name: [_convert_message(message) for message in row[name]]}
+    return row
+
+
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Returns a row whose columns are renamed as :func:`convert_row` says."""
+    if not columns:
+        return row
+    renamed = {name: row[source] for name, source in columns.items() if source in row}
+    taken = set(columns.values())
+    others = {name: value for name, value in row.items() if name not in taken}
+    return others | renamed
+
+
+def _convert_sharegpt(row: Row) -> Row:
+    messages = [_convert_message(message) for message in row["conversations"]]
+    messages = [*_make_system_messages(row), *messages]
+    if not {"chosen", "rejected"} <= {*row}:
+        return row | {"messages": messages}
+    # A pair: the conversation is the prompt, and each answer may be a lone message.
+    answers = {name: _wrap_message(row[name]) for name in ("chosen", "rejected")}
+    return row | {"prompt": messages} | answers
+
+
+def _convert_alpaca(row: Row) -> Row:
+    messages = _make_system_messages(row)
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(map(_is_exchange, history)):
+        what = "history is no list of pairs of texts"
+        fix = 'write [["question", "answer"], ...]'
+        raise MaxlmError(what, where="history", fix=fix)
+    for question, answer in history:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        what = "instruction and input are no text" if parts else "the instruction is empty"
+        raise MaxlmError(what, where="instruction", fix="write text there, or leave the row out")
+    messages.append({"role": "user", "content": "\n".join(parts)})
+    converted = row | {"prompt": messages}
+    if "output" in row and row.get("completion") is None:
+        converted["completion"] = row["output"]
+    return converted
+
+
+def _is_exchange(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(text, str) for text in value)
+
+
+def _make_system_messages(row: Row) -> list[dict[str, Any]]:
+    system = row.get("system")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _wrap_message(answer: Any) -> Any:
+    """A lone message as a list of one; a text or a list as it is."""
+    return [answer] if isinstance(answer, Mapping) else answer
+
+
+def _has_speakers(value: Any) -> bool:
+    """Whether a value is a list of messages with ShareGPT's ``from`` or ``value``."""
+    is_list = isinstance(value, list)
+    return is_list and any(isinstance(m, Mapping) and {"from", "value"} & {*m} for m in value)
+
+
+def _convert_message(message: Any) -> Any:
+    """A message of ShareGPT's as one of role and content; anything else as it is."""
+    if not isinstance(message, Mapping) or not {"from", "value"} & {*message}:
+        return message
+    converted = {k: v for k, v in message.items() if k not in ("from", "value")}
+    speaker = message.get("from", converted.get("role"))
+    content = message.get("value", converted.get("content"))
+    if isinstance(speaker, str):
+        converted["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
+    if speaker == "function_call":
+        return converted | {"content": "", "tool_calls": _parse_function_calls(content)}
+    return converted | {"content": content}
+
+
+def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
+    """The calls that a turn of ``function_call`` writes as JSON: one, or a list."""
+    try:
+        calls = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        what = f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
+        fix = 'write {"name": ..., "arguments": {...}}'
+        raise MaxlmError(what, where="conversations", fix=fix)
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def check_columns_exist(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], where: str
+) -> None:
+    """Checks that each column that a map names is in one of some rows; raises MaxlmError."""
+    present = dict.fromkeys(name for row in rows for name in row)
+    for name, source in columns.items():
+        if source not in present:
+            what = f"no column {source!r}, which task.columns names for {name}: "
+            what += f"there are {', '.join(map(repr, present)) or 'none'}"
+            raise MaxlmError(what, where=where, fix="name one of them")
