@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import reshard
 from pydantic import Field
@@ -182,6 +183,50 @@ class LoraTable(LoraParam):
         return None if self.tied else super().merge()
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenRowsParam(AdaptedParam):
+    """A table with rows of its own in place of some tokens' of the base; a head tied to the table
+    has them too."""
+
+    token_rows: Any
+    """[tokens, columns]."""
+    token_ids: tuple[int, ...] = field(metadata={"static": True})
+
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
+        base = reader.read(self.base)
+        rows = reader.read(self.token_rows, (None, reader.spec.axes[-1])).value
+        return base._replace(value=self._replace_rows(base.value, rows))
+
+    def merge(self) -> jax.Array | None:
+        if isinstance(self.base, Leaf):
+            return None
+        return self._replace_rows(jnp.asarray(self.base, jnp.float32), self.token_rows)
+
+    def take_base_rows(self) -> Self:
+        """Returns the table with the base's own rows as the trained ones."""
+        ids = np.asarray(self.token_ids)
+        rows = self.base.at[ids].get(out_sharding=jax.typeof(self.token_rows).sharding)
+        return replace(self, token_rows=rows.astype(self.token_rows.dtype))
+
+    def _replace_rows(self, table: jax.Array, rows: jax.Array) -> jax.Array:
+        # A product with ones and zeros, which XLA splits over any mesh as it stands.
+        is_row = jnp.arange(table.shape[0])[:, None] == jnp.asarray(self.token_ids)
+        one_hot = is_row.astype(table.dtype)
+        is_replaced = is_row.any(axis=1, keepdims=True)
+        precision = lax.Precision.HIGHEST
+        if jax.sharding.get_abstract_mesh().empty:
+            picked = jnp.matmul(one_hot, rows, precision=precision)
+            return jnp.where(is_replaced, picked, table)
+        vocab, columns = get_layout(table)
+        one_hot = reshard(one_hot, make_spec((vocab, ())))
+        is_replaced = reshard(is_replaced, make_spec((vocab, ())))
+        rows = reshard(rows, make_spec(((), columns)))
+        layout = make_spec((vocab, columns))
+        picked = jnp.matmul(one_hot, rows, precision=precision, out_sharding=layout)
+        return jnp.where(is_replaced, picked, table)
+
+
 @register_adapter
 class LoraAdapter(Adapter):
     """Low-rank matrices beside kernels: LoRA, rsLoRA, DoRA, PiSSA."""
@@ -196,6 +241,9 @@ class LoraAdapter(Adapter):
     learn as fast as small ones."""
     dora: bool = False
     """Learn each output's magnitude apart from its direction (DoRA)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each map's inputs that training sets to 0 on the way to A, other ones in each step
+    and layer; the others are multiplied by 1 / (1 - dropout). 0: none."""
     init: Literal["default", "pissa"] = "default"
     """default: A is random and B zero, so that the first step is the base's. pissa: A and B are the
     base's principal singular vectors, and the base keeps the rest."""
@@ -203,6 +251,9 @@ class LoraAdapter(Adapter):
     """Maps that are adapted, by names such as `query` and `mlp.up` or patterns of full names such
     as `layers.attention.*`; `experts`: those of routed experts; `embedding`: the table of tokens;
     null: all linear maps of layers but for routed experts."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens whose rows of the embedding table are trained as they are, such as special ones that a
+    tokenizer was given for tuning: PEFT's `trainable_token_indices`."""
 
     @property
     def scale(self) -> float:
@@ -214,14 +265,33 @@ class LoraAdapter(Adapter):
 
     def adapt(self, specs: Params) -> Params:
         adapt = partial(self._adapt_one, tied="head" not in specs)
-        return replace_targets(specs, self.targets, adapt)
+        adapted = replace_targets(specs, self.targets, adapt)
+        if not self.token_ids:
+            return adapted
+        table = adapted["embedding"]["table"]
+        if isinstance(table, Leaf):
+            what = "the table of tokens has LoRA, and rows of its own"
+            raise MaxlmError(what, where="adapter.token_ids", fix="take embedding out of targets")
+        wrong = [i for i in self.token_ids if not 0 <= i < table.shape[0]]
+        if wrong or len({*self.token_ids}) < len(self.token_ids):
+            what = f"{(wrong or self.token_ids)[0]} is no row of the model's table, or named twice"
+            fix = f"name different ids below model.vocab_size={table.shape[0]}"
+            raise MaxlmError(what, where="adapter.token_ids", fix=fix)
+        zeros = jax.nn.initializers.zeros
+        shape = len(self.token_ids), table.shape[1]
+        rows = ParamSpec(shape, (None, table.axes[1]), zeros, "table")
+        leaf = TokenRowsParam(table, rows, self.token_ids)
+        return {**adapted, "embedding": {**adapted["embedding"], "table": leaf}}
 
     def init_from_base(self, params: Params) -> Params:
-        if self.init != "pissa":
+        if self.init != "pissa" and not self.token_ids:
             return params
 
         def split(held: Any) -> Any:
-            if not isinstance(held, LoraParam) or isinstance(held, LoraTable):
+            if isinstance(held, TokenRowsParam):
+                return held.take_base_rows()
+            is_map = isinstance(held, LoraParam) and not isinstance(held, LoraTable)
+            if self.init != "pissa" or not is_map:
                 return held
             layouts = jax.tree.map(lambda x: x.sharding.spec, held)
             run: Any = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)

@@ -1,5 +1,6 @@
 """Published checkpoints to runs and back; adapters of either kind."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -24,8 +25,10 @@ from maxlm.huggingface.checkpoint import (
 )
 from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes, list_stored_tensors
-from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
-from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
+from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
+from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
+from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
@@ -38,6 +41,7 @@ from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
 from maxlm.tasks.sft import SftTask
 from maxlm.train.checkpoint.reading import read_metadata
+from maxlm.train.state import list_added_names, select_trainable
 
 # Settings of a model that say how it is trained or computed, not what it computes.
 _ASIDE = "remat", "init_std"
@@ -169,18 +173,18 @@ def _import_run(
     """
     opened = open_huggingface_model(source, target)
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    specs, adapter, arrays = _build_specs(config), None, {}
+    specs = _build_specs(config)
+    peft: PeftAdapter | None = None
     if adapter_folder is not None:
         entries = family.list_entries(config.model)
-        adapter, arrays = read_peft_adapter(adapter_folder, config.model, specs, entries)
-        task = SftTask() if count_virtual_tokens(adapter) else config.task
-        config = config.model_copy(update={"adapter": adapter, "task": task})
+        peft = read_peft_adapter(adapter_folder, config.model, specs, entries)
+        config = _with_adapter(config, peft, specs)
     with _make_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        if adapter is None:
+        if peft is None:
             dtypes = opened.import_tensors(writer, progress)
         else:
-            adapted = AdaptedParamWriter(writer, adapter, specs, arrays)
+            adapted = AdaptedParamWriter(writer, peft, specs)
             dtypes = opened.import_tensors(adapted, progress)
             adapted.finish()
         # The way back asks under the usual names.
@@ -202,8 +206,19 @@ def _import_run(
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
     parameters = sum(spec.size for spec in opened.specs.values())
-    parameters += sum(array.size for array in arrays.values())
+    parameters += 0 if peft is None else sum(array.size for array in peft.arrays.values())
     return ConversionResult(family.name, target, parameters, dtypes.default, opened.notes)
+
+
+def _with_adapter(config: RunConfig, peft: PeftAdapter, specs: Params) -> RunConfig:
+    """A run with an adapter, which trains what PEFT did."""
+    task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
+    train = config.train
+    trained = list_trained_names(peft, specs)
+    if trained:
+        train = train.model_copy(update={"trainable": trained})
+    changed = {"adapter": peft.adapter, "task": task, "train": train}
+    return config.model_copy(update=changed)
 
 
 def _export_run(
@@ -224,9 +239,17 @@ def _export_run(
         if config.adapter is None:
             what, fix = "this run has no adapter", "leave out --adapter"
             raise MaxlmError(what, where=str(source), fix=fix)
+        trained = TrainedAdapter(
+            config.adapter,
+            config.model,
+            specs,
+            reader,
+            find_trained_base(config, reader),
+            _open_start(config),
+        )
         with _make_folder(target) as folder:
-            count = write_peft_adapter(folder, config.adapter, config.model, specs, reader, entries)
-        return ConversionResult(chosen.name, target, count, "F32", [])
+            count, notes = write_peft_adapter(folder, trained, entries)
+        return ConversionResult(chosen.name, target, count, "F32", notes)
     if config.adapter is not None:
         reader = MergedCheckpointReader(reader, config.adapter, specs)
     values = chosen.write_config(config.model)
@@ -251,6 +274,31 @@ def _export_run(
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     parameters = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
+
+
+def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozenset[str]:
+    """Finds the names of the parameters that were trained and are not the adapter's, by this run or
+    by those that it started from with the same adapter."""
+    assert config.adapter is not None
+    adapted = config.adapter.adapt(_build_specs(config))
+    names = [*flatten_names(adapted)]
+    trained = {*flatten_names(select_trainable(adapted, config.train.trainable))}
+    for pattern in read_metadata(reader.folder).get("trained_before", ()):
+        trained |= {*fnmatch.filter(names, pattern)}
+    return frozenset(trained - list_added_names(adapted))
+
+
+def _open_start(config: RunConfig) -> RunCheckpointReader | None:
+    """The checkpoint of the run without an adapter that an adapter was begun on; None: there is
+    none, or not any more."""
+    while config.adapter is not None:
+        start = config.train.start_from
+        if start is None or not Path(start, "config.yaml").exists():
+            return None
+        config, reader = open_run_checkpoint(Path(start), None)
+        if config.adapter is None:
+            return reader
+    return None
 
 
 def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:

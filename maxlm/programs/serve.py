@@ -7,8 +7,8 @@ from pathlib import Path
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
-from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
-from maxlm.huggingface.peft import read_peft_adapter
+from maxlm.huggingface.peft.reading import read_peft_adapter
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
@@ -17,7 +17,12 @@ from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import param_specs, select_base_params
-from maxlm.programs.convert import find_run_family, open_run_checkpoint, read_json
+from maxlm.programs.convert import (
+    find_run_family,
+    find_trained_base,
+    open_run_checkpoint,
+    read_json,
+)
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
@@ -117,12 +122,15 @@ def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Mod
     if (folder / PEFT_CONFIG).exists():
         specs = select_base_params(param_specs(model))
         entries = _find_base_family(Path(base_folder)).list_entries(model.config)
-        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
+        read = read_peft_adapter(folder, model.config, specs, entries)
+        adapter, arrays = read.adapter, read.arrays
+        trained = {place.name for place in read.base_values}
     elif (folder / "config.yaml").exists():
         config, reader = open_run_checkpoint(folder, None)
         parts = (".lora_a", ".lora_b")
         adapter = config.adapter
         arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
+        trained = find_trained_base(config, reader) if adapter else set()
     else:
         what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
         raise MaxlmError(what, where=str(folder), fix=fix)
@@ -130,6 +138,11 @@ def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Mod
         what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
         fix = "name one of kind lora; others are merged (maxlm convert)"
         raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
+    if trained or adapter.token_ids:
+        name = min(trained, default="rows of the table of tokens")
+        what = f"it was trained with {name} of the base, which all adapters here share"
+        fix = "merge it (maxlm convert) and serve that"
+        raise MaxlmError(what, where=str(folder), fix=fix)
     return adapter, arrays
 
 

@@ -1,0 +1,340 @@
+"""An adapter's folder of PEFT's, read for a model whose tensors have published names.
+
+What the settings mean and what the file holds must be the same modules: PEFT passes over what it
+finds no place for, and leaves fresh what it finds no tensors for, with a warning at most.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from maxlm.adapters.virtual_tokens import from_peft
+from maxlm.config import MaxlmError
+from maxlm.huggingface.arrays import Shape
+from maxlm.huggingface.files import StoredTensor, list_file_tensors, read_tensor
+from maxlm.huggingface.peft.settings import (
+    CONFIG,
+    IA3,
+    MERGE,
+    PREFIX_TUNING,
+    PeftSettings,
+    read_peft_settings,
+)
+from maxlm.huggingface.peft.sites import (
+    IA3_PARTS,
+    LORA_PARTS,
+    TABLE_PARTS,
+    AdapterSite,
+    Arrays,
+    MapSite,
+    ModuleCatalog,
+    find_saved_modules,
+    find_target_sites,
+    list_modules,
+    matches_pattern,
+)
+from maxlm.models.adapters import Adapter
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.families.names import ParamSlice, TensorEntry
+from maxlm.models.params import Params, flatten_names
+
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+PROMPT = "prompt_embeddings"
+VIRTUAL = ".virtual"
+OUR_TOKEN_ROWS = "token_rows"
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter that was read, for a base that is still to be."""
+
+    adapter: Adapter
+    arrays: Arrays
+    """Its arrays by canonical name. Magnitudes of DoRA are whole here: the base's norms are to be
+    taken from them."""
+    base_values: Mapping[ParamSlice, np.ndarray] = field(default_factory=dict)
+    """Parameters of the base, or slices of them, that the file holds trained."""
+    principal_ranks: Mapping[ParamSlice, int] = field(default_factory=dict)
+    """With PiSSA: the singular values that each matrix of the base gave away."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base beside it is another than the published one."""
+        return self.adapter.changes_base or bool(self.base_values)
+
+
+def read_peft_adapter(
+    folder: Path, config: ModelConfig, specs: Params, entries: Iterable[TensorEntry]
+) -> PeftAdapter:
+    """Reads an adapter for a model with declarations ``specs``, published as ``entries``. Raises
+    MaxlmError: settings that PEFT or maxlm refuses, tensors that settings and model do not
+    mean, tensors that are missing."""
+    settings = read_peft_settings(folder / CONFIG, list_task_types(config))
+    stored = _list_tensors(folder)
+    if settings.num_virtual_tokens:
+        return _read_virtual_tokens(settings, stored, config, specs, folder)
+    catalog = list_modules(entries)
+    reader = _AdapterReader(settings, catalog, stored, folder)
+    return reader.read(specs)
+
+
+def list_task_types(config: ModelConfig) -> tuple[str | None, ...]:
+    """Returns PEFT's names of what a model is for; None: not said. The first is written."""
+    if config.architecture == "encoder_decoder":
+        return "SEQ_2_SEQ_LM", None
+    if config.architecture == "encoder":
+        return None, "FEATURE_EXTRACTION"
+    if "score" in config.heads:
+        return "SEQ_CLS", None
+    return "CAUSAL_LM", None
+
+
+def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    path = folder / TENSORS
+    if not path.exists() and (folder / PICKLE).exists():
+        what = f"{PICKLE} is a pickle, which can run any code when it is read"
+        fix = "only if you trust it, load it with PEFT and write it with save_pretrained"
+        raise MaxlmError(what, where=str(folder / PICKLE), fix=fix)
+    return list_file_tensors(path)
+
+
+def _read_virtual_tokens(
+    settings: PeftSettings,
+    stored: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    specs: Params,
+    folder: Path,
+) -> PeftAdapter:
+    strange = [name for name in stored if name != PROMPT]
+    refuse_tensors("tensors that PEFT would pass over", strange, folder)
+    if PROMPT not in stored:
+        refuse_tensors("the file lacks", [PROMPT], folder)
+    kind = PrefixAdapter if settings.peft_type == PREFIX_TUNING else PromptAdapter
+    adapter = kind(num_virtual_tokens=settings.num_virtual_tokens)
+    adapted = flatten_names(adapter.adapt(specs))
+    shapes = {name: spec.shape for name, spec in adapted.items() if name.endswith(VIRTUAL)}
+    if settings.peft_type == PREFIX_TUNING:
+        heads, size = next(iter(shapes.values()))[2:]
+        sizes = {"num_layers": config.num_layers, "num_attention_heads": heads}
+        sizes["token_dim"] = heads * size
+    else:
+        sizes = {"token_dim": config.d_model}
+    for name, size in sizes.items():
+        value = getattr(settings, name)
+        if value not in (None, size):
+            what = f"{name}={value}, and {size} in this model"
+            raise MaxlmError(what, where=str(settings.path), fix=_OTHER_BASE)
+    vectors = _read_values(stored[PROMPT])
+    return PeftAdapter(adapter, from_peft(vectors, shapes, config.embedding_scale))
+
+
+class _AdapterReader:
+    """Matches the tensors of a file with what its settings mean."""
+
+    def __init__(
+        self,
+        settings: PeftSettings,
+        catalog: ModuleCatalog,
+        stored: Mapping[str, StoredTensor],
+        folder: Path,
+    ):
+        self._settings = settings
+        self._catalog = catalog
+        self._stored = dict(stored)
+        self._folder = folder
+        where = str(settings.path)
+        self._sites = find_target_sites(settings.modules, catalog, where)
+        self._saved = find_saved_modules(settings.modules, catalog)
+
+    def read(self, specs: Params) -> PeftAdapter:
+        strange = [name for name in self._stored if not name.startswith(PREFIX)]
+        refuse_tensors(f"tensors without PEFT's prefix {PREFIX}", strange, self._folder)
+        self._stored = {name.removeprefix(PREFIX): x for name, x in self._stored.items()}
+        sites = {site.name: self._take_parts(site) for site in self._sites}
+        token_ids, token_rows = self._take_token_rows()
+        base_values = self._take_base_values()
+        what = "tensors that the settings or this model have no place for"
+        refuse_tensors(what, [*map(_describe, self._stored.values())], self._folder)
+        if self._settings.peft_type == IA3:
+            adapter = self._make_ia3_adapter()
+        else:
+            adapter = self._make_lora_adapter(token_ids)
+        arrays = self._fill_arrays(adapter, specs, sites) | token_rows
+        ranks = self._list_principal_ranks()
+        overlap = [place.name for place in base_values if place in ranks]
+        refuse_tensors("PiSSA beside a base of its own", overlap, self._folder)
+        return PeftAdapter(adapter, arrays, base_values, ranks)
+
+    def _list_principal_ranks(self) -> dict[ParamSlice, int]:
+        """The ranks that PiSSA takes from the base; from tables PEFT takes none."""
+        if not self._settings.pissa:
+            return {}
+        maps = [s for s in self._sites if not (isinstance(s, MapSite) and s.is_table)]
+        return {site.places[0]: self._settings.get_rank(site.name) for site in maps}
+
+    def _take(self, name: str, shape: Shape) -> np.ndarray:
+        """Takes a tensor out of those that are left."""
+        stored = self._stored.pop(name, None)
+        if stored is None:
+            refuse_tensors("the settings mean tensors that the file lacks", [name], self._folder)
+            raise AssertionError
+        if stored.shape != shape:
+            what = f"{name} is {[*stored.shape]}, and {[*shape]} by the settings and this model"
+            raise MaxlmError(what, where=str(self._folder), fix=_OTHER_BASE)
+        return _read_values(stored)
+
+    def _take_parts(self, site: AdapterSite) -> Arrays:
+        settings = self._settings
+        if settings.peft_type == IA3:
+            assert isinstance(site, MapSite)
+            of_inputs = matches_pattern(settings.modules.feedforward_modules, site.name)
+            shape = site.get_factor_shape(of_inputs=of_inputs)
+            return {"ia3": self._take(f"{site.prefix}.{next(iter(IA3_PARTS))}", shape)}
+        rank = settings.get_rank(site.name)
+        is_table = isinstance(site, MapSite) and site.is_table
+        shapes = dict(zip(("lora_a", "lora_b"), site.get_lora_shapes(rank), strict=True))
+        if settings.dora:
+            self._check_dora(site)
+            shapes["lora_magnitude"] = shapes["lora_b"][:1]
+        names = {ours: there for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()}
+        return {part: self._take(f"{site.prefix}.{names[part]}", s) for part, s in shapes.items()}
+
+    def _check_dora(self, site: AdapterSite) -> None:
+        if not isinstance(site, MapSite):
+            what = f"use_dora, and {site.name} is a parameter, for which PEFT has no DoRA"
+            raise MaxlmError(what, where=str(self._settings.path), fix="train it without")
+
+    def _take_token_rows(self) -> tuple[tuple[int, ...], Arrays]:
+        """Takes the trained rows of the table of tokens: their ids, and the array by its name."""
+        if not self._settings.token_indices:
+            return (), {}
+        where = str(self._settings.path)
+        module = self._catalog.input_table
+        site = self._catalog.sites[module]
+        (name, ids), *others = self._settings.token_indices.items()
+        adapted = any(own.name == module for own in self._sites)
+        if others or not module.endswith(name) or adapted or module in self._saved:
+            tables = ", ".join(filter(None, self._settings.token_indices)) or module
+            what = f"trainable_token_indices of {tables}"
+            what += " is implemented for the table of tokens alone, where nothing else adapts it"
+            raise MaxlmError(what, where=where, fix=MERGE)
+        if not all(0 <= index < site.num_inputs for index in ids):
+            what = f"trainable_token_indices={[*ids]}, and the table has {site.num_inputs} rows"
+            raise MaxlmError(what, where=where, fix=_OTHER_BASE)
+        values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), site.num_outputs))
+        return ids, {f"{site.places[0].name}.{OUR_TOKEN_ROWS}": values}
+
+    def _take_base_values(self) -> dict[ParamSlice, np.ndarray]:
+        """Takes the base's tensors that the file holds: of modules that are saved whole, biases,
+        and whatever else has the name that it has in PEFT's model, which reads it."""
+        catalog = self._catalog
+        adapted = {site.name for site in self._sites}
+        values: dict[ParamSlice, np.ndarray] = {}
+        for name, entry in catalog.tensors.items():
+            module, _, kind = name.rpartition(".")
+            is_saved = module in self._saved or any(
+                module.startswith(f"{parent}.") for parent in self._saved
+            )
+            stored_name = name
+            if module in adapted and not is_saved:
+                stored_name = f"{module}.base_layer.{kind}"
+            if stored_name not in self._stored and not is_saved:
+                continue
+            tensor = self._take(stored_name, entry.shape)
+            self._check_tie(name, entry, is_saved=is_saved)
+            for place, piece in zip(entry.ours, entry.split(tensor), strict=True):
+                values[place] = np.asarray(piece, np.float32)
+            for alias in entry.aliases:
+                again = self._stored.get(alias)
+                if again is not None and np.array_equal(_read_values(again), tensor):
+                    del self._stored[alias]
+        return values
+
+    def _check_tie(self, name: str, entry: TensorEntry, *, is_saved: bool) -> None:
+        """Refuses a copy of one of two modules that share a table: PEFT unties them."""
+        if is_saved and entry.aliases:
+            what = f"modules_to_save of {name}, which this model ties to {entry.aliases[0]}"
+            raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+
+    def _make_ia3_adapter(self) -> Ia3Adapter:
+        settings = self._settings.modules
+        outputs: list[AdapterSite] = []
+        inputs: list[AdapterSite] = []
+        for site in self._sites:
+            of_inputs = matches_pattern(settings.feedforward_modules, site.name)
+            (inputs if of_inputs else outputs).append(site)
+        return Ia3Adapter(targets=_name_targets(outputs), input_targets=_name_targets(inputs))
+
+    def _make_lora_adapter(self, token_ids: tuple[int, ...]) -> LoraAdapter:
+        settings = self._settings
+        fused = [site for site in self._sites if len(site.places) > 1 and settings.pissa]
+        if fused:
+            what = f"PiSSA of {fused[0].name}, which is several maps here, is not implemented"
+            raise MaxlmError(what, where=str(settings.path), fix=MERGE)
+        return LoraAdapter(
+            rank=max(settings.get_rank(site.name) for site in self._sites),
+            alpha=settings.alpha,
+            rank_stabilized=settings.rank_stabilized,
+            dora=settings.dora,
+            init="pissa" if settings.pissa else "default",
+            targets=_name_targets(self._sites),
+            token_ids=token_ids,
+            dropout=settings.dropout,
+        )
+
+    def _fill_arrays(self, adapter: Adapter, specs: Params, sites: Mapping[str, Arrays]) -> Arrays:
+        """Returns the adapter's arrays. Where layers or maps have none there, or lower ranks, they
+        hold what changes nothing and stays so in training: zeros, of which both A and B are."""
+        parts = {*LORA_PARTS.values(), *IA3_PARTS.values()}
+        adapted = flatten_names(adapter.adapt(specs))
+        fills = {"ia3": 1.0, "lora_magnitude": np.nan}
+        arrays = {
+            name: np.full(spec.shape, fills.get(name.rpartition(".")[2], 0.0), np.float32)
+            for name, spec in adapted.items()
+            if name.rpartition(".")[2] in parts
+        }
+        for site in self._sites:
+            for part, tensor in sites[site.name].items():
+                if part == "lora_b" and isinstance(adapter, LoraAdapter):
+                    scale = self._settings.compute_scale(site.name) / adapter.scale
+                    tensor = tensor * np.float32(scale)
+                for place, piece in zip(site.places, site.split(part, tensor), strict=True):
+                    array = arrays[f"{place.name}.{part}"][place.index]
+                    array[tuple(slice(size) for size in piece.shape)] = piece
+        return arrays
+
+
+def _read_values(stored: StoredTensor) -> np.ndarray:
+    values = read_tensor(stored, np.dtype(np.float32), lossy=True)
+    if not np.isfinite(values).all():
+        what = f"{stored.name} holds values that are infinite or no numbers"
+        raise MaxlmError(what, where=str(stored.path), fix="train the adapter again")
+    return values
+
+
+def _describe(stored: StoredTensor) -> str:
+    return f"{stored.name} {[*stored.shape]}"
+
+
+def _name_targets(sites: Iterable[AdapterSite]) -> tuple[str, ...]:
+    """Returns the names of maps as ``adapter.targets`` has them."""
+    names = (place.name for site in sites for place in site.places)
+    return tuple(dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names))
+
+
+def refuse_tensors(what: str, names: Sequence[str], folder: Path) -> None:
+    """Raises MaxlmError naming the first of some tensors, if there are any."""
+    if not names:
+        return
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:4])
+    if len(ordered) > 4:
+        shown += f" and {len(ordered) - 4} more"
+    raise MaxlmError(f"{what}: {shown}", where=str(folder), fix=_OTHER_BASE)
