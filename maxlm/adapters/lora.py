@@ -36,6 +36,15 @@ from maxlm.parallel.local import get_layout, make_spec
 
 _TINY = 1e-30
 """Least norm that is divided by: an output whose weights are all 0 stays 0."""
+_NUM_SEEDS = 1 << 24
+"""Whole numbers that fp32 holds exactly."""
+_MICRO_BATCH_STRIDE = 7_919
+"""A prime, so that the seeds of neighbouring micro-batches differ."""
+
+
+def _get_array(param: Any) -> Any:
+    """The array that is trained, of a parameter that is kept whole beside it too."""
+    return getattr(param, "value", param)
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +61,11 @@ class LoraParam(AdaptedParam):
     """[..., *outputs], each magnitude's difference from the base's norm: with zeros the model is
     the base bit for bit, and gradients are those of the magnitude. None: no DoRA."""
     scale: float = field(metadata={"static": True})
+    dropout: float = field(default=0.0, kw_only=True, metadata={"static": True})
+    dropout_seed: Any = field(default=None, kw_only=True)
+    """fp32 [...], a whole number below 2^24 for each layer: it begins the random numbers of a
+    training step's dropout. Floating, so that it may stand beside parameters that are
+    differentiated. None: no input is dropped, as at inference."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
         base, own = self._read(reader)
@@ -59,12 +73,43 @@ class LoraParam(AdaptedParam):
 
     def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         in_axes, out_axes = self._axes(reader)
-        (h,) = reader.multiply(x, reader.read(self.lora_a, in_axes))
+
+        def map_inputs(x: jax.Array) -> jax.Array:
+            return reader.multiply(self._drop_inputs(x), reader.read(self.lora_a, in_axes))[0]
+
+        # What is left of x is computed again in the backward pass, rather than kept for each map.
+        h = map_inputs(x) if self.dropout_seed is None else jax.checkpoint(map_inputs)(x)
         (added,) = reader.multiply(h, reader.read(self.lora_b, out_axes))
         return self._scale_outputs(y + self.scale * added, reader)
 
     def merge(self) -> jax.Array | None:
         return None if isinstance(self.base, Leaf) else self._multiply_out()
+
+    def seed_dropout(self, specs: Self, key: jax.Array) -> Self:
+        if not self.dropout:
+            return self
+        shape = specs.lora_a.shape[: specs.lora_a.num_layer_axes]
+        seeds = jax.random.randint(key, shape, 0, _NUM_SEEDS).astype(jnp.float32)
+        if shape and not jax.sharding.get_abstract_mesh().empty:
+            layout = get_layout(_get_array(self.lora_a))[: len(shape)]
+            seeds = reshard(seeds, make_spec(layout))
+        return replace(self, dropout_seed=seeds)
+
+    def seed_micro_batch(self, index: jax.Array) -> Self:
+        if self.dropout_seed is None:
+            return self
+        seeds = (self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE) % _NUM_SEEDS
+        return replace(self, dropout_seed=seeds.astype(jnp.float32))
+
+    def _drop_inputs(self, x: jax.Array) -> jax.Array:
+        if self.dropout_seed is None:
+            return x
+        key = jax.random.key(_get_array(self.dropout_seed).astype(jnp.uint32))
+        meshless = jax.sharding.get_abstract_mesh().empty
+        layout: Any = {} if meshless else {"out_sharding": jax.typeof(x).sharding}
+        bits = jax.random.bits(key, x.shape, jnp.uint32, **layout)
+        is_kept = bits >= np.uint32(self.dropout * 2**32)
+        return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def split_principal(self) -> Self:
         """Takes the base's largest singular values and vectors out of it, into A and B (PiSSA, Meng
@@ -307,6 +352,9 @@ class LoraAdapter(Adapter):
         if self.init == "pissa" and self.rank > min(sides):
             what = f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
             raise MaxlmError(what, where="adapter.init", fix="lower the rank, or its targets")
+        if self.dropout and "expert" in spec.axes:
+            what = f"dropout of the inputs of the experts {name} is not implemented"
+            raise MaxlmError(what, where="adapter.dropout", fix="set it to 0, or other targets")
         if self.dora and "expert" in spec.axes:
             what = f"DoRA of the experts {name} is not implemented"
             raise MaxlmError(what, where="adapter.dora", fix="set it to false, or other targets")
@@ -318,7 +366,9 @@ class LoraAdapter(Adapter):
             *(spec, declare_input_map(spec, self.rank, first)),
             *(declare_output_map(spec, self.rank, second), magnitude, self.scale),
         )
-        return LoraParam(*parts) if spec.contracting_dims else LoraTable(*parts, tied=tied)
+        if not spec.contracting_dims:
+            return LoraTable(*parts, tied=tied)
+        return LoraParam(*parts, dropout=self.dropout)
 
 
 def _draw_uniform(num_inputs: int) -> Initializer:

@@ -1,5 +1,6 @@
 """Published checkpoints to runs and back; adapters of either kind."""
 
+import copy
 import fnmatch
 import json
 import os
@@ -171,25 +172,19 @@ def _import_run(
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
-    opened = open_huggingface_model(source, target)
-    family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    specs = _build_specs(config)
-    peft: PeftAdapter | None = None
+    base = open_huggingface_model(source, target)
+    opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
+    parameters = sum(spec.size for spec in base.specs.values())
     if adapter_folder is not None:
-        entries = family.list_entries(config.model)
-        peft = read_peft_adapter(adapter_folder, config.model, specs, entries)
-        config = _with_adapter(config, peft, specs)
+        opened = open_adapted_model(base, adapter_folder)
+        parameters += sum(array.size for array in opened.peft.arrays.values())
+    family, config, tokenizer = base.family, opened.config, opened.tokenizer
     with _make_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        if peft is None:
-            dtypes = opened.import_tensors(writer, progress)
-        else:
-            adapted = AdaptedParamWriter(writer, peft, specs)
-            dtypes = opened.import_tensors(adapted, progress)
-            adapted.finish()
+        dtypes = opened.import_tensors(writer, progress)
         # The way back asks under the usual names.
         usual = [entry.theirs for entry in family.list_entries(config.model)]
-        names = zip((entry.theirs for entry in opened.entries), usual, strict=True)
+        names = zip((entry.theirs for entry in base.entries), usual, strict=True)
         dtypes = dtypes.with_names(dict(names))
         writer.commit(
             {
@@ -198,27 +193,78 @@ def _import_run(
                 "published": {
                     "family": family.name,
                     "dtypes": dtypes.model_dump(),
-                    "tokens": {k: opened.values[k] for k in _TOKENS if k in opened.values},
+                    "tokens": {k: base.values[k] for k in _TOKENS if k in base.values},
                 },
             }
         )
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
-    parameters = sum(spec.size for spec in opened.specs.values())
-    parameters += 0 if peft is None else sum(array.size for array in peft.arrays.values())
-    return ConversionResult(family.name, target, parameters, dtypes.default, opened.notes)
+    return ConversionResult(family.name, target, parameters, dtypes.default, base.notes)
 
 
-def _with_adapter(config: RunConfig, peft: PeftAdapter, specs: Params) -> RunConfig:
-    """A run with an adapter, which trains what PEFT did."""
+@dataclass(frozen=True)
+class AdaptedHuggingFaceModel:
+    """A Hugging Face folder and an adapter of PEFT's for it, understood."""
+
+    base: HuggingFaceModel
+    peft: PeftAdapter
+    specs: Params
+    """Declarations of the base's parameters."""
+    config: RunConfig
+    """A run that goes on from both, and trains what PEFT did."""
+    tokenizer: Tokenizer | None
+    """The adapter's own, or its base's."""
+
+    def import_tensors(
+        self, writer: ParamWriter, progress: Progress = ignore_progress
+    ) -> TensorDtypes:
+        """Writes all parameters as fp32, the adapter's too; returns the formats that the base's
+        had."""
+        adapted = AdaptedParamWriter(writer, self.peft, self.specs)
+        dtypes = self.base.import_tensors(adapted, progress)
+        adapted.finish()
+        return dtypes
+
+
+def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFaceModel:
+    """Reads an adapter's folder for a base; raises MaxlmError as
+    :func:`~maxlm.huggingface.peft.reading.read_peft_adapter` does."""
+    config, tokenizer = base.config, base.tokenizer
+    specs = _build_specs(config)
+    entries = base.family.list_entries(config.model)
+    peft = read_peft_adapter(folder, config.model, specs, entries)
     task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
-    train = config.train
     trained = list_trained_names(peft, specs)
-    if trained:
-        train = train.model_copy(update={"trainable": trained})
-    changed = {"adapter": peft.adapter, "task": task, "train": train}
-    return config.model_copy(update=changed)
+    train = config.train.model_copy(update={"trainable": trained}) if trained else config.train
+    config = config.model_copy(update={"adapter": peft.adapter, "task": task, "train": train})
+    tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
+    return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
+
+
+def import_adapter_tokenizer(
+    folder: Path, base: Tokenizer | None, num_embedding_rows: int
+) -> Tokenizer | None:
+    """Imports the tokenizer or the chat template that an adapter was trained with, where its folder
+    has one, else returns the base's. Generation stops where the base's does too. Raises MaxlmError:
+    the tokenizer has ids that the base's table has no rows for."""
+    template = folder / "chat_template.jinja"
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        if base is None or not template.exists():
+            return base
+        changed = copy.copy(base)
+        changed.extra_files = base.extra_files | {template.name: template.read_bytes()}
+        return changed
+    tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
+    if tokenizer.vocab_size > num_embedding_rows:
+        what = f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+        what += f" {num_embedding_rows} rows"
+        fix = "resize the base as it was in training (resize_token_embeddings), and save it"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    if base is not None:
+        stops = (*tokenizer.extra_stop_ids, *base.extra_stop_ids)
+        tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
+    return tokenizer
 
 
 def _export_run(

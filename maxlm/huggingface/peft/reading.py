@@ -201,15 +201,9 @@ class _AdapterReader:
         is_table = isinstance(site, MapSite) and site.is_table
         shapes = dict(zip(("lora_a", "lora_b"), site.get_lora_shapes(rank), strict=True))
         if settings.dora:
-            self._check_dora(site)
             shapes["lora_magnitude"] = shapes["lora_b"][:1]
         names = {ours: there for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()}
         return {part: self._take(f"{site.prefix}.{names[part]}", s) for part, s in shapes.items()}
-
-    def _check_dora(self, site: AdapterSite) -> None:
-        if not isinstance(site, MapSite):
-            what = f"use_dora, and {site.name} is a parameter, for which PEFT has no DoRA"
-            raise MaxlmError(what, where=str(self._settings.path), fix="train it without")
 
     def _take_token_rows(self) -> tuple[tuple[int, ...], Arrays]:
         """Takes the trained rows of the table of tokens: their ids, and the array by its name."""

@@ -137,11 +137,21 @@ def _read_lora(reader: "_SettingsReader", task_type: str | None) -> PeftSettings
             reader.skip(name)  # It says how the weights began.
         else:
             reader.require_off(name, reader.take(name, None) is not None)
-    reader.read_flag("fan_in_fan_out")  # PEFT sets it by the module's class.
+    # Of modules PEFT sets it by their class.
+    fan_in_fan_out = reader.read_flag("fan_in_fan_out")
     reader.skip("loftq_config", "megatron_core", "qalora_group_size")
     dropout = reader.read_number("lora_dropout", 0.0)
     if not 0 <= dropout <= 1:
         reader.refuse("lora_dropout", dropout, "no probability")
+    modules = reader.read_lora_modules()
+    dora = reader.read_flag("use_dora")
+    for key, value in (
+        ("fan_in_fan_out", fan_in_fan_out),
+        ("lora_dropout", dropout),
+        ("use_dora", dora),
+    ):
+        if modules.target_parameters and value:
+            reader.refuse(key, value, "nothing that PEFT has for target_parameters")
     rank = reader.read_count("r", 8)
     if init == "orthogonal" and rank % 2:
         reader.refuse("r", rank, "odd, and init_lora_weights=orthogonal wants an even rank")
@@ -149,13 +159,13 @@ def _read_lora(reader: "_SettingsReader", task_type: str | None) -> PeftSettings
         reader.path,
         LORA,
         task_type,
-        reader.read_lora_modules(),
+        modules,
         rank=rank,
         alpha=reader.read_positive("lora_alpha", 8),
         rank_pattern=reader.read_patterns("rank_pattern", is_count=True),
         alpha_pattern=reader.read_patterns("alpha_pattern", is_count=False),
         rank_stabilized=reader.read_flag("use_rslora"),
-        dora=reader.read_flag("use_dora"),
+        dora=dora,
         pissa=init == "pissa",
         dropout=float(dropout),
         token_indices=reader.read_token_indices("trainable_token_indices"),

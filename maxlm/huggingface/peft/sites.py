@@ -317,7 +317,7 @@ def _find_parameter_sites(
             module = key.removesuffix(".weight")
             found.append(MapSite(key, module, site.places, site.entry))
     for name in catalog.tensors:
-        if _ends_with(name, targets) and name not in catalog.routers:
+        if _ends_with(name, targets) and _rename_block(name) not in catalog.routers:
             what = f"target_parameters means {name}, which is not an expert's or a router's"
             raise MaxlmError(what, where=where, fix=MERGE)
     return found
