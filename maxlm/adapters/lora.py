@@ -231,17 +231,22 @@ class LoraTable(LoraParam):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenRowsParam(AdaptedParam):
-    """A table with rows of its own in place of some tokens' of the base; a head tied to the table
-    has them too."""
+    """A table [V, D], or a head [D, V], with rows of its own in place of some tokens' of the base;
+    a head tied to the table has them too."""
 
     token_rows: Any
-    """[tokens, columns]."""
+    """[tokens, D]."""
     token_ids: tuple[int, ...] = field(metadata={"static": True})
+    is_head: bool = field(metadata={"static": True})
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
         base = reader.read(self.base)
-        rows = reader.read(self.token_rows, (None, reader.spec.axes[-1])).value
+        axis = reader.spec.axes[0 if self.is_head else 1]
+        rows = reader.read(self.token_rows, (None, axis)).value
         return base._replace(value=self._replace_rows(base.value, rows))
+
+    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
+        return self.materialize(reader)
 
     def merge(self) -> jax.Array | None:
         if isinstance(self.base, Leaf):
@@ -250,26 +255,28 @@ class TokenRowsParam(AdaptedParam):
 
     def take_base_rows(self) -> Self:
         """Returns the table with the base's own rows as the trained ones."""
-        ids = np.asarray(self.token_ids)
-        rows = self.base.at[ids].get(out_sharding=jax.typeof(self.token_rows).sharding)
+        table = self.base.T if self.is_head else self.base
+        rows = table.at[np.asarray(self.token_ids)].get(
+            out_sharding=jax.typeof(self.token_rows).sharding
+        )
         return replace(self, token_rows=rows.astype(self.token_rows.dtype))
 
-    def _replace_rows(self, table: jax.Array, rows: jax.Array) -> jax.Array:
+    def _replace_rows(self, base: jax.Array, rows: jax.Array) -> jax.Array:
         # A product with ones and zeros, which XLA splits over any mesh as it stands.
+        table = base.T if self.is_head else base
         is_row = jnp.arange(table.shape[0])[:, None] == jnp.asarray(self.token_ids)
         one_hot = is_row.astype(table.dtype)
         is_replaced = is_row.any(axis=1, keepdims=True)
-        precision = lax.Precision.HIGHEST
-        if jax.sharding.get_abstract_mesh().empty:
-            picked = jnp.matmul(one_hot, rows, precision=precision)
-            return jnp.where(is_replaced, picked, table)
-        vocab, columns = get_layout(table)
-        one_hot = reshard(one_hot, make_spec((vocab, ())))
-        is_replaced = reshard(is_replaced, make_spec((vocab, ())))
-        rows = reshard(rows, make_spec(((), columns)))
-        layout = make_spec((vocab, columns))
-        picked = jnp.matmul(one_hot, rows, precision=precision, out_sharding=layout)
-        return jnp.where(is_replaced, picked, table)
+        layout: dict[str, Any] = {}
+        if not jax.sharding.get_abstract_mesh().empty:
+            vocab, columns = get_layout(table)
+            one_hot = reshard(one_hot, make_spec((vocab, ())))
+            is_replaced = reshard(is_replaced, make_spec((vocab, ())))
+            rows = reshard(rows, make_spec(((), columns)))
+            layout = {"out_sharding": make_spec((vocab, columns))}
+        picked = jnp.matmul(one_hot, rows, precision=lax.Precision.HIGHEST, **layout)
+        replaced = jnp.where(is_replaced, picked, table)
+        return replaced.T if self.is_head else replaced
 
 
 @register_adapter
@@ -299,6 +306,8 @@ class LoraAdapter(Adapter):
     token_ids: tuple[int, ...] = ()
     """Tokens whose rows of the embedding table are trained as they are, such as special ones that a
     tokenizer was given for tuning: PEFT's `trainable_token_indices`."""
+    token_head: bool = False
+    """Train these tokens' rows of the output head too, where it is not the embedding table."""
 
     @property
     def scale(self) -> float:
@@ -313,20 +322,27 @@ class LoraAdapter(Adapter):
         adapted = replace_targets(specs, self.targets, adapt)
         if not self.token_ids:
             return adapted
-        table = adapted["embedding"]["table"]
-        if isinstance(table, Leaf):
-            what = "the table of tokens has LoRA, and rows of its own"
-            raise MaxlmError(what, where="adapter.token_ids", fix="take embedding out of targets")
-        wrong = [i for i in self.token_ids if not 0 <= i < table.shape[0]]
+        table = self._add_token_rows(adapted["embedding"]["table"], is_head=False)
+        adapted = {**adapted, "embedding": {**adapted["embedding"], "table": table}}
+        if self.token_head and "head" in adapted:
+            kernel = self._add_token_rows(adapted["head"]["kernel"], is_head=True)
+            adapted["head"] = {**adapted["head"], "kernel": kernel}
+        return adapted
+
+    def _add_token_rows(self, spec: Any, *, is_head: bool) -> TokenRowsParam:
+        if is_leaf(spec):
+            what = f"the {'head' if is_head else 'table of tokens'} has LoRA, and rows of its own"
+            raise MaxlmError(what, where="adapter.token_ids", fix="take it out of adapter.targets")
+        size, columns = spec.shape[::-1] if is_head else spec.shape
+        wrong = [i for i in self.token_ids if not 0 <= i < size]
         if wrong or len({*self.token_ids}) < len(self.token_ids):
             what = f"{(wrong or self.token_ids)[0]} is no row of the model's table, or named twice"
-            fix = f"name different ids below model.vocab_size={table.shape[0]}"
+            fix = f"name different ids below model.vocab_size={size}"
             raise MaxlmError(what, where="adapter.token_ids", fix=fix)
+        axis = spec.axes[0 if is_head else 1]
         zeros = jax.nn.initializers.zeros
-        shape = len(self.token_ids), table.shape[1]
-        rows = ParamSpec(shape, (None, table.axes[1]), zeros, "table")
-        leaf = TokenRowsParam(table, rows, self.token_ids)
-        return {**adapted, "embedding": {**adapted["embedding"], "table": leaf}}
+        rows = ParamSpec((len(self.token_ids), columns), (None, axis), zeros, "table")
+        return TokenRowsParam(spec, rows, self.token_ids, is_head)
 
     def init_from_base(self, params: Params) -> Params:
         if self.init != "pissa" and not self.token_ids:

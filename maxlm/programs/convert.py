@@ -179,7 +179,7 @@ def _import_run(
         opened = open_adapted_model(base, adapter_folder)
         parameters += sum(array.size for array in opened.peft.arrays.values())
     family, config, tokenizer = base.family, opened.config, opened.tokenizer
-    with _make_folder(target) as folder:
+    with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         dtypes = opened.import_tensors(writer, progress)
         # The way back asks under the usual names.
@@ -281,6 +281,8 @@ def _export_run(
     config, reader = open_run_checkpoint(source, step)
     chosen, published = find_run_family(config, reader, family)
     specs, entries = _build_specs(config), chosen.list_entries(config.model)
+    home = source / "tokenizer"
+    tokenizer = load_tokenizer(home) if home.exists() else None
     if adapter:
         if config.adapter is None:
             what, fix = "this run has no adapter", "leave out --adapter"
@@ -293,14 +295,14 @@ def _export_run(
             find_trained_base(config, reader),
             _open_start(config),
         )
-        with _make_folder(target) as folder:
+        with make_new_folder(target) as folder:
             count, notes = write_peft_adapter(folder, trained, entries)
+            if tokenizer is not None:
+                export_tokenizer(tokenizer, folder)
         return ConversionResult(chosen.name, target, count, "F32", notes)
     if config.adapter is not None:
         reader = MergedCheckpointReader(reader, config.adapter, specs)
     values = chosen.write_config(config.model)
-    home = source / "tokenizer"
-    tokenizer = load_tokenizer(home) if home.exists() else None
     if tokenizer and not published.get("tokens"):
         stops = [*tokenizer.stop_ids]
         ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
@@ -312,7 +314,7 @@ def _export_run(
             raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
         kept = TensorDtypes(default=DTYPES[dtype])
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
-    with _make_folder(target) as folder:
+    with make_new_folder(target) as folder:
         lossy = dtype is not None
         export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
         if tokenizer is not None:
@@ -450,8 +452,8 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
 
 
 @contextmanager
-def _make_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete; nothing is left of it else."""
+def make_new_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder that appears under its name when it is complete, or not at all."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
     made = [parent for parent in part.parents if not parent.exists()]
     try:

@@ -141,8 +141,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "excluded": ({"exclude_modules": r".*\.0\..*"}, "no place for: model.layers.0.self_attn"),
     "norm": ({"target_modules": ["q_proj", "norm"]}, "model.norm, which is no linear map"),
     "saved": ({"modules_to_save": ["lm_head"]}, "that the file lacks: lm_head.weight"),
-    "token": ({"trainable_token_indices": [V]}, "=[11], and the table has 11 rows"),
-    "token_of_head": ({"trainable_token_indices": {"lm_head": [1]}}, "for the table of tokens"),
+    "token": ({"trainable_token_indices": [V]}, "=[11], and model.embed_tokens has 11 rows"),
+    "token_of_head": (
+        {"trainable_token_indices": {"lm_head": [1]}},
+        "of the head alone is not implemented",
+    ),
 }
 
 

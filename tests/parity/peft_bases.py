@@ -21,7 +21,16 @@ ADAPTERS: dict[str, str] = {
     **dict.fromkeys(
         (
             *("lora", "rslora", "dora", "pissa", "pissa_ranks", "patterns", "one_layer"),
-            *("all_linear", "embedding", "saved", "tokens", "ia3", "prefix", "prompt"),
+            *(
+                "all_linear",
+                "embedding",
+                "saved",
+                "tokens",
+                "head_tokens",
+                "ia3",
+                "prefix",
+                "prompt",
+            ),
         ),
         "llama",
     ),
@@ -102,6 +111,7 @@ def list_adapters() -> dict[str, Any]:
         "embedding": lora(target_modules=["embed_tokens", "q_proj"]),
         "saved": lora(modules_to_save=["lm_head", "model.norm"]),
         "tokens": lora(trainable_token_indices=[3, 5]),
+        "head_tokens": lora(trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]}),
         "tied": lora(),
         "tied_embedding": lora(target_modules=["embed_tokens", "q_proj"]),
         "tied_tokens": lora(trainable_token_indices=[3, 5]),

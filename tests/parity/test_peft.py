@@ -56,7 +56,16 @@ CASES: dict[str, Any] = {
 
 # What is trained beside A and B, or of some layers; their bases are tied, biased, have experts.
 SHARED = (
-    *("pissa_ranks", "one_layer", "saved", "tokens", "tied_embedding", "tied_tokens", "biases"),
+    *(
+        "pissa_ranks",
+        "one_layer",
+        "saved",
+        "tokens",
+        "head_tokens",
+        "tied_embedding",
+        "tied_tokens",
+        "biases",
+    ),
     *("own_biases", "experts", "all_experts"),
 )
 

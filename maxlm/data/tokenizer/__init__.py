@@ -3,6 +3,7 @@
 from maxlm.data.tokenizer.chat import add_chat_template, encode_chat, encode_chat_turns, render_chat
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.extend import extend_tokenizer
 from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.stats import measure_tokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "encode_chat",
     "encode_chat_turns",
     "export_tokenizer",
+    "extend_tokenizer",
     "has_tokenizer_files",
     "import_tokenizer",
     "load_tokenizer",

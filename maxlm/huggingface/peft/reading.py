@@ -165,7 +165,7 @@ class _AdapterReader:
         if self._settings.peft_type == IA3:
             adapter = self._make_ia3_adapter()
         else:
-            adapter = self._make_lora_adapter(token_ids)
+            adapter = self._make_lora_adapter(token_ids, token_head=len(token_rows) > 1)
         arrays = self._fill_arrays(adapter, specs, sites) | token_rows
         ranks = self._list_principal_ranks()
         overlap = [place.name for place in base_values if place in ranks]
@@ -206,24 +206,36 @@ class _AdapterReader:
         return {part: self._take(f"{site.prefix}.{names[part]}", s) for part, s in shapes.items()}
 
     def _take_token_rows(self) -> tuple[tuple[int, ...], Arrays]:
-        """Takes the trained rows of the table of tokens: their ids, and the array by its name."""
-        if not self._settings.token_indices:
-            return (), {}
-        where = str(self._settings.path)
-        module = self._catalog.input_table
-        site = self._catalog.sites[module]
-        (name, ids), *others = self._settings.token_indices.items()
-        adapted = any(own.name == module for own in self._sites)
-        if others or not module.endswith(name) or adapted or module in self._saved:
-            tables = ", ".join(filter(None, self._settings.token_indices)) or module
-            what = f"trainable_token_indices of {tables}"
-            what += " is implemented for the table of tokens alone, where nothing else adapts it"
-            raise MaxlmError(what, where=where, fix=MERGE)
-        if not all(0 <= index < site.num_inputs for index in ids):
-            what = f"trainable_token_indices={[*ids]}, and the table has {site.num_inputs} rows"
-            raise MaxlmError(what, where=where, fix=_OTHER_BASE)
-        values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), site.num_outputs))
-        return ids, {f"{site.places[0].name}.{OUR_TOKEN_ROWS}": values}
+        """Takes the trained rows of the table of tokens and of the head: their ids, and the arrays
+        by name."""
+        catalog = self._catalog
+        arrays: Arrays = {}
+        ids: tuple[int, ...] = ()
+        for name, indices in self._settings.token_indices.items():
+            modules = [module for module in catalog.sites if module.endswith(name)]
+            module = catalog.input_table if not name else modules[0] if modules else name
+            adapted = any(own.name == module for own in self._sites)
+            is_known = module in (catalog.input_table, catalog.head) and len(modules) != 0
+            same = not ids or ids == indices
+            if not (is_known and same) or adapted or module in self._saved:
+                what = f"trainable_token_indices of {module} is implemented for the table of tokens"
+                what += " and the head, with the same ids, where nothing else adapts them"
+                raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+            ids = indices
+            site = catalog.sites[module]
+            size, columns = site.num_inputs, site.num_outputs
+            if module == catalog.head:
+                size, columns = columns, size
+            if not all(0 <= index < size for index in ids):
+                what = f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
+                raise MaxlmError(what, where=str(self._settings.path), fix=_OTHER_BASE)
+            values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), columns))
+            arrays[f"{site.places[0].name}.{OUR_TOKEN_ROWS}"] = values
+        table = catalog.sites[catalog.input_table].places[0].name
+        if arrays and f"{table}.{OUR_TOKEN_ROWS}" not in arrays:
+            what = "trainable_token_indices of the head alone is not implemented"
+            raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+        return ids, arrays
 
     def _take_base_values(self) -> dict[ParamSlice, np.ndarray]:
         """Takes the base's tensors that the file holds: of modules that are saved whole, biases,
@@ -266,7 +278,7 @@ class _AdapterReader:
             (inputs if of_inputs else outputs).append(site)
         return Ia3Adapter(targets=_name_targets(outputs), input_targets=_name_targets(inputs))
 
-    def _make_lora_adapter(self, token_ids: tuple[int, ...]) -> LoraAdapter:
+    def _make_lora_adapter(self, token_ids: tuple[int, ...], *, token_head: bool) -> LoraAdapter:
         settings = self._settings
         fused = [site for site in self._sites if len(site.places) > 1 and settings.pissa]
         if fused:
@@ -280,6 +292,7 @@ class _AdapterReader:
             init="pissa" if settings.pissa else "default",
             targets=_name_targets(self._sites),
             token_ids=token_ids,
+            token_head=token_head,
             dropout=settings.dropout,
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from maxlm.adapters.lora import TokenRowsParam
 from maxlm.adapters.targets import split_dims
 from maxlm.adapters.virtual_tokens import to_peft
 from maxlm.config import MaxlmError
@@ -281,11 +282,22 @@ class _AdapterFile:
         return {"target_modules": self._shorten(self._adapted)}
 
     def _put_token_rows(self, adapter: LoraAdapter) -> None:
-        if not adapter.token_ids:
-            return
-        rows = self._run.checkpoint.open(f"embedding.table.{OUR_TOKEN_ROWS}").read()
-        self._put(f"{self._catalog.input_table}.{TOKEN_ROWS}", rows)
-        self.settings["trainable_token_indices"] = [*adapter.token_ids]
+        catalog = self._catalog
+        ids = [*adapter.token_ids]
+        modules = [catalog.input_table, catalog.head] if adapter.token_head else []
+        chosen = [module for module in modules if module in catalog.sites]
+        for module in chosen or ([catalog.input_table] if ids else []):
+            name = catalog.sites[module].places[0].name
+            rows = self._run.checkpoint.open(f"{name}.{OUR_TOKEN_ROWS}").read()
+            self._put(f"{module}.{TOKEN_ROWS}", rows)
+        if ids:
+            tables = dict.fromkeys(chosen, ids)
+            size = self._run.config.vocab_size
+            self.notes.append(
+                f"rows of tokens up to {max(ids)} are trained: a base with fewer is first given "
+                f"them by resize_token_embeddings({size})"
+            )
+            self.settings["trainable_token_indices"] = tables if len(chosen) > 1 else ids
 
     def add_trained_base(self, expert_tensors: Sequence[str]) -> None:
         """Adds the parameters of the base that were trained: as whole modules, or, where a module
@@ -307,6 +319,8 @@ class _AdapterFile:
         )
         if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
             refuse_tensors("PEFT saves no modules beside virtual tokens", trained, self._where)
+        rows = [name for name in trained if self._has_token_rows(catalog.tensors[name])]
+        refuse_tensors("trained whole beside rows of its tokens", rows, self._where)
         modules: dict[str, list[str]] = {}
         for name in trained:
             modules.setdefault(name.rpartition(".")[0], []).append(name)
@@ -333,6 +347,9 @@ class _AdapterFile:
             self.settings["modules_to_save"] = self._shorten(whole, by_dots=False)
         if biases and self.settings["peft_type"] == LORA:
             self.settings["bias"] = "all"
+
+    def _has_token_rows(self, entry: TensorEntry) -> bool:
+        return isinstance(self._leaves[entry.ours[0].name], TokenRowsParam)
 
     def _name_base(self, place: ParamSlice) -> str:
         return f"{place.name}.base" if is_leaf(self._leaves[place.name]) else place.name
