@@ -10,8 +10,8 @@ from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 
 def extend_tokenizer(tokenizer: Tokenizer, literals: Sequence[str]) -> Tokenizer:
     """Returns a tokenizer with more special tokens, whose ids follow its own; those that it has
-    keep theirs. Raises MaxlmError: a SentencePiece model, which holds its tokens in a form that is not
-    written here."""
+    keep theirs. Raises MaxlmError: a SentencePiece model, which holds its tokens in a form that is
+    not written here."""
     new = [literal for literal in dict.fromkeys(literals) if literal not in tokenizer.special.ids]
     if not new:
         return tokenizer

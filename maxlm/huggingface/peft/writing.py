@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from maxlm.adapters.ia3 import Ia3Param
 from maxlm.adapters.lora import TokenRowsParam
 from maxlm.adapters.targets import split_dims
 from maxlm.adapters.virtual_tokens import to_peft
 from maxlm.config import MaxlmError
-from maxlm.huggingface.checkpoint import RunCheckpointReader
+from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
 from maxlm.huggingface.peft.importing import to_matrix
 from maxlm.huggingface.peft.reading import (
     OUR_TOKEN_ROWS,
@@ -74,17 +75,18 @@ def write_peft_adapter(
     PEFT's can hold."""
     from safetensors.numpy import save_file
 
-    writer = _AdapterFile(run, list_modules(entries), folder)
-    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
-        writer.add_virtual_tokens(run.adapter)
-    elif isinstance(run.adapter, LoraAdapter):
-        writer.add_lora(run.adapter)
-    elif isinstance(run.adapter, Ia3Adapter):
-        writer.add_ia3()
-    else:
-        what = f"PEFT has no file of adapter.kind={run.adapter.kind}"
-        raise MaxlmError(what, where=str(run.checkpoint.folder), fix="use the run itself")
-    writer.add_trained_base([entry.theirs for entry in entries if len(entry.ours[0].index) > 1])
+    with ExitStack() as stack:
+        writer = _AdapterFile(run, list_modules(entries), folder, stack)
+        if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+            writer.add_virtual_tokens(run.adapter)
+        elif isinstance(run.adapter, LoraAdapter):
+            writer.add_lora(run.adapter)
+        elif isinstance(run.adapter, Ia3Adapter):
+            writer.add_ia3()
+        else:
+            what = f"PEFT has no file of adapter.kind={run.adapter.kind}"
+            raise MaxlmError(what, where=str(run.checkpoint.folder), fix="use the run itself")
+        writer.add_trained_base()
     save_file(writer.tensors, folder / TENSORS, {"format": "pt"})
     text = json.dumps(writer.settings, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", "utf-8")
@@ -92,12 +94,17 @@ def write_peft_adapter(
 
 
 class _AdapterFile:
-    """The tensors and settings of a file in the making."""
+    """The tensors and settings of a file in the making. Parameters of the run are opened once, in
+    ``stack``: each may be decoded into a file in the folder ``scratch`` until then."""
 
-    def __init__(self, run: TrainedAdapter, catalog: ModuleCatalog, scratch: Path):
+    def __init__(
+        self, run: TrainedAdapter, catalog: ModuleCatalog, scratch: Path, stack: ExitStack
+    ):
         self._run = run
         self._catalog = catalog
         self._scratch = scratch
+        self._stack = stack
+        self._readers: dict[str, ReadSlice] = {}
         self._where = run.checkpoint.folder
         self._leaves = flatten_names(run.adapter.adapt(run.specs), is_leaf)
         self._specs: dict[str, ParamSpec] = flatten_names(run.specs)
@@ -129,14 +136,15 @@ class _AdapterFile:
     def add_ia3(self) -> None:
         inputs: list[str] = []
         arrays = self._read_arrays()
+        is_fresh = all(np.all(parts["ia3"] == 1) for parts in arrays.values())
         for site in self._catalog.sites.values():
             parts = self._take_site(site, arrays)
             if not any(parts):
                 continue
             leaf = self._leaves[site.places[0].name]
-            of_inputs = getattr(leaf, "of_inputs", False)
+            of_inputs = isinstance(leaf, Ia3Param) and leaf.of_inputs
             factors = site.join_factors(parts, of_inputs=of_inputs)
-            if np.all(factors == 1) and not self._is_fresh(arrays, "ia3", 1):
+            if np.all(factors == 1) and not is_fresh:
                 continue  # a layer that the adapter leaves as it is
             self._put(f"{site.prefix}.{next(iter(IA3_PARTS))}", factors)
             self._adapted.append(site.name)
@@ -156,8 +164,8 @@ class _AdapterFile:
             is_pissa = False
         elif is_pissa:
             self.notes.append(
-                "PiSSA: the run that this one started from is gone, so PEFT takes the principal "
-                "part out of the base itself, and its logits may differ by some 1e-4"
+                "PiSSA without the run that it started from: PEFT takes the principal part out of "
+                "the base again, and its logits may differ by some 1e-4"
             )
         ranks: dict[str, int] = {}
         for site in self._list_adapted_sites(arrays):
@@ -174,7 +182,9 @@ class _AdapterFile:
             self._put_lora(site, joined)
         parameters = [name for name in ranks if name not in self._catalog.sites]
         self._adapted = [name for name in ranks if name in self._catalog.sites]
-        self.settings["target_parameters"] = self._shorten(parameters) or None
+        experts = self._shorten([name for name in parameters if name in self._catalog.experts])
+        routers = [name for name in parameters if name in self._catalog.routers]
+        self.settings["target_parameters"] = [*experts, *routers] or None
         self._write_lora_settings(adapter, ranks, fresh_rank, is_pissa=is_pissa)
         self._put_token_rows(adapter)
 
@@ -215,9 +225,6 @@ class _AdapterFile:
             _trim_rank(arrays, is_expert=is_expert) if "lora_a" in arrays else arrays
             for arrays in parts
         ]
-
-    def _is_fresh(self, arrays: Mapping[str, Arrays], part: str, value: float) -> bool:
-        return all(np.all(parts[part] == value) for parts in arrays.values())
 
     def _check_fused(
         self, adapter: LoraAdapter, site: AdapterSite, parts: Sequence[Arrays], *, is_pissa: bool
@@ -299,7 +306,7 @@ class _AdapterFile:
             )
             self.settings["trainable_token_indices"] = tables if len(chosen) > 1 else ids
 
-    def add_trained_base(self, expert_tensors: Sequence[str]) -> None:
+    def add_trained_base(self) -> None:
         """Adds the parameters of the base that were trained: as whole modules, or, where a module
         is adapted too or tied to another, under the name that PEFT's model has for the tensor."""
         run = self._run
@@ -354,17 +361,18 @@ class _AdapterFile:
     def _name_base(self, place: ParamSlice) -> str:
         return f"{place.name}.base" if is_leaf(self._leaves[place.name]) else place.name
 
+    def _read_base(self, place: ParamSlice) -> np.ndarray:
+        """A slice of a parameter of the base, as the run has it."""
+        name = self._name_base(place)
+        if name not in self._readers:
+            opened = self._run.checkpoint.open_slice_reader(name, len(place.index), self._scratch)
+            self._readers[name] = self._stack.enter_context(opened)
+        return self._readers[name](place.index)
+
     def _read_tensor(self, name: str) -> np.ndarray:
         """A tensor of the base, as the run has it."""
         entry = self._catalog.tensors[name]
-        with ExitStack() as stack:
-            parts = []
-            for place in entry.ours:
-                opened = self._run.checkpoint.open_slice_reader(
-                    self._name_base(place), len(place.index), self._scratch
-                )
-                parts.append(stack.enter_context(opened)(place.index))
-        return entry.join(parts)
+        return entry.join([self._read_base(place) for place in entry.ours])
 
     def _shorten(
         self, names: Sequence[str], among: Sequence[str] = (), *, by_dots: bool = True
@@ -385,10 +393,8 @@ class _AdapterFile:
     def _read_norms(self, place: ParamSlice) -> np.ndarray:
         """Norms of a layer's weights of each output in the base, [*outputs]."""
         spec = self._specs[place.name]
-        lead, end = split_dims(spec)
-        opened = self._run.checkpoint.open_slice_reader(f"{place.name}.base", lead, self._scratch)
-        with opened as read:
-            matrix = to_matrix(read(place.index), spec, lead)
+        _, end = split_dims(spec)
+        matrix = to_matrix(self._read_base(place), spec, len(place.index))
         return np.linalg.norm(matrix, axis=0).reshape(spec.shape[end:]).astype(np.float32)
 
     def _add_initial_parts(self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]) -> None:
