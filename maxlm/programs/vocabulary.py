@@ -72,15 +72,15 @@ def write_grown_run(
     little. Rows that the table had to spare were never trained, and begin so too."""
     config, reader = open_run_checkpoint(source, None)
     if config.adapter is not None:
-        what = "its vocabulary cannot grow: the run has an adapter"
+        problem = "its vocabulary cannot grow: the run has an adapter"
         fix = "merge it: maxlm convert it, and tune the folder that this makes"
-        raise MaxlmError(what, where=str(source), fix=fix)
+        raise MaxlmError(problem, where=str(source), fix=fix)
     size = compute_grown_size(config.model.vocab_size, num_rows)
     model = config.model.model_copy(update={"vocab_size": size})
     specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
     metadata = read_metadata(reader.folder)
     published = metadata.get("published") or {}
-    kept = {key: published[key] for key in ("family", "tokens") if key in published}
+    origin = {key: published[key] for key in ("family", "tokens") if key in published}
     changed = config.model_copy(update={"model": model, "name": target.name})
     with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
@@ -90,7 +90,7 @@ def write_grown_run(
             {
                 "config": changed.model_dump(mode="json"),
                 "tokenizer": tokenizer.fingerprint,
-                **({"published": kept} if kept else {}),
+                **({"published": origin} if origin else {}),
             }
         )
         tokenizer.save(folder / "tokenizer")

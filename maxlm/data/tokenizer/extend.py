@@ -17,9 +17,9 @@ def extend_tokenizer(tokenizer: Tokenizer, literals: Sequence[str]) -> Tokenizer
         return tokenizer
     codec = tokenizer.codec
     if not isinstance(codec, HuggingFaceCodec):
-        what = f"a tokenizer of kind {tokenizer.kind} gets no special tokens, such as {new[0]}"
+        problem = f"a tokenizer of kind {tokenizer.kind} gets no special tokens, such as {new[0]}"
         fix = "let transformers write its tokenizer.json, and import that (maxlm tokenizer import)"
-        raise MaxlmError(what, where="tokenizer.extra_special_tokens", fix=fix)
+        raise MaxlmError(problem, where="tokenizer.extra_special_tokens", fix=fix)
     # Some are in the vocabulary already, as ordinary tokens.
     vocab = codec.get_vocab()
     added = [literal for literal in new if literal not in vocab]

@@ -28,7 +28,7 @@ class AdaptedParamWriter:
 
     def __post_init__(self) -> None:
         adapted = flatten_names(self.peft.adapter.adapt(self.specs), is_leaf)
-        self._leaves = frozenset(name for name, held in adapted.items() if is_leaf(held))
+        self._leaves = frozenset(name for name, param in adapted.items() if is_leaf(param))
         self._specs = flatten_names(self.specs)
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:

@@ -99,9 +99,9 @@ def list_task_types(config: ModelConfig) -> tuple[str | None, ...]:
 def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLE).exists():
-        what = f"{PICKLE} is a pickle, which can run any code when it is read"
+        problem = f"{PICKLE} is a pickle, which can run any code when it is read"
         fix = "only if you trust it, load it with PEFT and write it with save_pretrained"
-        raise MaxlmError(what, where=str(folder / PICKLE), fix=fix)
+        raise MaxlmError(problem, where=str(folder / PICKLE), fix=fix)
     return list_file_tensors(path)
 
 
@@ -129,8 +129,8 @@ def _read_virtual_tokens(
     for name, size in sizes.items():
         value = getattr(settings, name)
         if value not in (None, size):
-            what = f"{name}={value}, and {size} in this model"
-            raise MaxlmError(what, where=str(settings.path), fix=_OTHER_BASE)
+            problem = f"{name}={value}, and {size} in this model"
+            raise MaxlmError(problem, where=str(settings.path), fix=_OTHER_BASE)
     vectors = _read_values(stored[PROMPT])
     return PeftAdapter(adapter, from_peft(vectors, shapes, config.embedding_scale))
 
@@ -160,8 +160,8 @@ class _AdapterReader:
         sites = {site.name: self._take_parts(site) for site in self._sites}
         token_ids, token_rows = self._take_token_rows()
         base_values = self._take_base_values()
-        what = "tensors that the settings or this model have no place for"
-        refuse_tensors(what, [*map(_describe, self._stored.values())], self._folder)
+        problem = "tensors that the settings or this model have no place for"
+        refuse_tensors(problem, [*map(_describe, self._stored.values())], self._folder)
         if self._settings.peft_type == IA3:
             adapter = self._make_ia3_adapter()
         else:
@@ -186,8 +186,8 @@ class _AdapterReader:
             refuse_tensors("the settings mean tensors that the file lacks", [name], self._folder)
             raise AssertionError
         if stored.shape != shape:
-            what = f"{name} is {[*stored.shape]}, and {[*shape]} by the settings and this model"
-            raise MaxlmError(what, where=str(self._folder), fix=_OTHER_BASE)
+            problem = f"{name} is {[*stored.shape]}, and {[*shape]} by the settings and this model"
+            raise MaxlmError(problem, where=str(self._folder), fix=_OTHER_BASE)
         return _read_values(stored)
 
     def _take_parts(self, site: AdapterSite) -> Arrays:
@@ -214,27 +214,29 @@ class _AdapterReader:
         for name, indices in self._settings.token_indices.items():
             modules = [module for module in catalog.sites if module.endswith(name)]
             module = catalog.input_table if not name else modules[0] if modules else name
-            adapted = any(own.name == module for own in self._sites)
+            adapted = any(site.name == module for site in self._sites)
             is_known = module in (catalog.input_table, catalog.head) and len(modules) != 0
             same = not ids or ids == indices
             if not (is_known and same) or adapted or module in self._saved:
-                what = f"trainable_token_indices of {module} is implemented for the table of tokens"
-                what += " and the head, with the same ids, where nothing else adapts them"
-                raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+                problem = (
+                    f"trainable_token_indices of {module} is implemented for the table of tokens"
+                )
+                problem += " and the head, with the same ids, where nothing else adapts them"
+                raise MaxlmError(problem, where=str(self._settings.path), fix=MERGE)
             ids = indices
             site = catalog.sites[module]
             size, columns = site.num_inputs, site.num_outputs
             if module == catalog.head:
                 size, columns = columns, size
             if not all(0 <= index < size for index in ids):
-                what = f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
-                raise MaxlmError(what, where=str(self._settings.path), fix=_OTHER_BASE)
+                problem = f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
+                raise MaxlmError(problem, where=str(self._settings.path), fix=_OTHER_BASE)
             values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), columns))
             arrays[f"{site.places[0].name}.{OUR_TOKEN_ROWS}"] = values
         table = catalog.sites[catalog.input_table].places[0].name
         if arrays and f"{table}.{OUR_TOKEN_ROWS}" not in arrays:
-            what = "trainable_token_indices of the head alone is not implemented"
-            raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+            problem = "trainable_token_indices of the head alone is not implemented"
+            raise MaxlmError(problem, where=str(self._settings.path), fix=MERGE)
         return ids, arrays
 
     def _take_base_values(self) -> dict[ParamSlice, np.ndarray]:
@@ -266,8 +268,8 @@ class _AdapterReader:
     def _check_tie(self, name: str, entry: TensorEntry, *, is_saved: bool) -> None:
         """Refuses a copy of one of two modules that share a table: PEFT unties them."""
         if is_saved and entry.aliases:
-            what = f"modules_to_save of {name}, which this model ties to {entry.aliases[0]}"
-            raise MaxlmError(what, where=str(self._settings.path), fix=MERGE)
+            problem = f"modules_to_save of {name}, which this model ties to {entry.aliases[0]}"
+            raise MaxlmError(problem, where=str(self._settings.path), fix=MERGE)
 
     def _make_ia3_adapter(self) -> Ia3Adapter:
         settings = self._settings.modules
@@ -282,8 +284,8 @@ class _AdapterReader:
         settings = self._settings
         fused = [site for site in self._sites if len(site.places) > 1 and settings.pissa]
         if fused:
-            what = f"PiSSA of {fused[0].name}, which is several maps here, is not implemented"
-            raise MaxlmError(what, where=str(settings.path), fix=MERGE)
+            problem = f"PiSSA of {fused[0].name}, which is several maps here, is not implemented"
+            raise MaxlmError(problem, where=str(settings.path), fix=MERGE)
         return LoraAdapter(
             rank=max(settings.get_rank(site.name) for site in self._sites),
             alpha=settings.alpha,
@@ -321,8 +323,8 @@ class _AdapterReader:
 def _read_values(stored: StoredTensor) -> np.ndarray:
     values = read_tensor(stored, np.dtype(np.float32), lossy=True)
     if not np.isfinite(values).all():
-        what = f"{stored.name} holds values that are infinite or no numbers"
-        raise MaxlmError(what, where=str(stored.path), fix="train the adapter again")
+        problem = f"{stored.name} holds values that are infinite or no numbers"
+        raise MaxlmError(problem, where=str(stored.path), fix="train the adapter again")
     return values
 
 
@@ -336,7 +338,7 @@ def _name_targets(sites: Iterable[AdapterSite]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names))
 
 
-def refuse_tensors(what: str, names: Sequence[str], folder: Path) -> None:
+def refuse_tensors(problem: str, names: Sequence[str], folder: Path) -> None:
     """Raises MaxlmError naming the first of some tensors, if there are any."""
     if not names:
         return
@@ -344,4 +346,4 @@ def refuse_tensors(what: str, names: Sequence[str], folder: Path) -> None:
     shown = ", ".join(ordered[:4])
     if len(ordered) > 4:
         shown += f" and {len(ordered) - 4} more"
-    raise MaxlmError(f"{what}: {shown}", where=str(folder), fix=_OTHER_BASE)
+    raise MaxlmError(f"{problem}: {shown}", where=str(folder), fix=_OTHER_BASE)

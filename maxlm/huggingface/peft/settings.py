@@ -105,14 +105,14 @@ def read_peft_settings(path: Path, task_types: Sequence[str | None]) -> PeftSett
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        what = f"no settings of a PEFT adapter ({error})"
-        raise MaxlmError(what, where=str(path), fix=_SAVE_AGAIN) from error
+        problem = f"no settings of a PEFT adapter ({error})"
+        raise MaxlmError(problem, where=str(path), fix=_SAVE_AGAIN) from error
     if not isinstance(values, dict) or "peft_type" not in values:
-        what = "no settings of a PEFT adapter (a JSON object with peft_type)"
-        raise MaxlmError(what, where=str(path), fix=_SAVE_AGAIN)
+        problem = "no settings of a PEFT adapter (a JSON object with peft_type)"
+        raise MaxlmError(problem, where=str(path), fix=_SAVE_AGAIN)
     if values["peft_type"] not in PEFT_TYPES:
-        what = f"peft_type={values['peft_type']!r} is not implemented"
-        raise MaxlmError(what, where=str(path), fix=MERGE)
+        problem = f"peft_type={values['peft_type']!r} is not implemented"
+        raise MaxlmError(problem, where=str(path), fix=MERGE)
     reader = _SettingsReader(values, path)
     reader.skip(*_NOTES)
     task_type = reader.read_choice("task_type", task_types, None)
@@ -236,8 +236,10 @@ class _SettingsReader:
         strange = sorted(key for key, value in self._left.items() if value)
         if strange:
             names = ", ".join(strange[:4])
-            what = f"unknown to maxlm: {names}"
-            raise MaxlmError(what, where=str(self.path), fix=f"remove it if it is off, or {MERGE}")
+            problem = f"unknown to maxlm: {names}"
+            raise MaxlmError(
+                problem, where=str(self.path), fix=f"remove it if it is off, or {MERGE}"
+            )
 
     def read_flag(self, key: str, default: bool = False) -> bool:
         value = self.take(key, default)

@@ -269,24 +269,24 @@ def find_target_sites(
     adapted, as PEFT does."""
     if catalog.experts:
         _check_named_apart(chosen, where)
-    found: list[AdapterSite] = []
+    sites: list[AdapterSite] = []
     for name in sorted(catalog.modules):
         if not is_targeted(chosen, name, catalog):
             continue
         if name not in catalog.sites:
-            what = f"target_modules means {name}, which is no linear map or table of tokens"
-            raise MaxlmError(what, where=where, fix="name maps such as q_proj")
-        found.append(catalog.sites[name])
+            problem = f"target_modules means {name}, which is no linear map or table of tokens"
+            raise MaxlmError(problem, where=where, fix="name maps such as q_proj")
+        sites.append(catalog.sites[name])
     if not isinstance(chosen.target_modules, str):
         bare = {*chosen.target_modules} & {*_BARE_MODULES}
         if bare:
-            what = f"target_modules means {min(bare)}, which is no linear map"
-            raise MaxlmError(what, where=where, fix="name maps such as q_proj")
-    found += _find_parameter_sites(chosen.target_parameters, catalog, where)
-    if not found:
-        what = "target_modules and target_parameters mean no map of this model"
-        raise MaxlmError(what, where=where, fix="name the base that the adapter was made for")
-    return found
+            problem = f"target_modules means {min(bare)}, which is no linear map"
+            raise MaxlmError(problem, where=where, fix="name maps such as q_proj")
+    sites += _find_parameter_sites(chosen.target_parameters, catalog, where)
+    if not sites:
+        problem = "target_modules and target_parameters mean no map of this model"
+        raise MaxlmError(problem, where=where, fix="name the base that the adapter was made for")
+    return sites
 
 
 def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
@@ -294,14 +294,14 @@ def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
     module was meant by a name that older versions of transformers had."""
     targets = chosen.target_modules
     if isinstance(targets, str):
-        what = f"target_modules={targets!r} on a model with routed experts"
+        problem = f"target_modules={targets!r} on a model with routed experts"
     else:
         old = sorted(name for name in targets if name.rpartition(".")[2] in EXPERT_NAMES)
         if not old:
             return
-        what = f"target_modules means experts by {old[0]!r}"
+        problem = f"target_modules means experts by {old[0]!r}"
     fix = "load and save it with PEFT, which then names target_parameters"
-    raise MaxlmError(what, where=where, fix=fix)
+    raise MaxlmError(problem, where=where, fix=fix)
 
 
 def _find_parameter_sites(
@@ -311,16 +311,16 @@ def _find_parameter_sites(
     if not targets:
         return []
     chosen = [site for key, site in catalog.experts.items() if _ends_with(key, targets)]
-    found: list[AdapterSite] = [*nest_experts(chosen)]
+    sites: list[AdapterSite] = [*nest_experts(chosen)]
     for key, site in catalog.routers.items():
         if _ends_with(key, targets):
             module = key.removesuffix(".weight")
-            found.append(MapSite(key, module, site.places, site.entry))
+            sites.append(MapSite(key, module, site.places, site.entry))
     for name in catalog.tensors:
         if _ends_with(name, targets) and _rename_block(name) not in catalog.routers:
-            what = f"target_parameters means {name}, which is not an expert's or a router's"
-            raise MaxlmError(what, where=where, fix=MERGE)
-    return found
+            problem = f"target_parameters means {name}, which is not an expert's or a router's"
+            raise MaxlmError(problem, where=where, fix=MERGE)
+    return sites
 
 
 def nest_experts(sites: Sequence[ExpertsSite]) -> list[ExpertsSite]:

@@ -84,8 +84,8 @@ def write_peft_adapter(
         elif isinstance(run.adapter, Ia3Adapter):
             writer.add_ia3()
         else:
-            what = f"PEFT has no file of adapter.kind={run.adapter.kind}"
-            raise MaxlmError(what, where=str(run.checkpoint.folder), fix="use the run itself")
+            problem = f"PEFT has no file of adapter.kind={run.adapter.kind}"
+            raise MaxlmError(problem, where=str(run.checkpoint.folder), fix="use the run itself")
         writer.add_trained_base()
     save_file(writer.tensors, folder / TENSORS, {"format": "pt"})
     text = json.dumps(writer.settings, indent=2, sort_keys=True)
@@ -233,8 +233,8 @@ class _AdapterFile:
         if len(parts) == 1:
             return
         if is_pissa or (adapter.dora and not all(parts)):
-            what = f"{site.name} holds several of our maps, and PiSSA or DoRA of some has no"
-            raise MaxlmError(f"{what} counterpart", where=str(self._where), fix=_MERGED)
+            problem = f"{site.name} holds several of our maps, and PiSSA or DoRA of some has no"
+            raise MaxlmError(f"{problem} counterpart", where=str(self._where), fix=_MERGED)
 
     def _put(self, name: str, tensor: np.ndarray) -> None:
         self.tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(tensor, np.float32)
@@ -250,8 +250,10 @@ class _AdapterFile:
     ) -> None:
         names = [name.rpartition(".")[2] for name in self._adapted]
         if self._catalog.experts and {*names} & {*EXPERT_NAMES}:
-            what = "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
-            raise MaxlmError(f"{what} the experts'", where=str(self._where), fix=_MERGED)
+            problem = (
+                "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
+            )
+            raise MaxlmError(f"{problem} the experts'", where=str(self._where), fix=_MERGED)
         power = 0.5 if adapter.rank_stabilized else 1
         by_rank: dict[int, list[str]] = {}
         for name, own_rank in ranks.items():
