@@ -32,7 +32,8 @@ _VERBS = """
     restore resume retry reverse roll rotate round route run sample save scale scan scatter schedule
     score search seed select send separate serve set settle shard shift show shuffle shut simulate
     skip smoke sort split stack start step stop store stream strip submit sum summarize supports
-    swap sweep take test tie time tokenize trace train transform transpose truncate try tune unflatten
+    swap sweep take test tie time tokenize trace train transform transpose truncate try tune
+    unflatten
     unpack unpermute unrotate unstack unwrap update upload use validate verify visit wait warn watch
     wrap write
     as can from has is needs to with
