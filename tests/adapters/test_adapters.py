@@ -194,7 +194,8 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     specs, key = param_specs(model), jax.random.key(0)
     seeded = seed_dropout(fresh, specs, key)
     x = jnp.ones((8, 50, 14))
-    reader = ParamReader(specs["layers"]["mlp"]["gate"]["kernel"].base, AxisRules(), jnp.float32)
+    base = specs["layers"]["mlp"]["gate"]["kernel"].base
+    reader = ParamReader(base, AxisRules(), jnp.float32, ((), ()))
 
     def read_inputs(params: Any, layer: int) -> np.ndarray:
         leaf = jax.tree.map(lambda held: held[layer], params["layers"]["mlp"]["gate"]["kernel"])
@@ -227,6 +228,7 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
     np.testing.assert_array_equal(run(base, params), run(model, begun))
     noisy = replace_base_params(randomize(begun), params)
     want = run(model, noisy)
+    flat = flatten_names(noisy)
     specs, merged = merge_adapter(param_specs(model), noisy)
     np.testing.assert_allclose(run(bind_specs(model, specs), merged), want, rtol=1e-4, atol=2e-5)
     tables = [("embedding", "table", 0)] + [("head", "kernel", 1)] * (not tied)
@@ -234,7 +236,7 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
         before, after = (np.moveaxis(np.asarray(p[layer][name]), axis, 0) for p in (params, merged))
         changed = np.flatnonzero((before != after).any(axis=1))
         assert [*changed] == [3, 9]
-        np.testing.assert_array_equal(after[[9, 3]], noisy[layer][name].token_rows)
+        np.testing.assert_array_equal(after[[9, 3]], flat[f"{layer}.{name}.token_rows"])
     said = "no row of the model's table, or named twice"
     for wrong in ((37,), (2, 2)):
         with pytest.raises(MaxlmError, match=said):

@@ -92,7 +92,7 @@ def test_a_recipe_wants_a_model_that_is_there(tmp_path):
 def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tmp_path):
     more = ("<|tool|>", "<|call|>", "<|result|>", "<|done|>", "<|ask|>")
     settings = f"tokenizer.extra_special_tokens={json.dumps(more)}", "train.steps=3"
-    config = load(home, tmp_path, *settings)
+    config = load(home, tmp_path, *settings, "schedule.warmup_steps=0")
     result = tune_model(config, say=lambda _: None)
 
     base, grown = load_run(home / "tiny"), load_run(tmp_path / "sft_lora" / "grown")
@@ -132,7 +132,7 @@ def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tm
 
 
 def test_training_refuses_special_tokens_that_its_tokenizer_lacks(home, tmp_path):
-    config = load(home, tmp_path, 'tokenizer.extra_special_tokens=["<|no|>"]', "train.steps=1")
-    config = convert_sources(config)
+    settings = 'tokenizer.extra_special_tokens=["<|no|>"]', "schedule.warmup_steps=0"
+    config = convert_sources(load(home, tmp_path, *settings, "train.steps=1"))
     with pytest.raises(MaxlmError, match=r"has no special token <\|no\|>"):
         train_model(config, say=lambda _: None)

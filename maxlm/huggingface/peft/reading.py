@@ -199,9 +199,10 @@ class _AdapterReader:
             return {"ia3": self._take(f"{site.prefix}.{next(iter(IA3_PARTS))}", shape)}
         rank = settings.get_rank(site.name)
         is_table = isinstance(site, MapSite) and site.is_table
-        shapes = dict(zip(("lora_a", "lora_b"), site.get_lora_shapes(rank), strict=True))
+        shape_a, shape_b = site.get_lora_shapes(rank)
+        shapes: dict[str, Shape] = {"lora_a": shape_a, "lora_b": shape_b}
         if settings.dora:
-            shapes["lora_magnitude"] = shapes["lora_b"][:1]
+            shapes["lora_magnitude"] = shape_b[:1]
         names = {ours: there for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()}
         return {part: self._take(f"{site.prefix}.{names[part]}", s) for part, s in shapes.items()}
 

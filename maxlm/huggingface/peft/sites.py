@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.peft.settings import MERGE, ModuleSettings, NamePattern
+from maxlm.huggingface.peft.settings import MERGE, ModuleSettings, NamePattern, Names
 from maxlm.models.families.names import ParamSlice, TensorEntry
 
 Arrays = dict[str, np.ndarray]
@@ -304,9 +304,7 @@ def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
     raise MaxlmError(problem, where=where, fix=fix)
 
 
-def _find_parameter_sites(
-    targets: Sequence[str], catalog: ModuleCatalog, where: str
-) -> list[AdapterSite]:
+def _find_parameter_sites(targets: Names, catalog: ModuleCatalog, where: str) -> list[AdapterSite]:
     """Finds the sites of parameters that are adapted themselves."""
     if not targets:
         return []
