@@ -249,7 +249,12 @@ def import_adapter_tokenizer(
     has one, else returns the base's. Generation stops where the base's does too. Raises MaxlmError:
     the tokenizer has ids that the base's table has no rows for."""
     template = folder / "chat_template.jinja"
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    has_model = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if base is not None and has_model and not (folder / "tokenizer_config.json").exists():
+        # No file says which tokens have roles: they are the base's where the vocabulary is.
+        path = folder / base.codec.file_name
+        has_model = not (path.exists() and path.read_bytes() == base.codec.data)
+    if not has_model:
         if base is None or not template.exists():
             return base
         changed = copy.copy(base)

@@ -127,7 +127,7 @@ def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tm
     assert "resize_token_embeddings(320)" in done.notes[0]
     again = load_tokenizer(result.folder / "tokenizer")
     assert again.special.ids.keys() >= {*more}
-    own = import_tokenizer(tmp_path / "adapter")
+    own = import_tokenizer(tmp_path / "adapter", eos=base.tokenizer.special.eos)
     assert own.encode("<|call|>", allow_special=True) == [ids[1]]
 
 
