@@ -238,7 +238,7 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
         assert [*changed] == [3, 9]
         np.testing.assert_array_equal(after[[9, 3]], flat[f"{layer}.{name}.token_rows"])
     said = "no row of the model's table, or named twice"
-    for wrong in ((37,), (2, 2)):
+    for wrong in ((config.vocab_size,), (2, 2)):
         with pytest.raises(MaxlmError, match=said):
             build(LoraAdapter(token_ids=wrong), config)
     with pytest.raises(MaxlmError, match="has LoRA, and rows of its own"):
