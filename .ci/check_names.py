@@ -21,18 +21,19 @@ _VERBS = """
     cross cut declare decode decompress dedent dequantize describe detect detokenize dispatch divide
     download draw dump embed emit encode enter estimate evaluate exclude expand export extend
     extract fetch fill filter find finish fit flatten fold format freeze fuse gather generate get
-    group handle
+    group grow handle
     hash ignore import infer init insert install interleave intersect invert iterate jit join keep
     kill label launch lay limit link list load locate lock log look lower make map mark mask match
-    materialize measure merge mix move multiply name normalize number open order pack pad parse
+    materialize measure merge mix move multiply name nest normalize number open order pack pad parse
     partition permute pick place plan pool precompute predict prefetch prefill prepare
     preprocess print process
     profile project prune put quantize raise rank read rebuild receive record reduce refuse register
     release remove rename render repeat replace report require reserve reset reshape reshard resolve
     restore resume retry reverse roll rotate round route run sample save scale scan scatter schedule
-    score search select send separate serve set settle shard shift show shuffle shut simulate skip
-    smoke sort split stack start step stop store stream strip submit sum summarize supports swap
-    sweep take test tie time tokenize trace train transform transpose truncate try tune unflatten
+    score search seed select send separate serve set settle shard shift show shuffle shut simulate
+    skip smoke sort split stack start step stop store stream strip submit sum summarize supports
+    swap sweep take test tie time tokenize trace train transform transpose truncate try tune
+    unflatten
     unpack unpermute unrotate unstack unwrap update upload use validate verify visit wait warn watch
     wrap write
     as can from has is needs to with

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import reshard
 from pydantic import Field
@@ -35,6 +36,15 @@ from maxlm.parallel.local import get_layout, make_spec
 
 _TINY = 1e-30
 """Least norm that is divided by: an output whose weights are all 0 stays 0."""
+_NUM_SEEDS = 1 << 24
+"""Whole numbers that fp32 holds exactly."""
+_MICRO_BATCH_STRIDE = 7_919
+"""A prime, so that the seeds of neighbouring micro-batches differ."""
+
+
+def _get_array(param: Any) -> Any:
+    """The array that is trained, of a parameter that is kept whole beside it too."""
+    return getattr(param, "value", param)
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +61,11 @@ class LoraParam(AdaptedParam):
     """[..., *outputs], each magnitude's difference from the base's norm: with zeros the model is
     the base bit for bit, and gradients are those of the magnitude. None: no DoRA."""
     scale: float = field(metadata={"static": True})
+    dropout: float = field(default=0.0, kw_only=True, metadata={"static": True})
+    dropout_seed: Any = field(default=None, kw_only=True)
+    """fp32 [...], a whole number below 2^24 for each layer: it begins the random numbers of a
+    training step's dropout. Floating, so that it may stand beside parameters that are
+    differentiated. None: no input is dropped, as at inference."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
         base, own = self._read(reader)
@@ -58,12 +73,43 @@ class LoraParam(AdaptedParam):
 
     def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
         in_axes, out_axes = self._axes(reader)
-        (h,) = reader.multiply(x, reader.read(self.lora_a, in_axes))
+
+        def map_inputs(x: jax.Array) -> jax.Array:
+            return reader.multiply(self._drop_inputs(x), reader.read(self.lora_a, in_axes))[0]
+
+        # What is left of x is computed again in the backward pass, rather than kept for each map.
+        h = map_inputs(x) if self.dropout_seed is None else jax.checkpoint(map_inputs)(x)
         (added,) = reader.multiply(h, reader.read(self.lora_b, out_axes))
         return self._scale_outputs(y + self.scale * added, reader)
 
     def merge(self) -> jax.Array | None:
         return None if isinstance(self.base, Leaf) else self._multiply_out()
+
+    def seed_dropout(self, specs: Self, key: jax.Array) -> Self:
+        if not self.dropout:
+            return self
+        shape = specs.lora_a.shape[: specs.lora_a.num_layer_axes]
+        seeds = jax.random.randint(key, shape, 0, _NUM_SEEDS).astype(jnp.float32)
+        if shape and not jax.sharding.get_abstract_mesh().empty:
+            layout = get_layout(_get_array(self.lora_a))[: len(shape)]
+            seeds = reshard(seeds, make_spec(layout))
+        return replace(self, dropout_seed=seeds)
+
+    def seed_micro_batch(self, index: jax.Array) -> Self:
+        if self.dropout_seed is None:
+            return self
+        seeds = (self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE) % _NUM_SEEDS
+        return replace(self, dropout_seed=seeds.astype(jnp.float32))
+
+    def _drop_inputs(self, x: jax.Array) -> jax.Array:
+        if self.dropout_seed is None:
+            return x
+        key = jax.random.key(_get_array(self.dropout_seed).astype(jnp.uint32))
+        meshless = jax.sharding.get_abstract_mesh().empty
+        layout: Any = {} if meshless else {"out_sharding": jax.typeof(x).sharding}
+        bits = jax.random.bits(key, x.shape, jnp.uint32, **layout)
+        is_kept = bits >= np.uint32(self.dropout * 2**32)
+        return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def split_principal(self) -> Self:
         """Takes the base's largest singular values and vectors out of it, into A and B (PiSSA, Meng
@@ -182,6 +228,57 @@ class LoraTable(LoraParam):
         return None if self.tied else super().merge()
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenRowsParam(AdaptedParam):
+    """A table [V, D], or a head [D, V], with rows of its own in place of some tokens' of the base;
+    a head tied to the table has them too."""
+
+    token_rows: Any
+    """[tokens, D]."""
+    token_ids: tuple[int, ...] = field(metadata={"static": True})
+    is_head: bool = field(metadata={"static": True})
+
+    def materialize(self, reader: ParamReader) -> ShardedWeight:
+        base = reader.read(self.base)
+        axis = reader.spec.axes[0 if self.is_head else 1]
+        rows = reader.read(self.token_rows, (None, axis)).value
+        return base._replace(value=self._replace_rows(base.value, rows))
+
+    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
+        return self.materialize(reader)
+
+    def merge(self) -> jax.Array | None:
+        if isinstance(self.base, Leaf):
+            return None
+        return self._replace_rows(jnp.asarray(self.base, jnp.float32), self.token_rows)
+
+    def take_base_rows(self) -> Self:
+        """Returns the table with the base's own rows as the trained ones."""
+        table = self.base.T if self.is_head else self.base
+        rows = table.at[np.asarray(self.token_ids)].get(
+            out_sharding=jax.typeof(self.token_rows).sharding
+        )
+        return replace(self, token_rows=rows.astype(self.token_rows.dtype))
+
+    def _replace_rows(self, base: jax.Array, rows: jax.Array) -> jax.Array:
+        # A product with ones and zeros, which XLA splits over any mesh as it stands.
+        table = base.T if self.is_head else base
+        is_row = jnp.arange(table.shape[0])[:, None] == jnp.asarray(self.token_ids)
+        one_hot = is_row.astype(table.dtype)
+        is_replaced = is_row.any(axis=1, keepdims=True)
+        layout: dict[str, Any] = {}
+        if not jax.sharding.get_abstract_mesh().empty:
+            vocab, columns = get_layout(table)
+            one_hot = reshard(one_hot, make_spec((vocab, ())))
+            is_replaced = reshard(is_replaced, make_spec((vocab, ())))
+            rows = reshard(rows, make_spec(((), columns)))
+            layout = {"out_sharding": make_spec((vocab, columns))}
+        picked = jnp.matmul(one_hot, rows, precision=lax.Precision.HIGHEST, **layout)
+        replaced = jnp.where(is_replaced, picked, table)
+        return replaced.T if self.is_head else replaced
+
+
 @register_adapter
 class LoraAdapter(Adapter):
     """Low-rank matrices beside kernels: LoRA, rsLoRA, DoRA, PiSSA."""
@@ -196,6 +293,9 @@ class LoraAdapter(Adapter):
     learn as fast as small ones."""
     dora: bool = False
     """Learn each output's magnitude apart from its direction (DoRA)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each map's inputs that training sets to 0 on the way to A, other ones in each step
+    and layer; the others are multiplied by 1 / (1 - dropout). 0: none."""
     init: Literal["default", "pissa"] = "default"
     """default: A is random and B zero, so that the first step is the base's. pissa: A and B are the
     base's principal singular vectors, and the base keeps the rest."""
@@ -203,6 +303,11 @@ class LoraAdapter(Adapter):
     """Maps that are adapted, by names such as `query` and `mlp.up` or patterns of full names such
     as `layers.attention.*`; `experts`: those of routed experts; `embedding`: the table of tokens;
     null: all linear maps of layers but for routed experts."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens whose rows of the embedding table are trained as they are, such as special ones that a
+    tokenizer was given for tuning: PEFT's `trainable_token_indices`."""
+    token_head: bool = False
+    """Train these tokens' rows of the output head too, where it is not the embedding table."""
 
     @property
     def scale(self) -> float:
@@ -214,14 +319,40 @@ class LoraAdapter(Adapter):
 
     def adapt(self, specs: Params) -> Params:
         adapt = partial(self._adapt_one, tied="head" not in specs)
-        return replace_targets(specs, self.targets, adapt)
+        adapted = replace_targets(specs, self.targets, adapt)
+        if not self.token_ids:
+            return adapted
+        table = self._add_token_rows(adapted["embedding"]["table"], is_head=False)
+        adapted = {**adapted, "embedding": {**adapted["embedding"], "table": table}}
+        if self.token_head and "head" in adapted:
+            kernel = self._add_token_rows(adapted["head"]["kernel"], is_head=True)
+            adapted["head"] = {**adapted["head"], "kernel": kernel}
+        return adapted
+
+    def _add_token_rows(self, spec: Any, *, is_head: bool) -> TokenRowsParam:
+        if is_leaf(spec):
+            what = f"the {'head' if is_head else 'table of tokens'} has LoRA, and rows of its own"
+            raise MaxlmError(what, where="adapter.token_ids", fix="take it out of adapter.targets")
+        size, columns = spec.shape[::-1] if is_head else spec.shape
+        wrong = [i for i in self.token_ids if not 0 <= i < size]
+        if wrong or len({*self.token_ids}) < len(self.token_ids):
+            what = f"{(wrong or self.token_ids)[0]} is no row of the model's table, or named twice"
+            fix = f"name different ids below model.vocab_size={size}"
+            raise MaxlmError(what, where="adapter.token_ids", fix=fix)
+        axis = spec.axes[0 if is_head else 1]
+        zeros = jax.nn.initializers.zeros
+        rows = ParamSpec((len(self.token_ids), columns), (None, axis), zeros, "table")
+        return TokenRowsParam(spec, rows, self.token_ids, is_head)
 
     def init_from_base(self, params: Params) -> Params:
-        if self.init != "pissa":
+        if self.init != "pissa" and not self.token_ids:
             return params
 
         def split(held: Any) -> Any:
-            if not isinstance(held, LoraParam) or isinstance(held, LoraTable):
+            if isinstance(held, TokenRowsParam):
+                return held.take_base_rows()
+            is_map = isinstance(held, LoraParam) and not isinstance(held, LoraTable)
+            if self.init != "pissa" or not is_map:
                 return held
             layouts = jax.tree.map(lambda x: x.sharding.spec, held)
             run: Any = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)
@@ -237,6 +368,9 @@ class LoraAdapter(Adapter):
         if self.init == "pissa" and self.rank > min(sides):
             what = f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
             raise MaxlmError(what, where="adapter.init", fix="lower the rank, or its targets")
+        if self.dropout and "expert" in spec.axes:
+            what = f"dropout of the inputs of the experts {name} is not implemented"
+            raise MaxlmError(what, where="adapter.dropout", fix="set it to 0, or other targets")
         if self.dora and "expert" in spec.axes:
             what = f"DoRA of the experts {name} is not implemented"
             raise MaxlmError(what, where="adapter.dora", fix="set it to false, or other targets")
@@ -248,7 +382,9 @@ class LoraAdapter(Adapter):
             *(spec, declare_input_map(spec, self.rank, first)),
             *(declare_output_map(spec, self.rank, second), magnitude, self.scale),
         )
-        return LoraParam(*parts) if spec.contracting_dims else LoraTable(*parts, tied=tied)
+        if not spec.contracting_dims:
+            return LoraTable(*parts, tied=tied)
+        return LoraParam(*parts, dropout=self.dropout)
 
 
 def _draw_uniform(num_inputs: int) -> Initializer:

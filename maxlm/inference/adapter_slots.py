@@ -14,6 +14,7 @@ from jax.sharding import reshard
 from maxlm.adapters import LoraAdapter
 from maxlm.adapters.targets import declare_input_map, declare_output_map, replace_targets
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.architectures import Decoder, Model
 from maxlm.models.params import (
     AdaptedParam,
@@ -28,6 +29,15 @@ from maxlm.models.params import (
 
 LoraWeights = tuple[LoraAdapter, Mapping[str, np.ndarray]]
 """An adapter, and its A and B by canonical name: ``layers.mlp.up.kernel.lora_a``."""
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter to load beside a model, and what conversations with it are written by."""
+
+    weights: LoraWeights
+    tokenizer: Tokenizer | None = None
+    """With the model's ids, and a chat template or stops of its own; None: the model's."""
 
 
 @jax.tree_util.register_dataclass

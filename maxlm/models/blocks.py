@@ -1,7 +1,7 @@
 """Joins layers into blocks, and blocks into a scanned stack."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
@@ -28,7 +28,7 @@ from maxlm.models.layers.attention import (
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, ParamSpec, bind, param_specs
+from maxlm.models.params import Params, ParamSpec, bind, is_leaf, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
@@ -282,13 +282,26 @@ def scan_blocks(
         castable = spec.role == "matrix" and jnp.issubdtype(spec.dtype, jnp.floating)
         return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), held) if castable else held
 
-    cast_all = partial(jax.tree.map, cast, param_specs(block))
+    def cast_all(own: Params) -> Params:
+        specs = jax.tree.map(_declare_step_values, param_specs(block), own, is_leaf=is_leaf)
+        return jax.tree.map(cast, specs, own)
+
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
     alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
     layers = [apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies]
     return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast_all)
+
+
+def _declare_step_values(spec: Any, held: Any) -> Any:
+    """A parameter's declarations, with those of a vector for what a leaf holds for one training
+    step alone (``Leaf.seed_dropout``): it stays as it is."""
+    if not is_leaf(spec):
+        return spec
+    value = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
+    names = [part.name for part in fields(spec) if getattr(spec, part.name) is None]
+    return replace(spec, **{n: value for n in names if getattr(held, n) is not None})
 
 
 def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:

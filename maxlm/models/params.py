@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,16 @@ class Leaf:
         """Returns the bias that belongs to the kernel of :meth:`merge`."""
         return bias
 
+    def seed_dropout(self, specs: Self, key: jax.Array) -> Self:
+        """Returns the leaf with random numbers of its own for one training step, if it drops
+        something then; ``specs``: its declarations."""
+        return self
+
+    def seed_micro_batch(self, index: jax.Array) -> Self:
+        """Returns one stage's part of a leaf of :meth:`seed_dropout` with other random numbers for
+        each micro-batch ``index`` of a pipeline."""
+        return self
+
     def replace_virtual(self, y: jax.Array, positions: jax.Array, reader: ParamReader) -> jax.Array:
         """Puts a leaf's own vectors, if it has some, in place of those of virtual tokens: the first
         ``positions`` int [..., S] of y [..., S, *outputs], which a table or kernel gave."""
@@ -342,6 +352,27 @@ def replace_base_params(tree: Params, base: Params) -> Params:
     return jax.tree.map(put, tree, base, is_leaf=is_leaf)
 
 
+def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:
+    """Returns parameters whose leaves drop what training drops, each by random numbers of its own
+    name; ``specs``: their declarations."""
+
+    def seed(path: tuple[Any, ...], spec: Any, held: Any) -> Any:
+        if not is_leaf(spec):
+            return held
+        return held.seed_dropout(spec, fold_in_name(key, join_path(path)))
+
+    return jax.tree_util.tree_map_with_path(seed, specs, params, is_leaf=is_leaf)
+
+
+def seed_micro_batch(params: Params, index: jax.Array) -> Params:
+    """Returns parameters with :meth:`Leaf.seed_micro_batch` of each leaf."""
+
+    def seed(held: Any) -> Any:
+        return held.seed_micro_batch(index) if is_leaf(held) else held
+
+    return jax.tree.map(seed, params, is_leaf=is_leaf)
+
+
 def get_values(module: nnx.Module) -> Params:
     """Returns the parameters of a bound module; the inverse of :func:`bind`."""
     return nnx.to_pure_dict(nnx.state(module))
@@ -377,12 +408,17 @@ def join_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def fold_in_name(key: jax.Array, name: str) -> jax.Array:
+    """Folds a name into a key: each name has a stream of random numbers of its own."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
 def init_params(specs: Params, key: jax.Array) -> Params:
     """Makes initial values: each parameter's depend on ``key`` and its own name and layer alone.
     Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device."""
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        own = fold_in_name(key, name)
         if not spec.num_layer_axes:
             return spec.init(own, spec.shape, spec.dtype)
         lead, shape = spec.shape[: spec.num_layer_axes], spec.shape[spec.num_layer_axes :]

@@ -1,5 +1,7 @@
 """Published checkpoints to runs and back; adapters of either kind."""
 
+import copy
+import fnmatch
 import json
 import os
 import shutil
@@ -24,8 +26,10 @@ from maxlm.huggingface.checkpoint import (
 )
 from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes, list_stored_tensors
-from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
-from maxlm.huggingface.peft import AdaptedParamWriter, read_peft_adapter, write_peft_adapter
+from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
+from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
+from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
@@ -39,6 +43,7 @@ from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
 from maxlm.tasks.sft import SftTask
 from maxlm.train.checkpoint.reading import read_metadata
+from maxlm.train.state import list_added_names, select_trainable
 
 # Settings of a model that say how it is trained or computed, not what it computes.
 _ASIDE = "remat", "init_std"
@@ -168,25 +173,19 @@ def _import_run(
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
     """
-    opened = open_huggingface_model(source, target)
-    family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    specs, adapter, arrays = _build_specs(config), None, {}
+    base = open_huggingface_model(source, target)
+    opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
+    parameters = sum(spec.size for spec in base.specs.values())
     if adapter_folder is not None:
-        entries = family.list_entries(config.model)
-        adapter, arrays = read_peft_adapter(adapter_folder, config.model, specs, entries)
-        task = SftTask() if count_virtual_tokens(adapter) else config.task
-        config = config.model_copy(update={"adapter": adapter, "task": task})
-    with _make_folder(target) as folder:
+        opened = open_adapted_model(base, adapter_folder)
+        parameters += sum(array.size for array in opened.peft.arrays.values())
+    family, config, tokenizer = base.family, opened.config, opened.tokenizer
+    with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        if adapter is None:
-            dtypes = opened.import_tensors(writer, progress)
-        else:
-            adapted = AdaptedParamWriter(writer, adapter, specs, arrays)
-            dtypes = opened.import_tensors(adapted, progress)
-            adapted.finish()
+        dtypes = opened.import_tensors(writer, progress)
         # The way back asks under the usual names.
         usual = [entry.theirs for entry in family.list_entries(config.model)]
-        names = zip((entry.theirs for entry in opened.entries), usual, strict=True)
+        names = zip((entry.theirs for entry in base.entries), usual, strict=True)
         dtypes = dtypes.with_names(dict(names))
         writer.commit(
             {
@@ -195,16 +194,83 @@ def _import_run(
                 "published": {
                     "family": family.name,
                     "dtypes": dtypes.model_dump(),
-                    "tokens": {k: opened.values[k] for k in _TOKENS if k in opened.values},
+                    "tokens": {k: base.values[k] for k in _TOKENS if k in base.values},
                 },
             }
         )
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
-    parameters = sum(spec.size for spec in opened.specs.values())
-    parameters += sum(array.size for array in arrays.values())
-    return ConversionResult(family.name, target, parameters, dtypes.default, opened.notes)
+    return ConversionResult(family.name, target, parameters, dtypes.default, base.notes)
+
+
+@dataclass(frozen=True)
+class AdaptedHuggingFaceModel:
+    """A Hugging Face folder and an adapter of PEFT's for it, understood."""
+
+    base: HuggingFaceModel
+    peft: PeftAdapter
+    specs: Params
+    """Declarations of the base's parameters."""
+    config: RunConfig
+    """A run that goes on from both, and trains what PEFT did."""
+    tokenizer: Tokenizer | None
+    """The adapter's own, or its base's."""
+
+    def import_tensors(
+        self, writer: ParamWriter, progress: Progress = ignore_progress
+    ) -> TensorDtypes:
+        """Writes all parameters as fp32, the adapter's too; returns the formats that the base's
+        had."""
+        adapted = AdaptedParamWriter(writer, self.peft, self.specs)
+        dtypes = self.base.import_tensors(adapted, progress)
+        adapted.finish()
+        return dtypes
+
+
+def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFaceModel:
+    """Reads an adapter's folder for a base; raises MaxlmError as
+    :func:`~maxlm.huggingface.peft.reading.read_peft_adapter` does."""
+    config, tokenizer = base.config, base.tokenizer
+    specs = _build_specs(config)
+    entries = base.family.list_entries(config.model)
+    peft = read_peft_adapter(folder, config.model, specs, entries)
+    task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
+    trained = list_trained_names(peft, specs)
+    train = config.train.model_copy(update={"trainable": trained}) if trained else config.train
+    config = config.model_copy(update={"adapter": peft.adapter, "task": task, "train": train})
+    tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
+    return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
+
+
+def import_adapter_tokenizer(
+    folder: Path, base: Tokenizer | None, num_embedding_rows: int
+) -> Tokenizer | None:
+    """Imports the tokenizer or the chat template that an adapter was trained with, where its folder
+    has one, else returns the base's. Generation stops where the base's does too. Raises MaxlmError:
+    the tokenizer has ids that the base's table has no rows for."""
+    template = folder / "chat_template.jinja"
+    has_model = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if base is not None and has_model and not (folder / "tokenizer_config.json").exists():
+        # No file says which tokens have roles: they are the base's where the vocabulary is.
+        path = folder / base.codec.file_name
+        has_model = not (path.exists() and path.read_bytes() == base.codec.data)
+    if not has_model:
+        if base is None or not template.exists():
+            return base
+        changed = copy.copy(base)
+        changed.extra_files = base.extra_files | {template.name: template.read_bytes()}
+        return changed
+    tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
+    if tokenizer.vocab_size > num_embedding_rows:
+        what = f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+        what += f" {num_embedding_rows} rows"
+        fix = "resize the base as it was in training (resize_token_embeddings), and save it"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    if base is not None:
+        stops = (*tokenizer.extra_stop_ids, *base.extra_stop_ids)
+        tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
+    return tokenizer
 
 
 def _export_run(
@@ -222,18 +288,28 @@ def _export_run(
     chosen, published = find_run_family(config, reader, family)
     specs, entries = _build_specs(config), chosen.list_entries(config.model)
     _check_stored_shapes(reader, config, specs)
+    home = source / "tokenizer"
+    tokenizer = load_tokenizer(home) if home.exists() else None
     if adapter:
         if config.adapter is None:
             what, fix = "this run has no adapter", "leave out --adapter"
             raise MaxlmError(what, where=str(source), fix=fix)
-        with _make_folder(target) as folder:
-            count = write_peft_adapter(folder, config.adapter, config.model, specs, reader, entries)
-        return ConversionResult(chosen.name, target, count, "F32", [])
+        trained = TrainedAdapter(
+            config.adapter,
+            config.model,
+            specs,
+            reader,
+            find_trained_base(config, reader),
+            _open_start(config),
+        )
+        with make_new_folder(target) as folder:
+            count, notes = write_peft_adapter(folder, trained, entries)
+            if tokenizer is not None:
+                export_tokenizer(tokenizer, folder)
+        return ConversionResult(chosen.name, target, count, "F32", notes)
     if config.adapter is not None:
         reader = MergedCheckpointReader(reader, config.adapter, specs)
     values = chosen.write_config(config.model)
-    home = source / "tokenizer"
-    tokenizer = load_tokenizer(home) if home.exists() else None
     if tokenizer and not published.get("tokens"):
         stops = [*tokenizer.stop_ids]
         ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
@@ -245,7 +321,7 @@ def _export_run(
             raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
         kept = TensorDtypes(default=DTYPES[dtype])
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
-    with _make_folder(target) as folder:
+    with make_new_folder(target) as folder:
         lossy = dtype is not None
         export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
         if tokenizer is not None:
@@ -265,6 +341,31 @@ def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig, specs: 
             what = f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
             fix = "use another checkpoint: this one is damaged, or of another run"
             raise MaxlmError(what, where=str(reader.folder), fix=fix)
+
+
+def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozenset[str]:
+    """Finds the names of the parameters that were trained and are not the adapter's, by this run or
+    by those that it started from with the same adapter."""
+    assert config.adapter is not None
+    adapted = config.adapter.adapt(_build_specs(config))
+    names = [*flatten_names(adapted)]
+    trained = {*flatten_names(select_trainable(adapted, config.train.trainable))}
+    for pattern in read_metadata(reader.folder).get("trained_before", ()):
+        trained |= {*fnmatch.filter(names, pattern)}
+    return frozenset(trained - list_added_names(adapted))
+
+
+def _open_start(config: RunConfig) -> RunCheckpointReader | None:
+    """The checkpoint of the run without an adapter that an adapter was begun on; None: there is
+    none, or not any more."""
+    while config.adapter is not None:
+        start = config.train.start_from
+        if start is None or not Path(start, "config.yaml").exists():
+            return None
+        config, reader = open_run_checkpoint(Path(start), None)
+        if config.adapter is None:
+            return reader
+    return None
 
 
 def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
@@ -370,8 +471,8 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
 
 
 @contextmanager
-def _make_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete; nothing is left of it else."""
+def make_new_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder that appears under its name when it is complete, or not at all."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
     made = [parent for parent in part.parents if not parent.exists()]
     try:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
 from maxlm.models.params import (
@@ -29,9 +30,15 @@ from maxlm.models.params import (
     replace_base_params,
     select_base_params,
 )
-from maxlm.programs.convert import open_huggingface_model
+from maxlm.programs.convert import (
+    AdaptedHuggingFaceModel,
+    HuggingFaceModel,
+    open_adapted_model,
+    open_huggingface_model,
+)
 from maxlm.programs.setup import RunSetup, set_up_run
 from maxlm.run import RunConfig
+from maxlm.runtime.json_files import read_json_object
 from maxlm.sharding import MeshConfig, count_min_devices
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.checkpoint.reading import compute_fingerprints
@@ -67,26 +74,41 @@ def load_run(
     with _open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
         params = tier.restore(step, setup.abstract_state.params, name)
-    tokenizer, model, config = load_tokenizer(folder / "tokenizer"), setup.model, setup.config
-    if merge and config.adapter is not None:
-        with jax.set_mesh(setup.mesh):
-            specs, params = merge_adapter(setup.specs, params)
-        model = bind_specs(model, specs)
-        if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
-            config = config.model_copy(update={"adapter": None})
-    return LoadedRun(config, setup.mesh, model, params, tokenizer, step or 0)
+    loaded = LoadedRun(
+        setup.config,
+        setup.mesh,
+        setup.model,
+        params,
+        load_tokenizer(folder / "tokenizer"),
+        step or 0,
+    )
+    return _merge_loaded(loaded, setup.specs) if merge else loaded
+
+
+def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
+    """A model with its adapter merged, where it has one that can be."""
+    config = loaded.config
+    if config.adapter is None:
+        return loaded
+    with jax.set_mesh(loaded.mesh):
+        specs, params = merge_adapter(specs, loaded.params)
+    if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
+        config = config.model_copy(update={"adapter": None})
+    return replace(loaded, config=config, model=bind_specs(loaded.model, specs), params=params)
 
 
 def load_model(
     folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
 ) -> LoadedRun:
-    """Loads a model to use: a run's, as :func:`load_run` does, or a Hugging Face folder's
-    (config.json, safetensors, tokenizer), of which nothing is written. Raises MaxlmError: a folder
-    that is neither, a tokenizer that is missing, a damaged file."""
+    """Loads a model to use: a run's, as :func:`load_run` does; a Hugging Face folder's
+    (config.json, safetensors, tokenizer); or that of an adapter of PEFT's, merged, where its base
+    is a folder of this machine. Of the latter two nothing is written. Raises MaxlmError: a folder
+    that is none of these, a tokenizer that is missing, a damaged file."""
     folder = Path(folder)
     if (folder / "config.yaml").exists():
         return load_run(folder, step=step, mesh=mesh)
-    if not (folder / "config.json").exists():
+    is_adapter = (folder / PEFT_CONFIG).exists()
+    if not (is_adapter or (folder / "config.json").exists()):
         found = "neither config.yaml nor config.json here" if folder.is_dir() else "no such folder"
         fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
         raise MaxlmError(found, where=str(folder), fix=fix)
@@ -94,7 +116,11 @@ def load_model(
         what = f"--step {step} names a run's checkpoint, and this is a published one"
         raise MaxlmError(what, where=str(folder), fix="leave it out")
     name = folder.resolve().name.lstrip(".- ") or "model"
-    opened = open_huggingface_model(folder, Path("runs", name))
+    base_folder = _find_adapter_base(folder) if is_adapter else folder
+    opened: HuggingFaceModel | AdaptedHuggingFaceModel
+    opened = open_huggingface_model(base_folder, Path("runs", name))
+    if is_adapter:
+        opened = open_adapted_model(opened, folder)
     if opened.tokenizer is None:
         what, fix = "no tokenizer.json or tokenizer.model here", "copy the checkpoint's here"
         raise MaxlmError(what, where=str(folder), fix=fix)
@@ -105,7 +131,21 @@ def load_model(
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
     params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
-    return LoadedRun(setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0)
+    loaded = LoadedRun(setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0)
+    return _merge_loaded(loaded, setup.specs)
+
+
+def _find_adapter_base(folder: Path) -> Path:
+    """The folder of the model that an adapter of PEFT's says that it is for."""
+    named = read_json_object(folder / PEFT_CONFIG, "save the adapter again").get(
+        "base_model_name_or_path"
+    )
+    base = Path(named).expanduser() if isinstance(named, str) and named else None
+    if base is None or not (base / "config.json").exists():
+        what = f"its base, base_model_name_or_path={named!r}, is no Hugging Face folder here"
+        fix = f"make a run of both: maxlm convert {folder} runs/NAME --base FOLDER"
+        raise MaxlmError(what, where=str(folder / PEFT_CONFIG), fix=fix)
+    return base
 
 
 class _MemoryWriter:

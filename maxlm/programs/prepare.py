@@ -161,6 +161,7 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
         for source in config.data.sources:
             if source.store is not None:
                 _named_stores(source, tokenizer)  # Refused before anything is written.
+        _check_extra_tokens(tokenizer, config)
         add_chat_template(tokenizer, config.tokenizer)
     else:
         try:
@@ -170,6 +171,16 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
             raise MaxlmError(error.what, where=where, fix=error.fix) from None
     tokenizer.save(home)
     return home
+
+
+def _check_extra_tokens(tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Refuses special tokens that a tokenizer which is used as it is does not have."""
+    special = tokenizer.special.ids
+    missing = [name for name in config.tokenizer.extra_special_tokens if name not in special]
+    if missing:
+        what = f"the tokenizer that is used has no special token {missing[0]}"
+        fix = "tune the model with them (maxlm tune --base), which grows its vocabulary"
+        raise MaxlmError(what, where="tokenizer.extra_special_tokens", fix=fix)
 
 
 def _named_tokenizer(config: RunConfig) -> Path | None:

@@ -182,6 +182,11 @@ def make_run_metadata(
     if source_metadata and (known := source_metadata.get("published")) is not None:
         kept = ("family", "tokens") if source_metadata["tokenizer"] == tokenizer else ("family",)
         metadata["published"] = {key: known[key] for key in kept if key in known}
+    if source_metadata and source_metadata["config"].get("adapter"):
+        # What else than the adapter it trained belongs to the adapter that goes on from it.
+        before = {*source_metadata.get("trained_before", ())}
+        before |= {*(source_metadata["config"]["train"].get("trainable") or ())}
+        metadata["trained_before"] = sorted(before)
     return metadata | ({"frozen": frozen_models} if frozen_models else {})
 
 

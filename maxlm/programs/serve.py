@@ -7,9 +7,10 @@ from pathlib import Path
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
-from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
-from maxlm.huggingface.peft import read_peft_adapter
-from maxlm.inference.adapter_slots import LoraWeights
+from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.huggingface.peft.reading import read_peft_adapter
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
+from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
@@ -17,7 +18,12 @@ from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import param_specs, select_base_params
-from maxlm.programs.convert import find_run_family, open_run_checkpoint
+from maxlm.programs.convert import (
+    find_run_family,
+    find_trained_base,
+    import_adapter_tokenizer,
+    open_run_checkpoint,
+)
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
@@ -61,9 +67,12 @@ def serve(
     key = read_api_key(api_key_file)
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-        read_adapter = partial(read_lora_adapter, base_folder=model, model=loaded.model)
+        read_adapter = partial(
+            read_lora_adapter, base_folder=model, model=loaded.model, tokenizer=loaded.tokenizer
+        )
         adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
-        engine, embedder = _make_parts(loaded, settings or (), adapters)
+        weights = {name: own.weights for name, own in adapters.items()}
+        engine, embedder = _make_parts(loaded, settings or (), weights)
         max_length, num_running = loaded.config.model.max_seq_len, 0
         if engine is not None:
             max_length = engine.config.max_length
@@ -78,6 +87,9 @@ def serve(
 
         own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
         state = ServerState(name, tokenizer, max_length, encode, *own, read_adapter)
+        for adapter_name, served in adapters.items():
+            if served.tokenizer is not None:
+                state.adapter_tokenizers[adapter_name] = served.tokenizer
         if key is None and host.startswith(_LOOPBACK):
             state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
         elif key is None:
@@ -107,23 +119,29 @@ def _split_adapter(option: str) -> tuple[str, str]:
     return name, folder
 
 
-def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Model) -> LoraWeights:
+def read_lora_adapter(
+    folder: str | Path, *, base_folder: str | Path, model: Model, tokenizer: Tokenizer | None = None
+) -> ServedAdapter:
     """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one. Raises MaxlmError:
-    no LoRA adapter here, or PEFT's of another model.
+    no LoRA adapter here, PEFT's of another model, one that changes what all adapters share.
 
     Args:
         base_folder: where the model came from, which says how PEFT names its maps.
+        tokenizer: the model's, in whose place a template of the adapter's own is used.
     """
     folder = Path(folder)
     if (folder / PEFT_CONFIG).exists():
         specs = select_base_params(param_specs(model))
         entries = _find_base_family(Path(base_folder)).list_entries(model.config)
-        adapter, arrays = read_peft_adapter(folder, model.config, specs, entries)
+        read = read_peft_adapter(folder, model.config, specs, entries)
+        adapter, arrays = read.adapter, read.arrays
+        trained = {place.name for place in read.base_values}
     elif (folder / "config.yaml").exists():
         config, reader = open_run_checkpoint(folder, None)
         parts = (".lora_a", ".lora_b")
         adapter = config.adapter
         arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
+        trained = find_trained_base(config, reader) if adapter else set()
     else:
         what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
         raise MaxlmError(what, where=str(folder), fix=fix)
@@ -131,7 +149,29 @@ def read_lora_adapter(folder: str | Path, *, base_folder: str | Path, model: Mod
         what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
         fix = "name one of kind lora; others are merged (maxlm convert)"
         raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
-    return adapter, arrays
+    if trained or adapter.token_ids:
+        name = min(trained, default="rows of the table of tokens")
+        what = f"it was trained with {name} of the base, which all adapters here share"
+        fix = "merge it (maxlm convert) and serve that"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    weights = adapter, arrays
+    return ServedAdapter(weights, tokenizer and _read_adapter_tokenizer(folder, tokenizer, model))
+
+
+def _read_adapter_tokenizer(folder: Path, base: Tokenizer, model: Model) -> Tokenizer | None:
+    """The tokenizer that an adapter was trained with; None: the base's."""
+    if (folder / "config.yaml").exists():
+        home = folder / "tokenizer"
+        tokenizer = load_tokenizer(home) if home.exists() else base
+    else:
+        own = import_adapter_tokenizer(folder, base, model.config.vocab_size)
+        assert own is not None, "the base has one"
+        tokenizer = own
+    if tokenizer.codec.fingerprint_input() != base.codec.fingerprint_input():
+        what = "it was trained with another vocabulary than the model's"
+        fix = "merge it (maxlm convert) and serve that"
+        raise MaxlmError(what, where=str(folder), fix=fix)
+    return None if tokenizer is base else tokenizer
 
 
 def _find_base_family(base_folder: Path) -> ModelFamily:

@@ -13,6 +13,7 @@ from maxlm.programs.convert import convert
 from maxlm.programs.preference import precompute_reference_log_probs
 from maxlm.programs.prepare import make_source_inputs
 from maxlm.programs.train import TrainingResult, train_model
+from maxlm.programs.vocabulary import grow_vocabulary
 from maxlm.run import RunConfig
 from maxlm.runtime.progress import show_progress
 from maxlm.train.optimizer import make_schedule
@@ -32,10 +33,11 @@ def tune_model(
 
     A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
     run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.
+    Special tokens that its tokenizer lacks are added to a copy of it, in ``FOLDER/NAME/grown``.
     """
     if epochs is None:
         make_schedule(config.schedule, config.train.steps)  # Refused before anything is written.
-    config = convert_sources(config)
+    config = grow_vocabulary(convert_sources(config))
     if epochs is not None:
         steps, warmup = count_steps(config, epochs), config.schedule.warmup_steps
         train = config.train.model_copy(update={"steps": steps})

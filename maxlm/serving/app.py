@@ -131,7 +131,8 @@ async def tokenize(state: ServerState, request: Request) -> Response:
     if (body.prompt is None) == (not body.messages):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.messages:
-        tokens = await asyncio.to_thread(encode_conversation, state, body.messages)
+        tokenizer = state.get_tokenizer(body.model)
+        tokens = await asyncio.to_thread(encode_conversation, tokenizer, body.messages)
     else:
         encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
         encode = partial(encode, allow_special=body.parse_special)
@@ -153,7 +154,9 @@ async def load_lora_adapter(state: ServerState, request: Request) -> Response:
         raise ApiError(400, "no adapters are loaded beside this model", code="unsupported")
     with state.engine_loop.admit():
         found = await asyncio.to_thread(state.read_adapter, body.lora_path)
-        await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found))
+        await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found.weights))
+        if found.tokenizer is not None:
+            state.adapter_tokenizers[body.lora_name] = found.tokenizer
     return JSONResponse(state.describe_model(body.lora_name))
 
 
@@ -165,4 +168,5 @@ async def unload_lora_adapter(state: ServerState, request: Request) -> Response:
     assert engine is not None, "it has an adapter"
     with state.engine_loop.admit():
         await state.engine_loop.call(partial(engine.unload_adapter, name))
+        state.adapter_tokenizers.pop(name, None)
     return JSONResponse({"id": f"{state.name}:{name}", "object": "model", "deleted": True})

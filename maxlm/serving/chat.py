@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlm.data.tokenizer import encode_chat
+from maxlm.data.tokenizer import Tokenizer, encode_chat
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
 from maxlm.serving.errors import ApiError
@@ -62,14 +62,14 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
 
 
 def encode_conversation(
-    state: ServerState,
+    tokenizer: Tokenizer,
     messages: list[ChatMessage],
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
     the model has no chat template, or it cannot write this conversation."""
-    template, plan = get_chat_template(state.tokenizer), plan or _ToolPlan("hermes")
+    template, plan = get_chat_template(tokenizer), plan or _ToolPlan("hermes")
     written = [message.to_template() for message in messages]
     tools = [each.model_dump(exclude_none=True) for each in plan.offered]
     settings: dict[str, Any] = {"add_generation_prompt": True, **(variables or {})}
@@ -77,9 +77,9 @@ def encode_conversation(
         settings["tools"] = tools or None
     elif tools or any("tool_calls" in each or each["role"] == "tool" for each in written):
         written = describe_tools_in_text(written, tools)
-    ids = encode_chat(state.tokenizer, written, **settings)
+    ids = encode_chat(tokenizer, written, **settings)
     if plan.required:
-        ids += state.tokenizer.encode(get_forced_prefix(plan.tool_format), allow_special=True)
+        ids += tokenizer.encode(get_forced_prefix(plan.tool_format), allow_special=True)
     return tuple(ids)
 
 
@@ -98,6 +98,10 @@ class _ChatAnswer(Answer):
         asked = body.max_completion_tokens or body.max_tokens
         most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
         request = body.make_request(request_id, prompt, most, vocab_size)
+        # The engine ends where the model's own tokenizer says; an adapter may end elsewhere too.
+        ends = {*self.state.get_tokenizer(body.model).stop_ids} - {*self.state.tokenizer.stop_ids}
+        stops = dict.fromkeys((*request.stop_token_ids, *sorted(ends)))
+        request = replace(request, stop_token_ids=tuple(stops))
         if plan.required:
             if request.grammar:
                 raise ApiError(400, "tool_choice asks for a call: leave the other form out")
@@ -140,7 +144,8 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     if taken := _OWN_VARIABLES & body.chat_template_kwargs.keys():
         what = f"{', '.join(sorted(taken))}: not a variable to set"
         raise ApiError(400, what, param="chat_template_kwargs")
-    plan = plan_tools(body, get_chat_template(state.tokenizer, with_tools=bool(body.tools)))
-    given = state, body.messages, plan, body.chat_template_kwargs
+    tokenizer = state.get_tokenizer(body.model)
+    plan = plan_tools(body, get_chat_template(tokenizer, with_tools=bool(body.tools)))
+    given = tokenizer, body.messages, plan, body.chat_template_kwargs
     prompt = await asyncio.to_thread(encode_conversation, *given)
     return await _ChatAnswer(state, body, [prompt], plan).respond(request)

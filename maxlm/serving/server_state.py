@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.inference.adapter_slots import LoraWeights
+from maxlm.inference.adapter_slots import ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.requests import SequenceOutput
 from maxlm.serving.engine_loop import EngineLoop, RequestStream
@@ -40,7 +40,9 @@ class ServerState:
     embedder: Embedder | None = None
     api_key: str | None = None
     max_body_bytes: int = 16 << 20
-    read_adapter: Callable[[str], LoraWeights] | None = None
+    read_adapter: Callable[[str], ServedAdapter] | None = None
+    adapter_tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
+    """Tokenizers of loaded adapters that have one of their own, by the adapter's name."""
     allowed_hosts: Collection[str] | None = None
     """Names that requests may call the server by; None: any."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -80,6 +82,12 @@ class ServerState:
             what = f"there is no model {str(model)[:200]!r} here, only {names}"
             raise ApiError(404, what, param="model", code="model_not_found")
         return known[model]
+
+    def get_tokenizer(self, model: str | None) -> Tokenizer:
+        """Returns the tokenizer of the model that a request names: its adapter's own, or the
+        base's."""
+        adapter = self.find_adapter(model)
+        return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
 
     def describe_model(self, adapter: str | None = None) -> dict[str, Any]:
         """Returns the model, or an adapter of it, as /v1/models does."""

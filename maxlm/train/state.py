@@ -47,7 +47,7 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern, such as
     ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
     that an adapter adds, and ``heads``."""
-    names, added = [*flatten_names(specs)], _list_added_names(specs)
+    names, added = [*flatten_names(specs)], list_added_names(specs)
     if patterns is None:
         matched = {*added, *filter_names(names, "heads.*" if added else "*")}
     else:
@@ -83,8 +83,8 @@ def merge_params(a: Params, b: Params) -> Params:
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=is_whole)
 
 
-def _list_added_names(specs: Params) -> set[str]:
-    """Names of the arrays that leaves hold beside their base."""
+def list_added_names(specs: Params) -> set[str]:
+    """Lists the names of the arrays that leaves hold beside their base."""
     added: set[str] = set()
     for name, held in flatten_names(specs, is_leaf).items():
         if field := getattr(held, "base_field", None):

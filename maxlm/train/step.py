@@ -13,7 +13,15 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.params import GatheredParam, Params, bind, param_specs, select_base_params
+from maxlm.models.params import (
+    GatheredParam,
+    Params,
+    bind,
+    fold_in_name,
+    param_specs,
+    seed_dropout,
+    select_base_params,
+)
 from maxlm.parallel.pipeline import run_1f1b_pipeline
 from maxlm.tasks.task import Task, TaskModels, map_micro_batches
 from maxlm.train.state import TrainState, merge_params, split_params
@@ -183,17 +191,23 @@ def compute_loss_and_gradients(
         params, whole = merge_params(params, rest), merge_params(whole, rest)
         rest = jax.tree.map(lambda _: None, params)
 
-    def bound(params: Params) -> Any:
+    def seeded(params: Params, key: jax.Array) -> Params:
+        return seed_dropout(params, param_specs(model), fold_in_name(key, "dropout"))
+
+    def bound(params: Params, key: jax.Array | None = None) -> Any:
         if layouts is not None:  # whole parameters are read, their own share is differentiated
             params = jax.tree.map(GatheredParam, params, whole)
-        return bind(model, merge_params(params, rest))
+        params = merge_params(params, rest)
+        return bind(model, params if key is None else seeded(params, key))
 
     if schedule == "1f1b":
+        params, whole = seeded(params, key), seeded(whole, key)
         result, gradients = _one_f_one_b(model, bound, loss, params, batch, key)
         return result, split_params(gradients, trained)[0]
 
     def summed(params: Params, batch: dict[str, jax.Array], index: Any):
-        return loss(bound(params), batch, jax.random.fold_in(key, index))
+        micro_key = jax.random.fold_in(key, index)
+        return loss(bound(params, micro_key), batch, micro_key)
 
     value_and_grad = jax.value_and_grad(summed, has_aux=True)
     if schedule is not None:
@@ -223,20 +237,20 @@ def _one_f_one_b(
     to them on the first stage, from them on the last."""
     numbers = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    batch = batch | {"key": jax.random.key_data(keys)}
+    batch = batch | {"key": jax.random.key_data(keys), "number": numbers.astype(jnp.uint32)}
     ends = {name: value for name, value in params.items() if name != "layers"}
 
     def run_loss(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
         ready = bound(ends | {"layers": params["layers"]})
         ready.layers_fn = layers_fn
-        micro = dict(micro)
-        return loss(ready, micro, jax.random.wrap_key_data(micro.pop("key")))
+        arrays = {name: array for name, array in micro.items() if name not in ("key", "number")}
+        return loss(ready, arrays, jax.random.wrap_key_data(micro["key"]))
 
     def first(ends: Params, micro: dict[str, jax.Array]):
         seen = []
 
         def catch(x, where):
-            seen.append((x, where))
+            seen.append((x, (where, micro["number"])))
             return x, Aux()
 
         run_loss(ends, micro, catch)

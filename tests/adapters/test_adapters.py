@@ -1,5 +1,6 @@
 """Adapters against their equations, on one device and on meshes."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ from maxlm.inference.params import prepare_params
 from maxlm.models.adapters import Adapter, build_adapted_model, merge_adapter
 from maxlm.models.params import (
     Leaf,
+    ParamReader,
     bind,
     bind_specs,
     flatten_names,
     init_params,
     param_specs,
     replace_base_params,
+    seed_dropout,
+    seed_micro_batch,
 )
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
@@ -180,3 +184,62 @@ def test_an_unknown_target_is_refused_with_near_names(target, near):
     with pytest.raises(MaxlmError, match=rf"{target}.*no linear map.*\n?.*") as caught:
         build(LoraAdapter(targets=(target,)))
     assert near in str(caught.value)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
+    """Seen through A and B that are identities: what is added is what is left of x."""
+    adapter = LoraAdapter(rank=14, alpha=14, dropout=0.25, targets=("gate",))
+    *_, model, fresh = build(adapter)
+    specs, key = param_specs(model), jax.random.key(0)
+    seeded = seed_dropout(fresh, specs, key)
+    x = jnp.ones((8, 50, 14))
+    base = specs["layers"]["mlp"]["gate"]["kernel"].base
+    reader = ParamReader(base, AxisRules(), jnp.float32, ((), ()))
+
+    def read_inputs(params: Any, layer: int) -> np.ndarray:
+        leaf = jax.tree.map(lambda held: held[layer], params["layers"]["mlp"]["gate"]["kernel"])
+        outputs = leaf.lora_b.shape[-1]
+        leaf = replace(leaf, lora_a=jnp.eye(14), lora_b=jnp.eye(14, outputs))
+        return np.asarray(leaf.finish_product(jnp.zeros((8, 50, outputs)), x, reader))[..., :14]
+
+    masks = [read_inputs(seeded, layer) for layer in range(2)]
+    masks.append(read_inputs(seed_micro_batch(seeded, jnp.uint32(1)), 0))
+    masks.append(read_inputs(seed_dropout(fresh, specs, jax.random.key(1)), 0))
+    for number, mask in enumerate(masks):
+        assert set(np.unique(mask)) == {np.float32(0), np.float32(1 / 0.75)}
+        assert abs((mask == 0).mean() - 0.25) < 0.02
+        assert all((mask != other).any() for other in masks[:number])
+    np.testing.assert_array_equal(read_inputs(seeded, 0), masks[0])
+    np.testing.assert_array_equal(read_inputs(fresh, 0), 1)
+    settings = {"num_experts": 4, "experts_per_token": 2, "d_ff": 10}
+    routed = type(CONFIG).model_validate(CONFIG.model_dump() | {"mlp": None, "moe": settings})
+    with pytest.raises(MaxlmError, match="dropout of the inputs of the experts"):
+        build(LoraAdapter(dropout=0.1, targets=("experts",)), routed)
+
+
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
+    config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    adapter = LoraAdapter(rank=2, targets=("query",), token_ids=(9, 3), token_head=True)
+    base, params, model, fresh = build(adapter, config)
+    begun = adapter.init_from_base(fresh)
+    np.testing.assert_array_equal(run(base, params), run(model, begun))
+    noisy = replace_base_params(randomize(begun), params)
+    want = run(model, noisy)
+    flat = flatten_names(noisy)
+    specs, merged = merge_adapter(param_specs(model), noisy)
+    np.testing.assert_allclose(run(bind_specs(model, specs), merged), want, rtol=1e-4, atol=2e-5)
+    tables = [("embedding", "table", 0)] + [("head", "kernel", 1)] * (not tied)
+    for layer, name, axis in tables:
+        before, after = (np.moveaxis(np.asarray(p[layer][name]), axis, 0) for p in (params, merged))
+        changed = np.flatnonzero((before != after).any(axis=1))
+        assert [*changed] == [3, 9]
+        np.testing.assert_array_equal(after[[9, 3]], flat[f"{layer}.{name}.token_rows"])
+    said = "no row of the model's table, or named twice"
+    for wrong in ((config.vocab_size,), (2, 2)):
+        with pytest.raises(MaxlmError, match=said):
+            build(LoraAdapter(token_ids=wrong), config)
+    with pytest.raises(MaxlmError, match="has LoRA, and rows of its own"):
+        build(LoraAdapter(token_ids=(1,), targets=("embedding",)), config)

@@ -229,3 +229,28 @@ def test_optimizer_and_gradients_are_the_trained_parameters_alone(make_config, n
     assert 0 < trained < 0.5 * layout.parameters
     assert moments <= 1.05 * 2 * 4 * trained
     assert layout.optimizer_bytes + layout.gradient_bytes <= 1.05 * 3 * 4 * trained
+
+
+def test_dropout_is_the_same_on_any_mesh_and_new_in_each_step(make_config, train, base):
+    start: dict[str, Any] = {"train": {"steps": 3, "start_from": str(base.folder)}}
+    adapter = ADAPTERS["lora"] | {"dropout": 0.5}
+    one = read_losses(train(make_config("one", {}, adapter=adapter, **start)))
+    spread = read_losses(train(make_config("spread", SPREAD, adapter=adapter, **start)))
+    np.testing.assert_allclose(spread, one, rtol=2e-5)
+    plain = read_losses(train(make_config("plain", {}, adapter=ADAPTERS["lora"], **start)))
+    assert one[0] == plain[0]  # B is zero
+    assert abs(one[2] - plain[2]) > 1e-4 * plain[2]
+
+
+@pytest.mark.parametrize("schedule", ["circular", pytest.param("1f1b", marks=pytest.mark.slow)])
+def test_a_pipeline_drops_inputs_too(make_config, train, base, schedule):
+    start: dict[str, Any] = {"steps": 3, "start_from": str(base.folder), "micro_batches": 2}
+    parts = {"train": start, "parallel": {"schedule": schedule}}
+    losses = {}
+    for dropout in (0.0, 0.5):
+        adapter = ADAPTERS["lora"] | {"dropout": dropout}
+        name = f"{schedule}-{dropout}"
+        run = train(make_config(name, {"stage": 2, "fsdp": 2}, adapter=adapter, **parts))
+        losses[dropout] = read_losses(run)
+    assert losses[0.5][0] == losses[0.0][0]
+    assert abs(losses[0.5][2] - losses[0.0][2]) > 1e-4 * losses[0.0][2]

@@ -2,6 +2,7 @@
 that a request names."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from maxlm.adapters import Ia3Adapter
 from maxlm.config import to_yaml
+from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
@@ -70,8 +72,9 @@ def folders(tmp_path_factory, tiny) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(one_device_mesh, tiny, tokenizer, folders):
     read = partial(read_lora_adapter, base_folder=folders["base"], model=tiny.model)
+    read = partial(read, tokenizer=tokenizer)
     loaded = LoadedRun(Any, one_device_mesh, tiny.model, tiny.params, tokenizer, 0)  # type: ignore
-    adapters = {"run": read(folders["run"])}
+    adapters = {"run": read(folders["run"]).weights}
     engine = make_engine(loaded, SIZES, adapters=adapters, warm_up=False)
     start = partial(run_in_thread, make_engine=lambda _: engine, api_key="key", read_adapter=read)
     with start(tokenizer, max_length=128) as running:
@@ -145,4 +148,30 @@ def test_what_cannot_be_loaded_is_refused(server, tiny, folders, tmp_path):
         answer = server.http.post(url, json={"lora_name": "run"}, headers={"authorization": ""})
         assert answer.status_code == 401
     peft = partial(read_lora_adapter, folders["peft"], base_folder=folders["base"])
-    assert "do not fit this model: base_model.model." in message(peft, model=other.model)
+    said = message(peft, model=other.model)
+    assert "is [20, 8], and [24, 8] by the settings and this model" in said
+
+
+def test_conversations_are_written_by_the_adapters_own_template(
+    server, tokenizer, folders, tmp_path
+):
+    """PEFT's folders hold the tokenizer that the adapter was trained with, or its template."""
+    shutil.copytree(folders["peft"], tmp_path / "peft")
+    (tmp_path / "peft" / "chat_template.jinja").write_text("my own: {{ messages[0].content }}")
+    body = {"lora_name": "own", "lora_path": str(tmp_path / "peft")}
+    assert server.http.post(URLS[0], json=body).status_code == 200
+    messages = [{"role": "user", "content": "the model"}]
+    texts = {}
+    for name in ("fake", "fake:run", "fake:own"):
+        answer = server.http.post("/tokenize", json={"model": name, "messages": messages}).json()
+        texts[name] = tokenizer.decode(answer["tokens"])
+    assert texts["fake:own"] == "my own: the model"
+    assert texts["fake"] == texts["fake:run"] != texts["fake:own"]
+    server.http.post(URLS[1], json={"lora_name": "own"})
+
+    other = train_tokenizer(
+        TokenizerConfig(vocab_size=280, chat="chatml"), ["quite another text of words\n"] * 20
+    )
+    export_tokenizer(other, tmp_path / "peft")
+    answer = server.http.post(URLS[0], json=body).json()
+    assert "trained with another vocabulary than the model's" in answer["error"]["message"]

@@ -10,6 +10,7 @@ from maxlm.data.tokenizer.chat import (
 )
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.extend import extend_tokenizer
 from maxlm.data.tokenizer.files import has_tokenizer_files
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.stats import compare_tokenizers, measure_tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "encode_chat",
     "encode_chat_turns",
     "export_tokenizer",
+    "extend_tokenizer",
     "has_tokenizer_files",
     "import_tokenizer",
     "load_tokenizer",

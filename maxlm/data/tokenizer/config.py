@@ -50,7 +50,8 @@ class TokenizerConfig(Config):
 
     extra_special_tokens: tuple[str, ...] = ()
     """Further literals with an id of their own, such as chat roles. Text in which they occur never
-    produces those ids; only ``encode(..., allow_special=True)`` does."""
+    produces those ids; only ``encode(..., allow_special=True)`` does. `maxlm tune` adds those, and
+    those of ``chat``, that the base's tokenizer lacks, and grows its vocabulary for them."""
 
     lowercase: bool = False
     """true takes case and accents from text first (BERT uncased), for ``wordpiece`` alone; false

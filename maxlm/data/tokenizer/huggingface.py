@@ -84,6 +84,11 @@ class HuggingFaceCodec(Codec):
         self.ordinary_special_ids = self._special_ids & found
         self._forbidden = self._special_ids - found
 
+    @property
+    def known_data(self) -> bytes:
+        """The tokenizer.json without the special tokens that are unknown here."""
+        return self._known
+
     def __reduce__(self):
         is_own = self.cut_pattern is PATTERN_CUT
         return partial(HuggingFaceCodec, splits_by_pattern=is_own), (self.data, self._special)

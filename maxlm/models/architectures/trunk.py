@@ -29,6 +29,7 @@ from maxlm.models.params import (
     get_values,
     is_unstacked,
     materialize,
+    seed_micro_batch,
     stack_layers,
     take_stacked_layer,
     truncated_normal,
@@ -127,7 +128,7 @@ class Trunk(nnx.Module):
                 self.run_stage,
                 get_values(self.stacks["layers"]),
                 x,
-                context,
+                (context, jnp.arange(x.shape[0], dtype=jnp.uint32)),
                 micro_batches=x.shape[0],
                 groups=self.num_layer_groups,
             )
@@ -138,12 +139,14 @@ class Trunk(nnx.Module):
         return x, total
 
     def run_stage(
-        self, layers: Params, x: jax.Array, context: PositionsAndSegments
+        self, layers: Params, x: jax.Array, context: tuple[PositionsAndSegments, jax.Array]
     ) -> tuple[jax.Array, Aux]:
         """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part of them
-        along the layer axis."""
+        along the layer axis; ``context``: of the tokens, and the micro-batch's number, uint32."""
+        tokens, micro_batch = context
+        layers = seed_micro_batch(layers, micro_batch)
         part = next(part for part in self.config.layer_stacks if part.name == "layers")
-        return self._run(part, layers, x, context, None)
+        return self._run(part, layers, x, tokens, None)
 
     def _run(
         self,

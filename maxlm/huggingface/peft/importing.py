@@ -1,0 +1,80 @@
+"""Writes a base's parameters beside an adapter of PEFT's, as the two make one run."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from maxlm.adapters import LoraAdapter
+from maxlm.adapters.targets import split_dims
+from maxlm.huggingface.arrays import Shape
+from maxlm.huggingface.convert import ParamWriter
+from maxlm.huggingface.peft.reading import PeftAdapter
+from maxlm.models.families.names import ParamSlice
+from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+
+
+@dataclass
+class AdaptedParamWriter:
+    """Takes the parameters of a published model, and writes those of the adapted one: what the
+    adapter's file holds trained in their place, and, with PiSSA, without the principal part that A
+    and B begin as."""
+
+    inner: ParamWriter
+    peft: PeftAdapter
+    specs: Params
+    """Declarations of the model without the adapter."""
+    _specs: dict[str, ParamSpec] = field(init=False)
+    _leaves: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        adapted = flatten_names(self.peft.adapter.adapt(self.specs), is_leaf)
+        self._leaves = frozenset(name for name, param in adapted.items() if is_leaf(param))
+        self._specs = flatten_names(self.specs)
+
+    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
+        self.inner.declare(self._rename(name), shape, num_lead_axes)
+
+    def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
+        place = ParamSlice(name, lead_index)
+        values = self.peft.base_values.get(place, values)
+        rank = self.peft.principal_ranks.get(place)
+        spec = self._specs[name]
+        if rank is not None:
+            u, s, vt = np.linalg.svd(to_matrix(values, spec, len(lead_index)), full_matrices=False)
+            values = ((u[:, rank:] * s[rank:]) @ vt[rank:]).reshape(values.shape)
+        magnitudes = self.peft.arrays.get(f"{name}.lora_magnitude")
+        adapter = self.peft.adapter
+        if magnitudes is not None and isinstance(adapter, LoraAdapter):
+            matrix = to_matrix(values, spec, len(lead_index))
+            difference = magnitudes[lead_index]
+            difference -= np.linalg.norm(matrix, axis=0).reshape(difference.shape)
+            difference[np.isnan(difference)] = 0  # of layers that have none
+        self.inner.write(self._rename(name), lead_index, values)
+
+    def finish(self) -> None:
+        """Writes the adapter's arrays, when its base is written."""
+        for name, array in self.peft.arrays.items():
+            self.inner.declare(name, array.shape)
+            self.inner.write(name, (), array)
+
+    def _rename(self, name: str) -> str:
+        return f"{name}.base" if name in self._leaves else name
+
+
+def list_trained_names(peft: PeftAdapter, specs: Params) -> tuple[str, ...]:
+    """Lists what was trained, as ``train.trainable`` names it in a model with declarations
+    ``specs``: the adapter's arrays, and the parameters of the base that its file holds; () where
+    there are none of these."""
+    if not peft.base_values:
+        return ()
+    adapted = flatten_names(peft.adapter.adapt(specs), is_leaf)
+    names = (place.name for place in peft.base_values)
+    base = dict.fromkeys(f"{name}.base" if is_leaf(adapted[name]) else name for name in names)
+    return (*peft.arrays, *base)
+
+
+def to_matrix(values: np.ndarray, spec: ParamSpec, num_lead_axes: int) -> np.ndarray:
+    """Returns a layer's kernel as [inputs, outputs]."""
+    num_inputs = split_dims(spec)[1] - num_lead_axes
+    rows = int(np.prod(values.shape[:num_inputs]))
+    return values.reshape(rows, -1)

@@ -1,0 +1,444 @@
+"""A run's adapter, written as PEFT's folder: all that was trained, or a line that says what PEFT
+has no form for."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from maxlm.adapters.ia3 import Ia3Param
+from maxlm.adapters.lora import TokenRowsParam
+from maxlm.adapters.targets import split_dims
+from maxlm.adapters.virtual_tokens import to_peft
+from maxlm.config import MaxlmError
+from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
+from maxlm.huggingface.peft.importing import to_matrix
+from maxlm.huggingface.peft.reading import (
+    OUR_TOKEN_ROWS,
+    PREFIX,
+    PROMPT,
+    TENSORS,
+    TOKEN_ROWS,
+    VIRTUAL,
+    list_task_types,
+    refuse_tensors,
+)
+from maxlm.huggingface.peft.settings import CONFIG, IA3, LORA, PREFIX_TUNING, PROMPT_TUNING
+from maxlm.huggingface.peft.sites import (
+    EXPERT_NAMES,
+    IA3_PARTS,
+    LORA_PARTS,
+    TABLE_PARTS,
+    AdapterSite,
+    Arrays,
+    ExpertsSite,
+    MapSite,
+    ModuleCatalog,
+    find_layer,
+    list_modules,
+    nest_experts,
+)
+from maxlm.models.adapters import Adapter
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.families.names import ParamSlice, TensorEntry
+from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+
+_PARTS = {*LORA_PARTS.values(), *IA3_PARTS.values()}
+_MERGED = "convert the merged model (without --adapter)"
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter in a run's checkpoint, and all that is known of how it was trained."""
+
+    adapter: Adapter
+    config: ModelConfig
+    specs: Params
+    """Declarations of the model without it."""
+    checkpoint: RunCheckpointReader
+    trained_base: frozenset[str] = frozenset()
+    """Names, as the checkpoint has them, of parameters of the base that were trained too."""
+    start: RunCheckpointReader | None = None
+    """The base before PiSSA took its principal part; None: it is not there any more."""
+
+
+def write_peft_adapter(
+    folder: Path, run: TrainedAdapter, entries: Iterable[TensorEntry]
+) -> tuple[int, list[str]]:
+    """Writes a run's adapter for a base that is published as ``entries``; returns the number of its
+    parameters, and notes for the user. Raises MaxlmError: something was trained that no file of
+    PEFT's can hold."""
+    from safetensors.numpy import save_file
+
+    with ExitStack() as stack:
+        writer = _AdapterFile(run, list_modules(entries), folder, stack)
+        if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+            writer.add_virtual_tokens(run.adapter)
+        elif isinstance(run.adapter, LoraAdapter):
+            writer.add_lora(run.adapter)
+        elif isinstance(run.adapter, Ia3Adapter):
+            writer.add_ia3()
+        else:
+            problem = f"PEFT has no file of adapter.kind={run.adapter.kind}"
+            raise MaxlmError(problem, where=str(run.checkpoint.folder), fix="use the run itself")
+        writer.add_trained_base()
+    save_file(writer.tensors, folder / TENSORS, {"format": "pt"})
+    text = json.dumps(writer.settings, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", "utf-8")
+    return sum(tensor.size for tensor in writer.tensors.values()), writer.notes
+
+
+class _AdapterFile:
+    """The tensors and settings of a file in the making. Parameters of the run are opened once, in
+    ``stack``: each may be decoded into a file in the folder ``scratch`` until then."""
+
+    def __init__(
+        self, run: TrainedAdapter, catalog: ModuleCatalog, scratch: Path, stack: ExitStack
+    ):
+        self._run = run
+        self._catalog = catalog
+        self._scratch = scratch
+        self._stack = stack
+        self._readers: dict[str, ReadSlice] = {}
+        self._where = run.checkpoint.folder
+        self._leaves = flatten_names(run.adapter.adapt(run.specs), is_leaf)
+        self._specs: dict[str, ParamSpec] = flatten_names(run.specs)
+        self._adapted: list[str] = []
+        self.tensors: Arrays = {}
+        self.settings: dict[str, Any] = {"inference_mode": True}
+        self.settings["task_type"] = list_task_types(run.config)[0]
+        self.notes: list[str] = []
+
+    def add_virtual_tokens(self, adapter: PrefixAdapter | PromptAdapter) -> None:
+        config = self._run.config
+        checkpoint = self._run.checkpoint
+        names = [name for name in checkpoint.shapes if name.endswith(VIRTUAL)]
+        arrays = {name: checkpoint.open(name).read() for name in names}
+        is_prefix = isinstance(adapter, PrefixAdapter)
+        self.settings |= {
+            "peft_type": PREFIX_TUNING if is_prefix else PROMPT_TUNING,
+            "token_dim": config.d_model,
+            "num_virtual_tokens": adapter.num_virtual_tokens,
+            "num_layers": config.num_layers,
+            "num_transformer_submodules": 1,
+        }
+        if is_prefix:
+            heads, size = arrays[names[0]].shape[2:]
+            self.settings |= {"num_attention_heads": heads, "token_dim": heads * size}
+        vectors = to_peft(arrays, config.embedding_scale)
+        self.tensors[PROMPT] = np.ascontiguousarray(vectors)
+
+    def add_ia3(self) -> None:
+        inputs: list[str] = []
+        arrays = self._read_arrays()
+        is_fresh = all(np.all(parts["ia3"] == 1) for parts in arrays.values())
+        for site in self._catalog.sites.values():
+            parts = self._take_site(site, arrays)
+            if not any(parts):
+                continue
+            leaf = self._leaves[site.places[0].name]
+            of_inputs = isinstance(leaf, Ia3Param) and leaf.of_inputs
+            factors = site.join_factors(parts, of_inputs=of_inputs)
+            if np.all(factors == 1) and not is_fresh:
+                continue  # a layer that the adapter leaves as it is
+            self._put(f"{site.prefix}.{next(iter(IA3_PARTS))}", factors)
+            self._adapted.append(site.name)
+            inputs += [site.name] if of_inputs else []
+        self.settings |= {"peft_type": IA3, "target_modules": self._shorten(self._adapted)}
+        self.settings["feedforward_modules"] = self._shorten(inputs)
+
+    def add_lora(self, adapter: LoraAdapter) -> None:
+        arrays = self._read_arrays()
+        fresh_rank = adapter.rank
+        is_pissa = adapter.changes_base
+        if is_pissa and self._run.start is not None:
+            # PEFT repeats the decomposition, which rounding turns a little. The difference from the
+            # start is exact, of twice the rank, beside a base that stays as it is.
+            self._add_initial_parts(adapter, arrays)
+            fresh_rank *= 2
+            is_pissa = False
+        elif is_pissa:
+            self.notes.append(
+                "PiSSA without the run that it started from: PEFT takes the principal part out of "
+                "the base again, and its logits may differ by some 1e-4"
+            )
+        ranks: dict[str, int] = {}
+        for site in self._list_adapted_sites(arrays):
+            parts = self._take_site(site, arrays)
+            self._check_fused(adapter, site, parts, is_pissa=is_pissa)
+            if adapter.dora:
+                for place, array in zip(site.places, parts, strict=True):
+                    norms = self._read_norms(place)
+                    array["lora_magnitude"] = array["lora_magnitude"] + norms
+            joined = site.join_lora(parts)
+            ranks[site.name] = joined["lora_a"].shape[0]
+            if isinstance(site, ExpertsSite):
+                ranks[site.name] //= site.num_experts
+            self._put_lora(site, joined)
+        parameters = [name for name in ranks if name not in self._catalog.sites]
+        self._adapted = [name for name in ranks if name in self._catalog.sites]
+        experts = self._shorten([name for name in parameters if name in self._catalog.experts])
+        routers = [name for name in parameters if name in self._catalog.routers]
+        self.settings["target_parameters"] = [*experts, *routers] or None
+        self._write_lora_settings(adapter, ranks, fresh_rank, is_pissa=is_pissa)
+        self._put_token_rows(adapter)
+
+    def _list_sites(self) -> list[AdapterSite]:
+        catalog = self._catalog
+        routers = [
+            MapSite(name, name.removesuffix(".weight"), site.places, site.entry)
+            for name, site in catalog.routers.items()
+        ]
+        return [*catalog.sites.values(), *catalog.experts.values(), *routers]
+
+    def _list_adapted_sites(self, arrays: Mapping[str, Arrays]) -> list[AdapterSite]:
+        sites = [site for site in self._list_sites() if any(self._take_site(site, arrays))]
+        experts = nest_experts([site for site in sites if isinstance(site, ExpertsSite)])
+        return [*(site for site in sites if isinstance(site, MapSite)), *experts]
+
+    def _read_arrays(self) -> dict[str, Arrays]:
+        """Reads the adapter's arrays by their parameter, and checks that PEFT has a place for
+        each."""
+        arrays: dict[str, Arrays] = {}
+        for name in self._run.checkpoint.shapes:
+            owner, _, part = name.rpartition(".")
+            if part in _PARTS:
+                arrays.setdefault(owner, {})[part] = self._run.checkpoint.open(name).read()
+        published = {place.name for site in self._list_sites() for place in site.places}
+        strange = [name for name in arrays if name not in published]
+        refuse_tensors("PEFT has no module of", strange, self._where)
+        return arrays
+
+    def _take_site(self, site: AdapterSite, arrays: Mapping[str, Arrays]) -> list[Arrays]:
+        """An adapter's arrays at each place of a site, without what is padding; {}: none."""
+        parts = [
+            {part: array[place.index] for part, array in arrays.get(place.name, {}).items()}
+            for place in site.places
+        ]
+        is_expert = isinstance(site, ExpertsSite)
+        return [
+            _trim_rank(arrays, is_expert=is_expert) if "lora_a" in arrays else arrays
+            for arrays in parts
+        ]
+
+    def _check_fused(
+        self, adapter: LoraAdapter, site: AdapterSite, parts: Sequence[Arrays], *, is_pissa: bool
+    ) -> None:
+        """Refuses what has no counterpart where several of our maps are one module there."""
+        if len(parts) == 1:
+            return
+        if is_pissa or (adapter.dora and not all(parts)):
+            problem = f"{site.name} holds several of our maps, and PiSSA or DoRA of some has no"
+            raise MaxlmError(f"{problem} counterpart", where=str(self._where), fix=_MERGED)
+
+    def _put(self, name: str, tensor: np.ndarray) -> None:
+        self.tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(tensor, np.float32)
+
+    def _put_lora(self, site: AdapterSite, joined: Arrays) -> None:
+        is_table = isinstance(site, MapSite) and site.is_table
+        for theirs, ours in (TABLE_PARTS if is_table else LORA_PARTS).items():
+            if ours in joined:
+                self._put(f"{site.prefix}.{theirs}", joined[ours])
+
+    def _write_lora_settings(
+        self, adapter: LoraAdapter, ranks: Mapping[str, int], rank: int, *, is_pissa: bool
+    ) -> None:
+        names = [name.rpartition(".")[2] for name in self._adapted]
+        if self._catalog.experts and {*names} & {*EXPERT_NAMES}:
+            problem = (
+                "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
+            )
+            raise MaxlmError(f"{problem} the experts'", where=str(self._where), fix=_MERGED)
+        power = 0.5 if adapter.rank_stabilized else 1
+        by_rank: dict[int, list[str]] = {}
+        for name, own_rank in ranks.items():
+            by_rank.setdefault(own_rank, []).append(name)
+        patterns = {
+            name: own_rank
+            for own_rank, sites in by_rank.items()
+            if own_rank != rank
+            for name in self._shorten(sites, among=[*ranks])
+        }
+        self.settings |= {
+            "peft_type": LORA,
+            "r": rank,
+            "lora_alpha": adapter.scale * rank**power,
+            "rank_pattern": patterns,
+            "alpha_pattern": {name: adapter.scale * r**power for name, r in patterns.items()},
+            "use_rslora": adapter.rank_stabilized,
+            "use_dora": adapter.dora,
+            "lora_dropout": adapter.dropout,
+            "init_lora_weights": "pissa" if is_pissa else True,
+        }
+        self.settings |= self._choose_targets()
+
+    def _choose_targets(self) -> dict[str, Any]:
+        """Says which modules are adapted, by layers where these are the same modules of some."""
+        layers = {name: find_layer(name, ()) for name in self._catalog.sites}
+        chosen = {layers[name] for name in self._adapted}
+        kinds = {name.rpartition(".")[2] for name in self._adapted}
+        same_kinds = [name for name in layers if name.rpartition(".")[2] in kinds]
+        meant = [name for name in same_kinds if layers[name] in chosen]
+        some_layers = None not in chosen and len(meant) < len(same_kinds)
+        if some_layers and {*meant} == {*self._adapted}:
+            numbers = sorted(layer for layer in chosen if layer is not None)
+            return {"target_modules": sorted(kinds), "layers_to_transform": numbers}
+        return {"target_modules": self._shorten(self._adapted)}
+
+    def _put_token_rows(self, adapter: LoraAdapter) -> None:
+        catalog = self._catalog
+        ids = [*adapter.token_ids]
+        modules = [catalog.input_table, catalog.head] if adapter.token_head else []
+        chosen = [module for module in modules if module in catalog.sites]
+        for module in chosen or ([catalog.input_table] if ids else []):
+            name = catalog.sites[module].places[0].name
+            rows = self._run.checkpoint.open(f"{name}.{OUR_TOKEN_ROWS}").read()
+            self._put(f"{module}.{TOKEN_ROWS}", rows)
+        if ids:
+            tables = dict.fromkeys(chosen, ids)
+            size = self._run.config.vocab_size
+            self.notes.append(
+                f"rows of tokens up to {max(ids)} are trained: a base with fewer is first given "
+                f"them by resize_token_embeddings({size})"
+            )
+            self.settings["trainable_token_indices"] = tables if len(chosen) > 1 else ids
+
+    def add_trained_base(self) -> None:
+        """Adds the parameters of the base that were trained: as whole modules, or, where a module
+        is adapted too or tied to another, under the name that PEFT's model has for the tensor."""
+        run = self._run
+        if not run.trained_base:
+            return
+        catalog = self._catalog
+        trained = [
+            name
+            for name, entry in catalog.tensors.items()
+            if any(self._name_base(place) in run.trained_base for place in entry.ours)
+        ]
+        written = {self._name_base(p) for n in trained for p in catalog.tensors[n].ours}
+        refuse_tensors(
+            "trained, and no file of PEFT's holds them",
+            [*run.trained_base - written],
+            self._where,
+        )
+        if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+            refuse_tensors("PEFT saves no modules beside virtual tokens", trained, self._where)
+        rows = [name for name in trained if self._has_token_rows(catalog.tensors[name])]
+        refuse_tensors("trained whole beside rows of its tokens", rows, self._where)
+        modules: dict[str, list[str]] = {}
+        for name in trained:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        whole: list[str] = []
+        biases = False
+        for module, names in modules.items():
+            if module in self._adapted:
+                for name in names:
+                    kind = name.rpartition(".")[2]
+                    self._put(f"{module}.base_layer.{kind}", self._read_tensor(name))
+                    biases = biases or kind == "bias"
+            elif any(catalog.tensors[name].aliases for name in names):
+                for name in names:
+                    self._put(name, self._read_tensor(name))
+            elif all(name.endswith(".bias") for name in names):
+                self._put(names[0], self._read_tensor(names[0]))
+                biases = True
+            else:
+                whole.append(module)
+                for name in catalog.tensors:
+                    if name.rpartition(".")[0] == module:
+                        self._put(name, self._read_tensor(name))
+        if whole:
+            self.settings["modules_to_save"] = self._shorten(whole, by_dots=False)
+        if biases and self.settings["peft_type"] == LORA:
+            self.settings["bias"] = "all"
+
+    def _has_token_rows(self, entry: TensorEntry) -> bool:
+        return isinstance(self._leaves[entry.ours[0].name], TokenRowsParam)
+
+    def _name_base(self, place: ParamSlice) -> str:
+        return f"{place.name}.base" if is_leaf(self._leaves[place.name]) else place.name
+
+    def _read_base(self, place: ParamSlice) -> np.ndarray:
+        """A slice of a parameter of the base, as the run has it."""
+        name = self._name_base(place)
+        if name not in self._readers:
+            opened = self._run.checkpoint.open_slice_reader(name, len(place.index), self._scratch)
+            self._readers[name] = self._stack.enter_context(opened)
+        return self._readers[name](place.index)
+
+    def _read_tensor(self, name: str) -> np.ndarray:
+        """A tensor of the base, as the run has it."""
+        entry = self._catalog.tensors[name]
+        return entry.join([self._read_base(place) for place in entry.ours])
+
+    def _shorten(
+        self, names: Sequence[str], among: Sequence[str] = (), *, by_dots: bool = True
+    ) -> list[str]:
+        """Returns the shortest ends of some modules' names that mean no others, where PEFT looks
+        for ends of names: behind a dot, or (``by_dots=False``) anywhere."""
+        catalog = self._catalog
+        known = among or [*catalog.modules, *catalog.experts, *catalog.routers]
+        chosen = {*names}
+        dot = "." if by_dots else ""
+
+        def means_others(end: str) -> bool:
+            return any(other.endswith(dot + end) and other not in chosen for other in known)
+
+        ends = {name: name.rpartition(".")[2] for name in names}
+        return sorted({name if means_others(end) else end for name, end in ends.items()})
+
+    def _read_norms(self, place: ParamSlice) -> np.ndarray:
+        """Norms of a layer's weights of each output in the base, [*outputs]."""
+        spec = self._specs[place.name]
+        _, end = split_dims(spec)
+        matrix = to_matrix(self._read_base(place), spec, len(place.index))
+        return np.linalg.norm(matrix, axis=0).reshape(spec.shape[end:]).astype(np.float32)
+
+    def _add_initial_parts(self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]) -> None:
+        """Adds to A and B, with the opposite sign, what they began as: the base's own principal
+        part, which is what the start has more than the base."""
+        start = self._run.start
+        assert start is not None
+        for name, parts in arrays.items():
+            spec = self._specs[name]
+            if not spec.contracting_dims:
+                continue  # PiSSA takes nothing from tables.
+            lead, _ = split_dims(spec)
+            shape_a, shape_b = parts["lora_a"].shape, parts["lora_b"].shape
+            first = np.empty(shape_a, np.float32)
+            second = np.empty(shape_b, np.float32)
+            with ExitStack() as stack:
+                opened = start.open_slice_reader(name, lead, self._scratch)
+                read_start = stack.enter_context(opened)
+                opened = self._run.checkpoint.open_slice_reader(f"{name}.base", lead, self._scratch)
+                read_base = stack.enter_context(opened)
+                for index in np.ndindex(*spec.shape[:lead]):
+                    difference = read_start(index).astype(np.float64) - read_base(index)
+                    matrix = to_matrix(difference, spec, lead) / adapter.scale
+                    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+                    root = np.sqrt(s[: adapter.rank])
+                    first[index] = (u[:, : adapter.rank] * root).reshape(shape_a[lead:])
+                    rows = -root[:, None] * vt[: adapter.rank]
+                    second[index] = rows.reshape(shape_b[lead:])
+            parts["lora_a"] = np.concatenate([parts["lora_a"], first], axis=-1)
+            parts["lora_b"] = np.concatenate([parts["lora_b"], second], axis=lead)
+
+
+def _trim_rank(parts: Arrays, *, is_expert: bool) -> Arrays:
+    """Leaves out ranks whose A and B are both zero, which nothing ever trains: padding of layers
+    that have lower ranks than others, or none ({})."""
+    a, b = parts["lora_a"], parts["lora_b"]
+    # Of experts [E, inputs, rank] and [E, rank, outputs], of maps [*inputs, rank] and [rank, ...].
+    lead = 1 if is_expert else 0
+    used = np.any(a.reshape(-1, a.shape[-1]), axis=0)
+    used |= np.any(np.moveaxis(b, lead, 0).reshape(a.shape[-1], -1), axis=1)
+    if not used.any():
+        if not np.any(parts.get("lora_magnitude", 0)):
+            return {}
+        used[0] = True  # The magnitudes alone were trained.
+    return parts | {"lora_a": a[..., used], "lora_b": np.compress(used, b, axis=lead)}
