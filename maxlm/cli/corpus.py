@@ -24,7 +24,7 @@ from maxlm.cli.common import (
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.documents.files import check_corpus_packages, is_corpus
-from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.executor import TaskExecutor, open_executor
 from maxlm.runtime.progress import show_progress
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ app = typer.Typer(
 
 _ROW_COUNTS = ("rows", "labelled")
 StoreArgument = Annotated[str, Argument(help="A token store: a folder, s3://... or gs://...")]
+OnOption = Annotated[
+    str,
+    Option(
+        help="Where tasks run: local (processes of this machine), ray://HOST:PORT (a Ray cluster, "
+        "by its Ray client server) or ray (the cluster of RAY_ADDRESS or of this machine, else one "
+        "that is started here)."
+    ),
+]
 CorpusArgument = Annotated[Path, Argument(help="A corpus's folder, as `run` made it.")]
 
 
@@ -111,7 +119,9 @@ def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str, Argument(help="A recipe's file.")], settings: SettingsArgument = None
+    recipe: Annotated[str, Argument(help="A recipe's file.")],
+    settings: SettingsArgument = None,
+    on: OnOption = "local",
 ) -> None:
     """Read sources and label their documents. Run it again after an interruption to go on.
 
@@ -122,9 +132,11 @@ def run(
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
 
-    with show_progress("parts") as progress:
-        folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
-    _print_funnel(_open_corpus(folder))
+    config = load_config(RecipeConfig, recipe, settings or ()).value
+    with open_executor(on, config.workers) as executor:
+        with show_progress("parts") as progress:
+            folder = run_recipe(config, progress, executor)
+        _print_funnel(_open_corpus(folder), executor)
 
 
 @app.command()
@@ -134,11 +146,14 @@ def report(
     tokenizer: Annotated[Path | None, Option(help="A tokenizer, to count tokens with.")] = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
+    on: OnOption = "local",
 ) -> None:
     """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
     opened = _open_corpus(corpus)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
-    _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
+    page = out or corpus / "report.html"
+    with open_executor(on, opened.recipe.workers) as executor:
+        _print_funnel(opened, executor, rules, tokenizer, page, as_json)
 
 
 @app.command()
@@ -150,6 +165,7 @@ def export(
     ] = "parquet",
     keep: KeepOption = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
+    on: OnOption = "local",
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
     the texts that `build` tokenizes, with id, source, url, meta and language."""
@@ -157,8 +173,11 @@ def export(
     from maxlm.corpus.export import export_corpus
 
     rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
-    with WorkerPool(opened.recipe.workers) as pool, show_progress("parts") as progress:
-        made = export_corpus(opened, rules, out, to, pool, force=force, progress=progress)
+    with (
+        open_executor(on, opened.recipe.workers) as executor,
+        show_progress("parts") as progress,
+    ):
+        made = export_corpus(opened, rules, out, to, executor, force=force, progress=progress)
     print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
     print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
     print(f"the files: {out}")
@@ -181,6 +200,7 @@ def _parse_rules(rules: list[str]) -> dict[str, str]:
 
 def _print_funnel(
     corpus: "OpenCorpus",
+    executor: TaskExecutor,
     keep: dict[str, str] | None = None,
     tokenizer: Path | None = None,
     page: Path | None = None,
@@ -191,8 +211,8 @@ def _print_funnel(
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
-    with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
-        summary = summarize_corpus(corpus, rules, pool, tokenizer, progress)
+    with show_progress("parts") as progress:
+        summary = summarize_corpus(corpus, rules, executor, tokenizer, progress)
     rows = compute_funnel(rules, summary)
     if page is not None:
         write_report(corpus, rules, summary, page)
