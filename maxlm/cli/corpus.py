@@ -29,6 +29,7 @@ from maxlm.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
+    from maxlm.corpus.perplexity_model import PerplexityMetadata
 
 app = typer.Typer(
     no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
@@ -236,6 +237,64 @@ def _print_funnel(
 def _read_texts(documents: list[str]) -> Iterator[bytes]:
     source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
     return (document.text for document in read_documents(source))
+
+
+@app.command("train-perplexity")
+def train_perplexity(
+    text: TextArgument,
+    out: Annotated[Path, Option(help="The model's folder.")],
+    reference: Annotated[
+        list[str] | None, Option(help="Documents that set the cutoffs; repeatable.")
+    ] = None,
+    settings: SetOption = None,
+) -> None:
+    """Train an n-gram model of good prose in one language, for the stage `perplexity`.
+
+    It is a modified Kneser-Ney model, as KenLM's lmplz makes it. The cutoffs of head, middle and
+    tail part a reference in thirds: give a sample of the crawl that is to be filtered. Without one,
+    some documents of TEXT are the reference, and not trained on.
+    """
+    from maxlm.corpus import perplexity_model
+
+    config = load_config(perplexity_model.PerplexityTrainingConfig, None, settings or ()).value
+    texts = map(bytes.decode, _read_texts(text))
+    sample = map(bytes.decode, _read_texts(reference)) if reference else None
+    report = perplexity_model.train_perplexity(texts, out, config, sample)
+    counts = ", ".join(f"{number:,}" for number in report.ngrams.num_ngrams)
+    print(f"{report.num_documents:,} documents, {report.ngrams.num_tokens:,} words and line ends")
+    print(f"n-grams of 1, 2, ... words: {counts}")
+    _print_cutoffs(report.metadata, out)
+
+
+@app.command("calibrate-perplexity")
+def calibrate_perplexity(
+    model: Annotated[Path, Argument(help="An ARPA or binary file of KenLM, or a model's folder.")],
+    reference: Annotated[list[str], Option(help="Documents that set the cutoffs; repeatable.")],
+    out: Annotated[
+        Path | None, Option(help="The model's new folder; default: the folder that is given.")
+    ] = None,
+    settings: SetOption = None,
+) -> None:
+    """Set the cutoffs of an n-gram model by a sample, for the stage `perplexity`.
+
+    Head, middle and tail are thirds of the sample's perplexities, or as percentiles says.
+    """
+    from maxlm.corpus import perplexity_model
+
+    if out is None and not model.is_dir():
+        fix = "name a folder for the model and its cutoffs with --out"
+        raise MaxlmError("this is no model's folder", where=str(model), fix=fix)
+    config = load_config(perplexity_model.PerplexityCalibrationConfig, None, settings or ()).value
+    sample = map(bytes.decode, _read_texts(reference))
+    folder = out or model
+    _print_cutoffs(perplexity_model.calibrate_perplexity(model, sample, folder, config), folder)
+
+
+def _print_cutoffs(metadata: "PerplexityMetadata", folder: Path) -> None:
+    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in metadata.percentiles.items())
+    print(f"perplexities of {metadata.reference_documents:,} reference documents: {percentiles}")
+    print("head up to {:,.1f}, tail beyond {:,.1f}".format(*metadata.cutoffs))
+    print(f"the model: {folder}")
 
 
 @app.command("train-quality")

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import socket
 import uuid
 import warnings
@@ -128,6 +129,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 done, busy = ray.wait(busy)
                 yield ray.get(done[0])
         except exceptions.RayTaskError as error:
+            if isinstance(error.cause, exceptions.RaySystemError):
+                raise _make_cluster_error(error.cause) from error
             raise error.cause from error
         except (exceptions.RayError, ConnectionError) as error:
             raise _make_cluster_error(error) from error
@@ -160,12 +163,9 @@ def _connect(address: str | None) -> None:
 
     # A cluster that starts here reports its use to nobody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    place = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
-        if address is not None:
-            # Ray itself waits for half a minute where nothing listens.
-            url = urlsplit(address)
-            place = (url.hostname or "", url.port or _CLIENT_PORT)
-            socket.create_connection(place, timeout=_SECONDS_TO_CONNECT).close()
+        _check_that_one_listens(place)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of what the error below says.
             ray.init(
@@ -175,25 +175,44 @@ def _connect(address: str | None) -> None:
                 **({"include_dashboard": False} if address is None else {}),
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        place = address or os.environ.get("RAY_ADDRESS") or "on this machine"
+        reason = getattr(error, "strerror", None) or _get_first_line(error)
         fix = (
             "start one with `ray start --head`, and give ray://HOST:PORT of its Ray client server "
             f"(port {_CLIENT_PORT} unless --ray-client-server-port says otherwise)"
         )
-        what = f"no Ray cluster can be reached at {place} ({reason})"
+        what = f"no Ray cluster answers at {place} ({reason})"
         raise MaxlmError(what, where="--on", fix=fix) from error
 
 
+def _check_that_one_listens(address: str) -> None:
+    """Raises OSError if nothing listens at the host and port of an address, if it has them: Ray
+    itself would wait for half a minute, or for two."""
+    url = urlsplit(address if "://" in address else f"//{address}")
+    port = url.port or (_CLIENT_PORT if url.scheme == "ray" else None)
+    if url.hostname and port:
+        socket.create_connection((url.hostname, port), timeout=_SECONDS_TO_CONNECT).close()
+
+
 def _make_cluster_error(error: Exception) -> MaxlmError:
-    reason = str(error).strip().partition("\n")[0]
-    what = f"the Ray cluster gave up on a task ({reason})"
-    return MaxlmError(
-        what,
-        where="--on",
-        fix="look at `ray status` and at the memory of its machines, then run the command again: "
-        "it goes on where it stopped",
-    )
+    # Ray's client tells the reason in a line of its own.
+    details = re.search(r'details = "(.*)"', str(error))
+    reason = details[1] if details else _get_first_line(error).removeprefix("System error: ")
+    if reason.startswith("No module named"):
+        what = f"a machine of the Ray cluster cannot read its task ({reason})"
+        fix = f"install maxlm {version('maxlm')} as it is here on every machine of the cluster"
+    else:
+        what = f"the Ray cluster gave up on a task ({reason})"
+        fix = (
+            "look at `ray status` and at the memory of its machines, then run the command again: "
+            "it goes on where it stopped"
+        )
+    return MaxlmError(what, where="--on", fix=fix)
+
+
+def _get_first_line(error: Exception) -> str:
+    """Returns an error's first line, and of a traceback the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
 
 
 def _run_task(workspace: _Workspace, function_id: uuid.UUID, pickled: bytes, job: Any) -> Any:
