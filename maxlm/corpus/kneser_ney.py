@@ -133,8 +133,8 @@ def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
     limit = memory // _BYTES_PER_WORD
     for sentence in sentences:
         if len(ids) > limit:
-            what = f"the text has more than {limit:,} words, which is what fits into memory"
-            raise MaxlmError(what, fix="train on a sample of it")
+            message = f"the text has more than {limit:,} words, which is what fits into memory"
+            raise MaxlmError(message, fix="train on a sample of it")
         words = sentence.encode(errors="replace").replace(b"\0", b" ").split()
         if "<" in sentence:
             words = [word for word in words if word not in _LEFT_OUT]

@@ -116,8 +116,8 @@ def _load(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None
     try:
         log10_prob = kenlm.Model(str(path), config).score
     except OSError as error:
-        what = f"KenLM cannot read this model: {error}"
-        raise MaxlmError(what, where=str(path), fix=TRAIN_FIX) from error
+        message = f"KenLM cannot read this model: {error}"
+        raise MaxlmError(message, where=str(path), fix=TRAIN_FIX) from error
     split_lines = make_line_splitter(words)
 
     def compute(text: str) -> float | None:
@@ -137,11 +137,11 @@ def read_perplexity_metadata(folder: Path) -> PerplexityMetadata:
     try:
         return PerplexityMetadata.model_validate_json(path.read_bytes())
     except OSError as error:
-        what = f"there is no perplexity model in this folder: {error.strerror}"
-        raise MaxlmError(what, where=str(path), fix=TRAIN_FIX) from error
+        message = f"there is no perplexity model in this folder: {error.strerror}"
+        raise MaxlmError(message, where=str(path), fix=TRAIN_FIX) from error
     except ValidationError as error:
-        what = f"this describes no perplexity model: {error.errors()[0]['msg']}"
-        raise MaxlmError(what, where=str(path), fix=TRAIN_FIX) from error
+        message = f"this describes no perplexity model: {error.errors()[0]['msg']}"
+        raise MaxlmError(message, where=str(path), fix=TRAIN_FIX) from error
 
 
 def list_model_files(path: Path, words: LineSplitterConfig) -> list[Path]:
@@ -155,9 +155,9 @@ def list_model_files(path: Path, words: LineSplitterConfig) -> list[Path]:
         words = metadata.words
         files = [path / metadata.file, path / CUTOFFS_FILE]
         if hash_file(files[0]) != metadata.model_sha256:
-            what = f"{CUTOFFS_FILE} was written for another model"
+            message = f"{CUTOFFS_FILE} was written for another model"
             fix = f"maxlm corpus calibrate-perplexity {files[0]} --reference SAMPLE --out {path}"
-            raise MaxlmError(what, where=str(files[0]), fix=fix)
+            raise MaxlmError(message, where=str(files[0]), fix=fix)
     if words.tokenizer is not None:
         files += [file for file in sorted(Path(words.tokenizer).iterdir()) if file.is_file()]
     return files
@@ -246,8 +246,8 @@ def _calibrate(
     scores = map(compute, islice(reference, config.reference_documents))
     perplexities = np.array([score for score in scores if score is not None])
     if len(perplexities) < _FEWEST_DOCUMENTS:
-        what = f"{len(perplexities)} documents are too few to set cutoffs by"
-        raise MaxlmError(what, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference")
+        message = f"{len(perplexities)} documents are too few to set cutoffs by"
+        raise MaxlmError(message, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference")
     return PerplexityMetadata(
         file=f"model{model.suffix}",
         model_sha256=hash_file(model),

@@ -75,8 +75,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             if self._address is not None:
                 import grpc  # noqa: F401  # Ray's client needs it, and would fail with a traceback.
         except ImportError as error:
-            what = f"{error.name} is not installed, which a Ray cluster needs"
-            raise MaxlmError(what, where="--on", fix="pip install 'maxlm[ray]'") from error
+            message = f"{error.name} is not installed, which a Ray cluster needs"
+            raise MaxlmError(message, where="--on", fix="pip install 'maxlm[ray]'") from error
         if self._address is not None or not ray.is_initialized():
             _connect(self._address)
             self._is_connected_here = True
@@ -180,8 +180,8 @@ def _connect(address: str | None) -> None:
             "start one with `ray start --head`, and give ray://HOST:PORT of its Ray client server "
             f"(port {_CLIENT_PORT} unless --ray-client-server-port says otherwise)"
         )
-        what = f"no Ray cluster answers at {place} ({reason})"
-        raise MaxlmError(what, where="--on", fix=fix) from error
+        message = f"no Ray cluster answers at {place} ({reason})"
+        raise MaxlmError(message, where="--on", fix=fix) from error
 
 
 def _check_that_one_listens(address: str) -> None:
@@ -198,15 +198,15 @@ def _make_cluster_error(error: Exception) -> MaxlmError:
     details = re.search(r'details = "(.*)"', str(error))
     reason = details[1] if details else _get_first_line(error).removeprefix("System error: ")
     if reason.startswith("No module named"):
-        what = f"a machine of the Ray cluster cannot read its task ({reason})"
+        message = f"a machine of the Ray cluster cannot read its task ({reason})"
         fix = f"install maxlm {version('maxlm')} as it is here on every machine of the cluster"
     else:
-        what = f"the Ray cluster gave up on a task ({reason})"
+        message = f"the Ray cluster gave up on a task ({reason})"
         fix = (
             "look at `ray status` and at the memory of its machines, then run the command again: "
             "it goes on where it stopped"
         )
-    return MaxlmError(what, where="--on", fix=fix)
+    return MaxlmError(message, where="--on", fix=fix)
 
 
 def _get_first_line(error: Exception) -> str:
@@ -227,21 +227,21 @@ def _enter_workspace(workspace: _Workspace) -> None:
     try:
         os.chdir(workspace.working_folder)
     except OSError as error:
-        what = f"a Ray worker on {host} does not see this folder ({error.strerror})"
+        message = f"a Ray worker on {host} does not see this folder ({error.strerror})"
         fix = "run the command in a folder that all machines of the cluster share"
-        raise MaxlmError(what, where=workspace.working_folder, fix=fix) from error
+        raise MaxlmError(message, where=workspace.working_folder, fix=fix) from error
     marker = workspace.marker and Path(workspace.marker)
     if marker and not marker.exists():
-        what = f"a Ray worker on {host} does not see what is written to this folder"
+        message = f"a Ray worker on {host} does not see what is written to this folder"
         fix = "put it on a disk that all machines of the cluster have under this path"
-        raise MaxlmError(what, where=str(marker.parent), fix=fix)
+        raise MaxlmError(message, where=str(marker.parent), fix=fix)
     for name, expected in workspace.versions:
         try:
             installed = version(name)
         except PackageNotFoundError:
             installed = "none"
         if installed != expected:
-            what = f"a Ray worker on {host} has {name} {installed}, and this machine {expected}"
+            message = f"a Ray worker on {host} has {name} {installed}, and this machine {expected}"
             fix = f"pip install '{name}=={expected}' on every machine of the cluster"
-            raise MaxlmError(what, where="--on", fix=fix)
+            raise MaxlmError(message, where="--on", fix=fix)
     use_one_tokenizer_thread()

@@ -118,14 +118,14 @@ class LanguageStage(PerDocumentStage):
         try:
             model = fasttext.load_model(str(path))
         except ValueError as error:
-            what = f"no fastText model: {error}"
-            raise MaxlmError(what, where=str(path), fix=self.files_fix) from error
+            message = f"no fastText model: {error}"
+            raise MaxlmError(message, where=str(path), fix=self.files_fix) from error
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
         known = {label.removeprefix("__label__") for label in labels}
         if unknown := [name for name in self.thresholds if name not in known]:
-            what = f"the model knows no language {', '.join(unknown)}"
+            message = f"the model knows no language {', '.join(unknown)}"
             where = f"thresholds of the stage {self.unique_name}"
-            raise MaxlmError(what, where=where, fix="use codes such as en, de, zh")
+            raise MaxlmError(message, where=where, fix="use codes such as en, de, zh")
         nothing = model.predict("", k=2)
 
         def compute_scores(text: str) -> LanguageScores:
