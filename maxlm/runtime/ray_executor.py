@@ -27,7 +27,6 @@ Result = TypeVar("Result")
 _CLIENT_PORT = 10001  # The one that `ray start --head` opens for ray:// addresses.
 _SECONDS_TO_CONNECT = 10
 _SECONDS_TO_CANCEL = 30
-_MARKER = ".ray-"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             if self._address is not None:
                 import grpc  # noqa: F401  # Ray's client needs it, and would fail with a traceback.
         except ImportError as error:
-            message = f"{error.name} is not installed, which a Ray cluster needs"
+            message = f"{error.name or error} is not installed, which a Ray cluster needs"
             raise MaxlmError(message, where="--on", fix="pip install 'maxlm[ray]'") from error
         if self._address is not None or not ray.is_initialized():
             _connect(self._address)
@@ -93,10 +92,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """See `TaskExecutor`. A file of a new name lies in the folder until this context ends."""
         self._remove_marker()
         folder = shared_folder.expanduser().absolute()
-        with convert_write_errors(folder):
-            for path in folder.glob(f"{_MARKER}*"):
-                path.unlink(missing_ok=True)  # Of a killed run.
-            marker = folder / f"{_MARKER}{uuid.uuid4().hex}"
+        # That of a killed command stays, empty: it might be of one that still runs.
+        marker = folder / f".ray-{uuid.uuid4().hex}"
+        with convert_write_errors(marker):
             marker.touch()
         self._workspace = _make_workspace(marker, packages)
 
@@ -115,11 +113,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         task = ray.remote(_run_task)
         workspace = self._workspace
         function_id = uuid.uuid4()
-        # Once for all tasks: the function may hold the names of a hundred thousand shards.
-        pickled = ray.put(pickle.dumps(function))
         waiting = iter(jobs)
         busy: list[Any] = []
         try:
+            # Once for all tasks: the function may hold the names of a hundred thousand shards.
+            pickled = ray.put(pickle.dumps(function))
             while True:
                 num_free = self._count_tasks_to_submit() - len(busy)
                 for job in itertools.islice(waiting, max(0, num_free)):
