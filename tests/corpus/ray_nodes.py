@@ -2,17 +2,18 @@
 
 import itertools
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _SECONDS = 120
 _REPLACE = os.replace
@@ -52,7 +53,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 @contextmanager
 def start_node(log: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """`ray start --block` with one CPU, as a process group that is killed at the end."""
+    """`ray start --block` with one CPU, which is killed at the end."""
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]
     command += ["--block", "--num-cpus=1", "--object-store-memory=80000000", *options]
     command += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
@@ -76,8 +77,12 @@ def start_node(log: Path, *options: str, **environment: str) -> Iterator[subproc
 
 def kill_node(process: subprocess.Popen) -> None:
     """Kills all processes of a node at once, as a power cut does."""
-    if process.poll() != -signal.SIGKILL:  # Its number may be another group's by then.
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        # Not by its group: the workers have groups of their own.
+        node = psutil.Process(process.pid)
+        for member in [node, *node.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()
 
 
