@@ -7,7 +7,7 @@ head, middle and tail.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -248,24 +248,16 @@ def _calibrate(
     if len(perplexities) < _FEWEST_DOCUMENTS:
         message = f"{len(perplexities)} documents are too few to set cutoffs by"
         raise MaxlmError(message, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference")
+    low, high = np.percentile(perplexities, config.percentiles).tolist()
+    shown = np.percentile(perplexities, _SHOWN_PERCENTILES).tolist()
     return PerplexityMetadata(
         file=f"model{model.suffix}",
         model_sha256=hash_file(model),
         words=config.words,
-        cutoffs=_compute_percentiles(perplexities, config.percentiles),
+        cutoffs=(low, high),
         reference_documents=len(perplexities),
-        percentiles=dict(
-            zip(
-                _SHOWN_PERCENTILES,
-                _compute_percentiles(perplexities, _SHOWN_PERCENTILES),
-                strict=True,
-            )
-        ),
+        percentiles=dict(zip(_SHOWN_PERCENTILES, shown, strict=True)),
     )
-
-
-def _compute_percentiles(values: np.ndarray, percentiles: Sequence[float]) -> tuple[float, ...]:
-    return tuple(np.percentile(values, percentiles).tolist())
 
 
 @contextmanager

@@ -133,12 +133,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         except (exceptions.RayError, ConnectionError) as error:
             raise _make_cluster_error(error) from error
         finally:
-            # Nothing of this run is to write when its folder is no longer locked.
-            with suppress(exceptions.RayError, ConnectionError):
-                for reference in busy:
-                    ray.cancel(reference, force=True)
-                if busy:
-                    ray.wait(busy, num_returns=len(busy), timeout=_SECONDS_TO_CANCEL)
+            # Without a connection Ray would start another cluster here to cancel tasks on.
+            if busy and ray.is_initialized():
+                _cancel_tasks(busy)
 
     def _count_tasks_to_submit(self) -> int:
         """Tasks to be under way: without `workers` twice the CPUs, so that none of them waits for
@@ -156,6 +153,17 @@ def _make_workspace(marker: Path | None, packages: Sequence[str]) -> _Workspace:
     return _Workspace(os.getcwd(), marker and str(marker), versions)
 
 
+def _cancel_tasks(references: Sequence[Any]) -> None:
+    """Ends tasks: none of them is to write when its folder is no longer locked."""
+    import ray
+    from ray import exceptions
+
+    with suppress(exceptions.RayError, ConnectionError):
+        for reference in references:
+            ray.cancel(reference, force=True)
+        ray.wait(list(references), num_returns=len(references), timeout=_SECONDS_TO_CANCEL)
+
+
 def _connect(address: str | None) -> None:
     import ray
 
@@ -170,7 +178,7 @@ def _connect(address: str | None) -> None:
                 address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **({"include_dashboard": False} if address is None else {}),
+                include_dashboard=None if address else False,  # Of a cluster that starts here.
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or _get_first_line(error)
@@ -199,7 +207,9 @@ def _make_cluster_error(error: Exception) -> MaxlmError:
         message = f"a machine of the Ray cluster cannot read its task ({reason})"
         fix = f"install maxlm {version('maxlm')} as it is here on every machine of the cluster"
     else:
-        message = f"the Ray cluster gave up on a task ({reason})"
+        is_lost = isinstance(error, ConnectionError)
+        event = "the Ray cluster is gone" if is_lost else "the Ray cluster gave up on a task"
+        message = f"{event} ({reason})"
         fix = (
             "look at `ray status` and at the memory of its machines, then run the command again: "
             "it goes on where it stopped"
