@@ -26,11 +26,12 @@ from maxlm.cli.common import (
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.documents.files import check_corpus_packages, is_corpus
-from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.executor import TaskExecutor, open_executor
 from maxlm.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
+    from maxlm.corpus.perplexity_model import PerplexityMetadata
 
 app = typer.Typer(
     no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
@@ -38,6 +39,14 @@ app = typer.Typer(
 
 _ROW_COUNTS = ("rows", "labelled")
 StoreArgument = Annotated[str, Argument(help="A token store: a folder, s3://... or gs://...")]
+OnOption = Annotated[
+    str,
+    Option(
+        help="Where tasks run: local (processes of this machine), ray://HOST:PORT (a Ray cluster, "
+        "by its Ray client server) or ray (the cluster of RAY_ADDRESS or of this machine, else one "
+        "that is started here)."
+    ),
+]
 CorpusArgument = Annotated[Path, Argument(help="A corpus's folder, as `run` made it.")]
 
 
@@ -166,7 +175,9 @@ def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str, Argument(help="A recipe's file.")], settings: SettingsArgument = None
+    recipe: Annotated[str, Argument(help="A recipe's file.")],
+    settings: SettingsArgument = None,
+    on: OnOption = "local",
 ) -> None:
     """Read sources and label their documents. Run it again after an interruption to go on.
 
@@ -177,9 +188,11 @@ def run(
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
 
-    with show_progress("parts") as progress:
-        folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
-    _print_funnel(_open_corpus(folder))
+    config = load_config(RecipeConfig, recipe, settings or ()).value
+    with open_executor(on, config.workers) as executor:
+        with show_progress("parts") as progress:
+            folder = run_recipe(config, progress, executor)
+        _print_funnel(_open_corpus(folder), executor)
 
 
 @app.command()
@@ -189,11 +202,14 @@ def report(
     tokenizer: Annotated[Path | None, Option(help="A tokenizer, to count tokens with.")] = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
+    on: OnOption = "local",
 ) -> None:
     """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
     opened = _open_corpus(corpus)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
-    _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
+    page = out or corpus / "report.html"
+    with open_executor(on, opened.recipe.workers) as executor:
+        _print_funnel(opened, executor, rules, tokenizer, page, as_json)
 
 
 @app.command()
@@ -205,6 +221,7 @@ def export(
     ] = "parquet",
     keep: KeepOption = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
+    on: OnOption = "local",
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
     the texts that `build` tokenizes, with id, source, url, meta and language."""
@@ -212,8 +229,11 @@ def export(
     from maxlm.corpus.export import export_corpus
 
     rules = opened.resolve_rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
-    with WorkerPool(opened.recipe.workers) as pool, show_progress("parts") as progress:
-        made = export_corpus(opened, rules, out, to, pool, force=force, progress=progress)
+    with (
+        open_executor(on, opened.recipe.workers) as executor,
+        show_progress("parts") as progress,
+    ):
+        made = export_corpus(opened, rules, out, to, executor, force=force, progress=progress)
     print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
     print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
     print(f"the files: {out}")
@@ -236,6 +256,7 @@ def _parse_rules(rules: list[str]) -> dict[str, str]:
 
 def _print_funnel(
     corpus: "OpenCorpus",
+    executor: TaskExecutor,
     keep: dict[str, str] | None = None,
     tokenizer: Path | None = None,
     page: Path | None = None,
@@ -246,8 +267,8 @@ def _print_funnel(
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
-    with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
-        summary = summarize_corpus(corpus, rules, pool, tokenizer, progress)
+    with show_progress("parts") as progress:
+        summary = summarize_corpus(corpus, rules, executor, tokenizer, progress)
     rows = compute_funnel(rules, summary)
     if page is not None:
         write_report(corpus, rules, summary, page)
@@ -271,6 +292,64 @@ def _print_funnel(
 def _read_texts(documents: list[str]) -> Iterator[bytes]:
     source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
     return (document.text for document in read_documents(source))
+
+
+@app.command("train-perplexity")
+def train_perplexity(
+    text: TextArgument,
+    out: Annotated[Path, Option(help="The model's folder.")],
+    reference: Annotated[
+        list[str] | None, Option(help="Documents that set the cutoffs; repeatable.")
+    ] = None,
+    settings: SetOption = None,
+) -> None:
+    """Train an n-gram model of good prose in one language, for the stage `perplexity`.
+
+    It is a modified Kneser-Ney model, as KenLM's lmplz makes it. The cutoffs of head, middle and
+    tail part a reference in thirds: give a sample of the crawl that is to be filtered. Without one,
+    some documents of TEXT are the reference, and not trained on.
+    """
+    from maxlm.corpus import perplexity_model
+
+    config = load_config(perplexity_model.PerplexityTrainingConfig, None, settings or ()).value
+    texts = map(bytes.decode, _read_texts(text))
+    sample = map(bytes.decode, _read_texts(reference)) if reference else None
+    report = perplexity_model.train_perplexity(texts, out, config, sample)
+    counts = ", ".join(f"{number:,}" for number in report.ngrams.num_ngrams)
+    print(f"{report.num_documents:,} documents, {report.ngrams.num_tokens:,} words and line ends")
+    print(f"n-grams of 1, 2, ... words: {counts}")
+    _print_cutoffs(report.metadata, out)
+
+
+@app.command("calibrate-perplexity")
+def calibrate_perplexity(
+    model: Annotated[Path, Argument(help="An ARPA or binary file of KenLM, or a model's folder.")],
+    reference: Annotated[list[str], Option(help="Documents that set the cutoffs; repeatable.")],
+    out: Annotated[
+        Path | None, Option(help="The model's new folder; default: the folder that is given.")
+    ] = None,
+    settings: SetOption = None,
+) -> None:
+    """Set the cutoffs of an n-gram model by a sample, for the stage `perplexity`.
+
+    Head, middle and tail are thirds of the sample's perplexities, or as percentiles says.
+    """
+    from maxlm.corpus import perplexity_model
+
+    if out is None and not model.is_dir():
+        fix = "name a folder for the model and its cutoffs with --out"
+        raise MaxlmError("this is no model's folder", where=str(model), fix=fix)
+    config = load_config(perplexity_model.PerplexityCalibrationConfig, None, settings or ()).value
+    sample = map(bytes.decode, _read_texts(reference))
+    folder = out or model
+    _print_cutoffs(perplexity_model.calibrate_perplexity(model, sample, folder, config), folder)
+
+
+def _print_cutoffs(metadata: "PerplexityMetadata", folder: Path) -> None:
+    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in metadata.percentiles.items())
+    print(f"perplexities of {metadata.reference_documents:,} reference documents: {percentiles}")
+    print("head up to {:,.1f}, tail beyond {:,.1f}".format(*metadata.cutoffs))
+    print(f"the model: {folder}")
 
 
 @app.command("train-quality")

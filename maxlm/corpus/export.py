@@ -20,8 +20,8 @@ from maxlm.corpus.report import find_language_label
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.data.batching import batch_by_size
-from maxlm.runtime.files import convert_write_errors, lock_folder
-from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.executor import TaskExecutor
+from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
@@ -34,7 +34,7 @@ def export_corpus(
     rules: FilterRules,
     out: Path,
     format: Literal["parquet", "jsonl"],
-    pool: WorkerPool,
+    executor: TaskExecutor,
     *,
     force: bool = False,
     progress: Progress = ignore_progress,
@@ -64,7 +64,8 @@ def export_corpus(
         new.mkdir()
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
         write = partial(_export_shard, rules, columns, format, new)
-        for each in JobRunner("export", pool, progress)(write, list(enumerate(corpus.shards))):
+        executor.require_on_workers(building, ())
+        for each in JobRunner("export", executor, progress)(write, list(enumerate(corpus.shards))):
             counts.update(each)
         about = {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
         (new / _MANIFEST).write_text(json.dumps(about, indent=1))
@@ -109,14 +110,22 @@ def _export_shard(
     path = folder / f"{number:06d}.{format}"
     if format == "parquet":
         groups = batch_by_size(read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS)
-        with pq.ParquetWriter(path, schema, compression="zstd") as file:
+        with (
+            replace_file(path) as new,
+            pq.ParquetWriter(new, schema, compression="zstd") as file,
+        ):
             for rows in groups:
                 file.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     else:
         path = path.with_name(f"{path.name}.gz")
-        with gzip.open(path, "wt", 6, "utf-8") as file:
+        with (
+            replace_file(path) as new,
+            new.open("wb") as raw,
+            # Neither a name nor a time in the header: the same documents are the same bytes.
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
+        ):
             for row in read_rows():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     if counts["documents"]:
         counts["files"] = 1
     else:

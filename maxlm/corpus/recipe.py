@@ -46,7 +46,7 @@ class RecipeConfig(Config):
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes at most; null: one a core."""
+    """Tasks at a time, at most; null: one a core, or a CPU of the Ray cluster that runs them."""
     shard_bytes: int = Field(default=64 << 20, gt=0)
     """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
     holds in memory grows with it only in stages that compare documents (see docs/corpus.md)."""

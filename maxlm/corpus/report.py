@@ -23,8 +23,8 @@ from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_contaminated_documents
+from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import replace_file
-from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 SAMPLES = 5
@@ -88,7 +88,7 @@ class CorpusSummary:
 def summarize_corpus(
     corpus: OpenCorpus,
     rules: FilterRules,
-    pool: WorkerPool,
+    executor: TaskExecutor,
     tokenizer: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> CorpusSummary:
@@ -101,7 +101,8 @@ def summarize_corpus(
     ]
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     total = CorpusSummary()
-    for each in JobRunner("report", pool, progress)(job, corpus.shards):
+    executor.require_on_workers(corpus.folder, ())
+    for each in JobRunner("report", executor, progress)(job, corpus.shards):
         total.add(each)
     return total
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from maxlm.corpus.stage import (
     check_packages,
 )
 from maxlm.runtime.checksums import CHECKSUMS_NAME
+from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import (
     convert_write_errors,
     lock_folder,
@@ -44,8 +45,15 @@ from maxlm.runtime.progress import Progress, ignore_progress
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
 
 
-def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Path:
+def run_recipe(
+    recipe: RecipeConfig,
+    progress: Progress = ignore_progress,
+    executor: TaskExecutor | None = None,
+) -> Path:
     """Read the sources and label the documents; returns the corpus's folder.
+
+    Tasks run on `executor`, by default in `recipe.workers` processes of this machine; the files are
+    the same everywhere.
 
     A shard's labels are one file that appears when complete, so a run that was stopped or killed,
     or that met a full disk, goes on from the shards that are missing, and ends with the same files
@@ -67,15 +75,20 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     for step in steps:
         own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
         keys[step.stage.unique_name] = own
-    with lock_folder(folder), WorkerPool(recipe.workers) as pool:
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(folder))
+        if executor is None:
+            executor = stack.enter_context(WorkerPool(recipe.workers))
+        packages = (name for step in steps for name in step.stage.list_packages())
+        executor.require_on_workers(folder, [*_PACKAGES, *packages])
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in keys.items():
             _forget_stale_manifest(folder / title, key, names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
-        run = JobRunner(DOCUMENTS, pool, progress)
+        run = JobRunner(DOCUMENTS, executor, progress)
         _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
         for step in steps:
-            _run_step(folder, step, keys[step.stage.unique_name], names, pool, progress)
+            _run_step(folder, step, keys[step.stage.unique_name], names, executor, progress)
     return folder
 
 
@@ -136,13 +149,13 @@ def _run_step(
     step: BoundStage,
     key: str,
     names: Sequence[str],
-    pool: WorkerPool,
+    executor: TaskExecutor,
     progress: Progress,
 ) -> None:
     stage, own = step.stage, step.stage.unique_name
     home = folder / own
     views = [StageShardView(folder, name, step.text_stages, step.where, own) for name in names]
-    run = JobRunner(own, pool, progress)
+    run = JobRunner(own, executor, progress)
 
     def label(pending: list[StageShardView]) -> None:
         if isinstance(stage, PerDocumentStage):
@@ -178,7 +191,10 @@ def _make_shards(
     """Make the shards of a stage that are not there, then its manifest; delete the shards of files
     that are no longer sources."""
     began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
-    pending = [shard for shard in shards if not paths[shard.name].exists()]
+    # By a listing: a network disk may remember for a while that a file which was asked for by
+    # name was not there.
+    present = set(home.glob("*.parquet"))
+    pending = [shard for shard in shards if paths[shard.name] not in present]
     # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one now.
     if not pending and all((home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)):
         return
@@ -186,7 +202,7 @@ def _make_shards(
     if pending:
         make(pending)
     for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
-        path.unlink()  # Also of killed workers.
+        path.unlink(missing_ok=True)  # Also of killed workers; one may live on unseen.
     found = {name: read_counts(path) for name, path in paths.items()}
     total: Counter[str] = Counter()
     for each in found.values():  # By `update`, as a sum of Counters drops what is 0.

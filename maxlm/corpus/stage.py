@@ -19,8 +19,8 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.text import UNICODE
+from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import hash_file
-from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress
 
 Job = TypeVar("Job")
@@ -33,8 +33,10 @@ BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 class JobRunner:
     """Runs the jobs of a stage and shows their progress."""
 
-    def __init__(self, title: str, pool: WorkerPool, progress: Progress):
-        self._title, self._pool, self._progress = title, pool, progress
+    def __init__(self, title: str, executor: TaskExecutor, progress: Progress):
+        self._title = title
+        self._executor = executor
+        self._progress = progress
 
     def __call__(
         self,
@@ -47,7 +49,7 @@ class JobRunner:
         title = self._title if step is None else f"{self._title}: {step}"
         results, total = [], len(jobs) + num_done
         self._progress(title, num_done, total)
-        for result in self._pool.map_unordered(function, jobs):
+        for result in self._executor.map_unordered(function, jobs):
             results.append(result)
             self._progress(title, num_done + len(results), total)
         return results

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ def check_file_exists(path: Path) -> None:
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file to; it replaces `path` if the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not by the process's number: those of two machines that share the disk may be the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with convert_write_errors(path):
             yield temporary

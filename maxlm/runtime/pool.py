@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
@@ -40,9 +41,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """Yields `function(job)` for each job, in order of completion. A worker unpickles the
-        function once, so what a callable object keeps in itself (an open model) is there for all
-        the jobs that this worker does, and gone with the next function."""
+        """See `TaskExecutor` (`maxlm.runtime.executor`)."""
         # What does one job is left to a worker that has imported its modules, if there is one.
         if self._workers == 1 or (len(jobs) < 2 and not self._pool):
             yield from map(function, jobs)
@@ -58,7 +57,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             while True:
                 with block_signals():  # Processes start with the first jobs, no more than these.
                     for job in itertools.islice(waiting, 2 * self._workers - len(busy)):
-                        busy.add(pool.submit(_call, *named, job))
+                        busy.add(pool.submit(run_pickled, *named, job))
                 if not busy:
                     finished = True
                     return
@@ -74,6 +73,9 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         finally:
             if not finished:
                 self._stop()
+
+    def require_on_workers(self, shared_folder: Path, packages: Sequence[str]) -> None:
+        """See `TaskExecutor`: processes of this machine have all that this one has."""
 
     def _stop(self) -> None:
         if self._pool:
@@ -115,8 +117,9 @@ def _unpickle(_: uuid.UUID, pickled: bytes) -> Any:
     return pickle.loads(pickled)
 
 
-def _call(number: uuid.UUID, pickled: bytes, job: Any) -> Any:
-    return _unpickle(number, pickled)(job)
+def run_pickled(function_id: uuid.UUID, pickled: bytes, job: Any) -> Any:
+    """Calls a pickled function, which is unpickled once for all calls in a row with its id."""
+    return _unpickle(function_id, pickled)(job)
 
 
 def stop_with_parent() -> None:

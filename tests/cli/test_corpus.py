@@ -99,3 +99,31 @@ def test_without_the_packages(recipe, tmp_path, check_refused, monkeypatch, argu
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     what = f"{arguments[1]}: a corpus needs pyarrow, which is not installed; "
     check_refused(tmp_path, ["corpus", *arguments], f"{what}pip install 'maxlm[corpus]'")
+
+
+def test_a_perplexity_model_is_trained_and_calibrated(tmp_path, run, check_refused):
+    words = ENGLISH.lower().replace(",", "").replace(".", "").split()
+    texts = [" ".join(words[i % 7 :] + words[: i % 11]) + f" w{i % 5}" for i in range(60)]
+    text = tmp_path / "prose.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in texts))
+    model = tmp_path / "en"
+    fallback = ["--set", "ngrams.discount_fallback=[0.5,1,1.5]", "--set", "ngrams.order=3"]
+    train = ["corpus", "train-perplexity", text, "--out", model, *fallback]
+    code, out, _ = run(*train, "--set", "hold_out=2")
+    assert code == 0
+    assert out.startswith("30 documents, ")
+    assert "perplexities of 30 reference documents: 5%: " in out
+    before = json.loads((model / "cutoffs.json").read_text())
+    sample = ["--reference", text]
+    calibrate = ["corpus", "calibrate-perplexity"]
+    assert "of 60 reference" in run(*calibrate, model, *sample).out
+    after = json.loads((model / "cutoffs.json").read_text())
+    assert (after["reference_documents"], after["model_sha256"]) == (60, before["model_sha256"])
+    percentiles = ["--set", "percentiles=[0,100]"]
+    out = run(*calibrate, model / "model.arpa", *sample, *percentiles, "--out", tmp_path / "b").out
+    low, high = json.loads((tmp_path / "b" / "cutoffs.json").read_text())["cutoffs"]
+    assert low < after["cutoffs"][0] < after["cutoffs"][1] < high
+    assert f"head up to {low:,.1f}, tail beyond {high:,.1f}\nthe model: {tmp_path / 'b'}\n" in out
+    arpa = str(model / "model.arpa")
+    message = f"{arpa}: this is no model's folder; name a folder ... with --out"
+    check_refused(model, [*calibrate, arpa, *map(str, sample)], message)

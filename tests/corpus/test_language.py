@@ -1,4 +1,6 @@
-"""Languages of documents are told by fastText."""
+"""Languages are told by fastText, for documents and for their paragraphs."""
+
+from itertools import pairwise
 
 import fasttext
 import pyarrow as pa
@@ -34,7 +36,7 @@ def library():
 
 @pytest.fixture(scope="module")
 def label():
-    return LanguageStage().make_batch_label_fn()
+    return LanguageStage(paragraph_characters=40).make_batch_label_fn()
 
 
 def rows(label, texts: list[str]) -> list[dict]:
@@ -49,7 +51,8 @@ def predict(library, text: str) -> list[tuple[str, float]]:
 
 def test_languages_are_told_apart(label):
     for name, row in zip(TEXTS, rows(label, list(TEXTS.values())), strict=True):
-        assert row["name"] == name
+        assert (row["name"], row["share"]) == (name, 1)
+        assert [span["name"] for span in row["spans"]] == [name]
 
 
 LETTERS = st.sampled_from([*"abcdeéßñłğ ,.\n\t'0Абвжאבابहिंไทยกあ漢字한글😀\0\x0b", *TEXTS.values()])
@@ -62,9 +65,50 @@ def test_scores_are_the_librarys(library, label, text):
     answers = predict(library, text)
     if row["name"] == "und":  # Of no n-gram, so the library's answer is that to nothing.
         assert answers == predict(library, "")
-        assert (row["score"], row["second"]) == (0, "und")
+        assert (row["score"], row["second"], row["spans"]) == (0, "und", [])
         return
     assert [(row["name"], row["score"]), (row["second"], row["second_score"])] == answers
+
+
+@given(st.lists(st.sampled_from([*TEXTS.values(), "ok", "", "123", "  "]), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_spans_divide_the_text_and_share_is_the_part_in_its_own_language(label, lines):
+    text = "\n".join(lines)
+    (row,) = rows(label, [text])
+    spans = row["spans"]
+    if spans:
+        assert (spans[0]["start"], spans[-1]["end"]) == (0, len(text))
+    for a, b in pairwise(spans):
+        assert a["end"] == b["start"]
+        assert a["name"] != b["name"]
+        assert text[a["end"] - 1] == "\n"
+    in_same = sum(s["end"] - s["start"] for s in spans if s["name"] == row["name"])
+    assert row["share"] == (in_same / len(text) if text else 0)
+
+
+@given(st.lists(st.sampled_from([*TEXTS]), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_spans_are_runs_of_paragraphs_with_the_librarys_scores(library, label, names):
+    # Each line is a paragraph, of more than 40 characters; those of ja and zh are left out.
+    lines = [TEXTS[name] + "\n" for name in names if name not in ("ja", "zh")]
+    (row,) = rows(label, ["".join(lines)])
+    if len(lines) < 2:  # The text's own scores.
+        return
+    expected = []
+    place = 0
+    for line in lines:
+        name, score = predict(library, line)[0]
+        if expected and expected[-1][2] == name:
+            start, end, _, mean = expected.pop()
+            score = (mean * (end - start) + score * len(line)) / (place + len(line) - start)
+            expected.append((start, place + len(line), name, score))
+        else:
+            expected.append((place, place + len(line), name, score))
+        place += len(line)
+    found = [(s["start"], s["end"], s["name"]) for s in row["spans"]]
+    assert found == [span[:3] for span in expected]
+    for span, (_, _, _, score) in zip(row["spans"], expected, strict=True):
+        assert span["score"] == pytest.approx(score, abs=1e-5)
 
 
 def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
@@ -73,7 +117,22 @@ def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
     assert rows(label, [text])[0]["name"] == "de"
 
 
+def test_confident_means_the_languages_own_threshold():
+    text = TEXTS["de"]
+    score = rows(LanguageStage().make_batch_label_fn(), [text])[0]["score"]
+
+    def confident(**settings) -> bool:
+        return rows(LanguageStage(**settings).make_batch_label_fn(), [text])[0]["confident"]
+
+    assert confident(default_threshold=1, thresholds={"de": score - 0.01})
+    assert not confident(default_threshold=0, thresholds={"de": min(score + 0.01, 1)})
+    assert confident(default_threshold=score - 0.01, thresholds={"en": 1})
+    assert not rows(LanguageStage(default_threshold=0).make_batch_label_fn(), [""])[0]["confident"]
+
+
 def test_mistakes_are_named(tmp_path):
+    with pytest.raises(MaxlmError, match="no language eng"):
+        LanguageStage(thresholds={"eng": 0.5}).make_batch_label_fn()
     with pytest.raises(MaxlmError, match="cannot be opened"):
         LanguageStage(model=str(tmp_path / "no.ftz")).make_batch_label_fn()
     damaged = tmp_path / "damaged.ftz"

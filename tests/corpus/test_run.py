@@ -205,6 +205,7 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
             '"meta" holds no strings',
         ),
         ({"cut": ["near.of"]}, "holds spans to cut"),
+        ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
         ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
         (
             {"stages": [{"stage": "exact", "where": "language.name is None"}], "keep": {}},

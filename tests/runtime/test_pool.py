@@ -25,7 +25,7 @@ def test_results_errors_and_several_maps():
         ]
         with pytest.raises(ValueError, match=r"math domain error|nonnegative") as caught:
             list(pool.map_unordered(math.sqrt, [1.0, -1.0]))
-        assert "in _call" in str(caught.value.__cause__)  # where, in the worker
+        assert "in run_pickled" in str(caught.value.__cause__)  # where, in the worker
         # Answers of the failed map that were still on their way are not taken for these.
         assert sorted(pool.map_unordered(abs, [-8, -9, -10])) == [8, 9, 10]
         with pytest.raises(TypeError, match="cannot pickle"):

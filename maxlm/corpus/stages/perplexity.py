@@ -9,38 +9,12 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.config import MaxlmError
+from maxlm.corpus.perplexity_model import TRAIN_FIX, list_model_files, open_perplexity_model
 from maxlm.corpus.stage import LabelTypes, PerDocumentStage
-from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
+from maxlm.corpus.text import LineSplitterConfig
 
 ANY = "*"
 """The key in `models` for every language that is not named."""
-_TRAIN = "train one with KenLM's lmplz"
-
-
-def load_perplexity_model(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None]:
-    """Returns a function that computes 10^(-log10 p / n) over a text's n words and line ends, each
-    line a sentence; None for a text without words."""
-    import kenlm
-
-    config = kenlm.Config()
-    config.show_progress = False
-    config.arpa_complain = kenlm.ARPALoadComplain.NONE
-    try:
-        log10_prob = kenlm.Model(str(path), config).score
-    except OSError as error:
-        what = f"KenLM cannot read this model: {error}"
-        raise MaxlmError(what, where=str(path), fix=_TRAIN) from error
-    split_lines = make_line_splitter(words)
-
-    def compute(text: str) -> float | None:
-        total, number = 0.0, 0
-        for line in split_lines(text):
-            total += log10_prob(line)
-            number += line.count(" ") + 2
-        return 10 ** (-total / number) if number else None
-
-    return compute
 
 
 class PerplexityStage(PerDocumentStage):
@@ -49,19 +23,21 @@ class PerplexityStage(PerDocumentStage):
     Low is not always good: repetition and boilerplate are unsurprising too.
 
     Labels: `value`, the perplexity by word, line ends counted; `bucket`, "head", "middle" or
-    "tail" by `cutoffs`, null without. Both are null where there is no model for the language, or
-    not one word.
+    "tail" by the model's cutoffs or `cutoffs`, null without. Both are null where there is no model
+    for the language, or not one word.
     """
 
     stage: Literal["perplexity"] = "perplexity"
     models: dict[str, Path] = Field(min_length=1)
-    """Each language's model: an ARPA or binary file of KenLM, of lines that `words` makes. Under
-    "*": of all languages that are not named."""
+    """Each language's model: a folder that `maxlm corpus train-perplexity` or
+    `calibrate-perplexity` wrote; or an ARPA or binary file of KenLM, of lines that `words` makes.
+    Under "*": of all languages that are not named."""
     words: LineSplitterConfig = LineSplitterConfig()
-    """The rules by which the lines that models were trained on were made."""
+    """The rules by which the lines were made that models were trained on, of models that are files:
+    a folder has its own."""
     cutoffs: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Perplexities where head ends and tail begins, by language; CCNet has those that part a
-    crawl in thirds."""
+    """Perplexities where head ends and tail begins, by language, in place of those in the model's
+    folder; CCNet has those that part a crawl in thirds."""
     language: str | None = "language.name"
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
@@ -69,12 +45,12 @@ class PerplexityStage(PerDocumentStage):
     version: ClassVar[int] = 4
     packages: ClassVar[tuple[str, ...]] = ("kenlm-ex",)
     depends_on_unicode: ClassVar[bool] = True
-    files_fix: ClassVar[str] = _TRAIN
+    files_fix: ClassVar[str] = TRAIN_FIX
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
         if self.language is None and set(self.models) != {ANY}:
-            raise ValueError(f'without a language label, models must be {{"{ANY}": FILE}}')
+            raise ValueError(f'without a language label, models must be {{"{ANY}": MODEL}}')
         if unknown := sorted(set(self.cutoffs) - set(self.models)):
             raise ValueError(f"cutoffs for {', '.join(unknown)}, which have no model")
         return self
@@ -84,21 +60,25 @@ class PerplexityStage(PerDocumentStage):
         return {} if self.language is None else {self.language: "strings"}
 
     def list_input_files(self) -> Iterable[Path]:
-        tokenizer = self.words.tokenizer
-        files = sorted(Path(tokenizer).iterdir()) if tokenizer is not None else ()
-        return [*self.models.values(), *(path for path in files if path.is_file())]
+        for path in self.models.values():
+            yield from list_model_files(path, self.words)
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         """Reads models when the first document in their language comes."""
-        load = cache(lambda key: load_perplexity_model(self.models[key], self.words))
+        open_model = cache(lambda key: open_perplexity_model(self.models[key], self.words))
 
         def label(text: str, language: str | None = None) -> dict[str, Any]:
             key = language if language in self.models else ANY
-            if key not in self.models or (value := load(key)(text)) is None:
+            if key not in self.models:
                 return {}
-            if key not in self.cutoffs:
+            model = open_model(key)
+            value = model.compute(text)
+            if value is None:
+                return {}
+            cutoffs = self.cutoffs.get(key, model.cutoffs)
+            if cutoffs is None:
                 return {"value": value}
-            bucket = ("head", "middle", "tail")[bisect_left(self.cutoffs[key], value)]
+            bucket = ("head", "middle", "tail")[bisect_left(cutoffs, value)]
             return {"value": value, "bucket": bucket}
 
         return label
