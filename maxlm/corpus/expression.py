@@ -57,6 +57,14 @@ class Expression:
         """The labels that the expression names, each once."""
         return tuple(dict.fromkeys(_names(self._tree)))
 
+    def replace_labels(self, values: Mapping[str, bool | float | tuple[()] | None]) -> "Expression":
+        """Returns the expression with labels replaced by constants."""
+        if values.keys().isdisjoint(self.label_names):
+            return self
+        return Expression(
+            ast.unparse(_LabelReplacer(values).visit(ast.parse(ast.unparse(self._tree))))
+        )
+
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
         if isinstance(value := _evaluate(self._tree, table), pa.Scalar):
@@ -114,6 +122,23 @@ def _dotted(node: ast.expr) -> str | None:
     if isinstance(node, ast.Attribute) and (inner := _dotted(node.value)):
         return f"{inner}.{node.attr}"
     return None
+
+
+class _LabelReplacer(ast.NodeTransformer):
+    """Replaces names of labels in an expression's tree by constants."""
+
+    def __init__(self, values: Mapping[str, bool | float | tuple[()] | None]):
+        self._values = values
+
+    def visit(self, node: ast.AST) -> Any:
+        name = _dotted(node) if isinstance(node, ast.expr) else None
+        if name is None:
+            return self.generic_visit(node)
+        if name not in self._values:
+            return node
+        value = self._values[name]
+        # Of spans an expression can only tell that they are there.
+        return ast.Constant(False if isinstance(value, tuple) else value)
 
 
 def _names(node: ast.AST) -> list[str]:

@@ -21,10 +21,12 @@ from maxlm.corpus.recipe import (
     get_text_stages,
     resolve_rules,
 )
+from maxlm.corpus.settling import settle_verdicts
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
+from maxlm.runtime.progress import Progress, ignore_progress
 
 MANIFEST = "manifest.json"
 """Name of the manifest in a stage's folder, which is written last."""
@@ -77,6 +79,15 @@ class OpenCorpus:
         names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
 
+    def settle_rules(
+        self, rules: FilterRules, progress: Progress = ignore_progress
+    ) -> list[StageShardView]:
+        """Returns the shards with verdicts as they are among the documents that `rules` keep; see
+        `settling.settle_verdicts`. To be used wherever these rules are applied."""
+        titles = [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
+        keys = [self.read_manifest(title)["key"] for title in titles]
+        return settle_verdicts(self.recipe, self.shards, keys, rules, str(self.folder), progress)
+
     def resolve_rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
     ) -> FilterRules:
@@ -125,7 +136,7 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
     chosen = source if isinstance(source, SourceConfig) else None
     rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
     labels, files = ["text", *rules.label_names, *rules.cut], []
-    for shard in corpus.shards:
+    for shard in corpus.settle_rules(rules):
         stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
         path = shard.path(DOCUMENTS)
         state = path.stat()
@@ -160,13 +171,13 @@ def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any],
     """Finds a document by its id; raises MaxlmError if there is none. Returns its newest text,
     columns and labels, by name; whether it fulfils each rule, by the rule's name."""
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in corpus.shards:
+    rules = corpus.resolve_rules()
+    for shard in corpus.settle_rules(rules):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
             if (row := ids.column("id").index(document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                keep = corpus.resolve_rules().keep.items()
-                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
+                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in rules.keep.items()}
                 return table.to_pylist()[0], passed
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

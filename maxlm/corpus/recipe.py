@@ -16,7 +16,7 @@ from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.crawl import CrawlSource
 from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
-from maxlm.corpus.stage import CrossDocumentStage, Stage
+from maxlm.corpus.stage import CrossDocumentStage, Stage, Verdicts
 from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 
@@ -41,8 +41,8 @@ class RecipeConfig(Config):
     keep: dict[str, str] = Field(default_factory=dict)
     """Rules by name, in the order in which the report tells what each one drops: expressions over
     labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
-    docs/corpus.md. Applied when a token store is built; a changed one costs a new pass only of the
-    stages after it that compare documents."""
+    docs/corpus.md. Applied when a token store is built; a changed one costs no new pass over
+    texts."""
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     workers: int | None = Field(default=None, ge=1)
@@ -98,21 +98,20 @@ class FilterRules:
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     """Puts each stage in its place, and checks what it reads.
 
-    A stage that compares documents looks only at those that the rules keep, as far as the labels
-    before it tell: of several copies one stays that no such rule drops.
+    Which of several documents loses a text is settled for each set of rules. So here a `where` that
+    names such a verdict selects documents as if none did.
     """
-    rules = resolve_rules(recipe, recipe.keep, recipe.cut, "")
+    resolve_rules(recipe, recipe.keep, recipe.cut, "")
     keys, steps = {DOCUMENTS: ""}, []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         name, place = stage.unique_name, f"stages.{number}"
         labels = get_label_types(recipe.stages[:number])
         texts = get_text_stages(recipe.stages[:number])
-        where = None if stage.where is None else parse(stage.where, labels, f"{place}.where")
-        if isinstance(stage, CrossDocumentStage):
-            known = (r.text for r in rules.keep.values() if labels.keys() >= set(r.label_names))
-            if texts_of_rules := [*([where.text] if where else []), *known]:
-                where = Expression(" and ".join(f"(\n{text}\n)" for text in texts_of_rules))
+        where = None
+        if stage.where is not None:
+            condition = parse(stage.where, labels, f"{place}.where")
+            where = condition.replace_labels(get_neutral_verdicts(recipe.stages[:number]))
         read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
@@ -140,6 +139,16 @@ def get_label_types(stages: Sequence[Stage]) -> dict[str, pa.DataType]:
         for stage in stages
         for field in stage.schema()
         if field.name != "text"
+    }
+
+
+def get_neutral_verdicts(stages: Sequence[Stage]) -> Verdicts:
+    """Returns the verdicts of stages that compare documents for one that loses no text."""
+    return {
+        name: value
+        for stage in stages
+        if isinstance(stage, CrossDocumentStage)
+        for name, value in stage.neutral_verdicts.items()
     }
 
 

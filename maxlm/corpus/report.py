@@ -100,8 +100,9 @@ def summarize_corpus(
         and not name.endswith(".cluster")  # A number that is a name.
     ]
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
+    shards = corpus.settle_rules(rules, progress)
     total = CorpusSummary()
-    for each in JobRunner("report", pool, progress)(job, corpus.shards):
+    for each in JobRunner("report", pool, progress)(job, shards):
         total.add(each)
     return total
 

@@ -15,7 +15,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
-from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
+from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages, resolve_rules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
 from maxlm.corpus.stage import (
     CrossDocumentStage,
@@ -24,6 +24,7 @@ from maxlm.corpus.stage import (
     ShardLabeller,
     check_packages,
 )
+from maxlm.corpus.verdicts import plan_verdicts
 from maxlm.runtime.files import (
     convert_write_errors,
     lock_folder,
@@ -48,6 +49,8 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     a disk that is full."""
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
+    # Before anything is written: rules that cannot be settled.
+    plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
     for step in steps:
         check_packages(step.stage.list_packages(), f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)

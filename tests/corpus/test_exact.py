@@ -38,7 +38,7 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
         if text is not None:
             key = " ".join(unicodedata.normalize("NFC", text).lower().split())
             groups.setdefault(key, []).append(i)
-    nothing = dict.fromkeys(("duplicate", "of", "copies"))
+    nothing = dict.fromkeys(("duplicate", "of", "copies", "group"))
     expected = [{"id": f"d{i}"} | nothing for i in range(len(documents))]
     for group in groups.values():
         value = {i: float("-inf") if (s := scores[i]) is None else s for i in group}
@@ -48,6 +48,7 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
                 "duplicate": i != kept,
                 "of": None if i == kept else f"d{kept}",
                 "copies": len(group),
+                "group": kept if len(group) > 1 else None,
             }
     return expected
 

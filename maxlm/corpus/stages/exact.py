@@ -19,7 +19,7 @@ from maxlm.corpus.dedup.members import (
     write_members,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.corpus.text import normalize
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -45,8 +45,10 @@ class ExactStage(CrossDocumentStage):
         "duplicate": pa.bool_(),  # another copy is kept
         "of": pa.large_string(),  # which one
         "copies": pa.int64(),  # this one and the kept one included
+        "group": pa.int64(),  # the best copy's number in the corpus; null: there are no others
     }
-    version: ClassVar[int] = 4
+    verdicts: ClassVar[Verdicts] = {"duplicate": False, "of": None}
+    version: ClassVar[int] = 5
     depends_on_unicode: ClassVar[bool] = True
 
     def normalise(self, text: str) -> str:
@@ -98,5 +100,12 @@ def _label_shard(members: SelectedDocuments, number: int, part: tuple[int, Stage
     of, copies = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.int64)
     of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
     copies[found["place"]] = found["copies"]
-    labels = {"duplicate": of >= 0, "of": members.take("id", of), "copies": copies}
+    group = np.full(len(rows), -1, np.int64)
+    group[found["place"]] = members.get_document_numbers(source)
+    labels = {
+        "duplicate": of >= 0,
+        "of": members.take("id", of),
+        "copies": copies,
+        "group": pa.array(group, mask=group < 0),
+    }
     write_labels(shard, ExactStage, rows, labels)

@@ -1,0 +1,233 @@
+"""Whatever the order of stages and rules, and in every mixture, copies are settled among what the
+rules keep: no text is gone of which the rules would keep some copy."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.dedup.passages import SpanSet, choose_cover
+from maxlm.corpus.opened import OpenCorpus
+from maxlm.corpus.recipe import RecipeConfig
+from maxlm.corpus.run import run_recipe
+from maxlm.data.documents import SourceConfig, read_documents
+
+SIZE = 8  # Words of a passage.
+BEST = "heuristics.words"
+HEURISTICS = {"stage": "heuristics"}
+EXACT = {"stage": "exact", "keep_by": BEST}
+NEAR = {"stage": "near", "keep_by": BEST, "where": "not exact.duplicate"}
+NEAR_FIRST = {"stage": "near", "keep_by": BEST}
+EXACT_LAST = {"stage": "exact", "where": "not near.duplicate"}
+SUBSTRING = {"stage": "substring", "min_tokens": SIZE}
+AFTER_COPIES = {"where": "not exact.duplicate and not near.duplicate"}
+DECONTAMINATE = {"stage": "decontaminate", "shortest": 5, "ngram": 5}
+# A rule's label behind the stages that compare, as toxicity would be.
+LATER = {"stage": "heuristics", "name": "later"}
+ORDERS = {
+    "demo": [HEURISTICS, EXACT, NEAR, SUBSTRING | AFTER_COPIES, LATER, DECONTAMINATE],
+    "rules last": [
+        HEURISTICS,
+        NEAR_FIRST,
+        EXACT_LAST,
+        LATER | {"where": "not near.duplicate"},
+        DECONTAMINATE,
+        SUBSTRING,
+    ],
+    "passages first": [HEURISTICS, SUBSTRING, NEAR_FIRST, EXACT, DECONTAMINATE, LATER],
+    "by turns": [HEURISTICS, EXACT, DECONTAMINATE, SUBSTRING, LATER, NEAR],
+    "first copies": [
+        {"stage": "exact"},
+        {"stage": "near", "where": "not exact.duplicate"},
+        SUBSTRING | AFTER_COPIES,
+        HEURISTICS,
+        LATER,
+        DECONTAMINATE,
+    ],
+}
+RULES = {
+    "recipe": {
+        "site": 'url != "bad"',
+        "unique": "not exact.duplicate and not near.duplicate",
+        "cut": "substring.cut_share < 0.5",
+        "clean": "not decontaminate.contaminated",
+        "letters": "later.alphabetic_words >= 0.8",
+    },
+    "looser": {
+        "unique": "not exact.duplicate and not near.duplicate",
+        "cut": "substring.cut_share < 0.7",
+        "clean": "not decontaminate.contaminated",
+    },
+    "other": {
+        "site": 'url == "bad" or heuristics.words > 40',
+        "cut": "substring.cut_share < 0.5 and not near.duplicate",
+        "unique": "not exact.duplicate",
+    },
+}
+QUESTION = "which of these seven rivers runs north"
+
+
+def prose(chance: random.Random, count: int) -> str:
+    return " ".join(f"w{chance.randrange(10**6)}" for _ in range(count))
+
+
+def make_crawl(seed: int, originals: int) -> list[dict[str, str]]:
+    """Documents with copies, edited copies, copies with junk or a question of a test added, and
+    passages that many share. About a third are of a site that a rule drops."""
+    chance = random.Random(seed)
+    passages = [prose(chance, chance.randint(SIZE, 30)) for _ in range(originals // 6)]
+    passages += [f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}", "ha " * 20 + "ha"]
+    texts = []
+    for _ in range(originals):
+        parts = [prose(chance, chance.randint(5, 40))]
+        parts += chance.choices(passages, k=chance.randint(0, 3))
+        chance.shuffle(parts)
+        texts.append(" ".join(parts))
+    for text in chance.choices(texts, k=originals * 3 // 2):
+        words = text.split()
+        kind = chance.randrange(6)
+        if kind == 0:
+            text = text.upper()
+        elif kind == 1:
+            words[chance.randrange(len(words))] = "edited"
+            text = " ".join(words)
+        elif kind == 2:
+            text = " ".join(["begun", *words[1:], "so", "ended"])
+        elif kind == 3:
+            text += f" {QUESTION}"
+        elif kind == 4:
+            text += " 1 2 3 4 5 6 7 8 9 " * chance.randint(1, 2)
+        texts.append(text)
+    urls = [
+        "bad" if chance.random() < 0.5 - 0.3 * i / len(texts) else "" for i in range(len(texts))
+    ]
+    rows = [{"id": f"d{i}", "text": text, "url": urls[i]} for i, text in enumerate(texts)]
+    chance.shuffle(rows)
+    return rows
+
+
+def make_corpus(
+    folder: Path, rows: Sequence[Mapping[str, str]], stages: Sequence[Mapping[str, object]], **rules
+) -> OpenCorpus:
+    folder.mkdir(exist_ok=True)
+    (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "quiz.jsonl").write_text(json.dumps({"text": QUESTION}) + "\n")
+    quiz = {"sets": {"quiz": {"documents": [str(folder / "quiz.jsonl")]}}}
+    recipe = {
+        "out": str(folder / "corpus"),
+        "workers": 1,
+        "shard_bytes": 20_000,
+        "sources": [{"name": "web", "documents": [str(folder / "web.jsonl")]}],
+        "stages": [
+            dict(stage) | (quiz if stage["stage"] == "decontaminate" else {}) for stage in stages
+        ],
+        "cut": ["substring.cuts"],
+    }
+    return OpenCorpus.open(run_recipe(RecipeConfig.model_validate(recipe | rules)))
+
+
+def read(corpus: OpenCorpus, **rules) -> dict[str, str]:
+    source = SourceConfig(documents=(str(corpus.folder),), **rules)
+    return {document.id: document.text.decode() for document in read_documents(source)}
+
+
+def make_grams(text: str, size: int) -> set[str]:
+    words = text.lower().split()
+    return {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
+
+
+def is_alike(one: set[str], other: set[str]) -> bool:
+    return len(one & other) >= 0.8 * len(one | other)
+
+
+def without_copies(rules: Mapping[str, str]) -> dict[str, str]:
+    """The rules as they are if no document is like another one."""
+    neutral = {"exact.duplicate": "False", "near.duplicate": "False", "substring.cut_share": "0.0"}
+    texts = dict(rules)
+    for label, value in neutral.items():
+        texts = {name: text.replace(label, value) for name, text in texts.items()}
+    return {name: text.replace("not False and not False", "True") for name, text in texts.items()}
+
+
+def list_passages(text: str) -> Iterator[str]:
+    """The runs of SIZE words of a passage of as many or more."""
+    words = text.split()
+    for i in range(len(words) - SIZE + 1):
+        yield " ".join(words[i : i + SIZE])
+
+
+def find_lost(
+    rows: Sequence[Mapping[str, str]],
+    alone: Mapping[str, str],
+    kept: Mapping[str, str],
+    labels: Mapping[str, Mapping],
+) -> tuple[list[str], list[str]]:
+    """By brute force, in the texts: documents that copies alone cost, and that are like no kept one;
+    and passages cut that are in no kept text.
+
+    Args:
+        alone: the documents that the rules keep if no document is like another one.
+        kept: the texts kept, by id.
+        labels: cuts and cut_share, by id.
+    """
+    texts = {row["id"]: row["text"] for row in rows}
+    grams = [make_grams(texts[name], 5) for name in kept]
+    texts_of_kept = "\n".join(f" {' '.join(text.split())} " for text in kept.values())
+    documents = []
+    passages = []
+    for name in alone:
+        spans = labels[name]["cuts"] or ()
+        # A document of which most is repeated goes by the rule that says so, but not its passages.
+        goes_by_share = (labels[name]["cut_share"] or 0) >= 0.5
+        if name in kept or goes_by_share:
+            everything = texts_of_kept
+            if goes_by_share:
+                # What it repeats of itself goes with what only it has.
+                everything += f" {' '.join(cut(texts[name], spans).split())} "
+            for span in spans:
+                passage = " ".join(texts[name][span["start"] : span["end"]].split())
+                if not all(f" {window} " in everything for window in list_passages(passage)):
+                    passages.append(passage)
+        elif not any(is_alike(make_grams(texts[name], 5), other) for other in grams):
+            documents.append(name)
+    return documents, passages
+
+
+def cut(text: str, spans: Sequence[Mapping[str, int]]) -> str:
+    characters = list(text)
+    for span in spans:
+        characters[span["start"] : span["end"]] = "\n" * (span["end"] - span["start"])
+    return "".join(characters)
+
+
+def read_labels(shards) -> dict[str, dict]:
+    tables = (
+        table.to_pylist()
+        for shard in shards
+        for table in shard.read_row_groups(["id", "substring.cuts", "substring.cut_share"])
+    )
+    return {
+        row["id"]: {"cuts": row["substring.cuts"], "cut_share": row["substring.cut_share"]}
+        for table in tables
+        for row in table
+    }
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_text_is_lost_in_any_order_of_stages_and_rules(tmp_path, order):
+    rows = make_crawl(len(order), 160)
+    corpus = make_corpus(tmp_path, rows, ORDERS[order], keep=RULES["recipe"])
+    for name, keep in RULES.items():
+        kept = read(corpus, keep=keep)
+        alone = read(corpus, keep=without_copies(keep))
+        rules = corpus.resolve_rules(keep)
+        labels = read_labels(corpus.settle_rules(rules))
+        assert find_lost(rows, alone, kept, labels) == ([], []), name
+        assert len(alone) > 60 and len(kept) > 30
+        # Copies go: no two documents are kept that are alike.
+        grams = [make_grams(row["text"], 5) for row in rows if row["id"] in kept]
+        assert not any(is_alike(one, other) for one, other in combinations(grams, 2)), name
