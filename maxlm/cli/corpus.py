@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from maxlm.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
+    from maxlm.corpus.recipe import FilterRules
 
 app = typer.Typer(
     no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
@@ -67,6 +69,10 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
+    for entry in text:
+        if is_corpus(Path(entry)):
+            opened = _open_corpus(Path(entry))
+            _print_lost_text(opened, opened.resolve_rules())
 
 
 @app.command()
@@ -116,7 +122,8 @@ def run(
     """Read sources and label their documents. Run it again after an interruption to go on.
 
     Stages whose settings have not changed are not done again; rules under keep are applied when a
-    token store is built, so another threshold costs nothing here.
+    token store is built, so another threshold costs nothing here. Prints what the rules keep, and
+    `text lost: N`, the documents and passages that they drop as copies and keep nowhere.
     """
     check_corpus_packages(recipe)
     from maxlm.corpus.recipe import RecipeConfig
@@ -135,7 +142,10 @@ def report(
     keep: KeepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
+
+    `text lost: N` counts documents and passages that the rules drop as copies and keep nowhere.
+    """
     opened = _open_corpus(corpus)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
@@ -187,17 +197,19 @@ def _print_funnel(
     as_json: bool = False,
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
+    from maxlm.corpus.lost import count_lost_text
     from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
     with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
         summary = summarize_corpus(corpus, rules, pool, tokenizer, progress)
+        lost = count_lost_text(corpus, rules, pool, progress)
     rows = compute_funnel(rules, summary)
     if page is not None:
         write_report(corpus, rules, summary, page)
     if as_json:
-        print_json({"funnel": rows})
+        print_json({"funnel": rows, "lost": asdict(lost)})
         return
     columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
     for row in rows:
@@ -209,8 +221,18 @@ def _print_funnel(
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:
         print(f"passed over in reading: {', '.join(passed)}")
+    print(lost)
     if page is not None:
         print(f"the page: {page}")
+
+
+def _print_lost_text(corpus: "OpenCorpus", rules: "FilterRules") -> None:
+    """Print what the rules lose to deduplication."""
+    from maxlm.corpus.lost import count_lost_text
+
+    with WorkerPool(corpus.recipe.workers) as pool, show_progress("parts") as progress:
+        lost = count_lost_text(corpus, rules, pool, progress)
+    print(lost)
 
 
 def _read_texts(documents: list[str]) -> Iterator[bytes]:

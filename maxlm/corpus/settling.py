@@ -208,13 +208,10 @@ class _PassageJudge:
             cuts.cut.add(*span)
         inner = find_inner_spans(runs, self._size, cuts.cut, cuts.needed)
         starts, stops, length = self._passages.get_word_edges(document)
-        spans = [(starts[a], stops[b - 1]) for a, b in choose_cover([*shared, *inner])]
-        characters = 0
-        end = 0
-        for start, stop in spans:
-            characters += stop - max(start, end)
-            end = stop
-        pieces = [{"start": start, "end": stop} for start, stop in spans]
+        spans = choose_cover([*shared, *inner])
+        pieces = [{"start": starts[a], "end": stops[b - 1]} for a, b in spans]
+        # With the white space between pieces that touch.
+        characters = sum(stops[b - 1] - starts[a] for a, b in SpanSet(spans).list_spans())
         return {"cuts": pieces, "cut_share": characters / length}
 
     def keep(self, document: int, cuts: _DocumentCuts) -> None:

@@ -96,6 +96,10 @@ class SpanSet:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
 
+    def list_spans(self) -> list[Span]:
+        """Lists the spans, rising."""
+        return list(zip(self._starts, self._stops, strict=True))
+
     def overlaps(self, start: int, stop: int) -> bool:
         """Tells whether the set has a word of a span."""
         index = bisect_right(self._stops, start)
