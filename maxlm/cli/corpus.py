@@ -144,9 +144,10 @@ def report(
 ) -> None:
     """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
 
+    Of a run that is not done it shows the stages before the first that is not, and how far that is.
     `text lost: N` counts documents and passages that the rules drop as copies and keep nowhere.
     """
-    opened = _open_corpus(corpus)
+    opened = _open_corpus(corpus, allow_unfinished=True)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
 
@@ -174,11 +175,11 @@ def export(
     print(f"the files: {out}")
 
 
-def _open_corpus(folder: Path) -> "OpenCorpus":
+def _open_corpus(folder: Path, allow_unfinished: bool = False) -> "OpenCorpus":
     check_corpus_packages(str(folder))
     from maxlm.corpus.opened import OpenCorpus
 
-    return OpenCorpus.open(folder)
+    return OpenCorpus.open(folder, allow_unfinished=allow_unfinished)
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
@@ -198,7 +199,7 @@ def _print_funnel(
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
     from maxlm.corpus.lost import count_lost_text
-    from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
+    from maxlm.corpus.report import compute_funnel, list_alarms, summarize_corpus, write_report
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
@@ -207,9 +208,11 @@ def _print_funnel(
         lost = count_lost_text(corpus, rules, pool, progress)
     rows = compute_funnel(rules, summary)
     if page is not None:
-        write_report(corpus, rules, summary, page)
+        write_report(corpus, rules, summary, page, lost)
+    alarms = list_alarms(corpus, rules, summary)
     if as_json:
-        print_json({"funnel": rows, "lost": asdict(lost)})
+        report = {"funnel": rows, "lost": asdict(lost), "alarms": alarms}
+        print_json(report | {"unfinished": corpus.unfinished})
         return
     columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
     for row in rows:
@@ -222,6 +225,10 @@ def _print_funnel(
     if passed:
         print(f"passed over in reading: {', '.join(passed)}")
     print(lost)
+    for alarm in alarms:
+        print(alarm)
+    if corpus.unfinished:
+        print(corpus.unfinished)
     if page is not None:
         print(f"the page: {page}")
 
@@ -271,7 +278,9 @@ def show(
 
 
 def _show_labels(corpus: Path, document: str) -> None:
-    opened = _open_corpus(corpus)
+    opened = _open_corpus(corpus, allow_unfinished=True)
+    if opened.unfinished:
+        print(opened.unfinished, file=sys.stderr)
     from maxlm.corpus.opened import find_document
 
     found, kept = find_document(opened, document)

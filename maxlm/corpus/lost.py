@@ -7,7 +7,6 @@ of the kept document that it is said to be like; a passage that is cut by the di
 words among those of what stays of kept documents.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -175,7 +174,7 @@ def _list_removed(
                 if text is None:
                     continue
                 if isinstance(stage, ExactStage):
-                    digest = hashlib.sha256(stage.normalise(text).encode()).digest()[:16]
+                    digest = stage.compute_digest(text)
                     if kept[row]:
                         removed.kept_digests.append((index, digest))
                     elif rows[f"{name}.duplicate"][row].as_py():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,6 +24,7 @@ from maxlm.corpus.recipe import (
 )
 from maxlm.corpus.settling import settle_verdicts
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.verdicts import plan_verdicts
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
@@ -39,11 +41,19 @@ class OpenCorpus:
 
     folder: Path
     recipe: RecipeConfig
+    unfinished: str = ""
+    """How far the run is and what is left out, if stages are not done and the corpus is opened all
+    the same; then the recipe is what is done of it."""
 
     @classmethod
-    def open(cls, folder: Path | str) -> "OpenCorpus":
+    def open(cls, folder: Path | str, *, allow_unfinished: bool = False) -> "OpenCorpus":
         """Opens the corpus in a folder. Raises MaxlmError: there is none, it is of another version,
-        or its stages are not all done."""
+        its sources are not all read, or its stages are not all done.
+
+        Args:
+            allow_unfinished: if a stage is not done, open the corpus as if the recipe ended before
+                it, with the rules that need no more.
+        """
         folder = Path(folder)
         try:
             text = (folder / RECIPE).read_text("utf-8")
@@ -56,8 +66,47 @@ class OpenCorpus:
             raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
         corpus = cls(folder, recipe)
         for title in (DOCUMENTS, *(stage.unique_name for stage in recipe.stages)):
-            corpus.read_manifest(title)
+            try:
+                corpus.read_manifest(title)
+            except MaxlmError as error:
+                done = corpus.count_shard_files(title)
+                if title == DOCUMENTS:
+                    message = f"the sources are not all read: {done} shards so far"
+                    raise MaxlmError(message, where=str(folder), fix=_AGAIN) from error
+                if not allow_unfinished:
+                    raise
+                return corpus.take_finished_stages(title)
         return corpus
+
+    def count_shard_files(self, stage_name: str) -> int:
+        """Counts the shards that a stage has written."""
+        return len(list((self.folder / stage_name).glob("*.parquet")))
+
+    def take_finished_stages(self, unfinished_stage: str) -> "OpenCorpus":
+        """Returns the corpus as it is before a stage that is not done."""
+        names = [stage.unique_name for stage in self.recipe.stages]
+        position = names.index(unfinished_stage)
+        first = self.recipe.model_copy(
+            update={"stages": self.recipe.stages[:position], "keep": {}, "cut": ()}
+        )
+        keep = {}
+        for name, text in self.recipe.keep.items():
+            with suppress(MaxlmError):  # It names a label that is not there yet.
+                resolve_rules(first, {name: text}, (), "")
+                keep[name] = text
+        cut = [label for label in self.recipe.cut if label.rpartition(".")[0] in names[:position]]
+        shards = len(self.read_manifest(DOCUMENTS)["shards"])
+        parts = [
+            f"not done: stage {unfinished_stage} is {position + 1} of {len(names)}, "
+            f"{self.count_shard_files(unfinished_stage)} of its {shards} shards are written"
+        ]
+        left_out = [name for name in self.recipe.keep if name not in keep]
+        left_out += [f"cut {label}" for label in self.recipe.cut if label not in cut]
+        if left_out:
+            parts.append(f"rules that wait for it or later ones: {', '.join(left_out)}")
+        parts.append(_AGAIN)
+        recipe = first.model_copy(update={"keep": keep, "cut": tuple(cut)})
+        return OpenCorpus(self.folder, recipe, "; ".join(parts))
 
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
@@ -78,6 +127,12 @@ class OpenCorpus:
         """The corpus's shards, in the order of its documents."""
         names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
+
+    def list_verdicts(self, rules: FilterRules) -> list[tuple[str, str]]:
+        """Lists the labels that `rules` need and that depend on which copies are kept, each with
+        its stage."""
+        plan = plan_verdicts(self.recipe, rules, str(self.folder))
+        return [(name, name.rpartition(".")[0]) for name in plan.label_names]
 
     def settle_rules(
         self, rules: FilterRules, progress: Progress = ignore_progress

@@ -18,6 +18,7 @@ from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CrossDocumentStage, Stage, Verdicts
 from maxlm.corpus.stages import AnyStage
+from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 
 RECIPE = "corpus.json"
@@ -59,8 +60,12 @@ class RecipeConfig(Config):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
+        indexes = [stage.index for stage in self.stages if isinstance(stage, ExactStage)]
+        for index in indexes:
+            if index is not None and indexes.count(index) > 1:
+                raise ValueError(f"two stages use the index {index}: name it in one of them")
         for title in titles:
-            if title in (DOCUMENTS, "lock") or keyword.iskeyword(title):
+            if title in (DOCUMENTS, "lock", "settled") or keyword.iskeyword(title):
                 raise ValueError(f"no stage can be called {title}: give it another name")
         return self
 

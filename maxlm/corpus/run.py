@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.corpus.indexing import enter_kept_texts
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
 from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages, resolve_rules
@@ -72,6 +73,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
         for step in steps:
             _run_step(folder, step, keys[step.stage.unique_name], names, pool, progress)
+        enter_kept_texts(folder, pool, progress)
     return folder
 
 
