@@ -8,9 +8,10 @@ words among those of what stays of kept documents.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow as pa
 from maxlm.corpus.cuts import remove_spans
 from maxlm.corpus.dedup.members import compute_document_offsets
 from maxlm.corpus.dedup.minhash import make_shingle_set
+from maxlm.corpus.dedup.passages import Span
 from maxlm.corpus.opened import OpenCorpus, mark_kept, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules, get_text_stages
 from maxlm.corpus.settling import KEPT_DOCUMENT, add_neutral_verdicts
@@ -77,13 +79,14 @@ class LostText:
 class _Removed:
     """What the rules drop and cut of a shard because of copies, and what is kept."""
 
-    counts: LostText = field(default_factory=LostText)
     kept: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
     kept_digests: list[tuple[int, bytes]] = field(default_factory=list)
     """Digests of kept documents, each with the number of the stage that compares them."""
     documents: list["_DroppedDocument"] = field(default_factory=list)
     passages: list["_CutPassage"] = field(default_factory=list)
+    num_repetitive: int = 0
+    """Documents dropped for their share of repeats."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,9 @@ def count_lost_text(
         documents=documents,
         passages=passages,
         characters=document_characters + passage_characters,
-        dropped_documents=sum(part.counts.dropped_documents for part in removed),
-        cut_passages=sum(part.counts.cut_passages for part in removed),
-        repetitive_documents=sum(part.counts.repetitive_documents for part in removed),
+        dropped_documents=sum(len(part.documents) for part in removed),
+        cut_passages=sum(len(part.passages) for part in removed),
+        repetitive_documents=sum(part.num_repetitive for part in removed),
     )
     with replace_file(path) as new:
         new.write_text(json.dumps(asdict(total)))
@@ -146,68 +149,85 @@ _Part = tuple[int, StageShardView, StageShardView]
 def _list_removed(
     corpus: OpenCorpus, rules: FilterRules, plan: VerdictPlan, part: _Part
 ) -> _Removed:
+    """Lists what the rules drop and cut of a shard because of copies."""
     first, raw_shard, shard = part
     removed = _Removed()
-    dropped = cut = repetitive = 0
-    names = ["text", *rules.label_names, *plan.label_names]
-    names += [name for name in shard.settled_labels if name not in names]
-    names += [name for name in rules.cut if name not in names]
-    texts_of_stages = _read_texts_of_stages(corpus, plan, shard)
-    raw_names = ["text", *rules.label_names, *plan.label_names]
-    raw_tables = raw_shard.read_row_groups(list(dict.fromkeys(raw_names)))
-    for table in shard.read_row_groups(list(dict.fromkeys(names))):
-        texts = next(texts_of_stages)
-        alone = mark_kept(add_neutral_verdicts(next(raw_tables), plan.stages), rules)
-        kept = mark_kept(table, rules)
-        rows = {name: table.column(name) for name in table.schema.names}
-        for row in np.flatnonzero(alone | kept).tolist():
-            number = first + row
-            if kept[row]:
-                removed.kept.append(number)
-            digests = []
-            witnesses = []
-            passages: list[tuple[int, str, list[str], list[tuple[int, int]]]] = []
-            for index, bound in enumerate(plan.stages):
-                stage = bound.stage
-                name = stage.unique_name
-                text = texts[index][row]
-                if text is None:
-                    continue
-                if isinstance(stage, ExactStage):
-                    digest = stage.compute_digest(text)
-                    if kept[row]:
-                        removed.kept_digests.append((index, digest))
-                    elif rows[f"{name}.duplicate"][row].as_py():
-                        digests.append((index, digest))
-                elif isinstance(stage, NearStage):
-                    witness = rows[f"{name}.{KEPT_DOCUMENT}"][row].as_py()
-                    if witness is not None and not kept[row]:
-                        witnesses.append((index, witness))
-                elif isinstance(stage, SubstringStage):
-                    pieces = rows[f"{name}.cuts"][row].as_py() or []
-                    spans = [(piece["start"], piece["end"]) for piece in pieces]
-                    if spans:
-                        passages.append((index, text, [text[a:b] for a, b in spans], spans))
-            is_copy = bool(digests or witnesses)
-            if not kept[row] and (is_copy or not passages):
-                dropped += 1
-                removed.documents.append(
-                    _DroppedDocument(
-                        number, len(texts[0][row] or ""), tuple(digests), tuple(witnesses)
-                    )
-                )
-                continue
-            repetitive += not kept[row]
-            for index, text, pieces, spans in passages:
-                cut += len(pieces)
-                # What a document repeats of itself goes with it, where a rule says that it goes.
-                rest = [] if kept[row] else [remove_spans(text, spans)]
-                removed.passages += _list_passages(plan, index, pieces, rest)
-        first += table.num_rows
-    removed.counts = LostText(
-        dropped_documents=dropped, cut_passages=cut, repetitive_documents=repetitive
+    raw_names = list(dict.fromkeys(["text", *rules.label_names, *plan.label_names]))
+    names = list(dict.fromkeys([*raw_names, *shard.settled_labels]))
+    tables = zip(
+        shard.read_row_groups(names),
+        raw_shard.read_row_groups(raw_names),
+        _read_texts_of_stages(corpus, plan, shard),
+        strict=True,
     )
+    for table, raw, texts in tables:
+        alone = mark_kept(add_neutral_verdicts(raw, plan.stages), rules)
+        kept = mark_kept(table, rules)
+        for row in np.flatnonzero(alone | kept).tolist():
+            labels = _read_labels(table, row)
+            texts_of_row = [column[row] for column in texts]
+            _add_document(removed, plan, first + row, bool(kept[row]), labels, texts_of_row)
+        first += table.num_rows
     return removed
+
+
+def _read_labels(table: pa.RecordBatch, row: int) -> dict[str, Any]:
+    return {
+        name: column[row].as_py()
+        for name, column in zip(table.schema.names, table.columns, strict=True)
+        if name != "text"
+    }
+
+
+def _add_document(
+    removed: _Removed,
+    plan: VerdictPlan,
+    number: int,
+    is_kept: bool,
+    labels: Mapping[str, Any],
+    texts: Sequence[str | None],
+) -> None:
+    """Adds a document that the rules keep, or would keep if it were like no other.
+
+    Args:
+        number: the document's, in the corpus.
+        texts: the text as each stage of the plan read it.
+    """
+    digests = []
+    witnesses = []
+    cuts: list[tuple[int, str, list[Span]]] = []
+    if is_kept:
+        removed.kept.append(number)
+    for index, (bound, text) in enumerate(zip(plan.stages, texts, strict=True)):
+        stage = bound.stage
+        name = stage.unique_name
+        if text is None:
+            continue
+        if isinstance(stage, ExactStage):
+            if is_kept:
+                removed.kept_digests.append((index, stage.compute_digest(text)))
+            elif labels[f"{name}.duplicate"]:
+                digests.append((index, stage.compute_digest(text)))
+        elif isinstance(stage, NearStage):
+            witness = labels[f"{name}.{KEPT_DOCUMENT}"]
+            if witness is not None and not is_kept:
+                witnesses.append((index, witness))
+        elif isinstance(stage, SubstringStage) and labels[f"{name}.cuts"]:
+            spans = [(span["start"], span["end"]) for span in labels[f"{name}.cuts"]]
+            cuts.append((index, text, spans))
+    if not is_kept and (digests or witnesses or not cuts):
+        characters = max(len(text or "") for text in texts)
+        removed.documents.append(
+            _DroppedDocument(number, characters, tuple(digests), tuple(witnesses))
+        )
+        return
+    if not is_kept:
+        removed.num_repetitive += 1
+    for index, text, spans in cuts:
+        pieces = [text[start:stop] for start, stop in spans]
+        # What a document repeats of itself goes with it, where a rule says that it goes.
+        rest = [] if is_kept else [remove_spans(text, spans)]
+        removed.passages += _list_passages(plan, index, pieces, rest)
 
 
 def _read_texts_of_stages(
