@@ -24,6 +24,7 @@ from maxlm.corpus.recipe import (
 )
 from maxlm.corpus.settling import settle_verdicts
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.stage import CrossDocumentStage
 from maxlm.corpus.verdicts import plan_verdicts
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
@@ -71,7 +72,7 @@ class OpenCorpus:
             except MaxlmError as error:
                 done = corpus.count_shard_files(title)
                 if title == DOCUMENTS:
-                    message = f"the sources are not all read: {done} shards so far"
+                    message = f"the stage documents is not finished: {done} shards are read so far"
                     raise MaxlmError(message, where=str(folder), fix=_AGAIN) from error
                 if not allow_unfinished:
                     raise
@@ -140,8 +141,11 @@ class OpenCorpus:
         """Returns the shards with verdicts as they are among the documents that `rules` keep; see
         `settling.settle_verdicts`. To be used wherever these rules are applied."""
         titles = [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
-        keys = [self.read_manifest(title)["key"] for title in titles]
-        return settle_verdicts(self.recipe, self.shards, keys, rules, str(self.folder), progress)
+        # Whole manifests: a stage whose folder was deleted may have made other labels by one key.
+        manifests = [json.dumps(self.read_manifest(title)) for title in titles]
+        return settle_verdicts(
+            self.recipe, self.shards, manifests, rules, str(self.folder), progress
+        )
 
     def resolve_rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
@@ -225,7 +229,14 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str:
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """Finds a document by its id; raises MaxlmError if there is none. Returns its newest text,
     columns and labels, by name; whether it fulfils each rule, by the rule's name."""
-    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
+    hidden = [
+        f"{stage.unique_name}.{name}"
+        for stage in corpus.recipe.stages
+        if isinstance(stage, CrossDocumentStage)
+        for name in stage.internal_labels
+    ]
+    shown = [name for name in corpus.labels if name not in hidden]
+    columns = ["id", "source", "url", "meta", "text", *shown]
     rules = corpus.resolve_rules()
     for shard in corpus.settle_rules(rules):
         for group, ids in enumerate(shard.read_row_groups(["id"])):

@@ -101,7 +101,7 @@ def summarize_corpus(
         name
         for name, type_ in corpus.labels.items()
         if (types.is_integer(type_) or types.is_floating(type_))
-        and not name.endswith(".cluster")  # A number that is a name.
+        and not name.endswith((".cluster", ".group"))  # Numbers that are names.
     ]
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
     shards = corpus.settle_rules(rules, progress)

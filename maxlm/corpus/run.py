@@ -17,6 +17,7 @@ from maxlm.corpus.indexing import enter_kept_texts
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
 from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages, resolve_rules
+from maxlm.corpus.settling import SETTLED
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, read_counts
 from maxlm.corpus.stage import (
     CrossDocumentStage,
@@ -156,6 +157,8 @@ def _run_step(
         home.mkdir(exist_ok=True)
         path = home / "key"
         if not path.exists() or path.read_text() != key:  # Labels of other inputs
+            if path.exists():
+                shutil.rmtree(folder / SETTLED, ignore_errors=True)  # Of no use to anyone now.
             shutil.rmtree(home)
             home.mkdir()
             with replace_file(path) as new:

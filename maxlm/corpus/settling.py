@@ -71,7 +71,7 @@ _Verdicts = dict[str, Any]
 def settle_verdicts(
     recipe: RecipeConfig,
     shards: Sequence[StageShardView],
-    stage_keys: Sequence[str],
+    manifests: Sequence[str],
     rules: FilterRules,
     error_location: str,
     progress: Progress = ignore_progress,
@@ -83,12 +83,12 @@ def settle_verdicts(
     written.
 
     Args:
-        stage_keys: what the labels of the corpus depend on, such as the keys of its manifests.
+        manifests: of the corpus's stages, which tell its labels from those of other runs.
     """
     plan = plan_verdicts(recipe, rules, error_location)
     if not plan.stages or not shards:
         return list(shards)
-    description = [_VERSION, list(stage_keys), rules.describe()]
+    description = [_VERSION, list(manifests), rules.describe()]
     key = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
     corpus = shards[0].folder
     home = corpus / SETTLED / key
@@ -234,6 +234,7 @@ class _Passages:
         self._runs: dict[int, np.ndarray] = {}
         self._layouts: dict[int, tuple[int, int]] = {}  # Where in the file, and how many numbers.
         self._size = 0
+        self._file: np.ndarray | None = None  # Opened when all is written.
 
     def add(self, documents: np.ndarray, repeats: pa.Array, layouts: pa.Array) -> None:
         """Adds documents, by their numbers, with their columns `repeats` and `layout`."""
@@ -263,8 +264,9 @@ class _Passages:
         """Returns the first character of each word, the one after its last, and how many characters
         the text has."""
         offset, count = self._layouts[document]
-        layout = np.memmap(self._path, np.int32, "r", offset * 4, (count,))
-        edges = np.cumsum(layout, dtype=np.int64)
+        if self._file is None:
+            self._file = np.memmap(self._path, np.int32, "r")
+        edges = np.cumsum(self._file[offset : offset + count], dtype=np.int64)
         return edges[:-1:2].tolist(), edges[1::2].tolist(), int(edges[-1])
 
 

@@ -158,6 +158,9 @@ class CrossDocumentStage(Stage):
     """Labels that say which of several documents loses a text, and what they are of a document that
     loses none. The stage's file has them as if every rule kept every document."""
 
+    internal_labels: ClassVar[tuple[str, ...]] = ()
+    """Labels from which verdicts are settled, and which tell a person nothing."""
+
     @property
     def neutral_verdicts(self) -> Verdicts:
         """The values of `verdicts` for a document that loses no text, by "stage.label"."""

@@ -180,4 +180,7 @@ def test_a_run_that_is_not_done_can_be_looked_into(whole, tmp_path, capsys):
     assert "the stage exact is not finished" in capsys.readouterr().err
     (folder / "documents" / "manifest.json").unlink()
     assert main(["corpus", "report", str(folder)]) == 2
-    assert f"the sources are not all read: {len(shards)} shards so far" in capsys.readouterr().err
+    assert (
+        f"the stage documents is not finished: {len(shards)} shards are read"
+        in capsys.readouterr().err
+    )

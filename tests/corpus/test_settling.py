@@ -4,6 +4,7 @@ rules keep: no text is gone of which the rules would keep some copy."""
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -236,7 +237,7 @@ def read_labels(shards) -> dict[str, dict]:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_text_is_lost_in_any_order_of_stages_and_rules(tmp_path, order):
-    rows = make_crawl(len(order), 160)
+    rows = make_crawl(len(order), 120)
     corpus = make_corpus(tmp_path, rows, ORDERS[order], keep=RULES["recipe"])
     for name, keep in RULES.items():
         kept = read(corpus, keep=keep)
@@ -382,3 +383,47 @@ def test_passages_that_only_are_cut_may_be_kept_by_another_label(tmp_path):
     shortest = min(kept, key=lambda name: (len(texts[name].split()), int(name[1:])))
     assert kept[shortest] == texts[shortest]
     assert any(kept[name] != texts[name] for name in kept)
+
+
+def test_several_labels_that_cut_lose_nothing_to_each_other(tmp_path):
+    """Passages of two lengths, and what a test has, cut out of the same texts."""
+    rows = make_crawl(8, 60)
+    long = {"stage": "substring", "name": "long", "min_tokens": 2 * SIZE, "keep_by": BEST}
+    stages = [HEURISTICS, EXACT, SUBSTRING, DECONTAMINATE, long]
+    cuts = ["long.cuts", "decontaminate.cuts", "substring.cuts"]
+    keep = {"unique": "not exact.duplicate", "site": RULES["recipe"]["site"]}
+    corpus = make_corpus(tmp_path, rows, stages, keep=keep, cut=cuts)
+    kept = read(corpus)
+    everything = "\n".join(f" {' '.join(text.split())} " for text in kept.values())
+    texts = {row["id"]: row["text"] for row in rows}
+    num_windows = 0
+    for shard in corpus.settle_rules(corpus.resolve_rules()):
+        for table in shard.read_row_groups(["id", "long.cuts", "substring.cuts"]):
+            for row in table.to_pylist():
+                spans = (row["long.cuts"] or []) + (row["substring.cuts"] or [])
+                for span in spans if row["id"] in kept else ():
+                    passage = " ".join(texts[row["id"]][span["start"] : span["end"]].split())
+                    windows = list(list_passages(passage))
+                    num_windows += len(windows)
+                    assert all(f" {window} " in everything for window in windows)
+    assert num_windows > 500
+    assert QUESTION not in everything
+    with WorkerPool(1) as pool:
+        counted = count_lost_text(corpus, corpus.resolve_rules(), pool)
+    assert (counted.documents, counted.passages) == (0, 0)
+
+
+def test_labels_of_another_run_are_settled_anew(tmp_path):
+    rows = make_crawl(1, 30)
+    stages = [{"stage": "exact", "index": str(tmp_path / "index")}, SUBSTRING]
+    keep = {"new": "not exact.seen_before and not exact.duplicate"}
+    corpus = make_corpus(tmp_path / "two", rows, stages, keep=keep)
+    whole = read(corpus)
+    # Another corpus enters the index, before this one in its order.
+    name = next(iter(whole))
+    make_corpus(tmp_path / "one", [row for row in rows if row["id"] == name], stages)
+    entry = max((tmp_path / "index").glob("*.digests"))
+    entry.rename(entry.with_name(f"000000{entry.name[6:]}"))
+    shutil.rmtree(corpus.folder / "exact")
+    again = read(make_corpus(tmp_path / "two", rows, stages, keep=keep))
+    assert whole.keys() - again.keys() == {name}

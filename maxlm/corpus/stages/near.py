@@ -91,6 +91,7 @@ class NearStage(CrossDocumentStage):
         "of": None,
         "jaccard": None,
     }
+    internal_labels: ClassVar[tuple[str, ...]] = ("pairs",)
     version: ClassVar[int] = 5
     packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True

@@ -361,6 +361,7 @@ class SubstringStage(CrossDocumentStage):
         "layout": LAYOUT,
     }
     verdicts: ClassVar[Verdicts] = {"cuts": (), "cut_share": 0.0}
+    internal_labels: ClassVar[tuple[str, ...]] = ("repeats", "layout")
     version: ClassVar[int] = 6
     depends_on_unicode: ClassVar[bool] = True
 
