@@ -46,7 +46,7 @@ def _digest_kept_texts(
     texts = replace(shard, text_stages=tuple(text_stages)).read_row_groups(["text"])
     tables = shard.read_row_groups(list(dict.fromkeys(["text", *rules.label_names])))
     for table, read in zip(tables, texts, strict=True):
-        kept = read.filter(pa.array(mark_kept(table, rules))).column("text")
-        for text in kept.drop_null():
+        kept_texts = read.filter(pa.array(mark_kept(table, rules))).column("text")
+        for text in kept_texts.drop_null():
             digests += stage.compute_digest(text.as_py())
     return np.frombuffer(bytes(digests), DIGEST)

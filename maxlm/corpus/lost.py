@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.corpus.cuts import remove_spans
+from maxlm.corpus.dedup.judges import KEPT_DOCUMENT
 from maxlm.corpus.dedup.members import compute_document_offsets
 from maxlm.corpus.dedup.minhash import make_shingle_set
 from maxlm.corpus.dedup.passages import Span
 from maxlm.corpus.opened import OpenCorpus, mark_kept, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules, get_text_stages
-from maxlm.corpus.settling import KEPT_DOCUMENT, add_neutral_verdicts
+from maxlm.corpus.settling import add_neutral_verdicts
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
@@ -77,7 +78,7 @@ class LostText:
 
 @dataclass
 class _Removed:
-    """What the rules drop and cut of a shard because of copies, and what is kept."""
+    """Documents and passages of a shard that rules drop and cut because of copies, and those kept."""
 
     kept: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
@@ -162,11 +163,11 @@ def _list_removed(
     )
     for table, raw, texts in tables:
         alone = mark_kept(add_neutral_verdicts(raw, plan.stages), rules)
-        kept = mark_kept(table, rules)
-        for row in np.flatnonzero(alone | kept).tolist():
+        is_kept = mark_kept(table, rules)
+        for row in np.flatnonzero(alone | is_kept).tolist():
             labels = _read_labels(table, row)
             texts_of_row = [column[row] for column in texts]
-            _add_document(removed, plan, first + row, bool(kept[row]), labels, texts_of_row)
+            _add_document(removed, plan, first + row, bool(is_kept[row]), labels, texts_of_row)
         first += table.num_rows
     return removed
 
@@ -288,7 +289,7 @@ def _count_lost_documents(
 ) -> tuple[int, int]:
     """Counts dropped documents that are like no kept one, and their characters."""
     kept_digests = {digest for part in removed for digest in part.kept_digests}
-    kept = {number for part in removed for number in part.kept}
+    survivors = {number for part in removed for number in part.kept}
     left = [
         document
         for part in removed
@@ -308,7 +309,7 @@ def _count_lost_documents(
         document
         for document in left
         if not any(
-            witness in kept
+            witness in survivors
             and _are_alike(
                 sketches[stage, document.number], sketches[stage, witness], plan.stages[stage].stage
             )
@@ -365,8 +366,8 @@ def _count_lost_passages(
         wanted = np.unique(np.concatenate([passage.windows for passage in of_stage]))
         job = partial(_find_windows, corpus, rules, plan, index, wanted)
         is_there = np.zeros(len(wanted), np.bool_)
-        for found_in_shard in run(job, parts, "passages"):
-            is_there |= found_in_shard
+        for is_in_shard in run(job, parts, "passages"):
+            is_there |= is_in_shard
         for passage in of_stage:
             if not is_there[np.searchsorted(wanted, passage.windows)].all():
                 lost += 1
@@ -395,9 +396,9 @@ def _find_windows(
     tables = shard.read_row_groups(list(dict.fromkeys(["text", *rules.label_names, *cuts])))
     for table, texts in zip(tables, view.read_row_groups(["text"]), strict=True):
         columns = dict(zip(table.schema.names, table.columns, strict=True))
-        kept = mark_kept(table, rules)
+        is_kept = mark_kept(table, rules)
         columns["text"] = texts.column("text")
-        rest = pa.RecordBatch.from_pydict(columns).filter(pa.array(kept))
+        rest = pa.RecordBatch.from_pydict(columns).filter(pa.array(is_kept))
         remaining = list(remove_cut_spans(rest, FilterRules(rules.keep, tuple(cuts))))
         for begin in range(0, len(remaining), _BATCH):
             hashes, _, _ = _hash_texts(remaining[begin : begin + _BATCH], size)

@@ -25,28 +25,29 @@ import hashlib
 import json
 import shutil
 import tempfile
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
+from maxlm.corpus.dedup.judges import (
+    KEPT_DOCUMENT,
+    CopyJudge,
+    DocumentCuts,
+    DocumentPassages,
+    PassageJudge,
+    SimilarityJudge,
+    VerdictJudge,
+)
 from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores
 from maxlm.corpus.dedup.pairs import SimilarityGraph
 from maxlm.corpus.dedup.passages import (
-    RepeatedRun,
-    Span,
     SpanSet,
-    WindowIndex,
-    add_intact_windows,
-    choose_cover,
-    find_inner_spans,
-    find_shared_spans,
 )
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.recipe import FilterRules, RecipeConfig, get_label_types
@@ -61,11 +62,8 @@ from maxlm.runtime.progress import Progress, ignore_progress
 
 SETTLED = "settled"
 """Name of the folder with settled labels, below a corpus."""
-KEPT_DOCUMENT = "kept_document"
-"""Name of a settled label: the number, in the corpus, of the kept document that `of` names."""
 _VERSION = 1
 _MOST_RESULTS = 1 << 16  # Of a condition that are remembered.
-_Verdicts = dict[str, Any]
 
 
 def settle_verdicts(
@@ -133,143 +131,6 @@ def add_neutral_verdicts(table: pa.RecordBatch, stages: Sequence[VerdictStage]) 
     return pa.RecordBatch.from_pydict(columns)
 
 
-class _Judge(Protocol):
-    """What one stage found, and what of it kept documents keep."""
-
-    def judge(self, document: int, cuts: "_DocumentCuts") -> _Verdicts:
-        """Returns the stage's verdicts on a document, by the names of its labels."""
-        ...
-
-    def keep(self, document: int, cuts: "_DocumentCuts") -> None:
-        """Takes note that a document is kept."""
-        ...
-
-
-@dataclass
-class _DocumentCuts:
-    """What is cut of one document, in words of its newest text."""
-
-    cut: SpanSet
-    needed: SpanSet
-    """Words that stay since they are cut elsewhere in the document."""
-
-
-class _CopyJudge:
-    """Verdicts of `exact`: of each group of copies one is kept."""
-
-    def __init__(self, documents: np.ndarray, groups: np.ndarray):
-        self._groups = dict(zip(documents.tolist(), groups.tolist(), strict=True))
-        self._kept: dict[int, int] = {}
-
-    def judge(self, document: int, cuts: _DocumentCuts) -> _Verdicts:
-        kept = self._kept.get(self._groups.get(document, -1))
-        return {"duplicate": kept is not None, KEPT_DOCUMENT: kept}
-
-    def keep(self, document: int, cuts: _DocumentCuts) -> None:
-        if document in self._groups:
-            self._kept.setdefault(self._groups[document], document)
-
-
-class _SimilarityJudge:
-    """Verdicts of `near`: a document is a near-copy if it is like a kept one."""
-
-    def __init__(self, graph: SimilarityGraph):
-        self._graph = graph
-
-    def judge(self, document: int, cuts: _DocumentCuts) -> _Verdicts:
-        match = self._graph.find_kept(document)
-        if match is None:
-            return {"duplicate": False, "jaccard": None, KEPT_DOCUMENT: None}
-        kept, jaccard = match
-        return {"duplicate": True, "jaccard": jaccard, KEPT_DOCUMENT: kept}
-
-    def keep(self, document: int, cuts: _DocumentCuts) -> None:
-        self._graph.mark_kept(document)
-
-
-class _PassageJudge:
-    """Verdicts of `substring`: passages are cut that stand in what stays of a kept document."""
-
-    def __init__(self, size: int, passages: "_Passages"):
-        self._size = size
-        self._passages = passages
-        self._kept = WindowIndex()
-
-    def judge(self, document: int, cuts: _DocumentCuts) -> _Verdicts:
-        runs = self._passages.get_runs(document)
-        if not runs:
-            return {"cuts": [], "cut_share": 0.0}
-        shared = [
-            span
-            for span in find_shared_spans(runs, self._kept, self._size)
-            if not cuts.needed.overlaps(*span)
-        ]
-        for span in shared:
-            cuts.cut.add(*span)
-        inner = find_inner_spans(runs, self._size, cuts.cut, cuts.needed)
-        starts, stops, length = self._passages.get_word_edges(document)
-        spans = choose_cover([*shared, *inner])
-        pieces = [{"start": starts[a], "end": stops[b - 1]} for a, b in spans]
-        # With the white space between pieces that touch.
-        characters = sum(stops[b - 1] - starts[a] for a, b in SpanSet(spans).list_spans())
-        return {"cuts": pieces, "cut_share": characters / length}
-
-    def keep(self, document: int, cuts: _DocumentCuts) -> None:
-        runs = self._passages.get_runs(document)
-        add_intact_windows(runs, self._kept, self._size, cuts.cut)
-
-    def find_words(self, document: int, spans: Sequence[Span]) -> list[Span]:
-        """Finds the words that spans of characters touch; none of a document without repeats."""
-        if not self._passages.get_runs(document):
-            return []
-        starts, stops, _ = self._passages.get_word_edges(document)
-        return [(bisect_right(stops, start), bisect_left(starts, stop)) for start, stop in spans]
-
-
-class _Passages:
-    """The repeats of documents, and where their words lie, which is in a file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._runs: dict[int, np.ndarray] = {}
-        self._layouts: dict[int, tuple[int, int]] = {}  # Where in the file, and how many numbers.
-        self._size = 0
-        self._file: np.ndarray | None = None  # Opened when all is written.
-
-    def add(self, documents: np.ndarray, repeats: pa.Array, layouts: pa.Array) -> None:
-        """Adds documents, by their numbers, with their columns `repeats` and `layout`."""
-        with self._path.open("ab") as file:
-            for row, document in enumerate(documents.tolist()):
-                runs = repeats[row].values
-                if runs is None or len(runs) == 0:
-                    continue
-                columns = [field.to_numpy().astype(np.int64) for field in runs.flatten()]
-                self._runs[document] = np.stack(columns, 1)
-                layout = layouts[row].values.to_numpy().astype(np.int32)
-                file.write(layout.tobytes())
-                self._layouts[document] = (self._size, len(layout))
-                self._size += len(layout)
-
-    @property
-    def documents(self) -> list[int]:
-        """The numbers of the documents with repeats."""
-        return list(self._runs)
-
-    def get_runs(self, document: int) -> list[RepeatedRun]:
-        """Returns the repeats of a document, from left to right."""
-        runs = self._runs.get(document)
-        return [] if runs is None else [RepeatedRun(*run) for run in runs.tolist()]
-
-    def get_word_edges(self, document: int) -> tuple[list[int], list[int], int]:
-        """Returns the first character of each word, the one after its last, and how many characters
-        the text has."""
-        offset, count = self._layouts[document]
-        if self._file is None:
-            self._file = np.memmap(self._path, np.int32, "r")
-        edges = np.cumsum(self._file[offset : offset + count], dtype=np.int64)
-        return edges[:-1:2].tolist(), edges[1::2].tolist(), int(edges[-1])
-
-
 class _RowCondition:
     """An expression on one document at a time."""
 
@@ -333,7 +194,7 @@ class _Settling:
                 for stage in plan.stages
                 if isinstance(stage.stage, CrossDocumentStage)
             }
-        self._judges: dict[str, _Judge] = {}
+        self._judges: dict[str, VerdictJudge] = {}
         related: set[int] = set()
         for name, (judge, documents) in judges.items():
             self._judges[name] = judge
@@ -358,7 +219,7 @@ class _Settling:
 
     def _mark_kept_alone(self) -> np.ndarray:
         """Marks documents that the rules keep if none loses a text: bool [documents]."""
-        kept = np.zeros(self._offsets[-1], np.bool_)
+        is_kept = np.zeros(self._offsets[-1], np.bool_)
         wheres = [stage for stage in self._plan.stages if stage.where is not None]
         names = ["text", *self._rules.label_names]
         names += [name for stage in wheres if stage.where for name in stage.where.label_names]
@@ -375,8 +236,8 @@ class _Settling:
                     place = f"stages.{self._recipe.stages.index(stage.stage)}.where"
                     result = stage.where.evaluate(neutral)
                     self._check_falls(stage.where, place, table, result)
-            kept[document : document + table.num_rows] = passes
-        return kept
+            is_kept[document : document + table.num_rows] = passes
+        return is_kept
 
     def _check_falls(
         self, condition: Expression, place: str, table: pa.RecordBatch, neutral: np.ndarray
@@ -403,7 +264,7 @@ class _Settling:
         fix = "write it so that it selects fewer by these labels, like: not near.duplicate"
         raise MaxlmError(message, where=where, fix=fix)
 
-    def _make_judge(self, bound: VerdictStage, scratch: Path) -> tuple[_Judge, list[int]]:
+    def _make_judge(self, bound: VerdictStage, scratch: Path) -> tuple[VerdictJudge, list[int]]:
         """Reads what a stage found; returns also the documents that are like others."""
         stage = bound.stage
         name = stage.unique_name
@@ -417,7 +278,7 @@ class _Settling:
                 groups.append(column.drop_null().to_numpy())
             numbers = np.concatenate([np.empty(0, np.int64), *documents])
             numbers_of_groups = np.concatenate([np.empty(0, np.int64), *groups])
-            return _CopyJudge(numbers, numbers_of_groups), numbers.tolist()
+            return CopyJudge(numbers, numbers_of_groups), numbers.tolist()
         if isinstance(stage, NearStage):
             highs = [np.empty(0, np.int64)]
             lows = [np.empty(0, np.int64)]
@@ -430,14 +291,14 @@ class _Settling:
                 lows.append(low.to_numpy())
                 similarities.append(jaccard.to_numpy())
             graph = SimilarityGraph(*map(np.concatenate, (lows, highs, similarities)))
-            return _SimilarityJudge(graph), graph.documents.tolist()
+            return SimilarityJudge(graph), graph.documents.tolist()
         if isinstance(stage, SubstringStage):
-            passages = _Passages(scratch / f"{name}.layouts")
+            passages = DocumentPassages(scratch / f"{name}.layouts")
             for first, table in self._read_groups([f"{name}.repeats", f"{name}.layout"], name):
                 rows = np.flatnonzero(self._kept[first : first + table.num_rows])
                 repeats, layouts = table.take(pa.array(rows)).columns
                 passages.add(rows + first, repeats, layouts)
-            return _PassageJudge(stage.min_tokens, passages), passages.documents
+            return PassageJudge(stage.min_tokens, passages), passages.documents
         raise TypeError(f"{type(stage).__name__} has verdicts that are not settled")
 
     def _read_related(self) -> pa.Table:
@@ -485,9 +346,9 @@ class _Settling:
             if not self._kept[document]:
                 continue  # Decided in the phase before.
             values = self._read_values(row, document)
-            cuts = _DocumentCuts(SpanSet(), SpanSet())
+            cuts = DocumentCuts(SpanSet(), SpanSet())
             self._add_fixed_cuts(document, fixed_cuts, values, phase, cuts)
-            looked: list[tuple[_Judge, _DocumentCuts]] = []
+            looked: list[tuple[VerdictJudge, DocumentCuts]] = []
             for bound in phase:
                 name = bound.stage.unique_name
                 if name in wheres and not wheres[name].holds(values):
@@ -499,7 +360,7 @@ class _Settling:
                 if values[self._seen_label(bound.stage)] is None:
                     continue
                 # What is found and not cut leaves the text to others.
-                stage_cuts = cuts if bound.is_cut else _DocumentCuts(SpanSet(), SpanSet())
+                stage_cuts = cuts if bound.is_cut else DocumentCuts(SpanSet(), SpanSet())
                 judge = self._judges[name]
                 verdicts = judge.judge(document, stage_cuts)
                 looked.append((judge, stage_cuts))
@@ -555,13 +416,13 @@ class _Settling:
         names: Sequence[str],
         values: Mapping[str, Any],
         phase: Sequence[VerdictStage],
-        cuts: _DocumentCuts,
+        cuts: DocumentCuts,
     ) -> None:
         """Adds the words that are cut of a document whatever the verdicts are."""
         spans = [(span["start"], span["end"]) for name in names for span in values[name] or ()]
         judges = [self._judges.get(bound.stage.unique_name) for bound in phase if bound.is_cut]
         for judge in judges if spans else ():
-            if isinstance(judge, _PassageJudge):
+            if isinstance(judge, PassageJudge):
                 for span in judge.find_words(document, spans):
                     cuts.cut.add(*span)
 
@@ -593,7 +454,7 @@ class _Settling:
             neutral: Mapping[str, Any] = {}
             if isinstance(bound.stage, CrossDocumentStage):
                 neutral = bound.stage.neutral_verdicts
-            labels = [each for each in schema.names if each.rpartition(".")[0] == name]
+            labels = [label for label in schema.names if label.rpartition(".")[0] == name]
             for label in labels:
                 if isinstance(bound.stage, CrossDocumentStage) and (
                     label in neutral or label not in self._types

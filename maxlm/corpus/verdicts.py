@@ -29,7 +29,7 @@ class VerdictStage:
 
 @dataclass(frozen=True)
 class VerdictPlan:
-    """What is to be settled for a set of rules."""
+    """Labels to be settled for a set of rules."""
 
     stages: tuple[VerdictStage, ...]
     """The stages whose labels matter, in the recipe's order."""
