@@ -78,7 +78,7 @@ class LostText:
 
 @dataclass
 class _Removed:
-    """Documents and passages of a shard that rules drop and cut because of copies, and those kept."""
+    """Documents and passages that rules drop and cut of a shard because of copies."""
 
     kept: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
