@@ -213,6 +213,8 @@ def _add_document(
             witness = labels[f"{name}.{KEPT_DOCUMENT}"]
             if witness is not None and not is_kept:
                 witnesses.append((index, witness))
+        elif is_kept and not bound.is_cut:
+            continue  # It keeps what it has in common with others.
         elif isinstance(stage, SubstringStage) and labels[f"{name}.cuts"]:
             spans = [(span["start"], span["end"]) for span in labels[f"{name}.cuts"]]
             cuts.append((index, text, spans))
