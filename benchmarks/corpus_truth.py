@@ -22,15 +22,21 @@ _PII = {"ipv4": "ip", "ipv6": "ip", "credit_card": "card", "us_ssn": "ssn"}
 
 
 def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
-    """Every document's labels, by id, and whether it is kept."""
+    """Every document's labels, by id, and whether it is kept: copies as the stages found them, cuts
+    as they are among what the rules keep."""
     rules = corpus.resolve_rules()
-    names = [name for rule in rules.keep.values() for name in rule.label_names]
-    found = {}
-    for shard in corpus.shards:
-        for table in shard.read_row_groups(list(dict.fromkeys([*COLUMNS, *names]))):
-            for row, keep in zip(table.to_pylist(), mark_kept(table, rules), strict=True):
-                found[row["id"]] = row | {"kept": bool(keep)}
-    return found
+    settled_names = list(dict.fromkeys(["text", *rules.label_names, "substring.cuts"]))
+    rows = {}
+    for shard, settled in zip(corpus.shards, corpus.settle_rules(rules), strict=True):
+        tables = zip(
+            shard.read_row_groups(COLUMNS), settled.read_row_groups(settled_names), strict=True
+        )
+        for found, table in tables:
+            cuts = table.column("substring.cuts").to_pylist()
+            kept = mark_kept(table, rules).tolist()
+            for row, spans, keep in zip(found.to_pylist(), cuts, kept, strict=True):
+                rows[row["id"]] = row | {"substring.cuts": spans, "kept": keep}
+    return rows
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from maxlm.runtime.progress import show_progress
 if TYPE_CHECKING:
     from maxlm.corpus.opened import OpenCorpus
     from maxlm.corpus.perplexity_model import PerplexityMetadata
+    from maxlm.corpus.recipe import FilterRules
 
 app = typer.Typer(
     no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
@@ -78,6 +79,10 @@ def build(
     with show_progress() as progress:
         build_store(source, tokenizer, out, progress=progress, **options)
     show_info(str(out))
+    for entry in text:
+        if is_corpus(Path(entry)):
+            opened = _open_corpus(Path(entry))
+            _print_lost_text(opened, opened.resolve_rules())
 
 
 @app.command()
@@ -182,7 +187,8 @@ def run(
     """Read sources and label their documents. Run it again after an interruption to go on.
 
     Stages whose settings have not changed are not done again; rules under keep are applied when a
-    token store is built, so another threshold costs nothing here.
+    token store is built, so another threshold costs nothing here. Prints what the rules keep, and
+    `text lost: N`, the documents and passages that they drop as copies and keep nowhere.
     """
     check_corpus_packages(recipe)
     from maxlm.corpus.recipe import RecipeConfig
@@ -204,8 +210,12 @@ def report(
     as_json: JsonOption = False,
     on: OnOption = "local",
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
-    opened = _open_corpus(corpus)
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
+
+    Of a run that is not done it shows the stages before the first that is not, and how far that is.
+    `text lost: N` counts documents and passages that the rules drop as copies and keep nowhere.
+    """
+    opened = _open_corpus(corpus, allow_unfinished=True)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     page = out or corpus / "report.html"
     with open_executor(on, opened.recipe.workers) as executor:
@@ -239,11 +249,11 @@ def export(
     print(f"the files: {out}")
 
 
-def _open_corpus(folder: Path) -> "OpenCorpus":
+def _open_corpus(folder: Path, allow_unfinished: bool = False) -> "OpenCorpus":
     check_corpus_packages(str(folder))
     from maxlm.corpus.opened import OpenCorpus
 
-    return OpenCorpus.open(folder)
+    return OpenCorpus.open(folder, allow_unfinished=allow_unfinished)
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
@@ -263,17 +273,21 @@ def _print_funnel(
     as_json: bool = False,
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
-    from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
+    from maxlm.corpus.lost import count_lost_text
+    from maxlm.corpus.report import compute_funnel, list_alarms, summarize_corpus, write_report
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
     with show_progress("parts") as progress:
         summary = summarize_corpus(corpus, rules, executor, tokenizer, progress)
+        lost = count_lost_text(corpus, rules, executor, progress)
     rows = compute_funnel(rules, summary)
     if page is not None:
-        write_report(corpus, rules, summary, page)
+        write_report(corpus, rules, summary, page, lost)
+    alarms = list_alarms(corpus, rules, summary)
     if as_json:
-        print_json({"funnel": rows})
+        report = {"funnel": rows, "lost": asdict(lost), "alarms": alarms}
+        print_json(report | {"unfinished": corpus.unfinished})
         return
     columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
     for row in rows:
@@ -285,8 +299,25 @@ def _print_funnel(
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:
         print(f"passed over in reading: {', '.join(passed)}")
+    print(lost)
+    for alarm in alarms:
+        print(alarm)
+    if corpus.unfinished:
+        print(corpus.unfinished)
     if page is not None:
         print(f"the page: {page}")
+
+
+def _print_lost_text(corpus: "OpenCorpus", rules: "FilterRules") -> None:
+    """Print what the rules lose to deduplication."""
+    from maxlm.corpus.lost import count_lost_text
+
+    with (
+        open_executor("local", corpus.recipe.workers) as executor,
+        show_progress("parts") as progress,
+    ):
+        lost = count_lost_text(corpus, rules, executor, progress)
+    print(lost)
 
 
 def _read_texts(documents: list[str]) -> Iterator[bytes]:
@@ -383,7 +414,9 @@ def show(
 
 
 def _show_labels(corpus: Path, document: str) -> None:
-    opened = _open_corpus(corpus)
+    opened = _open_corpus(corpus, allow_unfinished=True)
+    if opened.unfinished:
+        print(opened.unfinished, file=sys.stderr)
     from maxlm.corpus.opened import find_document
 
     found, kept = find_document(opened, document)

@@ -57,6 +57,7 @@ def export_corpus(
     _check_replaceable(out, force)
     language = find_language_label(corpus)
     columns = ("id", "source", "url", "meta", *([language] if language else []))
+    shards = corpus.settle_rules(rules, progress)
     building = out.with_name(f".{out.name}.exporting")
     with lock_folder(building), convert_write_errors(out):
         new = building / "new"
@@ -65,7 +66,7 @@ def export_corpus(
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
         write = partial(_export_shard, rules, columns, format, new)
         executor.require_on_workers(building, ())
-        for each in JobRunner("export", executor, progress)(write, list(enumerate(corpus.shards))):
+        for each in JobRunner("export", executor, progress)(write, list(enumerate(shards))):
             counts.update(each)
         about = {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
         (new / _MANIFEST).write_text(json.dumps(about, indent=1))

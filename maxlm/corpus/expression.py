@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, reduce
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,27 @@ _ARITHMETIC: dict[type, Callable] = {
 _FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
 
 
+_SIGNS: dict[type, str] = {
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+}
+_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A comparison of a label with a number, such as `heuristics.words >= 50`."""
+
+    label: str
+    comparison: str
+    """One of == != < <= > >=."""
+    value: float
+
+
 @dataclass(frozen=True)
 class Expression:
     """A condition on a document's labels. Made by `parse`; picklable."""
@@ -56,6 +78,19 @@ class Expression:
     def label_names(self) -> tuple[str, ...]:
         """The labels that the expression names, each once."""
         return tuple(dict.fromkeys(_names(self._tree)))
+
+    @cached_property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """The expression's comparisons of a label with a number."""
+        return tuple(_list_thresholds(self._tree))
+
+    def replace_labels(self, values: Mapping[str, bool | float | tuple[()] | None]) -> "Expression":
+        """Returns the expression with labels replaced by constants."""
+        if values.keys().isdisjoint(self.label_names):
+            return self
+        return Expression(
+            ast.unparse(_LabelReplacer(values).visit(ast.parse(ast.unparse(self._tree))))
+        )
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
@@ -116,10 +151,59 @@ def _dotted(node: ast.expr) -> str | None:
     return None
 
 
+class _LabelReplacer(ast.NodeTransformer):
+    """Replaces names of labels in an expression's tree by constants."""
+
+    def __init__(self, values: Mapping[str, bool | float | tuple[()] | None]):
+        self._values = values
+
+    def visit(self, node: ast.AST) -> Any:
+        name = _dotted(node) if isinstance(node, ast.expr) else None
+        if name is None:
+            return self.generic_visit(node)
+        if name not in self._values:
+            return node
+        value = self._values[name]
+        # Of spans an expression can only tell that they are there.
+        return ast.Constant(False if isinstance(value, tuple) else value)
+
+
 def _names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.expr) and (name := _dotted(node)):
         return [name]
     return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
+
+
+def _list_thresholds(tree: ast.expr) -> list[Threshold]:
+    thresholds = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = pairwise([node.left, *node.comparators])
+        for (left, right), operator in zip(sides, node.ops, strict=True):
+            sign = _SIGNS.get(type(operator))
+            if sign is None:
+                continue
+            label = _dotted(left)
+            value = _parse_number(right)
+            if label is None:
+                label = _dotted(right)
+                value = _parse_number(left)
+                sign = _MIRRORED.get(sign, sign)
+            if label is not None and value is not None:
+                thresholds.append(Threshold(label, sign, value))
+    return thresholds
+
+
+def _parse_number(node: ast.expr) -> float | None:
+    """Returns the finite number that an expression writes; None: it is something else."""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        return None
+    return float(value)
 
 
 def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:

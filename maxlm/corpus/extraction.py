@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -46,13 +46,19 @@ _TITLE_CHARACTERS = 500
 
 MOST_DEPTH = 256
 """Depth of nested elements beyond which libxml2, below trafilatura, drops the rest of a page."""
-TOO_DEEP = 3000
-"""Depth beyond which resiliparse, whose time grows with its square, is not tried either."""
-_TAG_NAME = re.compile(rb"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
+_SLOW_DEPTH = 3000
+"""Depth beyond which resiliparse, whose time grows with its square, is slow."""
+_FLAT_DEPTH = 200  # Of counted elements that keep their tags; parsers add some of their own.
+# A tag with its attributes; in quotes there may be a ">".
+_TAG_WITH_NAME = re.compile(r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)(?:[^<>"']|"[^"<]*"|'[^'<]*')*>?""")
 # Elements without an end tag, and those whose end tag may be left out, by their first letters.
 _UNCLOSED = frozenset(
-    b"are bas br col emb hr img inp lin met sou tra wbr li p dt dd td th tr tbo the tfo opt".split()
-)
+    ("are", "bas", "br", "col", "dd", "dt", "emb", "hr", "img", "inp", "li", "lin", "met", "opt")
+).union(("p", "sou", "tbo", "td", "tfo", "th", "the", "tr", "tra", "wbr"))
+# Elements whose content is no markup: without their tags it would be text.
+_RAW = frozenset(["script", "style", "title", "textarea", "noscript", "iframe", "template", "xmp"])
+# Elements that the end tag of another element within them does not close.
+_BARRIERS = ("div", "table")
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class ExtractedPage:
     """A page that was read, or the reason why it was not."""
 
     status: str
-    """ok, empty, not_html, too_deep, broken; from outside also too_large and timeout."""
+    """ok, empty, not_html, broken; from outside also too_large and timeout."""
     text: str | None = None
     """Unicode without NUL, other control characters or surrogates."""
     title: str | None = None
@@ -83,8 +89,8 @@ def extract_page(
         charset: of the HTTP header.
         use_trafilatura: (Barbaresi, ACL 2021) without its fallbacks to other libraries: they cost
             half its speed and lose on both labelled sets of `benchmarks/corpus_extract.py`. Else,
-            and where it finds nothing or would be cut short, resiliparse is used (Bevendorff et
-            al., ECIR 2018).
+            and where it finds nothing, or less of a page that is too deep for it, resiliparse is
+            used (Bevendorff et al., ECIR 2018).
         markdown: headings, emphasis and fences around code; only for trafilatura.
     """
     source, encoding = decode(data, charset)
@@ -93,16 +99,18 @@ def extract_page(
     binary = not encoding.startswith("utf") and controls > len(data) // 20
     if binary or not _TAG.search(source):
         return ExtractedPage("not_html", encoding=encoding)
-    raw = source.encode() if encoding.startswith("utf-16") else data
-    few = raw.count(b"<") <= (MOST_DEPTH if use_trafilatura else TOO_DEEP)
-    depth = 0 if few else estimate_html_depth(raw)
-    if depth > TOO_DEEP:
-        return ExtractedPage("too_deep", encoding=encoding)
     page = ExtractedPage("ok", None, *_read_metadata(source[:_HEAD]), encoding)
-    if use_trafilatura and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
+    if source.count("<") > (MOST_DEPTH if use_trafilatura else _SLOW_DEPTH):
+        flat = flatten_deep_html(source)
+    else:
+        flat = source
+    text = _trafilatura(flat, markdown) if use_trafilatura else ""
+    # Of a page so broken, the more text the better.
+    fast_text = _resiliparse(flat) if flat is not source or not text else ""
+    if text and len(text.split()) >= len(fast_text.split()):
         return replace(page, text=text, mode="trafilatura")
-    if text := _resiliparse(source):
-        return replace(page, text=text, mode="fast")
+    if fast_text:
+        return replace(page, text=fast_text, mode="fast")
     return replace(page, status="empty")
 
 
@@ -128,17 +136,58 @@ def _resiliparse(source: str) -> str:
     return remove_control_characters(text).strip()
 
 
-def estimate_html_depth(data: bytes) -> int:
-    """Estimates how deep a page's elements lie in each other.
+def flatten_deep_html(source: str) -> str:
+    """Removes the tags, but not the text, of elements that lie too deep in others for the parsers.
 
-    Counts tags, so that markup in comments and scripts counts, and rows and items do not.
+    A page of unclosed tags (`<font>` before each paragraph) is deep by accident: what it
+    says is all there, and so is what its outer elements say of it. An end tag closes the last open
+    element of its name and all within, but for those that hold an element of another kind (a
+    `</b>` in a table cell closes none outside the table). Rows and items do not count. A page that
+    is not deep stays as it is. Takes time in proportion to the page.
     """
-    depth = deepest = 0
-    for closes, name in _TAG_NAME.findall(data):
-        if name.lower()[:3] not in _UNCLOSED:
-            depth += -1 if closes else 1
-            deepest = max(deepest, depth)
-    return deepest
+    depth = 0
+    positions: dict[str, list[int]] = {}  # By name, the depths of its open elements, rising.
+    stack: list[str] = []
+    pieces = []
+    done = 0
+    for tag in _TAG_WITH_NAME.finditer(source):
+        closes = bool(tag[1])
+        name = tag[2].lower()
+        if name in _RAW or name[:3] in _UNCLOSED:
+            continue
+        if not closes:
+            is_deep = depth >= _FLAT_DEPTH
+            positions.setdefault(name, []).append(depth)
+            stack.append(name)
+            depth += 1
+        else:
+            opened = positions.get(name)
+            if not opened:
+                continue
+            position = opened[-1]
+            if _is_behind_barrier(name, position, positions):
+                continue
+            while depth > position:
+                positions[stack.pop()].pop()
+                depth -= 1
+            is_deep = position >= _FLAT_DEPTH
+        if is_deep:
+            pieces.append(source[done : tag.start()])
+            done = tag.end()
+    if not pieces:
+        return source
+    return "".join([*pieces, source[done:]])
+
+
+def _is_behind_barrier(name: str, position: int, positions: Mapping[str, Sequence[int]]) -> bool:
+    """Tells whether an open element holds one whose content its end tag does not close."""
+    if name in _BARRIERS or name in ("body", "html"):
+        return False
+    for barrier in _BARRIERS:
+        depths = positions.get(barrier)
+        if depths and depths[-1] > position:
+            return True
+    return False
 
 
 def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -21,6 +22,7 @@ from maxlm.corpus.recipe import (
     get_text_stages,
     resolve_rules,
 )
+from maxlm.corpus.settling import settle_verdicts
 from maxlm.corpus.shards import (
     DOCUMENTS,
     StageShardView,
@@ -28,9 +30,12 @@ from maxlm.corpus.shards import (
     read_shard_checksums,
     verify_shards,
 )
+from maxlm.corpus.stage import CrossDocumentStage
+from maxlm.corpus.verdicts import plan_verdicts
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.runtime.files import verify_and_strip_json_digest
+from maxlm.runtime.progress import Progress, ignore_progress
 
 MANIFEST = "manifest.json"
 """Name of the manifest in a stage's folder, which is written last."""
@@ -43,11 +48,19 @@ class OpenCorpus:
 
     folder: Path
     recipe: RecipeConfig
+    unfinished: str = ""
+    """How far the run is and what is left out, if stages are not done and the corpus is opened all
+    the same; then the recipe is what is done of it."""
 
     @classmethod
-    def open(cls, folder: Path | str) -> "OpenCorpus":
+    def open(cls, folder: Path | str, *, allow_unfinished: bool = False) -> "OpenCorpus":
         """Opens the corpus in a folder. Raises MaxlmError: there is none, it is of another version,
-        or its stages are not all done."""
+        its sources are not all read, or its stages are not all done.
+
+        Args:
+            allow_unfinished: if a stage is not done, open the corpus as if the recipe ended before
+                it, with the rules that need no more.
+        """
         folder = Path(folder)
         try:
             text = (folder / RECIPE).read_text("utf-8")
@@ -60,7 +73,16 @@ class OpenCorpus:
             raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
         corpus = cls(folder, recipe)
         for title in corpus.list_stages():
-            corpus.read_manifest(title)
+            try:
+                corpus.read_manifest(title)
+            except MaxlmError as error:
+                done = corpus.count_shard_files(title)
+                if title == DOCUMENTS:
+                    message = f"the stage documents is not finished: {done} shards are read so far"
+                    raise MaxlmError(message, where=str(folder), fix=_AGAIN) from error
+                if not allow_unfinished:
+                    raise
+                return corpus.take_finished_stages(title)
         return corpus
 
     def list_stages(self) -> list[str]:
@@ -92,6 +114,36 @@ class OpenCorpus:
             digests |= read_shard_checksums(self.folder / stage, list_sha256)
         return digests
 
+    def count_shard_files(self, stage_name: str) -> int:
+        """Counts the shards that a stage has written."""
+        return len(list((self.folder / stage_name).glob("*.parquet")))
+
+    def take_finished_stages(self, unfinished_stage: str) -> "OpenCorpus":
+        """Returns the corpus as it is before a stage that is not done."""
+        names = [stage.unique_name for stage in self.recipe.stages]
+        position = names.index(unfinished_stage)
+        first = self.recipe.model_copy(
+            update={"stages": self.recipe.stages[:position], "keep": {}, "cut": ()}
+        )
+        keep = {}
+        for name, text in self.recipe.keep.items():
+            with suppress(MaxlmError):  # It names a label that is not there yet.
+                resolve_rules(first, {name: text}, (), "")
+                keep[name] = text
+        cut = [label for label in self.recipe.cut if label.rpartition(".")[0] in names[:position]]
+        shards = len(self.read_manifest(DOCUMENTS)["shards"])
+        parts = [
+            f"not done: stage {unfinished_stage} is {position + 1} of {len(names)}, "
+            f"{self.count_shard_files(unfinished_stage)} of its {shards} shards are written"
+        ]
+        left_out = [name for name in self.recipe.keep if name not in keep]
+        left_out += [f"cut {label}" for label in self.recipe.cut if label not in cut]
+        if left_out:
+            parts.append(f"rules that wait for it or later ones: {', '.join(left_out)}")
+        parts.append(_AGAIN)
+        recipe = first.model_copy(update={"keep": keep, "cut": tuple(cut)})
+        return OpenCorpus(self.folder, recipe, "; ".join(parts))
+
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
         path = self.folder / stage_name / MANIFEST
@@ -111,6 +163,24 @@ class OpenCorpus:
         """The corpus's shards, in the order of its documents."""
         names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
+
+    def list_verdicts(self, rules: FilterRules) -> list[tuple[str, str]]:
+        """Lists the labels that `rules` need and that depend on which copies are kept, each with
+        its stage."""
+        plan = plan_verdicts(self.recipe, rules, str(self.folder))
+        return [(name, name.rpartition(".")[0]) for name in plan.label_names]
+
+    def settle_rules(
+        self, rules: FilterRules, progress: Progress = ignore_progress
+    ) -> list[StageShardView]:
+        """Returns the shards with verdicts as they are among the documents that `rules` keep; see
+        `settling.settle_verdicts`. To be used wherever these rules are applied."""
+        titles = [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
+        # Whole manifests: a stage whose folder was deleted may have made other labels by one key.
+        manifests = [json.dumps(self.read_manifest(title)) for title in titles]
+        return settle_verdicts(
+            self.recipe, self.shards, manifests, rules, str(self.folder), progress
+        )
 
     def resolve_rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
@@ -170,7 +240,7 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
     rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
     labels, files = ["text", *rules.label_names, *rules.cut], []
     digests = corpus.read_checksums()
-    for shard in corpus.shards:
+    for shard in corpus.settle_rules(rules):
         stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
         path = shard.path(DOCUMENTS)
         extra_paths = tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS}))
@@ -210,14 +280,21 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str:
 def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """Finds a document by its id; raises MaxlmError if there is none. Returns its newest text,
     columns and labels, by name; whether it fulfils each rule, by the rule's name."""
-    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in corpus.shards:
+    hidden = [
+        f"{stage.unique_name}.{name}"
+        for stage in corpus.recipe.stages
+        if isinstance(stage, CrossDocumentStage)
+        for name in stage.internal_labels
+    ]
+    shown = [name for name in corpus.labels if name not in hidden]
+    columns = ["id", "source", "url", "meta", "text", *shown]
+    rules = corpus.resolve_rules()
+    for shard in corpus.settle_rules(rules):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
             if (row := ids.column("id").index(document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                keep = corpus.resolve_rules().keep.items()
-                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in keep}
+                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in rules.keep.items()}
                 return table.to_pylist()[0], passed
     fix = "ids are in the report, or in the column id of documents/*.parquet"
     raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

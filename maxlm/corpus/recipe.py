@@ -16,8 +16,9 @@ from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.crawl import CrawlSource
 from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
-from maxlm.corpus.stage import CrossDocumentStage, Stage
+from maxlm.corpus.stage import CrossDocumentStage, Stage, Verdicts
 from maxlm.corpus.stages import AnyStage
+from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 
 RECIPE = "corpus.json"
@@ -41,8 +42,8 @@ class RecipeConfig(Config):
     keep: dict[str, str] = Field(default_factory=dict)
     """Rules by name, in the order in which the report tells what each one drops: expressions over
     labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
-    docs/corpus.md. Applied when a token store is built; a changed one costs a new pass only of the
-    stages after it that compare documents."""
+    docs/corpus.md. Applied when a token store is built; a changed one costs no new pass over
+    texts."""
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     workers: int | None = Field(default=None, ge=1)
@@ -59,8 +60,12 @@ class RecipeConfig(Config):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
+        indexes = [stage.index for stage in self.stages if isinstance(stage, ExactStage)]
+        for index in indexes:
+            if index is not None and indexes.count(index) > 1:
+                raise ValueError(f"two stages use the index {index}: name it in one of them")
         for title in titles:
-            if title in (DOCUMENTS, "lock") or keyword.iskeyword(title):
+            if title in (DOCUMENTS, "lock", "settled") or keyword.iskeyword(title):
                 raise ValueError(f"no stage can be called {title}: give it another name")
         return self
 
@@ -98,21 +103,20 @@ class FilterRules:
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     """Puts each stage in its place, and checks what it reads.
 
-    A stage that compares documents looks only at those that the rules keep, as far as the labels
-    before it tell: of several copies one stays that no such rule drops.
+    Which of several documents loses a text is settled for each set of rules. So here a `where` that
+    names such a verdict selects documents as if none did.
     """
-    rules = resolve_rules(recipe, recipe.keep, recipe.cut, "")
+    resolve_rules(recipe, recipe.keep, recipe.cut, "")
     keys, steps = {DOCUMENTS: ""}, []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         name, place = stage.unique_name, f"stages.{number}"
         labels = get_label_types(recipe.stages[:number])
         texts = get_text_stages(recipe.stages[:number])
-        where = None if stage.where is None else parse(stage.where, labels, f"{place}.where")
-        if isinstance(stage, CrossDocumentStage):
-            known = (r.text for r in rules.keep.values() if labels.keys() >= set(r.label_names))
-            if texts_of_rules := [*([where.text] if where else []), *known]:
-                where = Expression(" and ".join(f"(\n{text}\n)" for text in texts_of_rules))
+        where = None
+        if stage.where is not None:
+            condition = parse(stage.where, labels, f"{place}.where")
+            where = condition.replace_labels(get_neutral_verdicts(recipe.stages[:number]))
         read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
@@ -140,6 +144,16 @@ def get_label_types(stages: Sequence[Stage]) -> dict[str, pa.DataType]:
         for stage in stages
         for field in stage.schema()
         if field.name != "text"
+    }
+
+
+def get_neutral_verdicts(stages: Sequence[Stage]) -> Verdicts:
+    """Returns the verdicts of stages that compare documents for one that loses no text."""
+    return {
+        name: value
+        for stage in stages
+        if isinstance(stage, CrossDocumentStage)
+        for name, value in stage.neutral_verdicts.items()
     }
 
 

@@ -5,6 +5,7 @@
 
 import hashlib
 import heapq
+import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
 
+from maxlm.corpus.expression import Threshold
+from maxlm.corpus.lost import LostText
 from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
@@ -33,6 +36,7 @@ _VALUES = 16_384  # of each label
 _TOKENIZED_BYTES = 200_000  # of each source and language in each shard
 _BINS = 48
 _MOST_ITEMS = 100
+_ALARM_SHARE = 0.5  # Of a source's text, of which the report warns if more is lost.
 _WIDTH, _HEIGHT = 440, 120
 
 Key = tuple[str, ...]
@@ -97,12 +101,13 @@ def summarize_corpus(
         name
         for name, type_ in corpus.labels.items()
         if (types.is_integer(type_) or types.is_floating(type_))
-        and not name.endswith(".cluster")  # A number that is a name.
+        and not name.endswith((".cluster", ".group"))  # Numbers that are names.
     ]
     job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
+    shards = corpus.settle_rules(rules, progress)
     total = CorpusSummary()
     executor.require_on_workers(corpus.folder, ())
-    for each in JobRunner("report", executor, progress)(job, corpus.shards):
+    for each in JobRunner("report", executor, progress)(job, shards):
         total.add(each)
     return total
 
@@ -185,7 +190,11 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
 
 
 def write_report(
-    corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary, path: Path
+    corpus: OpenCorpus,
+    rules: FilterRules,
+    summary: CorpusSummary,
+    path: Path,
+    lost: LostText | None = None,
 ) -> None:
     """Write a page that needs no network, whole or not at all; `report.html` is its template."""
     from jinja2 import Environment
@@ -207,6 +216,9 @@ def write_report(
         kept=summary.kept,
         mixture=_list_mixture(summary),
         cut=", ".join(rules.cut),
+        unfinished=corpus.unfinished,
+        alarms=list_alarms(corpus, rules, summary),
+        lost="" if lost is None else str(lost),
         contaminated=[
             item
             for stage in stages
@@ -239,6 +251,39 @@ def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[dict[str,
     return rows
 
 
+def list_alarms(corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary) -> list[str]:
+    """Lists sources that lose most of their text, a sentence each: how much, and to which rules.
+
+    A rule that a threshold, a list or a template has gone wrong with drops a source without an
+    error; a source that is copied from others may lose all of it to deduplication.
+    """
+    dependent = {name for name, _ in corpus.list_verdicts(rules)}
+    kept: Counter[str] = Counter()
+    for (source, _), (_, size, _, _) in summary.mixture.items():
+        kept[source] += int(size)
+    alarms = []
+    for source in sorted({source for _, source in summary.documents}):
+        total = summary.bytes["has text", source]
+        if total == 0 or total - kept[source] <= _ALARM_SHARE * total:
+            continue
+        losses = []
+        before = total
+        for name, rule in rules.keep.items():
+            after = summary.bytes[name, source]
+            kind = "" if dependent.isdisjoint(rule.label_names) else " (copies)"
+            losses.append((before - after, f"{name}{kind}"))
+            before = after
+        losses.append((before - kept[source], f"cut {', '.join(rules.cut)}"))
+        losses.sort(key=lambda loss: -loss[0])
+        reasons = [f"{name} {size / total:.0%}" for size, name in losses if size >= total / 200]
+        share = 1 - kept[source] / total
+        alarms.append(
+            f'alarm: source "{source}" loses {share:.0%} of its text ({total / 1e6:,.1f} MB): '
+            f"{', '.join(reasons)}"
+        )
+    return alarms
+
+
 def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
     rows = []
     for (source, language), (documents, size, tried, tokens) in sorted(
@@ -250,35 +295,59 @@ def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
 
 
 def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
-    """Labels that rules name first."""
-    charts = []
+    """Draws labels that rules compare with numbers first, each with the values where they cut, then
+    others that rules name."""
+    thresholds: dict[str, list[Threshold]] = {}
+    for rule in rules.keep.values():
+        for threshold in rule.thresholds:
+            thresholds.setdefault(threshold.label, []).append(threshold)
     named = rules.label_names
-    for label in sorted(summary.value_samples, key=lambda label: (label not in named, label)):
-        values = summary.value_samples[label][1]
-        if (values := values[np.isfinite(values)]).size:
-            charts.append({"label": label, "number": values.size, "svg": _draw_histogram(values)})
+    order = sorted(
+        summary.value_samples,
+        key=lambda label: (label not in thresholds, label not in named, label),
+    )
+    charts = []
+    for label in order:
+        sample = summary.value_samples[label][1]
+        values = sample[np.isfinite(sample)]
+        if values.size:
+            svg = _draw_histogram(values, thresholds.get(label, []))
+            charts.append({"label": label, "number": values.size, "svg": svg})
     return charts
 
 
-def _draw_histogram(values: np.ndarray) -> str:
-    """A histogram as SVG."""
-    low, high = np.quantile(values, (0.005, 0.995))
+def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
+    """Draws a histogram with a line at each threshold, as SVG."""
+    least, most = np.quantile(values, (0.005, 0.995))
+    # Thresholds lie in the picture, also where no value does.
+    low = min(float(least), *(threshold.value for threshold in thresholds), float(most))
+    high = max(float(most), *(threshold.value for threshold in thresholds), float(least))
     # Counts and perplexities span decades.
     logarithmic = low >= 0 and high > 50 * max(float(np.median(values)), 1e-9) > 0
     scale = np.log1p if logarithmic else np.asarray
-    left, right = float(scale(low)), float(scale(high))
+    left = float(scale(low))
+    right = float(scale(high))
     right = right if right > left else left + 1
     counts, _ = np.histogram(np.clip(scale(values), left, right), _BINS, (left, right))
     height = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)  # roots: rare values show
-    width, floor = _WIDTH / _BINS, _HEIGHT - 16
+    width = _WIDTH / _BINS
+    floor = _HEIGHT - 16
     parts = [
-        f'<rect x="{i * width:.1f}" y="{floor - each:.1f}" width="{width - 1:.1f}" '
-        f'height="{each:.1f}" class="in"/>'
-        for i, each in enumerate(height)
+        f'<rect x="{i * width:.1f}" y="{floor - bar:.1f}" width="{width - 1:.1f}" '
+        f'height="{bar:.1f}" class="in"/>'
+        for i, bar in enumerate(height)
     ]
-    ends = (f"{low:.4g}", f"{high:.4g}{' (log)' if logarithmic else ''}")
-    parts.append(f'<text x="0" y="{_HEIGHT - 2}">{ends[0]}</text>')
-    parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{ends[1]}</text>')
+    for threshold in thresholds:
+        x = (float(scale(threshold.value)) - left) / (right - left) * _WIDTH
+        anchor = "end" if x > _WIDTH / 2 else "start"
+        text = html.escape(f"{threshold.comparison} {threshold.value:g}")
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{floor}"/>'
+            f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
+        )
+    parts.append(f'<text x="0" y="{_HEIGHT - 2}">{low:.4g}</text>')
+    note = " (log)" if logarithmic else ""
+    parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{high:.4g}{note}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.corpus.indexing import enter_kept_texts
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
-from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages
+from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages, resolve_rules
+from maxlm.corpus.settling import SETTLED
 from maxlm.corpus.shards import (
     DOCUMENTS,
     StageShardView,
@@ -30,6 +32,7 @@ from maxlm.corpus.stage import (
     ShardLabeller,
     check_packages,
 )
+from maxlm.corpus.verdicts import plan_verdicts
 from maxlm.runtime.checksums import CHECKSUMS_NAME
 from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import (
@@ -63,6 +66,8 @@ def run_recipe(
     a disk that is full."""
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
+    # Before anything is written: rules that cannot be settled.
+    plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
     for step in steps:
         check_packages(step.stage.list_packages(), f"the stage {step.stage.unique_name}")
     _check_place(folder, recipe)
@@ -89,6 +94,7 @@ def run_recipe(
         _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
         for step in steps:
             _run_step(folder, step, keys[step.stage.unique_name], names, executor, progress)
+        enter_kept_texts(folder, executor, progress)
     return folder
 
 
@@ -171,6 +177,8 @@ def _run_step(
         home.mkdir(exist_ok=True)
         path = home / "key"
         if not path.exists() or path.read_text() != key:  # Labels of other inputs
+            if path.exists():
+                shutil.rmtree(folder / SETTLED, ignore_errors=True)  # Of no use to anyone now.
             shutil.rmtree(home)
             home.mkdir()
             with replace_file(path) as new:

@@ -74,10 +74,19 @@ class StageShardView:
     """Condition on the documents to label; None: all."""
     output_stage: str = ""
     """The stage that writes."""
+    settled_labels: tuple[str, ...] = ()
+    """Labels that are read from `settled_folder`, as `settling.settle_verdicts` wrote them."""
+    settled_folder: str = ""
+    """Folder of the settled labels, below the corpus."""
 
     def path(self, stage: str) -> Path:
         """The file with a stage's columns."""
         return self.folder / stage / f"{self.name}.parquet"
+
+    def count_documents(self) -> int:
+        """Counts the shard's documents, whatever `where` says."""
+        with open_parquet(self.path(DOCUMENTS)) as parquet:
+            return parquet.metadata.num_rows
 
     def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
         """Yields the documents to label, a row group at a time; those without a text only if "text"
@@ -121,6 +130,8 @@ class StageShardView:
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
         """Find the files that hold a column: (stage, column in its file), newest text first."""
+        if column in self.settled_labels:
+            return [(self.settled_folder, column)]
         if column == "text":
             return [(stage, "text") for stage in reversed(self.text_stages)]
         stage, dot, label = column.rpartition(".")

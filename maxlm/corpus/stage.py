@@ -26,6 +26,8 @@ from maxlm.runtime.progress import Progress
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 LabelTypes = Mapping[str, pa.DataType]
+Verdicts = Mapping[str, bool | float | tuple[()] | None]
+"""Labels by name and their values; the empty tuple: no spans."""
 BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 """Maps the columns a stage reads to the columns it adds, row by row. Pure."""
 
@@ -141,14 +143,30 @@ class PerDocumentStage(Stage):
 
 
 class CrossDocumentStage(Stage):
-    """A stage that compares documents with each other: of those that `where` selects, the ones that
-    all rules of the recipe keep that only name labels of stages before it."""
+    """A stage that compares documents with each other: all that `where` selects.
+
+    Which of several documents keeps a text depends on rules, so its `verdicts` are settled for each
+    set of rules (`maxlm.corpus.settling`), from what it finds."""
 
     keep_by: str | None = None
     """The label by which the best of several documents is kept: the highest value wins, or with a
-    minus in front ("-perplexity.value") the lowest; null, and among equals: the first document."""
+    minus in front ("-perplexity.value") the lowest; null, and among equals: the first document.
+    Where rules name several stages that compare documents, one order goes for all of them: one
+    label, which need be named once."""
     memory: int = Field(default=1 << 29, ge=1 << 10)
     """Bytes that a job may use, about; smaller means more files and jobs."""
+
+    verdicts: ClassVar[Verdicts] = {}
+    """Labels that say which of several documents loses a text, and what they are of a document that
+    loses none. The stage's file has them as if every rule kept every document."""
+
+    internal_labels: ClassVar[tuple[str, ...]] = ()
+    """Labels from which verdicts are settled, and which tell a person nothing."""
+
+    @property
+    def neutral_verdicts(self) -> Verdicts:
+        """The values of `verdicts` for a document that loses no text, by "stage.label"."""
+        return {f"{self.unique_name}.{name}": value for name, value in self.verdicts.items()}
 
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:

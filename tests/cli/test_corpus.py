@@ -39,13 +39,18 @@ def test_from_raw_lines_to_a_store(recipe, tmp_path, run):
     assert code == 0
     assert "language: 1 of 1 parts" in err
     assert [name in out for name in ("all documents", "english", "long", "unique")] == [True] * 4
+    lost = "text lost: 0 (of 1 documents dropped as copies and 0 passages cut)"
+    assert lost in out
     page = tmp_path / "page.html"
-    assert run("corpus", "report", corpus, "--out", page).code == 0
+    code, out, _ = run("corpus", "report", corpus, "--out", page)
+    assert (code, lost in out) == (0, True)
     assert "broken 1" in page.read_text()
+    assert lost in page.read_text()
     train = run("tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer)
     assert train.code == 0
     build = ["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]
-    assert run(*build).code == 0
+    code, out, _ = run(*build)
+    assert (code, lost in out) == (0, True)
     assert json.loads(run("corpus", "info", store, "--json").out)["num_documents"] == 8
     assert run("corpus", "show", store, "3").out == ENGLISH * 3 + "Number 3."
     # The same store is found again, one of other rules is another store.

@@ -105,21 +105,6 @@ def test_no_text_is_lost_by_a_rule_that_drops_the_best_copy(tmp_path, seed):
         assert row["id"] not in taken or {*row["text"].lower().split()} <= words
 
 
-def test_another_rule_costs_a_pass_of_stages_that_compare_documents_alone(tmp_path):
-    rows = crawl(1)
-    corpus = make(tmp_path, rows)
-    before = {p: p.stat().st_mtime_ns for p in corpus.folder.glob("*/*.parquet")}
-    keep = KEEP | {"site": 'url == "bad"'}
-    taken = read(make(tmp_path, rows, keep=keep))
-    kinds = {row["id"]: row["url"] for row in rows}
-    assert {kinds[name] for name in taken} == {"bad"}
-    again = {p.parent.name for p, then in before.items() if p.stat().st_mtime_ns != then}
-    assert again == {"exact", "near", "substring"}
-    bad = [row | {"url": "good" if row["url"] == "bad" else "bad"} for row in rows]
-    (tmp_path / "other").mkdir()
-    assert taken == read(make(tmp_path / "other", bad))
-
-
 def test_one_of_very_many_copies_stays_where_rules_drop_the_best(tmp_path):
     text = prose(random.Random(0), 30)
     texts = [

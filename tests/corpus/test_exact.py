@@ -1,8 +1,11 @@
 """Exact deduplication against a dictionary of normalised texts."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maxlm.config import MaxlmError
+from maxlm.corpus.recipe import RecipeConfig
+from maxlm.corpus.run import run_recipe
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
+from maxlm.data.documents import SourceConfig, read_documents
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
 TEXTS = [
@@ -38,7 +45,7 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
         if text is not None:
             key = " ".join(unicodedata.normalize("NFC", text).lower().split())
             groups.setdefault(key, []).append(i)
-    nothing = dict.fromkeys(("duplicate", "of", "copies"))
+    nothing = dict.fromkeys(("duplicate", "of", "copies", "seen_before", "group"))
     expected = [{"id": f"d{i}"} | nothing for i in range(len(documents))]
     for group in groups.values():
         value = {i: float("-inf") if (s := scores[i]) is None else s for i in group}
@@ -48,6 +55,8 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
                 "duplicate": i != kept,
                 "of": None if i == kept else f"d{kept}",
                 "copies": len(group),
+                "seen_before": False,
+                "group": kept if len(group) > 1 else None,
             }
     return expected
 
@@ -116,3 +125,56 @@ def test_a_long_run_of_marks_takes_time_in_proportion():
     assert ExactStage().normalise(text).startswith("\u1ea1\u0323")
     for accents in (True, False):
         assert len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text))) == 1
+
+
+def run_with_index(folder: Path, texts: Sequence[str], **changes) -> dict[str, str]:
+    """Runs a recipe with an index beside the corpus's folder; returns the texts that it keeps."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"text": text, "id": f"d{i}"} for i, text in enumerate(texts)]
+    (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"stage": "exact", "index": str(folder.parent / "index")}
+    recipe = {
+        "out": str(folder / "corpus"),
+        "workers": 1,
+        "sources": [{"name": "web", "documents": [str(folder / "web.jsonl")]}],
+        "stages": [{"stage": "heuristics"}, stage],
+        "keep": {
+            "new": "not exact.seen_before and not exact.duplicate",
+            "long": "heuristics.words >= 2",
+        },
+    }
+    corpus = run_recipe(RecipeConfig.model_validate(recipe | changes))
+    documents = read_documents(SourceConfig(documents=(str(corpus),)))
+    return {document.id: document.text.decode() for document in documents}
+
+
+def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(tmp_path: Path) -> None:
+    one = ["a a", "b b", "a a", "short"]
+    two = ["B  b", "c c", "d d"]
+    three = ["d d", "e e", "A A", "short"]
+    assert [*run_with_index(tmp_path / "one", one).values()] == ["a a", "b b"]
+    assert [*run_with_index(tmp_path / "two", two).values()] == ["c c", "d d"]
+    # Dropped by a rule of the first corpus, the last text is in none: it is kept where rules allow.
+    keep = {"new": "not exact.seen_before and not exact.duplicate"}
+    found = run_with_index(tmp_path / "three", three, keep=keep)
+    assert [*found.values()] == ["e e", "short"]
+    # Run again, each is compared with those before it, and so neither with itself nor with later
+    # ones; what it keeps no longer is free for others.
+    assert [*run_with_index(tmp_path / "one", ["b b", "e e"]).values()] == ["b b", "e e"]
+    shutil.rmtree(tmp_path / "two" / "corpus" / "exact")
+    assert [*run_with_index(tmp_path / "two", [*two, "a a"]).values()] == ["c c", "d d", "a a"]
+    files = sorted((tmp_path / "index").glob("*.digests"))
+    expected = [["b b", "e e"], ["c c", "d d", "a a"], ["e e", "short"]]
+    for path, texts in zip(files, expected, strict=True):
+        digests = sorted(hashlib.sha256(text.encode()).digest()[:16] for text in texts)
+        assert path.read_bytes() == b"".join(digests)
+
+
+def test_an_index_of_other_settings_or_of_two_stages_is_refused(tmp_path: Path) -> None:
+    run_with_index(tmp_path / "one", ["a a"])
+    stage = {"stage": "exact", "index": str(tmp_path / "index"), "case": False}
+    with pytest.raises(MaxlmError, match=r"normalised by .*; set the same, or name another folder"):
+        run_with_index(tmp_path / "two", ["a a"], stages=[{"stage": "heuristics"}, stage])
+    stages = [stage, stage | {"name": "again"}]
+    with pytest.raises(ValueError, match="two stages use the index"):
+        run_with_index(tmp_path / "three", ["a a"], stages=stages)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.expression import parse
+from maxlm.corpus.expression import Threshold, parse
 
 LABELS = {
     "language.name": pa.string(),
@@ -116,11 +116,30 @@ def test_values(text, expected):
     assert pickle.loads(pickle.dumps(expression)).evaluate(data).tolist() == expected
 
 
-def test_names():
+def test_names_and_thresholds():
     text = 'heuristics.words >= 50 and 0.1 > heuristics.symbol_ratio and language.name == "en"'
     expression = parse(text, LABELS, "keep.x")
     names = ("heuristics.words", "heuristics.symbol_ratio", "language.name")
     assert expression.label_names == names
+    assert expression.thresholds == (
+        Threshold("heuristics.words", ">=", 50),
+        Threshold("heuristics.symbol_ratio", "<", 0.1),
+    )
+    chained = parse("-1 < heuristics.words <= 1e3 and heuristics.words != None", LABELS, "keep.x")
+    assert chained.thresholds == (
+        Threshold("heuristics.words", ">", -1),
+        Threshold("heuristics.words", "<=", 1000),
+    )
+
+
+def test_labels_are_replaced_by_constants():
+    text = "not (heuristics.words > 3 or heuristics.symbol_ratio is None) and language.name != 'x'"
+    expression = parse(text, LABELS, "keep.x")
+    replaced = expression.replace_labels({"heuristics.words": 1.0, "heuristics.symbol_ratio": 0.0})
+    assert replaced.label_names == ("language.name",)
+    table = pa.table({"language.name": ["x", "en", None]})
+    assert replaced.evaluate(table).tolist() == [False, True, False]
+    assert expression.replace_labels({"heuristics.chars": 1.0}) is expression
 
 
 @pytest.mark.parametrize(

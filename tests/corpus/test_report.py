@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
+from maxlm.cli.main import main
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.report import compute_funnel, summarize_corpus, write_report
+from maxlm.corpus.report import compute_funnel, list_alarms, summarize_corpus, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
@@ -85,10 +87,20 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
     assert "<img src=x>" in text
 
 
-def test_labels_that_rules_name_are_drawn_first(figures, tmp_path):
+def test_labels_that_rules_name_are_drawn_first_with_their_thresholds(figures, tmp_path):
     corpus, summary = figures
     write_report(corpus, corpus.resolve_rules(), summary, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
+    charts = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert [chart.count("<line") for chart in charts] == [1] + [0] * (len(charts) - 1)
+    assert ">&gt;= 20</text>" in charts[0]
+    # The share of values below the line is the share of bars left of it, up to a bar.
+    line = float(re.findall(r'<line x1="([\d.]+)"', charts[0])[0])
+    bars = re.findall(r'<rect x="([\d.]+)" .*?height="([\d.]+)"', charts[0])
+    heights = [(float(x), float(height) ** 2) for x, height in bars]
+    left = sum(height for x, height in heights if x < line) / sum(h for _, h in heights)
+    values = summary.value_samples["heuristics.words"][1]
+    assert abs(left - (values < 20).mean()) < 0.08
     assert re.findall(r"<figcaption><code>(.*?)</code>", page)[0] == "heuristics.words"
     assert page.count("<svg") == len(summary.value_samples)
 
@@ -109,3 +121,66 @@ def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
     page = (out / "report.html").read_text()
     assert f"<td>quiz</td><td>{quiz}:1</td>" in page
     assert '<td class="num">1</td><td class="num">100.0%</td>' in page
+
+
+def test_a_source_that_loses_most_of_its_text_raises_an_alarm(figures):
+    corpus, summary = figures
+    assert list_alarms(corpus, corpus.resolve_rules(), summary) == []
+    keep = corpus.recipe.keep | {"web": 'source != "books" or heuristics.words > 10000'}
+    rules = corpus.resolve_rules(keep)
+    with WorkerPool(1) as pool:
+        summary = summarize_corpus(corpus, rules, pool)
+    alarms = list_alarms(corpus, rules, summary)
+    assert len(alarms) == 1
+    assert re.fullmatch(
+        r'alarm: source "books" loses 100% of its text \(0\.0 MB\): web 9\d%.*', alarms[0]
+    )
+
+
+def test_a_source_of_copies_raises_an_alarm_of_copies(tmp_path):
+    rows = [{"text": "one and the same text of a few words, again and again, " * 5}] * 9
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "A book about other things. " * 9}))
+    corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, tmp_path / "corpus")))
+    with WorkerPool(1) as pool:
+        summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
+    assert list_alarms(corpus, corpus.resolve_rules(), summary) == [
+        'alarm: source "web" loses 89% of its text (0.0 MB): unique (copies) 89%'
+    ]
+
+
+def test_a_run_that_is_not_done_can_be_looked_into(whole, tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    shutil.copytree(whole, folder)
+    shards = sorted((folder / "exact").glob("*.parquet"))
+    (folder / "exact" / "manifest.json").unlink()
+    shards[0].unlink()
+    assert main(["corpus", "report", str(folder)]) == 0
+    told = capsys.readouterr().out
+    line = (
+        f"not done: stage exact is 4 of 5, {len(shards) - 1} of its {len(shards)} shards are "
+        "written; rules that wait for it or later ones: unique; "
+        "run maxlm corpus run with its recipe again"
+    )
+    assert line in told
+    rows = json.loads((folder / "heuristics" / "manifest.json").read_text().rpartition("\n")[0])
+    assert rows["counts"]["rows"] == 240
+    long = sum(
+        words >= 20
+        for shard in OpenCorpus.open(whole).shards
+        for table in shard.read_row_groups(["heuristics.words"])
+        for words in table.column(0).to_pylist()
+    )
+    assert f" {long} " in told
+    assert line in (folder / "report.html").read_text()
+    assert main(["corpus", "show", str(folder), "web-3"]) == 0
+    assert line in capsys.readouterr().err
+    # A store is built of what is done only.
+    assert main(["corpus", "export", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "the stage exact is not finished" in capsys.readouterr().err
+    (folder / "documents" / "manifest.json").unlink()
+    assert main(["corpus", "report", str(folder)]) == 2
+    assert (
+        f"the stage documents is not finished: {len(shards)} shards are read"
+        in capsys.readouterr().err
+    )

@@ -30,6 +30,9 @@ class SelectedDocuments:
     shards: tuple[str, ...]
     shard_offsets: tuple[int, ...]
     """The first member of each shard, and behind them the number of all."""
+    document_offsets: tuple[int, ...] = ()
+    """The first document of each shard, counted over the corpus, members or not, and behind them
+    the number of all."""
 
     @property
     def num_selected(self) -> int:
@@ -44,6 +47,12 @@ class SelectedDocuments:
         ends = np.searchsorted(members, self.shard_offsets)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
+
+    def get_document_numbers(self, members: np.ndarray) -> np.ndarray:
+        """Returns members' numbers among all documents of the corpus: int64; -1 for -1."""
+        rows = self.take("row", members).fill_null(-1).to_numpy()
+        shards = np.searchsorted(self.shard_offsets, members, "right") - 1
+        return np.where(members < 0, -1, rows + np.array(self.document_offsets)[shards])
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order; null for -1."""
@@ -75,7 +84,14 @@ def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> S
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
     sizes = (read_batch(get_shard_path(folder, "members", name)).num_rows for name in names)
-    return SelectedDocuments(folder, names, tuple(accumulate(sizes, initial=0)))
+    offsets = tuple(accumulate(sizes, initial=0))
+    return SelectedDocuments(folder, names, offsets, compute_document_offsets(shards))
+
+
+def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
+    """Computes the first document of each shard, counted over the corpus, and behind them the
+    number of all."""
+    return tuple(accumulate((shard.count_documents() for shard in shards), initial=0))
 
 
 def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:

@@ -197,3 +197,73 @@ def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
             best = kept[np.lexsort((rank[others[kept]], -similarity[edges][kept]))[0]]
             of[node], likeness[node] = others[best], similarity[edges][best]
     return of, likeness
+
+
+class SimilarityGraph:
+    """Documents that are alike, and which of them are kept so far.
+
+    What is wholly alike carries over, so documents with equal sets of n-grams are one node.
+    """
+
+    def __init__(self, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray):
+        """`low`, `high`, `jaccard`: pairs of documents verified to be alike, by their numbers:
+        int64, int64, float64 [pairs]."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        self.documents = np.unique(np.concatenate([low, high]))
+        size = len(self.documents)
+        ends = np.searchsorted(self.documents, [low, high]).reshape(2, -1)
+        is_copy = jaccard == 1
+        self._nodes = np.empty(0, np.int64)
+        if size:
+            ones = np.ones(np.count_nonzero(is_copy), np.int8)
+            copies = coo_array((ones, tuple(ends[:, is_copy])), shape=(size, size))
+            self._nodes = connected_components(copies, directed=False)[1].astype(np.int64)
+        num_nodes = int(self._nodes.max()) + 1 if size else 0
+        one, other = self._nodes[ends[:, ~is_copy]]
+        # Each pair of nodes once, seen from both.
+        pairs, first = np.unique(pack_pairs(one, other), return_index=True)
+        one, other = unpack_pairs(pairs)
+        similarity = np.tile(jaccard[~is_copy][first], 2)
+        rows = np.concatenate([one, other])
+        order = np.argsort(rows, kind="stable")
+        self._neighbours = np.concatenate([other, one])[order]
+        self._similarity = similarity[order]
+        self._starts = np.searchsorted(rows[order], np.arange(num_nodes + 1))
+        # The kept document of each node, and when it was marked; -1: there is none.
+        self._kept = np.full(num_nodes, -1, np.int64)
+        self._times = np.full(num_nodes, -1, np.int64)
+        self._num_kept = 0
+
+    def find_kept(self, document: int) -> tuple[int, float] | None:
+        """Finds the kept document that a document is most like, of equals the one that was marked
+        first, and how alike they are; None: it is like none."""
+        node = self._find_node(document)
+        if node is None:
+            return None
+        if self._kept[node] >= 0:
+            return int(self._kept[node]), 1.0
+        edges = slice(self._starts[node], self._starts[node + 1])
+        neighbours = self._neighbours[edges]
+        is_kept = self._kept[neighbours] >= 0
+        if not is_kept.any():
+            return None
+        neighbours = neighbours[is_kept]
+        similarity = self._similarity[edges][is_kept]
+        best = np.lexsort((self._times[neighbours], -similarity))[0]
+        return int(self._kept[neighbours[best]]), float(similarity[best])
+
+    def mark_kept(self, document: int) -> None:
+        """Takes note that a document is kept."""
+        node = self._find_node(document)
+        if node is not None and self._kept[node] < 0:
+            self._kept[node] = document
+            self._times[node] = self._num_kept
+            self._num_kept += 1
+
+    def _find_node(self, document: int) -> int | None:
+        index = int(np.searchsorted(self.documents, document))
+        if index == len(self.documents) or self.documents[index] != document:
+            return None
+        return int(self._nodes[index])

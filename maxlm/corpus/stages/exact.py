@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.dedup.columns import get_shard_path, write_columns
+from maxlm.config import LocalPath
+from maxlm.corpus.dedup.columns import get_shard_path, read_columns, write_columns
 from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
@@ -18,8 +19,9 @@ from maxlm.corpus.dedup.members import (
     write_labels,
     write_members,
 )
+from maxlm.corpus.dedup.text_index import DIGEST, mark_indexed_texts, reserve_index_entry
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.corpus.text import normalize
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -40,13 +42,25 @@ class ExactStage(CrossDocumentStage):
     """True: case makes no difference; false: texts that differ in case differ."""
     spaces: bool = True
     """True: how much white space there is, and which, makes no difference; false: it does."""
+    index: LocalPath | None = None
+    """A folder that remembers the texts of every corpus that is run with it, 16 bytes a text, for
+    the label `seen_before`; null: there is no such memory. When the recipe is done, the texts that
+    its rules keep are entered; those that rules drop are not, so that another corpus may keep them.
+    Each corpus is compared with those that looked into the index before it, also when it is run
+    again, and from another place: corpora are told apart by the file `corpus.id` in their folder.
+    A corpus made anew in a deleted folder is another one: delete the old one's entry
+    (`NUMBER-ID.digests`). A stage that is done does not look again: to compare with entries that
+    have changed, delete its folder."""
 
     label_types: ClassVar[LabelTypes] = {
         "duplicate": pa.bool_(),  # another copy is kept
         "of": pa.large_string(),  # which one
         "copies": pa.int64(),  # this one and the kept one included
+        "seen_before": pa.bool_(),  # a corpus that entered the index earlier keeps the text
+        "group": pa.int64(),  # the best copy's number in the corpus; null: there are no others
     }
-    version: ClassVar[int] = 4
+    verdicts: ClassVar[Verdicts] = {"duplicate": False, "of": None}
+    version: ClassVar[int] = 5
     depends_on_unicode: ClassVar[bool] = True
 
     def normalise(self, text: str) -> str:
@@ -59,9 +73,23 @@ class ExactStage(CrossDocumentStage):
                 text = normalize(self.unicode, text)  # Folding may take letters apart.
         return " ".join(text.split()) if self.spaces else text
 
+    def compute_digest(self, text: str) -> bytes:
+        """Computes the digest by which texts are compared: 16 bytes."""
+        return hashlib.sha256(self.normalise(text).encode()).digest()[:16]
+
+    def reserve_entry(self, corpus: Path) -> tuple[list[Path], Path]:
+        """Finds the index's entries of corpora before this one, and its own; see `index`."""
+        assert self.index is not None
+        settings = self.model_dump(include={"unicode", "case", "spaces"})
+        index = Path(self.index).expanduser()
+        return reserve_index_entry(index, corpus, settings | {"version": self.version})
+
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
         """Hash each shard, group each range of hashes, label each shard."""
-        run_jobs(partial(_hash_shard, self, scratch), shards, "hash")
+        earlier: list[Path] = []
+        if self.index is not None and shards:
+            earlier, _ = self.reserve_entry(shards[0].folder)
+        run_jobs(partial(_hash_shard, self, scratch, earlier), shards, "hash")
         members = open_selected_documents(scratch, shards)
         number = max(1, -(-members.num_selected * _BYTES // self.memory))
         digests = [get_shard_path(scratch, "hashes", shard.name) for shard in shards]
@@ -73,16 +101,21 @@ class ExactStage(CrossDocumentStage):
         run_jobs(partial(_label_shard, members, number), list(enumerate(shards)), "label")
 
 
-def _hash_shard(stage: ExactStage, scratch: Path, shard: StageShardView) -> None:
-    """Write a shard's members, and the two halves of their digests, sorted."""
+def _hash_shard(
+    stage: ExactStage, scratch: Path, earlier: Sequence[Path], shard: StageShardView
+) -> None:
+    """Write a shard's members, which of them earlier corpora have, and the two halves of their
+    digests, sorted."""
     if (out := get_shard_path(scratch, "hashes", shard.name)).exists():
         return
     members, digests = [], bytearray()
     for group in shard.read_selected_rows(("id", *stage.input_columns)):
         for text in group.batch.column("text"):
-            digests += hashlib.sha256(stage.normalise(text.as_py()).encode()).digest()[:16]
+            digests += stage.compute_digest(text.as_py())
         members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     rank = write_members(scratch, shard.name, members, stage.keep_by)
+    seen = mark_indexed_texts(np.frombuffer(digests, DIGEST), earlier)
+    write_columns(get_shard_path(scratch, "seen", shard.name), {"seen": seen.astype(np.uint8)})
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     order = np.argsort(hashes, kind="stable")
     columns = {"hash": hashes[order], "check": checks[order], "place": order.astype(np.uint32)}
@@ -98,5 +131,14 @@ def _label_shard(members: SelectedDocuments, number: int, part: tuple[int, Stage
     of, copies = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.int64)
     of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
     copies[found["place"]] = found["copies"]
-    labels = {"duplicate": of >= 0, "of": members.take("id", of), "copies": copies}
+    seen = read_columns(get_shard_path(members.folder, "seen", shard.name))["seen"]
+    group = np.full(len(rows), -1, np.int64)
+    group[found["place"]] = members.get_document_numbers(source)
+    labels = {
+        "duplicate": of >= 0,
+        "of": members.take("id", of),
+        "copies": copies,
+        "seen_before": seen.astype(np.bool_),
+        "group": pa.array(group, mask=group < 0),
+    }
     write_labels(shard, ExactStage, rows, labels)

@@ -21,8 +21,8 @@ class ExtractStage(PerDocumentStage):
     Labels: `text`; `title`; `date` of publication, as YYYY-MM-DD, from the page's metadata;
     `language_hint`, what the page says its language is; `encoding`; `mode`, what found the text
     (`trafilatura` or `fast`); `status`: `ok`, or why there is no text: `empty`, `not_html`,
-    `timeout`, `too_large`, `too_deep`, `broken`. Pages of over 256 elements inside each other are
-    read the fast way, and those of over 3000 are `too_deep`.
+    `timeout`, `too_large`, `broken`. Elements that lie more than 200 deep in others, mostly since
+    tags are not closed, lose their tags and keep their text.
     """
 
     stage: Literal["extract"] = "extract"
@@ -42,7 +42,7 @@ class ExtractStage(PerDocumentStage):
         **dict.fromkeys(("text", "title", "date"), pa.large_string()),
         **dict.fromkeys(("language_hint", "encoding", "status", "mode"), pa.string()),
     }
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     packages: ClassVar[tuple[str, ...]] = ("trafilatura", "lxml", "resiliparse")
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:

@@ -37,12 +37,15 @@ from maxlm.corpus.dedup.pairs import (
     write_band_keys,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
+PAIRS = pa.list_(pa.struct([("document", pa.int64()), ("jaccard", pa.float64())]))
+"""The type of a label that holds documents, by their numbers in the corpus, and how alike they
+are."""
 
 
 class NearStage(CrossDocumentStage):
@@ -81,8 +84,15 @@ class NearStage(CrossDocumentStage):
         "jaccard": pa.float64(),  # with `of`
         "cluster": pa.int64(),  # null: like no other
         "cluster_size": pa.int64(),
+        "pairs": PAIRS,  # documents before this one in the corpus that are like it
     }
-    version: ClassVar[int] = 4
+    verdicts: ClassVar[Verdicts] = {
+        "duplicate": False,
+        "of": None,
+        "jaccard": None,
+    }
+    internal_labels: ClassVar[tuple[str, ...]] = ("pairs",)
+    version: ClassVar[int] = 5
     packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True
 
@@ -113,13 +123,42 @@ class NearStage(CrossDocumentStage):
         rank_fn = lambda number: members.take("rank", number).to_numpy()  # noqa: E731
         marks = resolve_duplicates(low, high, jaccard, rank_fn)
         ends = np.searchsorted(marks.member, members.shard_offsets)
-        parts = [(i, shard, marks[ends[i] : ends[i + 1]]) for i, shard in enumerate(shards)]
+        pairs = _list_pairs_by_shard(members, low, high, jaccard)
+        parts = [
+            (i, shard, marks[ends[i] : ends[i + 1]], pairs[i]) for i, shard in enumerate(shards)
+        ]
         run_jobs(partial(_label_shard, members), parts, "label")
 
 
-def _label_shard(members: SelectedDocuments, part: tuple[int, StageShardView, Any]) -> None:
-    """Write the labels of a shard, whose index and clustered members `part` has."""
-    number, shard, marks = part
+def _list_pairs_by_shard(
+    members: SelectedDocuments, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Lists the pairs of each shard's members with members before them: how many each has, the
+    other's number among all documents, and how alike they are."""
+    order = np.lexsort((low, high))
+    high = high[order]
+    documents = members.get_document_numbers(low[order])
+    jaccard = jaccard[order]
+    parts = []
+    for shard in range(len(members.shards)):
+        first, stop = members.shard_offsets[shard : shard + 2]
+        begin, end = np.searchsorted(high, [first, stop])
+        counts = np.bincount(high[begin:end] - first, minlength=stop - first)
+        parts.append((counts, documents[begin:end], jaccard[begin:end]))
+    return parts
+
+
+def _label_shard(
+    members: SelectedDocuments,
+    part: tuple[int, StageShardView, Any, tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> None:
+    """Write the labels of a shard, whose index, clustered members and pairs `part` has."""
+    number, shard, marks, (pair_counts, pair_documents, pair_jaccard) = part
+    pair_fields = list(PAIRS.value_type)
+    pairs = pa.StructArray.from_arrays(
+        [pa.array(pair_documents), pa.array(pair_jaccard)], fields=pair_fields
+    )
+    pair_offsets = np.concatenate([[0], np.cumsum(pair_counts)]).astype(np.int32)
     rows = members.read_batch(number).column("row").to_numpy()
     of, cluster = np.full((2, len(rows)), -1, np.int64)
     jaccard, cluster_size = np.zeros(len(rows)), np.ones(len(rows), np.int64)
@@ -132,6 +171,7 @@ def _label_shard(members: SelectedDocuments, part: tuple[int, StageShardView, An
         "jaccard": pa.array(jaccard, mask=of < 0),
         "cluster": pa.array(cluster, mask=cluster < 0),
         "cluster_size": cluster_size,
+        "pairs": pa.ListArray.from_arrays(pair_offsets, pairs),
     }
     write_labels(shard, NearStage, rows, labels)
 

@@ -17,6 +17,10 @@ first copy of each repeat. What follows from the rule, whatever is nested, chain
   itself is no copy (in "ha ha ha ..." the first windows stay), so a word is never its own source.
   If no part of the first copy is itself in a repeat that began elsewhere, it stays in one piece.
 
+Which document keeps a passage depends on rules, too. So beside `cuts`, as if every rule kept every
+document, the stage lists in `repeats` where each repeated window came first; what is cut of the
+documents that rules keep is settled from that (`maxlm.corpus.settling`).
+
 Hashes of windows take the place of a suffix array (Lee et al. 2022, arXiv 2107.06499): sorting one
 of 128 bits a word gives the same groups as sorting a suffix a character, in a fraction of the time,
 and hashes of parts are merged by ranges without their texts.
@@ -24,10 +28,12 @@ and hashes of parts are merged by ranges without their texts.
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `write_window_blocks` sorts the windows of each block; `write_copies` finds the first
 occurrence of each window that comes several times, for one range of hashes;
-`write_duplicate_spans` takes the union of a document's copies.
+`write_duplicate_spans` takes the union of a document's copies. A window's place is the index in its
+block of the word that it begins with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -39,10 +45,14 @@ from pydantic import Field
 from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import read_batch, read_columns, write_columns
 from maxlm.corpus.dedup.copies import read_copies, write_copies
-from maxlm.corpus.dedup.members import compute_keep_scores, write_labels
+from maxlm.corpus.dedup.members import (
+    compute_document_offsets,
+    compute_keep_scores,
+    write_labels,
+)
 from maxlm.corpus.dedup.minhash import mix_bits
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes
+from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 from maxlm.data.batching import batch_by_size
 
@@ -52,7 +62,22 @@ _BYTES_OF_WINDOW = 80  # In a range job.
 _BASE, _CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
-_NOTHING = (np.empty(0, np.int64), np.empty((0, 2), np.int32), np.empty(0, np.int64), np.empty(0))
+REPEATS = pa.list_(
+    pa.struct(
+        [
+            ("word", pa.int32()),
+            ("windows", pa.int32()),
+            ("document", pa.int64()),
+            ("source_word", pa.int32()),
+        ]
+    )
+)
+"""Runs of repeated windows of a document, one after the other: the word with which the first one
+begins, how many there are, and where the corpus has them first (that may be here): the document's
+number in the corpus, and the word there."""
+LAYOUT = pa.list_(pa.int32())
+"""The lengths, in characters, of a text's white space and words by turns, white space first and
+last. Only of texts with repeats."""
 
 
 def write_window_blocks(
@@ -64,9 +89,9 @@ def write_window_blocks(
 ) -> None:
     """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
 
-    - text, and for each document its row, and the character of text where it ends
-    - for each window its hashes, sorted, the character of text where it begins, and its document's
-      rank, if ranks differ
+    - text, and for each document its row, the character of text where it ends, and its first word
+    - for each window its hashes, sorted, the word with which it begins, and its document's rank, if
+      ranks differ
     """
     if (done := _block_file(folder, shard.name, "windows")).exists():
         return
@@ -77,13 +102,13 @@ def write_window_blocks(
         name = f"{shard.name}-{number}"
         texts, rows, ranks = zip(*block, strict=True)
         text, offsets = np.concatenate(texts), np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        columns = {"row": np.array(rows), "end": offsets[1:]}
+        starts, stops, first = find_words(text, offsets)
+        columns = {"row": np.array(rows), "end": offsets[1:], "first_word": first[:-1]}
         write_columns(_block_file(folder, name, "documents"), columns)
         write_columns(_block_file(folder, name, "text"), {"text": text})
-        starts, stops, first = find_words(text, offsets)
         hashes, begins = hash_windows(text, starts, stops, first, window_words)
         order = np.argsort(hashes, kind="stable")
-        columns = {"hash": hashes[order], "place": starts[begins[order]].astype(np.uint32)}
+        columns = {"hash": hashes[order], "place": begins[order].astype(np.uint32)}
         checks, _ = hash_windows(text, starts, stops, first, window_words, _CHECK_BASE)
         columns |= {"check": checks[order]}
         if keep_by is not None:
@@ -115,43 +140,150 @@ def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class _BlockLabels:
+    """The labels of a block's documents."""
+
+    rows: np.ndarray
+    """Rows within the shard: int64 [documents]."""
+    cuts: pa.ListArray
+    cut_share: np.ndarray
+    repeats: pa.ListArray
+    layout: pa.ListArray
+
+
 def write_duplicate_spans(
-    folder: Path, blocks: Sequence[str], num_ranges: int, window_words: int, shard: StageShardView
+    folder: Path,
+    blocks: Sequence[str],
+    num_ranges: int,
+    window_words: int,
+    part: tuple[StageShardView, dict[str, int]],
 ) -> None:
-    """Writes the labels of a shard's documents: what to cut."""
-    mine = [i for i, block in enumerate(blocks) if block.rpartition("-")[0] == shard.name]
-    parts = [_cut_block(folder, blocks, number, num_ranges, window_words) for number in mine]
-    rows, spans, counts, shares = map(np.concatenate, zip(_NOTHING, *parts, strict=True))
-    pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
-    cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    write_labels(shard, SubstringStage, rows, {"cuts": cuts, "cut_share": shares})
+    """Writes the labels of a shard's documents. `part`: the shard, and for every shard the number
+    of its first document in the corpus, by the shard's name."""
+    shard, document_offsets = part
+    labels = [
+        _label_block(folder, blocks, number, num_ranges, window_words, document_offsets)
+        for number, block in enumerate(blocks)
+        if _get_shard_name(block) == shard.name
+    ]
+    rows = np.concatenate([np.empty(0, np.int64), *(block.rows for block in labels)])
+    shares = np.concatenate([np.empty(0), *(block.cut_share for block in labels)])
+    columns = {
+        "cuts": pa.concat_arrays([pa.array([], CUTS), *(block.cuts for block in labels)]),
+        "cut_share": shares,
+        "repeats": pa.concat_arrays([pa.array([], REPEATS), *(block.repeats for block in labels)]),
+        "layout": pa.concat_arrays([pa.array([], LAYOUT), *(block.layout for block in labels)]),
+    }
+    write_labels(shard, SubstringStage, rows, columns)
 
 
-def _cut_block(
-    folder: Path, blocks: Sequence[str], block: int, num_ranges: int, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the rows of a block's documents, the spans of all, how many each has, and the share
-    of each text that they cover."""
+def _get_shard_name(block: str) -> str:
+    return block.rpartition("-")[0]
+
+
+def _label_block(
+    folder: Path,
+    blocks: Sequence[str],
+    block: int,
+    num_ranges: int,
+    size: int,
+    document_offsets: Mapping[str, int],
+) -> _BlockLabels:
+    """Labels the documents of a block, whose number `block` is, from the copies of its windows of
+    `size` words."""
     documents = read_columns(_block_file(folder, blocks[block], "documents"))
-    rows, ends = documents["row"], documents["end"]
+    ends = documents["end"]
     text = read_columns(_block_file(folder, blocks[block], "text"))["text"]
     offsets = np.concatenate([[0], ends])
-    place, _, source_block, source = read_copies(folder, num_ranges, block).values()
     starts, stops, first = find_words(text, offsets)
-    words = np.searchsorted(starts, place)
+    copies = read_copies(folder, num_ranges, block)
+    word, source_block, source = (copies[name] for name in ("place", "source_file", "source_place"))
+
     # A source that comes later in the block is in a better document.
-    apart = (source_block != block) | (source > place)
-    apart |= source + stops[words + size - 1] - place <= place
-    words = words[apart]
+    is_cut = (source_block != block) | (source > word) | (source + size <= word)
     # A number is left out between documents, so that no two windows of different ones touch.
-    words += np.searchsorted(first, words, "right") - 1
-    begins, finishes = merge_spans(words, words + size)
+    spaced = word[is_cut] + np.searchsorted(first, word[is_cut], "right") - 1
+    begins, finishes = merge_spans(spaced, spaced + size)
     document = np.searchsorted(first + np.arange(len(first)), begins, "right") - 1
     edges = np.stack([starts[begins - document], stops[finishes - 1 - document]], 1)
     spans = (edges - offsets[document, None]).astype(np.int32)
-    counts = np.bincount(document, minlength=len(rows))
-    lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
-    return rows, spans, counts, np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
+    cut_characters = np.bincount(document, spans[:, 1] - spans[:, 0], len(ends))
+    cuts = _make_list_array(
+        np.bincount(document, minlength=len(ends)), CUTS, [spans[:, 0], spans[:, 1]]
+    )
+
+    follows = (np.diff(word) == 1) & (np.diff(source) == 1) & (np.diff(source_block) == 0)
+    document = np.searchsorted(first, word, "right") - 1
+    follows &= np.diff(document) == 0
+    run = np.flatnonzero(np.append(True, ~follows)[: len(word)])
+    lengths = np.diff(run, append=len(word))
+    source_document, source_word = _find_documents(
+        folder, blocks, source_block[run], source[run], document_offsets
+    )
+    repeats = _make_list_array(
+        np.bincount(document[run], minlength=len(ends)),
+        REPEATS,
+        [word[run] - first[document[run]], lengths, source_document, source_word],
+    )
+
+    has_repeats = np.bincount(document, minlength=len(ends)) > 0
+    layouts = [
+        _make_layout(starts[a:b] - begin, stops[a:b] - begin, end - begin) if repeated else []
+        for a, b, begin, end, repeated in zip(
+            first[:-1], first[1:], offsets[:-1], ends, has_repeats, strict=True
+        )
+    ]
+    shares = cut_characters / np.maximum(ends - offsets[:-1], 1)
+    return _BlockLabels(
+        rows=documents["row"],
+        cuts=cuts,
+        cut_share=shares,
+        repeats=repeats,
+        layout=pa.array(layouts, LAYOUT),
+    )
+
+
+def _make_list_array(
+    counts: np.ndarray, type_: pa.ListType, fields: Sequence[np.ndarray]
+) -> pa.ListArray:
+    """Makes a column of lists of structures, of which row i has counts[i]."""
+    types = list(type_.value_type)
+    arrays = [pa.array(values, field.type) for values, field in zip(fields, types, strict=True)]
+    structures = pa.StructArray.from_arrays(arrays, fields=types)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), structures, type=type_)
+
+
+def _make_layout(starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
+    """Makes the layout of a text from its words' first characters and those after their last."""
+    edges = np.stack([starts, stops], 1).ravel()
+    return np.diff(edges, prepend=0, append=length).astype(np.int32)
+
+
+def _find_documents(
+    folder: Path,
+    blocks: Sequence[str],
+    block: np.ndarray,
+    word: np.ndarray,
+    document_offsets: Mapping[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the documents, numbered over the corpus, in which words of blocks lie, and the words'
+    numbers in them: int64 [words] both."""
+    documents = np.empty(len(block), np.int64)
+    words = np.empty(len(block), np.int64)
+    for number, name in enumerate(blocks):
+        here = np.flatnonzero(block == number)
+        if len(here) == 0:
+            continue
+        columns = read_columns(_block_file(folder, name, "documents"))
+        first_word = columns["first_word"]
+        # The last document that begins with this word or before: those before it may be empty.
+        index = np.searchsorted(first_word, word[here], "right") - 1
+        offset = document_offsets[_get_shard_name(name)]
+        documents[here] = columns["row"][index] + offset
+        words[here] = word[here] - first_word[index]
+    return documents, words
 
 
 def _block_file(folder: Path, name: str, kind: str) -> Path:
@@ -222,8 +354,15 @@ class SubstringStage(CrossDocumentStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
-    label_types: ClassVar[LabelTypes] = {"cuts": CUTS, "cut_share": pa.float64()}
-    version: ClassVar[int] = 5
+    label_types: ClassVar[LabelTypes] = {
+        "cuts": CUTS,
+        "cut_share": pa.float64(),
+        "repeats": REPEATS,
+        "layout": LAYOUT,
+    }
+    verdicts: ClassVar[Verdicts] = {"cuts": (), "cut_share": 0.0}
+    internal_labels: ClassVar[tuple[str, ...]] = ("repeats", "layout")
+    version: ClassVar[int] = 6
     depends_on_unicode: ClassVar[bool] = True
 
     def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
@@ -239,4 +378,6 @@ class SubstringStage(CrossDocumentStage):
         match = partial(write_copies, folder, hashes, number, self.keep_by is not None)
         run_jobs(match, range(number) if blocks else (), "match")
         cut = partial(write_duplicate_spans, folder, blocks, number, self.min_tokens)
-        run_jobs(cut, shards, "cut")
+        offsets = compute_document_offsets(shards)[:-1]
+        by_name = {shard.name: offset for shard, offset in zip(shards, offsets, strict=True)}
+        run_jobs(cut, [(shard, by_name) for shard in shards], "cut")
