@@ -19,10 +19,16 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
+from maxlm.inference.background_compiler import BackgroundCompiler
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.grammar import GrammarCompiler
-from maxlm.inference.model_runner import MAX_PAGE_COPIES, ModelRunner, count_compilations
+from maxlm.inference.model_runner import (
+    MAX_PAGE_COPIES,
+    ModelRunner,
+    count_compilations,
+    describe_arrays,
+)
 from maxlm.inference.outputs import OutputBuilder
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import MAX_STOP_IDS
@@ -34,7 +40,7 @@ from maxlm.inference.speculation import (
     check_speculation,
     look_up_prompt,
 )
-from maxlm.inference.step import StepOutputs, StepSizes
+from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.caches.layout import (
     CacheLayout,
@@ -154,6 +160,7 @@ class Engine:
         self._ended: list[SequenceOutput] = []
         self._steps = self._drafted = self._accepted = 0
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
+        self._compiler: BackgroundCompiler[StepSizes] | None = None
 
     def add_request(self, request: GenerationRequest, *, branching: bool = False) -> None:
         """Takes a request; its outputs come from :meth:`step`. ``branching``: one token a step and
@@ -277,6 +284,36 @@ class Engine:
                 if self._copies_rows:
                     runner.copy_rows([])
 
+    def warm_up_behind(self) -> None:
+        """Starts to compile every program that steps may need in a thread of its own, and returns
+        at once: steps compile theirs themselves where its turn has not come. Ends with
+        :meth:`close`."""
+        self._inputs.is_warm = True
+        # Steps change what inputs are built from, so that they are described here and now.
+        empty = ScheduledStep(num_steps=0)
+        tables = self.scheduler.page_tables
+        inputs: dict[StepSizes, StepInputs] = {}
+        for shape in self._inputs.list_shapes():
+            inputs[shape] = describe_arrays(self._inputs.build(empty, shape, tables, {}))
+
+        def compile_program(shape: StepSizes) -> None:
+            with jax.set_mesh(self.mesh):
+                for runner in self._runners:
+                    runner.compile(shape, inputs[shape])
+
+        self._compiler = BackgroundCompiler(compile_program, inputs)
+        self._compiler.start()
+
+    @property
+    def num_programs_left(self) -> int:
+        """Programs that :meth:`warm_up_behind` has still to compile; may be read in any thread."""
+        return self._compiler.num_left if self._compiler is not None else 0
+
+    def close(self) -> None:
+        """Ends what :meth:`warm_up_behind` started, once its current program is compiled."""
+        if self._compiler is not None:
+            self._compiler.stop()
+
     @property
     def params(self) -> Params:
         """The model's parameters as steps read them (:func:`prepare_params`)."""
@@ -302,6 +339,8 @@ class Engine:
 
     def _run(self, plan: ScheduledStep, shape: StepSizes) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
+        if self._compiler is not None:
+            self._compiler.claim(shape)
         tables, matchers = self.scheduler.page_tables, self._outputs.matchers
         inputs = self._inputs.build(plan, shape, tables, matchers)
         outputs = self._runner.run(shape, inputs)

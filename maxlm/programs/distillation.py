@@ -125,7 +125,7 @@ def generate_answers(
     """
     file, how = open_rows(*files), SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
-    engine = make_engine(loaded, settings, warm_up=False)
+    engine = make_engine(loaded, settings, warm_up="never")
     prompts = [_read_prompt(file[i], file.locate(i)) for i in range(len(file))]
     texts, ended, num_done = {}, set(), 0
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
@@ -24,6 +25,7 @@ from maxlm.programs.setup import use_compilation_cache
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
 
+WarmUp = Literal["first", "behind", "never"]
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -41,6 +43,7 @@ def serve(
     step: int | None = None,
     template: Path | None = None,
     adapter: Sequence[str] | None = None,
+    warm_up: WarmUp = "behind",
 ) -> None:
     """Loads a model and serves it until a signal; prints the URL when it is ready. Raises
     MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
@@ -49,6 +52,7 @@ def serve(
         settings: the engine's, as ``max_sequences=16``.
         max_queue: sequences that may wait beside those that run; more get 429.
         adapter: adapters to load beside it, each NAME=FOLDER.
+        warm_up: when programs are compiled, as for :func:`make_engine`.
     """
     try:
         from maxlm.serving.engine_loop import EngineLoop
@@ -62,7 +66,7 @@ def serve(
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         read_adapter = partial(read_lora_adapter, base_folder=model, model=loaded.model)
         adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
-        engine, embedder = _make_parts(loaded, settings or (), adapters)
+        engine, embedder = _make_parts(loaded, settings or (), adapters, warm_up)
         max_length, num_running = loaded.config.model.max_seq_len, 0
         if engine is not None:
             max_length = engine.config.max_length
@@ -82,7 +86,11 @@ def serve(
         elif key is None:
             what = f"anyone who reaches {host} may use this server: there is no API key"
             print(f"warning: {what}", file=sys.stderr)
-        run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
+        try:
+            run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
+        finally:
+            if engine is not None:
+                engine.close()
 
 
 def load_chat_model(
@@ -140,7 +148,10 @@ def _find_base_family(base_folder: Path) -> ModelFamily:
 
 
 def _make_parts(
-    loaded: LoadedRun, settings: Sequence[str], adapters: Mapping[str, LoraWeights]
+    loaded: LoadedRun,
+    settings: Sequence[str],
+    adapters: Mapping[str, LoraWeights],
+    warm_up: WarmUp,
 ) -> tuple[Engine | None, Embedder | None]:
     """Makes the engine and what embeds, as far as the model has them."""
     model, mesh = loaded.model, loaded.mesh
@@ -149,7 +160,7 @@ def _make_parts(
             what = f"{given[0]} is for a model that generates text; this is an encoder"
             raise MaxlmError(what, fix="leave it out")
         return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
-    engine = make_engine(loaded, settings, adapters=adapters)
+    engine = make_engine(loaded, settings, adapters=adapters, warm_up=warm_up)
     if isinstance(model, EncoderDecoder):
         return engine, None
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
@@ -160,11 +171,12 @@ def make_engine(
     settings: Sequence[str] = (),
     *,
     adapters: Mapping[str, LoraWeights] | None = None,
-    warm_up: bool = True,
+    warm_up: WarmUp = "first",
 ) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
     ``EngineConfig``; ``adapters``: loaded beside it, which has slots for these at least;
-    ``warm_up``: compile all that it may run now, rather than when it does."""
+    ``warm_up``: compile all programs that it may run "first", before this returns; "behind", in a
+    thread beside it while it runs, which ``Engine.close`` ends; "never", each when it is run."""
     config, draft = load_config(EngineConfig, None, settings).value, None
     most = max(config.max_adapters, len(adapters or ()))
     config = config.model_copy(update={"max_adapters": most})
@@ -178,7 +190,9 @@ def make_engine(
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
     for name, weights in (adapters or {}).items():
         engine.load_adapter(name, weights)
-    if warm_up:
+    if warm_up == "behind":
+        engine.warm_up_behind()
+    if warm_up == "first":
         with show_progress("programs") as progress:
             engine.warm_up(progress)
     return engine

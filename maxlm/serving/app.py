@@ -102,10 +102,13 @@ async def show_page(state: ServerState, request: Request) -> Response:
 
 
 async def report_health(state: ServerState, request: Request) -> Response:
-    """Answers /health: 200 while requests are taken."""
+    """Answers /health: 200 while requests are taken; the first ones may wait for programs that are
+    not compiled yet, whose number is ``programs_left``."""
     loop = state.engine_loop
     status = "failed" if loop.failure else "stopping" if loop.is_draining else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    programs_left = loop.engine.num_programs_left if loop.engine is not None else 0
+    about = {"status": status, "programs_left": programs_left}
+    return JSONResponse(about, 200 if status == "ok" else 503)
 
 
 async def report_metrics(state: ServerState, request: Request) -> Response:

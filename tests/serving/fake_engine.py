@@ -43,6 +43,7 @@ class FakeEngine:
     before_step: Callable[[], None] = lambda: None
     num_generated: int = 0
     adapters: tuple[str, ...] = ()
+    num_programs_left: int = 0
 
     @property
     def has_work(self) -> bool:
