@@ -21,9 +21,9 @@ from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody,
 from maxlm.serving.server_state import ServerState
 
 Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
-_OPEN_PATHS = ("/", "/health")
+_OPEN_PATHS = ("/", "/markdown.js", "/health")
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -32,6 +32,7 @@ def make_app(state: ServerState) -> Starlette:
     """Returns the server as an ASGI application."""
     paths: dict[str, tuple[str, Endpoint]] = {
         "/": ("GET", show_page),
+        "/markdown.js": ("GET", send_markdown_reader),
         "/health": ("GET", report_health),
         "/metrics": ("GET", report_metrics),
         "/v1/models": ("GET", list_models),
@@ -99,6 +100,13 @@ def make_page_response(path: Path) -> Response:
 async def show_page(state: ServerState, request: Request) -> Response:
     """Answers / with the chat page."""
     return make_page_response(Path(__file__).with_name("page.html"))
+
+
+async def send_markdown_reader(state: ServerState, request: Request) -> Response:
+    """Answers /markdown.js, which the chat page loads."""
+    path = Path(__file__).with_name("markdown.js")
+    headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
+    return FileResponse(path, media_type="text/javascript", headers=headers)
 
 
 async def report_health(state: ServerState, request: Request) -> Response:
