@@ -79,8 +79,8 @@ def _bound_by_chars(longest: int, kept_share: float, spaces_may_go: bool) -> Tok
 
 
 def _bound_by_words(token_bytes: Sequence[bytes]) -> TokenCountBound:
-    """Of a tokenizer that splits at spaces, and may take a whole word for one unknown token: letters
-    and digits of ASCII are what every normalizer leaves."""
+    """Of a tokenizer that splits at spaces, and may take a whole word for one unknown token:
+    letters and digits of ASCII are what every normalizer leaves."""
     most_spaces = max(token.count(b" ") for token in token_bytes)
     is_word = np.zeros(256, np.bool_)
     is_word[[byte for byte in range(128) if chr(byte).isalnum()]] = True
