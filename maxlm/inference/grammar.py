@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GrammarSpec
 
 # Forms that are kept compiled: requests of one program mostly ask for the same.
@@ -153,16 +154,21 @@ def _translate_spec(spec: GrammarSpec) -> str:
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "lark":
         return LLMatcher.grammar_from_lark(spec.text)
-    schema = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
+    text = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
     try:
-        if not isinstance(json.loads(schema), dict):  # its errors name a place in the text given
+        schema = json.loads(text)  # its errors name a place in the text given
+        if not isinstance(schema, dict):
             raise _make_error(spec, "a schema is a JSON object")
-        return LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
+        compilable = json.dumps(make_compilable_schema(schema).schema)
+        return LLMatcher.grammar_from_json_schema(compilable, defaults=_JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
         raise _make_error(spec, _shorten(str(error))) from error
 
 
 def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
+    # llguidance names a setting of its own here, which whoever writes the schema cannot reach.
+    if reason.startswith("oneOf"):
+        reason = "oneOf whose members may match together is not supported: use anyOf"
     return MaxlmError(f"{spec.kind} cannot be compiled: {reason}", where=spec.asked_by)
 
 

@@ -142,11 +142,11 @@ async def tokenize(state: ServerState, request: Request) -> Response:
     if (body.prompt is None) == (not body.messages):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.messages:
-        tokens = await asyncio.to_thread(encode_conversation, state, body.messages)
+        tokens = await encode_conversation(state, body.messages)
     else:
         encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
         encode = partial(encode, allow_special=body.parse_special)
-        tokens = await asyncio.to_thread(encode, body.prompt or "")
+        tokens = await state.encode_text(body.prompt or "", "prompt", encode=encode)
     about = {"count": len(tokens), "max_model_len": state.max_length}
     return JSONResponse(about | {"tokens": list(tokens)})
 
@@ -154,7 +154,8 @@ async def tokenize(state: ServerState, request: Request) -> Response:
 async def detokenize(state: ServerState, request: Request) -> Response:
     """Answers /detokenize: the text of ids."""
     body = await state.read_body(request, DetokenizeBody)
-    return JSONResponse({"prompt": state.tokenizer.decode(body.tokens)})
+    text = await asyncio.to_thread(state.tokenizer.decode, body.tokens)
+    return JSONResponse({"prompt": text})
 
 
 async def load_lora_adapter(state: ServerState, request: Request) -> Response:

@@ -1,15 +1,15 @@
 """/v1/chat/completions: conversations, by the model's chat template."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlm.data.tokenizer import encode_chat
-from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.data.tokenizer import Tokenizer, render_escaped_chat
+from maxlm.data.tokenizer.chat import EscapedChat, get_chat_template
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
@@ -61,26 +61,47 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
     return _ToolPlan(detect_tool_format(template), offered, required, parallel)
 
 
-def encode_conversation(
+async def encode_conversation(
     state: ServerState,
     messages: list[ChatMessage],
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
-    the model has no chat template, or it cannot write this conversation."""
-    template, plan = get_chat_template(state.tokenizer), plan or _ToolPlan("hermes")
+    the model has no chat template, or it cannot write this conversation; ApiError: it can never fit
+    the context."""
+    plan = plan or _ToolPlan("hermes")
+    conversation = await asyncio.to_thread(
+        _render_conversation, state.tokenizer, messages, plan, variables or {}
+    )
+
+    def encode(_: str) -> list[int]:
+        ids = conversation.encode(state.tokenizer)
+        if plan.required:
+            opener = get_forced_prefix(plan.tool_format)
+            ids += state.tokenizer.encode(opener, allow_special=True)
+        return ids
+
+    # A template may leave parts of messages out: what it wrote is what counts.
+    return await state.encode_text(conversation.get_plain_text(), "messages", encode=encode)
+
+
+def _render_conversation(
+    tokenizer: Tokenizer, messages: list[ChatMessage], plan: _ToolPlan, variables: dict[str, Any]
+) -> EscapedChat:
+    template = get_chat_template(tokenizer)
     written = [message.to_template() for message in messages]
-    tools = [each.model_dump(exclude_none=True) for each in plan.offered]
-    settings: dict[str, Any] = {"add_generation_prompt": True, **(variables or {})}
+    tools = [tool.model_dump(exclude_none=True) for tool in plan.offered]
+    settings: dict[str, Any] = {"add_generation_prompt": True, **variables}
     if "tool" in template:
         settings["tools"] = tools or None
-    elif tools or any("tool_calls" in each or each["role"] == "tool" for each in written):
+    elif tools or any(_mentions_tools(message) for message in written):
         written = describe_tools_in_text(written, tools)
-    ids = encode_chat(state.tokenizer, written, **settings)
-    if plan.required:
-        ids += state.tokenizer.encode(get_forced_prefix(plan.tool_format), allow_special=True)
-    return tuple(ids)
+    return render_escaped_chat(tokenizer, written, **settings)
+
+
+def _mentions_tools(message: Mapping[str, Any]) -> bool:
+    return "tool_calls" in message or message["role"] == "tool"
 
 
 @dataclass(eq=False)
@@ -141,6 +162,5 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
         what = f"{', '.join(sorted(taken))}: not a variable to set"
         raise ApiError(400, what, param="chat_template_kwargs")
     plan = plan_tools(body, get_chat_template(state.tokenizer, with_tools=bool(body.tools)))
-    given = state, body.messages, plan, body.chat_template_kwargs
-    prompt = await asyncio.to_thread(encode_conversation, *given)
+    prompt = await encode_conversation(state, body.messages, plan, body.chat_template_kwargs)
     return await _ChatAnswer(state, body, [prompt], plan).respond(request)

@@ -61,7 +61,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     body = await state.read_body(request, CompletionBody)
     if len(given := list_prompts(body.prompt)) * body.n > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
-    prompts = await state.encode_prompts(given, allow_special=body.parse_special)
+    prompts = await state.encode_prompts(given, "prompt", allow_special=body.parse_special)
     decode = state.tokenizer.decode
     texts = [p if isinstance(p, str) else decode(p) for p in given] if body.echo else []
     return await _Completions(state, body, prompts, texts).respond(request)

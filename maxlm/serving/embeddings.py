@@ -10,7 +10,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from maxlm.inference.embedding import Pooling
+from maxlm.inference.embedding import Embedder, Pooling
 from maxlm.inference.scoring import make_score_request, read_score
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
@@ -24,8 +24,10 @@ Rows = list[tuple[int, ...]]
 async def create_embeddings(state: ServerState, request: Request) -> Response:
     """Answers /v1/embeddings."""
     body = await state.read_body(request, EmbeddingBody)
-    rows = await state.encode_prompts(list_prompts(body.input))
-    vectors = await _embed(state, request, rows, body.pooling, state.find_adapter(body.model))
+    embedder = _find_embedder(state, state.find_adapter(body.model))
+    max_tokens = embedder.max_length
+    rows = await state.encode_prompts(list_prompts(body.input), "input", max_tokens=max_tokens)
+    vectors = await _embed(state, embedder, request, rows, body.pooling)
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             what = f"the model's vectors have {vectors.shape[1]} dimensions"
@@ -51,12 +53,17 @@ async def create_scores(state: ServerState, request: Request) -> Response:
     adapter = state.find_adapter(body.model)
     usual = "cosine" if state.engine_loop.engine is None else "loglikelihood"
     if (body.method or usual) == "cosine":
-        rows = await state.encode_prompts([*firsts, *seconds])
-        vectors = await _embed(state, request, rows, None, adapter)
+        embedder = _find_embedder(state, adapter)
+        max_tokens = embedder.max_length
+        heads = await state.encode_prompts(firsts, "text_1", max_tokens=max_tokens)
+        tails = await state.encode_prompts(seconds, "text_2", max_tokens=max_tokens)
+        rows = [*heads, *tails]
+        vectors = await _embed(state, embedder, request, rows, None)
         scores = np.sum(vectors[: len(firsts)] * vectors[len(firsts) :], axis=1).tolist()
     else:
-        heads = await state.encode_prompts(firsts)
-        tails = [state.tokenizer.encode(str(text)) for text in seconds]
+        heads = await state.encode_prompts(firsts, "text_1")
+        encode = state.tokenizer.encode
+        tails = [await state.encode_text(text, "text_2", encode=encode) for text in seconds]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
         scores = await _score_tails(state, adapter, request, heads, tails)
     data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
@@ -64,7 +71,7 @@ async def create_scores(state: ServerState, request: Request) -> Response:
 
 
 async def _score_tails(
-    state: ServerState, adapter: str | None, request: Request, heads: Rows, tails: list[list[int]]
+    state: ServerState, adapter: str | None, request: Request, heads: Rows, tails: Rows
 ) -> list[float]:
     """Returns the mean log-probability of each tail's tokens behind its head."""
     if not all(tails):
@@ -88,26 +95,29 @@ async def _score_tails(
     return scores
 
 
-async def _embed(
-    state: ServerState, request: Request, rows: Rows, pooling: Pooling | None, adapter: str | None
-) -> np.ndarray:
-    embedder = state.embedder
+def _find_embedder(state: ServerState, adapter: str | None) -> Embedder:
+    """Returns what embeds texts. Raises ApiError: nothing does, or an adapter was asked for."""
     if adapter is not None:
-        what = f"embeddings are those of {state.name}, without an adapter"
-        raise ApiError(400, what, param="model", code="unsupported")
-    if embedder is None:
+        message = f"embeddings are those of {state.name}, without an adapter"
+        raise ApiError(400, message, param="model", code="unsupported")
+    if state.embedder is None:
         raise ApiError(400, "this model makes no embeddings", code="unsupported")
-    if (longest := max(map(len, rows))) > embedder.max_length:
-        what = f"a text has {longest} tokens; the model's context is {embedder.max_length}"
-        raise ApiError(400, what, param="input", code="context_length_exceeded")
-    batches, found = embedder.iterate_embeddings(rows, pooling), dict[int, np.ndarray]()
+    return state.embedder
+
+
+async def _embed(
+    state: ServerState, embedder: Embedder, request: Request, rows: Rows, pooling: Pooling | None
+) -> np.ndarray:
+    """Returns the rows' vectors, fp32 [len(rows), D]."""
+    batches = embedder.iterate_embeddings(rows, pooling)
+    vectors: dict[int, np.ndarray] = {}
 
     async def compute() -> np.ndarray:
         with state.engine_loop.admit():
             # Sequences that are being generated go on between batches.
             while batch := await state.engine_loop.call(partial(next, batches, None)):
-                found.update(zip(*batch, strict=True))
-        return np.stack([found[index] for index in range(len(rows))])
+                vectors.update(zip(*batch, strict=True))
+        return np.stack([vectors[index] for index in range(len(rows))])
 
     return await cancel_on_disconnect(request, compute())
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
@@ -101,6 +102,16 @@ class GenerationBody(ApiBody):
     ignore_eos: bool = False
     regex: str | None = None
     lark: str | None = None
+
+    def list_ignored_fields(self) -> list[str]:
+        """Returns names of fields that nothing reads, and of a schema's keywords that are not kept,
+        as ``response_format.uniqueItems``. Raises ApiError: one is not supported."""
+        ignored = super().list_ignored_fields()
+        form = self.response_format
+        if form and form.json_schema:
+            dropped = make_compilable_schema(form.json_schema.schema_).dropped_keywords
+            ignored += [f"response_format.{keyword}" for keyword in sorted(dropped)]
+        return ignored
 
     def make_request(
         self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, vocab_size: int
@@ -218,6 +229,16 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+
+    def list_ignored_fields(self) -> list[str]:
+        """As of other bodies, with keywords of the schemas of tools of which one must be called."""
+        ignored = super().list_ignored_fields()
+        if self.tool_choice in (None, "none", "auto"):
+            return ignored
+        dropped: set[str] = set()
+        for tool in self.tools:
+            dropped |= make_compilable_schema(tool.function.parameters).dropped_keywords
+        return [*ignored, *(f"tools.{keyword}" for keyword in sorted(dropped))]
 
 
 class EmbeddingBody(ApiBody):
