@@ -20,6 +20,11 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
 from maxlm.inference.background_compiler import BackgroundCompiler
+from maxlm.inference.banned_sequences import (
+    BannedSequencesMatcher,
+    CombinedMatcher,
+    TokenMatcher,
+)
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.grammar import GrammarCompiler
@@ -176,10 +181,7 @@ class Engine:
         if self.tokenizer is None and (request.stop_strings or request.grammar):
             what = "stop strings and grammars need a tokenizer"
             raise MaxlmError(what, where=where, fix="give the engine one, or use stop_token_ids")
-        matcher = None
-        if request.grammar is not None and self.tokenizer is not None:
-            self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
-            matcher = self._grammars.compile(request.grammar)
+        matcher = self._make_matcher(request)
         stops = {token for token in request.stop_token_ids if 0 <= token < vocab}
         if self.tokenizer is not None and not request.ignore_eos:
             stops |= set(self.tokenizer.stop_ids)
@@ -194,6 +196,18 @@ class Engine:
             sequence.needs_host |= branching
             sequence.stop_ids = tuple(sorted(stops))
             self._outputs.add(sequence, matcher, continued=continued)
+
+    def _make_matcher(self, request: GenerationRequest) -> TokenMatcher | None:
+        """Returns what says which tokens may come next, or None: all may."""
+        matchers: list[TokenMatcher] = []
+        if request.grammar is not None and self.tokenizer is not None:
+            self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
+            matchers.append(self._grammars.compile(request.grammar))
+        if request.banned_sequences:
+            matchers.append(BannedSequencesMatcher(request.banned_sequences))
+        if len(matchers) > 1:
+            return CombinedMatcher(matchers)
+        return matchers[0] if matchers else None
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
         """Replaces the sequences of a request by branches of them, between steps; see

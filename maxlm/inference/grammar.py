@@ -93,18 +93,6 @@ class GrammarMatcher:
             for i in self._stop_ids:
                 row[i // 32] |= np.uint32(1 << i % 32)
 
-    def fill_draft_masks(self, rows: NDArray[np.uint32], draft: Sequence[int]) -> None:
-        """Write the masks [G + 1, words] of the next token and of those behind each of a draft's G
-        tokens; behind one that may not come there, masks with all bits set. The matcher stays where
-        it is."""
-        rows[:] = np.iinfo(np.uint32).max
-        ahead = self.copy()  # no rollback undoes an error that a wrong draft runs into
-        ahead.fill_mask(rows[0])
-        for token, row in zip(draft, rows[1:], strict=True):
-            if not ahead.accept(token):
-                break
-            ahead.fill_mask(row)
-
     def accept(self, token: int) -> bool:
         """Go on by a token; return whether it may come here. If not, or if the output is finished,
         the matcher stays."""

@@ -15,8 +15,9 @@ from starlette.routing import Route
 
 from maxlm.serving.chat import create_chat_completion, encode_conversation
 from maxlm.serving.completions import create_completion
-from maxlm.serving.embeddings import create_embeddings, create_scores
+from maxlm.serving.embeddings import create_embeddings, create_ranking, create_scores
 from maxlm.serving.errors import ApiError, convert_error
+from maxlm.serving.responses import create_response
 from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody, UnloadAdapterBody
 from maxlm.serving.server_state import ServerState
 
@@ -39,8 +40,10 @@ def make_app(state: ServerState) -> Starlette:
         "/v1/models/{name:path}": ("GET", describe_model),
         "/v1/completions": ("POST", create_completion),
         "/v1/chat/completions": ("POST", create_chat_completion),
+        "/v1/responses": ("POST", create_response),
         "/v1/embeddings": ("POST", create_embeddings),
         "/v1/score": ("POST", create_scores),
+        "/v1/rerank": ("POST", create_ranking),
         "/v1/load_lora_adapter": ("POST", load_lora_adapter),
         "/v1/unload_lora_adapter": ("POST", unload_lora_adapter),
         "/tokenize": ("POST", tokenize),

@@ -97,6 +97,7 @@ class ServerState:
         *,
         max_tokens: int | None = None,
         allow_special: bool = False,
+        kept_tokens: int | None = None,
     ) -> list[tuple[int, ...]]:
         """Returns the ids of prompts that may be texts or ids already; checks these. Raises
         ApiError: a prompt is empty, too long, or of ids that are none.
@@ -104,6 +105,7 @@ class ServerState:
         Args:
             prompt_field: the request's field that has the prompts, to name in errors.
             max_tokens: of each prompt; default: ``max_length``.
+            kept_tokens: so many last tokens of each prompt are taken; None: all.
         """
         encode = partial(self.encode_prompt, allow_special=allow_special)
         last = self.tokenizer.vocab_size - 1
@@ -111,8 +113,14 @@ class ServerState:
         for prompt in prompts:
             if isinstance(prompt, str):
                 tokens = await self.encode_text(
-                    prompt, prompt_field, encode=encode, max_tokens=max_tokens
+                    prompt,
+                    prompt_field,
+                    encode=encode,
+                    max_tokens=max_tokens,
+                    kept_tokens=kept_tokens,
                 )
+            elif kept_tokens is not None:
+                tokens = tuple(prompt[-kept_tokens:])
             else:
                 self.check_prompt_length(len(prompt), prompt_field, max_tokens=max_tokens)
                 tokens = tuple(prompt)
@@ -130,9 +138,16 @@ class ServerState:
         *,
         encode: Callable[[str], list[int]],
         max_tokens: int | None = None,
+        kept_tokens: int | None = None,
     ) -> tuple[int, ...]:
         """Returns a text's ids by ``encode``, in a thread of its own. Raises ApiError: the text can
-        never fit, which is told before it is encoded."""
+        never fit, which is told before it is encoded.
+
+        Args:
+            kept_tokens: the last ones alone are taken, behind the token that begins texts.
+        """
+        if kept_tokens is not None:
+            return await asyncio.to_thread(self._encode_end, text, encode, kept_tokens)
 
         def check_and_encode() -> list[int]:
             least = self._count_least_tokens(text)
@@ -140,6 +155,31 @@ class ServerState:
             return encode(text)
 
         return tuple(await asyncio.to_thread(check_and_encode))
+
+    def _encode_end(
+        self, text: str, encode: Callable[[str], list[int]], num_tokens: int
+    ) -> tuple[int, ...]:
+        # So much text has more tokens than are kept; what stands before it is not looked at.
+        most_chars = (num_tokens + 64) * max(map(len, self.tokenizer.codec.token_bytes))
+        tokens = encode(text[-most_chars:])
+        if len(tokens) <= num_tokens:
+            return tuple(tokens)
+        begins = tokens[0] == self.tokenizer.bos_id and num_tokens > 1
+        return (tokens[0], *tokens[1 - num_tokens :]) if begins else tuple(tokens[-num_tokens:])
+
+    def resolve_truncation(self, asked: int | None, max_new_tokens: int | None) -> int | None:
+        """Returns how many last tokens of a prompt are kept, None: all must fit. Raises ApiError:
+        fewer than one.
+
+        Args:
+            asked: -1 asks for all that there is room for beside ``max_new_tokens``.
+        """
+        if asked is None:
+            return None
+        if asked == 0:
+            raise ApiError(400, "keep one token at least, or -1", param="truncate_prompt_tokens")
+        room = self.max_length - (max_new_tokens or 1)
+        return max(1, room if asked == -1 else min(asked, room))
 
     def check_prompt_length(
         self,
