@@ -59,7 +59,8 @@ class Answer(ABC):
             replace(self.make_request(f"{self._about['id']}-{number}", prompt), adapter=own)
             for number, prompt in enumerate(self.prompts)
         ]
-        stream = await self.state.engine_loop.submit(asked)
+        # Also while it waits for the engine's thread: who hung up leaves its place in the queue.
+        stream = await cancel_on_disconnect(request, self.state.engine_loop.submit(asked))
         if self.body.stream:
             return EventStream(stream, self._write_events(stream))
         with stream:

@@ -39,15 +39,21 @@ class Gate:
         assert self.open.wait(60)
 
 
+def send_request(server, path: str, body: dict) -> socket.socket:
+    """A connection that has sent a request, and waits."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
+    raw = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    raw.sendall(head.encode() + data)
+    return raw
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
     server = start_server(lambda text, request: "long " * 300)
     gate = Gate(server, after=5)
-    body = json.dumps({**CHAT, "stream": streams, "n": 3}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
-    head += "content-type: application/json\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
-        raw.sendall(head.encode() + body)
+    with send_request(server, "/v1/chat/completions", {**CHAT, "stream": streams, "n": 3}):
         assert gate.closed_at.wait(60)
         assert server.engine.stats().num_free_pages == 97
     wait_until(lambda: not server.loop.num_open)
@@ -84,6 +90,51 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
         assert (found.result().status_code, other.result().status_code) == (200, 200)
     assert 0 < len(embedder.waited) < 100  # sequences went on between texts
     assert server.http.post("/v1/embeddings", json=texts).status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/score"])
+def test_who_hung_up_before_the_engine_took_notice_leaves_the_queue(start_server, path):
+    embedder = FakeEmbedder()
+    server = start_server(embedder=embedder, max_open=25)
+    gate = threading.Event()
+    embedder.before_text = lambda: gate.wait(60)  # holds the engine's thread
+    bodies = {"/v1/completions": PROMPT, "/v1/chat/completions": CHAT | {"stream": True}}
+    bodies["/v1/score"] = {"text_1": "a", "text_2": "b"}
+    with ThreadPoolExecutor(2) as pool:
+        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        wait_until(lambda: server.loop.num_open == 1)
+        waiting = [send_request(server, path, bodies[path]) for _ in range(24)]
+        wait_until(lambda: server.loop.num_open == 25)
+        for raw in waiting:
+            raw.close()
+        wait_until(lambda: server.loop.num_open == 1)
+        live = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
+        wait_until(lambda: server.loop.num_open == 2)
+        gate.set()
+        assert (live.result().status_code, embeddings.result().status_code) == (200, 200)
+    wait_until(lambda: not server.loop.num_open)
+    # Nothing of theirs reached the engine, or it was aborted there.
+    assert not server.engine.sequences
+    assert not server.loop._streams
+
+
+def test_sequences_go_on_while_embeddings_compile(start_server):
+    embedder = FakeEmbedder()
+    compiling, gate = threading.Event(), threading.Event()
+
+    def compile_slowly(shape: tuple[int, ...], pooling: object) -> object:
+        compiling.set()
+        assert gate.wait(60)
+        return embedder.run
+
+    embedder.compile_program = compile_slowly
+    server = start_server(embedder=embedder)
+    with ThreadPoolExecutor(1) as pool:
+        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        assert compiling.wait(60)
+        assert server.http.post("/v1/completions", json=PROMPT, timeout=30).status_code == 200
+        gate.set()
+        assert embeddings.result().status_code == 200
 
 
 def test_another_name_of_the_host_is_refused(start_server):
