@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
 from maxlm.huggingface.peft import CONFIG as PEFT_CONFIG
@@ -24,6 +26,7 @@ from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
+from pallas_kernels.cpu import find_missing_compiler, load_kernels
 
 WarmUp = Literal["first", "behind", "never"]
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -67,7 +70,9 @@ def serve(
         read_adapter = partial(read_lora_adapter, base_folder=model, model=loaded.model)
         adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
         engine, embedder = _make_parts(loaded, settings or (), adapters, warm_up)
-        max_length, num_running = loaded.config.model.max_seq_len, 0
+        model_max_length = loaded.config.model.max_seq_len
+        max_length = model_max_length
+        num_running = 0
         if engine is not None:
             max_length = engine.config.max_length
             num_running = engine.config.max_sequences * engine.num_shards
@@ -79,8 +84,18 @@ def serve(
             how = {"as_documents": as_documents, "allow_special": allow_special}
             return encode_prompts(tokenizer, [text], **how)[0]
 
-        own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
-        state = ServerState(name, tokenizer, max_length, encode, *own, read_adapter)
+        state = ServerState(
+            name,
+            tokenizer,
+            max_length,
+            encode,
+            EngineLoop(engine, num_running + max_queue),
+            embedder,
+            api_key=key,
+            max_body_bytes=max_body_mb << 20,
+            read_adapter=read_adapter,
+            model_max_length=model_max_length,
+        )
         if key is None and host.startswith(_LOOPBACK):
             state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
         elif key is None:
@@ -166,6 +181,44 @@ def _make_parts(
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
 
 
+def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
+    """Returns an engine's settings where ``max_length`` is the model's own, if it is not set.
+
+    It bounds a sequence; the cache's memory is that of its pages, and stays what the default of
+    ``max_length`` takes. Where the model's context is longer than all pages together, the sequence
+    has those, and a line says so.
+    """
+    # What encoders' outputs take is kept by row, and grows with the longest sequence.
+    if "max_length" in config.model_fields_set or isinstance(model, EncoderDecoder):
+        return config
+    num_pages = config.num_pages or config.max_sequences * config.pages_per_sequence + 1
+    num_tokens = (num_pages - 1) * config.page_size
+    model_length = model.config.max_seq_len
+    max_length = min(model_length, num_tokens)
+    if max_length <= config.max_length:
+        return config
+    if max_length < model_length:
+        print(
+            f"max_length is {max_length}, as many tokens as the cache's pages hold; the model was "
+            f"made for {model_length}: set max_length and num_pages for more",
+            file=sys.stderr,
+        )
+    return config.model_copy(update={"max_length": max_length, "num_pages": num_pages})
+
+
+def warn_of_missing_kernels(mesh: Mesh) -> None:
+    """Says in one line that a CPU goes without its kernels, because nothing can compile them."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    compiler = find_missing_compiler()
+    if compiler is not None and load_kernels() is None:  # none that was compiled before, either
+        print(
+            f"warning: the kernels for CPUs are missing, and decoding takes up to twice the time: "
+            f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX",
+            file=sys.stderr,
+        )
+
+
 def make_engine(
     loaded: LoadedRun,
     settings: Sequence[str] = (),
@@ -174,10 +227,14 @@ def make_engine(
     warm_up: WarmUp = "first",
 ) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
-    ``EngineConfig``; ``adapters``: loaded beside it, which has slots for these at least;
+    ``EngineConfig``, of which ``max_length`` is by default the model's own
+    (:func:`choose_max_length`); ``adapters``: loaded beside it, which has slots for these at least;
     ``warm_up``: compile all programs that it may run "first", before this returns; "behind", in a
     thread beside it while it runs, which ``Engine.close`` ends; "never", each when it is run."""
-    config, draft = load_config(EngineConfig, None, settings).value, None
+    warn_of_missing_kernels(loaded.mesh)
+    config = load_config(EngineConfig, None, settings).value
+    config = choose_max_length(config, loaded.model)
+    draft = None
     most = max(config.max_adapters, len(adapters or ()))
     config = config.model_copy(update={"max_adapters": most})
     if isinstance(config.speculation, DraftModelConfig):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody,
 from maxlm.serving.server_state import ServerState
 
 Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
+# A name or IPv4 address, or an IPv6 address in brackets, and maybe a port (RFC 9110, 7.2).
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
 _OPEN_PATHS = ("/", "/markdown.js", "/health")
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -59,11 +62,7 @@ def make_app(state: ServerState) -> Starlette:
 async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
     """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
     try:
-        # A page of another site may have its own name lead here (DNS rebinding).
-        if state.allowed_hosts and (host := request.url.hostname) not in state.allowed_hosts:
-            name = str(host)[:200]
-            what = f"the host {name!r} is none of this server's: start it with an API key"
-            raise ApiError(403, what)
+        _check_host(state, request)
         given = request.headers.get("authorization", "").encode()
         is_open = not state.api_key or path in _OPEN_PATHS
         if not is_open and not hmac.compare_digest(given, f"Bearer {state.api_key}".encode()):
@@ -77,6 +76,20 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
         response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
     return response
+
+
+def _check_host(state: ServerState, request: Request) -> None:
+    """Raises ApiError: a request calls the server by a name that is none of its own. A page of
+    another site may have its own name lead here (DNS rebinding)."""
+    if state.allowed_hosts is None:
+        return
+    # Read here: Starlette takes the socket's address where it cannot parse the header.
+    header = request.headers.get("host", "")
+    match = _HOST.fullmatch(header)
+    host = match["name"].strip("[]").lower() if match else None
+    if host not in state.allowed_hosts:
+        message = f"the host {header[:200]!r} is none of this server's: start it with an API key"
+        raise ApiError(403, message)
 
 
 async def _refuse_path(request: Request, error: Exception) -> Response:

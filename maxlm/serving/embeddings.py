@@ -1,7 +1,9 @@
 """/v1/embeddings, /v1/score and /v1/rerank."""
 
+import asyncio
 import base64
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +14,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from maxlm.inference.embedding import Embedder, Pooling
+from maxlm.inference.embedding import Embedder, EmbeddingProgram, PaddedBatch, Pooling
 from maxlm.inference.scoring import make_score_request, read_score
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
@@ -147,7 +149,7 @@ async def _score_tails(
             index = int(output.request_id.rpartition("-")[2])
             scores[index] = read_score(output, tails[index]).logprob / len(tails[index])
 
-    with await state.engine_loop.submit(asked) as stream:
+    with await cancel_on_disconnect(request, state.engine_loop.submit(asked)) as stream:
         await cancel_on_disconnect(request, collect())
     return scores
 
@@ -165,15 +167,27 @@ def _find_embedder(state: ServerState, adapter: str | None) -> Embedder:
 async def _embed(
     state: ServerState, embedder: Embedder, request: Request, rows: Rows, pooling: Pooling | None
 ) -> np.ndarray:
-    """Returns the rows' vectors, fp32 [len(rows), D]."""
-    batches = embedder.iterate_embeddings(rows, pooling)
+    """Returns the rows' vectors, fp32 [len(rows), D]. Sequences that are being generated go on
+    between batches, and have as much time as these take."""
+    loop = state.engine_loop
     vectors: dict[int, np.ndarray] = {}
 
+    def run_timed(program: EmbeddingProgram, batch: PaddedBatch) -> tuple[np.ndarray, float]:
+        _, tokens, lengths = batch
+        start = time.monotonic()
+        values = program(tokens, lengths)
+        return values, time.monotonic() - start
+
     async def compute() -> np.ndarray:
-        with state.engine_loop.admit():
-            # Sequences that are being generated go on between batches.
-            while batch := await state.engine_loop.call(partial(next, batches, None)):
-                vectors.update(zip(*batch, strict=True))
+        with loop.admit():
+            for batch in embedder.iterate_batches(rows, lambda: loop.is_generating):
+                indices, tokens, _ = batch
+                # Not in the engine's thread: sequences would stand until it is compiled.
+                program = await asyncio.to_thread(embedder.compile_program, tokens.shape, pooling)
+                values, seconds = await loop.call(partial(run_timed, program, batch))
+                vectors.update(zip(indices, values, strict=False))  # further rows are padding
+                if loop.is_generating:
+                    await asyncio.sleep(seconds)
         return np.stack([vectors[index] for index in range(len(rows))])
 
     return await cancel_on_disconnect(request, compute())

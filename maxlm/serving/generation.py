@@ -72,7 +72,8 @@ class Answer(ABC):
         if self.body.use_beam_search:
             check_beam_body(self.body)
             return JSONResponse(await cancel_on_disconnect(request, self._search(asked)))
-        stream = await self.state.engine_loop.submit(asked)
+        # Also while it waits for the engine's thread: who hung up leaves its place in the queue.
+        stream = await cancel_on_disconnect(request, self.state.engine_loop.submit(asked))
         if self.body.stream:
             return EventStream(stream, self._write_events(stream))
         with stream:

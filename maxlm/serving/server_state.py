@@ -16,6 +16,7 @@ from maxlm.data.tokenizer import Tokenizer, make_token_count_bound
 from maxlm.inference.adapter_slots import LoraWeights
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.requests import SequenceOutput
+from maxlm.serving.deadlines import DEFAULT_REQUEST_SECONDS
 from maxlm.serving.engine_loop import EngineLoop, RequestStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import ApiBody
@@ -43,6 +44,8 @@ class ServerState:
     read_adapter: Callable[[str], LoraWeights] | None = None
     allowed_hosts: Collection[str] | None = None
     """Names that requests may call the server by; None: any."""
+    request_seconds: float = DEFAULT_REQUEST_SECONDS
+    """Time that a request's head and body may take; see ``DeadlineProtocol``."""
     model_max_length: int | None = None
     """Tokens that the model was made for; None: not known."""
     created: int = field(default_factory=lambda: int(time.time()))
