@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -44,13 +45,24 @@ def load_kernels() -> ctypes.CDLL | None:
     return library
 
 
+def find_missing_compiler() -> str | None:
+    """Returns the name of the C++ compiler that :func:`load_kernels` calls, if it is not there."""
+    name = _get_compiler()[0]
+    return name if shutil.which(name) is None else None
+
+
+def _get_compiler() -> list[str]:
+    """The compiler as a command, with arguments that $CXX may have."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 def _compile() -> Path:
     """Returns the shared library.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no compiler, or it fails.
     """
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS]
+    command = [*_get_compiler(), *_FLAGS]
     # A home may be shared by machines with other processors.
     cpu = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     features = re.search(r"^(flags|Features)\b.*", cpu, re.MULTILINE)

@@ -29,11 +29,16 @@ def command(
     from maxlm.programs.serve import load_chat_model, make_engine
 
     # At temperature 1 small models stray; an answer may have what the context has room for.
-    sampling, engine = ["temperature=0.7", "max_new_tokens=1000000000"], ["max_sequences=1"]
-    engine += ["max_length=8192"]
+    sampling_settings = ["temperature=0.7", "max_new_tokens=1000000000"]
+    engine_settings = ["max_sequences=1", "max_length=8192"]
     for setting in settings or ():
         name = re.split(r"[.=\[]", setting)[0]
-        (engine if name in EngineConfig.model_fields else sampling).append(setting)
-    sampling = load_config(SamplingConfig, None, sampling).value
-    engine = make_engine(load_chat_model(model, step=step, mesh=mesh, template=template), engine)
-    run_chat(ChatSession(engine, sampling, system))
+        is_engine = name in EngineConfig.model_fields
+        (engine_settings if is_engine else sampling_settings).append(setting)
+    sampling = load_config(SamplingConfig, None, sampling_settings).value
+    loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
+    engine = make_engine(loaded, engine_settings, warm_up="behind")
+    try:
+        run_chat(ChatSession(engine, sampling, system))
+    finally:
+        engine.close()

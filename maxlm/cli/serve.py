@@ -1,7 +1,7 @@
 """maxlm serve"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -29,6 +29,10 @@ def command(
         list[str] | None,
         Option(help="NAME=FOLDER of a LoRA adapter to load beside it; repeatable."),
     ] = None,
+    warm_up: Annotated[
+        Literal["behind", "first"],
+        Option(help="Compile programs behind the first answers, or all before the first."),
+    ] = "behind",
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings and others of
     OpenAI's API, a chat page at /, Prometheus's numbers at /metrics.

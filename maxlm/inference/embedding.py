@@ -1,5 +1,6 @@
 """Embeddings of texts: hidden states pooled over tokens, without a cache."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, Literal
@@ -16,6 +17,11 @@ from maxlm.sharding import AxisRules, bind_mesh
 
 Pooling = Literal["mean", "last", "first"]
 """Over all tokens of a text; its last one (causal models); its first one ([CLS])."""
+
+EmbeddingProgram = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Returns fp32 vectors [B, D] of int32 tokens [B, S] with lengths [B]."""
+PaddedBatch = tuple[list[int], np.ndarray, np.ndarray]
+"""Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are padding."""
 
 _LONG = 512
 _ROWS = 8
@@ -34,7 +40,9 @@ class Embedder:
             raise MaxlmError(what, where="embeddings", fix="use another model or mesh")
         self.max_length, self._model, self._params = max_length, model, params
         self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
-        self._run = bind_mesh(mesh, jax.jit(_embed, static_argnums=(0, 1, 5)))
+        self._mesh = mesh
+        self._lock = threading.Lock()
+        self._programs: dict[tuple[tuple[int, ...], Pooling, str | None], EmbeddingProgram] = {}
 
     def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None) -> np.ndarray:
         """Returns fp32 vectors [len(rows), D] of length 1.
@@ -57,12 +65,45 @@ class Embedder:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yields some texts' indices and vectors, one dispatch after the other, as :meth:`embed`
         returns them, or what a head says of them."""
-        pooling = pooling or ("mean" if isinstance(self._model, Encoder) else "last")
+        for indices, tokens, lengths in self.iterate_batches(rows):
+            program = self.compile_program(tokens.shape, pooling, head)
+            yield indices, program(tokens, lengths)[: len(indices)]
+
+    def iterate_batches(
+        self, rows: Sequence[Sequence[int]], is_shared: Callable[[], bool] = lambda: False
+    ) -> Iterator[PaddedBatch]:
+        """Yields the batches that :meth:`compile_program` makes programs for, without computing.
+
+        Args:
+            is_shared: whether others wait for the devices, asked before each batch: it then has one
+                row, whose dispatch is short.
+        """
         num_virtual = self._model.num_virtual_tokens
-        rows, longest = [[0] * num_virtual + [*row] for row in rows], self.max_length + num_virtual
-        for batch, tokens, lengths in iterate_padded_batches(rows, longest, self._ways):
-            own = self._run(self._model, pooling, self._params, tokens, lengths, head)
-            yield batch, np.asarray(own)[: len(batch)]
+        rows = [[0] * num_virtual + [*row] for row in rows]
+        return iterate_padded_batches(rows, self.max_length + num_virtual, self._ways, is_shared)
+
+    def compile_program(
+        self, shape: tuple[int, ...], pooling: Pooling | None = None, head: str | None = None
+    ) -> EmbeddingProgram:
+        """Returns what embeds batches of a shape [B, S], compiled once. It may be called in any
+        thread; the devices go on with what they do."""
+        pooling = pooling or ("mean" if isinstance(self._model, Encoder) else "last")
+        key = (shape, pooling, head)
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self._compile(*key)
+            return self._programs[key]
+
+    def _compile(
+        self, shape: tuple[int, ...], pooling: Pooling, head: str | None
+    ) -> EmbeddingProgram:
+        jitted = jax.jit(_embed, static_argnums=(0, 1, 5))
+        tokens = np.zeros(shape, np.int32)
+        lengths = np.ones(shape[:1], np.int32)
+        with jax.set_mesh(self._mesh):
+            lowered = jitted.lower(self._model, pooling, self._params, tokens, lengths, head)
+        compiled = bind_mesh(self._mesh, lowered.compile())
+        return lambda tokens, lengths: np.asarray(compiled(self._params, tokens, lengths))
 
     def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
         """Returns what one of the model's further heads says at each text's last token, fp32
@@ -74,26 +115,27 @@ class Embedder:
 
 
 def iterate_padded_batches(
-    rows: Sequence[Sequence[int]], max_length: int, num_ways: int
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    rows: Sequence[Sequence[int]],
+    max_length: int,
+    num_ways: int,
+    is_shared: Callable[[], bool] = lambda: False,
+) -> Iterator[PaddedBatch]:
     """Yields rows in batches of few shapes, the longest ones first: widths are powers of two, and
-    rows ``_ROWS`` or as few as the mesh splits (``num_ways``).
-
-    Yields:
-        Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are padding.
-    """
+    rows ``_ROWS`` or as few as the mesh splits (``num_ways``), for a single one while
+    ``is_shared``."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     while order:
         longest = len(rows[order[-1]])
         width = min(max(16, 1 << (longest - 1).bit_length()), max(max_length, longest))
-        take = min(len(order), _ROWS if width <= _LONG else 1)
-        batch = [order.pop() for _ in range(take)]
-        num_rows = -(-(1 if take == 1 else _ROWS) // num_ways) * num_ways
-        tokens, lengths = np.zeros((num_rows, width), np.int32), np.ones(num_rows, np.int32)
-        for place, index in enumerate(batch):
+        most = 1 if width > _LONG or is_shared() else _ROWS
+        indices = [order.pop() for _ in range(min(len(order), most))]
+        num_rows = -(-(1 if len(indices) == 1 else _ROWS) // num_ways) * num_ways
+        tokens = np.zeros((num_rows, width), np.int32)
+        lengths = np.ones(num_rows, np.int32)
+        for place, index in enumerate(indices):
             lengths[place] = len(rows[index])
             tokens[place, : lengths[place]] = rows[index]
-        yield batch, tokens, lengths
+        yield indices, tokens, lengths
 
 
 def compute_padded_states(

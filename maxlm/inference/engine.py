@@ -19,10 +19,21 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
+from maxlm.inference.background_compiler import BackgroundCompiler
+from maxlm.inference.banned_sequences import (
+    BannedSequencesMatcher,
+    CombinedMatcher,
+    TokenMatcher,
+)
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.grammar import GrammarCompiler
-from maxlm.inference.model_runner import MAX_PAGE_COPIES, ModelRunner, count_compilations
+from maxlm.inference.model_runner import (
+    MAX_PAGE_COPIES,
+    ModelRunner,
+    count_compilations,
+    describe_arrays,
+)
 from maxlm.inference.outputs import OutputBuilder
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import MAX_STOP_IDS
@@ -34,7 +45,7 @@ from maxlm.inference.speculation import (
     check_speculation,
     look_up_prompt,
 )
-from maxlm.inference.step import StepOutputs, StepSizes
+from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.caches.layout import (
     CacheLayout,
@@ -154,6 +165,7 @@ class Engine:
         self._ended: list[SequenceOutput] = []
         self._steps = self._drafted = self._accepted = 0
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
+        self._compiler: BackgroundCompiler[StepSizes] | None = None
 
     def add_request(self, request: GenerationRequest, *, branching: bool = False) -> None:
         """Takes a request; its outputs come from :meth:`step`. ``branching``: one token a step and
@@ -169,10 +181,7 @@ class Engine:
         if self.tokenizer is None and (request.stop_strings or request.grammar):
             what = "stop strings and grammars need a tokenizer"
             raise MaxlmError(what, where=where, fix="give the engine one, or use stop_token_ids")
-        matcher = None
-        if request.grammar is not None and self.tokenizer is not None:
-            self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
-            matcher = self._grammars.compile(request.grammar)
+        matcher = self._make_matcher(request)
         stops = {token for token in request.stop_token_ids if 0 <= token < vocab}
         if self.tokenizer is not None and not request.ignore_eos:
             stops |= set(self.tokenizer.stop_ids)
@@ -187,6 +196,18 @@ class Engine:
             sequence.needs_host |= branching
             sequence.stop_ids = tuple(sorted(stops))
             self._outputs.add(sequence, matcher, continued=continued)
+
+    def _make_matcher(self, request: GenerationRequest) -> TokenMatcher | None:
+        """Returns what says which tokens may come next, or None: all may."""
+        matchers: list[TokenMatcher] = []
+        if request.grammar is not None and self.tokenizer is not None:
+            self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
+            matchers.append(self._grammars.compile(request.grammar))
+        if request.banned_sequences:
+            matchers.append(BannedSequencesMatcher(request.banned_sequences))
+        if len(matchers) > 1:
+            return CombinedMatcher(matchers)
+        return matchers[0] if matchers else None
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
         """Replaces the sequences of a request by branches of them, between steps; see
@@ -277,6 +298,36 @@ class Engine:
                 if self._copies_rows:
                     runner.copy_rows([])
 
+    def warm_up_behind(self) -> None:
+        """Starts to compile every program that steps may need in a thread of its own, and returns
+        at once: steps compile theirs themselves where its turn has not come. Ends with
+        :meth:`close`."""
+        self._inputs.is_warm = True
+        # Steps change what inputs are built from, so that they are described here and now.
+        empty = ScheduledStep(num_steps=0)
+        tables = self.scheduler.page_tables
+        inputs: dict[StepSizes, StepInputs] = {}
+        for shape in self._inputs.list_shapes():
+            inputs[shape] = describe_arrays(self._inputs.build(empty, shape, tables, {}))
+
+        def compile_program(shape: StepSizes) -> None:
+            with jax.set_mesh(self.mesh):
+                for runner in self._runners:
+                    runner.compile(shape, inputs[shape])
+
+        self._compiler = BackgroundCompiler(compile_program, inputs)
+        self._compiler.start()
+
+    @property
+    def num_programs_left(self) -> int:
+        """Programs that :meth:`warm_up_behind` has still to compile; may be read in any thread."""
+        return self._compiler.num_left if self._compiler is not None else 0
+
+    def close(self) -> None:
+        """Ends what :meth:`warm_up_behind` started, once its current program is compiled."""
+        if self._compiler is not None:
+            self._compiler.stop()
+
     @property
     def params(self) -> Params:
         """The model's parameters as steps read them (:func:`prepare_params`)."""
@@ -302,6 +353,8 @@ class Engine:
 
     def _run(self, plan: ScheduledStep, shape: StepSizes) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
+        if self._compiler is not None:
+            self._compiler.claim(shape)
         tables, matchers = self.scheduler.page_tables, self._outputs.matchers
         inputs = self._inputs.build(plan, shape, tables, matchers)
         outputs = self._runner.run(shape, inputs)

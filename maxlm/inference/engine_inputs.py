@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from maxlm.inference.adapter_slots import AdapterSlots
+from maxlm.inference.banned_sequences import TokenMatcher, fill_draft_masks
 from maxlm.inference.engine_config import EngineConfig
-from maxlm.inference.grammar import GrammarMatcher
 from maxlm.inference.requests import TokenLogprob
 from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
@@ -80,9 +80,10 @@ class InputBuilder:
         plan: ScheduledStep,
         shape: StepSizes,
         page_tables: Sequence[np.ndarray],
-        matchers: Mapping[RunningSequence, GrammarMatcher],
+        matchers: Mapping[RunningSequence, TokenMatcher],
     ) -> StepInputs:
-        """Builds the inputs of a plan; ``matchers``: of sequences with a grammar."""
+        """Builds the inputs of a plan; ``matchers``: of sequences with a grammar or
+        banned sequences."""
         D, (b, G, C, F, _) = self.rows[0], shape
         for part in (*plan.decode, *plan.prefill):
             at = part.sequence.shard, part.sequence.row
@@ -133,7 +134,7 @@ class InputBuilder:
             if matcher := matchers.get(sequence):
                 draft = plan.drafts.get(sequence, ())
                 masks = inputs.allowed[shard, first : first + 1 + len(draft)]
-                matcher.fill_draft_masks(masks, draft)
+                fill_draft_masks(matcher, masks, draft)
         return inputs
 
     def read_results(

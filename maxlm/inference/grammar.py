@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GrammarSpec
 
 # Forms that are kept compiled: requests of one program mostly ask for the same.
@@ -92,18 +93,6 @@ class GrammarMatcher:
             for i in self._stop_ids:
                 row[i // 32] |= np.uint32(1 << i % 32)
 
-    def fill_draft_masks(self, rows: NDArray[np.uint32], draft: Sequence[int]) -> None:
-        """Write the masks [G + 1, words] of the next token and of those behind each of a draft's G
-        tokens; behind one that may not come there, masks with all bits set. The matcher stays where
-        it is."""
-        rows[:] = np.iinfo(np.uint32).max
-        ahead = self.copy()  # no rollback undoes an error that a wrong draft runs into
-        ahead.fill_mask(rows[0])
-        for token, row in zip(draft, rows[1:], strict=True):
-            if not ahead.accept(token):
-                break
-            ahead.fill_mask(row)
-
     def accept(self, token: int) -> bool:
         """Go on by a token; return whether it may come here. If not, or if the output is finished,
         the matcher stays."""
@@ -153,16 +142,21 @@ def _translate_spec(spec: GrammarSpec) -> str:
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "lark":
         return LLMatcher.grammar_from_lark(spec.text)
-    schema = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
+    text = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
     try:
-        if not isinstance(json.loads(schema), dict):  # its errors name a place in the text given
+        schema = json.loads(text)  # its errors name a place in the text given
+        if not isinstance(schema, dict):
             raise _make_error(spec, "a schema is a JSON object")
-        return LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
+        compilable = json.dumps(make_compilable_schema(schema).schema)
+        return LLMatcher.grammar_from_json_schema(compilable, defaults=_JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
         raise _make_error(spec, _shorten(str(error))) from error
 
 
 def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
+    # llguidance names a setting of its own here, which whoever writes the schema cannot reach.
+    if reason.startswith("oneOf"):
+        reason = "oneOf whose members may match together is not supported: use anyOf"
     return MaxlmError(f"{spec.kind} cannot be compiled: {reason}", where=spec.asked_by)
 
 

@@ -1,6 +1,6 @@
 """A model on the devices: its parameters, its caches, and the programs that advance them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -50,15 +50,28 @@ class ModelRunner:
         self.layout = replace(self.layout, head_ways=axis_size(self.model.rules.heads))
         self.params = prepare_params(self.model, self.params)
         self.state = allocate_state(self.model, self.layout, self.max_length)
+        # What compiling needs of arrays that steps give up and put others in place of.
+        self._state_shapes = describe_arrays(self.state)
+        self._adapter_shapes = describe_arrays(self.adapters)
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
+        program = _choose_program(shape)
         sizes = shape, self.layout, self.windows, self.vocab_size
-        given = self.params, self.state, inputs, self.adapters
-        few = get_platform() == "cpu" and not shape.chunk_tokens
-        program = run_decoding_step if few else run_step
-        self.state, outputs = program(self.model, *sizes, *given)
+        arrays = self.params, self.state, inputs, self.adapters
+        self.state, outputs = program(self.model, *sizes, *arrays)
         return outputs
+
+    def compile(self, shape: StepSizes, inputs: StepInputs) -> None:
+        """Compiles a step, so that :meth:`run` finds it; may be called beside a step that runs.
+
+        Args:
+            inputs: `jax.ShapeDtypeStruct` in place of arrays suffice.
+        """
+        program: Any = _choose_program(shape)
+        sizes = shape, self.layout, self.windows, self.vocab_size
+        arrays = self.params, self._state_shapes, inputs, self._adapter_shapes
+        program.lower(self.model, *sizes, *arrays).compile()
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is written."""
@@ -92,6 +105,20 @@ class ModelRunner:
         lengths[sequence.shard], rows[sequence.shard] = size, sequence.row
         own = self.params, self.state, tokens, lengths, rows
         self.state = encode_row(self.model, self.layout, self.max_length, *own)
+
+
+def _choose_program(shape: StepSizes) -> Callable[..., tuple[EngineState, StepOutputs]]:
+    few_tokens = get_platform() == "cpu" and not shape.chunk_tokens
+    return run_decoding_step if few_tokens else run_step
+
+
+def describe_arrays(tree: Any) -> Any:
+    """Returns shapes, dtypes and, of arrays on devices, shardings."""
+
+    def describe(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None))
+
+    return jax.tree.map(describe, tree)
 
 
 def count_compilations() -> int:

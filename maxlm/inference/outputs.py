@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from maxlm.data.tokenizer import StreamDecoder, Tokenizer
-from maxlm.inference.grammar import GrammarMatcher
+from maxlm.inference.banned_sequences import TokenMatcher
 from maxlm.inference.requests import SequenceOutput, TokenLogprob
 from maxlm.inference.sequences import PrefillChunk, RunningSequence
 
@@ -65,18 +65,18 @@ class OutputBuilder:
     """Builds the outputs of running sequences from the tokens that steps draw.
 
     Attributes:
-        matchers: of sequences with a grammar.
+        matchers: of sequences with a grammar or banned sequences.
         num_prompt_tokens, num_cached_tokens, num_generated_tokens: of all sequences so far.
     """
 
     def __init__(self, tokenizer: Tokenizer | None):
         self.tokenizer = tokenizer
-        self.matchers: dict[RunningSequence, GrammarMatcher] = {}
+        self.matchers: dict[RunningSequence, TokenMatcher] = {}
         self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
         self._outputs: dict[RunningSequence, _Output] = {}
 
     def add(
-        self, sequence: RunningSequence, matcher: GrammarMatcher | None, *, continued: bool
+        self, sequence: RunningSequence, matcher: TokenMatcher | None, *, continued: bool
     ) -> None:
         """Begins a sequence's output; ``continued``: its first word follows others."""
         text, has_text = None, not (sequence.is_branching or sequence.request.continuations)

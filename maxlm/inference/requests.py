@@ -42,6 +42,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     """Whether the tokenizer's end-of-text tokens do not end the output."""
     grammar: GrammarSpec | None = None
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the output may not have; each has one token at least."""
     top_logprobs: int | None = None
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
     none. They are the model's own: before penalties, temperature and filters."""

@@ -94,7 +94,7 @@ class Scheduler:
                 encoder_tokens=encoder_tokens,
                 cache_key=cache_key,
                 num_virtual_tokens=num_virtual,
-                needs_host=request.grammar is not None,
+                needs_host=request.grammar is not None or bool(request.banned_sequences),
             )
             for index, prompt in enumerate(prompts or [tokens] * request.num_sequences)
         ]

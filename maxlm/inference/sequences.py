@@ -31,7 +31,8 @@ class RunningSequence:
     num_virtual_tokens: int = 0
     """Dummy tokens that stand before the prompt's; see :mod:`maxlm.adapters.virtual_tokens`."""
     needs_host: bool = False
-    """Whether its next token depends on what the host does with the last one (a grammar)."""
+    """Whether its next token depends on what the host does with the last one (a grammar, banned
+    sequences)."""
     is_branching: bool = False
     """Whether branches may replace it (beam search); then it has no text and no drafts."""
     stop_ids: tuple[int, ...] = ()

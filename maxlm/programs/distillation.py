@@ -125,7 +125,7 @@ def generate_answers(
     """
     file, how = open_rows(*files), SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
-    engine = make_engine(loaded, settings, warm_up=False)
+    engine = make_engine(loaded, settings, warm_up="never")
     rows = [file[i] for i in range(len(file))]
     prompts = [_read_prompt(row, file.locate(i)) for i, row in enumerate(rows)]
     texts, ended, num_done = {}, set(), 0

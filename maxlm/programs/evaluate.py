@@ -131,7 +131,7 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     # Of several hosts none may time its own steps: all run the same.
     own = [] if jax.process_count() == 1 else ["decode_steps=1"]
     own += [f"max_length={length}", f"num_pages={pages}", "max_sequences=64", "max_chunks=64"]
-    return make_engine(loaded, [*own, *settings], warm_up=False)
+    return make_engine(loaded, [*own, *settings], warm_up="never")
 
 
 def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
@@ -259,4 +259,4 @@ def load_engine_for_length(
     loaded = load_chat_model(model, step=step, mesh=mesh)
     length = length or loaded.config.model.max_seq_len
     sizes = [f"max_length={length}", f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}"]
-    return make_engine(loaded, sizes, warm_up=False)
+    return make_engine(loaded, sizes, warm_up="never")

@@ -4,6 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+from jax.sharding import Mesh
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
@@ -30,7 +33,9 @@ from maxlm.programs.setup import use_compilation_cache
 from maxlm.runtime.json_files import read_json_object
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
+from pallas_kernels.cpu import find_missing_compiler, load_kernels
 
+WarmUp = Literal["first", "behind", "never"]
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -48,6 +53,7 @@ def serve(
     step: int | None = None,
     template: Path | None = None,
     adapter: Sequence[str] | None = None,
+    warm_up: WarmUp = "behind",
 ) -> None:
     """Loads a model and serves it until a signal; prints the URL when it is ready. Raises
     MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
@@ -56,6 +62,7 @@ def serve(
         settings: the engine's, as ``max_sequences=16``.
         max_queue: sequences that may wait beside those that run; more get 429.
         adapter: adapters to load beside it, each NAME=FOLDER.
+        warm_up: when programs are compiled, as for :func:`make_engine`.
     """
     try:
         from maxlm.serving.engine_loop import EngineLoop
@@ -71,9 +78,11 @@ def serve(
             read_lora_adapter, base_folder=model, model=loaded.model, tokenizer=loaded.tokenizer
         )
         adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
-        weights = {name: own.weights for name, own in adapters.items()}
-        engine, embedder = _make_parts(loaded, settings or (), weights)
-        max_length, num_running = loaded.config.model.max_seq_len, 0
+        weights = {name: served.weights for name, served in adapters.items()}
+        engine, embedder = _make_parts(loaded, settings or (), weights, warm_up)
+        model_max_length = loaded.config.model.max_seq_len
+        max_length = model_max_length
+        num_running = 0
         if engine is not None:
             max_length = engine.config.max_length
             num_running = engine.config.max_sequences * engine.num_shards
@@ -85,8 +94,18 @@ def serve(
             how = {"as_documents": as_documents, "allow_special": allow_special}
             return encode_prompts(tokenizer, [text], **how)[0]
 
-        own = EngineLoop(engine, num_running + max_queue), embedder, key, max_body_mb << 20
-        state = ServerState(name, tokenizer, max_length, encode, *own, read_adapter)
+        state = ServerState(
+            name,
+            tokenizer,
+            max_length,
+            encode,
+            EngineLoop(engine, num_running + max_queue),
+            embedder,
+            api_key=key,
+            max_body_bytes=max_body_mb << 20,
+            read_adapter=read_adapter,
+            model_max_length=model_max_length,
+        )
         for adapter_name, served in adapters.items():
             if served.tokenizer is not None:
                 state.adapter_tokenizers[adapter_name] = served.tokenizer
@@ -95,7 +114,11 @@ def serve(
         elif key is None:
             what = f"anyone who reaches {host} may use this server: there is no API key"
             print(f"warning: {what}", file=sys.stderr)
-        run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
+        try:
+            run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
+        finally:
+            if engine is not None:
+                engine.close()
 
 
 def load_chat_model(
@@ -181,7 +204,10 @@ def _find_base_family(base_folder: Path) -> ModelFamily:
 
 
 def _make_parts(
-    loaded: LoadedRun, settings: Sequence[str], adapters: Mapping[str, LoraWeights]
+    loaded: LoadedRun,
+    settings: Sequence[str],
+    adapters: Mapping[str, LoraWeights],
+    warm_up: WarmUp,
 ) -> tuple[Engine | None, Embedder | None]:
     """Makes the engine and what embeds, as far as the model has them."""
     model, mesh = loaded.model, loaded.mesh
@@ -190,10 +216,48 @@ def _make_parts(
             what = f"{given[0]} is for a model that generates text; this is an encoder"
             raise MaxlmError(what, fix="leave it out")
         return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
-    engine = make_engine(loaded, settings, adapters=adapters)
+    engine = make_engine(loaded, settings, adapters=adapters, warm_up=warm_up)
     if isinstance(model, EncoderDecoder):
         return engine, None
     return engine, Embedder(model, engine.params, mesh, engine.config.max_length)
+
+
+def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
+    """Returns an engine's settings where ``max_length`` is the model's own, if it is not set.
+
+    It bounds a sequence; the cache's memory is that of its pages, and stays what the default of
+    ``max_length`` takes. Where the model's context is longer than all pages together, the sequence
+    has those, and a line says so.
+    """
+    # What encoders' outputs take is kept by row, and grows with the longest sequence.
+    if "max_length" in config.model_fields_set or isinstance(model, EncoderDecoder):
+        return config
+    num_pages = config.num_pages or config.max_sequences * config.pages_per_sequence + 1
+    num_tokens = (num_pages - 1) * config.page_size
+    model_length = model.config.max_seq_len
+    max_length = min(model_length, num_tokens)
+    if max_length <= config.max_length:
+        return config
+    if max_length < model_length:
+        print(
+            f"max_length is {max_length}, as many tokens as the cache's pages hold; the model was "
+            f"made for {model_length}: set max_length and num_pages for more",
+            file=sys.stderr,
+        )
+    return config.model_copy(update={"max_length": max_length, "num_pages": num_pages})
+
+
+def warn_of_missing_kernels(mesh: Mesh) -> None:
+    """Says in one line that a CPU goes without its kernels, because nothing can compile them."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    compiler = find_missing_compiler()
+    if compiler is not None and load_kernels() is None:  # none that was compiled before, either
+        print(
+            f"warning: the kernels for CPUs are missing, and decoding takes up to twice the time: "
+            f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX",
+            file=sys.stderr,
+        )
 
 
 def make_engine(
@@ -201,12 +265,17 @@ def make_engine(
     settings: Sequence[str] = (),
     *,
     adapters: Mapping[str, LoraWeights] | None = None,
-    warm_up: bool = True,
+    warm_up: WarmUp = "first",
 ) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
-    ``EngineConfig``; ``adapters``: loaded beside it, which has slots for these at least;
-    ``warm_up``: compile all that it may run now, rather than when it does."""
-    config, draft = load_config(EngineConfig, None, settings).value, None
+    ``EngineConfig``, of which ``max_length`` is by default the model's own
+    (:func:`choose_max_length`); ``adapters``: loaded beside it, which has slots for these at least;
+    ``warm_up``: compile all programs that it may run "first", before this returns; "behind", in a
+    thread beside it while it runs, which ``Engine.close`` ends; "never", each when it is run."""
+    warn_of_missing_kernels(loaded.mesh)
+    config = load_config(EngineConfig, None, settings).value
+    config = choose_max_length(config, loaded.model)
+    draft = None
     most = max(config.max_adapters, len(adapters or ()))
     config = config.model_copy(update={"max_adapters": most})
     if isinstance(config.speculation, DraftModelConfig):
@@ -219,7 +288,9 @@ def make_engine(
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
     for name, weights in (adapters or {}).items():
         engine.load_adapter(name, weights)
-    if warm_up:
+    if warm_up == "behind":
+        engine.warm_up_behind()
+    if warm_up == "first":
         with show_progress("programs") as progress:
             engine.warm_up(progress)
     return engine

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,18 @@ from starlette.routing import Route
 
 from maxlm.serving.chat import create_chat_completion, encode_conversation
 from maxlm.serving.completions import create_completion
-from maxlm.serving.embeddings import create_embeddings, create_scores
+from maxlm.serving.embeddings import create_embeddings, create_ranking, create_scores
 from maxlm.serving.errors import ApiError, convert_error
+from maxlm.serving.responses import create_response
 from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody, UnloadAdapterBody
 from maxlm.serving.server_state import ServerState
 
 Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
-_OPEN_PATHS = ("/", "/health")
+# A name or IPv4 address, or an IPv6 address in brackets, and maybe a port (RFC 9110, 7.2).
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
+_OPEN_PATHS = ("/", "/markdown.js", "/health")
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -32,14 +36,17 @@ def make_app(state: ServerState) -> Starlette:
     """Returns the server as an ASGI application."""
     paths: dict[str, tuple[str, Endpoint]] = {
         "/": ("GET", show_page),
+        "/markdown.js": ("GET", send_markdown_reader),
         "/health": ("GET", report_health),
         "/metrics": ("GET", report_metrics),
         "/v1/models": ("GET", list_models),
         "/v1/models/{name:path}": ("GET", describe_model),
         "/v1/completions": ("POST", create_completion),
         "/v1/chat/completions": ("POST", create_chat_completion),
+        "/v1/responses": ("POST", create_response),
         "/v1/embeddings": ("POST", create_embeddings),
         "/v1/score": ("POST", create_scores),
+        "/v1/rerank": ("POST", create_ranking),
         "/v1/load_lora_adapter": ("POST", load_lora_adapter),
         "/v1/unload_lora_adapter": ("POST", unload_lora_adapter),
         "/tokenize": ("POST", tokenize),
@@ -55,11 +62,7 @@ def make_app(state: ServerState) -> Starlette:
 async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
     """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
     try:
-        # A page of another site may have its own name lead here (DNS rebinding).
-        if state.allowed_hosts and (host := request.url.hostname) not in state.allowed_hosts:
-            name = str(host)[:200]
-            what = f"the host {name!r} is none of this server's: start it with an API key"
-            raise ApiError(403, what)
+        _check_host(state, request)
         given = request.headers.get("authorization", "").encode()
         is_open = not state.api_key or path in _OPEN_PATHS
         if not is_open and not hmac.compare_digest(given, f"Bearer {state.api_key}".encode()):
@@ -73,6 +76,20 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
         response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
     return response
+
+
+def _check_host(state: ServerState, request: Request) -> None:
+    """Raises ApiError: a request calls the server by a name that is none of its own. A page of
+    another site may have its own name lead here (DNS rebinding)."""
+    if state.allowed_hosts is None:
+        return
+    # Read here: Starlette takes the socket's address where it cannot parse the header.
+    header = request.headers.get("host", "")
+    match = _HOST.fullmatch(header)
+    host = match["name"].strip("[]").lower() if match else None
+    if host not in state.allowed_hosts:
+        message = f"the host {header[:200]!r} is none of this server's: start it with an API key"
+        raise ApiError(403, message)
 
 
 async def _refuse_path(request: Request, error: Exception) -> Response:
@@ -101,11 +118,21 @@ async def show_page(state: ServerState, request: Request) -> Response:
     return make_page_response(Path(__file__).with_name("page.html"))
 
 
+async def send_markdown_reader(state: ServerState, request: Request) -> Response:
+    """Answers /markdown.js, which the chat page loads."""
+    path = Path(__file__).with_name("markdown.js")
+    headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
+    return FileResponse(path, media_type="text/javascript", headers=headers)
+
+
 async def report_health(state: ServerState, request: Request) -> Response:
-    """Answers /health: 200 while requests are taken."""
+    """Answers /health: 200 while requests are taken; the first ones may wait for programs that are
+    not compiled yet, whose number is ``programs_left``."""
     loop = state.engine_loop
     status = "failed" if loop.failure else "stopping" if loop.is_draining else "ok"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    programs_left = loop.engine.num_programs_left if loop.engine is not None else 0
+    about = {"status": status, "programs_left": programs_left}
+    return JSONResponse(about, 200 if status == "ok" else 503)
 
 
 async def report_metrics(state: ServerState, request: Request) -> Response:
@@ -132,11 +159,11 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.messages:
         tokenizer = state.get_tokenizer(body.model)
-        tokens = await asyncio.to_thread(encode_conversation, tokenizer, body.messages)
+        tokens = await encode_conversation(state, tokenizer, body.messages)
     else:
         encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
         encode = partial(encode, allow_special=body.parse_special)
-        tokens = await asyncio.to_thread(encode, body.prompt or "")
+        tokens = await state.encode_text(body.prompt or "", "prompt", encode=encode)
     about = {"count": len(tokens), "max_model_len": state.max_length}
     return JSONResponse(about | {"tokens": list(tokens)})
 
@@ -144,7 +171,8 @@ async def tokenize(state: ServerState, request: Request) -> Response:
 async def detokenize(state: ServerState, request: Request) -> Response:
     """Answers /detokenize: the text of ids."""
     body = await state.read_body(request, DetokenizeBody)
-    return JSONResponse({"prompt": state.tokenizer.decode(body.tokens)})
+    text = await asyncio.to_thread(state.tokenizer.decode, body.tokens)
+    return JSONResponse({"prompt": text})
 
 
 async def load_lora_adapter(state: ServerState, request: Request) -> Response:

@@ -1,18 +1,20 @@
 """/v1/chat/completions: conversations, by the model's chat template."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlm.data.tokenizer import Tokenizer, encode_chat
-from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.data.tokenizer import Tokenizer, render_escaped_chat
+from maxlm.data.tokenizer.chat import EscapedChat, get_chat_template
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.serving.engine_loop import RequestStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
+from maxlm.serving.reasoning import ReasoningFormat, ReasoningParser, detect_reasoning_format
 from maxlm.serving.schemas import ChatBody, ChatMessage, Tool
 from maxlm.serving.server_state import ServerState
 from maxlm.serving.tools import (
@@ -61,45 +63,89 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
     return _ToolPlan(detect_tool_format(template), offered, required, parallel)
 
 
-def encode_conversation(
+async def encode_conversation(
+    state: ServerState,
     tokenizer: Tokenizer,
     messages: list[ChatMessage],
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
+    kept_tokens: int | None = None,
 ) -> tuple[int, ...]:
     """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
-    the model has no chat template, or it cannot write this conversation."""
-    template, plan = get_chat_template(tokenizer), plan or _ToolPlan("hermes")
+    the model has no chat template, or it cannot write this conversation; ApiError: it can never fit
+    the context."""
+    plan = plan or _ToolPlan("hermes")
+    conversation = await asyncio.to_thread(
+        _render_conversation, tokenizer, messages, plan, variables or {}
+    )
+
+    whole_text = conversation.get_plain_text()
+
+    def encode(text: str) -> list[int]:
+        # Of a text that is cut, its end: literals' escapes make it a little shorter, no longer.
+        is_cut = len(text) < len(whole_text)
+        ending = conversation.text[-len(text) :] if is_cut else conversation.text
+        ids = conversation._replace(text=ending).encode(tokenizer)
+        if plan.required:
+            opener = get_forced_prefix(plan.tool_format)
+            ids += tokenizer.encode(opener, allow_special=True)
+        return ids
+
+    # A template may leave parts of messages out: what it wrote is what counts.
+    return await state.encode_text(whole_text, "messages", encode=encode, kept_tokens=kept_tokens)
+
+
+def _render_conversation(
+    tokenizer: Tokenizer, messages: list[ChatMessage], plan: _ToolPlan, variables: dict[str, Any]
+) -> EscapedChat:
+    template = get_chat_template(tokenizer)
     written = [message.to_template() for message in messages]
-    tools = [each.model_dump(exclude_none=True) for each in plan.offered]
-    settings: dict[str, Any] = {"add_generation_prompt": True, **(variables or {})}
+    tools = [tool.model_dump(exclude_none=True) for tool in plan.offered]
+    settings: dict[str, Any] = {"add_generation_prompt": True, **variables}
     if "tool" in template:
         settings["tools"] = tools or None
-    elif tools or any("tool_calls" in each or each["role"] == "tool" for each in written):
+    elif tools or any(_mentions_tools(message) for message in written):
         written = describe_tools_in_text(written, tools)
-    ids = encode_chat(tokenizer, written, **settings)
-    if plan.required:
-        ids += tokenizer.encode(get_forced_prefix(plan.tool_format), allow_special=True)
-    return tuple(ids)
+    return render_escaped_chat(tokenizer, written, **settings)
+
+
+def _mentions_tools(message: Mapping[str, Any]) -> bool:
+    return "tool_calls" in message or message["role"] == "tool"
+
+
+class ParsedAnswer(NamedTuple):
+    """Parts of an answer's text; calls by number, as :class:`ParsedText` has them."""
+
+    reasoning: str
+    content: str
+    calls: dict[int, dict[str, Any]]
 
 
 @dataclass(eq=False)
-class _ChatAnswer(Answer):
+class ChatAnswer(Answer):
     """The answer to /v1/chat/completions."""
 
     id_prefix, object_names = "chatcmpl", ("chat.completion", "chat.completion.chunk")
     body: ChatBody
     plan: _ToolPlan
+    marks: ReasoningFormat | None = None
+    """Those around thoughts that are told apart from the content; None: none are."""
+    begins_inside: bool = False
+    """Whether the prompt ends within thoughts."""
     parsers: dict[int, ToolCallParser] = field(default_factory=dict)
-    """The parser of each sequence, by its index."""
+    """The parser of each sequence's calls, by its index."""
+    reasoning_parsers: dict[int, ReasoningParser] = field(default_factory=dict)
+    num_reasoning_tokens: int = 0
+    """Tokens of thoughts, those that came in one step with a thought's end included."""
 
     def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
-        body, plan, vocab_size = self.body, self.plan, self.state.tokenizer.vocab_size
+        body, plan = self.body, self.plan
         asked = body.max_completion_tokens or body.max_tokens
         most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
-        request = body.make_request(request_id, prompt, most, vocab_size)
+        tokenizer = self.state.get_tokenizer(body.model)
+        request = body.make_request(request_id, prompt, most, tokenizer)
         # The engine ends where the model's own tokenizer says; an adapter may end elsewhere too.
-        ends = {*self.state.get_tokenizer(body.model).stop_ids} - {*self.state.tokenizer.stop_ids}
+        ends = {*tokenizer.stop_ids} - {*self.state.tokenizer.stop_ids}
         stops = dict.fromkeys((*request.stop_token_ids, *sorted(ends)))
         request = replace(request, stop_token_ids=tuple(stops))
         if plan.required:
@@ -110,22 +156,62 @@ class _ChatAnswer(Answer):
         return replace(request, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
-        is_first, reason = index not in self.parsers, output.finish_reason
-        parser = self.parsers.setdefault(index, self.plan.make_parser())
-        found = parser.push(output.text, final=reason is not None)
+        is_first = index not in self.parsers
+        parsed = self.parse(index, output)
         if self.body.stream:
-            name, message = "delta", {"role": "assistant"} if is_first else {}
-            message |= {"content": found.content} if is_first or found.content else {}
-            calls = [{"index": number, **call} for number, call in found.calls.items()]
+            name = "delta"
+            message: dict[str, Any] = {"role": "assistant"} if is_first else {}
+            if parsed.content or (is_first and not parsed.reasoning):
+                message["content"] = parsed.content
+            calls = [{"index": number, **call} for number, call in parsed.calls.items()]
         else:
-            name, calls = "message", [*found.calls.values()]
-            message = {"role": "assistant", "content": found.content or (None if calls else "")}
-        message |= {"tool_calls": calls} if calls else {}
+            name = "message"
+            calls = [*parsed.calls.values()]
+            message = {"role": "assistant", "content": parsed.content or (None if calls else "")}
+        if parsed.reasoning:
+            message["reasoning_content"] = parsed.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        reason = self.get_finish_reason(index, output)
         logprobs = None
         if self.body.logprobs:
             logprobs = {"content": [self._describe_logprob(entry) for entry in output.logprobs]}
-        reason = "tool_calls" if reason == "stop" and parser.num_calls else reason
         return {"index": index, name: message, "logprobs": logprobs, "finish_reason": reason}
+
+    def parse(self, index: int, output: SequenceOutput) -> "ParsedAnswer":
+        """Returns what an output adds to sequence ``index``, told apart."""
+        is_last = output.finish_reason is not None
+        if index not in self.parsers:
+            self.parsers[index] = self.plan.make_parser()
+            self.reasoning_parsers[index] = ReasoningParser(self.marks, self.begins_inside)
+        reasoned = self.reasoning_parsers[index].push(output.text, final=is_last)
+        found = self.parsers[index].push(reasoned.content, final=is_last)
+        reasoning = reasoned.reasoning if self.body.include_reasoning else ""
+        return ParsedAnswer(reasoning, found.content, found.calls)
+
+    def get_finish_reason(self, index: int, output: SequenceOutput) -> str | None:
+        """Returns why an output ended, in OpenAI's words; None: more will come."""
+        has_called = self.parsers[index].num_calls > 0
+        return (
+            "tool_calls" if output.finish_reason == "stop" and has_called else output.finish_reason
+        )
+
+    async def _read(self, stream: RequestStream) -> AsyncIterator[tuple[int, SequenceOutput]]:
+        counters: dict[int, ReasoningParser] = {}
+        async for index, output in super()._read(stream):
+            if index not in counters:
+                counters[index] = ReasoningParser(self.marks, self.begins_inside)
+            reasoned = counters[index].push(output.text)
+            if reasoned.reasoning or counters[index].is_inside:
+                self.num_reasoning_tokens += len(output.token_ids)
+            yield index, output
+
+    def _describe_usage(self) -> dict[str, Any]:
+        usage = super()._describe_usage()
+        if self.marks is not None:
+            details = {"reasoning_tokens": self.num_reasoning_tokens}
+            usage["completion_tokens_details"] = details
+        return usage
 
     def _describe_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
         def describe(token_id: int, logprob: float) -> dict[str, Any]:
@@ -139,13 +225,43 @@ class _ChatAnswer(Answer):
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/chat/completions."""
     body = await state.read_body(request, ChatBody)
+    return await (await prepare_chat_answer(state, body)).respond(request)
+
+
+async def prepare_chat_answer(
+    state: ServerState, body: ChatBody, answer_class: type["ChatAnswer"] = ChatAnswer
+) -> "ChatAnswer":
+    """Returns the answer to a conversation, before anything of it is generated. Raises ApiError and
+    MaxlmError: fields that do not go together, no chat template, a prompt that cannot fit."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if taken := _OWN_VARIABLES & body.chat_template_kwargs.keys():
         what = f"{', '.join(sorted(taken))}: not a variable to set"
         raise ApiError(400, what, param="chat_template_kwargs")
     tokenizer = state.get_tokenizer(body.model)
-    plan = plan_tools(body, get_chat_template(tokenizer, with_tools=bool(body.tools)))
-    given = tokenizer, body.messages, plan, body.chat_template_kwargs
-    prompt = await asyncio.to_thread(encode_conversation, *given)
-    return await _ChatAnswer(state, body, [prompt], plan).respond(request)
+    template = get_chat_template(tokenizer, with_tools=bool(body.tools))
+    plan = plan_tools(body, template)
+    asked_tokens = body.max_completion_tokens or body.max_tokens
+    prompt = await encode_conversation(
+        state,
+        tokenizer,
+        body.messages,
+        plan,
+        body.chat_template_kwargs,
+        state.resolve_truncation(body.truncate_prompt_tokens, asked_tokens),
+    )
+    marks = detect_reasoning_format(template) if body.separate_reasoning else None
+    begins_inside = marks is not None and _ends_inside(tokenizer, prompt, marks)
+    if begins_inside and body.has_form:
+        # The form is the answer's: thoughts are closed before it.
+        assert marks is not None
+        closer = tokenizer.encode(f"\n{marks.closer}\n\n", allow_special=True)
+        prompt = (*prompt, *closer)
+        begins_inside = False
+    return answer_class(state, body, [prompt], plan, marks, begins_inside)
+
+
+def _ends_inside(tokenizer: Tokenizer, prompt: Sequence[int], marks: ReasoningFormat) -> bool:
+    """Whether a template opened the thoughts of the answer that follows."""
+    ending = tokenizer.decode(prompt[-32:])
+    return ending.rstrip().endswith(marks.opener)

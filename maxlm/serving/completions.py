@@ -1,6 +1,7 @@
 """/v1/completions: continuations of texts or token ids."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,16 +33,34 @@ class _Completions(Answer):
         body = self.body
         most = self.state.resolve_max_tokens(len(prompt), body.max_tokens, "prompt")
         return replace(
-            body.make_request(request_id, prompt, most, self.state.tokenizer.vocab_size),
-            top_logprobs=body.logprobs,
+            body.make_request(request_id, prompt, most, self.state.tokenizer),
+            num_sequences=self.num_sequences,
+            # The best are found by their log-probabilities.
+            top_logprobs=body.logprobs if self.num_sequences == body.n else body.logprobs or 0,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
+
+    @property
+    def num_sequences(self) -> int:
+        """See :class:`Answer`; more than ``n`` where the best of them are asked for."""
+        return self.body.best_of or self.body.n
+
+    def describe_all(self, outputs: Mapping[int, SequenceOutput]) -> list[dict[str, Any]]:
+        """See :class:`Answer`."""
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(outputs), self.num_sequences):
+            drawn = range(start, start + self.num_sequences)
+            best = sorted(drawn, key=lambda index: -compute_mean_logprob(outputs[index]))
+            returned = drawn if self.num_sequences == self.body.n else best[: self.body.n]
+            for index in returned:
+                choices.append({**self.describe(index, outputs[index]), "index": len(choices)})
+        return choices
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
         text, entries, described = output.text, output.logprobs, None
         if self.body.max_tokens == 0:  # the engine makes one at least
             text, entries, self.completion_tokens = "", [], 0
-        prompt_index = index // self.body.n
+        prompt_index = index // self.num_sequences
         if self.body.echo and index not in self.num_chars:
             text = self.texts[prompt_index] + text
             first = TokenLogprob(self.prompts[prompt_index][0], math.nan)  # nothing before it
@@ -56,12 +75,28 @@ class _Completions(Answer):
         return {"index": index, "text": text, "logprobs": described, "finish_reason": reason}
 
 
+def compute_mean_logprob(output: SequenceOutput) -> float:
+    """Returns the mean log-probability (natural) of an output's tokens."""
+    logprobs = [entry.logprob for entry in output.logprobs]
+    return sum(logprobs) / max(len(logprobs), 1)
+
+
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/completions."""
     body = await state.read_body(request, CompletionBody)
-    if len(given := list_prompts(body.prompt)) * body.n > MAX_PROMPTS:
+    given = list_prompts(body.prompt)
+    if body.best_of is not None and body.best_of < body.n:
+        message = f"best_of is {body.best_of}, fewer than the {body.n} of n"
+        raise ApiError(400, message, param="best_of")
+    if body.best_of is not None and body.best_of > body.n and body.stream:
+        message = "the best of several sequences are known at their end: leave stream out"
+        raise ApiError(400, message, param="best_of")
+    if len(given) * (body.best_of or body.n) > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} sequences at once", param="prompt")
-    prompts = await state.encode_prompts(given, allow_special=body.parse_special)
+    kept_tokens = state.resolve_truncation(body.truncate_prompt_tokens, body.max_tokens)
+    prompts = await state.encode_prompts(
+        given, "prompt", allow_special=body.parse_special, kept_tokens=kept_tokens
+    )
     decode = state.tokenizer.decode
     texts = [p if isinstance(p, str) else decode(p) for p in given] if body.echo else []
     return await _Completions(state, body, prompts, texts).respond(request)

@@ -72,6 +72,11 @@ class EngineLoop:
     def __post_init__(self) -> None:
         self.stats = None if self.engine is None else self.engine.stats()
 
+    @property
+    def is_generating(self) -> bool:
+        """Whether the engine has sequences to go on with, as of its last step."""
+        return self.engine is not None and self.engine.has_work
+
     def stop(self) -> None:
         """Ends the thread after its step; what still runs is dropped."""
         self._executor.shutdown(cancel_futures=True)

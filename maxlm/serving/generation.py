@@ -5,7 +5,7 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
+from maxlm.serving.beam_search import check_beam_body, search_beams
 from maxlm.serving.engine_loop import RequestStream
 from maxlm.serving.errors import convert_error
 from maxlm.serving.server_state import ServerState
@@ -52,6 +53,15 @@ class Answer(ABC):
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
         """Returns a choice, of an answer or event: what an output adds to sequence ``index``."""
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are drawn for each prompt."""
+        return self.body.n
+
+    def describe_all(self, outputs: Mapping[int, SequenceOutput]) -> list[dict[str, Any]]:
+        """Returns the choices of an answer that does not stream, from its sequences' outputs."""
+        return [self.describe(index, outputs[index]) for index in sorted(outputs)]
+
     async def respond(self, request: Request) -> Response:
         """Returns the answer to a client that has sent its body."""
         own = self._adapter
@@ -59,7 +69,11 @@ class Answer(ABC):
             replace(self.make_request(f"{self._about['id']}-{number}", prompt), adapter=own)
             for number, prompt in enumerate(self.prompts)
         ]
-        stream = await self.state.engine_loop.submit(asked)
+        if self.body.use_beam_search:
+            check_beam_body(self.body)
+            return JSONResponse(await cancel_on_disconnect(request, self._search(asked)))
+        # Also while it waits for the engine's thread: who hung up leaves its place in the queue.
+        stream = await cancel_on_disconnect(request, self.state.engine_loop.submit(asked))
         if self.body.stream:
             return EventStream(stream, self._write_events(stream))
         with stream:
@@ -84,7 +98,17 @@ class Answer(ABC):
         async for index, output in self._read(stream):
             if (own := whole.setdefault(index, output)) is not output:
                 own.append(output)
-        choices = [self.describe(index, whole[index]) for index in sorted(whole)]
+        choices = self.describe_all(whole)
+        return self._about | {"choices": choices, "usage": self._describe_usage()}
+
+    async def _search(self, asked: Sequence[GenerationRequest]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for request in asked:
+            num_beams = max(self.num_sequences, self.body.n)
+            outputs = await search_beams(self.state, self.body, request, num_beams)
+            for output in outputs:
+                self.completion_tokens += len(output.token_ids)
+                choices.append(self.describe(len(choices), output))
         return self._about | {"choices": choices, "usage": self._describe_usage()}
 
     async def _read(self, stream: RequestStream) -> AsyncIterator[tuple[int, SequenceOutput]]:
@@ -93,9 +117,10 @@ class Answer(ABC):
             cached = self._cached_tokens.get(output.request_id, 0)
             self._cached_tokens[output.request_id] = max(output.num_cached_tokens, cached)
             prompt_index = int(output.request_id.rpartition("-")[2])
-            yield prompt_index * self.body.n + output.sequence_index, output
+            yield prompt_index * self.num_sequences + output.sequence_index, output
 
     def _describe_usage(self) -> dict[str, Any]:
+        """The numbers of tokens; of prompts as they came, and of all sequences that were drawn."""
         prompt_tokens = sum(map(len, self.prompts))
         return {
             "prompt_tokens": prompt_tokens,

@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
 
 _UNSUPPORTED = ("suffix", "audio", "modalities", "prediction", "web_search_options", "functions")
 # max_tokens and min_tokens say the other two.
-_SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens", "min_new_tokens"}
+SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens", "min_new_tokens"}
 MAX_PROMPTS = 2048
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -59,7 +61,7 @@ class ApiBody(ApiModel):
         for name in _UNSUPPORTED:
             if extra.get(name):
                 raise ApiError(400, f"{name} is not supported", param=name, code="unsupported")
-        unknown = [name for name in extra if name not in _SAMPLING_FIELDS]
+        unknown = [name for name in extra if name not in SAMPLING_FIELDS]
         return [name for name in unknown if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)][:16]
 
 
@@ -87,6 +89,10 @@ class GenerationBody(ApiBody):
     """Fields that /v1/completions and /v1/chat/completions share."""
 
     n: int = Field(default=1, ge=1, le=128)
+    use_beam_search: bool = False
+    """Whether the ``n`` likeliest continuations of ``best_of`` beams are searched, not drawn."""
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
@@ -95,17 +101,33 @@ class GenerationBody(ApiBody):
         Annotated[int, Field(strict=False, ge=0)], Annotated[float, Field(ge=-100, le=100)]
     ] = {}
     response_format: ResponseFormat | None = None
-    # Further fields of maxlm's; ``_SAMPLING_FIELDS`` are taken beside them, under their names.
+    # Further fields of maxlm's; ``SAMPLING_FIELDS`` are taken beside them, under their names.
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     regex: str | None = None
     lark: str | None = None
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128)] = []
+    """Texts that the output may not have, as far as they are written in the tokens that the
+    tokenizer writes them in, at a word's beginning or behind a space."""
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    """Keep so many last tokens of each prompt; -1: as many as the context has room for."""
+
+    def list_ignored_fields(self) -> list[str]:
+        """Returns names of fields that nothing reads, and of a schema's keywords that are not kept,
+        as ``response_format.uniqueItems``. Raises ApiError: one is not supported."""
+        ignored = super().list_ignored_fields()
+        form = self.response_format
+        if form and form.json_schema:
+            dropped = make_compilable_schema(form.json_schema.schema_).dropped_keywords
+            ignored += [f"response_format.{keyword}" for keyword in sorted(dropped)]
+        return ignored
 
     def make_request(
-        self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, vocab_size: int
+        self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, tokenizer: Tokenizer
     ) -> GenerationRequest:
         """Returns the engine's request; without a seed its own is drawn anew each time."""
+        vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in self.logit_bias):
             what = f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's last"
             raise ApiError(400, what, param="logit_bias")
@@ -113,7 +135,7 @@ class GenerationBody(ApiBody):
             what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
             raise ApiError(400, what, param="min_tokens")
         extra = self.model_extra or {}
-        sampling = {name: value for name, value in extra.items() if name in _SAMPLING_FIELDS}
+        sampling = {name: value for name, value in extra.items() if name in SAMPLING_FIELDS}
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
@@ -130,7 +152,14 @@ class GenerationBody(ApiBody):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             grammar=self._make_grammar(),
+            banned_sequences=encode_bad_words(tokenizer, self.bad_words),
         )
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the output must have a form from its first token on."""
+        form = self.response_format
+        return bool(self.regex or self.lark or (form and form.type != "text"))
 
     def _make_grammar(self) -> GrammarSpec | None:
         found = [GrammarSpec("regex", self.regex, "regex")] if self.regex is not None else []
@@ -153,6 +182,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     max_tokens: int = Field(default=16, ge=0)
+    best_of: int | None = Field(default=None, ge=1, le=128)
+    """Sequences to draw; the ``n`` with the highest log-probability a token are returned."""
     echo: bool = False
     logprobs: TopLogprobs | None = None
     parse_special: bool = False
@@ -218,6 +249,20 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+    separate_reasoning: bool = True
+    """Whether thoughts are told apart, as ``reasoning_content``; false: they are content."""
+    include_reasoning: bool = True
+    """Whether thoughts that are told apart are sent."""
+
+    def list_ignored_fields(self) -> list[str]:
+        """As of other bodies, with keywords of the schemas of tools of which one must be called."""
+        ignored = super().list_ignored_fields()
+        if self.tool_choice in (None, "none", "auto"):
+            return ignored
+        dropped: set[str] = set()
+        for tool in self.tools:
+            dropped |= make_compilable_schema(tool.function.parameters).dropped_keywords
+        return [*ignored, *(f"tools.{keyword}" for keyword in sorted(dropped))]
 
 
 class EmbeddingBody(ApiBody):
@@ -229,12 +274,43 @@ class EmbeddingBody(ApiBody):
     pooling: Literal["mean", "last", "first"] | None = None
 
 
-class ScoreBody(ApiBody):
+class PairBody(ApiBody):
+    """A request that scores pairs of texts."""
+
+    method: Literal["loglikelihood", "cosine"] | None = None
+
+    def resolve_method(self, generates: bool) -> Literal["loglikelihood", "cosine"]:
+        """Returns how pairs are scored; by default as the model can: ``generates``: it continues
+        text."""
+        return self.method or ("loglikelihood" if generates else "cosine")
+
+
+class ScoreBody(PairBody):
     """A request to /v1/score: one text beside one or many, or pairs of as many."""
 
     text_1: str | Texts
     text_2: str | Texts
-    method: Literal["loglikelihood", "cosine"] | None = None
+
+
+class RerankDocument(ApiModel):
+    """A document to rank."""
+
+    text: str
+
+
+class RerankBody(PairBody):
+    """A request to /v1/rerank, as Jina's and Cohere's."""
+
+    query: Annotated[str, Field(min_length=1)]
+    documents: Annotated[
+        list[str] | list[RerankDocument], Field(min_length=1, max_length=MAX_PROMPTS)
+    ]
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = True
+
+    def list_texts(self) -> list[str]:
+        """Returns the documents' texts."""
+        return [each if isinstance(each, str) else each.text for each in self.documents]
 
 
 class UnloadAdapterBody(ApiBody):
@@ -262,6 +338,17 @@ class DetokenizeBody(ApiBody):
     """A request to /detokenize."""
 
     tokens: TokenIds
+
+
+def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Returns the token sequences of words, each at a text's beginning and behind a space."""
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word.lstrip(), f" {word.lstrip()}"):
+            tokens = tuple(tokenizer.encode(text))
+            if tokens:
+                sequences[tokens] = None
+    return tuple(sequences)
 
 
 def list_prompts(prompt: Prompt) -> Sequence[str | TokenIds]:

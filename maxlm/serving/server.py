@@ -1,10 +1,12 @@
 """Runs the server until it is stopped."""
 
 import asyncio
+import logging
 import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import uvicorn
 
 from maxlm.config import MaxlmError
 from maxlm.serving.app import make_app
+from maxlm.serving.deadlines import DeadlineProtocol
 from maxlm.serving.server_state import ServerState
 
 
@@ -56,13 +59,25 @@ def run_server(state: ServerState, bound: socket.socket, announce: Callable[[str
         state.engine_loop.stop()
 
 
+def make_server_config(state: ServerState) -> uvicorn.Config:
+    """Returns uvicorn's settings."""
+    protocol: Any = partial(DeadlineProtocol, request_seconds=state.request_seconds)
+    return uvicorn.Config(
+        make_app(state),
+        http=protocol,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
 class _DrainingServer(uvicorn.Server):
     """Ends on a signal only when what runs is answered; uvicorn closes its sockets at once."""
 
     def __init__(self, state: ServerState, announce: Callable[[], None]):
-        settings: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False}
-        settings |= {"server_header": False, "timeout_graceful_shutdown": 5}
-        super().__init__(uvicorn.Config(make_app(state), **settings))
+        super().__init__(make_server_config(state))
         self._engine_loop, self._announce = state.engine_loop, announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,7 +86,12 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         loop = self._engine_loop
-        self.should_exit = self.force_exit = loop.is_draining
+        if loop.is_draining:
+            self.should_exit = True
+            self.force_exit = True
+            # Answers that run are cancelled now; uvicorn logs each one's traceback.
+            logging.getLogger("uvicorn.error").addFilter(lambda record: False)
+            return
         loop.is_draining = True
         if loop.num_open:
             what = f"finishing {loop.num_open} that run; Ctrl-C ends now"

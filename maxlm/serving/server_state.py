@@ -12,10 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer import Tokenizer, make_token_count_bound
 from maxlm.inference.adapter_slots import ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.requests import SequenceOutput
+from maxlm.serving.deadlines import DEFAULT_REQUEST_SECONDS
 from maxlm.serving.engine_loop import EngineLoop, RequestStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import ApiBody
@@ -32,7 +33,7 @@ class ServerState:
     name: str
     tokenizer: Tokenizer
     max_length: int
-    """Tokens of a prompt and its continuation together."""
+    """Tokens of a prompt and its continuation together: the engine's setting of that name."""
     encode_prompt: Callable[..., list[int]]
     """Returns the ids that the model is given for a text; ``allow_special``: as the tokenizer's
     ``encode`` takes it."""
@@ -45,10 +46,15 @@ class ServerState:
     """Tokenizers of loaded adapters that have one of their own, by the adapter's name."""
     allowed_hosts: Collection[str] | None = None
     """Names that requests may call the server by; None: any."""
+    request_seconds: float = DEFAULT_REQUEST_SECONDS
+    """Time that a request's head and body may take; see ``DeadlineProtocol``."""
+    model_max_length: int | None = None
+    """Tokens that the model was made for; None: not known."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(lambda: self.engine_loop.stats)
+        self._count_least_tokens = make_token_count_bound(self.tokenizer)
 
     async def read_body(self, request: Request, schema: type[Body]) -> Body:
         """Reads and checks a JSON body. Raises ApiError: no JSON, too large, a field that is not
@@ -96,22 +102,110 @@ class ServerState:
         return {**about, **own, "max_model_len": self.max_length}
 
     async def encode_prompts(
-        self, prompts: Sequence[str | list[int]], *, allow_special: bool = False
+        self,
+        prompts: Sequence[str | list[int]],
+        prompt_field: str,
+        *,
+        max_tokens: int | None = None,
+        allow_special: bool = False,
+        kept_tokens: int | None = None,
     ) -> list[tuple[int, ...]]:
-        """Returns the ids of prompts that may be texts or ids already; checks these."""
+        """Returns the ids of prompts that may be texts or ids already; checks these. Raises
+        ApiError: a prompt is empty, too long, or of ids that are none.
 
-        def encode_all() -> list[tuple[int, ...]]:
-            read = partial(self.encode_prompt, allow_special=allow_special)
-            return [tuple(read(each) if isinstance(each, str) else each) for each in prompts]
-
-        found = await asyncio.to_thread(encode_all)
+        Args:
+            prompt_field: the request's field that has the prompts, to name in errors.
+            max_tokens: of each prompt; default: ``max_length``.
+            kept_tokens: so many last tokens of each prompt are taken; None: all.
+        """
+        encode = partial(self.encode_prompt, allow_special=allow_special)
         last = self.tokenizer.vocab_size - 1
-        for tokens in found:
+        encoded: list[tuple[int, ...]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                tokens = await self.encode_text(
+                    prompt,
+                    prompt_field,
+                    encode=encode,
+                    max_tokens=max_tokens,
+                    kept_tokens=kept_tokens,
+                )
+            elif kept_tokens is not None:
+                tokens = tuple(prompt[-kept_tokens:])
+            else:
+                self.check_prompt_length(len(prompt), prompt_field, max_tokens=max_tokens)
+                tokens = tuple(prompt)
             if not tokens:
-                raise ApiError(400, "a prompt is empty", param="prompt")
+                raise ApiError(400, "a prompt is empty", param=prompt_field)
             if max(tokens) > last:
-                raise ApiError(400, f"token ids lie from 0 to {last}", param="prompt")
-        return found
+                raise ApiError(400, f"token ids lie from 0 to {last}", param=prompt_field)
+            encoded.append(tokens)
+        return encoded
+
+    async def encode_text(
+        self,
+        text: str,
+        prompt_field: str,
+        *,
+        encode: Callable[[str], list[int]],
+        max_tokens: int | None = None,
+        kept_tokens: int | None = None,
+    ) -> tuple[int, ...]:
+        """Returns a text's ids by ``encode``, in a thread of its own. Raises ApiError: the text can
+        never fit, which is told before it is encoded.
+
+        Args:
+            kept_tokens: the last ones alone are taken, behind the token that begins texts.
+        """
+        if kept_tokens is not None:
+            return await asyncio.to_thread(self._encode_end, text, encode, kept_tokens)
+
+        def check_and_encode() -> list[int]:
+            least = self._count_least_tokens(text)
+            self.check_prompt_length(least, prompt_field, max_tokens=max_tokens, is_least=True)
+            return encode(text)
+
+        return tuple(await asyncio.to_thread(check_and_encode))
+
+    def _encode_end(
+        self, text: str, encode: Callable[[str], list[int]], num_tokens: int
+    ) -> tuple[int, ...]:
+        # So much text has more tokens than are kept; what stands before it is not looked at.
+        most_chars = (num_tokens + 64) * max(map(len, self.tokenizer.codec.token_bytes))
+        tokens = encode(text[-most_chars:])
+        if len(tokens) <= num_tokens:
+            return tuple(tokens)
+        begins = tokens[0] == self.tokenizer.bos_id and num_tokens > 1
+        return (tokens[0], *tokens[1 - num_tokens :]) if begins else tuple(tokens[-num_tokens:])
+
+    def resolve_truncation(self, asked: int | None, max_new_tokens: int | None) -> int | None:
+        """Returns how many last tokens of a prompt are kept, None: all must fit. Raises ApiError:
+        fewer than one.
+
+        Args:
+            asked: -1 asks for all that there is room for beside ``max_new_tokens``.
+        """
+        if asked is None:
+            return None
+        if asked == 0:
+            raise ApiError(400, "keep one token at least, or -1", param="truncate_prompt_tokens")
+        room = self.max_length - (max_new_tokens or 1)
+        return max(1, room if asked == -1 else min(asked, room))
+
+    def check_prompt_length(
+        self,
+        num_tokens: int,
+        prompt_field: str,
+        *,
+        max_tokens: int | None = None,
+        is_least: bool = False,
+    ) -> None:
+        """Raises ApiError: a prompt of so many tokens is too long for the context, or for
+        ``max_tokens``; ``is_least``: it has so many at least."""
+        if num_tokens > (max_tokens or self.max_length):
+            count = f"at least {num_tokens}" if is_least else str(num_tokens)
+            message = f"the prompt has {count} tokens; {self._describe_context(max_tokens)}"
+            raise ApiError(400, message, param=prompt_field, code="context_length_exceeded")
 
     def resolve_max_tokens(
         self, num_prompt_tokens: int, asked: int | None, prompt_field: str
@@ -119,14 +213,24 @@ class ServerState:
         """Returns how many tokens a sequence may have; None asks for all that there is room for.
         Raises ApiError: they do not fit the context; ``prompt_field`` is the request's field that
         has the prompt, to name there."""
-        limit = self.max_length
-        room = limit - num_prompt_tokens
+        room = self.max_length - num_prompt_tokens
         if room < 1 or (asked or 0) > room:
-            what = f"the context is {limit} tokens (max_length), the prompt has {num_prompt_tokens}"
-            what += f"; {asked} more were asked for" if room >= 1 else ""
-            name = "max_tokens" if room >= 1 else prompt_field
-            raise ApiError(400, what, param=name, code="context_length_exceeded")
+            message = f"the prompt has {num_prompt_tokens} tokens"
+            name = prompt_field
+            if room >= 1:
+                message += f" and {asked} more were asked for"
+                name = "max_tokens"
+            message += f"; {self._describe_context()}"
+            raise ApiError(400, message, param=name, code="context_length_exceeded")
         return room if asked is None else max(asked, 1)
+
+    def _describe_context(self, max_tokens: int | None = None) -> str:
+        """Says how long the context is, and by which setting."""
+        limit = max_tokens or self.max_length
+        text = f"the context is {limit} (the server's setting max_length"
+        if self.model_max_length is not None and self.model_max_length > limit:
+            text += f"; the model was made for {self.model_max_length}"
+        return f"{text})"
 
 
 class ServerMetrics(Collector):

@@ -17,7 +17,7 @@ from uuid import uuid4
 from maxlm.inference.outputs import count_begun
 from maxlm.inference.requests import GrammarSpec
 from maxlm.serving.errors import ApiError
-from maxlm.serving.schemas import Tool
+from maxlm.serving.schemas import Tool, ToolFunction
 
 ToolFormat = Literal["hermes", "mistral", "llama3"]
 
@@ -30,6 +30,8 @@ _HEAD = re.compile(
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _MAX_HEAD_CHARS = 1000
+# Nothing is at this address: schemas need an absolute one to be found by.
+_TOOL_SCHEMAS = "json-schema:///tools/"
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _INSTRUCTIONS = (
     "You may call functions to help with the user's query. Their signatures, as JSON, one a line:\n"
@@ -78,26 +80,54 @@ def make_tool_grammar(
     tools: Sequence[Tool], tool_format: ToolFormat, *, parallel: bool
 ) -> GrammarSpec:
     """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`. Raises
-    ApiError: ``$defs`` that are none, or give one name to different things."""
+    ApiError: parameters that are no schema of an object, or two schemas with one ``$id``."""
     key = "parameters" if tool_format == "llama3" else "arguments"
-    calls, definitions = [], {"$defs": {}, "definitions": {}}
-    for tool in tools:
-        schema = dict(tool.function.parameters or {"type": "object", "properties": {}})
-        for place, shared in definitions.items():  # references start at the root
-            if not isinstance(found := schema.pop(place, {}), dict):
-                raise ApiError(400, f"{place} of a tool's parameters is no object", param="tools")
-            for name, value in found.items():
-                if shared.setdefault(name, value) != value:
-                    raise ApiError(400, f"two tools differ in {place}/{name}", param="tools")
-        properties = {"name": {"const": tool.function.name}, key: schema}
-        call = {"type": "object", "properties": properties, "required": ["name", key]}
-        calls.append(call | {"additionalProperties": False})
+    calls: list[dict[str, Any]] = []
+    schema_ids: set[str] = set()
+    for index, tool in enumerate(tools):
+        parameters = _make_parameters_schema(tool.function, index)
+        if parameters["$id"] in schema_ids:
+            message = f"two tools' parameters have the $id {parameters['$id'][:200]!r}"
+            raise ApiError(400, message, param="tools")
+        schema_ids.add(parameters["$id"])
+        call = {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, key: parameters},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        calls.append(call)
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if tool_format == "mistral":
         schema = {"type": "array", "items": schema, "minItems": 1}
-        schema |= {} if parallel else {"maxItems": 1}
-    schema |= {place: shared for place, shared in definitions.items() if shared}
+        if not parallel:
+            schema["maxItems"] = 1
     return GrammarSpec("json_schema", json.dumps(schema), "tools")
+
+
+def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any]:
+    """Returns a function's parameters as a schema that keeps its meaning within another: its
+    ``$id`` makes it a resource, and ``#`` and ``#/...`` begin there (JSON Schema, 8.2)."""
+    where = f"the parameters of the tool {function.name}"
+    if function.parameters is None:
+        # As OpenAI has it: no parameters are an empty list of them.
+        schema: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+    else:
+        schema = dict(function.parameters)
+    for place in ("$defs", "definitions"):
+        if not isinstance(schema.get(place, {}), dict):
+            raise ApiError(400, f"{place} of {where} is no object", param="tools")
+    # Arguments are an object, whatever else a schema lets through.
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise ApiError(400, f"{where} must be of type object", param="tools")
+    if "$ref" not in schema:  # llguidance takes nothing beside a reference that leads back to it
+        schema["type"] = "object"
+    if not isinstance(schema.setdefault("$id", f"{_TOOL_SCHEMAS}{index}"), str):
+        raise ApiError(400, f"$id of {where} is no text", param="tools")
+    if "draft-04" in str(schema.get("$schema")):
+        del schema["$schema"]  # it has no $id, by which its references are found
+    return schema
 
 
 def get_forced_prefix(tool_format: ToolFormat) -> str:

@@ -11,6 +11,7 @@ from tests.serving.running import run_in_thread, train_chat_tokenizer
 ANSWERS = {
     "code": "Look:\n```python\nprint('<b>&amp;</b>')\n```\nDone.",
     "cat": "猫が好き 🐈!",
+    "markdown": "**bold**\n\n- one\n- two\n\n| a |\n|---|\n| 1 |\n\n```python\nx = 1\n```\n",
     "long": "one two three " * 25,
 }
 
@@ -34,7 +35,8 @@ def server(tokenizer):
 
 @pytest.fixture(params=[1200, 390], ids=["desktop", "phone"])
 def page(request, browser, server):
-    page = browser.new_page(viewport={"width": request.param, "height": 780})
+    context = browser.new_context(viewport={"width": request.param, "height": 780})
+    page = context.new_page()
     complaints, others = [], []
     page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -42,7 +44,7 @@ def page(request, browser, server):
     page.goto(server.url)
     yield page
     width = page.evaluate("[document.body.scrollWidth, innerWidth]")
-    page.close()
+    context.close()
     assert (complaints, others) == ([], [])
     assert width[0] <= width[1]
 
@@ -73,8 +75,78 @@ def test_a_conversation_streams_and_is_sent_whole(page, server):
     assert "first after" in note
     page.reload()  # the tab keeps it
     assert answers(page) == ["You said: hi", ANSWERS["cat"]]
+    show_chats(page)
     page.get_by_role("button", name="New chat").click()
     assert answers(page) == []
+
+
+def show_chats(page) -> None:
+    """A phone's page has the list of conversations behind a button."""
+    if page.is_visible("#show"):
+        page.get_by_role("button", name="Chats").click()
+
+
+def list_chats(page) -> list[str]:
+    return page.locator("#list .open").all_text_contents()
+
+
+def test_conversations_are_kept_apart_and_can_be_deleted(page, server):
+    say(page, "first talk")
+    show_chats(page)
+    page.get_by_role("button", name="New chat").click()
+    say(page, "second talk")
+    assert list_chats(page) == ["second talk", "first talk"]
+    assert "first talk" not in last_prompt(server)
+    show_chats(page)
+    page.get_by_role("button", name="first talk", exact=True).click()
+    assert answers(page) == ["You said: first talk"]
+    say(page, "and more")
+    assert "first talk" in last_prompt(server)
+    assert "second talk" not in last_prompt(server)
+    other = page.context.new_page()  # another tab of the same browser
+    other.goto(server.url)
+    assert list_chats(other) == ["first talk", "second talk"]
+    page.once("dialog", lambda dialog: dialog.accept())
+    show_chats(page)
+    page.get_by_role("button", name="Delete first talk").click()
+    assert answers(page) == []
+    assert list_chats(page) == ["second talk"]
+    other.get_by_role("button", name="first talk", exact=True).wait_for(state="detached")
+    other.close()
+
+
+def test_a_conversation_left_while_it_is_answered_keeps_what_there_was(page, server):
+    started, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        if server.engine.num_generated == 20:
+            started.set()
+            go_on.wait(20)
+
+    server.engine.before_step = pause
+    page.get_by_label("Message", exact=True).fill("long")
+    page.keyboard.press("Enter")
+    assert started.wait(20)
+    page.locator("article.waiting .body", has_text=re.compile(r".{10}")).wait_for()
+    show_chats(page)
+    page.get_by_role("button", name="New chat").click()
+    go_on.set()
+    say(page, "hi")
+    assert answers(page) == ["You said: hi"]
+    show_chats(page)
+    page.get_by_role("button", name="long", exact=True).click()
+    assert 0 < len(answers(page)[0]) < len(ANSWERS["long"])
+
+
+def test_answers_are_shown_as_markdown_and_code_can_be_copied(page, server):
+    say(page, "markdown")
+    assert page.locator("article.assistant li").all_inner_texts() == ["one", "two"]
+    assert page.inner_text("article.assistant strong") == "bold"
+    assert page.inner_text("article.assistant td") == "1"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+    page.locator(".code").get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
 
 
 def test_shift_enter_breaks_the_line_and_code_stays_text(page, server):

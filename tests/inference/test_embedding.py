@@ -81,12 +81,20 @@ def test_rows_are_what_they_are_alone(name, mesh, one_device_mesh):
 def test_few_shapes_are_compiled(tinies, one_device_mesh):
     tiny = tinies["llama"]
     embedder = Embedder(tiny.model, tiny.params, one_device_mesh, 48)
-    compiled = embedder._run.__wrapped__
-    before = compiled._cache_size()
     for size in range(1, 49):
         embedder.embed([[1] * size] * (size % 7 + 2))
         embedder.embed([[1] * size])
-    assert compiled._cache_size() - before <= 6  # widths of 16, 32 and 48; one row and eight
+    assert len(embedder._programs) <= 6  # widths of 16, 32 and 48; one row and eight
+    # While others wait, texts go one by one: the same programs and vectors.
+    rows = [[1] * size for size in (3, 40, 20, 4)]
+    expected = embedder.embed(rows)
+    batches = [*embedder.iterate_batches(rows, lambda: True)]
+    assert [indices for indices, _, _ in batches] == [[1], [2], [3], [0]]
+    for (index,), tokens, lengths in batches:
+        assert tokens.shape[0] == 1
+        vector = embedder.compile_program(tokens.shape)(tokens, lengths)[0]
+        np.testing.assert_allclose(vector, expected[index], atol=1e-6)
+    assert len(embedder._programs) <= 6
 
 
 def test_a_split_sequence_is_refused(tinies, mesh):

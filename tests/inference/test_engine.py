@@ -2,6 +2,7 @@
 those of whole forward passes of it alone."""
 
 import re
+import time
 from dataclasses import replace
 
 import jax
@@ -250,6 +251,30 @@ def test_nothing_compiles_after_warm_up(llama):
     (request,) = make_requests([PROMPTS[1]], penal, num_sequences=3)
     list(engine.run([request]))
     assert count_compilations() == before
+
+
+def test_steps_find_what_was_compiled_behind_them(llama, caplog):
+    """No step compiles what the thread did, and its tokens are those of an engine without one."""
+    engine = make_engine(llama, max_length=45)  # no other test's
+    engine.warm_up_behind()
+    while engine.num_programs_left:
+        time.sleep(0.01)
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        tokens = rows(engine, PROMPTS, GREEDY)
+        lines_behind = [line for line in caplog.messages if "XLA compilation" in line]
+        cold = rows(make_engine(llama, max_length=47), PROMPTS, GREEDY)
+    engine.close()
+    assert not [line for line in lines_behind if "run_step" in line]
+    assert [line for line in caplog.messages if "XLA compilation" in line and "run_step" in line]
+    assert tokens == cold
+
+
+def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
+    engine = make_engine(llama, max_length=46)  # no other test's
+    engine.warm_up_behind()
+    engine.close()
+    assert engine.num_programs_left == 0
+    assert rows(engine, PROMPTS, GREEDY) == rows(make_engine(llama), PROMPTS, GREEDY)
 
 
 def test_only_those_who_want_log_probabilities_pay_for_them(llama):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, import_tokenizer, train_tokenizer
+from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
@@ -159,12 +160,12 @@ def test_masks_of_a_draft_are_those_of_one_token_after_another(tokenizer, compil
     good, bad = tokenizer.encode('"Zoë"'), tokenizer.encode("}")
     draft = [*good, *bad, *bad]
     rows = np.zeros((len(draft) + 1, words), np.uint32)
-    matcher.fill_draft_masks(rows, draft)
+    fill_draft_masks(matcher, rows, draft)
     for token, row in zip([*good, None], rows, strict=False):
         assert np.array_equal(row, masks(matcher, tokenizer.vocab_size))
         assert token is None or matcher.accept(token)
     assert np.all(rows[len(good) + 1 :] == 2**32 - 1)
-    matcher.fill_draft_masks(rows[:1], [])
+    fill_draft_masks(matcher, rows[:1], [])
     assert np.array_equal(rows[0], masks(matcher, tokenizer.vocab_size))
 
 

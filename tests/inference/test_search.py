@@ -19,7 +19,7 @@ from maxlm.inference.search.answers import (
     parse_gsm8k,
     parse_last_number,
 )
-from maxlm.inference.search.beam import BeamSearchConfig, _Beam, _BeamSearch, beam_search
+from maxlm.inference.search.beam import Beam, BeamSearch, BeamSearchConfig, beam_search
 from maxlm.inference.search.best_of_n import (
     best_of_n,
     rank_by_answer,
@@ -160,11 +160,11 @@ def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
 
 
 def test_equally_likely_beams_go_by_rank():
-    search = _BeamSearch(BeamSearchConfig(num_beams=2), frozenset({9}), TokenBudget(None))
-    search.beams = [_Beam(4, (5,), -1.0), _Beam(2, (6,), -1.5)]
+    search = BeamSearch(BeamSearchConfig(num_beams=2), frozenset({9}), TokenBudget(None))
+    search.beams = [Beam(4, (5,), -1.0), Beam(2, (6,), -1.5)]
     tops = {4: ((1, -1.0), (3, -1.0), (9, -1.0)), 2: ((8, -0.5), (7, -0.5), (0, -0.5))}
     found = search.advance({index: TokenLogprob(0, 0.0, top) for index, top in tops.items()})
-    assert found == [_Beam(4, (5, 1), -2.0), _Beam(4, (5, 3), -2.0)]
+    assert found == [Beam(4, (5, 1), -2.0), Beam(4, (5, 3), -2.0)]
     assert not search.finished  # the end is likely, but third
 
 

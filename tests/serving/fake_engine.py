@@ -43,6 +43,7 @@ class FakeEngine:
     before_step: Callable[[], None] = lambda: None
     num_generated: int = 0
     adapters: tuple[str, ...] = ()
+    num_programs_left: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -114,12 +115,22 @@ class FakeEmbedder:
     num_done = 0
     before_text: Callable[[], None] = staticmethod(lambda: None)
 
+    def __init__(self) -> None:
+        self.compiled: list[tuple[int, ...]] = []
+
     @staticmethod
     def embed(num_tokens: int) -> np.ndarray:
         return np.array([num_tokens, 1.0, 2.0], np.float32) / np.sqrt(num_tokens**2 + 5)
 
-    def iterate_embeddings(self, rows, pooling):
+    def iterate_batches(self, rows, is_shared):
         for index in reversed(range(len(rows))):
-            self.before_text()
-            self.num_done += 1
-            yield [index], self.embed(len(rows[index]))[None]
+            yield [index], np.array([rows[index]]), np.array([len(rows[index])])
+
+    def compile_program(self, shape, pooling):
+        self.compiled.append(shape)
+        return self.run
+
+    def run(self, tokens, lengths):
+        self.before_text()
+        self.num_done += 1
+        return self.embed(lengths[0])[None]

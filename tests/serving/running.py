@@ -12,9 +12,8 @@ import openai
 import uvicorn
 
 from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from maxlm.serving.app import make_app
 from maxlm.serving.engine_loop import EngineLoop
-from maxlm.serving.server import bind_socket
+from maxlm.serving.server import bind_socket, make_server_config
 from maxlm.serving.server_state import ServerState
 from tests.serving.fake_engine import FakeEngine
 
@@ -56,7 +55,7 @@ def run_in_thread(
     loop = EngineLoop(engine, max_open)
     state = ServerState("fake", tokenizer, max_length, encode, loop, embedder, **settings)
     bound = bind_socket("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(state), lifespan="off", log_config=None))
+    server = uvicorn.Server(make_server_config(state))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
     thread.start()
     while not server.started:

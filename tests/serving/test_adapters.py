@@ -75,7 +75,7 @@ def server(one_device_mesh, tiny, tokenizer, folders):
     read = partial(read, tokenizer=tokenizer)
     loaded = LoadedRun(Any, one_device_mesh, tiny.model, tiny.params, tokenizer, 0)  # type: ignore
     adapters = {"run": read(folders["run"]).weights}
-    engine = make_engine(loaded, SIZES, adapters=adapters, warm_up=False)
+    engine = make_engine(loaded, SIZES, adapters=adapters, warm_up="never")
     start = partial(run_in_thread, make_engine=lambda _: engine, api_key="key", read_adapter=read)
     with start(tokenizer, max_length=128) as running:
         running.http.headers["authorization"] = "Bearer key"

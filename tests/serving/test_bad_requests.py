@@ -2,8 +2,13 @@
 
 import json
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+
+from maxlm.data.tokenizer import Tokenizer
+from tests.serving.fake_engine import FakeEmbedder
 
 GOOD = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
@@ -129,6 +134,57 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
 def test_the_field_at_fault_is_named(start_server, path, change, param):
     path = f"/v1/{path}"
     assert check_error(send(start_server(), path, GOOD[path] | change), 400)["param"] == param
+
+
+LONG = "the model answers what it is asked " * 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": LONG}, "prompt"),
+        ("/v1/completions", {"prompt": ["x", LONG], "parse_special": True}, "prompt"),
+        ("/v1/completions", {"prompt": [5] * 100_000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/v1/embeddings", {"input": LONG}, "input"),
+        ("/v1/score", {"text_1": LONG, "text_2": "x"}, "text_1"),
+        ("/v1/score", {"text_1": "x", "text_2": LONG}, "text_2"),
+        ("/v1/score", {"text_1": "x", "text_2": LONG, "method": "cosine"}, "text_2"),
+        ("/tokenize", {"prompt": LONG}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+    ],
+)
+def test_a_prompt_that_can_never_fit_is_refused_before_it_is_encoded(
+    start_server, monkeypatch, path, body, param
+):
+    sizes: list[int] = []
+    encode = Tokenizer._encode
+
+    def record(self: Tokenizer, texts: Sequence[str | bytes], *arguments: Any) -> Any:
+        sizes.extend(map(len, texts))
+        return encode(self, texts, *arguments)
+
+    monkeypatch.setattr(Tokenizer, "_encode", record)
+    server = start_server(embedder=FakeEmbedder(), model_max_length=8192)
+    error = check_error(send(server, path, body), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert "max_length; the model was made for 8192" in error["message"]
+    assert max(sizes, default=0) < 100
+
+
+def test_the_longest_text_that_fits_is_taken(start_server, chat_tokenizer):
+    """Of as few tokens to a text as there are; no bound on its bytes may stop it."""
+    texts = (chat_tokenizer.decode([token]) for token in range(chat_tokenizer.vocab_size))
+    longest = max((text for text in texts if not text.startswith("<|")), key=len)
+    server = start_server(max_length=200)
+    text = longest * 198
+    assert len(chat_tokenizer.encode(text)) == 198  # and bos, and a token to be generated
+    body = {"prompt": text, "max_tokens": 1}
+    assert send(server, "/v1/completions", body).status_code == 200
+    body["prompt"] += longest
+    assert check_error(send(server, "/v1/completions", body), 400)["param"] == "prompt"
+    content = [{"role": "user", "content": text}]
+    assert send(server, "/tokenize", {"messages": content}).status_code == 200
 
 
 def test_paths_methods_sizes_and_types_of_bodies(start_server):

@@ -39,15 +39,21 @@ class Gate:
         assert self.open.wait(60)
 
 
+def send_request(server, path: str, body: dict) -> socket.socket:
+    """A connection that has sent a request, and waits."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
+    raw = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    raw.sendall(head.encode() + data)
+    return raw
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
     server = start_server(lambda text, request: "long " * 300)
     gate = Gate(server, after=5)
-    body = json.dumps({**CHAT, "stream": streams, "n": 3}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
-    head += "content-type: application/json\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
-        raw.sendall(head.encode() + body)
+    with send_request(server, "/v1/chat/completions", {**CHAT, "stream": streams, "n": 3}):
         assert gate.closed_at.wait(60)
         assert server.engine.stats().num_free_pages == 97
     wait_until(lambda: not server.loop.num_open)
@@ -86,10 +92,93 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
     assert server.http.post("/v1/embeddings", json=texts).status_code == 503
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/score"])
+def test_who_hung_up_before_the_engine_took_notice_leaves_the_queue(start_server, path):
+    embedder = FakeEmbedder()
+    server = start_server(embedder=embedder, max_open=25)
+    gate = threading.Event()
+    embedder.before_text = lambda: gate.wait(60)  # holds the engine's thread
+    bodies = {"/v1/completions": PROMPT, "/v1/chat/completions": CHAT | {"stream": True}}
+    bodies["/v1/score"] = {"text_1": "a", "text_2": "b"}
+    with ThreadPoolExecutor(2) as pool:
+        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        wait_until(lambda: server.loop.num_open == 1)
+        waiting = [send_request(server, path, bodies[path]) for _ in range(24)]
+        wait_until(lambda: server.loop.num_open == 25)
+        for raw in waiting:
+            raw.close()
+        wait_until(lambda: server.loop.num_open == 1)
+        live = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
+        wait_until(lambda: server.loop.num_open == 2)
+        gate.set()
+        assert (live.result().status_code, embeddings.result().status_code) == (200, 200)
+    wait_until(lambda: not server.loop.num_open)
+    # Nothing of theirs reached the engine, or it was aborted there.
+    assert not server.engine.sequences
+    assert not server.loop._streams
+
+
+def test_sequences_go_on_while_embeddings_compile(start_server):
+    embedder = FakeEmbedder()
+    compiling, gate = threading.Event(), threading.Event()
+
+    def compile_slowly(shape: tuple[int, ...], pooling: object) -> object:
+        compiling.set()
+        assert gate.wait(60)
+        return embedder.run
+
+    embedder.compile_program = compile_slowly
+    server = start_server(embedder=embedder)
+    with ThreadPoolExecutor(1) as pool:
+        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        assert compiling.wait(60)
+        assert server.http.post("/v1/completions", json=PROMPT, timeout=30).status_code == 200
+        gate.set()
+        assert embeddings.result().status_code == 200
+
+
 def test_another_name_of_the_host_is_refused(start_server):
     server = start_server(allowed_hosts={"127.0.0.1", "::1"})
-    for host, status in (("evil.example", 403), ("127.0.0.1:1", 200), ("[::1]:80", 200)):
-        assert server.http.get("/health", headers={"host": host}).status_code == status
+    for host in ("127.0.0.1", "127.0.0.1:1", "[::1]:80", "[::1]"):
+        assert server.http.get("/health", headers={"host": host}).status_code == 200
+    strange = ["evil.example", "127.0.0.1@evil.example", "[evil]", "", "127.0.0.1:x", "[::1"]
+    strange += ["127.0.0.1:80:80", "127.0.0.1, evil.example", "127.0.0.1/x", "::1", "127.0.0.1 x"]
+    for host in strange:
+        answer = server.http.get("/health", headers={"host": host})
+        assert answer.status_code == 403, host
+        assert "start it with an API key" in answer.json()["error"]["message"]
+
+
+def test_requests_that_do_not_come_are_closed(start_server):
+    server = start_server(request_seconds=0.4)
+    port = int(server.url.rpartition(":")[2])
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    beginnings = {
+        "nothing": b"",
+        "part of a head": head,
+        "part of a body": head + b"content-length: 100\r\n\r\n{",
+        "a path without a body": b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n",
+    }
+    answers: dict[str, bytes] = {}
+    for name, data in beginnings.items():
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+            raw.sendall(data)
+            parts = []
+            while part := raw.recv(4096):  # until the server closes
+                parts.append(part)
+            answers[name] = b"".join(parts)
+    assert answers["nothing"] == b""
+    for name in ("part of a head", "part of a body"):
+        assert answers[name].startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        error = json.loads(answers[name].partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "request_timeout"
+    assert answers["a path without a body"].startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: not server.loop.num_open)
+    # A connection that is used again, and one whose answer takes longer, are no slow ones.
+    server.engine.before_step = lambda: time.sleep(0.15)
+    for _ in range(2):
+        body = PROMPT | {"max_tokens": 5}
+        assert server.http.post("/v1/completions", json=body).status_code == 200
 
 
 def test_a_full_queue_is_429_and_who_waits_is_served(start_server):
@@ -191,3 +280,22 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
         assert answer.result().json()["choices"][0]["text"] == "abcdef"
         assert running.wait(60) == 0
         assert running.stderr.read() == "finishing 1 that run; Ctrl-C ends now\n"
+
+
+def test_a_second_sigterm_ends_at_once_without_a_traceback():
+    command = [sys.executable, "-m", "tests.serving.serve_fake"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as running, ThreadPoolExecutor(1) as pool:
+        url = running.stdout.readline().strip()
+        body = PROMPT | {"stream": True}
+        pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+        running.stdin.write("\n")
+        running.stdin.flush()
+        wait_until(lambda: "maxlm_num_running 1.0" in httpx.get(f"{url}/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        running.send_signal(signal.SIGTERM)
+        assert running.stderr.readline() == "finishing 1 that run; Ctrl-C ends now\n"
+        threading.Timer(2, running.stdin.close).start()  # the engine's step ends
+        assert running.stderr.read() == ""
+        assert running.wait(60) == 0

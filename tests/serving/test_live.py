@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ import pytest
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from tests.inference.conftest import CONFIGS, build
 from tests.serving.running import run_in_thread
 
@@ -141,3 +143,93 @@ def test_random_hang_ups_leave_no_page(server):
     after = server.engine.stats()
     assert (after.num_running, after.num_waiting) == (0, 0)
     assert after.num_free_pages == after.num_pages
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_beams_over_http_are_those_of_the_engine_alone(
+    server, tiny, chat_tokenizer, early_stopping
+):
+    texts = ["the model", "answers what it is"]
+    ask = {"model": "fake", "prompt": texts, "n": 2, "best_of": 3, "max_tokens": 9}
+    extra = {"use_beam_search": True, "length_penalty": 0.5, "early_stopping": early_stopping}
+    choices = server.client.completions.create(**ask, extra_body=extra).choices
+    alone = Engine(tiny.model, tiny.params, SIZES, chat_tokenizer)
+    config = BeamSearchConfig(
+        num_beams=3,
+        length_penalty=0.5,
+        early_stopping=early_stopping,
+        max_new_tokens=9,
+        num_return_sequences=2,
+    )
+    prompts = [(chat_tokenizer.bos_id, *chat_tokenizer.encode(text)) for text in texts]
+    expected = [
+        (output.text, output.finish_reason)
+        for result in beam_search(alone, prompts, config)
+        for output in result.outputs
+    ]
+    assert [(choice.text, choice.finish_reason) for choice in choices] == expected
+    assert [choice.index for choice in choices] == [0, 1, 2, 3]
+
+
+def test_the_best_of_several_are_those_with_the_highest_mean_logprob(server):
+    ask = {"model": "fake", "prompt": ["the model", "is"], "max_tokens": 6, "seed": 3}
+    drawn = server.client.completions.create(**ask, n=5, logprobs=0).choices
+    best = server.client.completions.create(**ask, n=2, best_of=5).choices
+    expected: list[str] = []
+    for start in (0, 5):
+        means = {c.index: np.mean(c.logprobs.token_logprobs) for c in drawn[start : start + 5]}
+        order = sorted(means, key=lambda index: -means[index])
+        expected += [drawn[index].text for index in order[:2]]
+    assert [choice.text for choice in best] == expected
+    assert all(choice.logprobs is None for choice in best)
+
+
+def test_bad_words_never_come_and_forms_hold_beside_them(server):
+    ask = {"model": "fake", "prompt": "the model", "max_tokens": 40, "temperature": 0}
+    text = server.client.completions.create(**ask).choices[0].text
+    words = [text[start : start + 3] for start in (1, 9, 20)]
+    extra = {"bad_words": words}
+    other = server.client.completions.create(**ask, extra_body=extra).choices[0].text
+    assert other != text
+    extra["regex"] = "[ab]{12}"
+    extra["bad_words"] = ["ab"]
+    formed = server.client.completions.create(**ask, extra_body=extra).choices[0].text
+    assert re.fullmatch("[ab]{12}", formed)
+
+
+def test_prompts_are_cut_to_their_ends_where_that_is_asked_for(server, chat_tokenizer):
+    text = "one two three four " * 400
+    assert len(chat_tokenizer.encode(text)) > 768
+    ask = {"model": "fake", "max_tokens": 3, "temperature": 0, "echo": True}
+    extra = {"truncate_prompt_tokens": 50}
+    cut = server.client.completions.create(**ask, prompt=text, extra_body=extra)
+    assert cut.usage.prompt_tokens == 50
+    ids = [chat_tokenizer.bos_id, *chat_tokenizer.encode(text)[-49:]]
+    expected = server.client.completions.create(**{**ask, "prompt": ids, "echo": False})
+    assert cut.choices[0].text == text + expected.choices[0].text
+    extra = {"truncate_prompt_tokens": -1}
+    full = server.client.completions.create(**ask, prompt=text, extra_body=extra)
+    assert full.usage.prompt_tokens == 768 - 3
+    messages = [{"role": "user", "content": text}]
+    chat = server.client.chat.completions.create(
+        model="fake", messages=messages, max_tokens=3, extra_body={"truncate_prompt_tokens": 99}
+    )
+    assert chat.usage.prompt_tokens == 99
+
+
+def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(server, chat_tokenizer):
+    documents = ["the model", "an answer of some length", "x"]
+    query = "what it is asked"
+    body = {"query": query, "documents": documents, "top_n": 2}
+    found = server.http.post("/v1/rerank", json=body).json()
+    passages = [
+        f"Passage: {text}\nPlease write a question based on this passage.\nQuestion: "
+        for text in documents
+    ]
+    body = {"text_1": passages, "text_2": [query] * 3}
+    scores = [each["score"] for each in server.http.post("/v1/score", json=body).json()["data"]]
+    order = sorted(range(3), key=lambda index: -scores[index])[:2]
+    assert [result["index"] for result in found["results"]] == order
+    relevance = [result["relevance_score"] for result in found["results"]]
+    np.testing.assert_allclose(relevance, np.exp([scores[index] for index in order]), rtol=1e-5)
+    assert found["results"][0]["document"]["text"] == documents[order[0]]

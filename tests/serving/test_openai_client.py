@@ -161,6 +161,20 @@ def test_json_schemas_reach_the_grammar(start_server):
     assert second.kind == "json_object"
 
 
+def test_keywords_that_no_grammar_keeps_are_named(start_server):
+    server = start_server(lambda text, request: "{}")
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for body, expected in (
+        ({"response_format": form}, "response_format.uniqueItems"),
+        ({"tools": [tool], "tool_choice": "required"}, "tools.uniqueItems"),
+        ({"tools": [tool]}, None),  # nothing is forced
+    ):
+        answer = server.http.post("/v1/chat/completions", json={"messages": HELLO, **body})
+        assert (answer.status_code, answer.headers.get("x-maxlm-ignored")) == (200, expected)
+
+
 def test_tools_are_told_called_and_answered(start_server):
     server = start_server(lambda text, request: f"Let me see.\n{CALL}")
     create = server.client.chat.completions.create
@@ -200,7 +214,7 @@ def test_a_call_is_forced_by_grammar(start_server):
         request = server.engine.requests[-1]
         schema = json.loads(request.grammar.text)
         assert schema["properties"]["name"] == {"const": "get_weather"}
-        assert schema["$defs"] == PLACE["$defs"]  # where its references point
+        assert schema["properties"]["arguments"]["$defs"] == PLACE["$defs"]
         assert server.engine.tokenizer.decode(request.prompt_tokens).endswith("<tool_call>\n")
 
 

@@ -1,11 +1,19 @@
-"""Calls are read from an answer's text however it is cut into pieces, in each way to write them."""
+"""Calls are read from an answer's text however it is cut into pieces, in each way to write them;
+a forced call's grammar takes the arguments that jsonschema takes, and no others."""
 
 import json
 import random
+from collections.abc import Callable
+from typing import Any
 
+import jsonschema
 import pytest
 
-from maxlm.serving.tools import ToolCallParser, detect_tool_format
+from maxlm.inference.grammar import GrammarCompiler
+from maxlm.inference.requests import GrammarSpec
+from maxlm.serving.errors import ApiError
+from maxlm.serving.schemas import Tool
+from maxlm.serving.tools import ToolCallParser, detect_tool_format, make_tool_grammar
 
 FORMATS = pytest.mark.parametrize("tool_format", ["hermes", "mistral", "llama3"])
 ARGUMENTS = ['{"a": [1, {"b": "}]"}], "c": "\\\\\\"{"}', "{}", '{"ü": "</tool_call>"}']
@@ -76,3 +84,96 @@ def test_formats_are_told_by_the_template():
     assert detect_tool_format("{% if tools %}[TOOL_CALLS]") == "mistral"
     for template in (llama + "<tool_call>", "<|im_start|>", "<|start_header_id|>"):
         assert detect_tool_format(template) == "hermes"
+
+
+INTEGER_NAMED = {"type": "object", "properties": {"b": {"$ref": "#/$defs/x"}}}
+INTEGER_NAMED |= {"$defs": {"x": {"type": "integer"}}, "additionalProperties": False}
+NODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "next": {"$ref": "#"}},
+    "required": ["v"],
+    "additionalProperties": False,
+}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "root": NODE,
+    "property": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}},
+        "additionalProperties": False,
+    },
+    "integers": INTEGER_NAMED,
+    "strings": INTEGER_NAMED | {"$defs": {"x": {"type": "string"}}},
+    "draft_7": {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "properties": {"b": {"$ref": "#/definitions/x"}},
+        "definitions": {"x": {"type": "integer"}},
+        "additionalProperties": False,
+    },
+    "identified": INTEGER_NAMED
+    | {"$id": "https://example.com/s", "properties": {"b": {"$ref": "/s#/$defs/x"}}},
+    "defined": {"$ref": "#/$defs/Node", "$defs": {"Node": NODE}},
+    "untyped": {"properties": {"v": {"type": "integer"}}},
+    "anything": {},
+}
+CALL = {"name": "root", "arguments": {"v": 1}}
+VALUES: list[Any] = [{}, {"v": 1}, {"v": ""}, {"v": 1, "next": {"v": 2, "next": {"v": 3}}}, CALL]
+VALUES += [{"v": 1, "next": {}}, {"v": 1, "next": CALL}, {"a": 1, "b": 2}, {"a": 1, "b": "x"}]
+VALUES += [{"b": 1}, {"b": "x"}, {"c": 1}]
+
+
+def make_tool(name: str, parameters: Any) -> Tool:
+    return Tool.model_validate({"function": {"name": name, "parameters": parameters}})
+
+
+@pytest.fixture(scope="module")
+def accepts_call(chat_tokenizer) -> Callable[..., bool]:
+    """``accepts_call(grammar, name, key, value)``: whether a grammar lets a whole call through."""
+    compiler = GrammarCompiler(chat_tokenizer)
+
+    def accepts(grammar: GrammarSpec, name: str, key: str, value: Any) -> bool:
+        matcher = compiler.compile(grammar)
+        tokens = chat_tokenizer.encode(json.dumps({"name": name, key: value}))
+        return all(matcher.accept(token) for token in tokens) and matcher.is_finished
+
+    return accepts
+
+
+def test_a_forced_call_takes_what_its_schema_takes_alone_and_among_others(accepts_call):
+    tools = [make_tool(name, parameters) for name, parameters in PARAMETERS.items()]
+    together = make_tool_grammar(tools, "hermes", parallel=True)
+    for tool, (name, schema) in zip(tools, PARAMETERS.items(), strict=True):
+        alone = make_tool_grammar([tool], "llama3", parallel=True)
+        for value in VALUES:
+            is_valid = jsonschema.Draft202012Validator(schema).is_valid(value)
+            got = accepts_call(together, name, "arguments", value)
+            assert got == is_valid, (name, value)
+            got = accepts_call(alone, name, "parameters", value)
+            assert got == is_valid, (name, value)
+        # Arguments are an object, else they could not be read back as a call.
+        assert not accepts_call(together, name, "arguments", 5)
+
+
+def test_a_tool_without_parameters_has_no_arguments(accepts_call):
+    for given in ({}, {"parameters": None}):
+        tool = Tool.model_validate({"function": {"name": "now", **given}})
+        grammar = make_tool_grammar([tool], "hermes", parallel=True)
+        assert accepts_call(grammar, "now", "arguments", {})
+        assert not accepts_call(grammar, "now", "arguments", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ([{"type": "string"}], "must be of type object"),
+        ([{"$id": 5}], "$id of the parameters of the tool f is no text"),
+        ([{"$defs": []}], "$defs of the parameters of the tool f is no object"),
+        ([{"$id": "https://example.com/a"}] * 2, "have the $id"),
+    ],
+)
+def test_parameters_that_describe_no_arguments_are_refused(parameters, text):
+    tools = [make_tool("f", schema) for schema in parameters]
+    with pytest.raises(ApiError) as caught:
+        make_tool_grammar(tools, "hermes", parallel=True)
+    assert (caught.value.status, caught.value.param) == (400, "tools")
+    assert text in caught.value.message

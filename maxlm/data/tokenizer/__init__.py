@@ -1,12 +1,14 @@
 """Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
 tokenizers."""
 
+from maxlm.data.tokenizer.bounds import make_token_count_bound
 from maxlm.data.tokenizer.chat import (
     add_chat_template,
     check_tools_are_written,
     encode_chat,
     encode_chat_turns,
     render_chat,
+    render_escaped_chat,
 )
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
@@ -30,7 +32,9 @@ __all__ = [
     "has_tokenizer_files",
     "import_tokenizer",
     "load_tokenizer",
+    "make_token_count_bound",
     "measure_tokenizer",
     "render_chat",
+    "render_escaped_chat",
     "train_tokenizer",
 ]

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import islice, pairwise
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -31,6 +31,8 @@ _TEMPLATES = {
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
 }
 _TEMPLATE_FILE = "chat_template.jinja"
+# Of characters past U+FFFF each half of the pair.
+_ESCAPE = re.compile(r"\\u[0-9a-f]{4}")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -71,9 +73,33 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
     turn, or begins another's, by writing so. Settings are ``render_chat``'s.
     """
+    return render_escaped_chat(tokenizer, messages, **settings).encode(tokenizer)
+
+
+class EscapedChat(NamedTuple):
+    """A rendered conversation, in which literals of special tokens that messages hold are told
+    apart from those that the template wrote."""
+
+    text: str
+    escape_char: str | None
+    """A character within each literal of a message's; None: there is none."""
+
+    def get_plain_text(self) -> str:
+        """Returns the text that ids stand for."""
+        return self.text if self.escape_char is None else self.text.replace(self.escape_char, "")
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Returns the conversation's ids, as :func:`encode_chat` does."""
+        return tokenizer.encode_with_escapes(self.text, self.escape_char)
+
+
+def render_escaped_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any
+) -> EscapedChat:
+    """Renders a conversation to be encoded later: the first half of :func:`encode_chat`."""
     given, (mark, *_) = _disarm(tokenizer, messages, settings)
     rendered = _render(tokenizer, given).replace(_escaped(mark), mark)
-    return tokenizer.encode_with_escapes(rendered, mark if mark in rendered else None)
+    return EscapedChat(rendered, mark if mark in rendered else None)
 
 
 def encode_chat_turns(
@@ -243,11 +269,9 @@ def _disarm(
     """A template's variables, with a character within each literal of a special token; it, and
     others that occur nowhere either."""
     given = _make_template_variables(messages, **settings)
-    text = _as_json(given)
-    # Noncharacters come first: they are never in text that means anything.
-    chars = map(chr, range(0xFDD0, 0x110000))
-    free = list(islice((m for m in chars if m not in text and _escaped(m) not in text), 3))
-    mark, (literals, firsts, beginnings) = free[0], _list_literals(tokenizer)
+    free = _find_unused_chars(_as_json(given), 3)
+    mark = free[0]
+    literals, firsts, beginnings = _list_literals(tokenizer)
 
     def disarm(string: str) -> str:
         if any(char in string for char in firsts):
@@ -261,6 +285,27 @@ def _disarm(
         return string[:end] + mark + string[end:]
 
     return _map_strings(given, disarm), free
+
+
+def _find_unused_chars(text: str, count: int) -> list[str]:
+    """Returns characters that are not in a text, nor escaped as JSON does. Raises MaxlmError: it
+    has too many of them, which a server's client may send to see what happens."""
+    chars = {*text}
+    # One pass over the text: looking for each candidate in it would take its length times theirs.
+    escapes = {*_ESCAPE.findall(text)}
+    unused: list[str] = []
+    # Noncharacters come first: they are never in text that means anything.
+    for char in map(chr, range(0xFDD0, 0x110000)):
+        if char not in chars and not escapes.issuperset(_ESCAPE.findall(_escaped(char))):
+            unused.append(char)
+            if len(unused) == count:
+                return unused
+    raise MaxlmError(
+        "the conversation has every character from U+FDD0 on; three must be left to mark literals "
+        "of special tokens with",
+        where="messages",
+        fix="leave noncharacters such as U+FDD0 to U+FDD2 out",
+    )
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
@@ -29,6 +29,29 @@ PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
 _NEVER = re.compile(r"(?!)")
 _HIGH_BYTE = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+
+# Kinds of pre-tokenizers that split a text without dropping any of it, but for a behaviour
+# "Removed".
+_SPLITTERS = frozenset(("ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"))
+_SPACE_SPLITTERS = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"))
+
+
+class EncodingSteps(NamedTuple):
+    """What a tokenizer.json does to a text, as far as it decides how short its ids may be."""
+
+    normalizers: list[dict[str, Any]]
+    """Steps of the normalizer, as the file has them."""
+    tokens_are_bytes: bool
+    """Whether tokens' bytes are the text's, but for bytes that have no token, which are dropped."""
+    pre_tokenizers_keep_text: bool
+    splits_at_spaces: bool
+    """Whether no token but an added one has characters from both sides of a space."""
+    has_all_bytes: bool
+    """Whether nothing is unknown: each byte has an id."""
+    added_tokens_strip: bool
+    """Whether an added token may take the spaces beside it."""
+    longest_token: int
+    """Characters of the longest token, as the file writes it."""
 
 
 class HuggingFaceCodec(Codec):
@@ -69,6 +92,7 @@ class HuggingFaceCodec(Codec):
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
         byte_ids = _byte_ids(spec, vocab)
         self.lossless = byte_ids is not None and _keeps_text(spec)
+        self.steps = _read_steps(spec, byte_ids is not None, tokens)
         self.byte_ids = byte_ids if self.lossless else None
         ids = [self._library.token_to_id(literal) for literal in self._special]
         self._special_ids = frozenset(i for i in ids if i is not None)
@@ -235,6 +259,25 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
             (token["lstrip"] or token["rstrip"]) and not token["special"]
             for token in spec["added_tokens"]
         )
+    )
+
+
+def _read_steps(spec: dict[str, Any], has_all_bytes: bool, tokens: list[str]) -> EncodingSteps:
+    splitters = flatten_tokenizer_component(spec["pre_tokenizer"])
+    removing = [part for part in splitters if part.get("behavior") == "Removed"]
+    kinds = {part["type"] for part in splitters}
+    splits_words = any(
+        part["type"] == "Metaspace" and part.get("split", True) for part in splitters
+    )
+    added = spec.get("added_tokens") or []
+    return EncodingSteps(
+        normalizers=flatten_tokenizer_component(spec["normalizer"]),
+        tokens_are_bytes=_keeps_text(spec),
+        pre_tokenizers_keep_text=kinds <= _SPLITTERS and not removing,
+        splits_at_spaces=splits_words or not kinds.isdisjoint(_SPACE_SPLITTERS),
+        has_all_bytes=has_all_bytes,
+        added_tokens_strip=any(token["lstrip"] or token["rstrip"] for token in added),
+        longest_token=max(map(len, tokens), default=1),
     )
 
 

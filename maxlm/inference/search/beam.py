@@ -65,7 +65,9 @@ def beam_search(
     if stop_token_ids is None:
         stop_token_ids = () if engine.tokenizer is None else engine.tokenizer.stop_ids
     stops = frozenset(stop_token_ids)
-    _check(engine, config, stops, budget)
+    check_beam_search(engine.vocab_size, config, stops)
+    if budget is not None and budget < 1:
+        raise MaxlmError(f"a budget of {budget} tokens", where="budget", fix="allow at least 1")
     require_idle(engine)
     sampling = SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens)
     requests = [
@@ -75,7 +77,7 @@ def beam_search(
     room, num_beams = engine.scheduler.config, config.num_beams
     most_pages = room.num_pages or room.max_sequences * room.pages_per_sequence + 1
     num_pages = {each.request_id: _count_pages(engine, each, num_beams) for each in requests}
-    waiting, running = deque(requests), dict[str, _BeamSearch]()
+    waiting, running = deque(requests), dict[str, BeamSearch]()
     results = dict[str, DecodingResult]()
     try:
         while waiting or running:
@@ -86,7 +88,7 @@ def beam_search(
                 if sum(num_pages[each] for each in (request_id, *running)) >= most_pages:
                     break
                 engine.add_request(waiting.popleft(), branching=True)
-                running[request_id] = _BeamSearch(config, stops, TokenBudget(budget))
+                running[request_id] = BeamSearch(config, stops, TokenBudget(budget))
             if not running:
                 what = f"{num_beams} beams need more rows or pages than the engine has"
                 raise MaxlmError(what, where="num_beams", fix="raise max_sequences or num_pages")
@@ -112,7 +114,9 @@ def beam_search(
     return [results[request.request_id] for request in requests]
 
 
-class _Beam(NamedTuple):
+class Beam(NamedTuple):
+    """A continuation that goes on."""
+
     index: int
     """Which of the request's sequences it is, or goes on from."""
     tokens: tuple[int, ...]
@@ -120,23 +124,23 @@ class _Beam(NamedTuple):
 
 
 @dataclass
-class _BeamSearch:
+class BeamSearch:
     """Search of one prompt's continuations, from one token of all beams to the next."""
 
     config: BeamSearchConfig
     stops: frozenset[int]
     budget: TokenBudget
-    beams: list[_Beam] = field(default_factory=lambda: [_Beam(0, (), 0.0)])
+    beams: list[Beam] = field(default_factory=lambda: [Beam(0, (), 0.0)])
     finished: list[Continuation] = field(default_factory=list)
     """The best so far, at most ``num_beams``, the best first."""
 
-    def advance(self, tokens: Mapping[int, TokenLogprob]) -> list[_Beam]:
+    def advance(self, tokens: Mapping[int, TokenLogprob]) -> list[Beam]:
         """Takes the likeliest tokens behind each beam, by its index; returns the beams that go on,
         none at the end."""
         config, length = self.config, len(self.beams[0].tokens) + 1
         self.budget.num_spent += len(self.beams)
         extended = [
-            _Beam(beam.index, (*beam.tokens, token), beam.logprob + logprob)
+            Beam(beam.index, (*beam.tokens, token), beam.logprob + logprob)
             for beam in self.beams
             for token, logprob in tokens[beam.index].top
         ]
@@ -151,7 +155,7 @@ class _BeamSearch:
         self.finished = rank_outputs(self.finished)[: config.num_beams]
         return [] if at_end or self._is_done(beams, length) else beams
 
-    def _is_done(self, beams: list[_Beam], length: int) -> bool:
+    def _is_done(self, beams: list[Beam], length: int) -> bool:
         config = self.config
         if not beams or len(self.finished) < config.num_beams:
             return not beams
@@ -175,16 +179,15 @@ def _count_pages(engine: Engine, request: GenerationRequest, num_beams: int) -> 
     return shared + num_beams * (-(-num_tokens // size) - shared)
 
 
-def _check(
-    engine: Engine, config: BeamSearchConfig, stops: frozenset[int], budget: int | None
-) -> None:
-    known = TOP_LOGPROBS if engine.vocab_size > TOP_LOGPROBS else config.num_beams + len(stops)
-    if config.num_beams + len(stops) > known:
-        what = f"{config.num_beams} beams and {len(stops)} tokens that end an output"
-        fix = f"have {known} of both at most: so many likeliest tokens are known"
-        raise MaxlmError(what, where="num_beams", fix=fix)
+def check_beam_search(vocab_size: int, config: BeamSearchConfig, stops: frozenset[int]) -> None:
+    """Checks that a search knows enough tokens behind each beam. Raises MaxlmError: it does not, or
+    more outputs than beams are asked for."""
+    num_known = TOP_LOGPROBS if vocab_size > TOP_LOGPROBS else config.num_beams + len(stops)
+    if config.num_beams + len(stops) > num_known:
+        message = f"{config.num_beams} beams and {len(stops)} tokens that end an output"
+        fix = f"have {num_known} of both at most: so many likeliest tokens are known"
+        raise MaxlmError(message, where="num_beams", fix=fix)
     if config.num_return_sequences > config.num_beams:
-        what = f"{config.num_return_sequences} outputs of {config.num_beams} beams"
-        raise MaxlmError(what, where="num_return_sequences", fix="ask for fewer, or set num_beams")
-    if budget is not None and budget < 1:
-        raise MaxlmError(f"a budget of {budget} tokens", where="budget", fix="allow at least 1")
+        message = f"{config.num_return_sequences} outputs of {config.num_beams} beams"
+        fix = "ask for fewer, or set num_beams"
+        raise MaxlmError(message, where="num_return_sequences", fix=fix)

@@ -1,5 +1,6 @@
 """A trunk with a table of tokens and an output head: what maxlm calls a model."""
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from maxlm.models.aux import Aux
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import KeysValues
+from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.params import (
+    Params,
     ShardedWeight,
     bind,
     declare,
@@ -132,12 +134,15 @@ class Transformer(Trunk):
             stack, kinds = self.stacks[part.name], self.attention_inputs_by_kind(part, batch)
             own, written[part.name] = get_values(stack), []
             for layer, cache in enumerate(caches[part.name]):
-                block = bind(stack, take_stacked_layer(own, layer))
-                inputs, encoded = kinds[layer % len(kinds)], None
+                inputs = kinds[layer % len(kinds)]
+                encoded = None
                 if cross_cache is not None:
                     keys = cross_cache.keys_values[part.name][layer]
                     encoded = CrossCache(*keys, cross_cache.segment_ids)
-                x, cache, _ = block(x, inputs, cache, encoded)
+                settings = BlockSettings(inputs.scale, inputs.window, inputs.causal)
+                arrays = inputs._replace(scale=None, window=None, causal=None)
+                params = take_stacked_layer(own, layer)
+                x, cache = run_cached_block(stack, settings, params, x, arrays, cache, encoded)
                 written[part.name].append(cache)
         return self.apply_final_norm(x), {name: tuple(own) for name, own in written.items()}
 
@@ -172,6 +177,42 @@ class Transformer(Trunk):
         if (cap := head.soft_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return reshard(logits, self.rules.spec("batch", "seq", None))
+
+
+class BlockSettings(NamedTuple):
+    """What of :class:`AttentionInputs` is no array."""
+
+    scale: float
+    window: int | None
+    causal: bool
+
+
+# Layers alike are traced once, which is half of the time that a program of many layers takes to
+# build; inlined, so that the compiler sees the same program as without.
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def run_cached_block(
+    block: Any,
+    settings: BlockSettings,
+    params: Params,
+    x: jax.Array,
+    arrays: AttentionInputs,
+    cache: Any,
+    encoder_output: CrossCache | None,
+) -> tuple[jax.Array, Any]:
+    """Runs one layer with its cache, for inference.
+
+    Args:
+        block: the stack that the layer is of.
+        settings: stand in for those fields of ``arrays``, which are None there.
+        params: the layer's own.
+        x: [D, S, model dimension].
+
+    Returns:
+        x behind the layer, and the cache with the tokens in it.
+    """
+    inputs = arrays._replace(**settings._asdict())
+    x, cache, _ = bind(block, params)(x, inputs, cache, encoder_output)
+    return x, cache
 
 
 class DecoderConfig(TransformerConfig):

@@ -12,6 +12,7 @@ from maxlm.data.tokenizer import (
     import_tokenizer,
     load_tokenizer,
     render_chat,
+    render_escaped_chat,
     train_tokenizer,
 )
 from tests.data.tokenizer.foreign import MAKERS, write_checkpoint
@@ -183,6 +184,21 @@ def test_no_character_is_taken_out_of_messages(make_config, texts):
     ours = train_tokenizer(make_config("bpe", chat="chatml"), texts)
     content = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     assert content in ours.decode(encode_chat(ours, [{"role": "user", "content": content}]))
+
+
+def test_a_message_with_every_character_is_refused_and_with_almost_every_one_is_not(
+    make_config, texts
+):
+    ours = train_tokenizer(make_config("bpe", chat="chatml"), texts)
+    every = "".join(map(chr, range(0xFDD0, 0x110000)))  # 4.2 MB
+    with pytest.raises(MaxlmError, match="every character from U\\+FDD0 on"):
+        encode_chat(ours, [{"role": "user", "content": every}])
+    # The escapes of all but the last are taken as well.
+    escapes = "".join(json.dumps(char)[1:-1] for char in every[:300])
+    content = f"<|im_end|>{every[:-3]}{escapes}"
+    rendered = render_escaped_chat(ours, [{"role": "user", "content": content}])
+    assert rendered.escape_char == every[-3]
+    assert content in rendered.get_plain_text()
 
 
 @pytest.mark.parametrize("content", ["a\ud800b", "a\ud800<|im_end|>b"])
