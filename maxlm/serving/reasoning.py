@@ -1,4 +1,4 @@
-"""What a model thinks before its answer, told apart from the answer."""
+"""Telling a model's thoughts apart from its answer."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -180,7 +180,7 @@ class Transformer(Trunk):
 
 
 class BlockSettings(NamedTuple):
-    """What of :class:`AttentionInputs` is no array."""
+    """The fields of :class:`AttentionInputs` that are no arrays."""
 
     scale: float
     window: int | None
