@@ -41,9 +41,10 @@ def make_token_count_bound(tokenizer: Tokenizer) -> TokenCountBound:
 
 
 def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenCountBound:
-    """Counts for a tokenizer whose tokens' bytes are the text's. Each byte is a part of one token, and is
-    at least ``1 / L`` of it, ``L`` the length of the longest token that has such a byte. So the sum
-    over all bytes of ``1 / L`` is at most the number of tokens. A byte without a token counts 0."""
+    """Counts for a tokenizer whose tokens' bytes are the text's. Each byte is a part of one token,
+    and is at least ``1 / L`` of it, ``L`` the length of the longest token that has such a byte. So
+    the sum over all bytes of ``1 / L`` is at most the number of tokens. A byte without a token
+    counts 0."""
     longest_with = np.ones(256)
     for token in sorted(token_bytes, key=len):
         longest_with[[*set(token)]] = len(token)
