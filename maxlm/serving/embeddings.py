@@ -65,7 +65,7 @@ async def create_scores(state: ServerState, request: Request) -> Response:
     else:
         heads = await state.encode_prompts(firsts, "text_1")
         encode = state.tokenizer.encode
-        tails = [await state.encode_text(text, "text_2", encode=encode) for text in seconds]
+        tails = [await state.encode_text(str(text), "text_2", encode=encode) for text in seconds]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
         scores = await _score_tails(state, adapter, request, heads, tails)
     data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
