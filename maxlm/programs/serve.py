@@ -21,6 +21,7 @@ from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import param_specs, select_base_params
+from maxlm.parallel.cpu_kernels import find_missing_cpu_compiler
 from maxlm.programs.convert import (
     find_run_family,
     find_trained_base,
@@ -33,7 +34,6 @@ from maxlm.programs.setup import use_compilation_cache
 from maxlm.runtime.json_files import read_json_object
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
-from pallas_kernels.cpu import find_missing_compiler, load_kernels
 
 WarmUp = Literal["first", "behind", "never"]
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -249,10 +249,8 @@ def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
 
 def warn_of_missing_kernels(mesh: Mesh) -> None:
     """Says in one line that a CPU goes without its kernels, because nothing can compile them."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return
-    compiler = find_missing_compiler()
-    if compiler is not None and load_kernels() is None:  # none that was compiled before, either
+    compiler = find_missing_cpu_compiler(mesh)
+    if compiler is not None:
         print(
             f"warning: the kernels for CPUs are missing, and decoding takes up to twice the time: "
             f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX",

@@ -118,7 +118,7 @@ async def score_pairs(
     else:
         heads = await state.encode_prompts(firsts, fields[0])
         encode = state.tokenizer.encode
-        tails = [await state.encode_text(text, fields[1], encode=encode) for text in seconds]
+        tails = [await state.encode_text(str(text), fields[1], encode=encode) for text in seconds]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
         scores = await _score_tails(state, adapter, request, heads, tails, fields)
     return rows, scores

@@ -50,7 +50,7 @@ def test_the_context_is_the_models_at_no_more_memory(max_seq_len, settings, expe
 
 def test_missing_kernels_are_said_in_one_line(one_device_mesh, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing compiled before
-    monkeypatch.setattr("maxlm.programs.serve.load_kernels", cpu.load_kernels.__wrapped__)
+    monkeypatch.setattr("maxlm.parallel.cpu_kernels.load_kernels", cpu.load_kernels.__wrapped__)
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     warn_of_missing_kernels(one_device_mesh)
     line = capsys.readouterr().err

@@ -41,9 +41,10 @@ def make_token_count_bound(tokenizer: Tokenizer) -> TokenCountBound:
 
 
 def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenCountBound:
-    """Of a tokenizer whose tokens' bytes are the text's: each byte is a part of one token, and is
-    at least ``1 / L`` of it, ``L`` the length of the longest token that has such a byte. So the sum
-    over all bytes of ``1 / L`` is at most the number of tokens. A byte without a token counts 0."""
+    """Counts for a tokenizer whose tokens' bytes are the text's. Each byte is a part of one token,
+    and is at least ``1 / L`` of it, ``L`` the length of the longest token that has such a byte. So
+    the sum over all bytes of ``1 / L`` is at most the number of tokens. A byte without a token
+    counts 0."""
     longest_with = np.ones(256)
     for token in sorted(token_bytes, key=len):
         longest_with[[*set(token)]] = len(token)
@@ -66,7 +67,7 @@ def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenC
 
 
 def _bound_by_chars(longest: int, kept_share: float, spaces_may_go: bool) -> TokenCountBound:
-    """Of a tokenizer that changes characters and drops none: of each text at least
+    """Counts for a tokenizer that changes characters and drops none: of each text at least
     ``kept_share * len(text)`` characters are left, and no token has more than ``longest``."""
 
     def count(text: str) -> int:
@@ -79,8 +80,8 @@ def _bound_by_chars(longest: int, kept_share: float, spaces_may_go: bool) -> Tok
 
 
 def _bound_by_words(token_bytes: Sequence[bytes]) -> TokenCountBound:
-    """Of a tokenizer that splits at spaces, and may take a whole word for one unknown token:
-    letters and digits of ASCII are what every normalizer leaves."""
+    """Counts for a tokenizer that splits at spaces, and may take a whole word for one unknown
+    token: letters and digits of ASCII are what every normalizer leaves."""
     most_spaces = max(token.count(b" ") for token in token_bytes)
     is_word = np.zeros(256, np.bool_)
     is_word[[byte for byte in range(128) if chr(byte).isalnum()]] = True

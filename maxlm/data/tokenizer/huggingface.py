@@ -37,7 +37,7 @@ _SPACE_SPLITTERS = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit
 
 
 class EncodingSteps(NamedTuple):
-    """What a tokenizer.json does to a text, as far as it decides how short its ids may be."""
+    """Steps from a text to its ids, as far as they decide how few ids there may be."""
 
     normalizers: list[dict[str, Any]]
     """Steps of the normalizer, as the file has them."""

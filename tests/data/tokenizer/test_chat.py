@@ -193,11 +193,11 @@ def test_a_message_with_every_character_is_refused_and_with_almost_every_one_is_
     every = "".join(map(chr, range(0xFDD0, 0x110000)))  # 4.2 MB
     with pytest.raises(MaxlmError, match="every character from U\\+FDD0 on"):
         encode_chat(ours, [{"role": "user", "content": every}])
-    # The escapes of all but the last are taken as well.
-    escapes = "".join(json.dumps(char)[1:-1] for char in every[:300])
-    content = f"<|im_end|>{every[:-3]}{escapes}"
+    # Some are taken as they are, others by their escapes.
+    escapes = "".join(json.dumps(char)[1:-1] for char in every[100:300])
+    content = f"<|im_end|>{every[:100]}{escapes}"
     rendered = render_escaped_chat(ours, [{"role": "user", "content": content}])
-    assert rendered.escape_char == every[-3]
+    assert rendered.escape_char == every[300]
     assert content in rendered.get_plain_text()
 
 
