@@ -33,6 +33,17 @@ def command(
         Literal["behind", "first"],
         Option(help="Compile programs behind the first answers, or all before the first."),
     ] = "behind",
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        Option(help="Sampling left out by a request: the model's own settings, or OpenAI's."),
+    ] = "auto",
+    allow_origin: Annotated[
+        list[str] | None,
+        Option(help="An origin whose pages may ask (CORS), such as https://chat.example; *: all."),
+    ] = None,
+    log_requests: Annotated[
+        bool, Option("--log-requests", help="Print a line for each request.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings and others of
     OpenAI's API, a chat page at /, Prometheus's numbers at /metrics.

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
+from pydantic import ValidationError
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
@@ -31,11 +32,22 @@ from maxlm.programs.convert import (
 from maxlm.programs.generate import encode_prompts
 from maxlm.programs.load import LoadedRun, load_model
 from maxlm.programs.setup import use_compilation_cache
-from maxlm.runtime.json_files import read_json_object
+from maxlm.runtime.json_files import parse_json, read_json_object
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
 
 WarmUp = Literal["first", "behind", "never"]
+_GENERATION_CONFIG = "generation_config.json"
+_GENERATION_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+"""Settings of sampling that transformers and maxlm call alike."""
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -54,6 +66,9 @@ def serve(
     template: Path | None = None,
     adapter: Sequence[str] | None = None,
     warm_up: WarmUp = "behind",
+    generation_config: Literal["auto", "none"] = "auto",
+    allow_origin: Sequence[str] | None = None,
+    log_requests: bool = False,
 ) -> None:
     """Loads a model and serves it until a signal; prints the URL when it is ready. Raises
     MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
@@ -63,6 +78,10 @@ def serve(
         max_queue: sequences that may wait beside those that run; more get 429.
         adapter: adapters to load beside it, each NAME=FOLDER.
         warm_up: when programs are compiled, as for :func:`make_engine`.
+        generation_config: "auto": settings of sampling that a request leaves out are those of the
+            model's generation_config.json; "none": OpenAI's.
+        allow_origin: origins whose pages may ask, such as ``https://chat.example``; ``*``: all.
+        log_requests: print a line for each request.
     """
     try:
         from maxlm.serving.engine_loop import EngineLoop
@@ -87,6 +106,9 @@ def serve(
             max_length = engine.config.max_length
             num_running = engine.config.max_sequences * engine.num_shards
         name, tokenizer = name or loaded.config.name, loaded.tokenizer
+        sampling_defaults: dict[str, Any] = {}
+        if generation_config == "auto":
+            sampling_defaults = read_sampling_defaults(tokenizer)
         as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
         del loaded  # the engine has parameters of its own
 
@@ -105,6 +127,9 @@ def serve(
             max_body_bytes=max_body_mb << 20,
             read_adapter=read_adapter,
             model_max_length=model_max_length,
+            sampling_defaults=sampling_defaults,
+            allowed_origins=tuple(allow_origin or ()),
+            prints_requests=log_requests,
         )
         for adapter_name, served in adapters.items():
             if served.tokenizer is not None:
@@ -119,6 +144,32 @@ def serve(
         finally:
             if engine is not None:
                 engine.close()
+
+
+def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the settings of sampling in the generation_config.json that a tokenizer came with.
+    Raises MaxlmError: a value that cannot be."""
+    text = tokenizer.extra_files.get(_GENERATION_CONFIG)
+    if text is None:
+        return {}
+    fix = "mend the file, or serve with --generation-config none"
+    values = parse_json(text, _GENERATION_CONFIG, fix)
+    if not isinstance(values, dict):
+        return {}
+    defaults: dict[str, Any] = {}
+    for name in _GENERATION_SETTINGS:
+        value = values.get(name)
+        if value is None:
+            continue
+        try:
+            SamplingConfig.model_validate({name: value})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise MaxlmError(
+                f"{name}={value!r}: {reason}", where=_GENERATION_CONFIG, fix=fix
+            ) from None
+        defaults[name] = value
+    return defaults
 
 
 def load_chat_model(

@@ -3,13 +3,18 @@
 import asyncio
 import hmac
 import re
+import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -56,11 +61,23 @@ def make_app(state: ServerState) -> Starlette:
         Route(path, partial(_answer, state, endpoint, path), methods=[method])
         for path, (method, endpoint) in paths.items()
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _refuse_path})
+    middleware: list[Middleware] = []
+    if state.allowed_origins:
+        cross_origin = Middleware(
+            CORSMiddleware,
+            allow_origins=state.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-maxlm-ignored", "retry-after"],
+        )
+        middleware.append(cross_origin)
+    handlers: Any = {HTTPException: _refuse_path}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
 async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
     """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
+    start = time.monotonic()
     try:
         _check_host(state, request)
         given = request.headers.get("authorization", "").encode()
@@ -75,6 +92,11 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
     except Exception as error:
         response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
+    if state.prints_requests:
+        client = request.client.host if request.client else "-"
+        seconds = time.monotonic() - start  # of a stream until its first bytes
+        line = f"{client} {request.method} {request.url.path[:200]!r} {response.status_code}"
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line} {seconds:.3f} s", flush=True)
     return response
 
 

@@ -70,13 +70,14 @@ async def encode_conversation(
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
     kept_tokens: int | None = None,
+    continues_last: bool = False,
 ) -> tuple[int, ...]:
     """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
     the model has no chat template, or it cannot write this conversation; ApiError: it can never fit
     the context."""
     plan = plan or _ToolPlan("hermes")
     conversation = await asyncio.to_thread(
-        _render_conversation, tokenizer, messages, plan, variables or {}
+        _render_conversation, tokenizer, messages, plan, variables or {}, continues_last
     )
 
     whole_text = conversation.get_plain_text()
@@ -96,7 +97,11 @@ async def encode_conversation(
 
 
 def _render_conversation(
-    tokenizer: Tokenizer, messages: list[ChatMessage], plan: _ToolPlan, variables: dict[str, Any]
+    tokenizer: Tokenizer,
+    messages: list[ChatMessage],
+    plan: _ToolPlan,
+    variables: dict[str, Any],
+    continues_last: bool,
 ) -> EscapedChat:
     template = get_chat_template(tokenizer)
     written = [message.to_template() for message in messages]
@@ -106,7 +111,9 @@ def _render_conversation(
         settings["tools"] = tools or None
     elif tools or any(_mentions_tools(message) for message in written):
         written = describe_tools_in_text(written, tools)
-    return render_escaped_chat(tokenizer, written, **settings)
+    if continues_last:
+        settings["add_generation_prompt"] = False
+    return render_escaped_chat(tokenizer, written, continues_last=continues_last, **settings)
 
 
 def _mentions_tools(message: Mapping[str, Any]) -> bool:
@@ -143,7 +150,8 @@ class ChatAnswer(Answer):
         asked = body.max_completion_tokens or body.max_tokens
         most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
         tokenizer = self.state.get_tokenizer(body.model)
-        request = body.make_request(request_id, prompt, most, tokenizer)
+        defaults = self.state.sampling_defaults
+        request = body.make_request(request_id, prompt, most, tokenizer, defaults)
         # The engine ends where the model's own tokenizer says; an adapter may end elsewhere too.
         ends = {*tokenizer.stop_ids} - {*self.state.tokenizer.stop_ids}
         stops = dict.fromkeys((*request.stop_token_ids, *sorted(ends)))
@@ -241,14 +249,16 @@ async def prepare_chat_answer(
     tokenizer = state.get_tokenizer(body.model)
     template = get_chat_template(tokenizer, with_tools=bool(body.tools))
     plan = plan_tools(body, template)
+    _check_continuation(body, plan)
     asked_tokens = body.max_completion_tokens or body.max_tokens
     prompt = await encode_conversation(
         state,
         tokenizer,
         body.messages,
         plan,
-        body.chat_template_kwargs,
+        {"add_generation_prompt": body.add_generation_prompt, **body.chat_template_kwargs},
         state.resolve_truncation(body.truncate_prompt_tokens, asked_tokens),
+        body.continue_final_message,
     )
     marks = detect_reasoning_format(template) if body.separate_reasoning else None
     begins_inside = marks is not None and _ends_inside(tokenizer, prompt, marks)
@@ -261,7 +271,22 @@ async def prepare_chat_answer(
     return answer_class(state, body, [prompt], plan, marks, begins_inside)
 
 
+def _check_continuation(body: ChatBody, plan: _ToolPlan) -> None:
+    """Checks that a message that is to be continued can be. Raises ApiError."""
+    if not body.continue_final_message:
+        return
+    last = body.messages[-1]
+    message = ""
+    if last.role != "assistant" or last.tool_calls:
+        message = "the last message must be the assistant's, and call nothing"
+    elif plan.required:
+        message = "a call that is forced begins a message: leave tool_choice out"
+    if message:
+        raise ApiError(400, message, param="continue_final_message")
+
+
 def _ends_inside(tokenizer: Tokenizer, prompt: Sequence[int], marks: ReasoningFormat) -> bool:
-    """Whether a template opened the thoughts of the answer that follows."""
+    """Whether a template, or the message that is continued, opened thoughts and did not close
+    them."""
     ending = tokenizer.decode(prompt[-32:])
     return ending.rstrip().endswith(marks.opener)

@@ -33,7 +33,9 @@ class _Completions(Answer):
         body = self.body
         most = self.state.resolve_max_tokens(len(prompt), body.max_tokens, "prompt")
         return replace(
-            body.make_request(request_id, prompt, most, self.state.tokenizer),
+            body.make_request(
+                request_id, prompt, most, self.state.tokenizer, self.state.sampling_defaults
+            ),
             num_sequences=self.num_sequences,
             # The best are found by their log-probabilities.
             top_logprobs=body.logprobs if self.num_sequences == body.n else body.logprobs or 0,

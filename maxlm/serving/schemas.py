@@ -7,7 +7,7 @@ one left out. Unknown fields are let pass, and named in the answer's header ``x-
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -124,9 +124,18 @@ class GenerationBody(ApiBody):
         return ignored
 
     def make_request(
-        self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, tokenizer: Tokenizer
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_new_tokens: int,
+        tokenizer: Tokenizer,
+        sampling_defaults: Mapping[str, Any],
     ) -> GenerationRequest:
-        """Returns the engine's request; without a seed its own is drawn anew each time."""
+        """Returns the engine's request; without a seed its own is drawn anew each time.
+
+        Args:
+            sampling_defaults: settings of sampling where the body says nothing.
+        """
         vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in self.logit_bias):
             what = f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's last"
@@ -135,7 +144,8 @@ class GenerationBody(ApiBody):
             what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
             raise ApiError(400, what, param="min_tokens")
         extra = self.model_extra or {}
-        sampling = {name: value for name, value in extra.items() if name in SAMPLING_FIELDS}
+        sampling = dict(sampling_defaults)
+        sampling |= {name: value for name, value in extra.items() if name in SAMPLING_FIELDS}
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
@@ -249,6 +259,10 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+    """Whether the last message, the assistant's, is to be continued."""
+    add_generation_prompt: bool = True
+    """Whether the prompt ends with what opens the assistant's turn."""
     separate_reasoning: bool = True
     """Whether thoughts are told apart, as ``reasoning_content``; false: they are content."""
     include_reasoning: bool = True

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -50,6 +50,12 @@ class ServerState:
     """Time that a request's head and body may take; see ``DeadlineProtocol``."""
     model_max_length: int | None = None
     """Tokens that the model was made for; None: not known."""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of sampling where a request says nothing."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask, such as ``https://chat.example``; ``*``: all."""
+    prints_requests: bool = False
+    """Whether each request is a line on standard output."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -94,11 +94,26 @@ class EscapedChat(NamedTuple):
 
 
 def render_escaped_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    continues_last: bool = False,
+    **settings: Any,
 ) -> EscapedChat:
-    """Renders a conversation to be encoded later: the first half of :func:`encode_chat`."""
-    given, (mark, *_) = _disarm(tokenizer, messages, settings)
+    """Renders a conversation to be encoded later: the first half of :func:`encode_chat`.
+
+    Args:
+        continues_last: end with the last message's text, which is to be continued, rather than
+            with what the template writes behind it.
+    """
+    given, (mark, edge, _) = _disarm(tokenizer, messages, settings)
+    if continues_last:
+        given["messages"][-1]["content"] += edge
     rendered = _render(tokenizer, given).replace(_escaped(mark), mark)
+    if continues_last:
+        rendered, found_edge, _ = rendered.rpartition(edge)
+        if not found_edge:
+            raise _make_template_error("drops the message that is to be continued")
     return EscapedChat(rendered, mark if mark in rendered else None)
 
 
