@@ -17,6 +17,7 @@ from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
@@ -164,10 +165,8 @@ def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
         try:
             SamplingConfig.model_validate({name: value})
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise MaxlmError(
-                f"{name}={value!r}: {reason}", where=_GENERATION_CONFIG, fix=fix
-            ) from None
+            message = f"{name}={value!r}: {error.errors()[0]['msg']}"
+            raise MaxlmError(message, where=_GENERATION_CONFIG, fix=fix) from None
         defaults[name] = value
     return defaults
 

@@ -1,4 +1,4 @@
-"""Settings of the server: defaults of sampling, other origins, a log; messages that are continued."""
+"""Settings of the server: defaults of sampling, origins, a log; messages that are continued."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_generation_configs_are_read_as_far_as_they_name_sampling():
     tokenizer.extra_files["generation_config.json"] = json.dumps(values).encode()
     assert read_sampling_defaults(tokenizer) == {"temperature": 0.6, "top_k": 20}
     tokenizer.extra_files["generation_config.json"] = b'{"top_p": 7}'
-    with pytest.raises(MaxlmError, match="top_p=7.*--generation-config none"):
+    with pytest.raises(MaxlmError, match=r"top_p=7.*--generation-config none"):
         read_sampling_defaults(tokenizer)
 
 
