@@ -164,11 +164,9 @@ class OpenCorpus:
         names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
 
-    def list_verdicts(self, rules: FilterRules) -> list[tuple[str, str]]:
-        """Lists the labels that `rules` need and that depend on which copies are kept, each with
-        its stage."""
-        plan = plan_verdicts(self.recipe, rules, str(self.folder))
-        return [(name, name.rpartition(".")[0]) for name in plan.label_names]
+    def list_settled_labels(self, rules: FilterRules) -> tuple[str, ...]:
+        """Lists the labels that `rules` need and that depend on which copies are kept."""
+        return plan_verdicts(self.recipe, rules, str(self.folder)).label_names
 
     def settle_rules(
         self, rules: FilterRules, progress: Progress = ignore_progress

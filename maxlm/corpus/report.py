@@ -257,26 +257,26 @@ def list_alarms(corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary) 
     A rule that a threshold, a list or a template has gone wrong with drops a source without an
     error; a source that is copied from others may lose all of it to deduplication.
     """
-    dependent = {name for name, _ in corpus.list_verdicts(rules)}
-    kept: Counter[str] = Counter()
+    settled_labels = set(corpus.list_settled_labels(rules))
+    kept_bytes: Counter[str] = Counter()
     for (source, _), (_, size, _, _) in summary.mixture.items():
-        kept[source] += int(size)
+        kept_bytes[source] += int(size)
     alarms = []
     for source in sorted({source for _, source in summary.documents}):
         total = summary.bytes["has text", source]
-        if total == 0 or total - kept[source] <= _ALARM_SHARE * total:
+        if total == 0 or total - kept_bytes[source] <= _ALARM_SHARE * total:
             continue
         losses = []
         before = total
         for name, rule in rules.keep.items():
             after = summary.bytes[name, source]
-            kind = "" if dependent.isdisjoint(rule.label_names) else " (copies)"
+            kind = "" if settled_labels.isdisjoint(rule.label_names) else " (copies)"
             losses.append((before - after, f"{name}{kind}"))
             before = after
-        losses.append((before - kept[source], f"cut {', '.join(rules.cut)}"))
+        losses.append((before - kept_bytes[source], f"cut {', '.join(rules.cut)}"))
         losses.sort(key=lambda loss: -loss[0])
         reasons = [f"{name} {size / total:.0%}" for size, name in losses if size >= total / 200]
-        share = 1 - kept[source] / total
+        share = 1 - kept_bytes[source] / total
         alarms.append(
             f'alarm: source "{source}" loses {share:.0%} of its text ({total / 1e6:,.1f} MB): '
             f"{', '.join(reasons)}"

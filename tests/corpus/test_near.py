@@ -122,11 +122,11 @@ def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> No
 
     with WorkerPool(1) as pool:
         run = JobRunner(stage.unique_name, pool, stop)
-        for _ in range(4):
+        for _ in range(5):
             with pytest.raises(KeyboardInterrupt):
                 stage.label(views, tmp_path / "scratch", run)
         stage.label(views, tmp_path / "scratch", run)
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 5
     assert labels(made, stage).equals(labels(whole, stage))
 
 

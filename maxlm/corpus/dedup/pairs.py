@@ -51,9 +51,17 @@ def write_band_keys(scratch: Path, shard: str, keys: np.ndarray, has_words: np.n
 
 
 def find_candidate_pairs(
-    members: SelectedDocuments, band: int, num_ranges: int, range_index: int, max_group_size: int
+    members: SelectedDocuments,
+    band: int,
+    num_ranges: int,
+    range_index: int,
+    max_group_size: int,
+    copy_marks: Sequence[Path] = (),
 ) -> Iterator[np.ndarray]:
     """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.
+
+    `copy_marks`: for each shard a file whose column is_copy (uint8) marks members to leave out,
+    since they are copies of others.
 
     In a group of up to `max_group_size` members all are paired. In a larger one, such as copies of
     a text or pages of a template, each is paired with the `max_group_size` / 4 best and as many
@@ -67,6 +75,11 @@ def find_candidate_pairs(
     columns, shard = read_range(files, names, starts, range_index)
     key = columns[f"key{band}"]
     member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
+    if copy_marks:
+        is_copy = np.concatenate([read_columns(path)["is_copy"] for path in copy_marks])
+        is_single = is_copy[member] == 0
+        key = key[is_single]
+        member = member[is_single]
     del columns, shard
     order = np.argsort(key, kind="stable")
     first = mark_run_starts(key[order])

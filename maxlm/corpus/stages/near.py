@@ -3,12 +3,15 @@
 The search goes by jobs over shards and over ranges of hashes:
 
 1. Each shard: each member's set of n-grams, and a key for each band of its signature.
-2. Each band and range of its keys: pairs of members with the same key, the candidates.
-3. Each range of pairs: the exact similarity of its candidates.
+2. Each range of digests of sets: members with equal sets, which are copies. Only the best of them
+   goes on, so a text that is there a thousand times costs a thousand pairs, and no more.
+3. Each band and range of its keys: pairs of members with the same key, the candidates.
+4. Each range of pairs: the exact similarity of its candidates.
 
 A job whose files are there is not done again, so a killed run goes on where it stopped.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,8 +24,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.dedup.columns import get_shard_path, read_columns, read_range, write_columns
+from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
+    compute_keep_scores,
     open_selected_documents,
     write_labels,
     write_members,
@@ -41,6 +46,7 @@ from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdic
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
+_DIGEST_BYTES = 256  # A member's share of the memory of a job that sorts digests.
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 PAIRS = pa.list_(pa.struct([("document", pa.int64()), ("jaccard", pa.float64())]))
@@ -104,6 +110,7 @@ class NearStage(CrossDocumentStage):
         """See `CrossDocumentStage.label`. This process holds 24 bytes for each pair found."""
         run_jobs(partial(_sign_shard, self, scratch), shards, "signatures")
         members = open_selected_documents(scratch, shards)
+        copies, sources = self._find_copies(members, run_jobs)
         number = max(1, -(-members.num_selected * _KEY_BYTES // self.memory))
         folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
         num_bands, _ = self.choose_banding()
@@ -120,6 +127,9 @@ class NearStage(CrossDocumentStage):
         verified = [read_columns(file) for file in files]
         low, high = unpack_pairs(np.concatenate([each["pair"] for each in verified]))
         jaccard = np.concatenate([each["jaccard"] for each in verified])
+        low = np.concatenate([low, np.minimum(copies, sources)])
+        high = np.concatenate([high, np.maximum(copies, sources)])
+        jaccard = np.concatenate([jaccard, np.ones(len(copies))])
         rank_fn = lambda number: members.take("rank", number).to_numpy()  # noqa: E731
         marks = resolve_duplicates(low, high, jaccard, rank_fn)
         ends = np.searchsorted(marks.member, members.shard_offsets)
@@ -128,6 +138,30 @@ class NearStage(CrossDocumentStage):
             (i, shard, marks[ends[i] : ends[i + 1]], pairs[i]) for i, shard in enumerate(shards)
         ]
         run_jobs(partial(_label_shard, members), parts, "label")
+
+    def _find_copies(
+        self, members: SelectedDocuments, run_jobs: JobRunner
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds members whose sets of n-grams others have, and the best member with each: int64
+        [copies] both. Writes down which are such copies, for the search of candidates."""
+        number = max(1, -(-members.num_selected * _DIGEST_BYTES // self.memory))
+        digests = [get_shard_path(members.folder, "digests", name) for name in members.shards]
+        group = partial(write_copies, members.folder, digests, number, True)
+        run_jobs(group, range(number), "copies")
+        offsets = np.array(members.shard_offsets)
+        copies = [np.empty(0, np.int64)]
+        sources = [np.empty(0, np.int64)]
+        for shard, name in enumerate(members.shards):
+            columns = read_copies(members.folder, number, shard)
+            member = columns["place"] + offsets[shard]
+            source = offsets[columns["source_file"]] + columns["source_place"]
+            others = member != source
+            copies.append(member[others])
+            sources.append(source[others])
+            is_copy = np.zeros(offsets[shard + 1] - offsets[shard], np.uint8)
+            is_copy[columns["place"][others]] = 1
+            write_columns(get_shard_path(members.folder, "marks", name), {"is_copy": is_copy})
+        return np.concatenate(copies), np.concatenate(sources)
 
 
 def _list_pairs_by_shard(
@@ -186,6 +220,7 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     if get_shard_path(scratch, "members", shard.name).exists():  # It is written last.
         return
     members, sizes, banding = [], [], stage.choose_banding()
+    digests = bytearray()
     keys = [np.empty((banding[0], 0), np.uint64)]
     with convert_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -195,10 +230,19 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
             sets = [make_shingle_set(text, stage.ngram) for text in texts]
             stream.writelines(each.data for each in sets)
             sizes += map(len, sets)
+            for shingles in sets:
+                digests += hashlib.sha256(shingles.data).digest()[:16]
             keys.append(compute_band_keys(sets, banding))
             members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
     write_band_keys(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
+    hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
+    has_words = np.flatnonzero(sizes)
+    order = has_words[np.argsort(hashes[has_words], kind="stable")]
+    ranks = [compute_keep_scores(group.batch, stage.keep_by) for group in members]
+    rank = np.concatenate([np.empty(0), *ranks])[order]
+    columns = {"hash": hashes[order], "check": checks[order], "place": order.astype(np.uint32)}
+    write_columns(get_shard_path(scratch, "digests", shard.name), columns | {"rank": rank})
     write_members(scratch, shard.name, members, stage.keep_by)
 
 
@@ -209,7 +253,8 @@ def _write_pairs(
     band, which = part
     if (done := folder / f"{band}-{which}.done").exists():
         return
-    found = find_candidate_pairs(members, band, number, which, stage.max_group)
+    marks = [get_shard_path(members.folder, "marks", name) for name in members.shards]
+    found = find_candidate_pairs(members, band, number, which, stage.max_group, marks)
     for i, pieces in enumerate(batch_by_size(found, len, stage.memory // _PAIR_BYTES)):
         path = folder / f"pairs-{band}-{which}-{i}.arrow"
         write_columns(path, {"pair": np.unique(np.concatenate(pieces))})
