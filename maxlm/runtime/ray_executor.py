@@ -186,6 +186,9 @@ def _connect(address: str | None) -> None:
             "start one with `ray start --head`, and give ray://HOST:PORT of its Ray client server "
             f"(port {_CLIENT_PORT} unless --ray-client-server-port says otherwise)"
         )
+        # Ray's client does not say that a token was asked for.
+        if isinstance(error, ConnectionError) and "timeout" in reason:
+            fix += "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         message = f"no Ray cluster answers at {place} ({reason})"
         raise MaxlmError(message, where="--on", fix=fix) from error
 

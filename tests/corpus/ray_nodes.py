@@ -59,6 +59,8 @@ def start_node(log: Path, *options: str, **environment: str) -> Iterator[subproc
     command += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
     path = os.pathsep.join([str(_MAXLM), os.environ.get("PYTHONPATH", "")])
     environment |= {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    # Else a token in the home folder, which any local cluster leaves, would be asked of clients.
+    environment |= {"RAY_AUTH_MODE": "disabled"}
     # The server for a client starts by a fork, in which gRPC's own handler may end it; and on a
     # busy machine it takes longer than Ray's half minute.
     environment |= {"GRPC_ENABLE_FORK_SUPPORT": "0"}
