@@ -2,10 +2,11 @@
 
     python benchmarks/bit_flips.py [--flips 400] [--seed 0]
 
-Makes a token store, then flips one bit at a time, in a file drawn at random of each kind, and reads
-the kind again. Prints how many flips were
-refused by an error that names the file, how many changed no value (an unused bit), and how many
-were read as other values. Exits with 1 if one was, or an error named no file.
+Makes a token store and its packing index, then flips one bit at a time, in a file drawn at random
+of each kind, and reads the kind again; what has no checksums of its parts (the packing index, the
+store's small files) by verifying whole files. Prints how many flips were refused by an error that
+names the file, how many changed no value (an unused bit), and how many were read as other values.
+Exits with 1 if one was, or an error named no file.
 """
 
 import argparse
@@ -70,8 +71,9 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
 
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
-    """A store in `folder`."""
+    """A store and an index in `folder`."""
     from maxlm.data.documents import SourceConfig
+    from maxlm.data.loader import LoaderConfig, make_batches
     from maxlm.data.store import TokenStore, build_store
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
@@ -88,10 +90,25 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         offsets, tokens = store.offsets[:], store.read(0, store.num_tokens)
         return store.manifest, offsets.tolist(), tokens.tolist()
 
+    def verified() -> Any:
+        return TokenStore.open(folder / "store", verify=True).manifest
+
+    def packed() -> list[Any]:
+        config = LoaderConfig(seq_len=64, packing="best_fit", shuffle=False, verify=True)
+        store = TokenStore.open(folder / "store")
+        batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
+        tokens = [batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)]
+        return [batches.sources[0].num_sequences, tokens]
+
+    packed()
+    store = folder / "store"
+    others = [*_files(store / "tokenizer"), *store.glob("*/zarr.json"), store / "checksums.sha256"]
     arrays = {name: folder / "store" / name for name in ("tokens", "offsets")}
     return {
         **{name: Kind(_files(path / "c"), stored, [str(path)]) for name, path in arrays.items()},
         "manifest": Kind([folder / "store" / "manifest.json"], stored),
+        "other files": Kind(others, verified),
+        "packing index": Kind(_files(store / "packing"), packed),
     }
 
 

@@ -230,7 +230,7 @@ def verify_shards(folder: Path, paths: Sequence[Path], list_sha256: str | None) 
     of the pages are checked alone.
     """
     if list_sha256 is not None:
-        check_files(folder, list_sha256, _REPAIR)
+        check_files(folder, {"": list_sha256}, _REPAIR)
         return
     for path in paths:
         with open_parquet(path) as parquet:

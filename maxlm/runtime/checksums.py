@@ -70,10 +70,18 @@ def parse_checksums(text: str) -> dict[str, str]:
     return {name: digest for digest, _, name in lines}
 
 
-def check_files(place: Place, list_sha256: str, fix: str) -> None:
-    """Reads every file of a folder's list; raises MaxlmError, with this `fix`, that names those
-    that are not as the list says. `list_sha256`: of the list itself, from the folder's manifest."""
-    digest_by_name = read_checksums(place, list_sha256, fix)
+def check_files(place: Place, list_sha256_by_folder: Mapping[str, str], fix: str) -> None:
+    """Reads every file of the lists of some folders; raises MaxlmError, with this `fix`, that names
+    those that are not as their list says.
+
+    `list_sha256_by_folder`: SHA-256 of the list itself, from the folder's manifest, by the folder's
+    name in `place`; "" is the place.
+    """
+    digest_by_name: dict[str, str] = {}
+    for folder, list_sha256 in list_sha256_by_folder.items():
+        home = join_place(place, folder) if folder else place
+        for name, digest in read_checksums(home, list_sha256, fix).items():
+            digest_by_name[f"{folder}/{name}" if folder else name] = digest
 
     def find_fault(name: str, digest: str) -> str | None:
         try:

@@ -233,7 +233,9 @@ def verify_index(folder: Path) -> None:
     if name != folder.name:
         message = f"this folder holds the packing index {name}"
         raise MaxlmError(message, where=str(folder), fix=_MAKE_AGAIN)
-    check_files(folder, manifest.checksums_sha256, "delete its folder, which will be made again")
+    check_files(
+        folder, {"": manifest.checksums_sha256}, "delete its folder, which will be made again"
+    )
 
 
 def _name_index(offsets_sha256: str, seq_len: int, block: int) -> str:

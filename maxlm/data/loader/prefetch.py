@@ -83,11 +83,11 @@ class Prefetcher(Iterator[Batch]):
         self._is_stop_requested = is_stop_requested
         self._stop = ENDLESS if stop is None else stop
         turn = min(start + THREAD_STEPS, self._stop) if workers else self._stop
-        self._pipelines = [_Pipeline(_open_pipeline(make, start, turn, 0, prefetch), 0)]
+        self._pipelines = [_Pipeline(_open_pipeline(make, start, turn, 0, prefetch))]
         if turn < self._stop:
             spilled = _SpilledFunction(make)
             iterator = _open_pipeline(spilled, turn, self._stop, workers, prefetch)
-            self._pipelines.append(_Pipeline(iterator, workers))
+            self._pipelines.append(_Pipeline(iterator, workers, spilled))
             # Before all that waits for processes when the interpreter exits; once.
             atexit.unregister(kill_starting_workers)
             atexit.register(kill_starting_workers)
@@ -153,7 +153,7 @@ class _SpilledFunction:
 
     What a process is started with goes through a pipe, and more than the pipe holds (64 KiB; a
     store's manifest names each source file) keeps its parent until the worker has imported all it
-    imports. The file goes with this object, or with the process.
+    imports. The file goes with this object, or with the process, if it was not deleted before.
     """
 
     def __init__(self, function: MakeBatch):
@@ -161,7 +161,7 @@ class _SpilledFunction:
         with convert_write_errors(folder):
             descriptor, name = tempfile.mkstemp(prefix="maxlm-loader-", dir=folder)
             self._path = Path(name)
-            weakref.finalize(self, self._path.unlink, missing_ok=True)
+            self.delete_file = weakref.finalize(self, self._path.unlink, missing_ok=True)
             with open(descriptor, "wb") as file:
                 cloudpickle.dump(function, file)
         self._function: MakeBatch | None = function
@@ -182,9 +182,15 @@ class _Pipeline:
     fetch from a worker that still starts would keep it.
     """
 
-    def __init__(self, iterator: grain.DatasetIterator, workers: int):
+    def __init__(
+        self,
+        iterator: grain.DatasetIterator,
+        workers: int = 0,
+        spilled: _SpilledFunction | None = None,
+    ):
         self.iterator = iterator
         self.workers = workers
+        self._spilled = spilled
         self._num_fetched = 0
         self.next_batch: Future[Batch | None] = Future()
         self._start_fetch()
@@ -194,6 +200,12 @@ class _Pipeline:
         """Whether batches are being made: Grain deals steps to the workers in turn, so each has
         started once as many batches were fetched. Threads have from the first."""
         return self._num_fetched >= self.workers
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether closing waits for no worker that still starts."""
+        has_failed = self.next_batch.done() and self.next_batch.exception() is not None
+        return self.has_started or has_failed
 
     def take(self) -> Batch | None:
         """Returns the next batch, in this process's own memory, or None at the end."""
@@ -220,7 +232,10 @@ class _Pipeline:
         except BaseException as error:
             self.next_batch.set_exception(error)
         else:
-            self._num_fetched += 1
+            # The end comes when every worker has come to its own.
+            self._num_fetched = self.workers if batch is None else self._num_fetched + 1
+            if self.has_started and self._spilled is not None:
+                self._spilled.delete_file()
             self.next_batch.set_result(batch)
 
 
@@ -228,15 +243,15 @@ def _close(pipelines: list[_Pipeline]) -> None:
     """Ends the threads and workers of pipelines, and empties the list.
 
     A thread of its own closes: Grain waits for what a worker is making, and for ever for one that
-    does not come to it. Only workers that have started, and so end soon, are waited for.
+    does not come to it. Only workers that end soon, since they have started, are waited for.
     """
-    have_started = all(pipeline.has_started for pipeline in pipelines)
+    end_soon = all(pipeline.ends_soon for pipeline in pipelines)
     closing = threading.Thread(
         target=_close_pipelines, args=(pipelines[:],), name="close-batches", daemon=True
     )
     pipelines.clear()
     closing.start()
-    if have_started:
+    if end_soon:
         closing.join(_CLOSE_SECONDS)
 
 

@@ -147,9 +147,12 @@ class TokenStore:
         self._verify_values()
 
     def _verify_files(self) -> None:
-        for folder, segment in zip(self._folders, self.manifest.segments, strict=True):
-            if segment.checksums_sha256 is not None:
-                check_files(folder, segment.checksums_sha256, _RESTORE)
+        list_sha256_by_folder = {
+            segment_path(number): segment.checksums_sha256
+            for number, segment in enumerate(self.manifest.segments)
+            if segment.checksums_sha256 is not None
+        }
+        check_files(self.place, list_sha256_by_folder, _RESTORE)
 
     def _verify_values(self) -> None:
         first_document = 0

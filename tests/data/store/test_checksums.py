@@ -57,7 +57,8 @@ def test_exchanged_token_files_of_two_segments_are_found(appended, capfd):
     exchange(first, second)
     after = TokenStore.open(appended)
     assert not np.array_equal(after.read(0, after.num_tokens), tokens)
-    expected = f"{first}: this file has changed since it was written; {RESTORE}"
+    others = "(and 1 other: segments/000001/tokens/c/1)"
+    expected = f"{first}: this file has changed since it was written {others}; {RESTORE}"
     assert message(after.verify) == expected
     assert message(lambda: TokenStore.open(appended, verify=True)) == expected
     code, out, error = print_verify(appended, capfd)
