@@ -90,7 +90,9 @@ def command(
     new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
     batch: Annotated[int | None, Option(min=1, help="Sequences at once: as many as fit.")] = None,
     cache: Annotated[Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")] = None,
-    weights: Annotated[Literal["auto", "fp8", "int8"] | None, Option(help="Matrices.")] = None,
+    weights: Annotated[
+        Literal["auto", "fp8", "int8"] | None, Option(help="Matrices: auto.")
+    ] = None,
     ttft_ms: Annotated[float | None, _amount("Longest time to a first token.", 1e-3)] = None,
     tpot_ms: Annotated[float | None, _amount("Longest time between tokens.", 1e-3)] = None,
 ) -> None:
@@ -380,7 +382,7 @@ def _search(
     errors = {
         error: None
         for candidate in result.best
-        for error in candidate.known_time_errors(run, machine.topology)
+        for error in candidate.find_known_time_errors(run, machine.topology)
     }
     if errors:
         console.print(f"among these, {format_known_time_errors([*errors])}", markup=False)

@@ -47,7 +47,7 @@ class Candidate:
     memory: float
     """Bytes at the peak, predicted."""
 
-    def known_time_errors(
+    def find_known_time_errors(
         self, config: RunConfig, topology: Topology
     ) -> tuple[KnownTimeError, ...]:
         """Returns the known errors of ``seconds``, for a run with this layout."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from maxlm.plan.compiled.compare import (
@@ -24,7 +24,7 @@ def render_compiler_tables(verdict: CompilerVerdict) -> Group:
         for name, figure in verdict.products.items()
         if figure.plan or figure.compiler
     ]
-    tables = [
+    tables: list[RenderableType] = [
         make_table(
             "Memory of each device, as planned and as compiled", columns, memory, right=columns[1:]
         ),
