@@ -49,6 +49,7 @@ VIRTUAL = ".virtual"
 OUR_TOKEN_ROWS = "token_rows"
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 _OTHER_BASE = "name the base that the adapter was made for"
+_WRITE_AGAIN = f"{_OTHER_BASE}, or write it again with PEFT's save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,9 @@ def _name_targets(sites: Iterable[AdapterSite]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names))
 
 
-def refuse_tensors(problem: str, names: Sequence[str], folder: Path) -> None:
+def refuse_tensors(
+    problem: str, names: Sequence[str], folder: Path, fix: str = _WRITE_AGAIN
+) -> None:
     """Raises MaxlmError naming the first of some tensors, if there are any."""
     if not names:
         return
@@ -347,4 +350,4 @@ def refuse_tensors(problem: str, names: Sequence[str], folder: Path) -> None:
     shown = ", ".join(ordered[:4])
     if len(ordered) > 4:
         shown += f" and {len(ordered) - 4} more"
-    raise MaxlmError(f"{problem}: {shown}", where=str(folder), fix=_OTHER_BASE)
+    raise MaxlmError(f"{problem}: {shown}", where=str(folder), fix=fix)

@@ -124,7 +124,7 @@ def read_peft_settings(path: Path, task_types: Sequence[str | None]) -> PeftSett
 
 
 def _read_lora(reader: "_SettingsReader", task_type: str | None) -> PeftSettings:
-    init = reader.read_choice("init_lora_weights", _LORA_INITS, True)
+    init = reader.read_choice("init_lora_weights", _LORA_INITS, True, MERGE)
     bias = reader.read_choice("bias", _BIASES, "none")
     del bias  # The file's biases say which were trained.
     for name in ("lora_bias", "use_qalora", "ensure_weight_tying"):
@@ -212,10 +212,10 @@ class _SettingsReader:
         self.path = path
         self._left = dict(values)
 
-    def refuse(self, key: str, value: Any, reason: str) -> None:
-        """Raises MaxlmError for a value that PEFT refuses too."""
+    def refuse(self, key: str, value: Any, reason: str, fix: str = _CORRECT) -> None:
+        """Raises MaxlmError for a value, by default for one that PEFT refuses too."""
         shown = json.dumps(value) if not isinstance(value, float) else str(value)
-        raise MaxlmError(f"{key}={shown[:60]} is {reason}", where=str(self.path), fix=_CORRECT)
+        raise MaxlmError(f"{key}={shown[:60]} is {reason}", where=str(self.path), fix=fix)
 
     def require_off(self, key: str, is_on: bool) -> None:
         if is_on:
@@ -244,12 +244,14 @@ class _SettingsReader:
             self.refuse(key, value, "neither true nor false")
         return bool(value)
 
-    def read_choice(self, key: str, choices: Sequence[Any], default: Any) -> Any:
+    def read_choice(
+        self, key: str, choices: Sequence[Any], default: Any, fix: str = _CORRECT
+    ) -> Any:
         value = self.take(key, default)
         # 1 is equal to True and no choice.
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             known = ", ".join(json.dumps(choice) for choice in choices)
-            self.refuse(key, value, f"not implemented (known are {known})")
+            self.refuse(key, value, f"not implemented (known are {known})", fix)
         return value
 
     def read_number(self, key: str, default: float) -> float:

@@ -211,7 +211,7 @@ class _AdapterFile:
                 arrays.setdefault(owner, {})[part] = self._run.checkpoint.open(name).read()
         published = {place.name for site in self._list_sites() for place in site.places}
         strange = [name for name in arrays if name not in published]
-        refuse_tensors("PEFT has no module of", strange, self._where)
+        refuse_tensors("PEFT has no module of", strange, self._where, _MERGED)
         return arrays
 
     def _take_site(self, site: AdapterSite, arrays: Mapping[str, Arrays]) -> list[Arrays]:
@@ -325,11 +325,14 @@ class _AdapterFile:
             "trained, and no file of PEFT's holds them",
             [*run.trained_base - written],
             self._where,
+            _MERGED,
         )
         if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
-            refuse_tensors("PEFT saves no modules beside virtual tokens", trained, self._where)
+            refuse_tensors(
+                "PEFT saves no modules beside virtual tokens", trained, self._where, _MERGED
+            )
         rows = [name for name in trained if self._has_token_rows(catalog.tensors[name])]
-        refuse_tensors("trained whole beside rows of its tokens", rows, self._where)
+        refuse_tensors("trained whole beside rows of its tokens", rows, self._where, _MERGED)
         modules: dict[str, list[str]] = {}
         for name in trained:
             modules.setdefault(name.rpartition(".")[0], []).append(name)
