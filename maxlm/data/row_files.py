@@ -171,17 +171,14 @@ def _list_arrow_files(folder: Path) -> list[Path]:
         raise MaxlmError(what, where=str(folder), fix="name one of their folders")
     if not state.exists():
         raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX)
-    files = read_json_object(state, _FIX).get("_data_files")
-    names = [file.get("filename") for file in files] if _is_list_of_objects(files) else []
+    files = read_json_object(state, _FIX).get("_data_files") or []
+    is_list = isinstance(files, list) and all(isinstance(file, dict) for file in files)
+    names = [file.get("filename") for file in files] if is_list else []
     # The folder is the whole of a dataset: a name elsewhere is refused, as of a checkpoint's.
     if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
         what = "no saved dataset in this folder: its _data_files name no files here"
         raise MaxlmError(what, where=str(state), fix=_FIX)
     return [folder / name for name in names]
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _read_arrow(paths: Sequence[Path]) -> Any:

@@ -73,7 +73,7 @@ jobset $GPU $IN_CLUSTER 'data.sources=[{store: /tokens/*.gz}]'
     gs://bucket:/tokens
 slurm $GPU --grace 1
     --grace 1 is shorter than a step (7.78 s)
-slurm $GPU --env A=b\udcff
+slurm $GPU --env 'A=b\udcff'
     --env A=... holds a byte that is no UTF-8, which a job's file cannot; write the value in UTF-8
 slurm $GPU --env A=1 --secret A
     A is named by --env and by --secret; leave one out
