@@ -147,8 +147,8 @@ def test_an_untied_classifier_without_a_language_head_is_read(llama, tmp_path):
 
 def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
     """Both hold as many numbers: read as it says, one would be written as the other's transpose."""
-    run = shutil.copytree(llama, tmp_path / "run")
-    (state,) = run.glob("checkpoints/*/state")
+    run = alike(llama, LLAMA)
+    state = run / "checkpoints/0/state"
     up, down = (state / f"params.layers.mlp.{name}.kernel" for name in ("up", "down"))
     first = up / "zarr.json"
     other = down / "zarr.json"
