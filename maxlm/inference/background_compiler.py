@@ -58,9 +58,13 @@ class BackgroundCompiler(Generic[Key]):
                 if not self._pending:
                     return
                 self._current = self._pending.pop(0)
+            is_compiled = False
             try:
                 self._compile_program(self._current)
+                is_compiled = True
             finally:
                 with self._changed:
                     self._current = None
+                    if not is_compiled:
+                        self._pending.clear()  # steps compile the rest themselves
                     self._changed.notify_all()

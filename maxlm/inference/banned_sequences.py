@@ -54,6 +54,7 @@ class BannedSequencesMatcher:
     error = None
 
     def __init__(self, sequences: Sequence[tuple[int, ...]], output: tuple[int, ...] = ()):
+        """Begins behind ``output``, of which only as much counts as a sequence is long."""
         self._sequences = sequences
         self._longest = max(map(len, sequences))
         self._output = output
@@ -86,19 +87,28 @@ class BannedSequencesMatcher:
 
 
 class CombinedMatcher:
-    """Allows what all of its matchers allow."""
+    """Allows what all of its matchers allow; an output that none can continue ends with an
+    ``error``.
 
-    def __init__(self, matchers: Sequence[TokenMatcher]):
+    Args:
+        stop_ids: end-of-text tokens, allowed where nothing else is.
+    """
+
+    def __init__(self, matchers: Sequence[TokenMatcher], stop_ids: Sequence[int]):
         self._matchers = matchers
+        self._stop_ids = stop_ids
+        self._is_stuck = False
 
     @property
     def is_finished(self) -> bool:
         """See :class:`TokenMatcher`."""
-        return any(matcher.is_finished for matcher in self._matchers)
+        return self._is_stuck or any(matcher.is_finished for matcher in self._matchers)
 
     @property
     def error(self) -> str | None:
         """See :class:`TokenMatcher`."""
+        if self._is_stuck:
+            return "no token can come next"
         return next((matcher.error for matcher in self._matchers if matcher.error), None)
 
     def fill_mask(self, row: NDArray[np.uint32]) -> None:
@@ -108,6 +118,10 @@ class CombinedMatcher:
         for matcher in self._matchers:
             matcher.fill_mask(one)
             row &= one
+        if not row.any():
+            self._is_stuck = True
+            for token in self._stop_ids:
+                row[token // 32] |= np.uint32(1 << token % 32)
 
     def accept(self, token: int) -> bool:
         """See :class:`TokenMatcher`."""
@@ -118,4 +132,6 @@ class CombinedMatcher:
 
     def copy(self) -> "CombinedMatcher":
         """See :class:`TokenMatcher`."""
-        return CombinedMatcher([matcher.copy() for matcher in self._matchers])
+        other = CombinedMatcher([matcher.copy() for matcher in self._matchers], self._stop_ids)
+        other._is_stuck = self._is_stuck
+        return other

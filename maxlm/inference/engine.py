@@ -206,7 +206,8 @@ class Engine:
         if request.banned_sequences:
             matchers.append(BannedSequencesMatcher(request.banned_sequences))
         if len(matchers) > 1:
-            return CombinedMatcher(matchers)
+            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+            return CombinedMatcher(matchers, stop_ids)
         return matchers[0] if matchers else None
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:

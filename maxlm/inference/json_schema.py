@@ -128,10 +128,12 @@ def _replace_format(schema: dict[str, Any]) -> None:
     name = schema.get("format")
     if not isinstance(name, str) or name in _COMPILED_FORMATS:
         return
+    conditions = schema.get("allOf", [])
+    if not isinstance(conditions, list):
+        return  # a mistake that the compiler names
     del schema["format"]
     if name in _FORMAT_PATTERNS:
         # Beside a pattern of the schema's own both hold.
-        conditions = schema.get("allOf", [])
         schema["allOf"] = [*conditions, {"pattern": f"^({_FORMAT_PATTERNS[name]})$"}]
 
 

@@ -98,6 +98,9 @@ def serve(
             read_lora_adapter, base_folder=model, model=loaded.model, tokenizer=loaded.tokenizer
         )
         adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
+        sampling_defaults: dict[str, Any] = {}
+        if generation_config == "auto":
+            sampling_defaults = read_sampling_defaults(loaded.tokenizer)
         weights = {name: served.weights for name, served in adapters.items()}
         engine, embedder = _make_parts(loaded, settings or (), weights, warm_up)
         model_max_length = loaded.config.model.max_seq_len
@@ -107,9 +110,6 @@ def serve(
             max_length = engine.config.max_length
             num_running = engine.config.max_sequences * engine.num_shards
         name, tokenizer = name or loaded.config.name, loaded.tokenizer
-        sampling_defaults: dict[str, Any] = {}
-        if generation_config == "auto":
-            sampling_defaults = read_sampling_defaults(tokenizer)
         as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
         del loaded  # the engine has parameters of its own
 
@@ -162,12 +162,14 @@ def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
         value = values.get(name)
         if value is None:
             continue
+        if name == "top_k" and value == -1:  # as some write "all"
+            value = 0
         try:
-            SamplingConfig.model_validate({name: value})
+            settings = SamplingConfig.model_validate({name: value})
         except ValidationError as error:
             message = f"{name}={value!r}: {error.errors()[0]['msg']}"
             raise MaxlmError(message, where=_GENERATION_CONFIG, fix=fix) from None
-        defaults[name] = value
+        defaults[name] = getattr(settings, name)  # as its type has it: 50, not 50.0
     return defaults
 
 

@@ -5,6 +5,7 @@ import hmac
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def make_app(state: ServerState) -> Starlette:
             CORSMiddleware,
             allow_origins=state.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # clients send names of their own; the origin is the guard
             expose_headers=["x-maxlm-ignored", "retry-after"],
         )
         middleware.append(cross_origin)
@@ -96,7 +97,8 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
         client = request.client.host if request.client else "-"
         seconds = time.monotonic() - start  # of a stream until its first bytes
         line = f"{client} {request.method} {request.url.path[:200]!r} {response.status_code}"
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line} {seconds:.3f} s", flush=True)
+        with suppress(OSError, ValueError):  # nobody reads standard output any more
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line} {seconds:.3f} s", flush=True)
     return response
 
 
@@ -181,7 +183,8 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.messages:
         tokenizer = state.get_tokenizer(body.model)
-        tokens = await encode_conversation(state, tokenizer, body.messages)
+        conversation = await encode_conversation(state, tokenizer, body.messages)
+        tokens = conversation.tokens
     else:
         encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
         encode = partial(encode, allow_special=body.parse_special)

@@ -8,10 +8,18 @@ from maxlm.inference.sampling import TOP_LOGPROBS, SamplingConfig
 from maxlm.inference.search.beam import BeamSearch, BeamSearchConfig, check_beam_search
 from maxlm.inference.search.continuations import TokenBudget, decode_text
 from maxlm.models.architectures import EncoderDecoder
+from maxlm.serving.engine_loop import EngineLoop
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import GenerationBody
 from maxlm.serving.server_state import ServerState
 
+# Settings that would change which continuation is the likeliest.
+_NEUTRAL_SETTINGS = {
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "no_repeat_ngram_size": 0,
+}
 _ONE_TOKEN = SamplingConfig(temperature=0, max_new_tokens=1)
 
 
@@ -24,7 +32,13 @@ def check_beam_body(body: GenerationBody) -> None:
         "response_format": body.has_form,
         "logprobs": getattr(body, "logprobs", None) not in (None, False),
         "echo": getattr(body, "echo", False),
+        "min_tokens": body.min_tokens > 0,
+        "logit_bias": bool(body.logit_bias),
+        "tool_choice": getattr(body, "tool_choice", None) not in (None, "none", "auto"),
     }
+    extra = body.model_extra or {}
+    for name, neutral in _NEUTRAL_SETTINGS.items():
+        refused[name] = extra.get(name, neutral) != neutral
     for name, is_set in refused.items():
         if is_set:
             message = f"use_beam_search goes without {name}: leave one of them out"
@@ -64,19 +78,9 @@ async def search_beams(
         stop_token_ids=(),
         top_logprobs=TOP_LOGPROBS,
     )
-    while search.beams:
-        steps: list[GenerationRequest] = []
-        for beam in search.beams:
-            name = f"{request.request_id}-{len(beam.tokens)}-{beam.index}"
-            prompt = (*request.prompt_tokens, *beam.tokens)
-            steps.append(replace(one_token, request_id=name, prompt_tokens=prompt))
-        tokens: dict[int, TokenLogprob] = {}
-        with await state.engine_loop.submit(steps) as stream:
-            async for output in stream:
-                index = int(output.request_id.rpartition("-")[2])
-                tokens[index] = output.logprobs[0]
-        beams = search.advance(tokens)
-        search.beams = [beam._replace(index=number) for number, beam in enumerate(beams)]
+    # Places for the whole search, so that no step of it is refused once it runs.
+    with state.engine_loop.admit(num_beams):
+        await _run_search(state.engine_loop, search, one_token)
     outputs: list[SequenceOutput] = []
     for index, continuation in enumerate(search.finished[: body.n]):
         output = SequenceOutput(request.request_id, index, list(continuation.token_ids))
@@ -85,3 +89,22 @@ async def search_beams(
         output.stop_match = continuation.stop_match
         outputs.append(output)
     return outputs
+
+
+async def _run_search(
+    engine_loop: EngineLoop, search: BeamSearch, one_token: GenerationRequest
+) -> None:
+    """Advances a search to its end."""
+    while search.beams:
+        steps: list[GenerationRequest] = []
+        for beam in search.beams:
+            name = f"{one_token.request_id}-{len(beam.tokens)}-{beam.index}"
+            prompt = (*one_token.prompt_tokens, *beam.tokens)
+            steps.append(replace(one_token, request_id=name, prompt_tokens=prompt))
+        tokens: dict[int, TokenLogprob] = {}
+        with await engine_loop.submit(steps, is_admitted=True) as stream:
+            async for output in stream:
+                index = int(output.request_id.rpartition("-")[2])
+                tokens[index] = output.logprobs[0]
+        beams = search.advance(tokens)
+        search.beams = [beam._replace(index=number) for number, beam in enumerate(beams)]

@@ -26,7 +26,7 @@ from maxlm.serving.tools import (
     make_tool_grammar,
 )
 
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "tokenizer"}
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "tokenizer", "continues_last"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
     return _ToolPlan(detect_tool_format(template), offered, required, parallel)
 
 
+class EncodedConversation(NamedTuple):
+    """A conversation as a prompt."""
+
+    tokens: tuple[int, ...]
+    begins_inside: bool
+    """Whether the answer begins within thoughts."""
+
+
 async def encode_conversation(
     state: ServerState,
     tokenizer: Tokenizer,
@@ -70,30 +78,49 @@ async def encode_conversation(
     plan: _ToolPlan | None = None,
     variables: dict[str, Any] | None = None,
     kept_tokens: int | None = None,
+    *,
     continues_last: bool = False,
-) -> tuple[int, ...]:
-    """Returns a conversation's ids, up to where the assistant begins to answer. Raises MaxlmError:
-    the model has no chat template, or it cannot write this conversation; ApiError: it can never fit
-    the context."""
+    marks: ReasoningFormat | None = None,
+    closes_thoughts: bool = False,
+) -> EncodedConversation:
+    """Encodes a conversation, up to where the assistant begins to answer. Raises MaxlmError: the
+    model has no chat template, or it cannot write this conversation; ApiError: it can never fit the
+    context.
+
+    Args:
+        marks: those around thoughts.
+        closes_thoughts: end thoughts that are open, because a form or a forced call follows.
+    """
     plan = plan or _ToolPlan("hermes")
     conversation = await asyncio.to_thread(
         _render_conversation, tokenizer, messages, plan, variables or {}, continues_last
     )
 
     whole_text = conversation.get_plain_text()
+    begins_inside = False
+    if marks is not None:
+        last_text = messages[-1].to_template()["content"] if continues_last else ""
+        is_opened_by_message = last_text.rfind(marks.opener) > last_text.rfind(marks.closer)
+        begins_inside = is_opened_by_message or whole_text.rstrip().endswith(marks.opener)
+    behind = ""
+    if begins_inside and closes_thoughts and marks is not None:
+        behind = f"\n{marks.closer}\n\n"
+        begins_inside = False
+    if plan.required:
+        behind += get_forced_prefix(plan.tool_format)
 
     def encode(text: str) -> list[int]:
         # Of a text that is cut, its end: literals' escapes make it a little shorter, no longer.
         is_cut = len(text) < len(whole_text)
         ending = conversation.text[-len(text) :] if is_cut else conversation.text
         ids = conversation._replace(text=ending).encode(tokenizer)
-        if plan.required:
-            opener = get_forced_prefix(plan.tool_format)
-            ids += tokenizer.encode(opener, allow_special=True)
+        if behind:
+            ids += tokenizer.encode(behind, allow_special=True)
         return ids
 
     # A template may leave parts of messages out: what it wrote is what counts.
-    return await state.encode_text(whole_text, "messages", encode=encode, kept_tokens=kept_tokens)
+    tokens = await state.encode_text(whole_text, "messages", encode=encode, kept_tokens=kept_tokens)
+    return EncodedConversation(tokens, begins_inside)
 
 
 def _render_conversation(
@@ -251,24 +278,20 @@ async def prepare_chat_answer(
     plan = plan_tools(body, template)
     _check_continuation(body, plan)
     asked_tokens = body.max_completion_tokens or body.max_tokens
-    prompt = await encode_conversation(
+    marks = detect_reasoning_format(template) if body.separate_reasoning else None
+    conversation = await encode_conversation(
         state,
         tokenizer,
         body.messages,
         plan,
         {"add_generation_prompt": body.add_generation_prompt, **body.chat_template_kwargs},
         state.resolve_truncation(body.truncate_prompt_tokens, asked_tokens),
-        body.continue_final_message,
+        continues_last=body.continue_final_message,
+        marks=marks,
+        closes_thoughts=body.has_form or bool(plan.required),
     )
-    marks = detect_reasoning_format(template) if body.separate_reasoning else None
-    begins_inside = marks is not None and _ends_inside(tokenizer, prompt, marks)
-    if begins_inside and body.has_form:
-        # The form is the answer's: thoughts are closed before it.
-        assert marks is not None
-        closer = tokenizer.encode(f"\n{marks.closer}\n\n", allow_special=True)
-        prompt = (*prompt, *closer)
-        begins_inside = False
-    return answer_class(state, body, [prompt], plan, marks, begins_inside)
+    prompts = [conversation.tokens]
+    return answer_class(state, body, prompts, plan, marks, conversation.begins_inside)
 
 
 def _check_continuation(body: ChatBody, plan: _ToolPlan) -> None:
@@ -283,10 +306,3 @@ def _check_continuation(body: ChatBody, plan: _ToolPlan) -> None:
         message = "a call that is forced begins a message: leave tool_choice out"
     if message:
         raise ApiError(400, message, param="continue_final_message")
-
-
-def _ends_inside(tokenizer: Tokenizer, prompt: Sequence[int], marks: ReasoningFormat) -> bool:
-    """Whether a template, or the message that is continued, opened thoughts and did not close
-    them."""
-    ending = tokenizer.decode(prompt[-32:])
-    return ending.rstrip().endswith(marks.opener)

@@ -53,6 +53,9 @@ class _Completions(Answer):
         for start in range(0, len(outputs), self.num_sequences):
             drawn = range(start, start + self.num_sequences)
             best = sorted(drawn, key=lambda index: -compute_mean_logprob(outputs[index]))
+            # A prompt is computed for the first of its sequences, which may not be among the best.
+            known = outputs[start].prompt_logprobs or []
+            self.prompt_logprobs.setdefault(start // self.num_sequences, known)
             returned = drawn if self.num_sequences == self.body.n else best[: self.body.n]
             for index in returned:
                 choices.append({**self.describe(index, outputs[index]), "index": len(choices)})
@@ -100,7 +103,11 @@ async def create_completion(state: ServerState, request: Request) -> Response:
         given, "prompt", allow_special=body.parse_special, kept_tokens=kept_tokens
     )
     decode = state.tokenizer.decode
-    texts = [p if isinstance(p, str) else decode(p) for p in given] if body.echo else []
+    texts: list[str] = []
+    if body.echo:
+        for prompt, tokens in zip(given, prompts, strict=True):
+            is_whole = isinstance(prompt, str) and kept_tokens is None
+            texts.append(str(prompt) if is_whole else decode(tokens))
     return await _Completions(state, body, prompts, texts).respond(request)
 
 

@@ -81,16 +81,24 @@ class EngineLoop:
         """Ends the thread after its step; what still runs is dropped."""
         self._executor.shutdown(cancel_futures=True)
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> RequestStream:
+    async def submit(
+        self, requests: Sequence[GenerationRequest], *, is_admitted: bool = False
+    ) -> RequestStream:
         """Hands requests to the engine, all or none; to be used with ``with``. Raises ApiError:
-        429, 503, or 500 after a failure; MaxlmError: the engine cannot take a request."""
-        count = sum(request.num_sequences for request in requests)
+        429, 503, or 500 after a failure; MaxlmError: the engine cannot take a request.
+
+        Args:
+            is_admitted: whether :meth:`admit` holds places for them.
+        """
+        count = 0 if is_admitted else sum(request.num_sequences for request in requests)
 
         def release() -> None:
             self.num_open -= count
             self._executor.submit(self._run, lambda: self._abort(stream))
 
-        self._take_places(count)
+        self._raise_failure()
+        if not is_admitted:
+            self._take_places(count)
         stream = RequestStream(requests, release)
         try:
             await self.call(lambda: self._add(requests, stream))
@@ -100,22 +108,25 @@ class EngineLoop:
         return stream
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds a place in the queue for work that goes through :meth:`call`, until it is done.
-        Raises ApiError: as :meth:`submit` does."""
-        self._take_places(1)
+    def admit(self, count: int = 1) -> Iterator[None]:
+        """Holds places in the queue for work that goes through :meth:`call`, or :meth:`submit` in
+        several steps, until it is done. Raises ApiError: as :meth:`submit` does."""
+        self._take_places(count)
         try:
             yield
         finally:
-            self.num_open -= 1
+            self.num_open -= count
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs a function in the engine's thread, between two steps, and returns its value."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, function)
 
-    def _take_places(self, count: int) -> None:
+    def _raise_failure(self) -> None:
         if self.failure:
             raise ApiError(500, f"the engine has stopped: {self.failure}")
+
+    def _take_places(self, count: int) -> None:
+        self._raise_failure()
         if self.is_draining:
             raise ApiError(503, "the server is stopping", retry_after=5)
         # A request that is larger than the queue is taken when nothing else runs.

@@ -75,8 +75,8 @@ class ResponsesBody(ApiBody):
     input: str | Annotated[list[ResponseItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     tools: list[ResponseFunction] = Field(default_factory=list, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice = "auto"
     parallel_tool_calls: bool = True

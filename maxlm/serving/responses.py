@@ -18,6 +18,10 @@ from maxlm.serving.response_schemas import ResponsesBody
 from maxlm.serving.schemas import ChatBody
 from maxlm.serving.server_state import ServerState
 
+# By why an answer ended before its end.
+_CAUSES: dict[str | None, str] = {"length": "max_output_tokens", "abort": "content_filter"}
+_ITEM_STATUS: dict[str | None, str] = dict.fromkeys(_CAUSES, "incomplete")
+
 Event = tuple[str, dict[str, Any]]
 """Its type, and its fields but for ``type`` and ``sequence_number``."""
 
@@ -33,37 +37,37 @@ class OutputItems:
     def add(self, parsed: ParsedAnswer) -> list[Event]:
         """Adds what is certain of an answer; returns the events that say so."""
         events: list[Event] = []
+        calls = dict(parsed.calls)
+        # The end of a call that is open stands before whatever follows it.
+        if self._call_number in calls:
+            events += self._add_arguments(calls.pop(self._call_number))
         if parsed.reasoning:
             events += self._add_text("reasoning", "reasoning_text", parsed.reasoning)
         if parsed.content:
             events += self._add_text("message", "output_text", parsed.content)
-        for number, call in parsed.calls.items():
-            if number != self._call_number:
-                events += self.finish()
-                self._call_number = number
-                item = {
-                    "id": f"fc_{uuid4().hex}",
-                    "type": "function_call",
-                    "call_id": call["id"],
-                    "name": call["function"]["name"],
-                    "arguments": "",
-                    "status": "in_progress",
-                }
-                events.append(self._open(item))
-            piece = call["function"].get("arguments", "")
-            if piece:
-                self.items[-1]["arguments"] += piece
-                place = self._place()
-                events.append(("response.function_call_arguments.delta", {**place, "delta": piece}))
+        for number, call in calls.items():
+            events += self.finish()
+            self._call_number = number
+            item = {
+                "id": f"fc_{uuid4().hex}",
+                "type": "function_call",
+                "call_id": call["id"],
+                "name": call["function"]["name"],
+                "arguments": "",
+                "status": "in_progress",
+            }
+            events.append(self._open(item))
+            events += self._add_arguments(call)
         return events
 
-    def finish(self) -> list[Event]:
+    def finish(self, status: str = "completed") -> list[Event]:
         """Closes the last item, if it is open; returns the events that say so."""
         if not self.items or self.items[-1]["status"] != "in_progress":
             return []
         item = self.items[-1]
         place = self._place()
-        item["status"] = "completed"
+        item["status"] = status
+        self._call_number = None
         events: list[Event] = []
         if item["type"] == "function_call":
             about = {**place, "name": item["name"], "arguments": item["arguments"]}
@@ -79,6 +83,13 @@ class OutputItems:
         about = {"output_index": place["output_index"], "item": item}
         events.append(("response.output_item.done", about))
         return events
+
+    def _add_arguments(self, call: dict[str, Any]) -> list[Event]:
+        piece = call["function"].get("arguments", "")
+        if not piece:
+            return []
+        self.items[-1]["arguments"] += piece
+        return [("response.function_call_arguments.delta", {**self._place(), "delta": piece})]
 
     def _add_text(self, kind: str, part_kind: str, text: str) -> list[Event]:
         events: list[Event] = []
@@ -144,7 +155,7 @@ class ResponsesAnswer(ChatAnswer):
                 for kind, fields in self.output.add(self.parse(index, output)):
                     yield write(kind, fields)
                 reason = self.get_finish_reason(index, output)
-            for kind, fields in self.output.finish():
+            for kind, fields in self.output.finish(_ITEM_STATUS.get(reason, "completed")):
                 yield write(kind, fields)
             response = self._describe_response(reason)
             yield write(f"response.{response['status']}", {"response": response})
@@ -155,8 +166,9 @@ class ResponsesAnswer(ChatAnswer):
     def describe_all_items(self, output: SequenceOutput) -> dict[str, Any]:
         """Returns the response that an answer without a stream is."""
         self.output.add(self.parse(0, output))
-        self.output.finish()
-        return self._describe_response(self.get_finish_reason(0, output))
+        reason = self.get_finish_reason(0, output)
+        self.output.finish(_ITEM_STATUS.get(reason, "completed"))
+        return self._describe_response(reason)
 
     async def _collect(self, stream: RequestStream) -> dict[str, Any]:
         whole: SequenceOutput | None = None
@@ -172,8 +184,10 @@ class ResponsesAnswer(ChatAnswer):
         """The response; ``finish_reason`` None: it goes on."""
         asked = self.asked
         assert asked is not None
-        is_cut = finish_reason == "length"
-        status = "in_progress" if finish_reason is None else "incomplete" if is_cut else "completed"
+        status = "in_progress" if finish_reason is None else "completed"
+        cause = _CAUSES.get(finish_reason)
+        if cause is not None:
+            status = "incomplete"
         form = asked.text.format
         return {
             "id": self._about["id"],
@@ -181,7 +195,7 @@ class ResponsesAnswer(ChatAnswer):
             "created_at": self._about["created"],
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": None if cause is None else {"reason": cause},
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata,
@@ -191,14 +205,18 @@ class ResponsesAnswer(ChatAnswer):
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": asked.temperature,
+            "temperature": self._get_sampling("temperature"),
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": asked.describe_tool_choice(),
             "tools": [tool.model_dump(exclude_unset=True) for tool in asked.tools],
-            "top_p": asked.top_p,
+            "top_p": self._get_sampling("top_p"),
             "truncation": asked.truncation,
             "usage": None if finish_reason is None else self._describe_response_usage(),
         }
+
+    def _get_sampling(self, name: str) -> float:
+        """A setting of sampling as it is used: the request's, the model's own, or OpenAI's."""
+        return (self.body.model_extra or {}).get(name, self.state.sampling_defaults.get(name, 1.0))
 
     def _describe_response_usage(self) -> dict[str, Any]:
         usage = self._describe_usage()
@@ -218,6 +236,8 @@ async def create_response(state: ServerState, request: Request) -> Response:
         message = "responses are not stored: send the whole conversation in input"
         raise ApiError(400, message, param="previous_response_id", code="unsupported")
     chat_body = ChatBody.model_validate(body.to_chat(), strict=True)
+    ignored = chat_body.list_ignored_fields()
+    request.state.ignored_fields = [*dict.fromkeys([*request.state.ignored_fields, *ignored])]
     answer = await prepare_chat_answer(state, chat_body, ResponsesAnswer)
     assert isinstance(answer, ResponsesAnswer)
     answer.asked = body

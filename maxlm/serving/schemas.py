@@ -33,6 +33,7 @@ Prompt = (
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 StopString = Annotated[str, Field(min_length=1)]
 
 
@@ -91,7 +92,7 @@ class GenerationBody(ApiBody):
     n: int = Field(default=1, ge=1, le=128)
     use_beam_search: bool = False
     """Whether the ``n`` likeliest continuations of ``best_of`` beams are searched, not drawn."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-16, le=16)] = 1.0
     early_stopping: bool | Literal["never"] = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -107,7 +108,7 @@ class GenerationBody(ApiBody):
     ignore_eos: bool = False
     regex: str | None = None
     lark: str | None = None
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128)] = []
+    bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
     """Texts that the output may not have, as far as they are written in the tokens that the
     tokenizer writes them in, at a word's beginning or behind a space."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
@@ -358,7 +359,8 @@ def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[
     """Returns the token sequences of words, each at a text's beginning and behind a space."""
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
-        for text in (word.lstrip(), f" {word.lstrip()}"):
+        stem = word.lstrip()
+        for text in (stem, f" {stem}") if stem else (word,):
             tokens = tuple(tokenizer.encode(text))
             if tokens:
                 sequences[tokens] = None

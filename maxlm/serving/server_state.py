@@ -189,13 +189,14 @@ class ServerState:
         fewer than one.
 
         Args:
-            asked: -1 asks for all that there is room for beside ``max_new_tokens``.
+            asked: -1 asks for all that there is room for beside ``max_new_tokens``; where these are
+                not given, beside an answer of a quarter of the context.
         """
         if asked is None:
             return None
         if asked == 0:
             raise ApiError(400, "keep one token at least, or -1", param="truncate_prompt_tokens")
-        room = self.max_length - (max_new_tokens or 1)
+        room = self.max_length - (max_new_tokens or self.max_length // 4)
         return max(1, room if asked == -1 else min(asked, room))
 
     def check_prompt_length(

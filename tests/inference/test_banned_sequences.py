@@ -40,7 +40,7 @@ def test_outputs_are_all_but_those_with_a_banned_sequence():
     expected = {o for o in product(range(VOCAB), repeat=5) if not has_banned(o)}
     assert list_outputs(BannedSequencesMatcher(banned), 5) == expected
     halves = [BannedSequencesMatcher(banned[:2]), BannedSequencesMatcher(banned[2:])]
-    assert list_outputs(CombinedMatcher(halves), 5) == expected
+    assert list_outputs(CombinedMatcher(halves, ()), 5) == expected
 
 
 def test_drafts_are_masked_as_far_as_they_may_come():

@@ -184,6 +184,43 @@ def test_the_best_of_several_are_those_with_the_highest_mean_logprob(server):
     assert all(choice.logprobs is None for choice in best)
 
 
+def test_the_best_of_several_have_their_prompts_logprobs(server, chat_tokenizer):
+    ask = {"model": "fake", "prompt": "the model", "max_tokens": 3, "seed": 3, "logprobs": 1}
+    choice = server.client.completions.create(**ask, echo=True, best_of=5).choices[0]
+    count = 1 + len(chat_tokenizer.encode("the model")) + 3
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == count
+
+
+def test_what_no_beam_search_has_is_refused_and_one_that_runs_is_finished(server):
+    ask = {"prompt": "x", "use_beam_search": True, "max_tokens": 4}
+    for field, value in {"logit_bias": {"5": -100}, "repetition_penalty": 1.5}.items():
+        answer = server.http.post("/v1/completions", json={**ask, field: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    answer = server.http.post("/v1/completions", json={**ask, "length_penalty": 1e6})
+    assert answer.status_code == 400
+    submit = server.loop.submit
+
+    def submit_and_drain(*args, **kwargs):
+        server.loop.is_draining = True
+        return submit(*args, **kwargs)
+
+    server.loop.submit = submit_and_drain
+    try:
+        answer = server.http.post("/v1/completions", json={**ask, "n": 2})
+    finally:
+        server.loop.is_draining = False
+        server.loop.submit = submit
+    assert len(answer.json()["choices"]) == 2
+    assert server.loop.num_open == 0
+
+
+def test_forms_that_bad_words_make_impossible_end(server):
+    extra = {"regex": "[ab]{4}", "bad_words": ["a", "b", "ab", "ba", "aa", "bb"]}
+    ask = {"model": "fake", "prompt": "x", "max_tokens": 9}
+    choice = server.client.completions.create(**ask, extra_body=extra).choices[0]
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+
+
 def test_bad_words_never_come_and_forms_hold_beside_them(server):
     ask = {"model": "fake", "prompt": "the model", "max_tokens": 40, "temperature": 0}
     text = server.client.completions.create(**ask).choices[0].text
@@ -206,7 +243,8 @@ def test_prompts_are_cut_to_their_ends_where_that_is_asked_for(server, chat_toke
     assert cut.usage.prompt_tokens == 50
     ids = [chat_tokenizer.bos_id, *chat_tokenizer.encode(text)[-49:]]
     expected = server.client.completions.create(**{**ask, "prompt": ids, "echo": False})
-    assert cut.choices[0].text == text + expected.choices[0].text
+    end = chat_tokenizer.decode(ids)
+    assert cut.choices[0].text == end + expected.choices[0].text
     extra = {"truncate_prompt_tokens": -1}
     full = server.client.completions.create(**ask, prompt=text, extra_body=extra)
     assert full.usage.prompt_tokens == 768 - 3

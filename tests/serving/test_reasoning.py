@@ -100,3 +100,14 @@ def test_thoughts_that_the_prompt_opens_are_thoughts_and_end_before_a_form(think
             **ask, response_format={"type": "json_object"}
         )
         assert formed.choices[0].message.content == '{"a": 1}'
+
+
+def test_a_message_that_is_continued_within_its_thoughts_goes_on_with_them(thinking_tokenizer):
+    with run_in_thread(thinking_tokenizer, lambda text, request: " sure</think>\n\nYes") as server:
+        messages = [*HELLO, {"role": "assistant", "content": "<think>\nI was"}]
+        extra = {"continue_final_message": True}
+        answer = server.client.chat.completions.create(
+            model="fake", messages=messages, extra_body=extra
+        )
+    message = answer.choices[0].message
+    assert (message.reasoning_content, message.content) == (" sure", "Yes")

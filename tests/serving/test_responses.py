@@ -5,6 +5,11 @@ import json
 import openai
 import pytest
 
+from maxlm.serving.chat import ParsedAnswer
+from maxlm.serving.responses import OutputItems
+from maxlm.serving.tools import ToolCallParser
+from tests.serving.running import run_in_thread
+
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Köln"}}\n</tool_call>'
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 WEATHER = {"type": "function", "name": "get_weather", "parameters": PLACE, "strict": False}
@@ -137,3 +142,36 @@ def test_what_cannot_be_is_a_400_that_names_the_field(start_server, extra, param
     with pytest.raises(openai.BadRequestError) as refused:
         start_server().client.responses.create(**asked)
     assert refused.value.body["param"].startswith(param)
+
+
+def test_what_follows_a_call_within_one_output_comes_behind_it():
+    items = OutputItems()
+    parser = ToolCallParser("hermes", ["f"])
+    kinds: list[str] = []
+    pieces = ['<tool_call>\n{"name": "f", "arguments": {"a": ', "1}}\n</tool_call>\nAll done"]
+    for piece in pieces:
+        found = parser.push(piece, final=piece is pieces[-1])
+        kinds += [kind for kind, _ in items.add(ParsedAnswer("", found.content, found.calls))]
+    items.finish()
+    assert [item["type"] for item in items.items] == ["function_call", "message"]
+    assert json.loads(items.items[0]["arguments"]) == {"a": 1}
+    assert kinds.index("response.function_call_arguments.done") < kinds.index(
+        "response.output_text.delta"
+    )
+
+
+def test_a_call_that_is_cut_is_incomplete(start_server):
+    client = start_server(lambda text, request: CALL).client
+    ask = {"model": "fake", "input": "x", "tools": [WEATHER]}
+    size = client.responses.create(**ask).usage.output_tokens
+    response = client.responses.create(**ask, max_output_tokens=size - 12)
+    assert [item.status for item in response.output] == ["incomplete"]
+
+
+def test_sampling_that_is_left_out_is_the_models_own(chat_tokenizer):
+    defaults = {"temperature": 0.5, "top_p": 0.25}
+    with run_in_thread(chat_tokenizer, sampling_defaults=defaults) as server:
+        response = server.client.responses.create(model="fake", input="hi", top_p=0.75)
+        sampling = server.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p) == (0.5, 0.75)
+    assert (response.temperature, response.top_p) == (0.5, 0.75)

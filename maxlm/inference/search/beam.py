@@ -27,7 +27,7 @@ class BeamSearchConfig(Config):
 
     num_beams: int = Field(default=4, gt=0)
     """Continuations that go on together."""
-    length_penalty: float = 1.0
+    length_penalty: float = Field(default=1.0, ge=-16, le=16)
     """A score is the log-probability divided by tokens ** this: above 0 favours long outputs, below
     0 short ones."""
     early_stopping: bool | Literal["never"] = False
