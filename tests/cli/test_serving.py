@@ -34,7 +34,7 @@ def talk(monkeypatch, run, tokenizer):
         config = SimpleNamespace(compilation_cache=None)
         loaded = SimpleNamespace(tokenizer=tokenizer, config=config)
         monkeypatch.setattr("maxlm.programs.serve.load_model", lambda *_, **__: loaded)
-        monkeypatch.setattr("maxlm.programs.serve.make_engine", lambda *_: engine)
+        monkeypatch.setattr("maxlm.programs.serve.make_engine", lambda *_, **__: engine)
         stdin = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stdin)
         return run("chat", "runs/x", *arguments), engine

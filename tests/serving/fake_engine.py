@@ -56,6 +56,9 @@ class FakeEngine:
             len(running), waiting, 100 - len(running), sum(prompts), self.num_generated
         )
 
+    def close(self) -> None:
+        """Nothing is compiled behind it."""
+
     def add_request(self, request: GenerationRequest) -> None:
         if request.grammar is not None and '"nonsense"' in request.grammar.text:
             raise MaxlmError("the schema cannot be compiled", fix="change it")

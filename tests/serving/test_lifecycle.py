@@ -113,9 +113,8 @@ def test_who_hung_up_before_the_engine_took_notice_leaves_the_queue(start_server
         gate.set()
         assert (live.result().status_code, embeddings.result().status_code) == (200, 200)
     wait_until(lambda: not server.loop.num_open)
-    # Nothing of theirs reached the engine, or it was aborted there.
-    assert not server.engine.sequences
-    assert not server.loop._streams
+    # Nothing of theirs reached the engine, or it is aborted there, in the engine's thread.
+    wait_until(lambda: not server.engine.sequences and not server.loop._streams)
 
 
 def test_sequences_go_on_while_embeddings_compile(start_server):
