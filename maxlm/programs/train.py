@@ -10,6 +10,7 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import draw_downstream
+from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.programs.evaluation import (
@@ -223,6 +224,8 @@ def _open_run(
     machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
     plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
     say(f"planned: {format_prediction(plan)}")
+    if plan.known_time_errors:
+        say(format_known_time_errors(plan.known_time_errors))
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
         write_refused_rows(folder, batch_sources)
