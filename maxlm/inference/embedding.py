@@ -89,6 +89,9 @@ class Embedder:
         thread; the devices go on with what they do."""
         pooling = pooling or ("mean" if isinstance(self._model, Encoder) else "last")
         key = (shape, pooling, head)
+        program = self._programs.get(key)
+        if program is not None:  # without waiting for another's compilation
+            return program
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = self._compile(*key)

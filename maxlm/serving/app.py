@@ -72,7 +72,7 @@ def make_app(state: ServerState) -> Starlette:
             expose_headers=["x-maxlm-ignored", "retry-after"],
         )
         middleware.append(cross_origin)
-    handlers: Any = {HTTPException: _refuse_path}
+    handlers: Any = {HTTPException: partial(_refuse_path, state)}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
@@ -94,12 +94,16 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
         response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
     if state.prints_requests:
-        client = request.client.host if request.client else "-"
-        seconds = time.monotonic() - start  # of a stream until its first bytes
-        line = f"{client} {request.method} {request.url.path[:200]!r} {response.status_code}"
-        with suppress(OSError, ValueError):  # nobody reads standard output any more
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line} {seconds:.3f} s", flush=True)
+        # Of a stream the time until its first bytes.
+        _print_request(request, response.status_code, time.monotonic() - start)
     return response
+
+
+def _print_request(request: Request, status: int, seconds: float) -> None:
+    client = request.client.host if request.client else "-"
+    line = f"{client} {request.method} {request.url.path[:200]!r} {status} {seconds:.3f} s"
+    with suppress(OSError, ValueError):  # nobody reads standard output any more
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", flush=True)
 
 
 def _check_host(state: ServerState, request: Request) -> None:
@@ -116,8 +120,10 @@ def _check_host(state: ServerState, request: Request) -> None:
         raise ApiError(403, message)
 
 
-async def _refuse_path(request: Request, error: Exception) -> Response:
+async def _refuse_path(state: ServerState, request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
+    if state.prints_requests:
+        _print_request(request, status, 0.0)
     what = f"{request.method} {request.url.path[:200]}: no such path, or not by this method"
     response = make_error_response(ApiError(status, what))
     response.headers.update(getattr(error, "headers", None) or {})  # Allow, beside 405

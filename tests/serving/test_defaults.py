@@ -54,10 +54,12 @@ def test_requests_are_printed_if_that_is_asked_for(chat_tokenizer, capsys):
     with run_in_thread(chat_tokenizer, prints_requests=True) as server:
         server.http.get("/v1/models")
         server.http.get("/v1/models/none")
+        server.http.get("/nothing")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 2)[2].rsplit(" ", 2)[0] for line in lines] == [
         "127.0.0.1 GET '/v1/models' 200",
         "127.0.0.1 GET '/v1/models/none' 404",
+        "127.0.0.1 GET '/nothing' 404",
     ]
 
 
